@@ -1,0 +1,228 @@
+"""The one loop, at every depth: run, look, answer what is sure, escalate the rest, rewind to what it decided.
+
+A `Chain` is a node's consecutive stages and, where there is one, the stage beyond them, which may be on another machine.
+It is itself a `Stage`. Only the entry node's chain `propose`s: it drafts with its first branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ruyi_flow.errors import WireError
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.runtime.stage import ShardSession
+from ruyi_flow.runtime.worker import Worker
+from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
+
+__all__ = ["Chain", "Look", "Walk"]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one branch says of one wanted position."""
+
+    position: int
+    draft: int | None
+    """The token at position + 1 in the block, if there is one."""
+    token: int | None = None
+    """The branch's own; None where this stage does not look."""
+    confidence: float = 0.0
+    reason: Reason | None = None
+    """Why the branch may decide; None means that the position must be asked deeper."""
+
+
+@dataclass(slots=True)
+class Walk:
+    """One stage's way through the wanted positions of a block. Pure."""
+
+    exit: int
+    looks: list[Look] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        exit: int,
+        wants: Sequence[int],
+        drafts: Sequence[int | None],
+        found: Sequence[tuple[int, float]] | None,
+    ) -> Walk:
+        """Walk in order, up to the first sure token that contradicts its draft: everything after it is void."""
+        walk = cls(exit)
+        for i, (position, draft) in enumerate(zip(wants, drafts, strict=True)):
+            if found is None:
+                walk.looks.append(Look(position, draft))
+                continue
+            token, confidence = found[i]
+            reason = policy.sure(exit, confidence)
+            walk.looks.append(Look(position, draft, token, confidence, reason))
+            if reason is not None and token != draft:
+                break
+        return walk
+
+    @property
+    def unsure(self) -> tuple[int, ...]:
+        """Positions that must be asked deeper."""
+        return tuple(look.position for look in self.looks if look.reason is None)
+
+    def settle(self, deeper: Sequence[Decision]) -> tuple[Decision, ...]:
+        """Merge the deeper stage's decisions for the unsure positions, up to the first that contradicts its draft."""
+        answers = iter(deeper)
+        decisions = []
+        for look in self.looks:
+            if look.reason is not None:
+                assert look.token is not None
+                decision = Decision(look.token, self.exit, look.confidence, look.reason)
+            else:
+                answer = next(answers, None)
+                if answer is None:
+                    break
+                decision = answer
+            decisions.append(decision)
+            if decision.token != look.draft:
+                break
+        return tuple(decisions)
+
+
+@dataclass(slots=True)
+class _Descent:
+    """How far down this node's stages a block went, and what is left to ask beyond them."""
+
+    walks: list[Walk]
+    beyond: Block | None = None
+
+
+class Chain:
+    """A node's stages for one session, and the stage beyond.
+
+    Args:
+        session: the caches; this chain closes it.
+        worker: where steps run.
+        node: the node's name, for the times it reports.
+        beyond: makes the stage beyond this node's, when it is first needed; None on the deepest node.
+    """
+
+    def __init__(
+        self, session: ShardSession, worker: Worker, node: str, beyond: Callable[[], Stage] | None = None
+    ) -> None:
+        self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
+        self._beyond: Stage | None = None
+        self._sent = 0
+        """Positions that the stage beyond holds."""
+
+    @property
+    def session(self) -> ShardSession:
+        """The session's state on this node."""
+        return self._session
+
+    async def advance(self, block: Block) -> Verdict:
+        """See `Stage.advance`.
+
+        Raises:
+            WireError: the block does not continue what this session holds.
+        """
+        session, count = self._session, len(block.token_ids)
+        held = session.positions[0]
+        if block.start != held:
+            raise WireError(f"a block starts at position {block.start}, but this session holds {held}")
+        if block.states.shape[0] != count or any(not held <= p < held + count for p in block.wants):
+            raise WireError(f"a block of {count} positions has {block.states.shape[0]} states, wants {block.wants}")
+        if held + count > session.max_positions:
+            raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
+        session.token_ids.extend(block.token_ids)
+        descent, queue_s, compute_s = await self._worker.run(self._descend, block)
+        return await self._conclude(descent, Hop(self._node, compute_s, queue_s))
+
+    async def propose(self, token_ids: Sequence[int], draft: int) -> Verdict:
+        """Entry node: take in decided tokens, and settle what comes next.
+
+        Args:
+            token_ids: tokens that are final and not yet held: the prompt, or the last decided one.
+            draft: at most this many tokens are drafted past an unsure position.
+
+        Returns:
+            At least one decision, for the positions from the last given one on.
+        """
+        descent, queue_s, compute_s = await self._worker.run(self._draft, token_ids, draft)
+        return await self._conclude(descent, Hop(self._node, compute_s, queue_s))
+
+    async def rewind(self, position: int) -> None:
+        """See `Stage.rewind`."""
+        self._session.rewind(position)
+        if self._beyond is not None and self._sent > position:
+            await self._beyond.rewind(position)
+        self._sent = min(self._sent, position)
+
+    async def close(self) -> None:
+        """See `Stage.close`; the cache is free once the step that may be running has ended."""
+        self._worker.submit(self._session.close)
+        if self._beyond is not None:
+            await self._beyond.close()
+
+    def _draft(self, token_ids: Sequence[int], draft: int) -> _Descent:
+        """The first stage's walk, position by position: its own tokens are the drafts."""
+        session = self._session
+        policy, exit, eos = session.policy, session.exits[0], session.params.eos_token_ids or ()
+        walk, asked = Walk(exit), False
+        ids: Sequence[int] = token_ids
+        while True:
+            session.token_ids.extend(ids)
+            position = len(session.token_ids) - 1
+            found = session.advance(0, session.embed(ids), (position,))
+            look = Walk.of(policy, exit, (position,), (None,), found).looks[0]
+            asked = asked or look.reason is None
+            if not asked or draft == 0 or look.token is None or look.token in eos:
+                walk.looks.append(look)
+                break
+            walk.looks.append(Look(position, look.token, look.token, look.confidence, look.reason))
+            draft, ids = draft - 1, (look.token,)
+        return self._descend_from(0, walk)
+
+    def _descend(self, block: Block) -> _Descent:
+        return self._descend_from(0, self._step(0, block))
+
+    def _descend_from(self, stage: int, walk: Walk) -> _Descent:
+        """Go down this node's stages for as long as something is unsure."""
+        session, walks = self._session, [walk]
+        while unsure := walk.unsure:
+            start, stop = session.unseen_start(stage), unsure[-1] + 1
+            states = session.take_unseen(stage, stop)
+            block = Block(start, states, tuple(session.token_ids[start:stop]), unsure)
+            stage += 1
+            if stage == len(session.exits):
+                return _Descent(walks, block)
+            walk = self._step(stage, block)
+            walks.append(walk)
+        return _Descent(walks)
+
+    def _step(self, stage: int, block: Block) -> Walk:
+        session, stop = self._session, block.start + len(block.token_ids)
+        found = session.advance(stage, block.states, block.wants)
+        drafts = [session.token_ids[p + 1] if p + 1 < stop else None for p in block.wants]
+        return Walk.of(session.policy, session.exits[stage], block.wants, drafts, found)
+
+    async def _conclude(self, descent: _Descent, hop: Hop) -> Verdict:
+        """Ask what is left beyond this node, settle upwards, and rewind to what holds."""
+        decisions: tuple[Decision, ...] = ()
+        hops: tuple[Hop, ...] = ()
+        if descent.beyond is not None:
+            verdict = await self._deeper().advance(descent.beyond)
+            decisions, hops = verdict.decisions, verdict.hops
+            self._sent = descent.beyond.start + len(descent.beyond.token_ids)
+        walks = descent.walks
+        for walk in reversed(walks):
+            decisions = walk.settle(decisions)
+        if walks[0].looks:
+            if not decisions:
+                raise WireError("the stage beyond answered none of the positions it was asked for", node=hop.node)
+            holds = walks[0].looks[len(decisions) - 1].position
+            self._session.rewind(holds + 1)
+            self._sent = min(self._sent, holds + 1)
+        return Verdict(decisions, (hop, *hops))
+
+    def _deeper(self) -> Stage:
+        if self._beyond is None:
+            assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
+            self._beyond = self._make_beyond()
+        return self._beyond

@@ -1,0 +1,402 @@
+"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, fill slices of a family, cut shards.
+
+Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors keep the
+published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`); an ordinary checkpoint with exits given
+to it answers to the same names, with copies of its trunk layers as branches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, Linear, pack
+
+__all__ = ["Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
+
+_WEIGHTS = "model.safetensors"
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+)
+"""Files that belong to a family beside its weights."""
+
+_LAYER_NAMES: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("input_layernorm",),
+    "post_attention_layernorm": ("post_attention_layernorm",),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+"""Module of a `DecoderLayer` -> the published names whose tensors it stacks."""
+
+
+class Checkpoint:
+    """An opened checkpoint folder, whole or a shard. Tensors are mapped from disk and read when asked for.
+
+    Args:
+        folder: holds config.json and model.safetensors, or model.safetensors.index.json and the files it names.
+        exits: exits to give to an ordinary checkpoint.
+
+    Raises:
+        CheckpointError: files that are missing, truncated, or not what config.json says.
+    """
+
+    def __init__(self, folder: str | Path, exits: Sequence[int] | None = None) -> None:
+        self.folder = Path(folder)
+        raw = _read_json(self.folder / "config.json", "a family is a folder with config.json and safetensors files")
+        self.config = FamilyConfig.parse(
+            raw, exits=None if exits is None else tuple(exits), where=str(self.folder / "config.json")
+        )
+        self._files: dict[str, Any] = {}
+        self._file_of = self._open()
+        metadata = self._metadata
+        self.exits: tuple[int, ...] = tuple(json.loads(metadata.get("ruyi_flow.exits", "null")) or self.config.exits)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer, as config.json and generation_config.json say."""
+        path = self.folder / "generation_config.json"
+        eos = _read_json(path).get("eos_token_id") if path.exists() else None
+        more = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+        return tuple(dict.fromkeys((*self.config.eos_token_ids, *more)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells families apart: of the geometry, and of every tensor's name, shape, format and first values.
+
+        A shard carries the fingerprint of the family that it was cut from.
+        """
+        stored = self._metadata.get("ruyi_flow.fingerprint")
+        return stored or _fingerprint(self.config, self.names(self.config.exits), self._first_values)
+
+    def names(self, exits: Sequence[int]) -> list[str]:
+        """The tensors of the stages that end at these exits, by their published names."""
+        config, names = self.config, []
+        if config.exits[0] in exits:
+            names.append("model.embed_tokens.weight")
+        for first, p in config.stages(tuple(exits)):
+            i = config.exits.index(p)
+            branch = f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{i}"
+            for prefix in (*(f"model.layers.{j}" for j in range(first, p)), branch):
+                names += [f"{prefix}.{name}" for name in self._layer_tensors]
+            names.append(f"model.norms.{i}.weight")
+            if not config.shared_heads:
+                names.append(f"lm_head.{i}.weight")
+        if config.tied_head:
+            names.append("model.embed_tokens.weight")
+        elif config.shared_heads:
+            names.append("lm_head.weight")
+        return list(dict.fromkeys(names))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its published name, mapped from disk.
+
+        Raises:
+            CheckpointError: the checkpoint does not have it.
+        """
+        stored = self._stored_name(name)
+        if stored not in self._file_of:
+            of = "" if stored == name else f" (for {name})"
+            raise CheckpointError(
+                f"{self.folder}: tensor {stored}{of} is missing; the files hold {len(self._file_of)} tensors"
+                + (f" of the stages at exits {list(self.exits)}" if self.exits != self.config.exits else "")
+            )
+        tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
+        return tensor
+
+    @property
+    def _layer_tensors(self) -> list[str]:
+        config = self.config
+        out = []
+        for module, parts in _LAYER_NAMES.items():
+            if module in ("q_norm", "k_norm") and config.base != "qwen3":
+                continue
+            has_bias = {
+                "qkv_proj": config.attention_bias,
+                "o_proj": config.output_bias,
+                "gate_up_proj": config.mlp_bias,
+                "down_proj": config.mlp_bias,
+            }.get(module, False)
+            for part in parts:
+                out += [f"{part}.weight", f"{part}.bias"] if has_bias else [f"{part}.weight"]
+        return out
+
+    def _stored_name(self, name: str) -> str:
+        if not self.config.ordinary:
+            return name
+        parts = name.split(".")
+        if parts[1] == "eelayers":  # a branch starts as a copy of the trunk layer at its exit
+            return ".".join(("model", "layers", str(self.config.exits[int(parts[2])]), *parts[3:]))
+        return "model.norm.weight" if parts[1] == "norms" else name
+
+    def _open(self) -> dict[str, str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index}: weight_map is missing")
+            files = sorted(set(weight_map.values()))
+        else:
+            files = [_WEIGHTS]
+        self._metadata: dict[str, str] = {}
+        file_of = {}
+        for file in files:
+            path = self.folder / file
+            if not path.exists():
+                others = sorted(p.name for p in self.folder.glob("*.bin"))
+                hint = f"; {others[0]} holds pickles, which are never read: convert it to safetensors" if others else ""
+                raise CheckpointError(f"{path}: no such file{hint}")
+            try:
+                handle = safe_open(path, "pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+            self._files[file] = handle
+            self._metadata |= handle.metadata() or {}
+            file_of |= dict.fromkeys(handle.keys(), file)
+        return file_of
+
+    def _first_values(self, name: str) -> Tensor:
+        stored = self._stored_name(name)
+        self.tensor(name) if stored not in self._file_of else None
+        part = self._files[self._file_of[stored]].get_slice(stored)
+        shape: list[int] = part.get_shape()
+        first: Tensor = part[:1] if len(shape) > 1 else part[:]
+        return first.expand(shape) if len(shape) > 1 else first
+
+
+def load_slice(
+    checkpoint: Checkpoint,
+    exits: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    packed: bool = True,
+    progress: Callable[[float], None] | None = None,
+) -> FamilySlice:
+    """Read the stages that end at these exits, and nothing else, ready to serve.
+
+    Args:
+        checkpoint: the family, or a shard that has these stages.
+        exits: consecutive exits.
+        dtype: number format to hold and compute in.
+        packed: pack the weights for the CPU where possible (`transformer.pack`).
+        progress: called with the share that is read, 0 … 1.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than config.json says.
+    """
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = FamilySlice(config, exits)
+    model.requires_grad_(False)
+    done, total = 0, len(model.layers) + len(model.exits) + 2
+
+    def read(module: nn.Module, parameter: str, names: Sequence[str]) -> None:
+        wanted = getattr(module, parameter)
+        sizes = module.splits if isinstance(module, Linear) and len(module.splits) == len(names) else None
+        tensors = [checkpoint.tensor(name) for name in names]
+        value = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(device, dtype, copy=True).contiguous()
+        found = [tuple(t.shape) for t in tensors]
+        if value.shape != wanted.shape or (sizes and [s[0] for s in found] != list(sizes)):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {' + '.join(names)} has shape {found}; config.json means {tuple(wanted.shape)}"
+            )
+        setattr(module, parameter, nn.Parameter(value, requires_grad=False))
+
+    def read_layer(layer: DecoderLayer, prefix: str) -> None:
+        for name, parts in _LAYER_NAMES.items():
+            module = getattr(layer, name)
+            if module is None:
+                continue
+            read(module, "weight", [f"{prefix}.{part}.weight" for part in parts])
+            if getattr(module, "bias", None) is not None:
+                read(module, "bias", [f"{prefix}.{part}.bias" for part in parts])
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done / total)
+
+    if model.embed_tokens is not None:
+        read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
+    step()
+    for head, p in zip(model.heads, model.exits, strict=False):
+        if config.tied_head and model.embed_tokens is not None:
+            head.weight = model.embed_tokens.weight
+        else:
+            name = "model.embed_tokens" if config.tied_head else "lm_head" if config.shared_heads else f"lm_head.{config.exits.index(p)}"
+            read(head, "weight", [f"{name}.weight"])
+    step()
+    for i, layer in model.layers.items():
+        read_layer(layer, f"model.layers.{i}")
+        if packed:
+            pack(layer)
+        step()
+    for p in model.exits:
+        i, branch = config.exits.index(p), model.branches[str(p)]
+        read_layer(branch.layer, f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{i}")
+        read(branch.norm, "weight", [f"model.norms.{i}.weight"])
+        if packed:  # a branch computes keys and values alone where its answer is not wanted
+            pack(branch, apart=[branch.layer.qkv_proj])
+        step()
+    if packed:
+        pack(model.heads)
+    return model.eval()
+
+
+def cut(
+    checkpoint: Checkpoint,
+    exits: Sequence[int],
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    companions: bool = True,
+) -> Path:
+    """Write the stages that end at these exits as a folder of their own: config.json, one safetensors file, tokenizer.
+
+    The folder appears whole or not at all.
+
+    Args:
+        checkpoint: the whole family.
+        exits: consecutive exits; all of them converts the family.
+        out: the new folder; must not exist yet.
+        dtype: convert to this number format; None keeps what is there.
+        companions: copy the tokenizer and its like too (an entry node needs them).
+
+    Raises:
+        CheckpointError: `out` exists, or the checkpoint does not have these stages.
+    """
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; remove it or name another folder")
+    names = checkpoint.names(exits)
+    with _whole_or_not(out) as folder:
+        tensors = {}
+        for name in names:
+            tensor = checkpoint.tensor(name)
+            # Copies of a trunk layer must not share memory in the file: safetensors stores no aliases.
+            shared = checkpoint.config.ordinary and name.split(".")[1] in ("eelayers", "norms")
+            tensors[name] = tensor.to(dtype or tensor.dtype, copy=shared).contiguous()
+        whole = tuple(exits) == checkpoint.config.exits
+        metadata = {
+            "format": "pt",
+            "ruyi_flow.exits": json.dumps(list(exits)),
+            "ruyi_flow.fingerprint": _fingerprint(checkpoint.config, names, tensors.__getitem__)
+            if whole
+            else checkpoint.fingerprint,
+        }
+        save_file(tensors, folder / _WEIGHTS, metadata)
+        config = checkpoint.config.to_dict()
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if companions:
+            for name in _COMPANIONS:
+                if (checkpoint.folder / name).exists():
+                    shutil.copyfile(checkpoint.folder / name, folder / name)
+    return out
+
+
+def convert_gguf(path: str | Path, out: str | Path) -> None:
+    """Convert a GGUF file to an ordinary Hugging Face folder in float32, tokenizer included, with transformers.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path}: not a GGUF file")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: truncated, or not a model that can be read: {error}") from error
+    with _whole_or_not(Path(out)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """'float32', 'bfloat16' or 'float16' as a torch dtype."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(name, torch.dtype) and name in known.values():
+        return name
+    if name not in known:
+        raise CheckpointError(f"dtype is {name!r}; known: {', '.join(known)}")
+    return known[str(name)]
+
+
+@contextmanager
+def _whole_or_not(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; it becomes `out` when all went well and vanishes otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fingerprint(config: FamilyConfig, names: Sequence[str], first_values: Callable[[str], Tensor]) -> str:
+    digest = hashlib.sha256(
+        repr((config.base, config.exits, config.num_heads, config.head_dim, config.rms_norm_eps, sorted(config.rope.items()))).encode()
+    )
+    for name in sorted(names):
+        tensor = first_values(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        first = tensor[0] if tensor.dim() > 1 else tensor
+        digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file" + (f"; {hint}" if hint else "")) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data

@@ -1,0 +1,375 @@
+"""The one definition of a family's layers: Llama, Qwen2 and Qwen3 decoder layers, exits, and any slice of them.
+
+Everything that serves, trains or evaluates a family runs these modules. States are flat, `(n, hidden)`: what belongs to
+which sequence is known to the attention that a caller passes in, not to the layers, so one matrix product serves any mix
+of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family.config import FamilyConfig
+
+__all__ = ["Attention", "Branch", "CausalAttention", "DecoderLayer", "FamilySlice", "Linear", "Rope", "pack"]
+
+
+class Attention(Protocol):
+    """Where keys and values are kept and looked up."""
+
+    def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """Attend; keeps k and v of all n rows under `slot`.
+
+        Args:
+            slot: which layer's keys and values these are, as the caller numbers them.
+            q: (m, heads, head_dim) with rotary positions applied.
+            k: (n, kv_heads, head_dim), likewise.
+            v: (n, kv_heads, head_dim).
+            rows: (m,) the rows that q is of; None when m = n.
+
+        Returns:
+            (m, heads * head_dim)
+        """
+        ...
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, whose weight can be packed for the CPU's matrix units.
+
+    A packed weight is laid out by oneDNN for small batches, the layout that `torch.compile` gives to frozen models. For
+    one row in bf16 that took 12.2 ms instead of 18.0 for all the products of SmolLM2-135M (docs/log.md). Several products
+    of the same input are one `Linear` with the sum of their output sizes; `part` runs only some of its rows.
+    """
+
+    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool) -> None:
+        super().__init__()
+        self.splits = tuple(out_features)
+        self.weight = nn.Parameter(torch.empty(sum(self.splits), in_features))
+        self.bias = nn.Parameter(torch.empty(sum(self.splits))) if bias else None
+        self.packed: tuple[Tensor, ...] | None = None
+        self.packed_bias: tuple[Tensor | None, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, sum(splits))"""
+        packed = self.packed
+        if packed is None:
+            return F.linear(x, self.weight, self.bias)
+        if len(packed) == 1:
+            return _packed_linear(x, packed[0], self.packed_bias[0])
+        return torch.cat([_packed_linear(x, w, b) for w, b in zip(packed, self.packed_bias, strict=True)], dim=-1)
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """(n, in) -> (n, splits[index]): one of the products alone.
+
+        A packed weight must have been packed apart.
+        """
+        if self.packed is not None:
+            return _packed_linear(x, self.packed[index], self.packed_bias[index])
+        start = sum(self.splits[:index])
+        rows = slice(start, start + self.splits[index])
+        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def pack(self, *, apart: bool = False) -> None:
+        """Give up the weight for its packed form; inference only.
+
+        Args:
+            apart: pack each product for itself, so that `part` can run it alone.
+        """
+        parts = self.splits if apart else (sum(self.splits),)
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        self.packed = tuple(torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), 1) for w in weight.split(parts))
+        self.packed_bias = tuple(b.clone() for b in bias.split(parts)) if bias is not None else (None,) * len(parts)
+        del self.weight, self.bias
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def pack(module: nn.Module, *, apart: Collection[Linear] = ()) -> None:
+    """Pack the products below a module for serving on a CPU, where their number format can be; inference only.
+
+    Args:
+        apart: those of them whose parts must be able to run alone.
+    """
+    for linear in module.modules():
+        if isinstance(linear, Linear) and linear.packed is None and _can_pack(linear.weight.dtype, linear.weight.device):
+            linear.pack(apart=linear in apart)
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.shape = (size,)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Rope:
+    """Rotary position embedding (Su et al. 2021) with the scalings that transformers computes.
+
+    Tables grow with the positions asked for, so that a long context costs nothing until it is used.
+    """
+
+    def __init__(self, config: FamilyConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.inv_freq, self.scale = _inverse_frequencies(config)
+        self.dtype, self.device = dtype, device
+        self.cos = self.sin = torch.empty(0, 1, config.head_dim, dtype=dtype, device=device)
+
+    def at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, each (stop - start, 1, head_dim), for `rotate`."""
+        if stop > self.cos.shape[0]:
+            freqs = torch.outer(torch.arange(max(256, 2 * stop), dtype=torch.float32), self.inv_freq)
+            cos, sin = freqs.cos() * self.scale, freqs.sin() * self.scale
+            self.cos = torch.cat((cos, cos), -1).unsqueeze(1).to(self.device, self.dtype)
+            self.sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(self.device, self.dtype)
+        return self.cos[start:stop], self.sin[start:stop]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (n, heads, head_dim) by its positions; the sign of the swapped half is in `sin`, so this is three kernels."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and a gated MLP, each with a norm before and a residual around it."""
+
+    def __init__(self, config: FamilyConfig) -> None:
+        super().__init__()
+        heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, d
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.qkv_proj = Linear(config.hidden_size, (heads * d, 2 * kv_heads * d), config.attention_bias)
+        self.o_proj = Linear(heads * d, (config.hidden_size,), config.output_bias)
+        has_norms = config.base == "qwen3"
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if has_norms else None
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if has_norms else None
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        m = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, (m, m), config.mlp_bias)
+        self.down_proj = Linear(m, (config.hidden_size,), config.mlp_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: Attention,
+        slot: int,
+        rows: Tensor | None = None,
+    ) -> Tensor | None:
+        """Run the layer.
+
+        Args:
+            x: (n, hidden).
+            rope: cosines and sines of the n positions, from `Rope.at`.
+            attention: keeps keys and values, and attends.
+            slot: this layer's number there.
+            rows: (m,) the rows whose output is wanted; for the others only keys and values are computed. None means all.
+
+        Returns:
+            (m, hidden), or None when no row is wanted.
+        """
+        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
+        h = self.input_layernorm.forward(x)
+        if rows is None:
+            qkv = self.qkv_proj.forward(h).view(-1, heads + 2 * kv, d)
+            if self.q_norm is None:
+                qk, v = rotate(qkv[:, : heads + kv], *rope), qkv[:, heads + kv :]
+                q, k = qk[:, :heads], qk[:, heads:]
+            else:
+                q, k, v = qkv.split((heads, kv, kv), 1)
+                q, k = rotate(self.q_norm.forward(q), *rope), rotate(self.k_norm.forward(k), *rope)  # type: ignore[union-attr]
+        else:
+            k, v = self.qkv_proj.part(h, 1).view(-1, 2 * kv, d).split((kv, kv), 1)
+            q = self.qkv_proj.part(h[rows], 0).view(-1, heads, d)
+            if self.q_norm is not None:
+                q, k = self.q_norm.forward(q), self.k_norm.forward(k)  # type: ignore[union-attr]
+            q, k = rotate(q, rope[0][rows], rope[1][rows]), rotate(k, *rope)
+            x = x[rows]
+        attended = attention(slot, q, k, v, rows)
+        if rows is not None and not len(rows):
+            return None
+        x = x + self.o_proj.forward(attended)
+        gate, up = self.gate_up_proj.forward(self.post_attention_layernorm.forward(x)).chunk(2, -1)
+        return x + self.down_proj.forward(F.silu(gate) * up)
+
+
+class Branch(nn.Module):
+    """What turns the boundary state at an exit into logits: a decoder layer, a norm and a head.
+
+    The head is passed to `logits`, since it may be shared with other exits or be the embedding.
+    """
+
+    def __init__(self, config: FamilyConfig) -> None:
+        super().__init__()
+        self.layer = DecoderLayer(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class FamilySlice(nn.Module):
+    """Any consecutive stages of a family: the whole of it, a node's shard, or one stage.
+
+    Args:
+        config: the family.
+        exits: the exits of the stages, consecutive.
+    """
+
+    def __init__(self, config: FamilyConfig, exits: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = config.stages(tuple(exits))
+        self.exits = tuple(exits)
+        self.first_layer, self.last_layer = self.stages[0][0], self.stages[-1][1]
+        is_entry = self.first_layer == 0
+        heads = 1 if config.shared_heads else len(self.exits)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if is_entry else None
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(config) for i in range(self.first_layer, self.last_layer)}
+        )
+        self.branches = nn.ModuleDict({str(p): Branch(config) for p in self.exits})
+        self.heads = nn.ModuleList(Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads))
+        if config.tied_head and self.embed_tokens is not None:
+            self.heads[0].weight = self.embed_tokens.weight
+        # Plain tuples beside the module containers: the hot path indexes these.
+        self._layers = tuple(self.layers.values())
+        self._branches = {p: self.branches[str(p)] for p in self.exits}
+        self._heads = {p: self.heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
+
+    @property
+    def num_slots(self) -> int:
+        """Layers that keep keys and values: the trunk's, then one a branch."""
+        return len(self._layers) + len(self.exits)
+
+    def slot_of_branch(self, exit: int) -> int:
+        """The slot of a branch's own keys and values, never a trunk layer's."""
+        return len(self._layers) + self.exits.index(exit)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(n,) token ids -> (n, hidden)."""
+        assert self.embed_tokens is not None
+        return F.embedding(token_ids, self.embed_tokens.weight)
+
+    def run(self, x: Tensor, start: int, stop: int, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """Run trunk layers `start … stop-1`, the only way a trunk is ever run.
+
+        Args:
+            x: (n, hidden) boundary states at `start` (embeddings when 0).
+
+        Returns:
+            (n, hidden) boundary states at `stop`.
+        """
+        first = self.first_layer
+        for i in range(start - first, stop - first):
+            x = self._layers[i].forward(x, rope, attention, i)
+        return x
+
+    def branch(
+        self, exit: int, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, rows: Tensor | None = None
+    ) -> Tensor | None:
+        """Run the branch at an exit on boundary states.
+
+        Args:
+            x: (n, hidden) boundary states at the exit.
+            rows: (m,) the rows whose logits are wanted; None means all.
+
+        Returns:
+            (m, vocab) logits in the weights' number format, or None when no row is wanted.
+        """
+        branch = self._branches[exit]
+        h = branch.layer.forward(x, rope, attention, self.slot_of_branch(exit), rows)
+        if h is None:
+            return None
+        logits: Tensor = self._heads[exit].forward(branch.norm.forward(h))
+        return logits
+
+    def logits(self, input_ids: Tensor, exit: int) -> Tensor:
+        """Whole sequences through every layer up to an exit, without a cache: the oracle.
+
+        Args:
+            input_ids: (batch, n) token ids.
+            exit: one of this slice's exits.
+
+        Returns:
+            (batch, n, vocab) float32
+        """
+        batch, n = input_ids.shape
+        weight = self._layers[0].input_layernorm.weight
+        cos, sin = Rope(self.config, weight.dtype, weight.device).at(0, n)
+        rope = cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1)
+        attention = CausalAttention(batch)
+        x = self.run(self.embed(input_ids.flatten()), 0, exit, rope, attention)
+        logits = self.branch(exit, x, rope, attention)
+        assert logits is not None
+        return logits.float().view(batch, n, -1)
+
+    def tensor_bytes(self) -> int:
+        """Bytes of the distinct tensors that this slice holds, packed ones included."""
+        seen: dict[int, int] = {}
+        for parameter in self.parameters():
+            seen[id(parameter)] = parameter.nbytes
+        for module in self.modules():
+            if isinstance(module, Linear) and module.packed is not None:
+                for tensor in (*module.packed, *module.packed_bias):
+                    if tensor is not None:
+                        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+        return sum(seen.values())
+
+
+class CausalAttention:
+    """Attention of whole sequences to themselves, without a cache.
+
+    Args:
+        batch: number of sequences of equal length that lie one after the other in the flat states.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        assert rows is None
+        q, k, v = (t.unflatten(0, (self.batch, -1)).transpose(1, 2) for t in (q, k, v))  # (batch, heads, n, d)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
+    """(head_dim / 2,) inverse frequencies and the factor on cosines and sines."""
+    kind, theta = config.rope["rope_type"], float(config.rope["rope_theta"])
+    if kind == "default":
+        return 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(f"rope_type is {kind!r}; known: default, linear, llama3, yarn")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    their_config = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rope_parameters=dict(config.rope),
+    )
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](their_config, torch.device("cpu"))
+    return inv_freq.float(), float(scale)

@@ -1,0 +1,1 @@
+"""When to stop: confidence scores in, decision out."""

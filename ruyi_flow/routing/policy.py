@@ -1,0 +1,101 @@
+"""The routing policy: at which exit a token is decided. Pure: no torch, clock, socket or randomness.
+
+Every mode is a threshold per early exit and the deepest exit that may be asked, which is always sure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ruyi_flow.errors import RequestError
+from ruyi_flow.types import Mode, Reason
+
+__all__ = ["NEVER", "Policy", "Routing"]
+
+NEVER = math.inf
+"""A threshold that no confidence reaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a request asks for; `Policy.resolve` turns it into thresholds for a family's exits."""
+
+    mode: Mode = Mode.EXACT
+    exit: int | None = None
+    """`fixed` only: the exit that decides; None takes the last one."""
+    threshold: float | None = None
+    """`token` only: the confidence that every early exit needs."""
+    thresholds: Mapping[int, float] | None = None
+    """`token` only: the confidence that each early exit needs; an exit that is not named is never sure."""
+    draft: int = 4
+    """At most this many tokens are drafted past an unsure position before it is asked deeper; 0 asks at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Thresholds for the exits of one session.
+
+    A branch is sure when its confidence is at least its threshold: 0 is always sure, above 1 never.
+    """
+
+    mode: Mode
+    thresholds: Mapping[int, float]
+    """Of every exit above the deepest."""
+    deepest: int
+    """The exit that decides whatever comes to it."""
+    draft: int
+
+    @classmethod
+    def resolve(cls, routing: Routing, exits: Sequence[int]) -> Policy:
+        """The policy that a request means for a family with these exits.
+
+        Raises:
+            RequestError: an exit that the family does not have, or parameters that the mode does not take.
+        """
+        mode = routing.mode
+        if routing.draft < 0:
+            raise RequestError(f"draft is {routing.draft}; it must be 0 (ask at once) or more")
+        if routing.exit is not None and mode is not Mode.FIXED:
+            raise RequestError(f"exit={routing.exit} goes with mode 'fixed', not with '{mode}'")
+        if mode is not Mode.TOKEN and (routing.threshold is not None or routing.thresholds is not None):
+            raise RequestError(f"thresholds go with mode 'token', not with '{mode}'")
+        deepest = exits[-1]
+        if mode is Mode.FIXED and routing.exit is not None:
+            deepest = routing.exit
+            _check_exit(deepest, exits)
+        shallower = [p for p in exits if p < deepest]
+        if mode is not Mode.TOKEN:
+            return cls(mode, dict.fromkeys(shallower, NEVER), deepest, routing.draft)
+        if routing.thresholds is None and routing.threshold is None:
+            raise RequestError("mode 'token' needs a threshold (0 … 1), one for all exits or one an exit")
+        if routing.thresholds is not None and routing.threshold is not None:
+            raise RequestError("give either threshold (for all exits) or thresholds (one an exit), not both")
+        if routing.thresholds is None:
+            chosen = dict.fromkeys(shallower, float(routing.threshold or 0.0))
+        else:
+            for p in routing.thresholds:
+                _check_exit(p, exits)
+                if p == deepest:
+                    raise RequestError(f"exit {p} is the last one: it decides whatever comes to it, without a threshold")
+            chosen = {p: float(routing.thresholds.get(p, NEVER)) for p in shallower}
+        for p, value in chosen.items():
+            if math.isnan(value) or value < 0:
+                raise RequestError(f"the threshold of exit {p} is {value}; it must be 0 (always sure) or more")
+        return cls(mode, chosen, deepest, routing.draft)
+
+    def looks(self, exit: int) -> bool:
+        """Whether the branch at this exit can ever be sure, so that it is worth running."""
+        return exit == self.deepest or self.thresholds[exit] <= 1.0
+
+    def sure(self, exit: int, confidence: float) -> Reason | None:
+        """Why the branch at this exit may decide, or None when it must be asked deeper."""
+        if exit == self.deepest:
+            return Reason.FIXED if self.mode is Mode.FIXED else Reason.DEEPEST
+        return Reason.CONFIDENT if confidence >= self.thresholds[exit] else None
+
+
+def _check_exit(exit: int, exits: Sequence[int]) -> None:
+    if exit not in exits:
+        raise RequestError(f"exit {exit} is not one of the family's exits {list(exits)}")

@@ -1,0 +1,1 @@
+"""How a node runs its stages: caches, attention, sampling."""

@@ -1,0 +1,209 @@
+"""The words of the system as values: what travels between stages, and the one interface that all stages share.
+
+Nothing here imports torch or grpc; tensors are only named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from ruyi_flow.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Block",
+    "Decision",
+    "Encoding",
+    "FinishReason",
+    "Hop",
+    "Mode",
+    "Reason",
+    "SamplingParams",
+    "Stage",
+    "Verdict",
+]
+
+
+class Mode(StrEnum):
+    """What decides a token; all of them are one mechanism with different thresholds."""
+
+    FIXED = "fixed"
+    """Always the branch at one exit."""
+    TOKEN = "token"
+    """Each token by the shallowest branch that is confident enough."""
+    EXACT = "exact"
+    """Always the last branch; shallower branches only draft."""
+
+
+class Reason(StrEnum):
+    """Why a token was decided where it was and went no deeper."""
+
+    CONFIDENT = "confident"
+    """The branch's confidence reached its threshold."""
+    FIXED = "fixed"
+    """The request fixed this exit."""
+    DEEPEST = "deepest"
+    """There is no deeper branch."""
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    EOS = "eos"
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Encoding(StrEnum):
+    """How boundary states are written on a link."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+    F16 = "f16"
+    INT8 = "int8"
+    """One byte a value and one float32 scale a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is picked from a branch's logits, and when the answer ends.
+
+    A token is `argmax(processed logits / temperature + gumbel(seed, position, token))`: see `runtime/sampling.py`.
+    """
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that hold this much probability together."""
+    repetition_penalty: float = 1.0
+    """Divide (multiply, when negative) the logits of tokens already in the prompt or the answer; 1 is off."""
+    no_repeat_ngram_size: int = 0
+    """Never repeat an n-gram of this size, prompt included; 0 is off."""
+    min_new_tokens: int = 0
+    """No end of sequence before this many new tokens."""
+    max_new_tokens: int = 256
+    """The answer ends after this many new tokens at the latest."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """Tokens that end the answer; None takes the family's own, () takes none."""
+    seed: int | None = None
+    """Of the sampling noise; None lets the entry node pick one (`stats.seed` tells which)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.eos_token_ids is not None:
+            object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        for name, low, high, meaning in (
+            ("temperature", 0.0, 100.0, "0 (greedy) or more"),
+            ("top_k", 0, 2**31, "0 (off) or more"),
+            ("top_p", 1e-9, 1.0, "above 0 and at most 1"),
+            ("repetition_penalty", 1e-9, 1e9, "above 0 (1 is off)"),
+            ("no_repeat_ngram_size", 0, 2**31, "0 (off) or more"),
+            ("min_new_tokens", 0, 2**31, "0 or more"),
+            ("max_new_tokens", 1, 2**31, "1 or more"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise RequestError(f"{name} is {value!r}; it must be {meaning}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed is {self.seed}; it must be 0 or more and below 2**63")
+        if any(not text for text in self.stop):
+            raise RequestError("stop has an empty string, which every answer contains; leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """New boundary states for the next stage, and the question about them."""
+
+    start: int
+    """Position of the first state: what the receiver holds already."""
+    states: torch.Tensor
+    """(n, hidden) boundary states of positions start … start+n-1."""
+    token_ids: tuple[int, ...]
+    """The n token ids at these positions; token i+1 is the draft for position i."""
+    wants: tuple[int, ...]
+    """Positions, ascending, whose next token is asked for; may be empty (only fill caches)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decided token."""
+
+    token: int
+    exit: int
+    """The exit whose branch decided it."""
+    confidence: float
+    """That branch's confidence, 0 … 1."""
+    reason: Reason
+
+
+@dataclass(slots=True)
+class Hop:
+    """What one node spent: added up over a request, or of one verdict."""
+
+    node: str
+    compute_s: float = 0.0
+    """Running layers and branches."""
+    queue_s: float = 0.0
+    """Waiting for the node's one compute thread."""
+    wire_s: float = 0.0
+    """Round trip as the sender saw it, less all the time the receiver had the message."""
+    messages: int = 0
+    """Blocks sent up to this node."""
+    positions: int = 0
+    """Positions in them."""
+    bytes_up: int = 0
+    """Serialized bytes of the messages sent up to this node."""
+    bytes_down: int = 0
+    """Serialized bytes of its replies."""
+
+    def add(self, other: Hop) -> None:
+        """Add another count of the same node to this one."""
+        self.compute_s += other.compute_s
+        self.queue_s += other.queue_s
+        self.wire_s += other.wire_s
+        self.messages += other.messages
+        self.positions += other.positions
+        self.bytes_up += other.bytes_up
+        self.bytes_down += other.bytes_down
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A stage's answer to a block."""
+
+    decisions: tuple[Decision, ...]
+    """For the wanted positions in order, up to the first that contradicts its draft (or all of them)."""
+    hops: tuple[Hop, ...] = field(default=())
+    """What every node on the way spent, the answering stage's node first."""
+
+
+class Stage(Protocol):
+    """The one seam: a stage in this process, behind a wire, or a fake in a test."""
+
+    async def advance(self, block: Block) -> Verdict:
+        """Run the layers on the block's new states, look where a decision is wanted, answer or escalate.
+
+        Raises:
+            NodeError: the stage, or one beyond it, cannot answer.
+        """
+        ...
+
+    async def rewind(self, position: int) -> None:
+        """Forget every position from `position` on, here and deeper."""
+        ...
+
+    async def close(self) -> None:
+        """End the session and free its cache, here and deeper."""
+        ...
