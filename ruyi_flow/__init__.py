@@ -1,0 +1,53 @@
+"""Ruyi Flow: familial language models, split at their exits over device, edge and cloud.
+
+Importing this package loads neither torch nor grpc; they come with the first family or client that needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ruyi_flow.client import AsyncClient, Client, Reply
+    from ruyi_flow.errors import RuyiFlowError
+    from ruyi_flow.local import Family, load_family
+    from ruyi_flow.topology import Topology
+    from ruyi_flow.types import SamplingParams, Token
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Family",
+    "Reply",
+    "RuyiFlowError",
+    "SamplingParams",
+    "Token",
+    "Topology",
+    "load_family",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "Family": "local",
+    "Reply": "client",
+    "RuyiFlowError": "errors",
+    "SamplingParams": "types",
+    "Token": "types",
+    "Topology": "topology",
+    "load_family": "local",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ruyi_flow' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"ruyi_flow.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,8 +6,8 @@ It is itself a `Stage`. Only the entry node's chain `propose`s: it drafts with i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.routing.policy import Policy
@@ -15,7 +15,7 @@ from ruyi_flow.runtime.stage import ShardSession
 from ruyi_flow.runtime.worker import Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
-__all__ = ["Chain", "Look", "Walk"]
+__all__ = ["Chain", "Look", "Round", "Walk", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,18 @@ class _Descent:
     beyond: Block | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one proposal of the entry node settled."""
+
+    decisions: tuple[Decision, ...]
+    hops: tuple[Hop, ...]
+    drafted: int = 0
+    """Tokens drafted past the first position that was asked deeper."""
+    accepted: int = 0
+    """Those of them that hold."""
+
+
 class Chain:
     """A node's stages for one session, and the stage beyond.
 
@@ -134,7 +146,7 @@ class Chain:
         descent, queue_s, compute_s = await self._worker.run(self._descend, block)
         return await self._conclude(descent, Hop(self._node, compute_s, queue_s))
 
-    async def propose(self, token_ids: Sequence[int], draft: int) -> Verdict:
+    async def propose(self, token_ids: Sequence[int], draft: int) -> Round:
         """Entry node: take in decided tokens, and settle what comes next.
 
         Args:
@@ -145,7 +157,12 @@ class Chain:
             At least one decision, for the positions from the last given one on.
         """
         descent, queue_s, compute_s = await self._worker.run(self._draft, token_ids, draft)
-        return await self._conclude(descent, Hop(self._node, compute_s, queue_s))
+        verdict = await self._conclude(descent, Hop(self._node, compute_s, queue_s))
+        walk = descent.walks[0]
+        if not walk.unsure:
+            return Round(verdict.decisions, verdict.hops)
+        past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
+        return Round(verdict.decisions, verdict.hops, len(walk.looks) - past, len(verdict.decisions) - past)
 
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
@@ -226,3 +243,30 @@ class Chain:
             assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
             self._beyond = self._make_beyond()
         return self._beyond
+
+
+async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncIterator[Round]:
+    """Settle round after round, from an entry node's new chain, until an end of sequence or the length limit.
+
+    Both count for decided tokens only, in order; what was drafted or decided past the end is dropped with the chain,
+    which the caller closes.
+
+    Args:
+        prompt: token ids.
+        max_new_tokens: 1 or more.
+    """
+    session = chain.session
+    eos, draft = session.params.eos_token_ids or (), session.policy.draft
+    count, new = 0, prompt
+    while True:
+        left = max_new_tokens - count
+        settled = await chain.propose(new, min(draft, left - 1))
+        decisions = settled.decisions[:left]
+        end = next((i for i, d in enumerate(decisions) if d.token in eos), None)
+        if end is not None:
+            decisions = decisions[: end + 1]
+        count += len(decisions)
+        new = (decisions[-1].token,)
+        yield replace(settled, decisions=decisions)
+        if end is not None or count == max_new_tokens:
+            return

@@ -18,12 +18,16 @@ __all__ = [
     "Block",
     "Decision",
     "Encoding",
+    "Final",
     "FinishReason",
     "Hop",
     "Mode",
+    "NodeStatus",
     "Reason",
     "SamplingParams",
     "Stage",
+    "Stats",
+    "Token",
     "Verdict",
 ]
 
@@ -187,6 +191,85 @@ class Verdict:
     """For the wanted positions in order, up to the first that contradicts its draft (or all of them)."""
     hops: tuple[Hop, ...] = field(default=())
     """What every node on the way spent, the answering stage's node first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer."""
+
+    id: int
+    text: str
+    """What it adds to the text; empty in the middle of a character, or inside a possible stop string."""
+    exit: int
+    node: str
+    confidence: float
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What an answer took."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    """From the request's arrival at the entry node to its first token."""
+    total_s: float
+    """From the request's arrival to the last token."""
+    seed: int
+    drafted: int
+    """Tokens drafted past a position that was asked deeper."""
+    accepted: int
+    """Those of them that the deeper branch confirmed."""
+    escalations: int
+    """Questions asked beyond the entry node, each one round trip."""
+    hops: tuple[Hop, ...]
+    """What each node spent in all, the entry node first."""
+
+    @property
+    def token_s(self) -> float:
+        """Time per token after the first, in seconds."""
+        return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The end of an answer."""
+
+    finish_reason: FinishReason
+    text: str
+    """The whole answer."""
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """What a node holds and does."""
+
+    node: str
+    tier: str
+    state: str
+    """serving or draining"""
+    family: str
+    """Fingerprint."""
+    exits: tuple[int, ...]
+    first_layer: int
+    last_layer: int
+    parameters: int
+    tensor_bytes: int
+    resident_bytes: int
+    """Of the whole process."""
+    dtype: str
+    device: str
+    sessions: int
+    max_sessions: int
+    used_positions: int
+    max_positions: int
+    uptime_s: float
+    next_node: str
+    next_state: str
+    """Of the connection to the next node: idle, connecting, ready, transient_failure."""
+    process_id: int
 
 
 class Stage(Protocol):

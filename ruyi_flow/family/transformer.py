@@ -324,17 +324,20 @@ class FamilySlice(nn.Module):
         assert logits is not None
         return logits.float().view(batch, n, -1)
 
+    def num_parameters(self) -> int:
+        """Parameters of the checkpoint that this slice holds; a head that is the embedding counts once."""
+        packed_twice = self.config.tied_head and self.embed_tokens is not None and self.heads[0].packed is not None
+        twice = self.config.vocab_size * self.config.hidden_size if packed_twice else 0
+        return sum(tensor.numel() for tensor in self._tensors()) - twice
+
     def tensor_bytes(self) -> int:
         """Bytes of the distinct tensors that this slice holds, packed ones included."""
-        seen: dict[int, int] = {}
-        for parameter in self.parameters():
-            seen[id(parameter)] = parameter.nbytes
-        for module in self.modules():
-            if isinstance(module, Linear) and module.packed is not None:
-                for tensor in (*module.packed, *module.packed_bias):
-                    if tensor is not None:
-                        seen[id(tensor)] = tensor.numel() * tensor.element_size()
-        return sum(seen.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        packed = [m for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
+        tensors = [*self.parameters(), *(t for m in packed for t in (*(m.packed or ()), *m.packed_bias) if t is not None)]
+        return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 class CausalAttention:

@@ -57,6 +57,11 @@ class PagePool:
         """Positions in the pool."""
         return self.num_pages * PAGE_SIZE
 
+    @property
+    def free_positions(self) -> int:
+        """Positions in pages that have no owner."""
+        return self.free * PAGE_SIZE
+
     def allocate(self, owner: int, max_positions: int) -> Run:
         """Give a run that holds `max_positions` to an owner that has none yet.
 
@@ -73,7 +78,7 @@ class PagePool:
                 return new
             end = run.first + run.count
         raise CapacityError(
-            f"no room for {max_positions} positions: {self.free * PAGE_SIZE} of {self.num_positions} are free"
+            f"no room for {max_positions} positions: {self.free_positions} of {self.num_positions} are free"
             + (", but not in one run" if self.free >= count else "")
         )
 

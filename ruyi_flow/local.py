@@ -1,0 +1,171 @@
+"""A whole family in one process, without event loop or network: the oracle that every distributed run is compared with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ruyi_flow.chain import Chain, Round, decode
+from ruyi_flow.entry import end_tokens, load_tokenizer
+from ruyi_flow.errors import RequestError
+from ruyi_flow.family import store
+from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, load_slice, parse_dtype
+from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.types import Mode, SamplingParams
+
+__all__ = ["Family", "load_family"]
+
+
+
+class Family:
+    """A whole family.
+
+    Args:
+        checkpoint: opened, with all its stages.
+        dtype: number format.
+        device: a torch device.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.config: FamilyConfig = checkpoint.config
+        self.exits = checkpoint.config.exits
+        self.model = load_slice(checkpoint, self.exits, dtype=dtype, device=device)
+        self.tokenizer: Any = load_tokenizer(checkpoint)
+        """transformers' tokenizer, or None where the folder has no tokenizer.json."""
+        self._shard: Shard | None = None
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, exit: int | None = None) -> Tensor:
+        """Whole sequences, every token at one exit, without a cache.
+
+        Args:
+            input_ids: (batch, n) token ids.
+            exit: the exit; the last one when left out.
+
+        Returns:
+            (batch, n, vocab) float32
+
+        Raises:
+            RequestError: an exit that the family does not have, or ids of another shape.
+        """
+        exit = self._exit(exit)
+        ids = _two_dimensional(input_ids).to(self.model.embed_tokens.weight.device)  # type: ignore[union-attr]
+        return self.model.logits(ids, exit)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        exit: int | None = None,
+        max_new_tokens: int = 128,
+        min_new_tokens: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue sequences, greedily by default, each row as the loop decides it in one process.
+
+        Args:
+            input_ids: (batch, n) token ids, without padding.
+            exit: the exit that decides every token; the last one when left out.
+            max_new_tokens: at most this many.
+            min_new_tokens: no end of sequence before this many. None lets a row end at any time when the family says
+                how its answers end (generation_config.json); a bare checkpoint has no such file, and its rows get
+                exactly `max_new_tokens`.
+            options: other fields of `SamplingParams` (temperature, top_k, …), and of `Routing` (mode, threshold, draft);
+                no drafts by default.
+
+        Returns:
+            (batch, new) token ids; a row that ended earlier is filled up with the token that ended it.
+
+        Raises:
+            RequestError: an option or an exit that cannot be.
+        """
+        ids = _two_dimensional(input_ids)
+        routing_options = {k: options.pop(k) for k in ("mode", "threshold", "thresholds", "draft") if k in options}
+        mode = Mode(routing_options.pop("mode", Mode.FIXED))
+        chosen = self._exit(exit) if mode is Mode.FIXED else exit
+        policy = Policy.resolve(Routing(**({"draft": 0} | routing_options), mode=mode, exit=chosen), self.exits)
+        if min_new_tokens is None:
+            min_new_tokens = 0 if (self.checkpoint.folder / "generation_config.json").exists() else max_new_tokens
+        try:
+            params = SamplingParams(
+                **({"eos_token_ids": end_tokens(self.checkpoint, self.tokenizer), "seed": 0} | options),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+            )
+        except TypeError as error:
+            raise RequestError(str(error).replace("SamplingParams.__init__() got an", "generate got an")) from None
+        if params.stop:
+            raise RequestError("stop strings are for text: use Client; here, give eos_token_ids")
+        rows = [_run_inline(self._row(row, policy, params)) for row in ids.tolist()]
+        width = max(map(len, rows))
+        return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
+
+    async def _row(self, prompt: Sequence[int], policy: Policy, params: SamplingParams) -> list[int]:
+        size = len(prompt) + params.max_new_tokens
+        if self._shard is None or self._shard.pool.num_positions < size:
+            self._shard = Shard(self.model, max_positions=max(2048, size), max_sessions=1)
+        chain = Chain(self._shard.open(policy, params, len(prompt), size), InlineWorker(), "local")
+        try:
+            return [d.token for settled in await _collect(decode(chain, prompt, params.max_new_tokens)) for d in settled.decisions]
+        finally:
+            await chain.close()
+
+    def _exit(self, exit: int | None) -> int:
+        chosen = self.exits[-1] if exit is None else exit
+        if chosen not in self.exits:
+            raise RequestError(f"exit {chosen} is not one of the family's exits {list(self.exits)}")
+        return chosen
+
+
+def load_family(
+    path_or_name: str | Path,
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    exits: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> Family:
+    """Load a whole family into this process.
+
+    Args:
+        path_or_name: a folder, a GGUF file, or a name in the local store.
+        dtype: float32, bfloat16 or float16.
+        exits: exits to give to an ordinary Hugging Face or GGUF checkpoint; its branches are then untrained copies.
+        device: a torch device.
+
+    Raises:
+        CheckpointError: what is wrong with the files.
+    """
+    chosen = parse_dtype(dtype)
+    if str(path_or_name).endswith(".gguf"):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "converted"
+            convert_gguf(path_or_name, folder)
+            return Family(Checkpoint(folder, exits), dtype=chosen, device=device)
+    return Family(Checkpoint(store.locate(path_or_name), exits), dtype=chosen, device=device)
+
+
+def _two_dimensional(input_ids: Tensor) -> Tensor:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise RequestError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, n) with n at least 1")
+    return input_ids
+
+
+async def _collect(rounds: AsyncIterator[Round]) -> list[Round]:
+    return [settled async for settled in rounds]
+
+
+def _run_inline(coroutine: Any) -> Any:
+    """Run a coroutine that never waits, since all of its stages are in this process."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a stage in this process waited")

@@ -1,0 +1,74 @@
+"""The daemon: an engine behind a gRPC server, from start to drained stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from ruyi_flow.engine import Engine
+from ruyi_flow.entry import Entry
+from ruyi_flow.errors import RequestError
+from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.transport.server import Server
+from ruyi_flow.types import Final, NodeStatus, Stage, Token
+
+__all__ = ["Node", "serve"]
+
+logger = logging.getLogger(__name__)
+
+
+class Node:
+    """A node's answers to its callers (`transport.server.Service`).
+
+    Args:
+        engine: its stages.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.name = engine, engine.name
+        self._entry = Entry(engine) if engine.shard.is_entry else None
+
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, object]:
+        """See `transport.server.Service`."""
+        return await self.engine.open_session(opening, timeout_s)
+
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncIterator[Token | Final]:
+        """See `transport.server.Service`."""
+        if self._entry is None:
+            entry = self.engine.topology.entry
+            raise RequestError(f"node {self.name!r} has no embedding; send requests to {entry.name!r} at {entry.address}")
+        async for event in self._entry.generate(request, timeout_s):
+            yield event
+
+    def status(self) -> NodeStatus:
+        """See `transport.server.Service`."""
+        return self.engine.status()
+
+
+@asynccontextmanager
+async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[Server]:
+    """Serve an engine; leaving the block drains and stops it.
+
+    Draining takes no new session, gives running ones the node's grace time, then cancels what is left.
+
+    Args:
+        address: instead of the topology's.
+    """
+    node = engine.node
+    server = Server(Node(engine), address or str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    await server.start()
+    try:
+        yield server
+    finally:
+        engine.draining = True
+        await server.refuse()
+        deadline = asyncio.get_running_loop().time() + node.limits.grace_s
+        while engine.shard.sessions and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        if engine.shard.sessions:
+            logger.warning("%d sessions did not end within %g s; ending them", len(engine.shard.sessions), node.limits.grace_s)
+        await server.stop()
+        await engine.close()
+        engine.shard.check_integrity()

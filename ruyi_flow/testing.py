@@ -1,0 +1,274 @@
+"""For tests of anything built on this package: a tiny family, real nodes in this process, and a bad network."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ruyi_flow.engine import Engine
+from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.node import serve
+from ruyi_flow.topology import Topology
+
+__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "tiny_family"]
+
+
+def tiny_family(
+    folder: str | Path,
+    *,
+    base: str = "qwen3",
+    exits: Sequence[int] = (2, 4, 6),
+    shared_heads: bool = False,
+    ordinary: bool = False,
+    tied: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Write a family of random float32 weights in a published layout, small enough for any test.
+
+    Args:
+        base: llama, qwen2 or qwen3.
+        ordinary: write a plain Hugging Face checkpoint, to which exits are given when it is opened.
+        changes: keys of config.json to set or replace.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    num_layers = exits[-1] + 1
+    raw: dict[str, Any] = {
+        "model_type": base if ordinary else f"ruyi_{base}",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16 if base == "qwen3" else 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "eos_token_id": 2,
+    }
+    if not ordinary:
+        raw |= {"early_exit_points": list(exits), "shared_heads": shared_heads or tied}
+    raw |= changes
+    config = FamilyConfig.parse(raw)
+    h, m, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * (1.5 / shape[-1] ** 0.5)
+
+    tensors = {"model.embed_tokens.weight": random(v, h) * 4}
+    layers = [f"model.layers.{i}" for i in range(num_layers)]
+    if not ordinary:
+        layers += [f"model.eelayers.{i}" for i in range(len(exits) - 1)]
+    for prefix in layers:
+        for part, rows, columns, bias in (
+            ("self_attn.q_proj", q, h, config.attention_bias),
+            ("self_attn.k_proj", kv, h, config.attention_bias),
+            ("self_attn.v_proj", kv, h, config.attention_bias),
+            ("self_attn.o_proj", h, q, config.output_bias),
+            ("mlp.gate_proj", m, h, config.mlp_bias),
+            ("mlp.up_proj", m, h, config.mlp_bias),
+            ("mlp.down_proj", h, m, config.mlp_bias),
+        ):
+            tensors[f"{prefix}.{part}.weight"] = random(rows, columns)
+            if bias:
+                tensors[f"{prefix}.{part}.bias"] = random(rows) * 0.3
+        norms = {"input_layernorm": h, "post_attention_layernorm": h}
+        if base == "qwen3":
+            norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+        for part, size in norms.items():
+            tensors[f"{prefix}.{part}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
+    for name in ["model.norm"] if ordinary else [f"model.norms.{i}" for i in range(len(exits))]:
+        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
+    if not config.tied_head:
+        for name in ["lm_head"] if config.shared_heads else [f"lm_head.{i}" for i in range(len(exits))]:
+            tensors[f"{name}.weight"] = random(v, h) * 2
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def cut_topology(
+    family: str | Path,
+    cuts: Sequence[Sequence[int]],
+    *,
+    dtype: str = "float32",
+    encoding: str = "f32",
+    exits: Sequence[int] | None = None,
+    threads: int | None = 1,
+    limits: dict[str, Any] | None = None,
+    timeout_s: float = 30.0,
+) -> Topology:
+    """A topology of nodes n0, n1, … on free ports of loopback, with these exits each."""
+    names = [f"n{i}" for i in range(len(cuts))]
+    return Topology.parse(
+        {
+            "family": str(family),
+            "exits": exits,
+            "nodes": [
+                {
+                    "name": name,
+                    "address": "127.0.0.1:0",
+                    "exits": list(cut),
+                    "dtype": dtype,
+                    "threads": threads,
+                    "limits": limits or {"max_positions": 2048, "grace_s": 1},
+                }
+                for name, cut in zip(names, cuts, strict=True)
+            ],
+            "links": [
+                {"from": a, "to": b, "encoding": encoding, "timeout_s": timeout_s} for a, b in itertools.pairwise(names)
+            ],
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Running nodes."""
+
+    topology: Topology
+    """With the addresses that they listen on."""
+    engines: dict[str, Engine]
+
+    def check_idle(self) -> None:
+        """Raise AssertionError unless every node's cache is whole and empty."""
+        for name, engine in self.engines.items():
+            engine.shard.check_integrity()
+            assert engine.shard.pool.used == 0, f"node {name} still holds {engine.shard.pool.used} pages"
+
+    async def settle(self, timeout_s: float = 5.0) -> None:
+        """Wait until no node holds a session, then `check_idle`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while any(e.shard.sessions for e in self.engines.values()) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.005)
+        self.check_idle()
+
+
+@asynccontextmanager
+async def cluster(topology: Topology, relays: dict[str, Relay] | None = None) -> AsyncIterator[Cluster]:
+    """Real nodes in this process, each a gRPC server on loopback with its own compute thread.
+
+    Args:
+        topology: port 0 in an address picks a free one.
+        relays: name of a node -> a relay that is put in front of it.
+    """
+    engines: dict[str, Engine] = {}
+    async with AsyncExitStack() as stack:
+        for i in reversed(range(len(topology.nodes))):  # the deepest first, so that each knows where the next one is
+            node = topology.nodes[i]
+            engine = await asyncio.to_thread(Engine.load, topology, node.name)
+            server = await stack.enter_async_context(serve(engine))
+            address = server.address
+            if relays and node.name in relays:
+                address = await stack.enter_async_context(relays[node.name].run(address))
+            nodes = list(topology.nodes)
+            nodes[i] = node.model_copy(update={"address": address})
+            topology = topology.model_copy(update={"nodes": tuple(nodes)})
+            engines[node.name] = engine
+        yield Cluster(topology, dict(reversed(engines.items())))
+
+
+class Relay:
+    """A TCP relay that delays, limits and breaks what goes through it: a wide-area link for kernels without netem.
+
+    Args:
+        delay_s: one way, in each direction; a round trip takes twice this.
+        bytes_per_s: in each direction; None for no limit.
+    """
+
+    def __init__(self, *, delay_s: float = 0.0, bytes_per_s: float | None = None) -> None:
+        self.delay_s, self.bytes_per_s = delay_s, bytes_per_s
+        self.bytes_up = self.bytes_down = 0
+        """What went through, towards the target and back."""
+        self.frozen = False
+        """While true nothing gets through and nothing is closed: a peer that hangs."""
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._target = ("", 0)
+
+    @asynccontextmanager
+    async def run(self, target: str) -> AsyncIterator[str]:
+        """Relay to `target` (host:port) for as long as the block lasts; yields the address to dial instead."""
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            self.cut()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Break every connection, as a peer that dies does."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            up_reader, up_writer = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, up_writer}
+        for source, sink, is_up in ((reader, up_writer, True), (up_reader, writer, False)):
+            task = asyncio.create_task(self._pump(source, sink, is_up))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, is_up: bool) -> None:
+        """Bytes leave a queue at their due time, so that a delay is latency and not a limit on throughput."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=256)
+
+        async def deliver() -> None:
+            while True:
+                due, data = await queue.get()
+                if (wait := due - loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                while self.frozen:
+                    await asyncio.sleep(0.01)
+                if not data:
+                    break
+                sink.write(data)
+                await sink.drain()
+
+        delivery = asyncio.create_task(deliver())
+        free_at = 0.0
+        try:
+            while True:
+                data = await source.read(64 * 1024)
+                free_at = max(free_at, loop.time()) + (len(data) / self.bytes_per_s if self.bytes_per_s else 0.0)
+                await queue.put((free_at + self.delay_s, data))
+                if is_up:
+                    self.bytes_up += len(data)
+                else:
+                    self.bytes_down += len(data)
+                if not data:
+                    break
+            await delivery
+        except OSError:
+            pass  # one side broke; the other is told below
+        finally:
+            delivery.cancel()
+            await asyncio.gather(delivery, return_exceptions=True)
+            sink.transport.abort()
+            self._writers.discard(sink)

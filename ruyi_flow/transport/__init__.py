@@ -1,0 +1,1 @@
+"""The wire: messages, bytes, statuses, and the two ends of a call."""

@@ -1,0 +1,359 @@
+"""Between the values of this package and the messages of the wire; nothing else touches protobuf fields or tensor bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from ruyi_flow.errors import WireError
+from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.types import (
+    Block,
+    Decision,
+    Encoding,
+    Final,
+    FinishReason,
+    Hop,
+    Mode,
+    NodeStatus,
+    Reason,
+    SamplingParams,
+    Stats,
+    Token,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "PROTOCOL",
+    "block_from_pb",
+    "block_to_pb",
+    "decode_states",
+    "encode_states",
+    "generate_from_pb",
+    "generate_to_pb",
+    "open_from_pb",
+    "open_to_pb",
+    "parse",
+    "reply_from_pb",
+    "reply_to_pb",
+    "row_bytes",
+    "status_from_pb",
+    "status_to_pb",
+    "verdict_from_pb",
+    "verdict_to_pb",
+]
+
+PROTOCOL = 1
+"""Version of the wire; both sides of a hop must speak the same."""
+
+M = TypeVar("M", bound=Message)
+D = TypeVar("D")
+
+_ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F16, pb.ENCODING_INT8), strict=True))
+_MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
+_REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
+_FINISHES = dict(
+    zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True)
+)
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """A message from its bytes.
+
+    Raises:
+        WireError: they are not one.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise WireError(f"not a {kind.DESCRIPTOR.name} message: {error}") from None
+
+
+# ---- boundary states ----
+
+
+def row_bytes(hidden: int, encoding: Encoding) -> int:
+    """Bytes of one boundary state on the wire, its scale included."""
+    return {Encoding.F32: 4 * hidden, Encoding.INT8: hidden + 4}.get(encoding, 2 * hidden)
+
+
+def encode_states(states: Tensor, encoding: Encoding) -> pb.Tensor:
+    """(n, hidden) boundary states of any number format, as they go on the wire."""
+    import torch
+
+    message = pb.Tensor(encoding=_ENCODINGS[encoding], rows=states.shape[0])
+    if encoding is Encoding.INT8:
+        values = states.float()
+        scales = values.abs().amax(-1).clamp_(min=1e-30).div_(127.0)
+        states = (values / scales[:, None]).round_().to(torch.int8)
+        message.scales.extend(scales.tolist())
+    else:
+        dtype = {Encoding.F32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.F16: torch.float16}[encoding]
+        states = states.to(dtype).contiguous()
+    message.data = states.cpu().view(torch.uint8).numpy().tobytes()
+    return message
+
+
+def decode_states(message: pb.Tensor, hidden: int, encoding: Encoding, like: Tensor) -> Tensor:
+    """(n, hidden) boundary states in the number format and on the device of `like`.
+
+    Raises:
+        WireError: another encoding than the handshake's, or a size that does not match.
+    """
+    import torch
+
+    if message.encoding != _ENCODINGS[encoding]:
+        found = pb.Encoding.Name(message.encoding) if message.encoding in pb.Encoding.values() else message.encoding
+        raise WireError(f"states are encoded as {found}; the handshake said {encoding.value}")
+    rows, data = message.rows, message.data
+    kind: Any = {Encoding.F32: np.float32, Encoding.BF16: np.int16, Encoding.F16: np.float16, Encoding.INT8: np.int8}[encoding]
+    itemsize = np.dtype(kind).itemsize
+    if len(data) != rows * hidden * itemsize:
+        raise WireError(f"{len(data)} bytes of states for {rows} positions of {hidden} values as {encoding.value}")
+    states = torch.from_numpy(np.frombuffer(bytearray(data), dtype=kind)).view(rows, hidden)
+    if encoding is Encoding.BF16:
+        states = states.view(torch.bfloat16)
+    elif encoding is Encoding.INT8:
+        if len(message.scales) != rows:
+            raise WireError(f"{len(message.scales)} scales for {rows} positions")
+        states = states.float() * torch.tensor(message.scales)[:, None]
+    return states.to(like.device, like.dtype)
+
+
+def block_to_pb(block: Block, encoding: Encoding) -> pb.SessionRequest:
+    """A block as it goes on the wire."""
+    return pb.SessionRequest(
+        block=pb.Block(
+            start=block.start,
+            token_ids=block.token_ids,
+            wants=[p - block.start for p in block.wants],
+            states=encode_states(block.states, encoding),
+        )
+    )
+
+
+def block_from_pb(message: pb.Block, hidden: int, encoding: Encoding, like: Tensor) -> Block:
+    """A block off the wire; `like` gives number format and device.
+
+    Raises:
+        WireError: sizes that contradict each other.
+    """
+    states = decode_states(message.states, hidden, encoding, like)
+    if not message.token_ids:
+        raise WireError("a block without positions")
+    wants = tuple(message.start + offset for offset in message.wants)
+    if any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
+        raise WireError(f"wanted positions {wants} do not ascend")
+    return Block(message.start, states, tuple(message.token_ids), wants)
+
+
+# ---- sessions ----
+
+
+def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
+    """A handshake as it goes on the wire."""
+    return pb.SessionRequest(
+        open=pb.Open(
+            protocol=PROTOCOL,
+            family=opening.family,
+            first_layer=opening.first_layer,
+            hidden_size=opening.hidden_size,
+            encoding=_ENCODINGS[opening.encoding],
+            max_positions=opening.max_positions,
+            prompt_length=opening.prompt_length,
+            sampling=_sampling_to_pb(opening.sampling),
+            policy=pb.Policy(
+                mode=_MODES[opening.policy.mode],
+                thresholds=opening.policy.thresholds,
+                deepest=opening.policy.deepest,
+                draft=opening.policy.draft,
+            ),
+        )
+    )
+
+
+def open_from_pb(message: pb.Open) -> SessionOpen:
+    """A handshake off the wire.
+
+    Raises:
+        WireError: an enum value that this version does not know.
+    """
+    policy = message.policy
+    return SessionOpen(
+        family=message.family,
+        first_layer=message.first_layer,
+        hidden_size=message.hidden_size,
+        encoding=_known(_ENCODINGS, message.encoding, pb.Encoding),
+        max_positions=message.max_positions,
+        prompt_length=message.prompt_length,
+        sampling=_sampling_from_pb(message.sampling),
+        policy=Policy(
+            _known(_MODES, policy.mode, pb.Mode), dict(policy.thresholds), policy.deepest, policy.draft
+        ),
+    )
+
+
+def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
+    """A verdict as it goes on the wire."""
+    return pb.SessionReply(
+        verdict=pb.Verdict(
+            decisions=[
+                pb.Decision(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
+                for d in verdict.decisions
+            ],
+            hops=[_copy(hop, pb.Hop()) for hop in verdict.hops],
+            elapsed_s=elapsed_s,
+        )
+    )
+
+
+def verdict_from_pb(message: pb.Verdict) -> Verdict:
+    """A verdict off the wire."""
+    return Verdict(
+        tuple(Decision(d.token, d.exit, d.confidence, _known(_REASONS, d.reason, pb.Reason)) for d in message.decisions),
+        tuple(_make(Hop, hop) for hop in message.hops),
+    )
+
+
+# ---- requests of users ----
+
+
+def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
+    """A user's request as it goes on the wire."""
+    message = pb.GenerateRequest(sampling=_sampling_to_pb(request.sampling), routing=pb.Routing(draft=request.draft))
+    if isinstance(request.prompt, str):
+        setattr(message, "raw" if request.raw else "text", request.prompt)
+    elif request.prompt and isinstance(request.prompt[0], int):
+        message.token_ids.ids.extend(i for i in request.prompt if isinstance(i, int))
+    else:
+        message.messages.SetInParent()
+        for turn in request.prompt:
+            assert isinstance(turn, tuple)
+            message.messages.messages.add(role=turn[0], content=turn[1])
+    if (routing := request.routing) is not None:
+        message.routing.MergeFrom(
+            pb.Routing(
+                mode=_MODES[routing.mode],
+                exit=routing.exit,
+                threshold=routing.threshold,
+                thresholds=routing.thresholds,
+                draft=routing.draft,
+            )
+        )
+    return message
+
+
+def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
+    """A user's request off the wire."""
+    kind = message.WhichOneof("prompt")
+    prompt: str | tuple[tuple[str, str], ...] | tuple[int, ...]
+    if kind == "messages":
+        prompt = tuple((turn.role, turn.content) for turn in message.messages.messages)
+    elif kind == "token_ids":
+        prompt = tuple(message.token_ids.ids)
+    else:
+        prompt = message.raw if kind == "raw" else message.text
+    routing = None
+    if message.routing.mode:
+        given = message.routing
+        routing = Routing(
+            mode=_known(_MODES, given.mode, pb.Mode),
+            exit=given.exit if given.HasField("exit") else None,
+            threshold=given.threshold if given.HasField("threshold") else None,
+            thresholds=dict(given.thresholds) or None,
+            draft=given.draft,
+        )
+    draft = message.routing.draft if message.routing.HasField("draft") else None
+    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing, draft)
+
+
+def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
+    """A piece of an answer as it goes on the wire."""
+    if isinstance(event, Token):
+        token = pb.Token(
+            id=event.id,
+            text=event.text,
+            exit=event.exit,
+            node=event.node,
+            confidence=event.confidence,
+            reason=_REASONS[event.reason],
+        )
+        return pb.GenerateReply(tokens=[token])
+    stats = _copy(event.stats, pb.Stats(), skip=("hops",))
+    stats.hops.extend(_copy(hop, pb.Hop()) for hop in event.stats.hops)
+    return pb.GenerateReply(final=pb.Final(finish_reason=_FINISHES[event.finish_reason], text=event.text, stats=stats))
+
+
+def reply_from_pb(message: pb.GenerateReply) -> list[Token | Final]:
+    """Pieces of an answer off the wire."""
+    events: list[Token | Final] = [
+        Token(t.id, t.text, t.exit, t.node, t.confidence, _known(_REASONS, t.reason, pb.Reason)) for t in message.tokens
+    ]
+    if message.HasField("final"):
+        final = message.final
+        stats = _make(Stats, final.stats, hops=tuple(_make(Hop, hop) for hop in final.stats.hops))
+        events.append(Final(_known(_FINISHES, final.finish_reason, pb.FinishReason), final.text, stats))
+    return events
+
+
+def status_to_pb(status: NodeStatus) -> pb.StatusReply:
+    """A node's status as it goes on the wire."""
+    return _copy(status, pb.StatusReply())
+
+
+def status_from_pb(message: pb.StatusReply) -> NodeStatus:
+    """A node's status off the wire."""
+    return _make(NodeStatus, message, exits=tuple(message.exits))
+
+
+def _sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
+    message = _copy(params, pb.SamplingParams(), skip=("eos_token_ids",))
+    if params.eos_token_ids is not None:
+        message.eos_token_ids.SetInParent()
+        message.eos_token_ids.ids.extend(params.eos_token_ids)
+    return message
+
+
+def _sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    return _make(
+        SamplingParams,
+        message,
+        stop=tuple(message.stop),
+        eos_token_ids=tuple(message.eos_token_ids.ids) if message.HasField("eos_token_ids") else None,
+        seed=message.seed if message.HasField("seed") else None,
+    )
+
+
+def _copy(value: Any, message: M, skip: tuple[str, ...] = ()) -> M:
+    """Fill a message from a dataclass whose fields have the same names."""
+    for f in fields(value):
+        item = getattr(value, f.name)
+        if f.name in skip or item is None:
+            continue
+        if isinstance(item, tuple):
+            getattr(message, f.name).extend(item)
+        else:
+            setattr(message, f.name, item)
+    return message
+
+
+def _make(kind: Callable[..., D], message: Message, **other: Any) -> D:
+    """A dataclass from a message whose fields have the same names."""
+    names = [f.name for f in fields(kind) if f.name not in other]  # type: ignore[arg-type]
+    return kind(**{name: getattr(message, name) for name in names}, **other)
+
+
+def _known(table: dict[D, int], value: int, enum: Any) -> D:
+    for key, number in table.items():
+        if number == value:
+            return key
+    raise WireError(f"{enum.DESCRIPTOR.name} is {value}, which this version does not know")

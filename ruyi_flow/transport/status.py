@@ -1,0 +1,66 @@
+"""gRPC statuses and this package's exceptions: one table, both ways."""
+
+from __future__ import annotations
+
+import grpc
+
+from ruyi_flow.errors import (
+    CapacityError,
+    ContextLengthError,
+    DeadlineExceeded,
+    HandshakeError,
+    NodeError,
+    NodeFault,
+    NodeUnavailable,
+    RequestCancelled,
+    RequestError,
+    RuyiFlowError,
+    WireError,
+)
+
+__all__ = ["NODE_KEY", "STATUS_OF", "error_of", "status_of"]
+
+STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
+    RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    ContextLengthError: grpc.StatusCode.OUT_OF_RANGE,
+    HandshakeError: grpc.StatusCode.FAILED_PRECONDITION,
+    CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    NodeUnavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    RequestCancelled: grpc.StatusCode.CANCELLED,
+    WireError: grpc.StatusCode.DATA_LOSS,
+    NodeFault: grpc.StatusCode.INTERNAL,
+}
+"""Each exception that can cross the wire, and its status; no two share one."""
+
+NODE_KEY = "ruyi-flow-node"
+"""Trailing metadata: the node that an error is about. Its absence means that gRPC itself made the status."""
+
+_ERROR_OF = {status: error for error, status in STATUS_OF.items()}
+
+
+def status_of(error: RuyiFlowError) -> grpc.StatusCode:
+    """The status that tells a caller of this exception."""
+    for kind in type(error).__mro__:
+        if kind in STATUS_OF:
+            return STATUS_OF[kind]
+    return grpc.StatusCode.INTERNAL
+
+
+def error_of(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiFlowError:
+    """The exception that a failed call to a node means."""
+    code, details = error.code(), error.details() or ""
+    about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
+    kind = _ERROR_OF.get(code, NodeFault)
+    if about is not None:  # the node, or one beyond it, said so itself
+        return kind(details, node=str(about)) if issubclass(kind, NodeError) else kind(details)
+    peer = f"node {node!r} at {address}"
+    if kind is NodeUnavailable:
+        return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
+    if kind is DeadlineExceeded:
+        return DeadlineExceeded(f"{peer} gave no answer before the deadline", node=node)
+    if kind is CapacityError:
+        return CapacityError(f"{peer} refused a message that is larger than it takes ({details})", node=node)
+    if kind is RequestCancelled:
+        return RequestCancelled(f"the call to {peer} was cancelled", node=node)
+    return NodeFault(f"{peer} failed: {code.name} {details}", node=node)
