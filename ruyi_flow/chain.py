@@ -1,7 +1,7 @@
 """The one loop, at every depth: run, look, answer what is sure, escalate the rest, rewind to what it decided.
 
-A `Chain` is a node's consecutive stages and, where there is one, the stage beyond them, which may be on another machine.
-It is itself a `Stage`. Only the entry node's chain `propose`s: it drafts with its first branch.
+A `Chain` is a node's consecutive stages and, where there is one, the stage beyond them, which may be on another
+machine. It is itself a `Stage`. Only the entry node's chain `propose`s: it drafts with its first branch.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+_WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width; rich would take 80 and cut the tables
+out = Console(width=_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 _COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 _DEFAULT_TOPOLOGY = Path("configs/local.yaml")
@@ -61,16 +62,24 @@ TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens with 
 PenaltyOption = Annotated[float, typer.Option(help="Above 1 discourages tokens that are there already.")]
 NgramOption = Annotated[int, typer.Option(help="Never repeat an n-gram of this size; 0 is off.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of the sampling noise; left out: a new one, shown in the figures.")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Of the sampling noise; left out: a new one, shown in the figures.")
+]
 RawOption = Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")]
 TimeoutOption = Annotated[float, typer.Option(help="Deadline of the whole answer, in seconds.")]
 
 
 @app.command()
 def pull(
-    source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder, or a .gguf file.")],
-    name: Annotated[str | None, typer.Option(help="Its name in the store; left out: the last part of the source.")] = None,
-    exits: Annotated[str | None, typer.Option(help="Exits to give to an ordinary checkpoint, for instance 5,11,17.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder, or a .gguf file.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Its name in the store; left out: the last part of the source.")
+    ] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="Exits to give to an ordinary checkpoint, for instance 5,11,17.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +109,10 @@ def pull(
         return
     sizes = ", ".join(f"{p}: {n / 1e6:,.0f}M" for p, n in facts["parameters"].items())  # type: ignore[attr-defined]
     word = "pulled" if facts["new"] else "is there already:"
-    out.print(f"{folder.name} {word} {escape(str(folder))} ({facts['seconds']} s; parameters at its exits: {sizes})", soft_wrap=True)
+    out.print(
+        f"{folder.name} {word} {escape(str(folder))} ({facts['seconds']} s; parameters at its exits: {sizes})",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -109,7 +121,7 @@ def shard(
     output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; one folder a node below it.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Cut a family into one shard a node: a folder with one safetensors file, config.json, and for the entry the tokenizer.
+    """Cut a family into one shard a node: one safetensors file, config.json, and for the entry node the tokenizer.
 
     Copy each folder to its machine and name it there as the node's 'shard' in the topology.
     """
@@ -144,8 +156,8 @@ def node(
 ) -> None:
     """Run one node of a topology as a daemon.
 
-    SIGTERM or Ctrl-C drains it: no new sessions, the running ones get the node's grace time; a second one ends it at once.
-    The standard gRPC health service answers for '' and 'ruyi_flow.v1.Node'.
+    SIGTERM or Ctrl-C drains it: no new sessions, the running ones get the node's grace time. A second one ends it at
+    once.     The standard gRPC health service answers for '' and 'ruyi_flow.v1.Node'.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -243,7 +255,9 @@ def demo(
             async with AsyncClient(loaded) as client:
                 out.print(_status_table(await client.status()))
                 out.print(f"[bold]> {escape(_prompt(prompt))}[/bold]")
-                answer = asyncio.ensure_future(_show(client, loaded, _prompt(prompt), {"max_new_tokens": max_new_tokens}))
+                answer = asyncio.ensure_future(
+                    _show(client, loaded, _prompt(prompt), {"max_new_tokens": max_new_tokens})
+                )
                 stopping = asyncio.ensure_future(stop.wait())
                 await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 stopping.cancel()
@@ -255,8 +269,8 @@ def demo(
         out.print(_stats_table(final.stats))
         if loaded.family == store.DEMO:
             out.print(
-                "The early branches of this demo family are not trained yet: mode 'exact' lets the last branch decide every "
-                f"token, and it accepted {final.stats.accepted} of the {final.stats.drafted} tokens that the device drafted.",
+                "The early branches of this demo family are not trained yet: mode 'exact' lets the last branch decide "
+                f"every token; {final.stats.accepted} of the {final.stats.drafted} drafts of the device held.",
             )
 
     asyncio.run(run())
@@ -281,7 +295,9 @@ def generate(
     seed: SeedOption = None,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also list every token with who decided it and why.")] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Also list every token with who decided it and why.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt with the running nodes of a topology; tokens are coloured by the tier that decided them."""
@@ -356,7 +372,7 @@ def chat(
                 messages.pop()
                 continue
             finally:
-                events.close()  # type: ignore[attr-defined]
+                events.close()
             out.print()
             messages.append({"role": "assistant", "content": answer})
             if final is not None:
@@ -368,7 +384,9 @@ def status(topology: TopologyOption = _DEFAULT_TOPOLOGY, as_json: JsonOption = F
     """What every node of a topology holds, its sessions, memory and health. Exit status 1 when one is down."""
     loaded = Topology.load(topology)
     if loaded.entry.address is None:
-        raise ConfigError(f"{topology}: its one node has no address, so it runs inside its clients; there is nothing to ask")
+        raise ConfigError(
+            f"{topology}: its one node has no address, so it runs inside its clients; there is nothing to ask"
+        )
 
     async def run() -> dict[str, NodeStatus | NodeError]:
         from ruyi_flow.client import AsyncClient
@@ -378,7 +396,9 @@ def status(topology: TopologyOption = _DEFAULT_TOPOLOGY, as_json: JsonOption = F
 
     answers = asyncio.run(run())
     if as_json:
-        _print_json({n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()})
+        _print_json(
+            {n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()}
+        )
     else:
         out.print(_status_table(answers))
     if any(isinstance(answer, NodeError) for answer in answers.values()):
@@ -496,7 +516,12 @@ async def _show(client: Any, topology: Topology, prompt: str, options: dict[str,
 
 def _spinner(what: str, quiet: bool = False) -> Progress:
     progress = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True, disable=quiet
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=quiet,
     )
     progress.add_task(what, total=None)
     return progress
@@ -507,7 +532,12 @@ class _bar:
 
     def __init__(self, what: str, quiet: bool = False) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True, disable=quiet
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+            disable=quiet,
         )
         self._task = self._progress.add_task(what, total=1.0)
 
@@ -559,7 +589,9 @@ def _token_table(topology: Topology, tokens: list[Token]) -> Table:
 
 def _stats_table(stats: Stats) -> Table:
     n = max(1, stats.new_tokens)
-    table = Table("node", "compute ms/token", "queue ms/token", "wire ms/token", "messages", "positions", "bytes up", "bytes down")
+    table = Table(
+        "node", "compute", "queue", "wire", "blocks", "positions", "bytes up", "down", title="ms a token, by node"
+    )
     for hop in stats.hops:
         times = (f"{1000 * seconds / n:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
         counts = (f"{count:,}" for count in (hop.messages, hop.positions, hop.bytes_up, hop.bytes_down))
@@ -572,25 +604,27 @@ def _figures(stats: Stats) -> str:
     up = sum(hop.bytes_up for hop in stats.hops)
     drafts = f", {stats.accepted} of {stats.drafted} drafts held" if stats.drafted else ""
     return (
-        f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, then {1000 * stats.token_s:.1f} ms each"
-        f" · {stats.escalations} escalations{drafts} · {up:,} bytes up · seed {stats.seed}"
+        f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, "
+        f"then {1000 * stats.token_s:.1f} ms each · {stats.escalations} escalations{drafts} · "
+        f"{up:,} bytes up · seed {stats.seed}"
     )
 
 
 def _status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
-    table = Table("node", "state", "exits", "layers", "M params", "MB tensors", "MB resident", "sessions", "positions", "next")
+    table = Table("node", "state", "exits", "layers", "params", "MB (tensors)", "sessions", "positions", "next")
+    table.columns[0].no_wrap = True
     for name, s in answers.items():
         if isinstance(s, NodeError):
-            table.add_row(name, Text("down", style="red"), *[""] * 7, Text(str(s), style="red"))
+            table.add_row(name, Text("down", style="red"))
+            table.caption = Text(f"{table.caption or ''}\n{s}".strip(), style="red")
             continue
         table.add_row(
-            f"{s.node} ({s.tier})" if s.tier != s.node else s.node,
+            s.node if s.tier == s.node else f"{s.node} ({s.tier})",
             s.state,
             _join(s.exits),
-            f"{s.first_layer}-{s.last_layer} {s.dtype}",
-            f"{s.parameters / 1e6:,.1f}",
-            f"{s.tensor_bytes / 1e6:,.0f}",
-            f"{s.resident_bytes / 1e6:,.0f}",
+            f"{s.first_layer}-{s.last_layer}",
+            f"{s.parameters / 1e6:,.1f}M",
+            f"{s.resident_bytes / 1e6:,.0f} ({s.tensor_bytes / 1e6:,.0f})",
             f"{s.sessions}/{s.max_sessions}",
             f"{s.used_positions}/{s.max_positions}",
             f"{s.next_node} {s.next_state}",

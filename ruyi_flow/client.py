@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -110,24 +110,35 @@ class AsyncClient:
             NodeError: a node that cannot serve it now.
         """
         tokens: list[Token] = []
-        async with aclosing(self._events(prompt, options)) as events:
+        async with aclosing(self.events(prompt, **options)) as events:
             async for event in events:
                 if isinstance(event, Final):
                     return Reply(event.text, tuple(tokens), event.finish_reason, event.stats)
                 tokens.append(event)
         raise NodeError("the answer ended in the middle")
 
-    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Token]:
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Token, None]:
         """Answer a prompt token by token; takes what `generate` takes."""
-        async with aclosing(self._events(prompt, options)) as events:
+        async with aclosing(self.events(prompt, **options)) as events:
             async for event in events:
                 if isinstance(event, Token):
                     yield event
 
-    async def events(self, prompt: Prompt, **options: Any) -> AsyncIterator[Token | Final]:
-        """Answer a prompt token by token, with one `Final` (text and figures) at the end."""
-        async with aclosing(self._events(prompt, options)) as events:
+    async def events(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Token | Final, None]:
+        """Answer a prompt token by token, then one `Final` with text and figures; takes what `generate` takes."""
+        timeout_s = float(options.pop("timeout_s", self._timeout_s))
+        request = _request(prompt, options)
+        if self._local is None:
+            entry = self._peers[self.topology.entry.name]
+            async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
+                async for event in events:
+                    yield event
+            return
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        async with aclosing(self._local.generate(request, timeout_s)) as events:
             async for event in events:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise DeadlineExceeded(f"no whole answer within {timeout_s:g} s")
                 yield event
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
@@ -143,22 +154,6 @@ class AsyncClient:
 
         answers = await asyncio.gather(*(ask(peer) for peer in self._peers.values()))
         return dict(zip(self._peers, answers, strict=True))
-
-    async def _events(self, prompt: Prompt, options: dict[str, Any]) -> AsyncIterator[Token | Final]:
-        timeout_s = float(options.pop("timeout_s", self._timeout_s))
-        request = _request(prompt, options)
-        if self._local is None:
-            entry = self._peers[self.topology.entry.name]
-            async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
-                async for event in events:
-                    yield event
-            return
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        async with aclosing(self._local.generate(request, timeout_s)) as events:
-            async for event in events:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise DeadlineExceeded(f"no whole answer within {timeout_s:g} s")
-                yield event
 
 
 class Client:
@@ -202,11 +197,11 @@ class Client:
 
         return self._running().call(call)
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Token]:
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Token, None, None]:
         """See `AsyncClient.stream`."""
         return self._iterate(self._async.stream(prompt, **options))
 
-    def events(self, prompt: Prompt, **options: Any) -> Iterator[Token | Final]:
+    def events(self, prompt: Prompt, **options: Any) -> Generator[Token | Final, None, None]:
         """See `AsyncClient.events`."""
         return self._iterate(self._async.events(prompt, **options))
 
@@ -218,7 +213,7 @@ class Client:
 
         return self._running().call(call)
 
-    def _iterate(self, events: AsyncIterator[Any]) -> Iterator[Any]:
+    def _iterate(self, events: AsyncGenerator[Any, None]) -> Generator[Any, None, None]:
         portal = self._running()
         try:
             while True:
@@ -227,7 +222,7 @@ class Client:
                 except StopAsyncIteration:
                     return
         finally:  # also when the caller stops in the middle: the nodes' caches are freed at once
-            portal.call(events.aclose)  # type: ignore[attr-defined]
+            portal.call(events.aclose)
 
     def _running(self) -> BlockingPortal:
         if self._portal is None:
@@ -271,6 +266,8 @@ def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ..
     turns = []
     for item in items:
         if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
-            raise RequestError('a message is {"role": …, "content": …}; a prompt is a text, a list of those, or token ids')
+            raise RequestError(
+                'a message is {"role": …, "content": …}; a prompt is a text, a list of those, or token ids'
+            )
         turns.append((str(item["role"]), str(item["content"])))
     return tuple(turns)

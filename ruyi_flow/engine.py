@@ -62,7 +62,9 @@ class Engine:
             ConfigError, CheckpointError: what is wrong with the topology or the files.
         """
         node = topology.node(name)
-        checkpoint = Checkpoint(node.shard or store.locate(topology.family), topology.exits if node.shard is None else None)
+        checkpoint = Checkpoint(
+            node.shard or store.locate(topology.family), topology.exits if node.shard is None else None
+        )
         topology.check_family(checkpoint.config.exits, where=where)
         missing = [p for p in node.exits if p not in checkpoint.exits]
         if missing:
@@ -71,9 +73,9 @@ class Engine:
                 f"not {missing[0]}; cut it again (ruyi-flow shard)"
             )
         worker = ThreadWorker(node.threads)
-        model = load_slice(
-            checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=node.device, progress=progress
-        )
+        model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=node.device, progress=progress)
+        _ = checkpoint.fingerprint, checkpoint.eos_token_ids  # read while the files are open
+        checkpoint.close()
         limits = node.limits
         shard = Shard(model, max_positions=limits.max_positions, max_sessions=limits.max_sessions)
         return cls(topology, name, checkpoint, shard, worker)
@@ -93,9 +95,12 @@ class Engine:
                     node=self.name,
                 )
         policy = opening.policy
-        if policy.deepest not in config.exits or any(p not in policy.thresholds for p in config.exits if p < policy.deepest):
+        if policy.deepest not in config.exits or any(
+            p not in policy.thresholds for p in config.exits if p < policy.deepest
+        ):
             raise HandshakeError(
-                f"the caller's policy is for exits {[*policy.thresholds, policy.deepest]}, the family's are {list(config.exits)}",
+                f"the caller's policy is for exits {[*policy.thresholds, policy.deepest]}; "
+                f"the family's are {list(config.exits)}",
                 node=self.name,
             )
         return self._open(opening, timeout_s), self.shard.memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class Entry:
         self._routing = Routing(**dict(topology.policy))
         self._node_of = {p: node.name for node in topology.nodes for p in node.exits}
 
-    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncIterator[Token | Final]:
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
         """Answer a request: tokens as they are decided, then one `Final`.
 
         Raises:
@@ -52,7 +52,8 @@ class Entry:
         context = self.engine.checkpoint.config.max_positions
         if len(prompt) >= context:
             raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the family's context of {context}; shorten it"
+                f"the prompt has {len(prompt)} tokens, which leaves no room in the family's context of {context}; "
+                "shorten it"
             )
         given = request.sampling
         params = replace(
@@ -124,7 +125,9 @@ class Entry:
                 raise RequestError(f"token ids must be 0 … {vocab - 1}")
             return ids
         if self.tokenizer is None:
-            raise RequestError(f"family {self.engine.topology.family!r} has no tokenizer.json; give token ids as the prompt")
+            raise RequestError(
+                f"family {self.engine.topology.family!r} has no tokenizer.json; give token ids as the prompt"
+            )
         if isinstance(prompt, str) and request.raw:
             return list(self.tokenizer(prompt)["input_ids"])
         turns = [("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, tuple)]
@@ -152,7 +155,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the configs' and the tokenizer's, and the one that ends a turn in the chat template."""
+    """The tokens that end an answer: the configs', the tokenizer's, and the one that ends a turn in the template."""
     ids = list(checkpoint.eos_token_ids)
     if tokenizer is not None:
         if tokenizer.eos_token_id is not None:
@@ -202,7 +205,9 @@ class _Text:
                 break
             shown = piece[: max(0, certain - self._released)]
             tokens.append(
-                Token(decision.token, shown, decision.exit, node_of[decision.exit], decision.confidence, decision.reason)
+                Token(
+                    decision.token, shown, decision.exit, node_of[decision.exit], decision.confidence, decision.reason
+                )
             )
             self._released = end
             del self._pending[0]

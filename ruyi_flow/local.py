@@ -1,4 +1,4 @@
-"""A whole family in one process, without event loop or network: the oracle that every distributed run is compared with."""
+"""A whole family in one process, without event loop or network: the oracle for every distributed run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from ruyi_flow.runtime.worker import InlineWorker
 from ruyi_flow.types import Mode, SamplingParams
 
 __all__ = ["Family", "load_family"]
-
 
 
 class Family:
@@ -78,8 +77,8 @@ class Family:
             min_new_tokens: no end of sequence before this many. None lets a row end at any time when the family says
                 how its answers end (generation_config.json); a bare checkpoint has no such file, and its rows get
                 exactly `max_new_tokens`.
-            options: other fields of `SamplingParams` (temperature, top_k, …), and of `Routing` (mode, threshold, draft);
-                no drafts by default.
+            options: other fields of `SamplingParams` (temperature, top_k, …) and of `Routing` (mode, threshold,
+                draft); no drafts by default.
 
         Returns:
             (batch, new) token ids; a row that ended earlier is filled up with the token that ended it.
@@ -88,15 +87,18 @@ class Family:
             RequestError: an option or an exit that cannot be.
         """
         ids = _two_dimensional(input_ids)
-        routing_options = {k: options.pop(k) for k in ("mode", "threshold", "thresholds", "draft") if k in options}
+        routing_options: dict[str, Any] = {
+            k: options.pop(k) for k in ("mode", "threshold", "thresholds", "draft") if k in options
+        }
         mode = Mode(routing_options.pop("mode", Mode.FIXED))
         chosen = self._exit(exit) if mode is Mode.FIXED else exit
         policy = Policy.resolve(Routing(**({"draft": 0} | routing_options), mode=mode, exit=chosen), self.exits)
         if min_new_tokens is None:
             min_new_tokens = 0 if (self.checkpoint.folder / "generation_config.json").exists() else max_new_tokens
         try:
+            given: dict[str, Any] = {"eos_token_ids": end_tokens(self.checkpoint, self.tokenizer), "seed": 0} | options
             params = SamplingParams(
-                **({"eos_token_ids": end_tokens(self.checkpoint, self.tokenizer), "seed": 0} | options),
+                **given,
                 max_new_tokens=max_new_tokens,
                 min_new_tokens=min_new_tokens,
             )
@@ -114,7 +116,11 @@ class Family:
             self._shard = Shard(self.model, max_positions=max(2048, size), max_sessions=1)
         chain = Chain(self._shard.open(policy, params, len(prompt), size), InlineWorker(), "local")
         try:
-            return [d.token for settled in await _collect(decode(chain, prompt, params.max_new_tokens)) for d in settled.decisions]
+            return [
+                d.token
+                for settled in await _collect(decode(chain, prompt, params.max_new_tokens))
+                for d in settled.decisions
+            ]
         finally:
             await chain.close()
 

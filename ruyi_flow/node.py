@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from ruyi_flow.engine import Engine
 from ruyi_flow.entry import Entry
@@ -13,6 +14,9 @@ from ruyi_flow.errors import RequestError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Node", "serve"]
 
@@ -30,15 +34,17 @@ class Node:
         self.engine, self.name = engine, engine.name
         self._entry = Entry(engine) if engine.shard.is_entry else None
 
-    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, object]:
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
         """See `transport.server.Service`."""
         return await self.engine.open_session(opening, timeout_s)
 
-    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncIterator[Token | Final]:
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
         """See `transport.server.Service`."""
         if self._entry is None:
             entry = self.engine.topology.entry
-            raise RequestError(f"node {self.name!r} has no embedding; send requests to {entry.name!r} at {entry.address}")
+            raise RequestError(
+                f"node {self.name!r} has no embedding; send requests to {entry.name!r} at {entry.address}"
+            )
         async for event in self._entry.generate(request, timeout_s):
             yield event
 
@@ -65,10 +71,12 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
         engine.draining = True
         await server.refuse()
         deadline = asyncio.get_running_loop().time() + node.limits.grace_s
-        while engine.shard.sessions and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        while engine.shard.sessions and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # sessions end on the compute thread, which sets no event
         if engine.shard.sessions:
-            logger.warning("%d sessions did not end within %g s; ending them", len(engine.shard.sessions), node.limits.grace_s)
+            logger.warning(
+                "%d sessions did not end within %g s; ending them", len(engine.shard.sessions), node.limits.grace_s
+            )
         await server.stop()
         await engine.close()
         engine.shard.check_integrity()

@@ -69,7 +69,7 @@ def tiny_family(
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * (1.5 / shape[-1] ** 0.5)
+        return torch.randn(shape, generator=generator).mul_(1.5 / shape[-1] ** 0.5)
 
     tensors = {"model.embed_tokens.weight": random(v, h) * 4}
     layers = [f"model.layers.{i}" for i in range(num_layers)]
@@ -154,8 +154,9 @@ class Cluster:
 
     async def settle(self, timeout_s: float = 5.0) -> None:
         """Wait until no node holds a session, then `check_idle`."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while any(e.shard.sessions for e in self.engines.values()) and asyncio.get_running_loop().time() < deadline:
+        for _ in range(int(timeout_s / 0.005)):
+            if not any(engine.shard.sessions for engine in self.engines.values()):
+                break
             await asyncio.sleep(0.005)
         self.check_idle()
 
@@ -244,7 +245,7 @@ class Relay:
                 due, data = await queue.get()
                 if (wait := due - loop.time()) > 0:
                     await asyncio.sleep(wait)
-                while self.frozen:
+                while self.frozen:  # noqa: ASYNC110 (a plain attribute is the simpler switch)
                     await asyncio.sleep(0.01)
                 if not data:
                     break

@@ -131,9 +131,7 @@ class Topology(_Model):
         return topology.model_copy(
             update={
                 "family": _resolve_folder(topology.family, base),
-                "nodes": tuple(
-                    n.model_copy(update={"shard": n.shard and (base / n.shard)}) for n in topology.nodes
-                ),
+                "nodes": tuple(n.model_copy(update={"shard": n.shard and (base / n.shard)}) for n in topology.nodes),
             }
         )
 
@@ -220,8 +218,8 @@ class Topology(_Model):
                 if p <= last:
                     fail(
                         f"nodes.{i}.exits",
-                        f"{list(node.exits)} does not go on from exit {last}; list nodes and exits from shallow to deep, "
-                        "each exit once",
+                        f"{list(node.exits)} does not go on from exit {last}; "
+                        "list nodes and exits from shallow to deep, each exit once",
                     )
                 last = p
         if len(self.nodes) > 1:
@@ -230,7 +228,10 @@ class Topology(_Model):
                 if node.address is None:
                     fail(f"nodes.{i}.address", f"node {node.name!r} has none; with several nodes each needs host:port")
                 elif node.address in seen and not node.address.endswith(":0"):
-                    fail(f"nodes.{i}.address", f"{node.address} is taken by nodes.{seen[node.address]}; pick another port")
+                    fail(
+                        f"nodes.{i}.address",
+                        f"{node.address} is taken by nodes.{seen[node.address]}; pick another port",
+                    )
                 else:
                     seen[str(node.address)] = i
         for i, link in enumerate(self.links):
@@ -240,7 +241,8 @@ class Topology(_Model):
             if names.index(link.target) != names.index(link.source) + 1:
                 fail(
                     f"links.{i}",
-                    f"{link.source} → {link.target} skips or goes back; a link leads from a node to the next deeper one",
+                    f"{link.source} → {link.target} skips or goes back; "
+                    "a link leads from a node to the next deeper one",
                 )
             if any((link.source, link.target) == (other.source, other.target) for other in self.links[:i]):
                 fail(f"links.{i}", f"{link.source} → {link.target} is there twice; keep one")

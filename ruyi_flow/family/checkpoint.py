@@ -1,8 +1,8 @@
 """Checkpoint files: read Ruyi and Hugging Face folders and GGUF, fill slices of a family, cut shards.
 
 Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors keep the
-published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`); an ordinary checkpoint with exits given
-to it answers to the same names, with copies of its trunk layers as branches.
+published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`); an ordinary checkpoint with exits
+given to it answers to the same names, with copies of its trunk layers as branches.
 """
 
 from __future__ import annotations
@@ -131,6 +131,10 @@ class Checkpoint:
         tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
         return tensor
 
+    def close(self) -> None:
+        """Let go of the mapped files; tensors that were copied out stay."""
+        self._files.clear()
+
     @property
     def _layer_tensors(self) -> list[str]:
         config = self.config
@@ -166,7 +170,7 @@ class Checkpoint:
         else:
             files = [_WEIGHTS]
         self._metadata: dict[str, str] = {}
-        file_of = {}
+        file_of: dict[str, str] = {}
         for file in files:
             path = self.folder / file
             if not path.exists():
@@ -176,15 +180,18 @@ class Checkpoint:
             try:
                 handle = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+                raise CheckpointError(
+                    f"{path}: truncated or not a safetensors file ({error}); fetch it again"
+                ) from None
             self._files[file] = handle
             self._metadata |= handle.metadata() or {}
-            file_of |= dict.fromkeys(handle.keys(), file)
+            file_of |= {str(name): file for name in handle.keys()}
         return file_of
 
     def _first_values(self, name: str) -> Tensor:
         stored = self._stored_name(name)
-        self.tensor(name) if stored not in self._file_of else None
+        if stored not in self._file_of:
+            self.tensor(name)  # raises
         part = self._files[self._file_of[stored]].get_slice(stored)
         shape: list[int] = part.get_shape()
         first: Tensor = part[:1] if len(shape) > 1 else part[:]
@@ -252,18 +259,24 @@ def load_slice(
         if config.tied_head and model.embed_tokens is not None:
             head.weight = model.embed_tokens.weight
         else:
-            name = "model.embed_tokens" if config.tied_head else "lm_head" if config.shared_heads else f"lm_head.{config.exits.index(p)}"
+            name = (
+                "model.embed_tokens"
+                if config.tied_head
+                else "lm_head"
+                if config.shared_heads
+                else f"lm_head.{config.exits.index(p)}"
+            )
             read(head, "weight", [f"{name}.weight"])
     step()
-    for i, layer in model.layers.items():
+    for i, layer in enumerate(model.trunk, model.first_layer):
         read_layer(layer, f"model.layers.{i}")
         if packed:
             pack(layer)
         step()
-    for p in model.exits:
-        i, branch = config.exits.index(p), model.branches[str(p)]
-        read_layer(branch.layer, f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{i}")
-        read(branch.norm, "weight", [f"model.norms.{i}.weight"])
+    for p, branch in model.branch_at.items():
+        index = config.exits.index(p)
+        read_layer(branch.layer, f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{index}")
+        read(branch.norm, "weight", [f"model.norms.{index}.weight"])
         if packed:  # a branch computes keys and values alone where its answer is not wanted
             pack(branch, apart=[branch.layer.qkv_proj])
         step()
@@ -380,7 +393,16 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
 
 def _fingerprint(config: FamilyConfig, names: Sequence[str], first_values: Callable[[str], Tensor]) -> str:
     digest = hashlib.sha256(
-        repr((config.base, config.exits, config.num_heads, config.head_dim, config.rms_norm_eps, sorted(config.rope.items()))).encode()
+        repr(
+            (
+                config.base,
+                config.exits,
+                config.num_heads,
+                config.head_dim,
+                config.rms_norm_eps,
+                sorted(config.rope.items()),
+            )
+        ).encode()
     )
     for name in sorted(names):
         tensor = first_values(name)

@@ -61,7 +61,9 @@ class FamilyConfig:
     """config.json as it was read."""
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], *, exits: tuple[int, ...] | None = None, where: str = "config.json") -> FamilyConfig:
+    def parse(
+        cls, raw: Mapping[str, Any], *, exits: tuple[int, ...] | None = None, where: str = "config.json"
+    ) -> FamilyConfig:
         """Read a config.json.
 
         Args:
@@ -94,13 +96,18 @@ class FamilyConfig:
         else:
             points = [int(p) for p in need("early_exit_points")]
             if exits is not None and list(exits) != points:
-                raise CheckpointError(f"{where}: the checkpoint has its own exits {points}; {list(exits)} cannot be given to it")
+                raise CheckpointError(
+                    f"{where}: the checkpoint has its own exits {points}; {list(exits)} cannot be given to it"
+                )
         if points != sorted(set(points)) or points[0] < 1 or points[-1] != num_layers - 1:
             raise CheckpointError(
-                f"{where}: exits {points} must ascend from 1 or more to {num_layers - 1}, the last of {num_layers} layers"
+                f"{where}: exits {points} must ascend from 1 or more to {num_layers - 1}, "
+                f"the last of {num_layers} layers"
             )
         if raw.get("tie_word_embeddings") and not ordinary and not raw.get("shared_heads", False):
-            raise CheckpointError(f"{where}: tie_word_embeddings needs shared_heads: a head per branch cannot be the embedding")
+            raise CheckpointError(
+                f"{where}: tie_word_embeddings needs shared_heads: a head per branch cannot be the embedding"
+            )
         bias = bool(raw.get("attention_bias", False))
         eos = raw.get("eos_token_id")
         return cls(

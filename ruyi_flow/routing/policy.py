@@ -78,7 +78,9 @@ class Policy:
             for p in routing.thresholds:
                 _check_exit(p, exits)
                 if p == deepest:
-                    raise RequestError(f"exit {p} is the last one: it decides whatever comes to it, without a threshold")
+                    raise RequestError(
+                        f"exit {p} is the last one: it decides whatever comes to it, without a threshold"
+                    )
             chosen = {p: float(routing.thresholds.get(p, NEVER)) for p in shallower}
         for p, value in chosen.items():
             if math.isnan(value) or value < 0:

@@ -66,7 +66,7 @@ class CachedAttention:
         return out.view(kv_heads, group, m, d).permute(2, 0, 1, 3).reshape(m, heads * d)
 
     def _mask(self, rows: Tensor | None, group: int) -> Tensor:
-        """(group * m, stop): row i sees position j when j is at or before it. The same for every layer, so made once."""
+        """(group * m, stop): row i sees position j when j is at or before it. Made once, the same for every layer."""
         key = -1 if rows is None else id(rows)
         if key not in self._masks:
             device = self._seen[0].device

@@ -73,7 +73,11 @@ class Sampler:
 
     def _draw(self, logits: Tensor, position: int) -> int:
         params = self.params
-        scores = TemperatureLogitsWarper(params.temperature)(None, logits[None]) if params.temperature != 1.0 else logits[None]
+        scores = (
+            TemperatureLogitsWarper(params.temperature)(None, logits[None])
+            if params.temperature != 1.0
+            else logits[None]
+        )
         if 0 < params.top_k < scores.shape[-1]:
             scores = TopKLogitsWarper(params.top_k)(None, scores)
         survivors = torch.isfinite(scores[0]).nonzero()[:, 0]

@@ -159,7 +159,11 @@ class ShardSession:
             self._unseen[stage].append(boundary)
         if not looks:
             return []
-        rows = None if len(wants) == count else torch.tensor([p - start for p in wants], dtype=torch.int64, device=states.device)
+        rows = (
+            None
+            if len(wants) == count
+            else torch.tensor([p - start for p in wants], dtype=torch.int64, device=states.device)
+        )
         logits = model.branch(exit, boundary, rope, attention, rows)
         if logits is None:
             return []

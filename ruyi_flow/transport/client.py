@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -59,7 +59,7 @@ class Peer:
         """Of the connection: idle, connecting, ready, transient_failure or shutdown."""
         return str(self._channel.get_state().name.lower())
 
-    async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncIterator[Token | Final]:
+    async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Token | Final, None]:
         """A user's request to an entry node, answered token by token.
 
         Raises:
@@ -107,7 +107,12 @@ class RemoteStage:
     def __init__(
         self, peer: Peer, opening: SessionOpen, *, timeout_s: float, session_timeout_s: float | None = None
     ) -> None:
-        self._peer, self._opening, self._timeout_s, self._session_timeout_s = peer, opening, timeout_s, session_timeout_s
+        self._peer, self._opening, self._timeout_s, self._session_timeout_s = (
+            peer,
+            opening,
+            timeout_s,
+            session_timeout_s,
+        )
         self._call: Any = None
         size = codec.row_bytes(opening.hidden_size, opening.encoding) + 16  # 16: its token id and its part of the frame
         self._rows = max(1, min(_CHUNK, (peer.max_message_bytes - 1024) // size))
@@ -173,7 +178,8 @@ class RemoteStage:
         except TimeoutError:
             call.cancel()
             raise DeadlineExceeded(
-                f"node {self._peer.name!r} at {self._peer.address} gave no answer within {self._timeout_s:g} s", node=self._peer.name
+                f"node {self._peer.name!r} at {self._peer.address} gave no answer within {self._timeout_s:g} s",
+                node=self._peer.name,
             ) from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: written to a stream that has ended
             await self._fail()
@@ -196,9 +202,15 @@ class RemoteStage:
         while n - start > self._rows and start < first_wanted:
             stop = min(start + self._rows, first_wanted)
             yield replace(
-                block, start=block.start + start, states=block.states[start:stop], token_ids=block.token_ids[start:stop], wants=()
+                block,
+                start=block.start + start,
+                states=block.states[start:stop],
+                token_ids=block.token_ids[start:stop],
+                wants=(),
             )
             start = stop
         if start:
-            block = replace(block, start=block.start + start, states=block.states[start:], token_ids=block.token_ids[start:])
+            block = replace(
+                block, start=block.start + start, states=block.states[start:], token_ids=block.token_ids[start:]
+            )
         yield block

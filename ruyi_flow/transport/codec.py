@@ -1,8 +1,8 @@
-"""Between the values of this package and the messages of the wire; nothing else touches protobuf fields or tensor bytes."""
+"""Between this package's values and the wire's messages; nothing else touches protobuf fields or tensor bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,9 +61,7 @@ D = TypeVar("D")
 _ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F16, pb.ENCODING_INT8), strict=True))
 _MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
 _REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
-_FINISHES = dict(
-    zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True)
-)
+_FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -115,7 +113,9 @@ def decode_states(message: pb.Tensor, hidden: int, encoding: Encoding, like: Ten
         found = pb.Encoding.Name(message.encoding) if message.encoding in pb.Encoding.values() else message.encoding
         raise WireError(f"states are encoded as {found}; the handshake said {encoding.value}")
     rows, data = message.rows, message.data
-    kind: Any = {Encoding.F32: np.float32, Encoding.BF16: np.int16, Encoding.F16: np.float16, Encoding.INT8: np.int8}[encoding]
+    kind: Any = {Encoding.F32: np.float32, Encoding.BF16: np.int16, Encoding.F16: np.float16, Encoding.INT8: np.int8}[
+        encoding
+    ]
     itemsize = np.dtype(kind).itemsize
     if len(data) != rows * hidden * itemsize:
         raise WireError(f"{len(data)} bytes of states for {rows} positions of {hidden} values as {encoding.value}")
@@ -196,9 +196,7 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
         max_positions=message.max_positions,
         prompt_length=message.prompt_length,
         sampling=_sampling_from_pb(message.sampling),
-        policy=Policy(
-            _known(_MODES, policy.mode, pb.Mode), dict(policy.thresholds), policy.deepest, policy.draft
-        ),
+        policy=Policy(_known(_MODES, policy.mode, pb.Mode), dict(policy.thresholds), policy.deepest, policy.draft),
     )
 
 
@@ -219,7 +217,9 @@ def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
 def verdict_from_pb(message: pb.Verdict) -> Verdict:
     """A verdict off the wire."""
     return Verdict(
-        tuple(Decision(d.token, d.exit, d.confidence, _known(_REASONS, d.reason, pb.Reason)) for d in message.decisions),
+        tuple(
+            Decision(d.token, d.exit, d.confidence, _known(_REASONS, d.reason, pb.Reason)) for d in message.decisions
+        ),
         tuple(_make(Hop, hop) for hop in message.hops),
     )
 
@@ -352,7 +352,7 @@ def _make(kind: Callable[..., D], message: Message, **other: Any) -> D:
     return kind(**{name: getattr(message, name) for name in names}, **other)
 
 
-def _known(table: dict[D, int], value: int, enum: Any) -> D:
+def _known(table: Mapping[D, int], value: int, enum: Any) -> D:
     for key, number in table.items():
         if number == value:
             return key

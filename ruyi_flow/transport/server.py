@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -42,7 +42,7 @@ class Service(Protocol):
         """
         ...
 
-    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncIterator[Token | Final]:
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
         """Answer a user's request."""
         ...
 
@@ -86,7 +86,9 @@ class Server:
         try:
             self.address = f"{host}:{self._server.add_insecure_port(address)}"
         except RuntimeError as error:
-            raise NodeError(f"cannot listen on {address}: {error}; is another process there?", node=service.name) from None
+            raise NodeError(
+                f"cannot listen on {address}: {error}; is another process there?", node=service.name
+            ) from None
 
     async def start(self) -> None:
         """Listen, and report SERVING."""
@@ -141,7 +143,7 @@ class Server:
                 async for event in events:
                     await context.write(codec.reply_to_pb(event).SerializeToString())
             finally:
-                await events.aclose()  # type: ignore[attr-defined]
+                await events.aclose()
 
     async def _status(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
@@ -172,9 +174,8 @@ class _Statuses:
 def _checked_version(message: pb.Open, node: str) -> pb.Open:
     if message.protocol != codec.PROTOCOL:
         raise HandshakeError(
-            f"node {node!r} speaks protocol {codec.PROTOCOL}, the caller {message.protocol}; run the same version on both",
+            f"node {node!r} speaks protocol {codec.PROTOCOL}, the caller {message.protocol}; "
+            "run the same version on both",
             node=node,
         )
     return message
-
-
