@@ -162,9 +162,8 @@ class FamilyConfig:
         return h * (q + 2 * kv) + q * h + 3 * h * m + biases + norms
 
     def num_parameters(self, exit: int) -> int:
-        """Parameters of the model that ends at this exit, embedding and one head included."""
-        vocab = self.vocab_size * self.hidden_size
-        return (exit + 1) * self.layer_parameters + vocab * (1 if self.tied_head else 2) + self.hidden_size
+        """Parameters of the model that ends at this exit: decoder and one head, as the published sizes count."""
+        return (exit + 1) * self.layer_parameters + self.hidden_size + self.vocab_size * self.hidden_size
 
     def boundary_bytes(self, bytes_per_value: int = 2) -> int:
         """Bytes of one position's boundary state."""

@@ -1,0 +1,33 @@
+# Each target makes .venv first when it is missing, so on a fresh machine any of them is the only command needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test check bench protos clean
+
+demo: $(READY)            ## three daemons on this machine answer a prompt together
+	$(BIN)/ruyi-flow demo
+
+test: $(READY)            ## all tests
+	$(BIN)/python -m pytest
+
+check: $(READY)           ## format, lint, types, import order
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(READY)           ## measure; ends in one JSON line
+	$(BIN)/python -m tests.bench
+
+protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
+	$(BIN)/python -m tests.generate_protos
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || (echo "Python 3.11 to 3.13 is needed; set PYTHON=…" && exit 1)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:                    ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

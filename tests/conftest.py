@@ -1,0 +1,80 @@
+"""Families and helpers that several tests share. Real parts throughout: tiny random families, real gRPC nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family import store
+from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.testing import tiny_family
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Ruyi family with exits 2, 4, 6."""
+    return tiny_family(tmp_path_factory.mktemp("families") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Ruyi family with five exits."""
+    return tiny_family(tmp_path_factory.mktemp("families") / "five", base="qwen2", exits=(1, 3, 4, 6, 7), seed=3)
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny: Path) -> Oracle:
+    """The uncached, unsplit truth about `tiny`."""
+    return Oracle(load_family(tiny, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo family, fetched once into the local store."""
+    try:
+        return store.pull(store.DEMO)
+    except CheckpointError as error:
+        pytest.skip(f"the demo family is not in the store and cannot be fetched: {error}")
+
+
+class Oracle:
+    """What the loop must amount to: whole sequences, no cache, no split, one token after the other."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def decide(
+        self,
+        policy: Policy,
+        prompt: Sequence[int],
+        count: int,
+        pick: Callable[[torch.Tensor, list[int]], int] | None = None,
+        eos: Sequence[int] = (),
+    ) -> list[tuple[int, int]]:
+        """(token, exit) of each new token: the shallowest exit that is sure, given the prefix as decided."""
+        ids, decided = list(prompt), []
+        for _ in range(count):
+            for exit in self.family.exits:
+                logits = self.family.logits(torch.tensor([ids]), exit)[0, -1]
+                if policy.sure(exit, float(logits.softmax(-1).max())):
+                    token = int(logits.argmax()) if pick is None else pick(logits, ids)
+                    break
+            ids.append(token)
+            decided.append((token, exit))
+            if token in eos:
+                break
+        return decided
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local store."""
+    monkeypatch.setenv("RUYI_FLOW_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

@@ -1,0 +1,67 @@
+"""The local store: complete families or none, and where they come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family import store
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.local import load_family
+from ruyi_flow.testing import tiny_family
+
+
+def test_a_local_folder_is_pulled_once(tmp_path: Path, home: Path, tiny: Path) -> None:
+    folder = store.pull(str(tiny))
+    assert folder == home / "families" / "tiny" and store.names() == ["tiny"]
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert store.pull(str(tiny)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert store.locate("tiny") == folder
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(load_family("tiny", dtype="float32").logits(ids), load_family(tiny, dtype="float32").logits(ids))
+
+
+def test_exits_are_given_to_an_ordinary_folder(tmp_path: Path, home: Path) -> None:
+    ordinary = tiny_family(tmp_path / "plain", base="llama", ordinary=True)
+    folder = store.pull(str(ordinary), name="mine", exits=(2, 4), dtype="bfloat16")
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.config.exits == (2, 4, 6)
+    assert checkpoint.tensor("model.eelayers.1.mlp.up_proj.weight").dtype is torch.bfloat16
+    with pytest.raises(CheckpointError, match=r"there already, with exits \[2, 4, 6\]"):
+        store.pull(str(ordinary), name="mine", exits=(3,))
+
+
+def test_a_failed_pull_leaves_nothing(tmp_path: Path, home: Path) -> None:
+    broken = tiny_family(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="truncated"):
+        store.pull(str(broken))
+    assert store.names() == []
+    assert [p for p in (home / "partial").iterdir() if p.is_dir()] == []
+
+
+def test_what_is_no_source_is_said(home: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder"):
+        store.pull("qwen")
+    with pytest.raises(CheckpointError, match="no family 'qwen'.*none yet.*ruyi-flow pull qwen"):
+        store.locate("qwen")
+
+
+def test_modelscope_needs_its_extra(home: Path) -> None:
+    try:
+        import modelscope  # noqa: F401
+    except ImportError:
+        with pytest.raises(CheckpointError, match=r"ruyi-flow\[modelscope\]"):
+            store.pull("modelscope:Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.model
+def test_the_demo_family_is_smollm2_in_bfloat16(smollm2: Path) -> None:
+    checkpoint = Checkpoint(smollm2)
+    assert checkpoint.config.exits == (5, 11, 17, 23, 29)
+    assert checkpoint.tensor("model.layers.0.mlp.up_proj.weight").dtype is torch.bfloat16
+    assert round(checkpoint.config.num_parameters(29) / 1e6) == 135
+    assert checkpoint.eos_token_ids == (2,)

@@ -1,0 +1,88 @@
+"""The layers against transformers' own models, on random weights in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.local import load_family
+from ruyi_flow.testing import tiny_family
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tied": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_scaling": LLAMA3_ROPE}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
+        ("qwen2", {}),
+        ("qwen2", {"rope_scaling": YARN_ROPE}),
+        ("qwen3", {}),
+        ("qwen3", {"tied": True, "attention_bias": True}),
+    ],
+    ids=str,
+)
+def test_logits_and_greedy_tokens_are_transformers_own(tmp_path: Path, base: str, changes: dict[str, Any]) -> None:
+    folder = tiny_family(tmp_path / "m", base=base, ordinary=True, **changes)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load_family(folder, dtype="float32", exits=[2, 4])
+    ids = torch.randint(3, 61, (2, 90), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    assert (ours.logits(ids) - expected).abs().max() < 1e-4
+    greedy = theirs.generate(ids[:1], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert ours.generate(ids[:1], max_new_tokens=12).tolist() == greedy[:, 90:].tolist()
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen2", "qwen3"])
+def test_a_branch_given_to_an_ordinary_checkpoint_is_the_layer_at_its_exit(tmp_path: Path, base: str) -> None:
+    folder = tiny_family(tmp_path / "m", base=base, ordinary=True)
+    ids = torch.randint(3, 61, (1, 20), generator=torch.Generator().manual_seed(1))
+    shorter = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=3)
+    ours = load_family(folder, dtype="float32", exits=[2])
+    with torch.no_grad():
+        assert (ours.logits(ids, exit=2) - shorter(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("base", ["llama", "qwen2", "qwen3"])
+def test_packed_weights_compute_the_same(tmp_path: Path, base: str, packed: bool) -> None:
+    checkpoint = Checkpoint(tiny_family(tmp_path / "f", base=base))
+    plain = load_slice(checkpoint, (2, 4, 6), dtype=torch.float32, packed=False)
+    model = load_slice(checkpoint, (2, 4, 6), dtype=torch.float32, packed=packed)
+    ids = torch.randint(3, 61, (3, 17), generator=torch.Generator().manual_seed(1))
+    for exit in (2, 4, 6):
+        assert (model.logits(ids, exit) - plain.logits(ids, exit)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close(tiny: Path, dtype: str) -> None:
+    ids = torch.randint(3, 61, (1, 40), generator=torch.Generator().manual_seed(1))
+    whole, half = load_family(tiny, dtype="float32").logits(ids), load_family(tiny, dtype=dtype).logits(ids)
+    assert (whole - half).abs().max() < 0.1 * whole.abs().max()
+    assert (whole.argmax(-1) == half.argmax(-1)).float().mean() > 0.8
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_cuda_computes_the_same(tiny: Path) -> None:
+    ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+    cpu, gpu = load_family(tiny, dtype="float32"), load_family(tiny, dtype="float32", device="cuda")
+    assert (cpu.logits(ids) - gpu.logits(ids).cpu()).abs().max() < 1e-3
+    assert cpu.generate(ids, max_new_tokens=12).tolist() == gpu.generate(ids, max_new_tokens=12).tolist()

@@ -1,0 +1,59 @@
+"""The policy: thresholds for each mode, and what a threshold means."""
+
+import math
+
+import pytest
+
+from ruyi_flow.errors import RequestError
+from ruyi_flow.routing.policy import NEVER, Policy, Routing
+from ruyi_flow.types import Mode, Reason
+
+EXITS = (2, 4, 6)
+
+
+def test_exact_never_trusts_an_early_exit() -> None:
+    policy = Policy.resolve(Routing(Mode.EXACT), EXITS)
+    assert policy.sure(2, 1.0) is None and policy.sure(4, 1.0) is None
+    assert policy.sure(6, 0.0) is Reason.DEEPEST
+    assert [policy.looks(p) for p in EXITS] == [False, False, True]
+
+
+def test_fixed_trusts_one_exit_and_needs_no_deeper_one() -> None:
+    policy = Policy.resolve(Routing(Mode.FIXED, exit=4), EXITS)
+    assert policy.sure(2, 1.0) is None
+    assert policy.sure(4, 0.0) is Reason.FIXED
+    assert policy.deepest == 4
+
+
+def test_token_compares_with_its_threshold() -> None:
+    policy = Policy.resolve(Routing(Mode.TOKEN, thresholds={2: 0.9}), EXITS)
+    assert policy.sure(2, 0.9) is Reason.CONFIDENT
+    assert policy.sure(2, 0.89) is None
+    assert policy.thresholds[4] == NEVER
+
+
+def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
+    always = Policy.resolve(Routing(Mode.TOKEN, threshold=0), EXITS)
+    assert always.sure(2, 0.0) is Reason.CONFIDENT
+    never = Policy.resolve(Routing(Mode.TOKEN, threshold=1.01), EXITS)
+    assert never.sure(2, 1.0) is None and not never.looks(2)
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (Routing(Mode.FIXED, exit=3), "exit 3 is not one of the family's exits"),
+        (Routing(Mode.EXACT, exit=4), "goes with mode 'fixed'"),
+        (Routing(Mode.EXACT, threshold=0.5), "go with mode 'token'"),
+        (Routing(Mode.TOKEN), "needs a threshold"),
+        (Routing(Mode.TOKEN, threshold=0.5, thresholds={2: 0.5}), "not both"),
+        (Routing(Mode.TOKEN, thresholds={3: 0.5}), "exit 3 is not one"),
+        (Routing(Mode.TOKEN, thresholds={6: 0.5}), "exit 6 is the last one"),
+        (Routing(Mode.TOKEN, threshold=-0.1), "must be 0"),
+        (Routing(Mode.TOKEN, threshold=math.nan), "must be 0"),
+        (Routing(Mode.EXACT, draft=-1), "draft is -1"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(routing: Routing, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Policy.resolve(routing, EXITS)

@@ -1,0 +1,181 @@
+"""Stages with caches against whole sequences without: invariants 1, 2, 5 and 7, on float32."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ruyi_flow.errors import CapacityError, ContextLengthError
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.stage import Shard, ShardSession
+from ruyi_flow.testing import tiny_family
+from ruyi_flow.types import Mode, SamplingParams
+
+LOOK_EVERYWHERE = Routing(Mode.TOKEN, threshold=0.5)
+
+
+class Recorder:
+    """Takes the sampler's place and keeps the logits of each position."""
+
+    def __init__(self) -> None:
+        self.logits: dict[int, Tensor] = {}
+
+    def pick(self, logits: Tensor, positions: Sequence[int], history: Sequence[int]) -> tuple[list[int], list[float]]:
+        for row, position in zip(logits, positions, strict=True):
+            self.logits[position] = row.float()
+        return [0] * len(positions), [0.0] * len(positions)
+
+
+def shards(folder: Path, cuts: Sequence[Sequence[int]], max_positions: int = 2048) -> list[Shard]:
+    checkpoint = Checkpoint(folder)
+    return [
+        Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=max_positions, max_sessions=4)
+        for cut in cuts
+    ]
+
+
+class Pipeline:
+    """A sequence over shards, driven by hand: every stage advances as far as it is told."""
+
+    def __init__(self, pieces: Sequence[Shard], size: int = 500) -> None:
+        exits = pieces[0].config.exits
+        policy = Policy.resolve(LOOK_EVERYWHERE, exits)
+        self.sessions: list[ShardSession] = [p.open(policy, SamplingParams(), 1, size) for p in pieces]
+        self.stages = [(s, i) for s in self.sessions for i in range(len(s.exits))]
+        self.recorders = {}
+        for session in self.sessions:
+            session.sampler = self.recorders[id(session)] = Recorder()  # type: ignore[assignment]
+
+    def feed(self, ids: Sequence[int], wants: Sequence[int]) -> None:
+        session, stage = self.stages[0]
+        session.token_ids.extend(ids)
+        session.advance(stage, session.embed(ids), wants)
+
+    def escalate(self, depth: int, stop: int, wants: Sequence[int]) -> None:
+        """Catch stage `depth` up to `stop` from the states that the stage before it has kept."""
+        (giver, index), (taker, stage) = self.stages[depth - 1], self.stages[depth]
+        start = giver.unseen_start(index)
+        states = giver.take_unseen(index, stop)
+        if taker is not giver:
+            taker.token_ids.extend(giver.token_ids[start:stop])
+        taker.advance(stage, states, wants)
+
+    def logits(self, depth: int) -> dict[int, Tensor]:
+        return self.recorders[id(self.stages[depth][0])].logits
+
+    def close(self) -> None:
+        for session in self.sessions:
+            session.close()
+
+
+@pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2, 4), (6,)], [(2,), (4,), (6,)]], ids=str)
+@pytest.mark.parametrize("length", [1, 30, 700])
+def test_sharded_is_whole(tmp_path: Path, cuts: list[tuple[int, ...]], length: int) -> None:
+    folder = tiny_family(tmp_path / "f", max_position_embeddings=2048)
+    family = load_family(folder, dtype="float32")
+    ids = torch.randint(3, 61, (length,), generator=torch.Generator().manual_seed(2)).tolist()
+    pieces = shards(folder, cuts)
+    pipeline = Pipeline(pieces, 1200)
+    wants = sorted({0, length // 2, length - 1})
+    pipeline.feed(ids, wants)
+    for depth, exit in enumerate(family.exits):
+        if depth:
+            pipeline.escalate(depth, length, wants)
+        expected = family.logits(torch.tensor([ids]), exit)[0]
+        for position in wants:
+            assert (pipeline.logits(depth)[position] - expected[position]).abs().max() < 1e-4
+    pipeline.close()
+    for piece in pieces:
+        piece.check_integrity()
+        assert piece.pool.used == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cached_is_uncached_after_any_interleaving(seed: int, five: Path) -> None:
+    rng = random.Random(seed)
+    family: Family = load_family(five, dtype="float32")
+    cuts = rng.choice([[(1, 3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3, 4, 6), (7,)]])
+    pipeline = Pipeline(shards(five, cuts))
+    ids: list[int] = []
+    held = [0] * len(family.exits)
+    for _ in range(40):
+        action = rng.random()
+        if action < 0.45 or not ids:  # more tokens at the first stage
+            new = [rng.randrange(3, 61) for _ in range(rng.choice([1, 1, 1, 2, 5, 20]))]
+            ids += new
+            wants = sorted(rng.sample(range(held[0], len(ids)), rng.randint(0, min(3, len(new)))))
+            pipeline.feed(new, wants)
+            depth, held[0] = 0, len(ids)
+        elif action < 0.8:  # some stage catches up with the one before it
+            depth = rng.randrange(1, len(family.exits))
+            if held[depth - 1] == held[depth]:
+                continue
+            stop = rng.randint(held[depth] + 1, held[depth - 1])
+            wants = sorted(rng.sample(range(held[depth], stop), rng.randint(0, min(3, stop - held[depth]))))
+            pipeline.escalate(depth, stop, wants)
+            held[depth] = stop
+        else:  # everything past some position was a wrong draft
+            position = rng.randint(0, len(ids))
+            for session in pipeline.sessions:
+                session.rewind(position)
+            ids, held = ids[:position], [min(h, position) for h in held]
+            continue
+        if wants:
+            expected = family.logits(torch.tensor([ids]), family.exits[depth])[0]
+            for position in wants:
+                assert (pipeline.logits(depth)[position] - expected[position]).abs().max() < 1e-4
+    pipeline.close()
+
+
+def test_rewind_then_advance_is_a_fresh_session(tiny: Path) -> None:
+    ids = torch.randint(3, 61, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    [piece] = shards(tiny, [(2, 4, 6)])
+    rewound, fresh = Pipeline([piece], 100), Pipeline([piece], 100)
+    rewound.feed(ids[:25], [24])
+    rewound.escalate(1, 20, [19])
+    rewound.escalate(2, 15, [14])
+    rewound.sessions[0].rewind(10)
+    rewound.feed(ids[10:], [39])
+    fresh.feed(ids, [39])
+    for depth in (1, 2):
+        rewound.escalate(depth, 40, [39])
+        fresh.escalate(depth, 40, [39])
+    assert (rewound.logits(0)[39] - fresh.logits(0)[39]).abs().max() < 1e-5
+
+
+def test_sessions_do_not_mix(tiny: Path) -> None:
+    family = load_family(tiny, dtype="float32")
+    [piece] = shards(tiny, [(2, 4, 6)])
+    pipelines = [Pipeline([piece], 100) for _ in range(4)]
+    sequences = torch.randint(3, 61, (4, 30), generator=torch.Generator().manual_seed(4)).tolist()
+    for position in range(30):
+        for pipeline, ids in zip(pipelines, sequences, strict=True):
+            pipeline.feed(ids[position : position + 1], [position])
+    for pipeline, ids in zip(pipelines, sequences, strict=True):
+        assert (pipeline.logits(0)[29] - family.logits(torch.tensor([ids]), 2)[0, -1]).abs().max() < 1e-4
+        pipeline.close()
+    piece.check_integrity()
+
+
+def test_limits_are_said(tiny: Path) -> None:
+    [piece] = shards(tiny, [(2, 4, 6)], max_positions=256)
+    policy = Policy.resolve(Routing(), (2, 4, 6))
+    first = piece.open(policy, SamplingParams(), 1, 200)
+    with pytest.raises(CapacityError, match="no room for 100 positions"):
+        piece.open(policy, SamplingParams(), 1, 100)
+    with pytest.raises(ContextLengthError, match="600 positions is past the family's context of 512"):
+        piece.open(policy, SamplingParams(), 1, 600)
+    first.close()
+    first.close()
+    sessions = [piece.open(policy, SamplingParams(), 1, 10) for _ in range(4)]
+    with pytest.raises(CapacityError, match="4 sessions are running, the limit here is 4"):
+        piece.open(policy, SamplingParams(), 1, 10)
+    for session in sessions:
+        session.close()
+    piece.check_integrity()
+    assert piece.pool.used == 0

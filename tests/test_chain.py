@@ -1,0 +1,240 @@
+"""The loop: every decided token is that of the shallowest sure exit given the prefix as decided, however it is cut."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ruyi_flow.chain import Chain, Look, Walk, decode
+from ruyi_flow.errors import WireError
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.local import load_family
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.sampling import Sampler
+from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.types import Block, Decision, Mode, Reason, SamplingParams, Stage, Verdict
+from tests.conftest import Oracle
+
+EXITS = (1, 3, 4, 6, 7)
+CUTS = [[EXITS], [(1,), (3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3,), (4,), (6,), (7,)]]
+
+
+class World:
+    """A family cut in every way of CUTS, and the truth about it."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = Checkpoint(folder)
+        self.oracle = Oracle(load_family(folder, dtype="float32"))
+        self.cuts = [
+            [
+                Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=512, max_sessions=2)
+                for cut in cuts
+            ]
+            for cuts in CUTS
+        ]
+
+    async def run(
+        self, cut: int, routing: Routing, params: SamplingParams, prompt: list[int], count: int
+    ) -> tuple[list[Decision], int]:
+        """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards."""
+        pieces = self.cuts[cut]
+        policy = Policy.resolve(routing, EXITS)
+        sessions = [piece.open(policy, params, len(prompt), len(prompt) + count) for piece in pieces]
+        chain: Chain | None = None
+        for i in reversed(range(len(pieces))):
+            beyond = (lambda deeper: lambda: deeper)(chain) if chain is not None else None
+            chain = Chain(sessions[i], InlineWorker(), f"n{i}", beyond)
+        assert chain is not None
+        decisions, escalations = [], 0
+        async for settled in decode(chain, prompt, count):
+            decisions += settled.decisions
+            escalations += len(settled.hops) > 1
+            held = [p for s in sessions for p in s.positions[: len(s.exits)]]
+            assert held == sorted(held, reverse=True), "a deeper stage never holds more than a shallower one"
+        await chain.close()
+        for session in sessions:
+            session.close()
+        for piece in pieces:
+            piece.check_integrity()
+            assert piece.pool.used == 0
+        return decisions, escalations
+
+
+@pytest.fixture(scope="module")
+def world(five: Path) -> World:
+    return World(five)
+
+
+routings = st.one_of(
+    st.builds(Routing, mode=st.just(Mode.EXACT), draft=st.sampled_from([0, 1, 4, 8])),
+    st.builds(Routing, mode=st.just(Mode.FIXED), exit=st.sampled_from(EXITS), draft=st.sampled_from([0, 1, 4])),
+    st.builds(
+        Routing,
+        mode=st.just(Mode.TOKEN),
+        thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), max_size=4),
+        draft=st.sampled_from([0, 1, 2, 5]),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    routing=routings,
+    cut=st.integers(0, len(CUTS) - 1),
+    prompt=st.lists(st.integers(3, 60), min_size=1, max_size=12),
+    count=st.integers(1, 14),
+    eos=st.sets(st.integers(3, 60), max_size=12),
+)
+async def test_any_run_is_what_the_uncached_oracle_decides(
+    world: World, routing: Routing, cut: int, prompt: list[int], count: int, eos: set[int]
+) -> None:
+    params = SamplingParams(eos_token_ids=tuple(sorted(eos)))
+    expected = world.oracle.decide(Policy.resolve(routing, EXITS), prompt, count, eos=tuple(eos))
+    decisions, _ = await world.run(cut, routing, params, prompt, count)
+    assert [(d.token, d.exit) for d in decisions] == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_sampling_with_history_does_not_depend_on_cut_or_draft(world: World, seed: int) -> None:
+    rng = random.Random(seed)
+    prompt = [rng.randrange(3, 61) for _ in range(10)]
+    params = SamplingParams(
+        temperature=0.8,
+        top_k=20,
+        top_p=0.95,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=3,
+        min_new_tokens=5,
+        eos_token_ids=(2, 9, 17),
+        seed=seed,
+    )
+    sampler = Sampler(params, len(prompt))
+
+    def pick(logits: torch.Tensor, ids: list[int]) -> int:
+        return sampler.pick(logits[None], [len(ids) - 1], ids)[0][0]
+
+    expected = world.oracle.decide(Policy.resolve(Routing(), EXITS), prompt, 24, pick, eos=(2, 9, 17))
+    for cut in range(len(CUTS)):
+        for draft in (0, 1, 4, 8):
+            decisions, _ = await world.run(cut, Routing(Mode.EXACT, draft=draft), params, prompt, 24)
+            assert [(d.token, d.exit) for d in decisions] == expected
+
+
+async def test_threshold_zero_never_escalates_and_above_one_escalates_every_token(world: World) -> None:
+    prompt = [5, 6, 7]
+    decisions, escalations = await world.run(3, Routing(Mode.TOKEN, threshold=0.0), SamplingParams(), prompt, 12)
+    assert escalations == 0 and {d.exit for d in decisions} == {1}
+    routing = Routing(Mode.TOKEN, threshold=1.01, draft=0)
+    decisions, escalations = await world.run(3, routing, SamplingParams(), prompt, 12)
+    assert escalations == 12 and {d.exit for d in decisions} == {7}
+    assert {d.reason for d in decisions} == {Reason.DEEPEST}
+
+
+async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> None:
+    """With a stage beyond that agrees with every draft, one question settles them all."""
+    shard = world.cuts[3][0]
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=4), EXITS)
+    blocks: list[Block] = []
+
+    class Agreeing:
+        """Says of every wanted position what the draft says."""
+
+        async def advance(self, block: Block) -> Verdict:
+            blocks.append(block)
+            ids = (*block.token_ids, 60)
+            return Verdict(
+                tuple(Decision(ids[p - block.start + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ()
+            )
+
+        async def rewind(self, position: int) -> None: ...
+
+        async def close(self) -> None: ...
+
+    chain = Chain(shard.open(policy, SamplingParams(), 3, 40), InlineWorker(), "n0", Agreeing)
+    rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
+    await chain.close()
+    assert [len(r.decisions) for r in rounds] == [5, 5, 1]
+    assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
+    assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
+    shard.check_integrity()
+
+
+async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> None:
+    pieces, policy = world.cuts[2], Policy.resolve(Routing(Mode.TOKEN, threshold=0.4), EXITS)
+    params = SamplingParams()
+
+    def chain() -> Chain:
+        deeper: Stage | None = None
+        for i in reversed(range(3)):
+            make: Callable[[], Stage] | None = (lambda s: lambda: s)(deeper) if deeper is not None else None
+            deeper = Chain(pieces[i].open(policy, params, 4, 60), InlineWorker(), f"n{i}", make)
+        assert isinstance(deeper, Chain)
+        return deeper
+
+    async def go(chain: Chain, ids: Sequence[int], count: int) -> list[int]:
+        out: list[int] = []
+        async for settled in decode(chain, ids, count):
+            out += [d.token for d in settled.decisions]
+        return out
+
+    first, fresh = chain(), chain()
+    await go(first, [5, 6, 7, 8], 20)
+    await first.rewind(2)
+    assert await go(first, [9, 10], 20) == await go(fresh, [5, 6, 9, 10], 20)
+    for piece in pieces:
+        piece.check_integrity()
+        for session in list(piece.sessions.values()):  # also those that no block has reached
+            session.close()
+
+
+async def test_a_block_that_does_not_continue_is_refused(world: World) -> None:
+    shard = world.cuts[1][1]
+    session = shard.open(Policy.resolve(Routing(), EXITS), SamplingParams(), 1, 8)
+    chain = Chain(session, InlineWorker(), "n1")
+    states = torch.zeros(2, 32)
+    for block, message in (
+        (Block(1, states, (5, 6), ()), "starts at position 1, but this session holds 0"),
+        (Block(0, states, (5, 6, 7), ()), "3 positions has 2 states"),
+        (Block(0, states, (5, 6), (2,)), r"wants \(2,\)"),
+        (Block(0, torch.zeros(9, 32), (5,) * 9, ()), "ends at position 9; the session asked for 8"),
+    ):
+        with pytest.raises(WireError, match=message):
+            await chain.advance(block)
+    await chain.close()
+    shard.check_integrity()
+
+
+def look(position: int, draft: int | None, token: int, sure: bool) -> Look:
+    return Look(position, draft, token, 0.5, Reason.CONFIDENT if sure else None)
+
+
+def decision(token: int) -> Decision:
+    return Decision(token, 7, 1.0, Reason.DEEPEST)
+
+
+def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
+    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS)
+    walk = Walk.of(policy, 1, [4, 5, 6, 7], [10, 11, 12, None], [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
+    assert [seen.position for seen in walk.looks] == [4, 5, 6]
+    assert walk.unsure == (5,)
+    assert [d.token for d in walk.settle([decision(11)])] == [10, 11, 77]
+    assert [d.token for d in walk.settle([decision(44)])] == [10, 44]
+
+
+def test_a_walk_without_looks_asks_everything() -> None:
+    walk = Walk.of(Policy.resolve(Routing(), EXITS), 1, [4, 5], [10, None], None)
+    assert walk.unsure == (4, 5)
+    assert [d.token for d in walk.settle([decision(10), decision(3)])] == [10, 3]
+    assert [d.token for d in walk.settle([decision(9)])] == [9]
+
+
+def test_settling_takes_decisions_only_as_far_as_they_go() -> None:
+    walk = Walk(1, [look(0, 5, 5, False), look(1, 6, 6, True), look(2, None, 7, False)])
+    assert [d.token for d in walk.settle([decision(5), decision(8)])] == [5, 6, 8]
+    assert [d.token for d in walk.settle([decision(4)])] == [4]
+    assert walk.settle([]) == ()

@@ -1,0 +1,140 @@
+"""Topology files: every mistake is one clear message with the key's path, the value and the fix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.topology import Topology
+from ruyi_flow.types import Encoding, Mode
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def three() -> dict[str, Any]:
+    return {
+        "family": "smollm2",
+        "nodes": [
+            {"name": "device", "address": "127.0.0.1:7101", "exits": [5, 11]},
+            {"name": "edge", "address": "127.0.0.1:7102", "exits": [17, 23]},
+            {"name": "cloud", "address": "127.0.0.1:7103", "exits": [29]},
+        ],
+        "links": [{"from": "device", "to": "edge"}, {"from": "edge", "to": "cloud"}],
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_topologies_load(path: Path) -> None:
+    topology = Topology.load(path)
+    assert topology.all_exits == tuple(sorted(topology.all_exits))
+    for node in topology.nodes[:-1]:
+        assert topology.next_of(node.name) is not None
+    if topology.family == "smollm2":
+        topology.check_family((5, 11, 17, 23, 29))
+
+
+def test_a_topology_knows_its_chain() -> None:
+    topology = Topology.parse(three())
+    assert topology.entry.name == "device"
+    assert topology.next_of("cloud") is None
+    target, link = topology.next_of("device") or (None, None)
+    assert target is not None and target.name == "edge" and link is not None and link.encoding is Encoding.BF16
+    assert topology.node_of(23).name == "edge"
+    assert topology.policy.mode is Mode.EXACT
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    """`three()` with one key set; a key `-` of a list appends, and value None removes."""
+    data: Any = three()
+    *parents, last = path.split(".")
+    target = data
+    for part in parents:
+        target = target[int(part) if part.isdigit() else part]
+    key: Any = int(last) if last.isdigit() else last
+    if key == "-":
+        target.append(value)
+    elif value is None:
+        del target[key]
+    else:
+        target[key] = value
+    result: dict[str, Any] = data
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("nodse", [], ["nodse", "did you mean 'nodes'?"]),
+        ("nodes.0.thread", 1, ["nodes.0.thread", "did you mean 'threads'?"]),
+        ("links.0.encodng", "bf16", ["links.0.encodng", "did you mean 'encoding'?"]),
+        ("nodes.1.limits", {"max_session": 3}, ["nodes.1.limits.max_session", "did you mean 'max_sessions'?"]),
+        ("policy", {"mod": "exact"}, ["policy.mod", "did you mean 'mode'?"]),
+        ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not go on from exit 11"]),
+        ("nodes.1.exits", [23, 17], ["nodes.1.exits", "from shallow to deep"]),
+        ("nodes.1.exits", [], ["nodes.1.exits", "at least 1 item"]),
+        ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is taken by nodes.0"]),
+        ("nodes.2.address", "localhost", ["nodes.2.address", "'localhost'", "host:port"]),
+        ("nodes.2.address", None, ["nodes.2.address", "'cloud' has none"]),
+        ("nodes.2.name", "edge", ["nodes.2.name", "'edge' is the name of nodes.1 already"]),
+        ("nodes.0.dtype", "bf16", ["nodes.0.dtype", "'bf16'", "bfloat16"]),
+        ("nodes.0.threads", 0, ["nodes.0.threads", "0", "greater than or equal to 1"]),
+        ("links.0.to", "edg", ["links.0.to", "no node 'edg'", "did you mean 'edge'?"]),
+        ("links.0.to", "cloud", ["links.0", "device → cloud skips"]),
+        ("links.1", None, ["links", "'cloud' cannot be reached from 'edge'", "{from: edge, to: cloud}"]),
+        ("links.-", {"from": "edge", "to": "cloud"}, ["links.2", "is there twice"]),
+        ("links.0.encoding", "int4", ["links.0.encoding", "'int4'"]),
+        ("links.0.timeout_s", -1, ["links.0.timeout_s", "-1"]),
+        ("family", None, ["family", "required"]),
+        ("policy", {"mode": "token"}, ["policy", "needs a threshold"]),
+        ("policy", {"mode": "fixed", "exit": 6}, ["policy", "exit 6 is not one of"]),
+        ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "go with mode 'token'"]),
+        ("policy", {"draft": -1}, ["policy.draft", "-1"]),
+    ],
+)
+def test_a_mistake_names_file_key_and_fix(tmp_path: Path, path: str, value: Any, parts: list[str]) -> None:
+    file = tmp_path / "topology.yaml"
+    file.write_text(yaml.safe_dump(change(path, value)))
+    with pytest.raises(ConfigError) as caught:
+        Topology.load(file)
+    for part in (str(file), *parts):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "just text", "- a\n- b", "a: [", "\x00"])
+def test_a_file_that_is_no_topology_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        Topology.load(file)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such topology file"):
+        Topology.load(tmp_path / "none.yaml")
+
+
+def test_exits_are_checked_against_the_family() -> None:
+    topology = Topology.parse(three())
+    with pytest.raises(ConfigError, match=r"nodes\.0\.exits: 5 is not an exit of family 'smollm2'.*\[7, 11"):
+        topology.check_family((7, 11, 17, 23, 29))
+    with pytest.raises(ConfigError, match="no node holds exit 3"):
+        topology.check_family((3, 5, 11, 17, 23, 29))
+
+
+def test_an_unknown_node_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cloud'"):
+        Topology.parse(three()).node("clod")
+
+
+def test_one_node_needs_no_address() -> None:
+    topology = Topology.parse({"family": "x", "nodes": [{"name": "whole", "exits": [3]}]})
+    assert topology.entry.address is None
+
+
+def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "f").symlink_to(tiny)
+    file = tmp_path / "t.yaml"
+    file.write_text("family: f\nnodes: [{name: n, exits: [2, 4, 6]}]\n")
+    assert Path(Topology.load(file).family) == tmp_path / "f"
