@@ -140,6 +140,8 @@ class Chain:
             raise WireError(f"a block starts at position {block.start}, but this session holds {held}")
         if block.states.shape[0] != count or any(not held <= p < held + count for p in block.wants):
             raise WireError(f"a block of {count} positions has {block.states.shape[0]} states, wants {block.wants}")
+        if max(block.token_ids) >= session.vocab_size:
+            raise WireError(f"a block has token ids up to {max(block.token_ids)}, past {session.vocab_size - 1}")
         if held + count > session.max_positions:
             raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
         session.token_ids.extend(block.token_ids)

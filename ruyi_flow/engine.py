@@ -95,13 +95,16 @@ class Engine:
                     node=self.name,
                 )
         policy = opening.policy
-        if policy.deepest not in config.exits or any(
-            p not in policy.thresholds for p in config.exits if p < policy.deepest
-        ):
+        needed = [p for p in config.exits if p < policy.deepest]
+        if policy.deepest not in config.exits or any(p not in policy.thresholds for p in needed):
             raise HandshakeError(
                 f"the caller's policy is for exits {[*policy.thresholds, policy.deepest]}; "
                 f"the family's are {list(config.exits)}",
                 node=self.name,
+            )
+        if policy.deepest <= ours:
+            raise HandshakeError(
+                f"the caller's policy ends at exit {policy.deepest}; node {self.name!r} begins after it", node=self.name
             )
         return self._open(opening, timeout_s), self.shard.memory
 

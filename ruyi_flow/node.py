@@ -22,6 +22,9 @@ __all__ = ["Node", "serve"]
 
 logger = logging.getLogger(__name__)
 
+_LAST_STEP_S = 30.0
+"""How long a step on the compute thread may take to end when its session is cancelled."""
+
 
 class Node:
     """A node's answers to its callers (`transport.server.Service`).
@@ -70,13 +73,17 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
     finally:
         engine.draining = True
         await server.refuse()
-        deadline = asyncio.get_running_loop().time() + node.limits.grace_s
-        while engine.shard.sessions and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)  # sessions end on the compute thread, which sets no event
-        if engine.shard.sessions:
-            logger.warning(
-                "%d sessions did not end within %g s; ending them", len(engine.shard.sessions), node.limits.grace_s
-            )
+        if not await _idle(engine, node.limits.grace_s):
+            logger.warning("%d sessions outlive %g s; ending them", len(engine.shard.sessions), node.limits.grace_s)
         await server.stop()
+        await _idle(engine, _LAST_STEP_S)  # a cancelled session ends with the step that is running
         await engine.close()
         engine.shard.check_integrity()
+
+
+async def _idle(engine: Engine, timeout_s: float) -> bool:
+    """Wait for the sessions to end; whether they did."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while engine.shard.sessions and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)  # sessions end on the compute thread, which sets no event
+    return not engine.shard.sessions

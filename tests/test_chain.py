@@ -31,10 +31,7 @@ class World:
         checkpoint = Checkpoint(folder)
         self.oracle = Oracle(load_family(folder, dtype="float32"))
         self.cuts = [
-            [
-                Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=512, max_sessions=2)
-                for cut in cuts
-            ]
+            [Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=512, max_sessions=2) for cut in cuts]
             for cuts in CUTS
         ]
 
@@ -147,9 +144,7 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
         async def advance(self, block: Block) -> Verdict:
             blocks.append(block)
             ids = (*block.token_ids, 60)
-            return Verdict(
-                tuple(Decision(ids[p - block.start + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ()
-            )
+            return Verdict(tuple(Decision(ids[p - block.start + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
 
         async def rewind(self, position: int) -> None: ...
 

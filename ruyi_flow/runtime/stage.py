@@ -105,6 +105,7 @@ class ShardSession:
     ) -> None:
         self.shard, self.session_id, self.run, self.policy, self.params = shard, session_id, run, policy, params
         self.max_positions = max_positions
+        self.vocab_size = shard.config.vocab_size
         self.sampler = Sampler(params, prompt_length)
         self.token_ids: list[int] = []
         """Of positions 0 …, on the entry node drafts included."""

@@ -113,7 +113,26 @@ def test_answers_come_back() -> None:
 
 def test_statuses_come_back() -> None:
     status = NodeStatus(
-        "edge", "edge", "serving", "abc", (17, 23), 11, 23, 9, 8, 7, "float32", "cpu", 1, 2, 3, 4, 5.5, "cloud", "idle", 6
+        "edge",
+        "edge",
+        "serving",
+        "abc",
+        (17, 23),
+        11,
+        23,
+        9,
+        8,
+        7,
+        "float32",
+        "cpu",
+        1,
+        2,
+        3,
+        4,
+        5.5,
+        "cloud",
+        "idle",
+        6,
     )
     assert codec.status_from_pb(codec.status_to_pb(status)) == status
 
