@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,8 +27,6 @@ from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, Mode, NodeStatus, Stats, Token
 
 __all__ = ["app", "main"]
-
-T = TypeVar("T")
 
 app = typer.Typer(
     help="Familial language models, split at their exits over device, edge and cloud.",
@@ -92,9 +91,9 @@ def pull(
     from ruyi_flow.family.checkpoint import Checkpoint
 
     began = time.monotonic()
-    known = store.names()
-    with _spinner(f"pulling {source}", quiet=as_json):
-        folder = store.pull(source, name=name, exits=_integers(exits, "--exits"), dtype=dtype)
+    known, given_exits = store.names(), _integers(exits, "--exits")
+    with _progress(f"pulling {source}", quiet=as_json):
+        folder = store.pull(source, name=name, exits=given_exits, dtype=dtype)
     config = Checkpoint(folder).config
     facts = {
         "family": folder.name,
@@ -132,12 +131,12 @@ def shard(
     checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
     loaded.check_family(checkpoint.config.exits, where=str(topology))
     shards = []
-    with _bar("cutting", quiet=as_json) as progress:
+    with _progress("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
         for i, node in enumerate(loaded.nodes):
             folder = cut(checkpoint, node.exits, output / node.name, companions=i == 0)
             size = (folder / "model.safetensors").stat().st_size
             shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
-            progress((i + 1) / len(loaded.nodes))
+            progress(i + 1)
     if as_json:
         _print_json({"family": checkpoint.fingerprint, "shards": shards})
         return
@@ -241,7 +240,7 @@ def demo(
 
     loaded = _networked(topology)
     if loaded.family == store.DEMO:
-        with _spinner(f"pulling {store.DEMO} (once)", quiet=store.DEMO in store.names()):
+        with _progress(f"pulling {store.DEMO} (once)", quiet=store.DEMO in store.names()):
             store.pull(store.DEMO)
 
     async def run() -> None:
@@ -316,7 +315,7 @@ def generate(
                 out.print(_token_table(loaded, answered))
             out.print(_stats_table(final.stats))
 
-    _interruptible(run())
+    asyncio.run(run())
 
 
 @app.command()
@@ -479,16 +478,11 @@ def _on_signals() -> asyncio.Event:
     return stop
 
 
-def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run until done or Ctrl-C, which cancels it, so that the nodes free its caches at once."""
-    return asyncio.run(work)
-
-
 async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
     """Start the nodes behind a spinner; False when a signal came first."""
     starting = asyncio.ensure_future(supervisor.start())
     stopping = asyncio.ensure_future(stop.wait())
-    with _spinner("starting nodes"):
+    with _progress("starting nodes"):
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not starting.done():
@@ -501,8 +495,9 @@ async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
 async def _show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:
     """Print an answer as it comes, coloured by tier."""
     tokens: list[Token] = []
-    out.print(_legend(topology))
     async for event in client.events(prompt, **options):
+        if not tokens:
+            out.print(_legend(topology))
         if isinstance(event, Final):
             out.print()
             return tokens, event
@@ -514,39 +509,13 @@ async def _show(client: Any, topology: Topology, prompt: str, options: dict[str,
 # ---- printing ----
 
 
-def _spinner(what: str, quiet: bool = False) -> Progress:
-    progress = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=quiet,
-    )
-    progress.add_task(what, total=None)
-    return progress
-
-
-class _bar:
-    """A progress bar; entering gives a function that takes the share done, 0 … 1."""
-
-    def __init__(self, what: str, quiet: bool = False) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-            disable=quiet,
-        )
-        self._task = self._progress.add_task(what, total=1.0)
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        return lambda share: self._progress.update(self._task, completed=share)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+@contextmanager
+def _progress(what: str, *, total: float | None = None, quiet: bool = False) -> Iterator[Callable[[float], None]]:
+    """A bar (or a spinner, when there is no total) on a terminal; gives a function that takes how much is done."""
+    columns = [TextColumn("{task.description}"), BarColumn() if total else SpinnerColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _print_json(value: object) -> None:

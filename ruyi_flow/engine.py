@@ -6,9 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import psutil
+import torch
+from torch import Tensor
 
 from ruyi_flow.chain import Chain
 from ruyi_flow.errors import CapacityError, ConfigError, HandshakeError, NodeUnavailable
@@ -21,9 +22,6 @@ from ruyi_flow.runtime.worker import ThreadWorker, Worker
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport.client import Peer, RemoteStage
 from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Engine"]
 
@@ -72,8 +70,9 @@ class Engine:
                 f"{where}: node {name!r}: shard {checkpoint.folder} holds exits {list(checkpoint.exits)}, "
                 f"not {missing[0]}; cut it again (ruyi-flow shard)"
             )
+        device = _device(node.device, where, name)
         worker = ThreadWorker(node.threads)
-        model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=node.device, progress=progress)
+        model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device, progress=progress)
         _ = checkpoint.fingerprint, checkpoint.eos_token_ids  # read while the files are open
         checkpoint.close()
         limits = node.limits
@@ -181,3 +180,14 @@ class Engine:
                 return RemoteStage(peer, onward, timeout_s=link.timeout_s, session_timeout_s=left)
 
         return Chain(session, self.worker, self.name, beyond)
+
+
+def _device(name: str, where: str, node: str) -> torch.device:
+    """A device that is really there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: node {node!r}: device {name!r} cannot be used here: {reason}") from None
+    return device

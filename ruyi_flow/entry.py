@@ -48,6 +48,10 @@ class Entry:
             NodeError: a node that cannot serve it.
         """
         began = time.perf_counter()
+        routing = request.routing or self._routing
+        if request.draft is not None:
+            routing = replace(routing, draft=request.draft)
+        policy = Policy.resolve(routing, self._exits)
         prompt = self._prompt(request)
         context = self.engine.checkpoint.config.max_positions
         if len(prompt) >= context:
@@ -63,10 +67,6 @@ class Entry:
             max_new_tokens=min(given.max_new_tokens, context - len(prompt)),
             min_new_tokens=min(given.min_new_tokens, context - len(prompt)),
         )
-        routing = request.routing or self._routing
-        if request.draft is not None:
-            routing = replace(routing, draft=request.draft)
-        policy = Policy.resolve(routing, self._exits)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this family has none")
 

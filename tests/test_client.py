@@ -15,7 +15,9 @@ from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, FinishReason
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")

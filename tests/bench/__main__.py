@@ -1,0 +1,226 @@
+"""`make bench`: what the system reaches on this machine; tables, then one JSON line. Never part of the tests.
+
+Everything that is compared runs in turn in one run, since machines are noisy, and medians are shown.
+
+    python -m tests.bench [whole hop bytes wan start] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ruyi_flow.client import AsyncClient, Reply
+from ruyi_flow.family import store
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.local import Family, load_family
+from ruyi_flow.supervisor import supervise
+from ruyi_flow.testing import Relay
+from ruyi_flow.topology import Topology
+from ruyi_flow.types import NodeStatus
+from tests.e2e.test_daemons import free_ports
+from tests.theirs import as_transformers
+
+PROMPT = "Why is the sky blue?"
+NEW_TOKENS = 128
+
+console = Console(width=110)
+
+
+def prompt_ids(family: Family) -> torch.Tensor:
+    text = family.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
+    )
+    return torch.tensor([family.tokenizer(text)["input_ids"]])
+
+
+@asynccontextmanager
+async def daemons(
+    cuts: list[list[int]], *, encoding: str = "bf16", relay_to: dict[int, Relay] | None = None
+) -> AsyncIterator[AsyncClient]:
+    """Node processes of the demo family, one thread each, and a client of them."""
+    async with AsyncExitStack() as stack:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(cuts))]
+        names = [f"n{i}" for i in range(len(cuts))]
+        dialled = {i: await stack.enter_async_context(relay.run(addresses[i])) for i, relay in (relay_to or {}).items()}
+        data = {
+            "family": store.DEMO,
+            "nodes": [
+                {"name": n, "address": a, "exits": e, "threads": 1}
+                for n, a, e in zip(names, addresses, cuts, strict=True)
+            ],
+            "links": [
+                {"from": names[i - 1], "to": names[i], "encoding": encoding, "address": dialled.get(i)}
+                for i in range(1, len(cuts))
+            ],
+        }
+        path = Path(stack.enter_context(TemporaryDirectory())) / "bench.yaml"
+        path.write_text(yaml.safe_dump(data))
+        topology = Topology.load(path)
+        supervisor = await stack.enter_async_context(supervise(path, topology, lambda name, line: None))
+        await supervisor.start()
+        yield await stack.enter_async_context(AsyncClient(topology))
+
+
+async def ask(client: AsyncClient, draft: int, tokens: int = NEW_TOKENS) -> Reply:
+    return await client.generate(
+        PROMPT, mode="exact", draft=draft, max_new_tokens=tokens, min_new_tokens=tokens, timeout_s=300
+    )
+
+
+def bench_whole(rounds: int) -> dict[str, Any]:
+    """The whole family in one process against transformers' generate: bf16, batch 1, 2 threads."""
+    torch.set_num_threads(2)
+    ours = load_family(store.DEMO, dtype="bfloat16")
+    theirs = as_transformers(Checkpoint(store.locate(store.DEMO)), dtype=torch.bfloat16)
+    ids = prompt_ids(ours)
+
+    def run_ours() -> None:
+        ours.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+
+    def run_theirs() -> None:
+        theirs.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+
+    speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
+    for i in range(rounds + 1):  # the first is warm-up
+        for name, run in (("ours", run_ours), ("transformers", run_theirs)):
+            began = time.perf_counter()
+            run()
+            if i:
+                speeds[name].append(NEW_TOKENS / (time.perf_counter() - began))
+    ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
+    return {
+        "ours_tokens_per_s": statistics.median(speeds["ours"]),
+        "transformers_tokens_per_s": statistics.median(speeds["transformers"]),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "goal": ">= 1.15",
+    }
+
+
+async def bench_hop(rounds: int) -> dict[str, Any]:
+    """Three node processes, last exit, one token a round trip, against the same stages in one process; 1 thread."""
+    torch.set_num_threads(1)
+    family = load_family(store.DEMO, dtype="bfloat16")
+    ids = prompt_ids(family)
+    ours, theirs, waits = [], [], []
+    async with daemons([[5, 11], [17, 23], [29]]) as client:
+        for i in range(rounds + 1):
+            began = time.perf_counter()
+            family.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+            alone = (time.perf_counter() - began) / NEW_TOKENS
+            began = time.perf_counter()
+            reply = await ask(client, 0)
+            split = (time.perf_counter() - began) / NEW_TOKENS
+            if i:
+                theirs.append(alone)
+                ours.append(split)
+                waits.append([(h.wire_s + h.queue_s) / NEW_TOKENS for h in reply.stats.hops[1:]])
+    extra = [(a - b) / 2 for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "one_process_ms_per_token": 1e3 * statistics.median(theirs),
+        "three_nodes_ms_per_token": 1e3 * statistics.median(ours),
+        "extra_ms_per_hop_and_token": 1e3 * statistics.median(extra),
+        "wire_and_queue_ms_per_hop_and_token": 1e3 * statistics.median(statistics.mean(w) for w in waits),
+        "goal": "<= 1.5",
+    }
+
+
+async def bench_bytes(rounds: int) -> dict[str, Any]:
+    """Bytes of a position on the wire, exact with and without drafts."""
+    found: dict[str, Any] = {}
+    for encoding, most in (("bf16", 2 * 576 + 64), ("int8", 576 + 32)):
+        async with daemons([[5, 11], [17, 23], [29]], encoding=encoding) as client:
+            for draft in (0, 4):
+                hop = (await ask(client, draft, 32)).stats.hops[1]
+                found[f"{encoding}_draft_{draft}_bytes_per_position"] = hop.bytes_up / hop.positions
+        found[f"{encoding}_goal"] = f"<= {most}"
+    return found
+
+
+async def bench_wan(rounds: int) -> dict[str, Any]:
+    """A link of 20 ms round trip between the device and the rest: drafts against one token a round trip."""
+    relay = Relay(delay_s=0.01)
+    times: dict[int, list[float]] = {0: [], 1: [], 4: [], 8: []}
+    held: dict[int, float] = {}
+    async with daemons([[5, 11], [17, 23, 29]], relay_to={1: relay}) as client:
+        for i in range(rounds + 1):
+            for draft in times:
+                stats = (await ask(client, draft, 48)).stats
+                if i:
+                    times[draft].append(stats.token_s)
+                    held[draft] = stats.accepted / max(1, stats.drafted)
+    found: dict[str, Any] = {f"draft_{d}_ms_per_token": 1e3 * statistics.median(t) for d, t in times.items()}
+    for draft in (1, 4, 8):
+        ratios = [a / b for a, b in zip(times[draft], times[0], strict=True)]
+        found[f"draft_{draft}_against_none"] = statistics.median(ratios)
+        found[f"draft_{draft}_acceptance"] = held[draft]
+    return found
+
+
+async def bench_start(rounds: int) -> dict[str, Any]:
+    """From the start of a process to a serving node, what it holds, and what an import costs."""
+    found: dict[str, Any] = {}
+    began = time.perf_counter()
+    async with daemons([[5, 11], [17, 23], [29]]) as client:
+        found["three_daemons_serve_after_s"] = time.perf_counter() - began
+        await ask(client, 0, 32)
+        for name, status in (await client.status()).items():
+            assert isinstance(status, NodeStatus)
+            found[f"{name}_resident_mb"] = status.resident_bytes / 1e6
+            found[f"{name}_tensors_mb"] = status.tensor_bytes / 1e6
+    for module in ("ruyi_flow", "torch"):
+        spent = []
+        for _ in range(3):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+            spent.append(time.perf_counter() - began)
+        found[f"import_{module}_s"] = statistics.median(spent)
+    found["goal"] = "a daemon serves after 10 s at the most"
+    return found
+
+
+BENCHES = {"whole": bench_whole, "hop": bench_hop, "bytes": bench_bytes, "wan": bench_wan, "start": bench_start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], help="all of them when none is named")
+    parser.add_argument("--rounds", type=int, default=5, help="counted runs of each side (default 5)")
+    arguments = parser.parse_args()
+    store.pull(store.DEMO)
+    results: dict[str, Any] = {
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()}
+    }
+    for name in arguments.benches or BENCHES:
+        bench = BENCHES[name]
+        with console.status(f"{name}: {bench.__doc__}"):
+            found = bench(arguments.rounds)
+            if asyncio.iscoroutine(found):
+                found = asyncio.run(found)
+        table = Table(title=bench.__doc__, title_justify="left", show_header=False)
+        for key, value in found.items():
+            table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
+        console.print(table)
+        results[name] = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Real processes: `up`, `generate`, `status`, `demo`, signals, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.timeout(120)
+
+COMMAND = [sys.executable, "-m", "ruyi_flow.cli"]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on right now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture
+def topology(tmp_path: Path, tiny: Path) -> Path:
+    """Three nodes as a file."""
+    names = ["device", "edge", "cloud"]
+    nodes = [
+        {"name": n, "address": f"127.0.0.1:{port}", "exits": [p], "dtype": "float32", "threads": 1}
+        for n, port, p in zip(names, free_ports(3), (2, 4, 6), strict=True)
+    ]
+    links = [{"from": a, "to": b, "encoding": "f32"} for a, b in zip(names, names[1:], strict=False)]
+    path = tmp_path / "three.yaml"
+    path.write_text(yaml.safe_dump({"family": str(tiny), "nodes": nodes, "links": links}))
+    return path
+
+
+class Up:
+    """A running `ruyi-flow up`."""
+
+    def __init__(self, topology: Path, log: Path) -> None:
+        self.topology, self.log = topology, log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen([*COMMAND, "up", str(topology)], stdout=file, stderr=subprocess.STDOUT)
+
+    def status(self) -> dict[str, dict[str, object]]:
+        done = subprocess.run([*COMMAND, "status", "-t", str(self.topology), "--json"], capture_output=True, text=True)
+        answer: dict[str, dict[str, object]] = json.loads(done.stdout)
+        return answer
+
+    def ask(self) -> list[int]:
+        """Token ids of an answer."""
+        code = (
+            "import sys; from ruyi_flow import Client\n"
+            "with Client(sys.argv[1]) as c: print(c.generate([5, 6, 7], max_new_tokens=12, eos_token_ids=()).token_ids)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(self.topology)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ids: list[int] = json.loads(done.stdout)
+        return ids
+
+    def nodes(self) -> list[psutil.Process]:
+        """Processes of the nodes of this topology, wherever they hang."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if "node" in line and str(self.topology) in line:
+                found.append(process)
+        return found
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@contextmanager
+def up(topology: Path) -> Iterator[Up]:
+    running = Up(topology, topology.with_suffix(".log"))
+    try:
+        until(lambda: "nodes serve" in running.log.read_text() or running.process.poll() is not None, 60)
+        assert running.process.poll() is None, running.log.read_text()
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+        running.process.wait()
+        until(lambda: not running.nodes())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_serves_and_a_signal_leaves_nothing_behind(topology: Path, number: signal.Signals) -> None:
+    with up(topology) as running:
+        assert len(running.ask()) == 12
+        status = running.status()
+        assert {name: s["exits"] for name, s in status.items()} == {"device": [2], "edge": [4], "cloud": [6]}
+        assert len({s["process_id"] for s in status.values()}) == 3
+        running.process.send_signal(number)
+        assert running.process.wait(30) == 0
+        assert running.nodes() == []
+        log = running.log.read_text()
+        for name in ("device", "edge", "cloud"):
+            assert f"{name:<6} │ " in log
+        assert "Traceback" not in log
+
+
+def test_a_node_that_crashes_is_started_again(topology: Path) -> None:
+    with up(topology) as running:
+        before = running.ask()
+        killed = int(str(running.status()["edge"]["process_id"]))
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: "edge" in (s := running.status()) and s["edge"].get("process_id", killed) != killed, 60)
+        assert running.ask() == before
+        assert "starting it again" in running.log.read_text()
+
+
+def test_nodes_end_with_the_supervisor_that_was_killed(topology: Path) -> None:
+    with up(topology) as running:
+        assert len(running.nodes()) == 3
+        running.process.kill()
+        until(lambda: not running.nodes())
+
+
+def test_a_port_in_use_is_said(topology: Path) -> None:
+    port = int(yaml.safe_load(topology.read_text())["nodes"][1]["address"].split(":")[1])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        done = subprocess.run([*COMMAND, "up", str(topology)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port} is in use already; node 'edge' cannot listen there" in done.stderr
+
+
+def test_a_node_that_cannot_start_ends_up_with_its_reason(topology: Path) -> None:
+    data = yaml.safe_load(topology.read_text())
+    data["nodes"][2]["device"] = "cuda:77"
+    topology.write_text(yaml.safe_dump(data))
+    done = subprocess.run([*COMMAND, "up", str(topology)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "node 'cloud' ended with 2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.model
+def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
+    source = yaml.safe_load((Path(__file__).parents[2] / "configs" / "local.yaml").read_text())
+    for node, port in zip(source["nodes"], free_ports(3), strict=True):
+        node["address"] = f"127.0.0.1:{port}"
+    path = tmp_path / "demo.yaml"
+    path.write_text(yaml.safe_dump(source))
+    command = [*COMMAND, "demo", "-t", str(path), "--max-new-tokens", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert "The sky is blue" in done.stdout and "cloud" in done.stdout and "deepest" in done.stdout
+    assert "not trained yet" in done.stdout
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]

@@ -1,0 +1,98 @@
+"""The command line: what commands print, and that every user error is one line and exit status 2."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ruyi_flow import cli
+from ruyi_flow.testing import tiny_family
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run the command line with these arguments; gives exit status, standard output and standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ruyi-flow", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def topology(tmp_path: Path, tiny: Path) -> Path:
+    """One node in this process, as a file."""
+    path = tmp_path / "one.yaml"
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
+    path.write_text(yaml.safe_dump({"family": str(tiny), "nodes": [node]}))
+    return path
+
+
+def test_help_teaches_every_command(run) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("pull", "shard", "node", "up", "demo", "generate", "chat", "status"):
+        assert command in out
+        assert run(command, "--help")[0] == 0
+
+
+def test_pull_and_shard_report_in_json(run, tmp_path: Path, home: Path) -> None:  # type: ignore[no-untyped-def]
+    plain = tiny_family(tmp_path / "plain", base="llama", ordinary=True)
+    code, out, _ = run("pull", str(plain), "--name", "mine", "--exits", "2,4", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["exits"] == [2, 4, 6] and facts["new"] and (home / "families" / "mine").is_dir()
+    assert not json.loads(run("pull", str(plain), "--name", "mine", "--json")[1])["new"]
+    file = tmp_path / "t.yaml"
+    nodes = [
+        {"name": "a", "address": "127.0.0.1:1", "exits": [2]},
+        {"name": "b", "address": "127.0.0.1:2", "exits": [4, 6]},
+    ]
+    file.write_text(yaml.safe_dump({"family": "mine", "nodes": nodes, "links": [{"from": "a", "to": "b"}]}))
+    code, out, _ = run("shard", "--topology", str(file), "--out", str(tmp_path / "shards"), "--json")
+    shards = json.loads(out)["shards"]
+    assert code == 0 and [s["exits"] for s in shards] == [[2], [4, 6]]
+    assert sum(s["bytes"] for s in shards) < 1.2 * (home / "families" / "mine" / "model.safetensors").stat().st_size
+    code, out, err = run("shard", "--topology", str(file), "--out", str(tmp_path / "shards"))
+    assert code == 2 and "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "-t", "none.yaml", "-p", "x"), "none.yaml: no such topology file"),
+        (("generate", "-t", "{topology}", "-p", "x"), "has no tokenizer.json"),
+        (("generate", "-t", "{topology}", "-p", ""), "prompt is empty"),
+        (("generate", "-t", "{topology}", "-p", "x", "--exit", "3"), "exit 3 is not one"),
+        (("generate", "-t", "{topology}", "-p", "x", "--threshold", "high"), "--threshold is 'high'; write 0.8"),
+        (("generate", "-t", "{topology}", "-p", "x", "--threshold", "2=a"), "--threshold is '2=a'"),
+        (("generate", "-t", "{topology}", "-p", "x", "--temperature", "-1"), "temperature is -1"),
+        (("up", "{topology}"), "runs inside its clients"),
+        (("node", "whole", "-t", "{topology}"), "no address to listen on"),
+        (("node", "hole", "-t", "{topology}"), "did you mean 'whole'"),
+        (("status", "-t", "{topology}"), "there is nothing to ask"),
+        (("pull", "nothing"), "neither a folder"),
+        (("pull", "smollm2", "--exits", "5;11"), "--exits is '5;11'"),
+    ],
+)
+def test_a_user_error_is_one_line(run, topology: Path, home: Path, arguments: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(*(a.format(topology=topology) for a in arguments))
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err
+    assert "Traceback" not in err and err.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused(run) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run("generate", "--topolgy", "x")
+    assert code == 2 and "topolgy" in err
