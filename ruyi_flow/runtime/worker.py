@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import torch
@@ -38,29 +39,52 @@ class Worker(Protocol):
 class ThreadWorker:
     """A worker with a thread of its own.
 
+    A plain queue and the loop's own futures: a step's way in and out of the thread is on the path of every token, and an
+    executor's futures, locks and conditions made it twice as long (docs/log.md).
+
     Args:
         threads: CPU threads that torch uses in it; None for torch's default.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        initializer = (lambda: torch.set_num_threads(threads)) if threads else None
-        self._executor = ThreadPoolExecutor(1, "compute", initializer)
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = Thread(target=self._work, args=(threads,), name="compute", daemon=True)
+        self._thread.start()
 
     async def run(self, step: Callable[[*Ts], T], *args: *Ts) -> tuple[T, float, float]:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[tuple[T, float, float]] = loop.create_future()
         asked = time.perf_counter()
 
-        def timed() -> tuple[T, float, float]:
+        def timed() -> None:
+            if done.cancelled():
+                return
             began = time.perf_counter()
-            result = step(*args)
-            return result, began - asked, time.perf_counter() - began
+            try:
+                result = step(*args)
+            except Exception as error:  # whatever a step raises belongs to the caller that waits for it
+                loop.call_soon_threadsafe(_fail, done, error)
+            else:
+                loop.call_soon_threadsafe(_finish, done, (result, began - asked, time.perf_counter() - began))
 
-        return await asyncio.wrap_future(self._executor.submit(timed))
+        self._queue.put(timed)
+        return await done
 
     def submit(self, step: Callable[[], object]) -> None:
-        self._executor.submit(step).add_done_callback(_report)
+        self._queue.put(step)  # type: ignore[arg-type]
 
     def shutdown(self) -> None:
-        self._executor.shutdown()
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        while (step := self._queue.get()) is not None:
+            try:
+                step()
+            except Exception:  # the thread must outlive a step that nobody waits for
+                logger.exception("a step that nobody waits for failed")
 
 
 class InlineWorker:
@@ -77,6 +101,11 @@ class InlineWorker:
         pass
 
 
-def _report(future: Future[object]) -> None:
-    if not future.cancelled() and future.exception() is not None:
-        logger.error("a step that nobody waits for failed", exc_info=future.exception())
+def _finish(done: asyncio.Future[T], result: T) -> None:
+    if not done.done():  # the caller may have been cancelled while the step ran
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[T], error: Exception) -> None:
+    if not done.done():
+        done.set_exception(error)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -138,12 +140,15 @@ class Server:
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
             request = codec.generate_from_pb(codec.parse(pb.GenerateRequest, data))
-            events = self._service.generate(request, context.time_remaining())
-            try:
+            writing: asyncio.Future[None] | None = None
+            async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                 async for event in events:
-                    await context.write(codec.reply_to_pb(event).SerializeToString())
-            finally:
-                await events.aclose()
+                    if writing is not None:
+                        await writing
+                    # One token travels while the next is computed.
+                    writing = asyncio.ensure_future(context.write(codec.reply_to_pb(event).SerializeToString()))
+            if writing is not None:
+                await writing
 
     async def _status(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
