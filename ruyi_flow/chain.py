@@ -6,7 +6,7 @@ machine. It is itself a `Stage`. Only the entry node's chain `propose`s: it draf
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ruyi_flow.errors import WireError
@@ -247,7 +247,7 @@ class Chain:
         return self._beyond
 
 
-async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncIterator[Round]:
+async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncGenerator[Round, None]:
     """Settle round after round, from an entry node's new chain, until an end of sequence or the length limit.
 
     Both count for decided tokens only, in order; what was drafted or decided past the end is dropped with the chain,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -76,25 +77,26 @@ class Entry:
         hops: dict[str, Hop] = {}
         finish = FinishReason.LENGTH
         try:
-            async for round_ in decode(chain, prompt, params.max_new_tokens):
-                drafted += round_.drafted
-                accepted += round_.accepted
-                escalations += len(round_.hops) > 1
-                for hop in round_.hops:
-                    hops.setdefault(hop.node, Hop(hop.node)).add(hop)
-                first_token_s = first_token_s or time.perf_counter() - began
-                for decision in round_.decisions:
-                    count += 1
-                    text.push(decision)
-                    if decision.token in (params.eos_token_ids or ()):
-                        finish = FinishReason.EOS
-                    elif text.stopped:
-                        finish = FinishReason.STOP
+            async with aclosing(decode(chain, prompt, params.max_new_tokens)) as rounds:
+                async for round_ in rounds:
+                    drafted += round_.drafted
+                    accepted += round_.accepted
+                    escalations += len(round_.hops) > 1
+                    for hop in round_.hops:
+                        hops.setdefault(hop.node, Hop(hop.node)).add(hop)
+                    first_token_s = first_token_s or time.perf_counter() - began
+                    for decision in round_.decisions:
+                        count += 1
+                        text.push(decision)
+                        if decision.token in (params.eos_token_ids or ()):
+                            finish = FinishReason.EOS
+                        elif text.stopped:
+                            finish = FinishReason.STOP
+                            break
+                    for token in text.release(self._node_of):
+                        yield token
+                    if finish is not FinishReason.LENGTH:
                         break
-                for token in text.release(self._node_of):
-                    yield token
-                if finish is not FinishReason.LENGTH:
-                    break
         finally:
             await chain.close()
         for token in text.release(self._node_of, everything=True):

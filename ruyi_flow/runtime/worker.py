@@ -39,8 +39,8 @@ class Worker(Protocol):
 class ThreadWorker:
     """A worker with a thread of its own.
 
-    A plain queue and the loop's own futures: a step's way in and out of the thread is on the path of every token, and an
-    executor's futures, locks and conditions made it twice as long (docs/log.md).
+    A plain queue and the loop's own futures instead of an executor's: a step's way in and out of the thread is on the
+    path of every token (docs/log.md).
 
     Args:
         threads: CPU threads that torch uses in it; None for torch's default.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from ruyi_flow.errors import WireError
@@ -30,6 +29,7 @@ from ruyi_flow.types import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
@@ -95,8 +95,7 @@ def encode_states(states: Tensor, encoding: Encoding) -> pb.Tensor:
         states = (values / scales[:, None]).round_().to(torch.int8)
         message.scales.extend(scales.tolist())
     else:
-        dtype = {Encoding.F32: torch.float32, Encoding.BF16: torch.bfloat16, Encoding.F16: torch.float16}[encoding]
-        states = states.to(dtype).contiguous()
+        states = states.to(_dtype(encoding)).contiguous()
     message.data = states.cpu().view(torch.uint8).numpy().tobytes()
     return message
 
@@ -113,20 +112,26 @@ def decode_states(message: pb.Tensor, hidden: int, encoding: Encoding, like: Ten
         found = pb.Encoding.Name(message.encoding) if message.encoding in pb.Encoding.values() else message.encoding
         raise WireError(f"states are encoded as {found}; the handshake said {encoding.value}")
     rows, data = message.rows, message.data
-    kind: Any = {Encoding.F32: np.float32, Encoding.BF16: np.int16, Encoding.F16: np.float16, Encoding.INT8: np.int8}[
-        encoding
-    ]
-    itemsize = np.dtype(kind).itemsize
-    if len(data) != rows * hidden * itemsize:
+    dtype = _dtype(encoding)
+    if len(data) != rows * hidden * dtype.itemsize:
         raise WireError(f"{len(data)} bytes of states for {rows} positions of {hidden} values as {encoding.value}")
-    states = torch.from_numpy(np.frombuffer(bytearray(data), dtype=kind)).view(rows, hidden)
-    if encoding is Encoding.BF16:
-        states = states.view(torch.bfloat16)
-    elif encoding is Encoding.INT8:
+    states = torch.frombuffer(bytearray(data), dtype=dtype).view(rows, hidden)
+    if encoding is Encoding.INT8:
         if len(message.scales) != rows:
             raise WireError(f"{len(message.scales)} scales for {rows} positions")
         states = states.float() * torch.tensor(message.scales)[:, None]
     return states.to(like.device, like.dtype)
+
+
+def _dtype(encoding: Encoding) -> torch.dtype:
+    import torch
+
+    return {
+        Encoding.F32: torch.float32,
+        Encoding.BF16: torch.bfloat16,
+        Encoding.F16: torch.float16,
+        Encoding.INT8: torch.int8,
+    }[encoding]
 
 
 def block_to_pb(block: Block, encoding: Encoding) -> pb.SessionRequest:

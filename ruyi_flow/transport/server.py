@@ -140,15 +140,9 @@ class Server:
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
             request = codec.generate_from_pb(codec.parse(pb.GenerateRequest, data))
-            writing: asyncio.Future[None] | None = None
             async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                 async for event in events:
-                    if writing is not None:
-                        await writing
-                    # One token travels while the next is computed.
-                    writing = asyncio.ensure_future(context.write(codec.reply_to_pb(event).SerializeToString()))
-            if writing is not None:
-                await writing
+                    await context.write(codec.reply_to_pb(event).SerializeToString())
 
     async def _status(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
