@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -126,7 +126,9 @@ class AsyncClient:
 
     async def events(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Token | Final, None]:
         """Answer a prompt token by token, then one `Final` with text and figures; takes what `generate` takes."""
-        timeout_s = float(options.pop("timeout_s", self._timeout_s))
+        timeout_s = options.pop("timeout_s", self._timeout_s)
+        if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+            raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
         request = _request(prompt, options)
         if self._local is None:
             entry = self._peers[self.topology.entry.name]
@@ -259,7 +261,9 @@ def _mode_of(given: Mapping[str, Any]) -> Mode:
 
 def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ...]:
     if isinstance(prompt, str):
-        return prompt
+        return _text(prompt)
+    if not isinstance(prompt, Iterable):
+        raise RequestError(f"a prompt is a text, a list of messages, or token ids; this is {type(prompt).__name__}")
     items = list(prompt)
     if items and all(isinstance(item, int) for item in items):
         return tuple(int(item) for item in items if isinstance(item, int))
@@ -269,5 +273,13 @@ def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ..
             raise RequestError(
                 'a message is {"role": …, "content": …}; a prompt is a text, a list of those, or token ids'
             )
-        turns.append((str(item["role"]), str(item["content"])))
+        turns.append((_text(str(item["role"])), _text(str(item["content"]))))
     return tuple(turns)
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid Unicode: {error}") from None
+    return text

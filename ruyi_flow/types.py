@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+_MOST = 2**31 - 1
+"""Largest count or token id in a request; the wire has 32 bits for them."""
+
+
 class Mode(StrEnum):
     """What decides a token; all of them are one mechanism with different thresholds."""
 
@@ -101,29 +105,35 @@ class SamplingParams:
     """Of the sampling noise; None lets the entry node pick one (`stats.seed` tells which)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if self.eos_token_ids is not None:
-            object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        for name, low, high, meaning in (
-            ("temperature", 0.0, 100.0, "0 (greedy) or more"),
-            ("top_k", 0, 2**31, "0 (off) or more"),
-            ("top_p", 1e-9, 1.0, "above 0 and at most 1"),
-            ("repetition_penalty", 1e-9, 1e9, "above 0 (1 is off)"),
-            ("no_repeat_ngram_size", 0, 2**31, "0 (off) or more"),
-            ("min_new_tokens", 0, 2**31, "0 or more"),
-            ("max_new_tokens", 1, 2**31, "1 or more"),
+        for name, kind, low, high, meaning in (
+            ("temperature", float, 0.0, 100.0, "a number of 0 (greedy) or more"),
+            ("top_k", int, 0, _MOST, "a whole number of 0 (off) or more"),
+            ("top_p", float, 1e-9, 1.0, "a number above 0 and at most 1"),
+            ("repetition_penalty", float, 1e-9, 1e9, "a number above 0 (1 is off)"),
+            ("no_repeat_ngram_size", int, 0, _MOST, "a whole number of 0 (off) or more"),
+            ("min_new_tokens", int, 0, _MOST, "a whole number of 0 or more"),
+            ("max_new_tokens", int, 1, _MOST, "a whole number of 1 or more"),
+            ("seed", int, 0, 2**63 - 1, "a whole number of 0 or more, below 2**63"),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            if value is None and name == "seed":
+                continue
+            right = isinstance(value, int) or (kind is float and isinstance(value, float))
+            if isinstance(value, bool) or not right or not low <= value <= high:
                 raise RequestError(f"{name} is {value!r}; it must be {meaning}")
         if self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
             )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed is {self.seed}; it must be 0 or more and below 2**63")
-        if any(not text for text in self.stop):
-            raise RequestError("stop has an empty string, which every answer contains; leave it out")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(text, str) and text for text in stop):
+            raise RequestError(f"stop is {self.stop!r}; it must be texts, none of them empty")
+        object.__setattr__(self, "stop", stop)
+        if self.eos_token_ids is not None:
+            eos = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else tuple(self.eos_token_ids)
+            if not all(isinstance(token, int) and 0 <= token <= _MOST for token in eos):
+                raise RequestError(f"eos_token_ids is {self.eos_token_ids!r}; it must be token ids")
+            object.__setattr__(self, "eos_token_ids", eos)
 
 
 @dataclass(frozen=True, slots=True)

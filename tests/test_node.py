@@ -280,6 +280,10 @@ async def test_bad_requests_are_refused_one_by_one(tiny: Path) -> None:
             ([5], {"temperature": -1.0}, RequestError, "temperature is -1.0"),
             ([5], {"stop": ["x"]}, RequestError, "stop strings need a tokenizer"),
             ([{"role": "user"}], {}, RequestError, "a message is"),
+            (None, {}, RequestError, "this is NoneType"),
+            ("\ud800", {}, RequestError, "not valid Unicode"),
+            ([5], {"timeout_s": "soon"}, RequestError, "timeout_s is 'soon'"),
+            ([5], {"timeout_s": 0}, RequestError, "timeout_s is 0"),
         ):
             with pytest.raises(kind, match=message):
                 await client.generate(prompt, **options)  # type: ignore[arg-type]

@@ -32,6 +32,20 @@ class Routing:
     draft: int = 4
     """At most this many tokens are drafted past an unsure position before it is asked deeper; 0 asks at once."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.draft, bool) or not isinstance(self.draft, int) or not 0 <= self.draft <= 1024:
+            raise RequestError(f"draft is {self.draft!r}; it must be a whole number from 0 (ask at once) to 1024")
+        if self.exit is not None and (isinstance(self.exit, bool) or not isinstance(self.exit, int)):
+            raise RequestError(f"exit is {self.exit!r}; it must be one of the family's exits, a whole number")
+        thresholds = [] if self.threshold is None else [self.threshold]
+        if self.thresholds is not None:
+            if not isinstance(self.thresholds, Mapping) or not all(isinstance(p, int) for p in self.thresholds):
+                raise RequestError(f"thresholds is {self.thresholds!r}; it must map exits to numbers, as in {{5: 0.9}}")
+            thresholds += self.thresholds.values()
+        for value in thresholds:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise RequestError(f"a threshold is {value!r}; it must be a number of 0 (always sure) or more")
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -55,8 +69,6 @@ class Policy:
             RequestError: an exit that the family does not have, or parameters that the mode does not take.
         """
         mode = routing.mode
-        if routing.draft < 0:
-            raise RequestError(f"draft is {routing.draft}; it must be 0 (ask at once) or more")
         if routing.exit is not None and mode is not Mode.FIXED:
             raise RequestError(f"exit={routing.exit} goes with mode 'fixed', not with '{mode}'")
         if mode is not Mode.TOKEN and (routing.threshold is not None or routing.thresholds is not None):
@@ -82,9 +94,6 @@ class Policy:
                         f"exit {p} is the last one: it decides whatever comes to it, without a threshold"
                     )
             chosen = {p: float(routing.thresholds.get(p, NEVER)) for p in shallower}
-        for p, value in chosen.items():
-            if math.isnan(value) or value < 0:
-                raise RequestError(f"the threshold of exit {p} is {value}; it must be 0 (always sure) or more")
         return cls(mode, chosen, deepest, routing.draft)
 
     def looks(self, exit: int) -> bool:

@@ -1,6 +1,7 @@
 """The policy: thresholds for each mode, and what a threshold means."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -42,18 +43,22 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
-        (Routing(Mode.FIXED, exit=3), "exit 3 is not one of the family's exits"),
-        (Routing(Mode.EXACT, exit=4), "goes with mode 'fixed'"),
-        (Routing(Mode.EXACT, threshold=0.5), "go with mode 'token'"),
-        (Routing(Mode.TOKEN), "needs a threshold"),
-        (Routing(Mode.TOKEN, threshold=0.5, thresholds={2: 0.5}), "not both"),
-        (Routing(Mode.TOKEN, thresholds={3: 0.5}), "exit 3 is not one"),
-        (Routing(Mode.TOKEN, thresholds={6: 0.5}), "exit 6 is the last one"),
-        (Routing(Mode.TOKEN, threshold=-0.1), "must be 0"),
-        (Routing(Mode.TOKEN, threshold=math.nan), "must be 0"),
-        (Routing(Mode.EXACT, draft=-1), "draft is -1"),
+        ({"mode": Mode.FIXED, "exit": 3}, "exit 3 is not one of the family's exits"),
+        ({"mode": Mode.EXACT, "exit": 4}, "goes with mode 'fixed'"),
+        ({"mode": Mode.EXACT, "threshold": 0.5}, "go with mode 'token'"),
+        ({"mode": Mode.TOKEN}, "needs a threshold"),
+        ({"mode": Mode.TOKEN, "threshold": 0.5, "thresholds": {2: 0.5}}, "not both"),
+        ({"mode": Mode.TOKEN, "thresholds": {3: 0.5}}, "exit 3 is not one"),
+        ({"mode": Mode.TOKEN, "thresholds": {6: 0.5}}, "exit 6 is the last one"),
+        ({"mode": Mode.TOKEN, "threshold": -0.1}, "must be a number of 0"),
+        ({"mode": Mode.TOKEN, "threshold": math.nan}, "must be a number of 0"),
+        ({"mode": Mode.EXACT, "draft": -1}, "draft is -1"),
+        ({"mode": Mode.EXACT, "draft": "4"}, "draft is '4'"),
+        ({"mode": Mode.FIXED, "exit": "4"}, "exit is '4'"),
+        ({"mode": Mode.TOKEN, "threshold": "high"}, "a threshold is 'high'"),
+        ({"mode": Mode.TOKEN, "thresholds": [0.5]}, "must map exits to numbers"),
     ],
 )
-def test_a_policy_that_cannot_be_is_refused(routing: Routing, message: str) -> None:
+def test_a_policy_that_cannot_be_is_refused(routing: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Policy.resolve(routing, EXITS)
+        Policy.resolve(Routing(**routing), EXITS)

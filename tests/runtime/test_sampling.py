@@ -113,7 +113,11 @@ def test_min_new_tokens_holds_the_end_back() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "is more than max_new_tokens"),
-        ({"stop": ("",)}, "empty string"),
+        ({"stop": ("",)}, "none of them empty"),
+        ({"stop": (5,)}, "it must be texts"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"eos_token_ids": (-1,)}, "must be token ids"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
