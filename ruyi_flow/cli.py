@@ -497,14 +497,17 @@ async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
 async def _show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:
     """Print an answer as it comes, coloured by tier."""
     tokens: list[Token] = []
-    async for event in client.events(prompt, **options):
-        if not tokens:
-            out.print(_legend(topology))
-        if isinstance(event, Final):
+    try:
+        async for event in client.events(prompt, **options):
+            if isinstance(event, Final):
+                return tokens, event
+            if not tokens:
+                out.print(_legend(topology))
+            tokens.append(event)
+            out.print(_coloured(topology, event), end="", soft_wrap=True)
+    finally:
+        if tokens:
             out.print()
-            return tokens, event
-        tokens.append(event)
-        out.print(_coloured(topology, event), end="", soft_wrap=True)
     raise NodeError("the answer ended in the middle")
 
 

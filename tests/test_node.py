@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import load_file
 
@@ -78,6 +79,30 @@ async def test_nodes_serve_from_shards_of_their_own(tiny: Path, tmp_path: Path) 
             async with AsyncClient(nodes.topology) as client:
                 replies.append(await client.generate(PROMPT, max_new_tokens=10))
     assert replies[0].token_ids == replies[1].token_ids
+
+
+@pytest.mark.parametrize(("dtype", "encoding"), [("float16", "f16"), ("bfloat16", "bf16"), ("bfloat16", "f32")])
+async def test_an_encoding_as_wide_as_the_nodes_format_loses_nothing(tiny: Path, dtype: str, encoding: str) -> None:
+    family = load_family(tiny, dtype=dtype)
+    expected = family.generate(torch.tensor([PROMPT]), max_new_tokens=10, eos_token_ids=())[0].tolist()
+    topology = cut_topology(tiny, [[2], [4], [6]], dtype=dtype, encoding=encoding)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        reply = await client.generate(PROMPT, mode="exact", draft=0, max_new_tokens=10, eos_token_ids=())
+        assert reply.token_ids == expected
+
+
+async def test_an_ordinary_checkpoint_is_cut_at_the_exits_that_a_topology_gives_it(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "plain", base="llama", ordinary=True, tied=True)
+    family = load_family(folder, dtype="float32", exits=(2, 4))
+    expected = family.generate(torch.tensor([PROMPT]), max_new_tokens=10, eos_token_ids=())[0].tolist()
+    async with (
+        cluster(cut_topology(folder, [[2], [4, 6]], exits=(2, 4))) as nodes,
+        AsyncClient(nodes.topology) as client,
+    ):
+        for draft in (0, 4):
+            reply = await client.generate(PROMPT, mode="exact", draft=draft, max_new_tokens=10, eos_token_ids=())
+            assert reply.token_ids == expected
+        await nodes.settle()
 
 
 async def test_bytes_go_up_by_escalation_only(tiny: Path) -> None:
