@@ -228,6 +228,8 @@ class Chain:
         if descent.beyond is not None:
             verdict = await self._deeper().advance(descent.beyond)
             decisions, hops = verdict.decisions, verdict.hops
+            if any(d.token >= self._session.vocab_size for d in decisions):
+                raise WireError(f"the stage beyond decided a token past {self._session.vocab_size - 1}", node=hop.node)
             self._sent = descent.beyond.start + len(descent.beyond.token_ids)
         walks = descent.walks
         for walk in reversed(walks):

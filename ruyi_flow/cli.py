@@ -92,8 +92,9 @@ def pull(
 
     began = time.monotonic()
     known, given_exits = store.names(), _integers(exits, "--exits")
-    with _progress(f"pulling {source}", quiet=as_json):
-        folder = store.pull(source, name=name, exits=given_exits, dtype=dtype)
+    folder = store.pull(
+        source, name=name, exits=given_exits, dtype=dtype, say=_say(as_json), bars=err.is_terminal and not as_json
+    )
     config = Checkpoint(folder).config
     facts = {
         "family": folder.name,
@@ -240,8 +241,7 @@ def demo(
 
     loaded = _networked(topology)
     if loaded.family == store.DEMO:
-        with _progress(f"pulling {store.DEMO} (once)", quiet=store.DEMO in store.names()):
-            store.pull(store.DEMO)
+        store.pull(store.DEMO, say=_say(), bars=err.is_terminal)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
@@ -521,6 +521,11 @@ def _progress(what: str, *, total: float | None = None, quiet: bool = False) -> 
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def _say(quiet: bool = False) -> Callable[[str], None]:
+    """Prints a step of something that takes its time."""
+    return lambda step: None if quiet else err.print(f"[dim]{escape(step)}[/dim]", soft_wrap=True)
 
 
 def _print_json(value: object) -> None:

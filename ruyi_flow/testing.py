@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.node import serve
 from ruyi_flow.topology import Topology
 
-__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "tiny_family"]
+__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "tiny_family"]
 
 
 def tiny_family(
@@ -136,6 +137,17 @@ def cut_topology(
             ],
         }
     )
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on right now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,7 +264,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 def _resolve_folder(family: str, base: Path) -> str:
     """A relative folder is meant from the topology's own folder; a name stays a name."""
-    folder = base / family
+    folder = base / Path(family).expanduser()
     return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family
 
 

@@ -338,14 +338,20 @@ def cut(
     return out
 
 
-def convert_gguf(path: str | Path, out: str | Path) -> None:
+def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> None:
     """Convert a GGUF file to an ordinary Hugging Face folder in float32, tokenizer included, with transformers.
+
+    Args:
+        bars: show transformers' progress bars.
 
     Raises:
         CheckpointError: transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
 
+    if not bars:
+        transformers_logging.disable_progress_bar()
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")

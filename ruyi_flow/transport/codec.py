@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -225,7 +225,7 @@ def verdict_from_pb(message: pb.Verdict) -> Verdict:
         tuple(
             Decision(d.token, d.exit, d.confidence, _known(_REASONS, d.reason, pb.Reason)) for d in message.decisions
         ),
-        tuple(_make(Hop, hop) for hop in message.hops),
+        _hops(message.hops),
     )
 
 
@@ -305,7 +305,7 @@ def reply_from_pb(message: pb.GenerateReply) -> list[Token | Final]:
     ]
     if message.HasField("final"):
         final = message.final
-        stats = _make(Stats, final.stats, hops=tuple(_make(Hop, hop) for hop in final.stats.hops))
+        stats = _make(Stats, final.stats, hops=_hops(final.stats.hops))
         events.append(Final(_known(_FINISHES, final.finish_reason, pb.FinishReason), final.text, stats))
     return events
 
@@ -318,6 +318,14 @@ def status_to_pb(status: NodeStatus) -> pb.StatusReply:
 def status_from_pb(message: pb.StatusReply) -> NodeStatus:
     """A node's status off the wire."""
     return _make(NodeStatus, message, exits=tuple(message.exits))
+
+
+def _hops(messages: Iterable[pb.Hop]) -> tuple[Hop, ...]:
+    """Written out, since it is on the path of every token."""
+    return tuple(
+        Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
+        for h in messages
+    )
 
 
 def _sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:

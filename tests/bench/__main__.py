@@ -32,10 +32,9 @@ from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.supervisor import supervise
-from ruyi_flow.testing import Relay
+from ruyi_flow.testing import Relay, free_ports
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import NodeStatus
-from tests.e2e.test_daemons import free_ports
 from tests.theirs import as_transformers
 
 PROMPT = "Why is the sky blue?"

@@ -17,20 +17,11 @@ import psutil
 import pytest
 import yaml
 
+from ruyi_flow.testing import free_ports
+
 pytestmark = pytest.mark.timeout(120)
 
 COMMAND = [sys.executable, "-m", "ruyi_flow.cli"]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture
