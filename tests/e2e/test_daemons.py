@@ -126,6 +126,37 @@ def test_nodes_end_with_the_supervisor_that_was_killed(topology: Path) -> None:
         until(lambda: not running.nodes())
 
 
+STREAM = (
+    "import sys; from ruyi_flow import Client\n"
+    "with Client(sys.argv[1]) as c:\n"
+    "    for i, t in enumerate(c.stream([5, 6, 7], mode='exact', draft=0, max_new_tokens=480, eos_token_ids=())):\n"
+    "        print(i, flush=True)\n"
+)
+"""A client that prints the number of each token."""
+
+
+def test_a_client_that_is_killed_frees_every_cache(topology: Path) -> None:
+    with up(topology) as running:
+        with subprocess.Popen([sys.executable, "-c", STREAM, str(topology)], stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None and client.stdout.readline() == b"0\n"
+            client.kill()
+        until(lambda: all(s["sessions"] == s["used_positions"] == 0 for s in running.status().values()))
+
+
+def test_sigterm_lets_a_running_answer_end(topology: Path) -> None:
+    data = yaml.safe_load(topology.read_text())
+    whole = {**data["nodes"][0], "exits": [2, 4, 6], "limits": {"grace_s": 30}}
+    topology.write_text(yaml.safe_dump({"family": data["family"], "nodes": [whole]}))
+    with up(topology) as running:
+        [node] = running.nodes()
+        with subprocess.Popen([sys.executable, "-c", STREAM, str(topology)], stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None and client.stdout.readline() == b"0\n"
+            node.terminate()
+            assert client.stdout.read().splitlines()[-1] == b"479"
+        until(lambda: "stopped" in running.log.read_text())
+        assert "outlive" not in running.log.read_text()
+
+
 def test_a_port_in_use_is_said(topology: Path) -> None:
     port = int(yaml.safe_load(topology.read_text())["nodes"][1]["address"].split(":")[1])
     with socket.socket() as taken:
