@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
+from ruyi_flow.display import (
+    coloured,
+    err,
+    figures,
+    join,
+    legend,
+    node_log,
+    out,
+    print_json,
+    progress_bar,
+    say,
+    stats_table,
+    status_table,
+    token_table,
+)
 from ruyi_flow.errors import ConfigError, NodeError, RequestError, RuyiFlowError
 from ruyi_flow.topology import Topology
-from ruyi_flow.types import Final, Mode, NodeStatus, Stats, Token
+from ruyi_flow.types import Final, Mode, NodeStatus, Token
 
 __all__ = ["app", "main"]
 
@@ -34,11 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width; rich would take 80 and cut the tables
-out = Console(width=_WIDTH)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
-_COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 _DEFAULT_TOPOLOGY = Path("configs/local.yaml")
 
 TopologyOption = Annotated[Path, typer.Option("--topology", "-t", help="Topology file (YAML).")]
@@ -93,7 +98,7 @@ def pull(
     began = time.monotonic()
     known, given_exits = store.names(), _integers(exits, "--exits")
     folder = store.pull(
-        source, name=name, exits=given_exits, dtype=dtype, say=_say(as_json), bars=err.is_terminal and not as_json
+        source, name=name, exits=given_exits, dtype=dtype, say=say(as_json), bars=err.is_terminal and not as_json
     )
     config = Checkpoint(folder).config
     facts = {
@@ -105,7 +110,7 @@ def pull(
         "parameters": {p: config.num_parameters(p) for p in config.exits},
     }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     sizes = ", ".join(f"{p}: {n / 1e6:,.0f}M" for p, n in facts["parameters"].items())  # type: ignore[attr-defined]
     word = "pulled" if facts["new"] else "is there already:"
@@ -132,18 +137,18 @@ def shard(
     checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
     loaded.check_family(checkpoint.config.exits, where=str(topology))
     shards = []
-    with _progress("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
+    with progress_bar("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
         for i, node in enumerate(loaded.nodes):
             folder = cut(checkpoint, node.exits, output / node.name, companions=i == 0)
             size = (folder / "model.safetensors").stat().st_size
             shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
             progress(i + 1)
     if as_json:
-        _print_json({"family": checkpoint.fingerprint, "shards": shards})
+        print_json({"family": checkpoint.fingerprint, "shards": shards})
         return
     table = Table("node", "exits", "MB", "folder")
     for item in shards:
-        table.add_row(item["node"], _join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
+        table.add_row(item["node"], join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
     out.print(table)
 
 
@@ -211,7 +216,7 @@ def up(topology: Annotated[Path, typer.Argument(help="Topology file (YAML).")] =
         from ruyi_flow.supervisor import supervise
 
         stop = _on_signals()
-        async with supervise(topology, loaded, _node_log(loaded)) as supervisor:
+        async with supervise(topology, loaded, node_log(loaded)) as supervisor:
             if not await _start(supervisor, stop):
                 return
             err.print(
@@ -241,18 +246,18 @@ def demo(
 
     loaded = _networked(topology)
     if loaded.family == store.DEMO:
-        store.pull(store.DEMO, say=_say(), bars=err.is_terminal)
+        store.pull(store.DEMO, say=say(), bars=err.is_terminal)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
         from ruyi_flow.supervisor import supervise
 
         stop = _on_signals()
-        async with supervise(topology, loaded, _node_log(loaded)) as supervisor:
+        async with supervise(topology, loaded, node_log(loaded)) as supervisor:
             if not await _start(supervisor, stop):
                 return
             async with AsyncClient(loaded) as client:
-                out.print(_status_table(await client.status()))
+                out.print(status_table(await client.status()))
                 out.print(f"[bold]> {escape(_prompt(prompt))}[/bold]")
                 answer = asyncio.ensure_future(
                     _show(client, loaded, _prompt(prompt), {"max_new_tokens": max_new_tokens})
@@ -264,8 +269,8 @@ def demo(
                     answer.cancel()
                     return
                 tokens, final = answer.result()
-        out.print(_token_table(loaded, tokens))
-        out.print(_stats_table(final.stats))
+        out.print(token_table(loaded, tokens))
+        out.print(stats_table(final.stats))
         if loaded.family == store.DEMO:
             out.print(
                 "The early branches of this demo family are not trained yet: mode 'exact' lets the last branch decide "
@@ -308,12 +313,12 @@ def generate(
 
         async with AsyncClient(loaded, timeout_s=timeout_s) as client:
             if as_json:
-                _print_json((await client.generate(_prompt(prompt), **options)).to_dict())
+                print_json((await client.generate(_prompt(prompt), **options)).to_dict())
                 return
             answered, final = await _show(client, loaded, _prompt(prompt), options)
             if tokens:
-                out.print(_token_table(loaded, answered))
-            out.print(_stats_table(final.stats))
+                out.print(token_table(loaded, answered))
+            out.print(stats_table(final.stats))
 
     asyncio.run(run())
 
@@ -343,7 +348,7 @@ def chat(
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     with Client(loaded, timeout_s=timeout_s) as client:
-        out.print(_legend(loaded))
+        out.print(legend(loaded))
         while True:
             try:
                 text = input("> ").strip()
@@ -362,7 +367,7 @@ def chat(
                     if isinstance(event, Final):
                         final = event
                         break
-                    out.print(_coloured(loaded, event), end="")
+                    out.print(coloured(loaded, event), end="")
                     answer += event.text
             except KeyboardInterrupt:
                 out.print(" [dim](interrupted)[/dim]", end="")
@@ -375,7 +380,7 @@ def chat(
             out.print()
             messages.append({"role": "assistant", "content": answer})
             if final is not None:
-                out.print(f"[dim]{_figures(final.stats)}[/dim]", soft_wrap=True)
+                out.print(f"[dim]{figures(final.stats)}[/dim]", soft_wrap=True)
 
 
 @app.command()
@@ -395,11 +400,11 @@ def status(topology: TopologyOption = _DEFAULT_TOPOLOGY, as_json: JsonOption = F
 
     answers = asyncio.run(run())
     if as_json:
-        _print_json(
+        print_json(
             {n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()}
         )
     else:
-        out.print(_status_table(answers))
+        out.print(status_table(answers))
     if any(isinstance(answer, NodeError) for answer in answers.values()):
         raise typer.Exit(1)
 
@@ -484,7 +489,7 @@ async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
     """Start the nodes behind a spinner; False when a signal came first."""
     starting = asyncio.ensure_future(supervisor.start())
     stopping = asyncio.ensure_future(stop.wait())
-    with _progress("starting nodes"):
+    with progress_bar("starting nodes"):
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not starting.done():
@@ -502,117 +507,13 @@ async def _show(client: Any, topology: Topology, prompt: str, options: dict[str,
             if isinstance(event, Final):
                 return tokens, event
             if not tokens:
-                out.print(_legend(topology))
+                out.print(legend(topology))
             tokens.append(event)
-            out.print(_coloured(topology, event), end="", soft_wrap=True)
+            out.print(coloured(topology, event), end="", soft_wrap=True)
     finally:
         if tokens:
             out.print()
     raise NodeError("the answer ended in the middle")
-
-
-# ---- printing ----
-
-
-@contextmanager
-def _progress(what: str, *, total: float | None = None, quiet: bool = False) -> Iterator[Callable[[float], None]]:
-    """A bar (or a spinner, when there is no total) on a terminal; gives a function that takes how much is done."""
-    columns = [TextColumn("{task.description}"), BarColumn() if total else SpinnerColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
-def _say(quiet: bool = False) -> Callable[[str], None]:
-    """Prints a step of something that takes its time."""
-    return lambda step: None if quiet else err.print(f"[dim]{escape(step)}[/dim]", soft_wrap=True)
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def _colour(topology: Topology, name: str) -> str:
-    return _COLOURS[[node.name for node in topology.nodes].index(name) % len(_COLOURS)]
-
-
-def _coloured(topology: Topology, token: Token) -> Text:
-    return Text(token.text, style=_colour(topology, token.node))
-
-
-def _legend(topology: Topology) -> Text:
-    return Text("  ").join(
-        Text(f"{node.label} (exits {_join(node.exits)})", style=_colour(topology, node.name)) for node in topology.nodes
-    )
-
-
-def _node_log(topology: Topology) -> Any:
-    width = max(len(node.name) for node in topology.nodes)
-
-    def log(name: str, line: str) -> None:
-        err.print(Text.assemble((f"{name:<{width}} │ ", _colour(topology, name)), line), soft_wrap=True)
-
-    return log
-
-
-def _token_table(topology: Topology, tokens: list[Token]) -> Table:
-    table = Table("#", "token", "decided by", "exit", "confidence", "why")
-    for i, token in enumerate(tokens):
-        colour, node = _colour(topology, token.node), topology.node(token.node)
-        name = node.label if node.label == node.name else f"{node.label} ({node.name})"
-        table.add_row(
-            str(i), Text(repr(token.text), style=colour), name, str(token.exit), f"{token.confidence:.2f}", token.reason
-        )
-    return table
-
-
-def _stats_table(stats: Stats) -> Table:
-    n = max(1, stats.new_tokens)
-    table = Table(
-        "node", "compute", "queue", "wire", "blocks", "positions", "bytes up", "down", title="ms a token, by node"
-    )
-    for hop in stats.hops:
-        times = (f"{1000 * seconds / n:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
-        counts = (f"{count:,}" for count in (hop.messages, hop.positions, hop.bytes_up, hop.bytes_down))
-        table.add_row(hop.node, *times, *counts)
-    table.caption = _figures(stats)
-    return table
-
-
-def _figures(stats: Stats) -> str:
-    up = sum(hop.bytes_up for hop in stats.hops)
-    drafts = f", {stats.accepted} of {stats.drafted} drafts held" if stats.drafted else ""
-    return (
-        f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, "
-        f"then {1000 * stats.token_s:.1f} ms each · {stats.escalations} escalations{drafts} · "
-        f"{up:,} bytes up · seed {stats.seed}"
-    )
-
-
-def _status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
-    table = Table("node", "state", "exits", "layers", "params", "MB (tensors)", "sessions", "positions", "next")
-    table.columns[0].no_wrap = True
-    for name, s in answers.items():
-        if isinstance(s, NodeError):
-            table.add_row(name, Text("down", style="red"))
-            table.caption = Text(f"{table.caption or ''}\n{s}".strip(), style="red")
-            continue
-        table.add_row(
-            s.node if s.tier == s.node else f"{s.node} ({s.tier})",
-            s.state,
-            _join(s.exits),
-            f"{s.first_layer}-{s.last_layer}",
-            f"{s.parameters / 1e6:,.1f}M",
-            f"{s.resident_bytes / 1e6:,.0f} ({s.tensor_bytes / 1e6:,.0f})",
-            f"{s.sessions}/{s.max_sessions}",
-            f"{s.used_positions}/{s.max_positions}",
-            f"{s.next_node} {s.next_state}",
-        )
-    return table
-
-
-def _join(numbers: Any) -> str:
-    return ", ".join(map(str, numbers))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,10 +96,18 @@ def pull(
         exits, dtype = exits or _DEMO_EXITS, dtype or "bfloat16"
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
     out = home() / "families" / name
-    (home() / "partial").mkdir(parents=True, exist_ok=True)
-    with FileLock(home() / "partial" / f"{name}.lock"):  # a second pull of the same family waits, then finds it done
+    scratch = home() / "partial" / name
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch.with_name(f"{name}.lock")):  # a second pull of the same family waits, then finds it done
         if not out.is_dir():
-            _bring(source, local, out, exits, dtype, say, bars)
+            shutil.rmtree(scratch, ignore_errors=True)  # of a pull that was killed
+            scratch.mkdir()
+            try:
+                whole = _bring(source, local, scratch, exits, dtype, say, bars)
+                out.parent.mkdir(exist_ok=True)
+                os.replace(whole, out)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
         elif exits is not None and tuple(exits) != (held := Checkpoint(out).config.exits):
             raise CheckpointError(f"{out} is there already, with exits {list(held)}; give another --name, or remove it")
     return out
@@ -109,30 +116,29 @@ def pull(
 def _bring(
     source: str,
     local: Path,
-    out: Path,
+    scratch: Path,
     exits: Sequence[int] | None,
     dtype: str | None,
     say: Callable[[str], None],
     bars: bool,
-) -> None:
-    # An interrupted pull leaves nothing of a family, and the next one starts clean.
-    with tempfile.TemporaryDirectory(dir=home() / "partial") as scratch:
-        if source == DEMO:
-            folder = _demo_folder(Path(scratch), say, bars)
-        elif local.suffix == ".gguf":
-            say(f"converting {local.name}")
-            folder = Path(scratch) / "converted"
-            convert_gguf(local, folder, bars=bars)
-        elif local.is_dir():
-            folder = local
-        else:
-            say(f"fetching {source}")
-            folder = _fetch(source)
-        say(f"writing {out}")
-        checkpoint = Checkpoint(folder, exits)
-        if checkpoint.exits != checkpoint.config.exits:
-            raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
-        cut(checkpoint, checkpoint.config.exits, out, dtype=None if dtype is None else parse_dtype(dtype))
+) -> Path:
+    """Fetch and convert below `scratch`; gives the folder of the whole family there."""
+    if source == DEMO:
+        folder = _demo_folder(scratch, say, bars)
+    elif local.suffix == ".gguf":
+        say(f"converting {local.name}")
+        folder = scratch / "converted"
+        convert_gguf(local, folder, bars=bars)
+    elif local.is_dir():
+        folder = local
+    else:
+        folder = _fetch(source, say)
+    checkpoint = Checkpoint(folder, exits)
+    if checkpoint.exits != checkpoint.config.exits:
+        raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
+    say("writing it to the store")
+    chosen = None if dtype is None else parse_dtype(dtype)
+    return cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
 
 
 def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
@@ -157,13 +163,14 @@ def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
     return scratch / "converted"
 
 
-def _fetch(source: str) -> Path:
+def _fetch(source: str, say: Callable[[str], None]) -> Path:
     """A snapshot of a hub's repository, in the hub's own cache, which resumes what was interrupted."""
     if source.startswith("modelscope:"):
         try:
             from modelscope import snapshot_download as modelscope_download
         except ImportError:
             raise CheckpointError("ModelScope needs the extra: pip install 'ruyi-flow[modelscope]'") from None
+        say(f"fetching {source.removeprefix('modelscope:')} from ModelScope")
         try:
             return Path(modelscope_download(source.removeprefix("modelscope:"), allow_patterns=_WANTED))
         except (OSError, ValueError, RuntimeError) as error:
@@ -175,6 +182,7 @@ def _fetch(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    say(f"fetching {source} from Hugging Face")
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

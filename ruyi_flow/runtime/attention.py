@@ -57,12 +57,9 @@ class CachedAttention:
         # The query heads that share a key head become rows of one product, so that keys are read once, not copied.
         kv_heads = keys.shape[1]
         group = heads // kv_heads
-        if m == 1:
-            mask = None if rows is None else self._mask(rows, group)
-            out = F.scaled_dot_product_attention(q.view(1, kv_heads, group, d), keys, values, attn_mask=mask)
-            return out.reshape(1, heads * d)
         grouped = q.view(m, kv_heads, group, d).permute(1, 2, 0, 3).reshape(1, kv_heads, group * m, d)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(rows, group))
+        mask = None if m == 1 and rows is None else self._mask(rows, group)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return out.view(kv_heads, group, m, d).permute(2, 0, 1, 3).reshape(m, heads * d)
 
     def _mask(self, rows: Tensor | None, group: int) -> Tensor:

@@ -43,6 +43,16 @@ def test_a_failed_pull_leaves_nothing(tmp_path: Path, home: Path) -> None:
     assert [p for p in (home / "partial").iterdir() if p.is_dir()] == []
 
 
+def test_a_pull_after_one_that_was_killed_starts_clean(home: Path, tiny: Path) -> None:
+    left = home / "partial" / "tiny" / "family"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{")
+    assert store.names() == []
+    folder = store.pull(str(tiny))
+    assert Checkpoint(folder).config.exits == (2, 4, 6) and store.names() == ["tiny"]
+    assert not left.exists()
+
+
 def test_what_is_no_source_is_said(home: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a folder"):
         store.pull("qwen")
