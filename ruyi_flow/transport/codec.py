@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -62,6 +63,10 @@ _ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_
 _MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
 _REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
 _FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
+_ENCODING_OF = {number: encoding for encoding, number in _ENCODINGS.items()}
+_MODE_OF = {number: mode for mode, number in _MODES.items()}
+_REASON_OF = {number: reason for reason, number in _REASONS.items()}
+_FINISH_OF = {number: finish for finish, number in _FINISHES.items()}
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -113,7 +118,7 @@ def decode_states(message: pb.Tensor, hidden: int, encoding: Encoding, like: Ten
         raise WireError(f"states are encoded as {found}; the handshake said {encoding.value}")
     rows, data = message.rows, message.data
     dtype = _dtype(encoding)
-    if len(data) != rows * hidden * dtype.itemsize:
+    if rows == 0 or len(data) != rows * hidden * dtype.itemsize:
         raise WireError(f"{len(data)} bytes of states for {rows} positions of {hidden} values as {encoding.value}")
     states = torch.frombuffer(bytearray(data), dtype=dtype).view(rows, hidden)
     if encoding is Encoding.INT8:
@@ -123,6 +128,7 @@ def decode_states(message: pb.Tensor, hidden: int, encoding: Encoding, like: Ten
     return states.to(like.device, like.dtype)
 
 
+@cache
 def _dtype(encoding: Encoding) -> torch.dtype:
     import torch
 
@@ -197,11 +203,11 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
         family=message.family,
         first_layer=message.first_layer,
         hidden_size=message.hidden_size,
-        encoding=_known(_ENCODINGS, message.encoding, pb.Encoding),
+        encoding=_known(_ENCODING_OF, message.encoding, pb.Encoding),
         max_positions=message.max_positions,
         prompt_length=message.prompt_length,
         sampling=_sampling_from_pb(message.sampling),
-        policy=Policy(_known(_MODES, policy.mode, pb.Mode), dict(policy.thresholds), policy.deepest, policy.draft),
+        policy=Policy(_known(_MODE_OF, policy.mode, pb.Mode), dict(policy.thresholds), policy.deepest, policy.draft),
     )
 
 
@@ -223,7 +229,7 @@ def verdict_from_pb(message: pb.Verdict) -> Verdict:
     """A verdict off the wire."""
     return Verdict(
         tuple(
-            Decision(d.token, d.exit, d.confidence, _known(_REASONS, d.reason, pb.Reason)) for d in message.decisions
+            Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason)) for d in message.decisions
         ),
         _hops(message.hops),
     )
@@ -271,7 +277,7 @@ def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
     if message.routing.mode:
         given = message.routing
         routing = Routing(
-            mode=_known(_MODES, given.mode, pb.Mode),
+            mode=_known(_MODE_OF, given.mode, pb.Mode),
             exit=given.exit if given.HasField("exit") else None,
             threshold=given.threshold if given.HasField("threshold") else None,
             thresholds=dict(given.thresholds) or None,
@@ -301,12 +307,13 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
 def reply_from_pb(message: pb.GenerateReply) -> list[Token | Final]:
     """Pieces of an answer off the wire."""
     events: list[Token | Final] = [
-        Token(t.id, t.text, t.exit, t.node, t.confidence, _known(_REASONS, t.reason, pb.Reason)) for t in message.tokens
+        Token(t.id, t.text, t.exit, t.node, t.confidence, _known(_REASON_OF, t.reason, pb.Reason))
+        for t in message.tokens
     ]
     if message.HasField("final"):
         final = message.final
         stats = _make(Stats, final.stats, hops=_hops(final.stats.hops))
-        events.append(Final(_known(_FINISHES, final.finish_reason, pb.FinishReason), final.text, stats))
+        events.append(Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats))
     return events
 
 
@@ -365,8 +372,8 @@ def _make(kind: Callable[..., D], message: Message, **other: Any) -> D:
     return kind(**{name: getattr(message, name) for name in names}, **other)
 
 
-def _known(table: Mapping[D, int], value: int, enum: Any) -> D:
-    for key, number in table.items():
-        if number == value:
-            return key
-    raise WireError(f"{enum.DESCRIPTOR.name} is {value}, which this version does not know")
+def _known(table: Mapping[int, D], value: int, enum: Any) -> D:
+    try:
+        return table[value]
+    except KeyError:
+        raise WireError(f"{enum.DESCRIPTOR.name} is {value}, which this version does not know") from None

@@ -101,8 +101,8 @@ class Server:
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
-        """Cancel what still runs and close the port."""
-        await self._server.stop(0)
+        """Close the port, and cancel what still runs a moment later."""
+        await self._server.stop(0.2)
 
     async def _report(self, status: Any) -> None:
         for name in ("", SERVICE):

@@ -161,6 +161,7 @@ def tensor(**changes: object) -> pb.Tensor:
 @pytest.mark.parametrize(
     ("message", "text"),
     [
+        (tensor(rows=0, data=b""), "0 bytes of states for 0 positions"),
         (tensor(rows=3), "16 bytes of states for 3 positions"),
         (tensor(data=b"x" * 15), "15 bytes of states"),
         (tensor(encoding=pb.ENCODING_F32), "encoded as ENCODING_F32; the handshake said int8"),
