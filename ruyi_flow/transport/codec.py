@@ -63,10 +63,10 @@ _ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_
 _MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
 _REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
 _FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
-_ENCODING_OF = {number: encoding for encoding, number in _ENCODINGS.items()}
-_MODE_OF = {number: mode for mode, number in _MODES.items()}
-_REASON_OF = {number: reason for reason, number in _REASONS.items()}
-_FINISH_OF = {number: finish for finish, number in _FINISHES.items()}
+_ENCODING_OF: dict[int, Encoding] = {number: encoding for encoding, number in _ENCODINGS.items()}
+_MODE_OF: dict[int, Mode] = {number: mode for mode, number in _MODES.items()}
+_REASON_OF: dict[int, Reason] = {number: reason for reason, number in _REASONS.items()}
+_FINISH_OF: dict[int, FinishReason] = {number: finish for finish, number in _FINISHES.items()}
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -219,7 +219,7 @@ def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
                 pb.Decision(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
                 for d in verdict.decisions
             ],
-            hops=[_copy(hop, pb.Hop()) for hop in verdict.hops],
+            hops=[_hop_to_pb(hop) for hop in verdict.hops],
             elapsed_s=elapsed_s,
         )
     )
@@ -300,7 +300,7 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
         )
         return pb.GenerateReply(tokens=[token])
     stats = _copy(event.stats, pb.Stats(), skip=("hops",))
-    stats.hops.extend(_copy(hop, pb.Hop()) for hop in event.stats.hops)
+    stats.hops.extend(_hop_to_pb(hop) for hop in event.stats.hops)
     return pb.GenerateReply(final=pb.Final(finish_reason=_FINISHES[event.finish_reason], text=event.text, stats=stats))
 
 
@@ -327,8 +327,21 @@ def status_from_pb(message: pb.StatusReply) -> NodeStatus:
     return _make(NodeStatus, message, exits=tuple(message.exits))
 
 
+def _hop_to_pb(hop: Hop) -> pb.Hop:
+    """Written out, like `_hops`, since it is on the path of every token."""
+    return pb.Hop(
+        node=hop.node,
+        compute_s=hop.compute_s,
+        queue_s=hop.queue_s,
+        wire_s=hop.wire_s,
+        messages=hop.messages,
+        positions=hop.positions,
+        bytes_up=hop.bytes_up,
+        bytes_down=hop.bytes_down,
+    )
+
+
 def _hops(messages: Iterable[pb.Hop]) -> tuple[Hop, ...]:
-    """Written out, since it is on the path of every token."""
     return tuple(
         Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
         for h in messages
