@@ -1,6 +1,7 @@
 """The SDK: prompts of every kind, streaming, text, stop strings, and the sync client as a plain wrapper."""
 
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -172,6 +173,10 @@ def test_an_abandoned_stream_frees_its_session(whole: Client) -> None:
         next(stream)
         stream.close()
     whole.generate("hi", max_new_tokens=2)
+    for _ in range(500):  # a session ends on the compute thread, right after its last step
+        if whole.status()["whole"].sessions == 0:  # type: ignore[union-attr]
+            break
+        time.sleep(0.01)
     status = whole.status()["whole"]
     assert status.sessions == 0 and status.used_positions == 0  # type: ignore[union-attr]
 

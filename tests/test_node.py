@@ -175,7 +175,7 @@ async def test_session_and_position_limits_are_refused_and_the_node_lives_on(tin
     ):
         with pytest.raises(CapacityError, match="node 'n0' is full: no room for 405 positions"):
             await client.generate(PROMPT, max_new_tokens=400)
-        streams = [client.stream(PROMPT, max_new_tokens=100, eos_token_ids=()) for _ in range(2)]
+        streams = [client.stream(PROMPT, draft=0, max_new_tokens=120, eos_token_ids=()) for _ in range(2)]
         for stream in streams:
             await anext(stream)
         with pytest.raises(CapacityError, match="node 'n0' is full: 2 sessions are running, the limit here is 2"):
@@ -230,13 +230,13 @@ async def test_a_request_past_its_deadline_ends_everywhere(tiny: Path) -> None:
 async def test_a_node_that_hangs_is_named_after_the_links_timeout(tiny: Path) -> None:
     relay = Relay()
     async with (
-        cluster(cut_topology(tiny, [[2], [4], [6]], timeout_s=0.5), {"n2": relay}) as nodes,
+        cluster(cut_topology(tiny, [[2], [4], [6]], timeout_s=3.0), {"n2": relay}) as nodes,
         AsyncClient(nodes.topology) as client,
     ):
         stream = client.stream(PROMPT, max_new_tokens=200, eos_token_ids=())
         await anext(stream)
         relay.frozen = True
-        with pytest.raises(DeadlineExceeded, match="node 'n[12]' at .* gave no answer within 0.5 s"):
+        with pytest.raises(DeadlineExceeded, match="node 'n[12]' at .* gave no answer within 3 s"):
             async for _ in stream:
                 pass
         relay.frozen = False
@@ -434,7 +434,7 @@ async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Pat
             return int((await health_pb2_grpc.HealthStub(channel).Check(request)).status)
 
         assert await health("") == await health("ruyi_flow.v1.Node") == health_pb2.HealthCheckResponse.SERVING
-        stream = client.stream(PROMPT, max_new_tokens=300, eos_token_ids=())
+        stream = client.stream(PROMPT, max_new_tokens=500, eos_token_ids=())
         got = [await anext(stream)]
         ending = asyncio.create_task(serving.__aexit__(None, None, None))
         await asyncio.sleep(0.05)
@@ -442,7 +442,7 @@ async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Pat
         with pytest.raises(NodeUnavailable, match="shutting down and takes no new session"):
             await client.generate(PROMPT)
         got += [token async for token in stream]
-        assert len(got) == 300
+        assert len(got) == 500
         await ending
         with pytest.raises(NodeUnavailable, match="is it running"):
             await client.generate(PROMPT)
