@@ -230,6 +230,9 @@ class Chain:
             decisions, hops = verdict.decisions, verdict.hops
             if any(d.token >= self._session.vocab_size for d in decisions):
                 raise WireError(f"the stage beyond decided a token past {self._session.vocab_size - 1}", node=hop.node)
+            policy = self._session.policy
+            if any(d.exit != policy.deepest and d.exit not in policy.thresholds for d in decisions):
+                raise WireError("the stage beyond decided at an exit that the policy does not have", node=hop.node)
             self._sent = descent.beyond.start + len(descent.beyond.token_ids)
         walks = descent.walks
         for walk in reversed(walks):

@@ -20,7 +20,7 @@ from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.policy import Routing
 from ruyi_flow.topology import Topology
-from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token
+from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token, is_token_id
 
 if TYPE_CHECKING:
     from ruyi_flow.entry import Entry
@@ -91,7 +91,8 @@ class AsyncClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for peer in self._peers.values():
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
             await peer.close()
         if self._local is not None:
             await self._local.engine.close()
@@ -131,6 +132,8 @@ class AsyncClient:
             raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
         request = _request(prompt, options)
         if self._local is None:
+            if not self._peers:
+                raise RequestError("use the client in an async with block: async with AsyncClient(…) as client: …")
             entry = self._peers[self.topology.entry.name]
             async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
                 async for event in events:
@@ -168,7 +171,6 @@ class Client:
 
     def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
         self._async = AsyncClient(topology, timeout_s=timeout_s)
-        self._portal_manager = start_blocking_portal()
         self._portal: BlockingPortal | None = None
 
     @property
@@ -177,10 +179,14 @@ class Client:
         return self._async.topology
 
     def __enter__(self) -> Client:
+        if self._portal is not None:
+            raise RequestError("this client is open already; make another one")
+        self._portal_manager = start_blocking_portal()
         self._portal = self._portal_manager.__enter__()
         try:
             self._portal.call(self._async.__aenter__)
         except BaseException:
+            self._portal = None
             self._portal_manager.__exit__(None, None, None)
             raise
         return self
@@ -188,7 +194,8 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._running().call(self._async.__aexit__, None, None, None)
+        portal, self._portal = self._running(), None
+        portal.call(self._async.__aexit__, None, None, None)
         self._portal_manager.__exit__(kind, error, trace)
 
     def generate(self, prompt: Prompt, **options: Any) -> Reply:
@@ -244,6 +251,8 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
     sampling = SamplingParams(**{k: v for k, v in options.items() if k in _SAMPLING})
     given = {k: v for k, v in options.items() if k in _ROUTING and v is not None}
     draft = given.get("draft")
+    if draft is not None:
+        Routing(draft=draft)  # raises when it cannot be
     routing = None
     if set(given) - {"draft"}:
         mode = given.get("mode") or _mode_of(given)
@@ -266,6 +275,8 @@ def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ..
         raise RequestError(f"a prompt is a text, a list of messages, or token ids; this is {type(prompt).__name__}")
     items = list(prompt)
     if items and all(isinstance(item, int) for item in items):
+        if not all(is_token_id(item) for item in items):
+            raise RequestError("a prompt of token ids has numbers that cannot be one")
         return tuple(int(item) for item in items if isinstance(item, int))
     turns = []
     for item in items:

@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from ruyi_flow.chain import decode
 from ruyi_flow.engine import Engine
-from ruyi_flow.errors import ContextLengthError, RequestError
+from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.policy import Policy, Routing
@@ -153,7 +153,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return None
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: its tokenizer files cannot be read: {error}") from None
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:

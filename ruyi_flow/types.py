@@ -29,11 +29,21 @@ __all__ = [
     "Stats",
     "Token",
     "Verdict",
+    "is_token_id",
 ]
 
 
 _MOST = 2**31 - 1
 """Largest count or token id in a request; the wire has 32 bits for them."""
+
+
+def is_token_id(value: object) -> bool:
+    """Whether a value can be a token id of some family."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != "" and value == value.encode(errors="ignore").decode()
 
 
 class Mode(StrEnum):
@@ -121,19 +131,22 @@ class SamplingParams:
             right = isinstance(value, int) or (kind is float and isinstance(value, float))
             if isinstance(value, bool) or not right or not low <= value <= high:
                 raise RequestError(f"{name} is {value!r}; it must be {meaning}")
+        if 0 < self.temperature < 1e-4:  # logits over it would not be finite any more
+            raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy), or 0.0001 or more")
         if self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(_is_text(text) for text in stop):
             raise RequestError(f"stop is {self.stop!r}; it must be texts, none of them empty")
+        stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
         if self.eos_token_ids is not None:
-            eos = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else tuple(self.eos_token_ids)
-            if not all(isinstance(token, int) and 0 <= token <= _MOST for token in eos):
+            eos = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else self.eos_token_ids
+            if not isinstance(eos, (tuple, list)) or not all(is_token_id(token) for token in eos):
                 raise RequestError(f"eos_token_ids is {self.eos_token_ids!r}; it must be token ids")
-            object.__setattr__(self, "eos_token_ids", eos)
+            object.__setattr__(self, "eos_token_ids", tuple(eos))
 
 
 @dataclass(frozen=True, slots=True)

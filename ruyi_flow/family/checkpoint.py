@@ -77,14 +77,24 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         self._file_of = self._open()
         metadata = self._metadata
-        self.exits: tuple[int, ...] = tuple(json.loads(metadata.get("ruyi_flow.exits", "null")) or self.config.exits)
+        try:
+            held = tuple(json.loads(metadata.get("ruyi_flow.exits", "null")) or self.config.exits)
+        except (ValueError, TypeError):
+            held = ()
+        if not held or any(p not in self.config.exits for p in held):
+            raise CheckpointError(
+                f"{self.folder}: its metadata names exits {metadata['ruyi_flow.exits']}, not the config's"
+            )
+        self.exits: tuple[int, ...] = held
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, as config.json and generation_config.json say."""
         path = self.folder / "generation_config.json"
         eos = _read_json(path).get("eos_token_id") if path.exists() else None
-        more = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+        more = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(isinstance(token, int) and token >= 0 for token in more):
+            raise CheckpointError(f"{path}: eos_token_id is {eos!r}; it must be token ids")
         return tuple(dict.fromkeys((*self.config.eos_token_ids, *more)))
 
     @cached_property
@@ -164,8 +174,8 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index}: weight_map is missing")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{index}: weight_map is missing, or does not name files")
             files = sorted(set(weight_map.values()))
         else:
             files = [_WEIGHTS]
@@ -229,8 +239,12 @@ def load_slice(
         wanted = getattr(module, parameter)
         sizes = module.splits if isinstance(module, Linear) and len(module.splits) == len(names) else None
         tensors = [checkpoint.tensor(name) for name in names]
-        value = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(device, dtype, copy=True).contiguous()
         found = [tuple(t.shape) for t in tensors]
+        try:
+            joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            value = joined.to(device, dtype, copy=True).contiguous()
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint.folder}: {' + '.join(names)}, shapes {found}: {error}") from None
         if value.shape != wanted.shape or (sizes and [s[0] for s in found] != list(sizes)):
             raise CheckpointError(
                 f"{checkpoint.folder}: {' + '.join(names)} has shape {found}; config.json means {tuple(wanted.shape)}"
@@ -423,7 +437,7 @@ def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file" + (f"; {hint}" if hint else "")) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a JSON object")

@@ -74,6 +74,17 @@ class FamilyConfig:
         Raises:
             CheckpointError: an architecture or a setting that the layers here do not implement.
         """
+        try:
+            config = cls._parse(raw, exits, where)
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{where}: a value of the wrong kind: {error}") from None
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(config, name) < 1:
+                raise CheckpointError(f"{where}: {name} is {getattr(config, name)}; it must be 1 or more")
+        return config
+
+    @classmethod
+    def _parse(cls, raw: Mapping[str, Any], exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
         model_type = raw.get("model_type")
         if model_type not in _BASES:
             raise CheckpointError(f"{where}: model_type is {model_type!r}; known: {', '.join(_BASES)}")

@@ -374,12 +374,15 @@ def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    their_config = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
-        rope_parameters=dict(config.rope),
-    )
-    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](their_config, torch.device("cpu"))
+    try:
+        their_config = LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_positions,
+            rope_parameters=dict(config.rope),
+        )
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](their_config, torch.device("cpu"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"rope settings {dict(config.rope)} are not whole: {error}") from None
     return inv_freq.float(), float(scale)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ruyi_flow.errors import RequestError
-from ruyi_flow.types import Mode, Reason
+from ruyi_flow.types import Mode, Reason, is_token_id
 
 __all__ = ["NEVER", "Policy", "Routing"]
 
@@ -35,15 +35,15 @@ class Routing:
     def __post_init__(self) -> None:
         if isinstance(self.draft, bool) or not isinstance(self.draft, int) or not 0 <= self.draft <= 1024:
             raise RequestError(f"draft is {self.draft!r}; it must be a whole number from 0 (ask at once) to 1024")
-        if self.exit is not None and (isinstance(self.exit, bool) or not isinstance(self.exit, int)):
+        if self.exit is not None and not is_token_id(self.exit):  # the wire has as many bits for both
             raise RequestError(f"exit is {self.exit!r}; it must be one of the family's exits, a whole number")
         thresholds = [] if self.threshold is None else [self.threshold]
         if self.thresholds is not None:
-            if not isinstance(self.thresholds, Mapping) or not all(isinstance(p, int) for p in self.thresholds):
+            if not isinstance(self.thresholds, Mapping) or not all(is_token_id(p) for p in self.thresholds):
                 raise RequestError(f"thresholds is {self.thresholds!r}; it must map exits to numbers, as in {{5: 0.9}}")
             thresholds += self.thresholds.values()
         for value in thresholds:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= NEVER:
                 raise RequestError(f"a threshold is {value!r}; it must be a number of 0 (always sure) or more")
 
 
