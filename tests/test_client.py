@@ -182,9 +182,17 @@ def test_an_abandoned_stream_frees_its_session(whole: Client) -> None:
 
 
 def test_a_client_outside_its_block_says_so(spoken: Path) -> None:
-    client = Client(cut_topology(spoken, [[2, 4, 6]]))
+    topology = Topology.parse({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    client = Client(topology)
     with pytest.raises(RequestError, match="with block"):
         client.generate("hi")
+    for _ in range(2):
+        with client:
+            assert len(client.generate("hi", max_new_tokens=2, eos_token_ids=()).tokens) == 2
+            with pytest.raises(RequestError, match="open already"):
+                client.__enter__()
+        with pytest.raises(RequestError, match="with block"):
+            client.generate("hi")
 
 
 async def test_the_sync_client_works_inside_a_running_loop(nodes: Cluster) -> None:

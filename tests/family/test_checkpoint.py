@@ -134,6 +134,28 @@ def test_a_broken_config_is_said(tiny: Path, tmp_path: Path, text: str) -> None:
         Checkpoint(folder)
 
 
+def test_files_beside_the_weights_that_are_broken_are_said(tiny: Path, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer files cannot be read"):
+        load_family(folder, dtype="float32")
+    (folder / "tokenizer.json").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(CheckpointError, match="eos_token_id is 'x'"):
+        _ = Checkpoint(folder).eos_token_ids
+    tensors = load_file(folder / "model.safetensors")
+    for exits in ("x", "5", "[9]"):
+        save_file(tensors, folder / "model.safetensors", {"ruyi_flow.exits": exits})
+        with pytest.raises(CheckpointError, match="metadata names exits"):
+            Checkpoint(folder)
+
+
+def test_rope_settings_that_are_not_whole_are_said(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "f", rope_scaling={"type": "linear"})
+    with pytest.raises(CheckpointError, match="rope settings .* are not whole"):
+        load_family(folder, dtype="float32").logits(IDS)
+
+
 def test_cutting_leaves_all_or_nothing(tiny: Path, tmp_path: Path) -> None:
     folder = copied(tiny, tmp_path)
     tensors = load_file(folder / "model.safetensors")

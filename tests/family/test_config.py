@@ -85,6 +85,11 @@ def test_an_ordinary_checkpoint_takes_exits() -> None:
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "only silu"),
         ({"tie_word_embeddings": True}, "needs shared_heads"),
+        ({"num_hidden_layers": "many"}, "a value of the wrong kind"),
+        ({"early_exit_points": 5}, "a value of the wrong kind"),
+        ({"early_exit_points": []}, "a value of the wrong kind"),
+        ({"rope_theta": "x"}, "a value of the wrong kind"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(change: dict[str, object], message: str) -> None:
