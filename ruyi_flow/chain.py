@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar, TypeVarTuple
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.runtime.stage import ShardSession
+from ruyi_flow.runtime.stage import CHUNK, ShardSession
 from ruyi_flow.runtime.worker import Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
 __all__ = ["Chain", "Look", "Round", "Walk", "decode"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +91,11 @@ class Walk:
 
 @dataclass(slots=True)
 class _Descent:
-    """How far down this node's stages a block went, and what is left to ask beyond them."""
+    """How far down this node's stages a block went, and what is left to ask of `stage`, which may be beyond them."""
 
     walks: list[Walk]
-    beyond: Block | None = None
+    stage: int = 0
+    left: Block | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,8 @@ class Chain:
         if held + count > session.max_positions:
             raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
         session.token_ids.extend(block.token_ids)
-        descent, queue_s, compute_s = await self._worker.run(self._descend, block)
-        return await self._conclude(descent, Hop(self._node, compute_s, queue_s))
+        hop = Hop(self._node)
+        return await self._conclude(await self._go_down(hop, _Descent([], 0, block)), hop)
 
     async def propose(self, token_ids: Sequence[int], draft: int) -> Round:
         """Entry node: take in decided tokens, and settle what comes next.
@@ -158,8 +163,12 @@ class Chain:
         Returns:
             At least one decision, for the positions from the last given one on.
         """
-        descent, queue_s, compute_s = await self._worker.run(self._draft, token_ids, draft)
-        verdict = await self._conclude(descent, Hop(self._node, compute_s, queue_s))
+        hop = Hop(self._node)
+        while len(token_ids) > CHUNK:
+            await self._step(hop, self._take, token_ids[:CHUNK])
+            token_ids = token_ids[CHUNK:]
+        descent = await self._go_down(hop, await self._step(hop, self._draft, token_ids, draft))
+        verdict = await self._conclude(descent, hop)
         walk = descent.walks[0]
         if not walk.unsure:
             return Round(verdict.decisions, verdict.hops)
@@ -179,6 +188,34 @@ class Chain:
         if self._beyond is not None:
             await self._beyond.close()
 
+    async def _step(self, hop: Hop, step: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a step on the compute thread, and count its time."""
+        result, queue_s, compute_s = await self._worker.run(step, *args)
+        hop.queue_s += queue_s
+        hop.compute_s += compute_s
+        return result
+
+    async def _go_down(self, hop: Hop, descent: _Descent) -> _Descent:
+        """Go down this node's stages for as long as something is unsure.
+
+        Usually one step for all of them. What comes before the wanted positions of a long block is taken in steps of
+        CHUNK, so that other sessions get their turns in between, and a request that is cancelled ends there.
+        """
+        session = self._session
+        while descent.left is not None and descent.stage < len(session.exits):
+            stage, block = descent.stage, descent.left
+            while (count := _fills(block)) > 0:
+                await self._step(hop, session.advance, stage, block.states[:count], ())
+                block = Block(block.start + count, block.states[count:], block.token_ids[count:], block.wants)
+            descent = await self._step(hop, self._descend, descent.walks, stage, block)
+        return descent
+
+    def _take(self, token_ids: Sequence[int]) -> None:
+        """Fill the first stage's caches with a part of the prompt."""
+        session = self._session
+        session.token_ids.extend(token_ids)
+        session.advance(0, session.embed(token_ids), ())
+
     def _draft(self, token_ids: Sequence[int], draft: int) -> _Descent:
         """The first stage's walk, position by position: its own tokens are the drafts."""
         session = self._session
@@ -196,44 +233,44 @@ class Chain:
                 break
             walk.looks.append(Look(position, look.token, look.token, look.confidence, look.reason))
             draft, ids = draft - 1, (look.token,)
-        return self._descend_from(0, walk)
+        if not walk.unsure:
+            return _Descent([walk])
+        return self._descend([walk], 1, self._question(0, walk))
 
-    def _descend(self, block: Block) -> _Descent:
-        return self._descend_from(0, self._step(0, block))
-
-    def _descend_from(self, stage: int, walk: Walk) -> _Descent:
-        """Go down this node's stages for as long as something is unsure."""
-        session, walks = self._session, [walk]
-        while unsure := walk.unsure:
-            start, stop = session.unseen_start(stage), unsure[-1] + 1
-            states = session.take_unseen(stage, stop)
-            block = Block(start, states, tuple(session.token_ids[start:stop]), unsure)
-            stage += 1
-            if stage == len(session.exits):
-                return _Descent(walks, block)
-            walk = self._step(stage, block)
+    def _descend(self, walks: list[Walk], stage: int, block: Block) -> _Descent:
+        """Run stage after stage, until all is sure, the next one is beyond this node, or its block is a long one."""
+        session = self._session
+        while stage < len(session.exits) and not _fills(block):
+            stop = block.start + len(block.token_ids)
+            found = session.advance(stage, block.states, block.wants)
+            drafts = [session.token_ids[p + 1] if p + 1 < stop else None for p in block.wants]
+            walk = Walk.of(session.policy, session.exits[stage], block.wants, drafts, found)
             walks.append(walk)
-        return _Descent(walks)
+            if not walk.unsure:
+                return _Descent(walks)
+            block = self._question(stage, walk)
+            stage += 1
+        return _Descent(walks, stage, block)
 
-    def _step(self, stage: int, block: Block) -> Walk:
-        session, stop = self._session, block.start + len(block.token_ids)
-        found = session.advance(stage, block.states, block.wants)
-        drafts = [session.token_ids[p + 1] if p + 1 < stop else None for p in block.wants]
-        return Walk.of(session.policy, session.exits[stage], block.wants, drafts, found)
+    def _question(self, stage: int, walk: Walk) -> Block:
+        """What the stage after this one is asked: its unsure positions, with every state that it has not seen."""
+        session, unsure = self._session, walk.unsure
+        start, stop = session.unseen_start(stage), unsure[-1] + 1
+        return Block(start, session.take_unseen(stage, stop), tuple(session.token_ids[start:stop]), unsure)
 
     async def _conclude(self, descent: _Descent, hop: Hop) -> Verdict:
         """Ask what is left beyond this node, settle upwards, and rewind to what holds."""
         decisions: tuple[Decision, ...] = ()
         hops: tuple[Hop, ...] = ()
-        if descent.beyond is not None:
-            verdict = await self._deeper().advance(descent.beyond)
+        if descent.left is not None:
+            verdict = await self._deeper().advance(descent.left)
             decisions, hops = verdict.decisions, verdict.hops
             if any(d.token >= self._session.vocab_size for d in decisions):
                 raise WireError(f"the stage beyond decided a token past {self._session.vocab_size - 1}", node=hop.node)
             policy = self._session.policy
             if any(d.exit != policy.deepest and d.exit not in policy.thresholds for d in decisions):
                 raise WireError("the stage beyond decided at an exit that the policy does not have", node=hop.node)
-            self._sent = descent.beyond.start + len(descent.beyond.token_ids)
+            self._sent = descent.left.start + len(descent.left.token_ids)
         walks = descent.walks
         for walk in reversed(walks):
             decisions = walk.settle(decisions)
@@ -250,6 +287,13 @@ class Chain:
             assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
             self._beyond = self._make_beyond()
         return self._beyond
+
+
+def _fills(block: Block) -> int:
+    """How many rows of a long block to take in first, since no decision is wanted there; 0 for one that is not long."""
+    count = len(block.token_ids)
+    before = block.wants[0] - block.start if block.wants else count
+    return min(CHUNK, before) if count > CHUNK else 0
 
 
 async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncGenerator[Round, None]:

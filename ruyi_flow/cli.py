@@ -244,7 +244,7 @@ def demo(
     """The main job in one command: start all nodes of a topology, answer a prompt together, end them."""
     from ruyi_flow.family import store
 
-    loaded = _networked(topology)
+    loaded, text = _networked(topology), _prompt(prompt)
     if loaded.family == store.DEMO:
         store.pull(store.DEMO, say=say(), bars=err.is_terminal)
 
@@ -258,10 +258,8 @@ def demo(
                 return
             async with AsyncClient(loaded) as client:
                 out.print(status_table(await client.status()))
-                out.print(f"[bold]> {escape(_prompt(prompt))}[/bold]")
-                answer = asyncio.ensure_future(
-                    _show(client, loaded, _prompt(prompt), {"max_new_tokens": max_new_tokens})
-                )
+                out.print(f"[bold]> {escape(text)}[/bold]")
+                answer = asyncio.ensure_future(_show(client, loaded, text, {"max_new_tokens": max_new_tokens}))
                 stopping = asyncio.ensure_future(stop.wait())
                 await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 stopping.cancel()

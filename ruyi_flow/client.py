@@ -94,8 +94,9 @@ class AsyncClient:
         peers, self._peers = self._peers, {}
         for peer in peers.values():
             await peer.close()
-        if self._local is not None:
-            await self._local.engine.close()
+        local, self._local = self._local, None
+        if local is not None:
+            await local.engine.close()
 
     async def generate(self, prompt: Prompt, **options: Any) -> Reply:
         """Answer a prompt.
@@ -225,18 +226,36 @@ class Client:
     def _iterate(self, events: AsyncGenerator[Any, None]) -> Generator[Any, None, None]:
         portal = self._running()
         try:
-            while True:
+            while self._running() is portal:
+                coming = portal.start_task_soon(_next_of, events)
                 try:
-                    yield portal.call(events.__anext__)
-                except StopAsyncIteration:
+                    event = coming.result()
+                finally:  # Ctrl-C reaches this thread only: the task on the loop must end before the answer is closed
+                    coming.cancel()
+                if event is None:
                     return
+                yield event
         finally:  # also when the caller stops in the middle: the nodes' caches are freed at once
-            portal.call(events.aclose)
+            if self._portal is portal:
+                portal.call(_close, events)
 
     def _running(self) -> BlockingPortal:
         if self._portal is None:
             raise RequestError("use the client in a with block: with Client(…) as client: …")
         return self._portal
+
+
+async def _next_of(events: AsyncGenerator[Any, None]) -> Any:
+    """The next event, or None at the end."""
+    return await anext(events, None)
+
+
+async def _close(events: AsyncGenerator[Any, None]) -> None:
+    for _ in range(100):
+        try:
+            return await events.aclose()
+        except RuntimeError:  # a step that was cancelled has not ended yet
+            await asyncio.sleep(0.01)
 
 
 def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
@@ -284,7 +303,9 @@ def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ..
             raise RequestError(
                 'a message is {"role": …, "content": …}; a prompt is a text, a list of those, or token ids'
             )
-        turns.append((_text(str(item["role"])), _text(str(item["content"]))))
+        if not isinstance(item["role"], str) or not isinstance(item["content"], str):
+            raise RequestError("a message's role and content must be texts")
+        turns.append((_text(item["role"]), _text(item["content"])))
     return tuple(turns)
 
 

@@ -43,9 +43,9 @@ class Limits(_Model):
 
     max_sessions: int = Field(default=16, ge=1)
     """Sessions at once."""
-    max_positions: int = Field(default=16384, ge=64)
+    max_positions: int = Field(default=16384, ge=64, le=2**26)
     """Positions of keys and values, over all sessions."""
-    max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=64 * 1024)
+    max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=64 * 1024, le=2**31 - 1)
     """Of one message on the wire; a longer prompt travels in several."""
     grace_s: float = Field(default=10.0, ge=0)
     """How long running sessions may go on after SIGTERM."""
@@ -64,7 +64,7 @@ class Node(_Model):
     dtype: Dtype = "bfloat16"
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the forward pass; torch's default when left out. Nodes that share cores must share them out."""
     shard: Path | None = None
     """Folder of this node's shard (`ruyi-flow shard`); without it the node picks its tensors out of the family."""

@@ -139,6 +139,8 @@ class Checkpoint:
                 + (f" of the stages at exits {list(self.exits)}" if self.exits != self.config.exits else "")
             )
         tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise CheckpointError(f"{self.folder}: tensor {stored} is {tensor.dtype}; only plain floats are supported")
         return tensor
 
     def close(self) -> None:

@@ -98,6 +98,8 @@ class FamilyConfig:
 
         num_layers = int(need("num_hidden_layers"))
         hidden_size, num_heads = int(need("hidden_size")), int(need("num_attention_heads"))
+        if raw.get("quantization_config"):
+            raise CheckpointError(f"{where}: quantized weights (quantization_config) are not supported; use plain ones")
         if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
             raise CheckpointError(f"{where}: sliding-window attention is not supported, only full attention")
         if raw.get("hidden_act", "silu") != "silu":

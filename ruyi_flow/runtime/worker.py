@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar, TypeVarTuple
 
 import torch
 
+from ruyi_flow.errors import NodeUnavailable
+
 __all__ = ["InlineWorker", "ThreadWorker", "Worker"]
 
 T = TypeVar("T")
@@ -50,8 +52,11 @@ class ThreadWorker:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._work, args=(threads,), name="compute", daemon=True)
         self._thread.start()
+        self._closed = False
 
     async def run(self, step: Callable[[*Ts], T], *args: *Ts) -> tuple[T, float, float]:
+        if self._closed:
+            raise NodeUnavailable("the node is closed")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[tuple[T, float, float]] = loop.create_future()
         asked = time.perf_counter()
@@ -74,6 +79,7 @@ class ThreadWorker:
         self._queue.put(step)  # type: ignore[arg-type]
 
     def shutdown(self) -> None:
+        self._closed = True
         self._queue.put(None)
         self._thread.join()
 

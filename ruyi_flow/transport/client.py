@@ -167,7 +167,7 @@ class RemoteStage:
         """Write messages and read a reply to each, with its size."""
         call, replies = self._call, []
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s) as timer:
                 for message in messages:
                     await call.write(message)
                 for _ in messages:
@@ -175,10 +175,12 @@ class RemoteStage:
                     if data is grpc.aio.EOF:
                         await self._fail()
                     replies.append((codec.parse(pb.SessionReply, data), len(data)))
+                    timer.reschedule(asyncio.get_running_loop().time() + self._timeout_s)  # it is alive
         except TimeoutError:
             call.cancel()
             raise DeadlineExceeded(
-                f"node {self._peer.name!r} at {self._peer.address} gave no answer within {self._timeout_s:g} s",
+                f"node {self._peer.name!r} at {self._peer.address} gave no answer within {self._timeout_s:g} s; "
+                "it, or a node beyond it, hangs",
                 node=self._peer.name,
             ) from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: written to a stream that has ended

@@ -166,7 +166,8 @@ class _Statuses:
             logger.error("a call failed", exc_info=error)
             error = NodeFault(f"node {self._node!r} failed on this request: {type(error).__name__}; its log says where")
         about = error.node if isinstance(error, NodeError) and error.node else self._node
-        await self._context.abort(status_of(error), str(error), ((NODE_KEY, about),))
+        # gRPC carries 16 KB of this at most, and would replace all of it by an error of its own
+        await self._context.abort(status_of(error), str(error)[:2000], ((NODE_KEY, about),))
 
 
 def _checked_version(message: pb.Open, node: str) -> pb.Open:
