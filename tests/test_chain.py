@@ -15,8 +15,9 @@ from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.stage import CHUNK, Shard
 from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Block, Decision, Mode, Reason, SamplingParams, Stage, Verdict
 from tests.conftest import Oracle
 
@@ -157,6 +158,31 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
     assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
     assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
     shard.check_integrity()
+
+
+async def test_a_long_prompt_takes_turns_on_every_stage(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "long", max_position_embeddings=4096)
+    shard = Shard(load_slice(Checkpoint(folder), (2, 4, 6), dtype=torch.float32), max_positions=2048, max_sessions=1)
+    oracle = Oracle(load_family(folder, dtype="float32"))
+    prompt = [3 + i * 7 % 57 for i in range(1500)]
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=2), (2, 4, 6))
+    session = shard.open(policy, SamplingParams(), len(prompt), 1510)
+    rows: list[int] = []
+
+    class Counting(InlineWorker):
+        """Notes how far each stage came in a step."""
+
+        async def run(self, step, *args):  # type: ignore[no-untyped-def]
+            before = list(session.positions)
+            result = await super().run(step, *args)
+            rows.extend(b - a for a, b in zip(before, session.positions, strict=True) if b > a)
+            return result
+
+    chain = Chain(session, Counting(), "n0")
+    decided = [d async for settled in decode(chain, prompt, 4) for d in settled.decisions]
+    await chain.close()
+    assert [(d.token, d.exit) for d in decided] == oracle.decide(policy, prompt, 4)
+    assert max(rows) <= CHUNK + 2 and sum(row >= 400 for row in rows) == 9
 
 
 async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> None:

@@ -1,5 +1,7 @@
 """The SDK: prompts of every kind, streaming, text, stop strings, and the sync client as a plain wrapper."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ruyi_flow import Client
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import RequestError, RuyiFlowError
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, FinishReason
@@ -179,6 +181,56 @@ def test_an_abandoned_stream_frees_its_session(whole: Client) -> None:
         time.sleep(0.01)
     status = whole.status()["whole"]
     assert status.sessions == 0 and status.used_positions == 0  # type: ignore[union-attr]
+
+
+def test_a_client_that_closes_ends_what_other_threads_ask(spoken: Path) -> None:
+    topology = Topology.parse({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    ended: list[BaseException] = []
+    with Client(topology) as client:
+        begun = threading.Event()
+
+        def ask() -> None:
+            try:
+                for _ in client.stream("hi", max_new_tokens=450, eos_token_ids=()):
+                    begun.set()
+            except RuyiFlowError as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert begun.wait(20)
+    thread.join(20)
+    assert not thread.is_alive() and len(ended) == 1
+
+
+def test_a_stream_that_outlives_its_client_ends(spoken: Path) -> None:
+    topology = Topology.parse({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    with Client(topology) as client:
+        stream, other = (client.stream("hi", max_new_tokens=100, eos_token_ids=()) for _ in range(2))
+        next(stream)
+        next(other)
+    with pytest.raises(RequestError, match="with block"):
+        next(stream)
+    other.close()
+
+
+INTERRUPTED = """
+import sys, signal, threading, os
+from ruyi_flow import Client
+from ruyi_flow.topology import Topology
+with Client(Topology.parse({"family": sys.argv[1], "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})) as client:
+    try:
+        for i, token in enumerate(client.stream("hi", max_new_tokens=450, eos_token_ids=())):
+            if i == 3:
+                threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    except KeyboardInterrupt:
+        print("interrupted", len(client.generate("hi", max_new_tokens=2, eos_token_ids=()).tokens))
+"""
+
+
+def test_ctrl_c_ends_a_stream_and_nothing_else(spoken: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(spoken)], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (0, "interrupted 2\n"), done.stderr
 
 
 def test_a_client_outside_its_block_says_so(spoken: Path) -> None:

@@ -150,6 +150,17 @@ def test_files_beside_the_weights_that_are_broken_are_said(tiny: Path, tmp_path:
             Checkpoint(folder)
 
 
+def test_quantized_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"torch\.int8; only plain floats"):
+        load_family(folder, dtype="float32")
+    with pytest.raises(CheckpointError, match="quantized weights"):
+        Checkpoint(tiny_family(tmp_path / "q", ordinary=True, quantization_config={"quant_method": "fp8"}))
+
+
 def test_rope_settings_that_are_not_whole_are_said(tmp_path: Path) -> None:
     folder = tiny_family(tmp_path / "f", rope_scaling={"type": "linear"})
     with pytest.raises(CheckpointError, match="rope settings .* are not whole"):
