@@ -20,7 +20,8 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker, Worker
 from ruyi_flow.topology import Topology
-from ruyi_flow.transport.client import Peer, RemoteStage
+from ruyi_flow.transport.client import Peer
+from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
 
 __all__ = ["Engine"]

@@ -1,11 +1,10 @@
-"""Between this package's values and the wire's messages; nothing else touches protobuf fields or tensor bytes."""
+"""Between this package's values and the wire's messages. Blocks, which carry tensors, are `blocks.py`'s."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -14,7 +13,6 @@ from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.types import (
-    Block,
     Decision,
     Encoding,
     Final,
@@ -29,16 +27,9 @@ from ruyi_flow.types import (
     Verdict,
 )
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 __all__ = [
+    "ENCODINGS",
     "PROTOCOL",
-    "block_from_pb",
-    "block_to_pb",
-    "decode_states",
-    "encode_states",
     "generate_from_pb",
     "generate_to_pb",
     "open_from_pb",
@@ -46,7 +37,6 @@ __all__ = [
     "parse",
     "reply_from_pb",
     "reply_to_pb",
-    "row_bytes",
     "status_from_pb",
     "status_to_pb",
     "verdict_from_pb",
@@ -59,11 +49,11 @@ PROTOCOL = 1
 M = TypeVar("M", bound=Message)
 D = TypeVar("D")
 
-_ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F16, pb.ENCODING_INT8), strict=True))
+ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F16, pb.ENCODING_INT8), strict=True))
 _MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
 _REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
 _FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
-_ENCODING_OF: dict[int, Encoding] = {number: encoding for encoding, number in _ENCODINGS.items()}
+_ENCODING_OF: dict[int, Encoding] = {number: encoding for encoding, number in ENCODINGS.items()}
 _MODE_OF: dict[int, Mode] = {number: mode for mode, number in _MODES.items()}
 _REASON_OF: dict[int, Reason] = {number: reason for reason, number in _REASONS.items()}
 _FINISH_OF: dict[int, FinishReason] = {number: finish for finish, number in _FINISHES.items()}
@@ -81,92 +71,6 @@ def parse(kind: type[M], data: bytes) -> M:
         raise WireError(f"not a {kind.DESCRIPTOR.name} message: {error}") from None
 
 
-# ---- boundary states ----
-
-
-def row_bytes(hidden: int, encoding: Encoding) -> int:
-    """Bytes of one boundary state on the wire, its scale included."""
-    return {Encoding.F32: 4 * hidden, Encoding.INT8: hidden + 4}.get(encoding, 2 * hidden)
-
-
-def encode_states(states: Tensor, encoding: Encoding) -> pb.Tensor:
-    """(n, hidden) boundary states of any number format, as they go on the wire."""
-    import torch
-
-    message = pb.Tensor(encoding=_ENCODINGS[encoding], rows=states.shape[0])
-    if encoding is Encoding.INT8:
-        values = states.float()
-        scales = values.abs().amax(-1).clamp_(min=1e-30).div_(127.0)
-        states = (values / scales[:, None]).round_().to(torch.int8)
-        message.scales.extend(scales.tolist())
-    else:
-        states = states.to(_dtype(encoding)).contiguous()
-    message.data = states.cpu().view(torch.uint8).numpy().tobytes()
-    return message
-
-
-def decode_states(message: pb.Tensor, hidden: int, encoding: Encoding, like: Tensor) -> Tensor:
-    """(n, hidden) boundary states in the number format and on the device of `like`.
-
-    Raises:
-        WireError: another encoding than the handshake's, or a size that does not match.
-    """
-    import torch
-
-    if message.encoding != _ENCODINGS[encoding]:
-        found = pb.Encoding.Name(message.encoding) if message.encoding in pb.Encoding.values() else message.encoding
-        raise WireError(f"states are encoded as {found}; the handshake said {encoding.value}")
-    rows, data = message.rows, message.data
-    dtype = _dtype(encoding)
-    if rows == 0 or len(data) != rows * hidden * dtype.itemsize:
-        raise WireError(f"{len(data)} bytes of states for {rows} positions of {hidden} values as {encoding.value}")
-    states = torch.frombuffer(bytearray(data), dtype=dtype).view(rows, hidden)
-    if encoding is Encoding.INT8:
-        if len(message.scales) != rows:
-            raise WireError(f"{len(message.scales)} scales for {rows} positions")
-        states = states.float() * torch.tensor(message.scales)[:, None]
-    return states.to(like.device, like.dtype)
-
-
-@cache
-def _dtype(encoding: Encoding) -> torch.dtype:
-    import torch
-
-    return {
-        Encoding.F32: torch.float32,
-        Encoding.BF16: torch.bfloat16,
-        Encoding.F16: torch.float16,
-        Encoding.INT8: torch.int8,
-    }[encoding]
-
-
-def block_to_pb(block: Block, encoding: Encoding) -> pb.SessionRequest:
-    """A block as it goes on the wire."""
-    return pb.SessionRequest(
-        block=pb.Block(
-            start=block.start,
-            token_ids=block.token_ids,
-            wants=[p - block.start for p in block.wants],
-            states=encode_states(block.states, encoding),
-        )
-    )
-
-
-def block_from_pb(message: pb.Block, hidden: int, encoding: Encoding, like: Tensor) -> Block:
-    """A block off the wire; `like` gives number format and device.
-
-    Raises:
-        WireError: sizes that contradict each other.
-    """
-    states = decode_states(message.states, hidden, encoding, like)
-    if not message.token_ids:
-        raise WireError("a block without positions")
-    wants = tuple(message.start + offset for offset in message.wants)
-    if any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
-        raise WireError(f"wanted positions {wants} do not ascend")
-    return Block(message.start, states, tuple(message.token_ids), wants)
-
-
 # ---- sessions ----
 
 
@@ -178,7 +82,7 @@ def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
             family=opening.family,
             first_layer=opening.first_layer,
             hidden_size=opening.hidden_size,
-            encoding=_ENCODINGS[opening.encoding],
+            encoding=ENCODINGS[opening.encoding],
             max_positions=opening.max_positions,
             prompt_length=opening.prompt_length,
             sampling=_sampling_to_pb(opening.sampling),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -16,6 +17,7 @@ from ruyi_flow.errors import HandshakeError, NodeError, NodeFault, RuyiFlowError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.client import METHODS
 from ruyi_flow.transport.status import NODE_KEY, status_of
 from ruyi_flow.types import Final, NodeStatus, Stage, Token, Verdict
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["SERVICE", "Server", "Service"]
 
 SERVICE = "ruyi_flow.v1.Node"
+
+_PARTING_S = 5.0
+"""How long a caller that was told of a failure may take to end the stream."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,29 +114,44 @@ class Server:
             await self._health.set(name, status)
 
     async def _session(self, _: Any, context: Any) -> None:
+        name = self._service.name
+        async with _Statuses(name, context):
+            try:
+                await self._converse(context)
+            except Exception as error:
+                known = _known(error, name)
+                failure = pb.Failure(status=status_of(known).value[0], message=_text(known), node=_about(known, name))
+                await context.write(pb.SessionReply(failure=failure).SerializeToString())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PARTING_S):
+                        while await context.read() is not grpc.aio.EOF:
+                            pass
+                raise known from None
+
+    async def _converse(self, context: Any) -> None:
+        """A session from its handshake to the stream's end."""
         stage: Stage | None = None
         try:
-            async with _Statuses(self._service.name, context):
-                while (data := await context.read()) is not grpc.aio.EOF:
-                    began = time.perf_counter()
-                    message = codec.parse(pb.SessionRequest, data)
-                    kind = message.WhichOneof("message")
-                    if stage is None:
-                        if kind != "open":
-                            raise WireError(f"a session starts with open, not with {kind}")
-                        opening = codec.open_from_pb(_checked_version(message.open, self._service.name))
-                        stage, like = await self._service.open_session(opening, context.time_remaining())
-                        reply = pb.SessionReply(opened=pb.Opened(node=self._service.name))
-                    elif kind == "block":
-                        block = codec.block_from_pb(message.block, opening.hidden_size, opening.encoding, like)
-                        verdict: Verdict = await stage.advance(block)
-                        reply = codec.verdict_to_pb(verdict, time.perf_counter() - began)
-                    elif kind == "rewind":
-                        await stage.rewind(message.rewind.position)
-                        reply = pb.SessionReply(rewound=pb.Rewound())
-                    else:
-                        raise WireError(f"{kind or 'an empty message'} in the middle of a session")
-                    await context.write(reply.SerializeToString())
+            while (data := await context.read()) is not grpc.aio.EOF:
+                began = time.perf_counter()
+                message = codec.parse(pb.SessionRequest, data)
+                kind = message.WhichOneof("message")
+                if stage is None:
+                    if kind != "open":
+                        raise WireError(f"a session starts with open, not with {kind}")
+                    opening = codec.open_from_pb(_checked_version(message.open, self._service.name))
+                    stage, like = await self._service.open_session(opening, context.time_remaining())
+                    blocks = BlockCodec(opening.hidden_size, opening.encoding, like)
+                    reply = pb.SessionReply(opened=pb.Opened(node=self._service.name))
+                elif kind == "block":
+                    verdict: Verdict = await stage.advance(blocks.from_pb(message.block))
+                    reply = codec.verdict_to_pb(verdict, time.perf_counter() - began)
+                elif kind == "rewind":
+                    await stage.rewind(message.rewind.position)
+                    reply = pb.SessionReply(rewound=pb.Rewound())
+                else:
+                    raise WireError(f"{kind or 'an empty message'} in the middle of a session")
+                await context.write(reply.SerializeToString())
         finally:
             if stage is not None:
                 await stage.close()
@@ -162,12 +182,26 @@ class _Statuses:
         # Not of our making, and nothing to tell anyone: cancellation, and gRPC's own abort.
         if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             return
-        if not isinstance(error, RuyiFlowError):  # a bug: the log gets all of it, the caller one line
-            logger.error("a call failed", exc_info=error)
-            error = NodeFault(f"node {self._node!r} failed on this request: {type(error).__name__}; its log says where")
-        about = error.node if isinstance(error, NodeError) and error.node else self._node
-        # gRPC carries 16 KB of this at most, and would replace all of it by an error of its own
-        await self._context.abort(status_of(error), str(error)[:2000], ((NODE_KEY, about),))
+        known = _known(error, self._node)
+        await self._context.abort(status_of(known), _text(known), ((NODE_KEY, _about(known, self._node)),))
+
+
+def _known(error: Exception, node: str) -> RuyiFlowError:
+    """An exception as callers know it: of a bug, the log gets all of it, the caller one line."""
+    if isinstance(error, RuyiFlowError):
+        return error
+    logger.error("a call failed", exc_info=error)
+    return NodeFault(f"node {node!r} failed on this request: {type(error).__name__}; its log says where", node=node)
+
+
+def _text(error: RuyiFlowError) -> str:
+    """gRPC carries 16 KB of this at most, and would replace all of it by an error of its own."""
+    return str(error)[:2000]
+
+
+def _about(error: RuyiFlowError, node: str) -> str:
+    """The node that an error is about: one beyond this one, or this one."""
+    return error.node if isinstance(error, NodeError) and error.node else node
 
 
 def _checked_version(message: pb.Open, node: str) -> pb.Open:

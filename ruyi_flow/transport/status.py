@@ -18,7 +18,7 @@ from ruyi_flow.errors import (
     WireError,
 )
 
-__all__ = ["NODE_KEY", "STATUS_OF", "error_of", "status_of"]
+__all__ = ["NODE_KEY", "STATUS_OF", "error_of", "error_of_call", "status_of"]
 
 STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -36,7 +36,7 @@ STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
 NODE_KEY = "ruyi-flow-node"
 """Trailing metadata: the node that an error is about. Its absence means that gRPC itself made the status."""
 
-_ERROR_OF = {status: error for error, status in STATUS_OF.items()}
+_ERROR_OF = {status.value[0]: error for error, status in STATUS_OF.items()}
 
 
 def status_of(error: RuyiFlowError) -> grpc.StatusCode:
@@ -47,13 +47,19 @@ def status_of(error: RuyiFlowError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def error_of(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiFlowError:
+def error_of(status: int, details: str, about: str) -> RuyiFlowError:
+    """The exception that a node told: the number of its status, its text, and the node that it is about."""
+    kind = _ERROR_OF.get(status, NodeFault)
+    return kind(details, node=about) if issubclass(kind, NodeError) else kind(details)
+
+
+def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiFlowError:
     """The exception that a failed call to a node means."""
     code, details = error.code(), error.details() or ""
     about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
-    kind = _ERROR_OF.get(code, NodeFault)
     if about is not None:  # the node, or one beyond it, said so itself
-        return kind(details, node=str(about)) if issubclass(kind, NodeError) else kind(details)
+        return error_of(code.value[0], details, str(about))
+    kind = _ERROR_OF.get(code.value[0], NodeFault)
     peer = f"node {node!r} at {address}"
     if kind is NodeUnavailable:
         return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)

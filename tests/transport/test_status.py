@@ -5,7 +5,7 @@ import pytest
 
 from ruyi_flow import errors
 from ruyi_flow.errors import NodeError, NodeFault, NodeUnavailable, RequestError, RuyiFlowError
-from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of, status_of
+from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of_call, status_of
 
 KINDS = [
     kind
@@ -23,7 +23,7 @@ def test_the_table_has_every_exception_once() -> None:
 def test_an_exception_comes_back_as_itself(kind: type[RuyiFlowError]) -> None:
     metadata = grpc.aio.Metadata((NODE_KEY, "cloud"))
     failure = grpc.aio.AioRpcError(status_of(kind("what happened")), grpc.aio.Metadata(), metadata, "what happened")
-    back = error_of(failure, "edge", "127.0.0.1:1")
+    back = error_of_call(failure, "edge", "127.0.0.1:1")
     assert type(back) is kind and str(back) == "what happened"
     if isinstance(back, NodeError):
         assert back.node == "cloud"
@@ -32,7 +32,7 @@ def test_an_exception_comes_back_as_itself(kind: type[RuyiFlowError]) -> None:
 @pytest.mark.parametrize("code", list(grpc.StatusCode), ids=lambda code: code.name)
 def test_every_status_of_grpc_itself_names_the_peer(code: grpc.StatusCode) -> None:
     failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "details")
-    error = error_of(failure, "edge", "127.0.0.1:1")
+    error = error_of_call(failure, "edge", "127.0.0.1:1")
     assert isinstance(error, NodeError) and error.node == "edge" and "127.0.0.1:1" in str(error)
     if code is grpc.StatusCode.UNAVAILABLE:
         assert isinstance(error, NodeUnavailable) and "is it running?" in str(error)

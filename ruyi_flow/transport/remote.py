@@ -1,0 +1,152 @@
+"""A stage that lives on another node."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import grpc
+
+from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, WireError
+from ruyi_flow.requests import SessionOpen
+from ruyi_flow.transport import codec
+from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.blocks import BlockCodec, rows_in
+from ruyi_flow.transport.client import Peer
+from ruyi_flow.transport.status import error_of, error_of_call
+from ruyi_flow.types import Block, Hop, Verdict
+
+__all__ = ["RemoteStage"]
+
+_ROWS = 512
+"""Positions in a message at the most, so that a node can start on a long prompt before all of it is there."""
+
+
+class RemoteStage:
+    """The next node's stages, over one bidirectional stream: a `Stage`.
+
+    The stream opens with the first block, and the handshake travels with it, so a session costs no extra round trip.
+
+    Args:
+        peer: the node.
+        opening: the handshake.
+        timeout_s: deadline of one answer.
+        session_timeout_s: deadline of the whole session; None for none.
+    """
+
+    def __init__(
+        self, peer: Peer, opening: SessionOpen, *, timeout_s: float, session_timeout_s: float | None = None
+    ) -> None:
+        self._peer, self._opening = peer, opening
+        self._timeout_s, self._session_timeout_s = timeout_s, session_timeout_s
+        self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
+        self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
+        self._call: Any = None
+
+    async def advance(self, block: Block) -> Verdict:
+        """See `Stage.advance`."""
+        began = time.perf_counter()
+        messages = [self._blocks.to_pb(b).SerializeToString() for b in self._split(block)]
+        up = sum(map(len, messages))
+        opening = self._call is None
+        if opening:
+            self._call = self._peer.session_call(timeout=self._session_timeout_s)
+            messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
+        try:
+            replies = (await self._exchange(messages))[opening:]
+            verdicts = [codec.verdict_from_pb(reply.verdict) for reply, _ in replies]
+            if not all(verdict.hops for verdict in verdicts):
+                raise WireError("no verdict on a block")
+        except WireError as error:
+            if error.node is None:
+                raise WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name) from None
+            raise
+        hops = _sum(verdicts)
+        mine = hops[0]
+        mine.messages += len(verdicts)
+        mine.positions += len(block.token_ids)
+        mine.bytes_up += up
+        mine.bytes_down += sum(size for _, size in replies)
+        mine.wire_s += max(0.0, time.perf_counter() - began - sum(reply.verdict.elapsed_s for reply, _ in replies))
+        return Verdict(verdicts[-1].decisions, hops)
+
+    async def rewind(self, position: int) -> None:
+        """See `Stage.rewind`."""
+        if self._call is not None:
+            await self._exchange([pb.SessionRequest(rewind=pb.Rewind(position=position)).SerializeToString()])
+
+    async def close(self) -> None:
+        """See `Stage.close`: the stream's end is the session's end."""
+        if self._call is not None:
+            self._call.cancel()
+
+    async def _exchange(self, messages: Sequence[bytes]) -> list[tuple[pb.SessionReply, int]]:
+        """Write messages and read a reply to each, with its size."""
+        call, peer, replies = self._call, self._peer, []
+        try:
+            async with asyncio.timeout(self._timeout_s) as timer:
+                for message in messages:
+                    await call.write(message)
+                for _ in messages:
+                    data = await call.read()
+                    if data is grpc.aio.EOF:
+                        await self._fail()
+                    reply = codec.parse(pb.SessionReply, data)
+                    if reply.HasField("failure"):
+                        raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
+                    replies.append((reply, len(data)))
+                    if len(replies) < len(messages):  # it is alive
+                        timer.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+        except TimeoutError:
+            call.cancel()
+            raise DeadlineExceeded(
+                f"node {peer.name!r} at {peer.address} gave no answer within {self._timeout_s:g} s; "
+                "it, or a node beyond it, hangs",
+                node=peer.name,
+            ) from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: written to a stream that has ended
+            await self._fail()
+        return replies
+
+    async def _fail(self) -> NoReturn:
+        """Raise what the stream's final status means."""
+        call, peer = self._call, self._peer
+        code, details = await call.code(), await call.details()
+        if code is grpc.StatusCode.OK:
+            raise NodeUnavailable(f"node {peer.name!r} ended the session", node=peer.name)
+        failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), await call.trailing_metadata(), details)
+        raise error_of_call(failure, peer.name, peer.address)
+
+    def _split(self, block: Block) -> Iterator[Block]:
+        """A long block as several, whose wanted positions are all in the last one."""
+        n = len(block.token_ids)
+        first_wanted = (block.wants[0] if block.wants else block.start + n - 1) - block.start
+        start = 0
+        while n - start > self._rows and start < first_wanted:
+            stop = min(start + self._rows, first_wanted)
+            yield replace(
+                block,
+                start=block.start + start,
+                states=block.states[start:stop],
+                token_ids=block.token_ids[start:stop],
+                wants=(),
+            )
+            start = stop
+        if start:
+            block = replace(
+                block, start=block.start + start, states=block.states[start:], token_ids=block.token_ids[start:]
+            )
+        yield block
+
+
+def _sum(verdicts: Sequence[Verdict]) -> tuple[Hop, ...]:
+    """What each node spent on all of them, the nearest first."""
+    if len(verdicts) == 1:
+        return verdicts[0].hops
+    hops: dict[str, Hop] = {}
+    for hop in (hop for verdict in verdicts for hop in verdict.hops):
+        hops.setdefault(hop.node, Hop(hop.node)).add(hop)
+    return tuple(hops.values())
