@@ -18,6 +18,9 @@ from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
 __all__ = ["Chain", "Look", "Round", "Walk", "decode"]
 
+_BRIEF_ROWS = 16
+"""Positions in a step that may be brief."""
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -165,9 +168,10 @@ class Chain:
         """
         hop = Hop(self._node)
         while len(token_ids) > CHUNK:
-            await self._step(hop, self._take, token_ids[:CHUNK])
+            await self._step(hop, CHUNK, self._take, token_ids[:CHUNK])
             token_ids = token_ids[CHUNK:]
-        descent = await self._go_down(hop, await self._step(hop, self._draft, token_ids, draft))
+        drafted = await self._step(hop, len(token_ids) + draft, self._draft, token_ids, draft)
+        descent = await self._go_down(hop, drafted)
         verdict = await self._conclude(descent, hop)
         walk = descent.walks[0]
         if not walk.unsure:
@@ -188,9 +192,10 @@ class Chain:
         if self._beyond is not None:
             await self._beyond.close()
 
-    async def _step(self, hop: Hop, step: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Run a step on the compute thread, and count its time."""
-        result, queue_s, compute_s = await self._worker.run(step, *args)
+    async def _step(self, hop: Hop, rows: int, step: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a step of so many positions, and count its time."""
+        brief = rows <= _BRIEF_ROWS and self._session.alone
+        result, queue_s, compute_s = await self._worker.run(step, *args, brief=brief)
         hop.queue_s += queue_s
         hop.compute_s += compute_s
         return result
@@ -205,9 +210,10 @@ class Chain:
         while descent.left is not None and descent.stage < len(session.exits):
             stage, block = descent.stage, descent.left
             while (count := _fills(block)) > 0:
-                await self._step(hop, session.advance, stage, block.states[:count], ())
+                await self._step(hop, count, session.advance, stage, block.states[:count], ())
                 block = Block(block.start + count, block.states[count:], block.token_ids[count:], block.wants)
-            descent = await self._step(hop, self._descend, descent.walks, stage, block)
+            rows = len(block.token_ids)
+            descent = await self._step(hop, rows, self._descend, descent.walks, stage, block)
         return descent
 
     def _take(self, token_ids: Sequence[int]) -> None:

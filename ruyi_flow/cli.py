@@ -162,7 +162,7 @@ def node(
     """Run one node of a topology as a daemon.
 
     SIGTERM or Ctrl-C drains it: no new sessions, the running ones get the node's grace time. A second one ends it at
-    once.     The standard gRPC health service answers for '' and 'ruyi_flow.v1.Node'.
+    once. The standard gRPC health service answers for '' and 'ruyi_flow.v1.Node'.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -172,8 +172,9 @@ def node(
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
     from ruyi_flow.engine import Engine
-    from ruyi_flow.node import serve
+    from ruyi_flow.node import serve, stay_on_cores
 
+    stay_on_cores(here, str(topology))
     logger = logging.getLogger("ruyi_flow.node")
     engine = Engine.load(loaded, name, where=str(topology))
 

@@ -18,7 +18,7 @@ from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
-from ruyi_flow.runtime.worker import ThreadWorker, Worker
+from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport.client import Peer
 from ruyi_flow.transport.remote import RemoteStage
@@ -38,7 +38,9 @@ class Engine:
         worker: where they run.
     """
 
-    def __init__(self, topology: Topology, name: str, checkpoint: Checkpoint, shard: Shard, worker: Worker) -> None:
+    def __init__(
+        self, topology: Topology, name: str, checkpoint: Checkpoint, shard: Shard, worker: ThreadWorker
+    ) -> None:
         self.topology, self.name, self.checkpoint, self.shard, self.worker = topology, name, checkpoint, shard, worker
         self.node = topology.node(name)
         self.draining = False
@@ -72,7 +74,7 @@ class Engine:
                 f"not {missing[0]}; cut it again (ruyi-flow shard)"
             )
         device = _device(node.device, where, name)
-        worker = ThreadWorker(node.threads)
+        worker = ThreadWorker(node.threads or (len(node.cores) if node.cores else None))
         model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device, progress=progress)
         _ = checkpoint.fingerprint, checkpoint.eos_token_ids  # read while the files are open
         checkpoint.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -93,8 +94,11 @@ class Entry:
                         elif text.stopped:
                             finish = FinishReason.STOP
                             break
-                    for token in text.release(self._node_of):
+                    released = text.release(self._node_of)
+                    for token in released:
                         yield token
+                    if not released:  # without a message to write, brief steps would keep the event loop to themselves
+                        await asyncio.sleep(0)
                     if finish is not FinishReason.LENGTH:
                         break
         finally:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from ruyi_flow import topology
 from ruyi_flow.engine import Engine
 from ruyi_flow.entry import Entry
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
@@ -18,7 +20,7 @@ from ruyi_flow.types import Final, NodeStatus, Stage, Token
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Node", "serve"]
+__all__ = ["Node", "serve", "stay_on_cores"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +43,35 @@ class Node:
         """See `transport.server.Service`."""
         return await self.engine.open_session(opening, timeout_s)
 
-    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
         """See `transport.server.Service`."""
         if self._entry is None:
             entry = self.engine.topology.entry
             raise RequestError(
                 f"node {self.name!r} has no embedding; send requests to {entry.name!r} at {entry.address}"
             )
-        async for event in self._entry.generate(request, timeout_s):
-            yield event
+        return self._entry.generate(request, timeout_s)
 
     def status(self) -> NodeStatus:
         """See `transport.server.Service`."""
         return self.engine.status()
+
+
+def stay_on_cores(node: topology.Node, where: str) -> None:
+    """Keep this process on the node's cores. Call it before any thread starts, since threads inherit it.
+
+    Raises:
+        ConfigError: one that this machine does not have, or a system that cannot do this.
+    """
+    if node.cores is None:
+        return
+    key = f"{where}: node {node.name!r}: cores"
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError(f"{key}: this system cannot keep a process on cores; leave the key out")
+    there = os.sched_getaffinity(0)
+    if not there.issuperset(node.cores):
+        raise ConfigError(f"{key}: {list(node.cores)} are not all among this process's cores, {sorted(there)}")
+    os.sched_setaffinity(0, node.cores)
 
 
 @asynccontextmanager
@@ -67,6 +85,7 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
     """
     node = engine.node
     server = Server(Node(engine), address or str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    engine.worker.lend()
     await server.start()
     try:
         yield server

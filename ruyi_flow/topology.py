@@ -66,6 +66,9 @@ class Node(_Model):
     """A torch device: cpu, cuda, cuda:1."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the forward pass; torch's default when left out. Nodes that share cores must share them out."""
+    cores: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """CPU cores that the daemon stays on (Linux): big ones of a phone, those of one memory bank, or, for nodes of one
+    machine that take turns, the same one. Any, when left out."""
     shard: Path | None = None
     """Folder of this node's shard (`ruyi-flow shard`); without it the node picks its tensors out of the family."""
     limits: Limits = Limits()

@@ -172,7 +172,7 @@ async def test_a_long_prompt_takes_turns_on_every_stage(tmp_path: Path) -> None:
     class Counting(InlineWorker):
         """Notes how far each stage came in a step."""
 
-        async def run(self, step, *args):  # type: ignore[no-untyped-def]
+        async def run(self, step, *args, brief=False):  # type: ignore[no-untyped-def]
             before = list(session.positions)
             result = await super().run(step, *args)
             rows.extend(b - a for a, b in zip(before, session.positions, strict=True) if b > a)

@@ -120,6 +120,11 @@ class ShardSession:
         self._unseen: list[list[Tensor]] = [[] for _ in shard.exits]
         self._unseen_start = [0] * len(shard.exits)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other session is open on this node."""
+        return len(self.shard.sessions) == 1
+
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """(n, hidden) states that enter the first stage."""

@@ -45,6 +45,10 @@ class RemoteStage:
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
         self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
         self._call: Any = None
+        self._waiting_since: float | None = None
+        """When the node last gave a sign of life, while an answer of it is awaited."""
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None
 
     async def advance(self, block: Block) -> Verdict:
         """See `Stage.advance`."""
@@ -54,6 +58,7 @@ class RemoteStage:
         opening = self._call is None
         if opening:
             self._call = self._peer.session_call(timeout=self._session_timeout_s)
+            self._watch()
             messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
         try:
             replies = (await self._exchange(messages))[opening:]
@@ -82,26 +87,32 @@ class RemoteStage:
         """See `Stage.close`: the stream's end is the session's end."""
         if self._call is not None:
             self._call.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def _exchange(self, messages: Sequence[bytes]) -> list[tuple[pb.SessionReply, int]]:
         """Write messages and read a reply to each, with its size."""
-        call, peer, replies = self._call, self._peer, []
+        call, replies = self._call, []
+        self._waiting_since = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout_s) as timer:
-                for message in messages:
-                    await call.write(message)
-                for _ in messages:
-                    data = await call.read()
-                    if data is grpc.aio.EOF:
-                        await self._fail()
-                    reply = codec.parse(pb.SessionReply, data)
-                    if reply.HasField("failure"):
-                        raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
-                    replies.append((reply, len(data)))
-                    if len(replies) < len(messages):  # it is alive
-                        timer.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
-        except TimeoutError:
-            call.cancel()
+            for message in messages:
+                await call.write(message)
+            while True:
+                data = await call.read()
+                if data is grpc.aio.EOF:
+                    await self._fail()
+                reply = codec.parse(pb.SessionReply, data)
+                if reply.HasField("failure"):
+                    raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
+                replies.append((reply, len(data)))
+                if len(replies) == len(messages):
+                    return replies
+                self._waiting_since = time.monotonic()  # it is alive
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._late or (task is not None and task.cancelling()):
+                raise
+            peer = self._peer
             raise DeadlineExceeded(
                 f"node {peer.name!r} at {peer.address} gave no answer within {self._timeout_s:g} s; "
                 "it, or a node beyond it, hangs",
@@ -109,7 +120,18 @@ class RemoteStage:
             ) from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: written to a stream that has ended
             await self._fail()
-        return replies
+        finally:
+            self._waiting_since = None
+
+    def _watch(self) -> None:
+        """End the call when an answer is late. One timer a session: arming one a token costs 0.08 ms (docs/log.md)."""
+        now = time.monotonic()
+        left = (now if self._waiting_since is None else self._waiting_since) + self._timeout_s - now
+        if left <= 0:
+            self._late = True
+            self._call.cancel()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(left, self._watch)
 
     async def _fail(self) -> NoReturn:
         """Raise what the stream's final status means."""

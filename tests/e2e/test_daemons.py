@@ -176,6 +176,21 @@ def test_a_node_that_cannot_start_ends_up_with_its_reason(topology: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system keeps no process on cores")
+def test_a_node_stays_on_its_cores(topology: Path) -> None:
+    data = yaml.safe_load(topology.read_text())
+    core = min(os.sched_getaffinity(0))
+    data["nodes"][1]["cores"] = [core]
+    topology.write_text(yaml.safe_dump(data))
+    with up(topology) as running:
+        process = running.status()["edge"]["process_id"]
+        assert isinstance(process, int) and os.sched_getaffinity(process) == {core}
+    data["nodes"][1]["cores"] = [core, 4096]
+    topology.write_text(yaml.safe_dump(data))
+    done = subprocess.run([*COMMAND, "node", "edge", "-t", str(topology)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "not all among this process's cores" in done.stderr
+
+
 @pytest.mark.model
 def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
     source = yaml.safe_load((Path(__file__).parents[2] / "configs" / "local.yaml").read_text())
