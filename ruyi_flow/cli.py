@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +38,41 @@ from ruyi_flow.types import Final, Mode, NodeStatus, Token
 
 __all__ = ["app", "main"]
 
+
+class LogLevel(StrEnum):
+    """What a daemon writes to its log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 app = typer.Typer(
-    help="Familial language models, split at their exits over device, edge and cloud.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _DEFAULT_TOPOLOGY = Path("configs/local.yaml")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        out.print(f"ruyi-flow {version('ruyi-flow')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Familial language models, split at their exits over device, edge and cloud."""
+
 
 TopologyOption = Annotated[Path, typer.Option("--topology", "-t", help="Topology file (YAML).")]
 PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The user's text; '-' reads standard input.")]
@@ -133,7 +161,7 @@ def shard(
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint, cut
 
-    loaded = Topology.load(topology)
+    loaded = _load(topology)
     checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
     loaded.check_family(checkpoint.config.exits, where=str(topology))
     shards = []
@@ -156,7 +184,7 @@ def shard(
 def node(
     name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
     topology: TopologyOption,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[LogLevel, typer.Option(help="What goes to the log, and what is graver.")] = LogLevel.INFO,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
 ) -> None:
     """Run one node of a topology as a daemon.
@@ -167,7 +195,7 @@ def node(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     began = time.monotonic()
-    loaded = Topology.load(topology)
+    loaded = _load(topology)
     here = loaded.node(name)
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
@@ -183,11 +211,11 @@ def node(
         async with serve(engine) as server:
             status = engine.status()
             logger.info(
-                "%s serves exits %s (layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; resident %.0f MB",
+                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; resident %.0f MB",
                 name,
                 list(status.exits),
                 status.first_layer,
-                status.last_layer,
+                status.last_layer - 1,
                 status.parameters / 1e6,
                 status.dtype,
                 server.address,
@@ -209,8 +237,12 @@ def node(
 
 
 @app.command()
-def up(topology: Annotated[Path, typer.Argument(help="Topology file (YAML).")] = _DEFAULT_TOPOLOGY) -> None:
+def up(
+    file: Annotated[Path | None, typer.Argument(metavar="TOPOLOGY", help="Topology file (YAML).")] = None,
+    topology: TopologyOption = _DEFAULT_TOPOLOGY,
+) -> None:
     """Run all nodes of a topology on this machine, one supervised process each; Ctrl-C ends all of them."""
+    topology = file or topology
     loaded = _networked(topology)
 
     async def run() -> None:
@@ -218,8 +250,7 @@ def up(topology: Annotated[Path, typer.Argument(help="Topology file (YAML).")] =
 
         stop = _on_signals()
         async with supervise(topology, loaded, node_log(loaded)) as supervisor:
-            if not await _start(supervisor, stop):
-                return
+            await _start(supervisor, stop)
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "
                 f"[bold]ruyi-flow generate --topology {topology} --prompt 'Why is the sky blue?'[/bold]",
@@ -255,8 +286,7 @@ def demo(
 
         stop = _on_signals()
         async with supervise(topology, loaded, node_log(loaded)) as supervisor:
-            if not await _start(supervisor, stop):
-                return
+            await _start(supervisor, stop)
             async with AsyncClient(loaded) as client:
                 out.print(status_table(await client.status()))
                 out.print(f"[bold]> {escape(text)}[/bold]")
@@ -266,7 +296,7 @@ def demo(
                 stopping.cancel()
                 if not answer.done():
                     answer.cancel()
-                    return
+                    raise typer.Exit(130)
                 tokens, final = answer.result()
         out.print(token_table(loaded, tokens))
         out.print(stats_table(final.stats))
@@ -305,7 +335,7 @@ def generate(
 ) -> None:
     """Answer one prompt with the running nodes of a topology; tokens are coloured by the tier that decided them."""
     options = _options(locals())
-    loaded = Topology.load(topology)
+    loaded = _load(topology)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
@@ -339,15 +369,15 @@ def chat(
     seed: SeedOption = None,
     timeout_s: TimeoutOption = 600.0,
 ) -> None:
-    """Talk with the running nodes of a topology; /reset forgets, Ctrl-C ends an answer, Ctrl-D ends the chat."""
+    """Talk with the running nodes of a topology; /help lists what else than text it takes."""
     options = _options(locals())
-    loaded = Topology.load(topology)
+    loaded = _load(topology)
     from ruyi_flow.client import Client
 
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     with Client(loaded, timeout_s=timeout_s) as client:
-        out.print(legend(loaded))
+        out.print(legend(loaded), "[dim]/help for help[/dim]")
         while True:
             try:
                 text = input("> ").strip()
@@ -356,7 +386,9 @@ def chat(
                 return
             if text == "/reset":
                 messages = list(start)
-            if not text or text == "/reset":
+            elif text.startswith("/"):
+                out.print("[dim]/reset forgets the conversation · Ctrl-C ends an answer · Ctrl-D ends the chat[/dim]")
+            if not text or text.startswith("/"):
                 continue
             messages.append({"role": "user", "content": text})
             answer, final = "", None
@@ -385,7 +417,7 @@ def chat(
 @app.command()
 def status(topology: TopologyOption = _DEFAULT_TOPOLOGY, as_json: JsonOption = False) -> None:
     """What every node of a topology holds, its sessions, memory and health. Exit status 1 when one is down."""
-    loaded = Topology.load(topology)
+    loaded = _load(topology)
     if loaded.entry.address is None:
         raise ConfigError(
             f"{topology}: its one node has no address, so it runs inside its clients; there is nothing to ask"
@@ -410,13 +442,13 @@ def status(topology: TopologyOption = _DEFAULT_TOPOLOGY, as_json: JsonOption = F
 
 def main() -> None:
     """Run the command line."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's core prints every closed connection otherwise
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core prints lines of its own beside our errors otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # gRPC's older poller wakes one thread less for each message: 0.31 ms a round trip instead of 0.42 (docs/log.md).
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
     try:
         app()
-    except RuyiFlowError as error:
+    except (RuyiFlowError, OSError) as error:  # the latter: files and folders that cannot be read or written
         # Not through rich: a message is a line for logs and pipes too, and it may contain brackets.
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -457,13 +489,22 @@ def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
+def _load(path: Path) -> Topology:
+    if path == _DEFAULT_TOPOLOGY and not path.exists():
+        raise ConfigError(f"{path}: no such topology file (the default); name yours with --topology FILE")
+    return Topology.load(path)
+
+
 def _networked(path: Path) -> Topology:
-    loaded = Topology.load(path)
+    loaded = _load(path)
     if loaded.entry.address is None:
         raise ConfigError(
             f"{path}: its one node has no address, so it runs inside its clients and needs no daemon; "
             "add an address to run it as one"
         )
+    for i, node in enumerate(loaded.nodes):
+        if str(node.address).endswith(":0"):
+            raise ConfigError(f"{path}: nodes.{i}.address: nobody would know which port 0 becomes; give it a number")
     return loaded
 
 
@@ -484,8 +525,8 @@ def _on_signals() -> asyncio.Event:
     return stop
 
 
-async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
-    """Start the nodes behind a spinner; False when a signal came first."""
+async def _start(supervisor: Any, stop: asyncio.Event) -> None:
+    """Start the nodes behind a spinner, unless a signal comes first."""
     starting = asyncio.ensure_future(supervisor.start())
     stopping = asyncio.ensure_future(stop.wait())
     with progress_bar("starting nodes"):
@@ -493,9 +534,8 @@ async def _start(supervisor: Any, stop: asyncio.Event) -> bool:
     stopping.cancel()
     if not starting.done():
         starting.cancel()
-        return False
+        raise typer.Exit(130)
     err.print(f"[dim]nodes serve after {starting.result():.1f} s[/dim]")
-    return True
 
 
 async def _show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:

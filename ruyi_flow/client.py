@@ -6,7 +6,6 @@ The async client is the one that works; the sync one runs it on a background eve
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +18,8 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.policy import Routing
-from ruyi_flow.topology import Topology
-from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token, is_token_id
+from ruyi_flow.topology import Topology, did_you_mean
+from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token, is_token_id, parse_mode
 
 if TYPE_CHECKING:
     from ruyi_flow.entry import Entry
@@ -105,7 +104,9 @@ class AsyncClient:
             prompt: see `Prompt`; `raw=True` sends a text as it is, without the chat template.
             options: any field of `SamplingParams` (max_new_tokens, temperature, top_k, top_p, repetition_penalty,
                 no_repeat_ngram_size, min_new_tokens, stop, eos_token_ids, seed) and of `Routing` (mode, exit,
-                threshold, thresholds, draft), `raw`, and `timeout_s`. Routing that is left out is the topology's.
+                threshold, thresholds, draft), `raw`, and `timeout_s`. Routing that is left out is the topology's; an
+                exit without a mode means `fixed`, a threshold without one means `token`. An answer ends with the
+                family's context, if not before.
 
         Raises:
             RequestError: a parameter or a prompt that no node could serve.
@@ -163,7 +164,9 @@ class AsyncClient:
 
 
 class Client:
-    """`AsyncClient` for code without an event loop; the same methods, as plain calls and iterators.
+    """`AsyncClient` for code without an event loop; the same methods and options, as plain calls and iterators.
+
+    Its calls may come from several threads at once.
 
     Args:
         topology: a YAML file, or a loaded `Topology`.
@@ -200,7 +203,10 @@ class Client:
         self._portal_manager.__exit__(kind, error, trace)
 
     def generate(self, prompt: Prompt, **options: Any) -> Reply:
-        """See `AsyncClient.generate`."""
+        """Answer a prompt: `client.generate("Why is the sky blue?", mode="exact", max_new_tokens=64)`.
+
+        Takes and raises what `AsyncClient.generate` does.
+        """
 
         async def call() -> Reply:
             return await self._async.generate(prompt, **options)
@@ -208,15 +214,15 @@ class Client:
         return self._running().call(call)
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Token, None, None]:
-        """See `AsyncClient.stream`."""
+        """Answer a prompt token by token; takes what `generate` takes. Closing it early ends it on the nodes."""
         return self._iterate(self._async.stream(prompt, **options))
 
     def events(self, prompt: Prompt, **options: Any) -> Generator[Token | Final, None, None]:
-        """See `AsyncClient.events`."""
+        """Answer a prompt token by token, then one `Final` with text and figures; takes what `generate` takes."""
         return self._iterate(self._async.events(prompt, **options))
 
     def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
-        """See `AsyncClient.status`."""
+        """What every node holds, or why it cannot be asked."""
 
         async def call() -> dict[str, NodeStatus | NodeError]:
             return await self._async.status(timeout_s=timeout_s)
@@ -263,8 +269,7 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
     known = _SAMPLING | _ROUTING | {"raw", "timeout_s"}
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+            hint = did_you_mean(name, sorted(known)) or f"; known: {', '.join(sorted(known))}"
             raise RequestError(f"unknown option {name!r}{hint}")
     raw = bool(options.get("raw", False))
     sampling = SamplingParams(**{k: v for k, v in options.items() if k in _SAMPLING})
@@ -274,11 +279,7 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
         Routing(draft=draft)  # raises when it cannot be
     routing = None
     if set(given) - {"draft"}:
-        mode = given.get("mode") or _mode_of(given)
-        try:
-            routing = Routing(**(given | {"mode": Mode(mode)}))
-        except ValueError:
-            raise RequestError(f"mode is {mode!r}; known: {', '.join(Mode)}") from None
+        routing = Routing(**(given | {"mode": parse_mode(given.get("mode") or _mode_of(given))}))
     return GenerateRequest(_prompt(prompt), raw, sampling, routing, draft)
 
 

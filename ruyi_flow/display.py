@@ -95,14 +95,13 @@ def token_table(topology: Topology, tokens: list[Token]) -> Table:
 
 def stats_table(stats: Stats) -> Table:
     n = max(1, stats.new_tokens)
-    table = Table(
-        "node", "compute", "queue", "wire", "blocks", "positions", "bytes up", "down", title="ms a token, by node"
-    )
+    table = Table("node", "compute", "queue", "wire", "blocks", "positions", "bytes up", "bytes down")
     for hop in stats.hops:
         times = (f"{1000 * seconds / n:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
         counts = (f"{count:,}" for count in (hop.messages, hop.positions, hop.bytes_up, hop.bytes_down))
         table.add_row(hop.node, *times, *counts)
-    table.caption = figures(stats)
+    table.caption = f"compute, queue and wire in ms a token\n{figures(stats)}"
+    table.caption_justify = "left"
     return table
 
 
@@ -112,7 +111,7 @@ def figures(stats: Stats) -> str:
     return (
         f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, "
         f"then {1000 * stats.token_s:.1f} ms each · {stats.escalations} escalations{drafts} · "
-        f"{up:,} bytes up · seed {stats.seed}"
+        f"{up:,} bytes up" + (f" · seed {stats.seed}" if stats.seed else "")
     )
 
 
@@ -128,7 +127,7 @@ def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
             s.node if s.tier == s.node else f"{s.node} ({s.tier})",
             s.state,
             join(s.exits),
-            f"{s.first_layer}-{s.last_layer}",
+            f"{s.first_layer}-{s.last_layer - 1}",
             f"{s.parameters / 1e6:,.1f}M",
             f"{s.resident_bytes / 1e6:,.0f} ({s.tensor_bytes / 1e6:,.0f})",
             f"{s.sessions}/{s.max_sessions}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ruyi_flow.chain import Chain
-from ruyi_flow.errors import CapacityError, ConfigError, HandshakeError, NodeUnavailable
+from ruyi_flow.errors import CapacityError, CheckpointError, ConfigError, HandshakeError, NodeUnavailable
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
 from ruyi_flow.requests import SessionOpen
@@ -20,11 +19,12 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.topology import Topology
+from ruyi_flow.transport.blocks import rows_in
 from ruyi_flow.transport.client import Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "find_device"]
 
 
 class Engine:
@@ -48,24 +48,30 @@ class Engine:
         self._peer: Peer | None = None
         self._started = time.monotonic()
         self._parameters = shard.model.num_parameters()
+        hidden = checkpoint.config.hidden_size
+        hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
+        rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
+        self.max_draft = min(rows, default=2**31) - 1
+        """Drafts and the position before them are asked in one message, on every link."""
 
     @classmethod
-    def load(
-        cls, topology: Topology, name: str, *, where: str = "topology", progress: Callable[[float], None] | None = None
-    ) -> Engine:
+    def load(cls, topology: Topology, name: str, *, where: str = "topology") -> Engine:
         """Read a node's own tensors, and nothing else of the family.
 
         Args:
             where: the topology file's name, for messages.
-            progress: called with the share that is read, 0 … 1.
 
         Raises:
             ConfigError, CheckpointError: what is wrong with the topology or the files.
         """
         node = topology.node(name)
-        checkpoint = Checkpoint(
-            node.shard or store.locate(topology.family), topology.exits if node.shard is None else None
-        )
+        if node.shard is None:
+            checkpoint = Checkpoint(store.locate(topology.family), topology.exits)
+        else:
+            try:
+                checkpoint = Checkpoint(node.shard)
+            except CheckpointError as error:
+                raise CheckpointError(f"{where}: node {name!r}: shard: {error}") from None
         topology.check_family(checkpoint.config.exits, where=where)
         missing = [p for p in node.exits if p not in checkpoint.exits]
         if missing:
@@ -73,13 +79,19 @@ class Engine:
                 f"{where}: node {name!r}: shard {checkpoint.folder} holds exits {list(checkpoint.exits)}, "
                 f"not {missing[0]}; cut it again (ruyi-flow shard)"
             )
-        device = _device(node.device, where, name)
-        worker = ThreadWorker(node.threads or (len(node.cores) if node.cores else None))
-        model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device, progress=progress)
+        device = find_device(node.device, f"{where}: node {name!r}: device")
+        model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device)
         _ = checkpoint.fingerprint, checkpoint.eos_token_ids  # read while the files are open
         checkpoint.close()
         limits = node.limits
-        shard = Shard(model, max_positions=limits.max_positions, max_sessions=limits.max_sessions)
+        try:
+            shard = Shard(model, max_positions=limits.max_positions, max_sessions=limits.max_sessions)
+        except (RuntimeError, MemoryError) as error:  # torch's allocators raise the first
+            raise ConfigError(
+                f"{where}: node {name!r}: limits.max_positions: no memory for the keys and values of "
+                f"{limits.max_positions} positions: {str(error).splitlines()[0]}"
+            ) from None
+        worker = ThreadWorker(node.threads or (len(node.cores) if node.cores else None))
         return cls(topology, name, checkpoint, shard, worker)
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
@@ -185,12 +197,18 @@ class Engine:
         return Chain(session, self.worker, self.name, beyond)
 
 
-def _device(name: str, where: str, node: str) -> torch.device:
-    """A device that is really there."""
+def find_device(name: str, where: str) -> torch.device:
+    """A device that is really there.
+
+    Raises:
+        ConfigError: it is not; `where` says where it was named.
+    """
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: node {node!r}: device {name!r} cannot be used here: {reason}") from None
+        raise ConfigError(f"{where}: {name!r} cannot be used here: {reason}") from None
     return device

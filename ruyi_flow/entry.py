@@ -54,6 +54,7 @@ class Entry:
         if request.draft is not None:
             routing = replace(routing, draft=request.draft)
         policy = Policy.resolve(routing, self._exits)
+        policy = replace(policy, draft=min(policy.draft, self.engine.max_draft))
         prompt = self._prompt(request)
         context = self.engine.checkpoint.config.max_positions
         if len(prompt) >= context:
@@ -64,7 +65,7 @@ class Entry:
         given = request.sampling
         params = replace(
             given,
-            seed=secrets.randbits(63) if given.seed is None else given.seed,
+            seed=(secrets.randbits(63) if given.temperature else 0) if given.seed is None else given.seed,
             eos_token_ids=self.eos_token_ids if given.eos_token_ids is None else given.eos_token_ids,
             max_new_tokens=min(given.max_new_tokens, context - len(prompt)),
             min_new_tokens=min(given.min_new_tokens, context - len(prompt)),
@@ -135,20 +136,29 @@ class Entry:
                 f"family {self.engine.topology.family!r} has no tokenizer.json; give token ids as the prompt"
             )
         if isinstance(prompt, str) and request.raw:
-            return list(self.tokenizer(prompt)["input_ids"])
+            return self._tokens(prompt)
         turns = [("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, tuple)]
         if not any(content.strip() for _, content in turns):
             raise RequestError("the prompt is empty; give it some text")
         if self.tokenizer.chat_template is None:
             raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
-        from jinja2 import TemplateError
-
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of the family's; it may raise anything
             raise RequestError(f"the family's chat template refuses these messages: {error}") from None
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._tokens(text, add_special_tokens=False)
+
+    def _tokens(self, text: str, **options: bool) -> list[int]:
+        try:
+            ids = list(self.tokenizer(text, **options)["input_ids"])
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise RequestError(f"the family's tokenizer refuses this text: {error}") from None
+        if not ids:
+            raise RequestError("the prompt is empty; give it some text")
+        if max(ids) >= (vocab := self.engine.checkpoint.config.vocab_size):
+            raise RequestError(f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {vocab}")
+        return ids
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ruyi_flow.chain import Chain, Round, decode
+from ruyi_flow.engine import find_device
 from ruyi_flow.entry import end_tokens, load_tokenizer
 from ruyi_flow.errors import RequestError
 from ruyi_flow.family import store
@@ -19,7 +21,7 @@ from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
-from ruyi_flow.types import Mode, SamplingParams
+from ruyi_flow.types import Mode, SamplingParams, is_token_id, parse_mode
 
 __all__ = ["Family", "load_family"]
 
@@ -37,10 +39,11 @@ class Family:
         self.checkpoint = checkpoint
         self.config: FamilyConfig = checkpoint.config
         self.exits = checkpoint.config.exits
-        self.model = load_slice(checkpoint, self.exits, dtype=dtype, device=device)
+        self.model = load_slice(checkpoint, self.exits, dtype=dtype, device=find_device(device, "device"))
         self.tokenizer: Any = load_tokenizer(checkpoint)
         """transformers' tokenizer, or None where the folder has no tokenizer.json."""
         self._shard: Shard | None = None
+        self._lock = threading.Lock()  # one row after the other, whoever asks
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, exit: int | None = None) -> Tensor:
@@ -57,7 +60,7 @@ class Family:
             RequestError: an exit that the family does not have, or ids of another shape.
         """
         exit = self._exit(exit)
-        ids = _two_dimensional(input_ids).to(self.model.embed_tokens.weight.device)  # type: ignore[union-attr]
+        ids = self._ids(input_ids).to(self.model.embed_tokens.weight.device)  # type: ignore[union-attr]
         return self.model.logits(ids, exit)
 
     def generate(
@@ -86,27 +89,26 @@ class Family:
         Raises:
             RequestError: an option or an exit that cannot be.
         """
-        ids = _two_dimensional(input_ids)
+        ids = self._ids(input_ids)
         routing_options: dict[str, Any] = {
             k: options.pop(k) for k in ("mode", "threshold", "thresholds", "draft") if k in options
         }
-        mode = Mode(routing_options.pop("mode", Mode.FIXED))
+        mode = parse_mode(routing_options.pop("mode", Mode.FIXED))
         chosen = self._exit(exit) if mode is Mode.FIXED else exit
         policy = Policy.resolve(Routing(**({"draft": 0} | routing_options), mode=mode, exit=chosen), self.exits)
         if min_new_tokens is None:
             min_new_tokens = 0 if (self.checkpoint.folder / "generation_config.json").exists() else max_new_tokens
+        if options.get("eos_token_ids") is None:
+            options["eos_token_ids"] = end_tokens(self.checkpoint, self.tokenizer)
+        options.setdefault("seed", 0)
         try:
-            given: dict[str, Any] = {"eos_token_ids": end_tokens(self.checkpoint, self.tokenizer), "seed": 0} | options
-            params = SamplingParams(
-                **given,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-            )
+            params = SamplingParams(**options, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
         except TypeError as error:
             raise RequestError(str(error).replace("SamplingParams.__init__() got an", "generate got an")) from None
         if params.stop:
             raise RequestError("stop strings are for text: use Client; here, give eos_token_ids")
-        rows = [_run_inline(self._row(row, policy, params)) for row in ids.tolist()]
+        with self._lock:
+            rows = [_run_inline(self._row(row, policy, params)) for row in ids.tolist()]
         width = max(map(len, rows))
         return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
 
@@ -123,6 +125,18 @@ class Family:
             ]
         finally:
             await chain.close()
+
+    def _ids(self, input_ids: Tensor) -> Tensor:
+        """Checked token ids."""
+        if not isinstance(input_ids, Tensor):
+            raise RequestError(f"input_ids is a {type(input_ids).__name__}; it must be a tensor: torch.tensor([[…]])")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise RequestError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, n), each 1 or more")
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype is torch.bool:
+            raise RequestError(f"input_ids has dtype {input_ids.dtype}; it must be whole numbers")
+        if input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size:
+            raise RequestError(f"token ids must be 0 … {self.config.vocab_size - 1}")
+        return input_ids
 
     def _exit(self, exit: int | None) -> int:
         chosen = self.exits[-1] if exit is None else exit
@@ -150,18 +164,14 @@ def load_family(
         CheckpointError: what is wrong with the files.
     """
     chosen = parse_dtype(dtype)
+    if exits is not None and not (isinstance(exits, Sequence) and all(map(is_token_id, exits))):
+        raise RequestError(f"exits is {exits!r}; it must be whole numbers, as in [5, 11]")
     if str(path_or_name).endswith(".gguf"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "converted"
             convert_gguf(path_or_name, folder)
             return Family(Checkpoint(folder, exits), dtype=chosen, device=device)
     return Family(Checkpoint(store.locate(path_or_name), exits), dtype=chosen, device=device)
-
-
-def _two_dimensional(input_ids: Tensor) -> Tensor:
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise RequestError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, n) with n at least 1")
-    return input_ids
 
 
 async def _collect(rounds: AsyncIterator[Round]) -> list[Round]:

@@ -21,7 +21,13 @@ __all__ = ["Supervisor", "supervise"]
 logger = logging.getLogger(__name__)
 
 _RESTARTS = 3
-"""A node that ends by itself is started again this many times, each after a longer wait."""
+"""A node that ends by itself is started again this many times in a row, each after a longer wait."""
+
+_STABLE_S = 60.0
+"""A node that has run for this long starts with a clean slate."""
+
+_LINE_BYTES = 2**20
+"""Longest line of a node's log."""
 
 
 class Supervisor:
@@ -52,6 +58,8 @@ class Supervisor:
         began = time.monotonic()
         await self._check_ports()
         self._tasks = [asyncio.create_task(self._keep(node.name)) for node in self._topology.nodes]
+        for task in self._tasks:
+            task.add_done_callback(self._kept)
         async with AsyncClient(self._topology) as client:
             while time.monotonic() - began < timeout_s:
                 if self._failed.done():
@@ -88,33 +96,48 @@ class Supervisor:
             except (OSError, TimeoutError):
                 continue
             writer.close()
-            raise NodeError(f"{node.address} is in use already; node {node.name!r} cannot listen there", node=node.name)
+            raise NodeError(
+                f"{node.address} is in use already; node {node.name!r} cannot listen there: end that process, "
+                "or give the node another address",
+                node=node.name,
+            )
 
     async def _keep(self, name: str) -> None:
         """Run a node's process, again when it crashes."""
-        for attempt in range(_RESTARTS + 1):
+        crashes = 0
+        while True:
+            began = time.monotonic()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "ruyi_flow.cli", "node", name, "--topology", str(self._path)),
                 *("--parent", str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                limit=_LINE_BYTES,
                 start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which ends the nodes in order
             )
             self._processes[name] = process
             assert process.stdout is not None
-            async for line in process.stdout:
+            while line := await _line_of(process.stdout):
                 text = line.decode(errors="replace").rstrip()
                 self._last_lines[name] = text
                 self._log(name, text)
             code = await process.wait()
-            if code in (0, 2) or attempt == _RESTARTS:  # 2: it said what is wrong; trying again cannot help
+            crashes = 1 if time.monotonic() - began > _STABLE_S else crashes + 1
+            if code in (0, 2) or crashes > _RESTARTS:  # 2: it said what is wrong; trying again cannot help
                 break
             self._log(name, f"ended with {code}; starting it again")
-            await asyncio.sleep(0.5 * 2**attempt)
+            await asyncio.sleep(0.25 * 2**crashes)
+        said = self._last_lines.get(name, "").removeprefix("error: ")
+        self._fail(NodeError(f"node {name!r} ended with {code}: {said}", node=name))
+
+    def _kept(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(NodeError(f"a node's process cannot be run: {error}"))
+
+    def _fail(self, error: NodeError) -> None:
         if not self._failed.done():
-            said = self._last_lines.get(name, "").removeprefix("error: ")
-            self._failed.set_result(NodeError(f"node {name!r} ended with {code}: {said}", node=name))
+            self._failed.set_result(error)
 
 
 @asynccontextmanager
@@ -125,6 +148,15 @@ async def supervise(path: Path, topology: Topology, log: Callable[[str, str], No
         yield supervisor
     finally:
         await asyncio.shield(asyncio.ensure_future(supervisor.stop()))
+
+
+async def _line_of(stream: asyncio.StreamReader) -> bytes:
+    """The next line; of one that is too long, what comes after the part that was dropped."""
+    while True:
+        try:
+            return await stream.readline()
+        except ValueError:
+            continue
 
 
 async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.policy import Policy, Routing
@@ -25,13 +26,21 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise ValueError("write it as host:port, for instance 127.0.0.1:7101")
+    match = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
+    if match is None or int(match[1]) > 65535:
+        raise ValueError("write it as host:port, for instance 127.0.0.1:7101 or [::1]:7101")
+    return value
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):  # YAML has yes and no for them, and Python takes both for numbers
+        raise ValueError("must be a number")
     return value
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
 
 
 class _Model(BaseModel):
@@ -41,13 +50,13 @@ class _Model(BaseModel):
 class Limits(_Model):
     """What a node refuses to exceed."""
 
-    max_sessions: int = Field(default=16, ge=1)
+    max_sessions: Int = Field(default=16, ge=1)
     """Sessions at once."""
-    max_positions: int = Field(default=16384, ge=64, le=2**26)
+    max_positions: Int = Field(default=16384, ge=64, le=2**26)
     """Positions of keys and values, over all sessions."""
-    max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=64 * 1024, le=2**31 - 1)
+    max_message_bytes: Int = Field(default=4 * 1024 * 1024, ge=64 * 1024, le=2**31 - 1)
     """Of one message on the wire; a longer prompt travels in several."""
-    grace_s: float = Field(default=10.0, ge=0)
+    grace_s: Float = Field(default=10.0, ge=0, le=1e6)
     """How long running sessions may go on after SIGTERM."""
 
 
@@ -59,14 +68,14 @@ class Node(_Model):
     """Any label: device, edge, cloud, …; the node's name when left out."""
     address: Address | None = None
     """host:port to listen on and to be reached at; a topology of one node needs none."""
-    exits: tuple[int, ...] = Field(min_length=1)
+    exits: tuple[Int, ...] = Field(min_length=1)
     """The exits of its stages, ascending."""
     dtype: Dtype = "bfloat16"
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
+    threads: Int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the forward pass; torch's default when left out. Nodes that share cores must share them out."""
-    cores: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    cores: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     """CPU cores that the daemon stays on (Linux): big ones of a phone, those of one memory bank, or, for nodes of one
     machine that take turns, the same one. Any, when left out."""
     shard: Path | None = None
@@ -88,7 +97,7 @@ class Link(_Model):
     """How boundary states are written on it."""
     address: Address | None = None
     """Dial this instead of the target's own address: a proxy, a tunnel, a relay."""
-    timeout_s: float = Field(default=30.0, gt=0)
+    timeout_s: Float = Field(default=30.0, gt=0, le=1e6)
     """Deadline of one block's answer over this link, everything beyond it included."""
 
 
@@ -96,10 +105,10 @@ class PolicyDefaults(_Model):
     """The routing of a request that names none."""
 
     mode: Mode = Mode.EXACT
-    exit: int | None = None
-    threshold: float | None = None
-    thresholds: dict[int, float] | None = None
-    draft: int = Field(default=4, ge=0)
+    exit: Int | None = None
+    threshold: Float | None = None
+    thresholds: dict[Int, Float] | None = None
+    draft: Int = Field(default=4, ge=0)
 
 
 class Topology(_Model):
@@ -107,7 +116,7 @@ class Topology(_Model):
 
     family: str
     """A folder, or a name in the local store (`ruyi-flow pull`)."""
-    exits: tuple[int, ...] | None = None
+    exits: tuple[Int, ...] | None = None
     """The exits to give to an ordinary checkpoint, which has none of its own."""
     nodes: tuple[Node, ...] = Field(min_length=1)
     links: tuple[Link, ...] = ()
@@ -122,18 +131,18 @@ class Topology(_Model):
         """
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such topology file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from None
         base = path.parent
         topology = cls.parse(data, where=str(path))
         return topology.model_copy(
             update={
-                "family": _resolve_folder(topology.family, base),
+                "family": _resolve_folder(topology.family, base, str(path)),
                 "nodes": tuple(n.model_copy(update={"shard": n.shard and (base / n.shard)}) for n in topology.nodes),
             }
         )
@@ -265,26 +274,73 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _resolve_folder(family: str, base: Path) -> str:
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings name no key twice: the last one would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _resolve_folder(family: str, base: Path, where: str) -> str:
     """A relative folder is meant from the topology's own folder; a name stays a name."""
-    folder = base / Path(family).expanduser()
-    return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family
+    try:
+        folder = base / Path(family).expanduser()
+        return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{where}: family: {family[:80]!r} cannot be a folder or a name: {error}") from None
 
 
 def _explain(error: ValidationError, where: str) -> str:
     lines = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        value, message = item["input"], item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"])
-            key = str(item["loc"][-1])
-            message = f"unknown key; known here: {', '.join(known)}{did_you_mean(key, known)}"
-        elif item["type"] == "missing":
+    items = error.errors()
+    for item in items:
+        loc, kind = item["loc"], item["type"]
+        if kind == "too_short" and any(other["loc"][: len(loc)] == loc for other in items if other is not item):
+            continue  # its items are there, and wrong
+        path = ".".join(str(part) for part in loc)
+        value, context = item["input"], item.get("ctx", {})
+        message = item["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            known = _known_keys(loc)
+            message = f"unknown key; known here: {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
+        elif kind == "missing":
             value, message = None, "this key is required; add it"
+        elif kind in ("enum", "literal_error"):
+            known = re.findall(r"'([^']+)'", str(context["expected"]))
+            message = f"must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
+        elif kind in _KINDS:
+            message = _KINDS[kind].format(**context)
         shown = "" if value is None or (isinstance(value, float) and math.isnan(value)) else f" {value!r}:"
         lines.append(f"{where}: {path}:{shown if len(shown) < 120 else ''} {message}")
     return "\n".join(lines)
+
+
+_KINDS = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "string_type": "must be a text; put it in quotes if it looks like a number",
+    "path_type": "must be a text",
+    "tuple_type": "must be a list, as in [5, 11]",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "too_short": "must name at least one",
+    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first one a letter or a digit",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} at the most",
+}
+"""pydantic's kinds of errors, in this package's words."""
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:

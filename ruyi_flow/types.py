@@ -30,6 +30,7 @@ __all__ = [
     "Token",
     "Verdict",
     "is_token_id",
+    "parse_mode",
 ]
 
 
@@ -55,6 +56,18 @@ class Mode(StrEnum):
     """Each token by the shallowest branch that is confident enough."""
     EXACT = "exact"
     """Always the last branch; shallower branches only draft."""
+
+
+def parse_mode(value: object) -> Mode:
+    """A mode from its name.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    try:
+        return Mode(value)  # type: ignore[arg-type]
+    except ValueError:
+        raise RequestError(f"mode is {value!r}; known: {', '.join(Mode)}") from None
 
 
 class Reason(StrEnum):
@@ -116,10 +129,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, kind, low, high, meaning in (
-            ("temperature", float, 0.0, 100.0, "a number of 0 (greedy) or more"),
+            ("temperature", float, 0.0, 100.0, "a number from 0 (greedy) to 100"),
             ("top_k", int, 0, _MOST, "a whole number of 0 (off) or more"),
             ("top_p", float, 1e-9, 1.0, "a number above 0 and at most 1"),
-            ("repetition_penalty", float, 1e-9, 1e9, "a number above 0 (1 is off)"),
+            ("repetition_penalty", float, 1e-9, 1e9, "a number above 0, 1e9 at the most (1 is off)"),
             ("no_repeat_ngram_size", int, 0, _MOST, "a whole number of 0 (off) or more"),
             ("min_new_tokens", int, 0, _MOST, "a whole number of 0 or more"),
             ("max_new_tokens", int, 1, _MOST, "a whole number of 1 or more"),
@@ -131,6 +144,7 @@ class SamplingParams:
             right = isinstance(value, int) or (kind is float and isinstance(value, float))
             if isinstance(value, bool) or not right or not low <= value <= high:
                 raise RequestError(f"{name} is {value!r}; it must be {meaning}")
+            object.__setattr__(self, name, kind(value))
         if 0 < self.temperature < 1e-4:  # logits over it would not be finite any more
             raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy), or 0.0001 or more")
         if self.min_new_tokens > self.max_new_tokens:
@@ -240,6 +254,7 @@ class Stats:
     total_s: float
     """From the request's arrival to the last token."""
     seed: int
+    """0 for a greedy answer that was asked without one."""
     drafted: int
     """Tokens drafted past a position that was asked deeper."""
     accepted: int

@@ -73,13 +73,24 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("policy", {"mod": "exact"}, ["policy.mod", "did you mean 'mode'?"]),
         ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not go on from exit 11"]),
         ("nodes.1.exits", [23, 17], ["nodes.1.exits", "from shallow to deep"]),
-        ("nodes.1.exits", [], ["nodes.1.exits", "at least 1 item"]),
+        ("nodes.1.exits", [], ["nodes.1.exits", "at least one"]),
         ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is taken by nodes.0"]),
         ("nodes.2.address", "localhost", ["nodes.2.address", "'localhost'", "host:port"]),
         ("nodes.2.address", None, ["nodes.2.address", "'cloud' has none"]),
         ("nodes.2.name", "edge", ["nodes.2.name", "'edge' is the name of nodes.1 already"]),
+        ("nodes.2.address", "http://127.0.0.1:7103", ["nodes.2.address", "host:port"]),
+        ("nodes.2.address", "127.0.0.1: 7103", ["nodes.2.address", "host:port"]),
         ("nodes.0.dtype", "bf16", ["nodes.0.dtype", "'bf16'", "bfloat16"]),
-        ("nodes.0.threads", 0, ["nodes.0.threads", "0", "greater than or equal to 1"]),
+        ("nodes.0.dtype", "bfloat", ["nodes.0.dtype", "must be one of", "did you mean 'bfloat16'?"]),
+        ("nodes.0.threads", True, ["nodes.0.threads", "must be a number"]),
+        ("nodes.0.threads", "two", ["nodes.0.threads", "must be a whole number"]),
+        ("nodes.0.cores", [], ["nodes.0.cores", "at least one"]),
+        ("nodes.0.exits", 5, ["nodes.0.exits", "must be a list"]),
+        ("nodes.0.limits", 5, ["nodes.0.limits", "must be a mapping"]),
+        ("links.0.timeout_s", float("inf"), ["links.0.timeout_s", "1000000.0 at the most"]),
+        ("family", "~nosuchuser/x", ["family", "cannot be a folder or a name"]),
+        ("family", "x" * 5000, ["family", "cannot be a folder or a name"]),
+        ("nodes.0.threads", 0, ["nodes.0.threads", "0", "1 or more"]),
         ("links.0.to", "edg", ["links.0.to", "no node 'edg'", "did you mean 'edge'?"]),
         ("links.0.to", "cloud", ["links.0", "device → cloud skips"]),
         ("links.1", None, ["links", "'cloud' cannot be reached from 'edge'", "{from: edge, to: cloud}"]),
@@ -102,12 +113,18 @@ def test_a_mistake_names_file_key_and_fix(tmp_path: Path, path: str, value: Any,
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "just text", "- a\n- b", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "just text", "- a\n- b", "a: [", "\x00", "[" * 5000, "a: 1\na: 2"])
 def test_a_file_that_is_no_topology_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         Topology.load(file)
+
+
+def test_only_what_is_wrong_is_said() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Topology.parse(change("nodes.1.threads", "two"))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:

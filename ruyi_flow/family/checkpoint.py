@@ -217,7 +217,6 @@ def load_slice(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     packed: bool = True,
-    progress: Callable[[float], None] | None = None,
 ) -> FamilySlice:
     """Read the stages that end at these exits, and nothing else, ready to serve.
 
@@ -226,7 +225,6 @@ def load_slice(
         exits: consecutive exits.
         dtype: number format to hold and compute in.
         packed: pack the weights for the CPU where possible (`transformer.pack`).
-        progress: called with the share that is read, 0 … 1.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than config.json says.
@@ -235,7 +233,6 @@ def load_slice(
     with torch.device("meta"):
         model = FamilySlice(config, exits)
     model.requires_grad_(False)
-    done, total = 0, len(model.layers) + len(model.exits) + 2
 
     def read(module: nn.Module, parameter: str, names: Sequence[str]) -> None:
         wanted = getattr(module, parameter)
@@ -262,15 +259,8 @@ def load_slice(
             if getattr(module, "bias", None) is not None:
                 read(module, "bias", [f"{prefix}.{part}.bias" for part in parts])
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done / total)
-
     if model.embed_tokens is not None:
         read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
-    step()
     for head, p in zip(model.heads, model.exits, strict=False):
         if config.tied_head and model.embed_tokens is not None:
             head.weight = model.embed_tokens.weight
@@ -283,19 +273,16 @@ def load_slice(
                 else f"lm_head.{config.exits.index(p)}"
             )
             read(head, "weight", [f"{name}.weight"])
-    step()
     for i, layer in enumerate(model.trunk, model.first_layer):
         read_layer(layer, f"model.layers.{i}")
         if packed:
             pack(layer)
-        step()
     for p, branch in model.branch_at.items():
         index = config.exits.index(p)
         read_layer(branch.layer, f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{index}")
         read(branch.norm, "weight", [f"model.norms.{index}.weight"])
         if packed:  # a branch computes keys and values alone where its answer is not wanted
             pack(branch, apart=[branch.layer.qkv_proj])
-        step()
     if packed:
         pack(model.heads)
     return model.eval()
@@ -382,7 +369,7 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # gguf and transformers raise what their parsing happens to run into
         raise CheckpointError(f"{path}: truncated, or not a model that can be read: {error}") from error
     with _whole_or_not(Path(out)) as folder:
         model.save_pretrained(folder)
@@ -402,8 +389,11 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 @contextmanager
 def _whole_or_not(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` when all went well and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error}") from None
     try:
         yield folder
         folder.chmod(0o755)

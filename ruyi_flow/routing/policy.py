@@ -43,8 +43,11 @@ class Routing:
                 raise RequestError(f"thresholds is {self.thresholds!r}; it must map exits to numbers, as in {{5: 0.9}}")
             thresholds += self.thresholds.values()
         for value in thresholds:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= NEVER:
-                raise RequestError(f"a threshold is {value!r}; it must be a number of 0 (always sure) or more")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not (0 <= value <= 1e9 or value == NEVER):
+                raise RequestError(
+                    f"a threshold is {value!r}; it must be a number from 0 (always sure) to 1 (above it: never sure)"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ share the noise, so verifying a draft is comparing two tokens. The processors ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ruyi_flow.errors import NodeFault, RequestError
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Sampler", "gumbel"]
@@ -57,6 +59,10 @@ class Sampler:
 
         Returns:
             m tokens and m confidences: the largest probability of the processed logits at temperature 1.
+
+        Raises:
+            RequestError: the processors leave no token.
+            NodeFault: the logits are not numbers.
         """
         if self.processors:
             logits = logits.float().cpu()
@@ -67,6 +73,13 @@ class Sampler:
         # max(softmax(x)) = 1 / sum(exp(x - max(x)))
         top, tokens = logits.max(-1)
         confidence = torch.exp(top.float() - torch.logsumexp(logits.float(), -1)).tolist()
+        if not all(c > 0 for c in confidence):
+            if self.processors and (logits == -math.inf).all(-1).any():
+                raise RequestError("no token is left to pick: no_repeat_ngram_size and min_new_tokens rule out all")
+            raise NodeFault(
+                "the branch's logits are not numbers: float16 may be too narrow for this family (use bfloat16), or its "
+                "weights are broken"
+            )
         if self.params.temperature > 0:
             return [self._draw(logits[i].float(), p) for i, p in enumerate(positions)], confidence
         return tokens.tolist(), confidence

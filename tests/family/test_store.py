@@ -56,7 +56,7 @@ def test_a_pull_after_one_that_was_killed_starts_clean(home: Path, tiny: Path) -
 def test_what_is_no_source_is_said(home: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a folder"):
         store.pull("qwen")
-    with pytest.raises(CheckpointError, match="no family 'qwen'.*none yet.*ruyi-flow pull qwen"):
+    with pytest.raises(CheckpointError, match="no family 'qwen'.*none yet.*ruyi-flow pull SOURCE --name qwen"):
         store.locate("qwen")
 
 
