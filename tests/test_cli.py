@@ -72,6 +72,8 @@ def test_pull_and_shard_report_in_json(run, tmp_path: Path, home: Path) -> None:
     ("arguments", "message"),
     [
         (("generate", "-t", "none.yaml", "-p", "x"), "none.yaml: no such topology file"),
+        (("shard", "-t", "{topology}", "-o", "{topology}"), "cannot be written"),
+        (("up", "-t", "{topology}"), "runs inside its clients"),
         (("generate", "-t", "{topology}", "-p", "x"), "has no tokenizer.json"),
         (("generate", "-t", "{topology}", "-p", ""), "prompt is empty"),
         (("generate", "-t", "{topology}", "-p", "x", "--exit", "3"), "exit 3 is not one"),
@@ -96,3 +98,39 @@ def test_a_user_error_is_one_line(run, topology: Path, home: Path, arguments: tu
 def test_an_unknown_option_is_refused(run) -> None:  # type: ignore[no-untyped-def]
     code, _, err = run("generate", "--topolgy", "x")
     assert code == 2 and "topolgy" in err
+
+
+def test_a_log_level_that_is_none_is_refused(run, topology: Path) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run("node", "whole", "-t", str(topology), "--log-level", "foo")
+    assert code == 2 and "'foo' is not one of" in err
+
+
+def test_port_zero_is_nobodys_address(run, topology: Path) -> None:  # type: ignore[no-untyped-def]
+    data = yaml.safe_load(topology.read_text())
+    data["nodes"][0]["address"] = "127.0.0.1:0"
+    topology.write_text(yaml.safe_dump(data))
+    code, _, err = run("up", str(topology))
+    assert code == 2 and "nodes.0.address: nobody would know which port 0 becomes" in err
+
+
+def test_without_the_default_topology_one_must_be_named(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("status")
+    assert code == 2 and "(the default); name yours with --topology FILE" in err
+
+
+def test_the_version_is_the_packages(run) -> None:  # type: ignore[no-untyped-def]
+    from importlib.metadata import version
+
+    assert run("--version") == (0, f"ruyi-flow {version('ruyi-flow')}\n", "")
+
+
+def test_a_store_that_cannot_be_written_is_said(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RUYI_FLOW_HOME", str(tmp_path / "file"))
+    code, _, err = run("pull", str(tiny))
+    assert code == 2 and err.startswith("error: ") and "file" in err and err.count("\n") == 1

@@ -1,5 +1,7 @@
 """The SDK: prompts of every kind, streaming, text, stop strings, and the sync client as a plain wrapper."""
 
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -255,3 +257,26 @@ async def test_the_sync_client_works_inside_a_running_loop(nodes: Cluster) -> No
             return len(client.generate("hi", max_new_tokens=3, eos_token_ids=()).tokens)
 
     assert await asyncio.to_thread(ask) == 3
+
+
+def test_texts_that_a_family_cannot_take_are_refused(spoken: Path, tmp_path: Path) -> None:
+    def client_of(folder: Path) -> Client:
+        return Client(Topology.parse({"family": str(folder), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]}))
+
+    fussy = Path(shutil.copytree(spoken, tmp_path / "fussy"))
+    (fussy / "chat_template.jinja").write_text("{{ messages[0]['content'].nothing() }}")
+    with client_of(fussy) as client, pytest.raises(RequestError, match="chat template refuses these messages"):
+        client.generate("hi")
+    wide = tiny_family(tmp_path / "wide", vocab_size=100)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(spoken / name, wide / name)
+    with client_of(wide) as client, pytest.raises(RequestError, match="its vocabulary has 100"):
+        client.generate("é")
+    mute = Path(shutil.copytree(spoken, tmp_path / "mute"))
+    tokenizer = json.loads((mute / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "x"}, "content": ""}
+    (mute / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with client_of(mute) as client:
+        with pytest.raises(RequestError, match="the prompt is empty"):
+            client.generate("xxx", raw=True)
+        assert len(client.generate("xyx", raw=True, max_new_tokens=1).tokens) == 1

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc
@@ -150,6 +151,19 @@ async def test_a_long_prompt_travels_in_several_messages(tmp_path: Path) -> None
         assert reply.stats.hops[1].messages > 4
         with pytest.raises(CapacityError, match="n0.*larger than it takes"):
             await client.generate("x" * 100_000)
+        await nodes.settle()
+
+
+async def test_drafts_never_outgrow_a_message(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "long", max_position_embeddings=4096)
+    oracle = Oracle(load_family(folder, dtype="float32"))
+    limits = {"max_message_bytes": 64 * 1024, "max_positions": 4096}
+    topology = cut_topology(folder, [[2], [4, 6]], limits=limits)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        options = {"mode": "exact", "draft": 1024, "max_new_tokens": 1100, "eos_token_ids": ()}
+        async with aclosing(client.stream(PROMPT, **options)) as stream:
+            ids = [(await anext(stream)).id for _ in range(3)]
+        assert ids == [token for token, _ in oracle.decide(Policy.resolve(Routing(), (2, 4, 6)), PROMPT, 3)]
         await nodes.settle()
 
 

@@ -143,7 +143,7 @@ def _check_same(out: Path, source: str, local: Path, exits: Sequence[int] | None
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else None
     for what, held, asked in (
         ("from", recorded, recorded and _identity(source, local)),
-        ("with exits", list(config.exits), exits and list(exits)),
+        ("with exits", list(config.exits), exits and sorted({*exits, config.exits[-1]})),
         ("in", config.raw.get("dtype"), dtype),
     ):
         if asked is not None and held != asked:

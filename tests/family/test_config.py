@@ -59,6 +59,12 @@ def test_stages_lie_between_exits() -> None:
     assert config.stages((27,)) == ((23, 27),)
 
 
+def test_rope_settings_for_each_kind_of_layer_are_those_of_full_attention() -> None:
+    given = {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    config = FamilyConfig.parse({**RUYI2, "rope_parameters": given})
+    assert dict(config.rope) == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+
+
 def test_a_written_config_reads_back_the_same() -> None:
     config = FamilyConfig.parse(RUYI2)
     assert FamilyConfig.parse(config.to_dict()) == config
@@ -76,6 +82,10 @@ def test_an_ordinary_checkpoint_takes_exits() -> None:
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_parameters": {"rope_theta": "a"}}, "value of the wrong kind"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0; it must be above 0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"early_exit_points": [5, 3, 27]}, "must ascend"),
         ({"early_exit_points": [5, 11]}, "must ascend from 1 or more to 27"),

@@ -31,6 +31,18 @@ def test_exits_are_given_to_an_ordinary_folder(tmp_path: Path, home: Path) -> No
     assert checkpoint.tensor("model.eelayers.1.mlp.up_proj.weight").dtype is torch.bfloat16
     with pytest.raises(CheckpointError, match=r"there already, with exits \[2, 4, 6\]"):
         store.pull(str(ordinary), name="mine", exits=(3,))
+    assert store.pull(str(ordinary), name="mine", exits=(2, 4), dtype="bfloat16") == folder
+
+
+def test_what_is_there_must_be_what_is_asked_for(tmp_path: Path, home: Path, tiny: Path) -> None:
+    store.pull(str(tiny), dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="there already, in bfloat16, not float32; give another --name"):
+        store.pull(str(tiny), dtype="float32")
+    other = tiny_family(tmp_path / "elsewhere" / "tiny", seed=5)
+    with pytest.raises(CheckpointError, match=f"there already, from {tiny}, not {other}"):
+        store.pull(str(other))
+    with pytest.raises(CheckpointError, match="dtype is 'float8'; known: float32"):
+        store.pull(str(tiny), name="new", dtype="float8")
 
 
 def test_a_failed_pull_leaves_nothing(tmp_path: Path, home: Path) -> None:
@@ -58,6 +70,15 @@ def test_what_is_no_source_is_said(home: Path) -> None:
         store.pull("qwen")
     with pytest.raises(CheckpointError, match="no family 'qwen'.*none yet.*ruyi-flow pull SOURCE --name qwen"):
         store.locate("qwen")
+    with pytest.raises(CheckpointError, match=r"no family 'smollm2'.*fetch it: ruyi-flow pull smollm2$"):
+        store.locate("smollm2")
+    with pytest.raises(CheckpointError, match="did you mean 'smollm2'"):
+        store.pull("smolm2")
+    for source in ("~nosuchuser/x", "x" * 5000):
+        with pytest.raises(CheckpointError, match="cannot be a source"):
+            store.pull(source)
+    with pytest.raises(CheckpointError, match="no family 'xxx"):
+        store.locate("x" * 5000)
 
 
 def test_modelscope_needs_its_extra(home: Path) -> None:

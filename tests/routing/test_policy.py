@@ -52,6 +52,7 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
         ({"mode": Mode.TOKEN, "thresholds": {6: 0.5}}, "exit 6 is the last one"),
         ({"mode": Mode.TOKEN, "threshold": -0.1}, "must be a number from 0"),
         ({"mode": Mode.TOKEN, "threshold": math.nan}, "must be a number from 0"),
+        ({"mode": Mode.TOKEN, "threshold": 10**400}, "must be a number from 0"),
         ({"mode": Mode.EXACT, "draft": -1}, "draft is -1"),
         ({"mode": Mode.EXACT, "draft": "4"}, "draft is '4'"),
         ({"mode": Mode.FIXED, "exit": "4"}, "exit is '4'"),

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import NodeFault, RequestError
 from ruyi_flow.runtime.sampling import Sampler, gumbel
 from ruyi_flow.types import SamplingParams
 
@@ -124,3 +124,21 @@ def test_min_new_tokens_holds_the_end_back() -> None:
 def test_parameters_that_cannot_be_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**options)  # type: ignore[arg-type]
+
+
+def test_logits_that_leave_nothing_to_pick_are_said() -> None:
+    params = SamplingParams(no_repeat_ngram_size=1, eos_token_ids=(), seed=0)
+    with pytest.raises(RequestError, match="no token is left"):
+        Sampler(params, 2).pick(logits(1, 4), [3], [0, 1, 2, 3])
+    for bad in (math.nan, math.inf):
+        for given in (SamplingParams(seed=0), SamplingParams(temperature=1.0, seed=0), params):
+            with pytest.raises(NodeFault, match="not numbers"):
+                Sampler(given, 1).pick(torch.full((1, 9), bad), [0], [0])
+
+
+def test_whole_numbers_do_for_parameters_that_are_not() -> None:
+    params = SamplingParams(temperature=2, top_p=1, seed=3)
+    assert isinstance(params.temperature, float) and isinstance(params.top_p, float)
+    assert Sampler(params, 1).pick(logits(1, 50), [0], [0])[0][0] < 50
+    with pytest.raises(RequestError, match="from 0 .greedy. to 100"):
+        SamplingParams(temperature=10**400)
