@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.topology import Topology
+from ruyi_flow.topology import Limits, Link, Node, PolicyDefaults, Topology
 from ruyi_flow.types import Encoding, Mode
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -155,3 +155,11 @@ def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, tiny: P
     file = tmp_path / "t.yaml"
     file.write_text("family: f\nnodes: [{name: n, exits: [2, 4, 6]}]\n")
     assert Path(Topology.load(file).family) == tmp_path / "f"
+
+
+def test_the_reference_has_every_key() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "topology.md").read_text()
+    for model, prefix in ((Topology, ""), (Node, ""), (Link, ""), (Limits, "limits."), (PolicyDefaults, "")):
+        for name, field in model.model_fields.items():
+            if name != "limits":
+                assert f"`{prefix}{field.alias or name}`" in text, name

@@ -371,11 +371,11 @@ def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
         return 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
     if kind not in ("linear", "llama3", "yarn"):
         raise CheckpointError(f"rope_type is {kind!r}; known: default, linear, llama3, yarn")
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig  # LlamaConfig would bring in 90 MB of its model
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     try:
-        their_config = LlamaConfig(
+        their_config = PreTrainedConfig(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_heads,
             head_dim=config.head_dim,
