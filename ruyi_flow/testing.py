@@ -75,7 +75,7 @@ def tiny_family(
     tensors = {"model.embed_tokens.weight": random(v, h) * 4}
     layers = [f"model.layers.{i}" for i in range(num_layers)]
     if not ordinary:
-        layers += [f"model.eelayers.{i}" for i in range(len(exits) - 1)]
+        layers += [prefix for p in exits[:-1] for prefix in config.branch_prefixes(p)]
     for prefix in layers:
         for part, rows, columns, bias in (
             ("self_attn.q_proj", q, h, config.attention_bias),

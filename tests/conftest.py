@@ -25,8 +25,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Ruyi family with five exits."""
-    return tiny_family(tmp_path_factory.mktemp("families") / "five", base="qwen2", exits=(1, 3, 4, 6, 7), seed=3)
+    """A tiny family with five exits, two of whose branches are deeper than Ruyi's."""
+    folder = tmp_path_factory.mktemp("families") / "five"
+    depths = [2, 1, 3, 1, 1]
+    return tiny_family(folder, base="qwen2", exits=(1, 3, 4, 6, 7), seed=3, early_exit_branch_layers=depths)
 
 
 @pytest.fixture(scope="session")

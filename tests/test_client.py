@@ -217,16 +217,19 @@ def test_a_stream_that_outlives_its_client_ends(spoken: Path) -> None:
 
 
 INTERRUPTED = """
-import sys, signal, threading, os
+import signal, sys
 from ruyi_flow import Client
 from ruyi_flow.topology import Topology
 with Client(Topology.parse({"family": sys.argv[1], "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})) as client:
     try:
         for i, token in enumerate(client.stream("hi", max_new_tokens=450, eos_token_ids=())):
             if i == 3:
-                threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+                signal.signal(signal.SIGALRM, signal.default_int_handler)  # like SIGINT, but at a time that holds
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
     except KeyboardInterrupt:
         print("interrupted", len(client.generate("hi", max_new_tokens=2, eos_token_ids=()).tokens))
+    else:
+        print("it ended by itself after", i)
 """
 
 

@@ -15,16 +15,19 @@ def as_transformers(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float3
     config, exits = checkpoint.config, checkpoint.config.exits
     exit = exits[-1] if exit is None else exit
     raw = {k: v for k, v in config.raw.items() if k not in ("early_exit_points", "architectures", "auto_map")}
-    theirs = AutoConfig.for_model(**raw | {"model_type": config.base, "num_hidden_layers": exit + 1})
+    branch = config.branch_prefixes(exit)
+    theirs = AutoConfig.for_model(**raw | {"model_type": config.base, "num_hidden_layers": exit + len(branch)})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs, dtype=dtype)
     state: dict[str, torch.Tensor] = {}
-    branch = f"model.layers.{exit}" if exit == exits[-1] else f"model.eelayers.{exits.index(exit)}"
     for name in model.state_dict():
-        source = name.replace(f"model.layers.{exit}.", f"{branch}.")
+        source = name
+        for i, prefix in enumerate(branch):
+            source = source.replace(f"model.layers.{exit + i}.", f"{prefix}.")
         source = source.replace("model.norm.", f"model.norms.{exits.index(exit)}.")
         if name == "lm_head.weight":
-            source = "model.embed_tokens.weight" if config.tied_head else "lm_head.weight"
+            own = "lm_head.weight" if config.shared_heads else f"lm_head.{exits.index(exit)}.weight"
+            source = "model.embed_tokens.weight" if config.tied_head else own
         state[name] = checkpoint.tensor(source).to(dtype)
     model.load_state_dict(state, assign=True)
     model.tie_weights()

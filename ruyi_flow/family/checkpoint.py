@@ -1,7 +1,8 @@
 """Checkpoint files: read Ruyi and Hugging Face folders and GGUF, fill slices of a family, cut shards.
 
 Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors keep the
-published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`); an ordinary checkpoint with exits
+published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`; further layers of a branch, which Ruyi
+does not have, are `model.eeblocks.{i}.{j}`); an ordinary checkpoint with exits
 given to it answers to the same names, with copies of its trunk layers as branches.
 """
 
@@ -113,8 +114,7 @@ class Checkpoint:
             names.append("model.embed_tokens.weight")
         for first, p in config.stages(tuple(exits)):
             i = config.exits.index(p)
-            branch = f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{i}"
-            for prefix in (*(f"model.layers.{j}" for j in range(first, p)), branch):
+            for prefix in (*(f"model.layers.{j}" for j in range(first, p)), *config.branch_prefixes(p)):
                 names += [f"{prefix}.{name}" for name in self._layer_tensors]
             names.append(f"model.norms.{i}.weight")
             if not config.shared_heads:
@@ -279,10 +279,11 @@ def load_slice(
             pack(layer)
     for p, branch in model.branch_at.items():
         index = config.exits.index(p)
-        read_layer(branch.layer, f"model.layers.{p}" if p == config.exits[-1] else f"model.eelayers.{index}")
+        for layer, prefix in zip(branch.stack, config.branch_prefixes(p), strict=True):
+            read_layer(layer, prefix)
         read(branch.norm, "weight", [f"model.norms.{index}.weight"])
         if packed:  # a branch computes keys and values alone where its answer is not wanted
-            pack(branch, apart=[branch.layer.qkv_proj])
+            pack(branch, apart=[branch.stack[-1].qkv_proj])
     if packed:
         pack(model.heads)
     return model.eval()

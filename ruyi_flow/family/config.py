@@ -27,13 +27,15 @@ _BASES = {
 class FamilyConfig:
     """The shape of a family: a trunk of decoder layers and a branch at each exit.
 
-    Exit `p` runs trunk layers `0 … p-1`, then its branch: one decoder layer, a norm and a head.
+    Exit `p` runs trunk layers `0 … p-1`, then its branch: one decoder layer or more, a norm and a head.
     """
 
     base: str
     """llama, qwen2 or qwen3: the kind of decoder layer."""
     exits: tuple[int, ...]
     """Ascending; the last one is `num_layers - 1` (its branch layer is the last layer of the checkpoint)."""
+    branch_layers: tuple[int, ...]
+    """Decoder layers of each exit's branch: 1 in Ruyi; the last exit's is always 1."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -120,6 +122,12 @@ class FamilyConfig:
                 f"{where}: exits {points} must ascend from 1 or more to {num_layers - 1}, "
                 f"the last of {num_layers} layers"
             )
+        depths = [int(n) for n in raw.get("early_exit_branch_layers") or [1] * len(points)]
+        if len(depths) != len(points) or min(depths) < 1 or depths[-1] != 1:
+            raise CheckpointError(
+                f"{where}: early_exit_branch_layers is {depths}; it must have a number of 1 or more for each of "
+                f"the exits {points}, and 1 for the last"
+            )
         if raw.get("tie_word_embeddings") and not ordinary and not raw.get("shared_heads", False):
             raise CheckpointError(
                 f"{where}: tie_word_embeddings needs shared_heads: a head per branch cannot be the embedding"
@@ -129,6 +137,7 @@ class FamilyConfig:
         return cls(
             base=base,
             exits=tuple(points),
+            branch_layers=tuple(depths),
             vocab_size=int(need("vocab_size")),
             hidden_size=hidden_size,
             intermediate_size=int(need("intermediate_size")),
@@ -159,12 +168,21 @@ class FamilyConfig:
             default_early_exit_point=self.exits[-1],
             shared_heads=self.shared_heads,
         )
+        if max(self.branch_layers) > 1:
+            out["early_exit_branch_layers"] = list(self.branch_layers)
         out.pop("auto_map", None)  # names Python files of the original release, which we neither ship nor run
         return out
 
     def stages(self, exits: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """(first trunk layer, exit) of each stage that ends at one of these exits."""
         return tuple((0 if p == self.exits[0] else self.exits[self.exits.index(p) - 1], p) for p in exits)
+
+    def branch_prefixes(self, exit: int) -> list[str]:
+        """The published names of a branch's layers. Those after the first are ours: Ruyi's branches have one."""
+        i = self.exits.index(exit)
+        if exit == self.exits[-1]:
+            return [f"model.layers.{exit}"]
+        return [f"model.eelayers.{i}", *(f"model.eeblocks.{i}.{j}" for j in range(self.branch_layers[i] - 1))]
 
     # ---- what it costs ----
 
@@ -179,7 +197,8 @@ class FamilyConfig:
 
     def num_parameters(self, exit: int) -> int:
         """Parameters of the model that ends at this exit: decoder and one head, as the published sizes count."""
-        return (exit + 1) * self.layer_parameters + self.hidden_size + self.vocab_size * self.hidden_size
+        layers = exit + self.branch_layers[self.exits.index(exit)]
+        return layers * self.layer_parameters + self.hidden_size + self.vocab_size * self.hidden_size
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -221,14 +221,17 @@ class DecoderLayer(nn.Module):
 
 
 class Branch(nn.Module):
-    """What turns the boundary state at an exit into logits: a decoder layer, a norm and a head.
+    """What turns the boundary state at an exit into logits: decoder layers, a norm, and a head that others may share.
 
-    The head is passed to `logits`, since it may be shared with other exits or be the embedding.
+    Args:
+        config: the family.
+        depth: how many layers.
     """
 
-    def __init__(self, config: FamilyConfig) -> None:
+    def __init__(self, config: FamilyConfig, depth: int) -> None:
         super().__init__()
-        self.layer = DecoderLayer(config)
+        self.stack = tuple(DecoderLayer(config) for _ in range(depth))
+        self.layers = nn.ModuleList(self.stack)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -251,9 +254,14 @@ class FamilySlice(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if is_entry else None
         # Plain containers for the hot path, beside the module containers that hold the same modules for torch.
         self.trunk = tuple(DecoderLayer(config) for _ in range(self.first_layer, self.last_layer))
-        self.branch_at = {p: Branch(config) for p in self.exits}
+        depths = {p: config.branch_layers[config.exits.index(p)] for p in self.exits}
+        self.branch_at = {p: Branch(config, depth) for p, depth in depths.items()}
         own_heads = [Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads)]
         self.head_at = {p: own_heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
+        self.slot_at = {
+            p: len(self.trunk) + sum(depth for other, depth in depths.items() if other < p) for p in self.exits
+        }
+        """Slot of the keys and values of each branch's first layer, never a trunk layer's; the others' follow."""
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(self.trunk, self.first_layer)})
         self.branches = nn.ModuleDict({str(p): branch for p, branch in self.branch_at.items()})
         self.heads = nn.ModuleList(own_heads)
@@ -262,12 +270,8 @@ class FamilySlice(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        """Layers that keep keys and values: the trunk's, then one a branch."""
-        return len(self.trunk) + len(self.exits)
-
-    def slot_of_branch(self, exit: int) -> int:
-        """The slot of a branch's own keys and values, never a trunk layer's."""
-        return len(self.trunk) + self.exits.index(exit)
+        """Layers that keep keys and values: the trunk's, then the branches'."""
+        return len(self.trunk) + sum(len(branch.stack) for branch in self.branch_at.values())
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(n,) token ids -> (n, hidden)."""
@@ -302,8 +306,13 @@ class FamilySlice(nn.Module):
         Returns:
             (m, vocab) logits in the weights' number format, or None when no row is wanted.
         """
-        branch = self.branch_at[exit]
-        h = branch.layer.forward(x, rope, attention, self.slot_of_branch(exit), rows)
+        branch, slot = self.branch_at[exit], self.slot_at[exit]
+        *first, last = branch.stack
+        for layer in first:  # what comes after needs every row of these
+            out = layer.forward(x, rope, attention, slot)
+            assert out is not None
+            x, slot = out, slot + 1
+        h = last.forward(x, rope, attention, slot, rows)
         if h is None:
             return None
         return self.head_at[exit].forward(branch.norm.forward(h))

@@ -53,6 +53,16 @@ def test_ruyi2_has_the_published_sizes() -> None:
     assert [round(config.num_parameters(p) / 1e9, 2) for p in config.exits] == [1.77, 8.04, 13.99]
 
 
+def test_deeper_branches_count_and_are_named() -> None:
+    config = FamilyConfig.parse({**RUYI2, "early_exit_branch_layers": [3, 1, 1]})
+    plain = FamilyConfig.parse(RUYI2)
+    assert config.num_parameters(2) - plain.num_parameters(2) == 2 * plain.layer_parameters
+    assert config.num_parameters(21) == plain.num_parameters(21)
+    assert config.branch_prefixes(2) == ["model.eelayers.0", "model.eeblocks.0.0", "model.eeblocks.0.1"]
+    assert config.branch_prefixes(39) == ["model.layers.39"]
+    assert FamilyConfig.parse(config.to_dict()) == config
+
+
 def test_stages_lie_between_exits() -> None:
     config = FamilyConfig.parse(RUYI_7B)
     assert config.stages((11, 15)) == ((0, 11), (11, 15))
@@ -82,6 +92,9 @@ def test_an_ordinary_checkpoint_takes_exits() -> None:
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"early_exit_branch_layers": [1, 1]}, "must have a number of 1 or more for each of the"),
+        ({"early_exit_branch_layers": [2, 1, 1, 1, 2]}, "and 1 for the last"),
+        ({"early_exit_branch_layers": [0, 1, 1, 1, 1]}, "early_exit_branch_layers is"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_parameters": {"rope_theta": "a"}}, "value of the wrong kind"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0; it must be above 0"),

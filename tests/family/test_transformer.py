@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint, cut, load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
+from tests.theirs import as_transformers
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -58,6 +59,20 @@ def test_a_branch_given_to_an_ordinary_checkpoint_is_the_layer_at_its_exit(tmp_p
     ours = load_family(folder, dtype="float32", exits=[2])
     with torch.no_grad():
         assert (ours.logits(ids, exit=2) - shorter(ids).logits).abs().max() < 1e-4
+
+
+def test_deeper_branches_are_transformers_models_of_that_depth(five: Path, tmp_path: Path) -> None:
+    family = load_family(five, dtype="float32")
+    assert family.config.branch_layers == (2, 1, 3, 1, 1)
+    ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(1))
+    for exit in family.exits:
+        theirs = as_transformers(Checkpoint(five), exit=exit)
+        with torch.no_grad():
+            assert (family.logits(ids, exit=exit) - theirs(ids).logits).abs().max() < 1e-4
+    shard = cut(Checkpoint(five), (3, 4), tmp_path / "shard")
+    assert "model.eeblocks.2.1.mlp.up_proj.weight" in Checkpoint(shard).names((3, 4))
+    part = load_slice(Checkpoint(shard), (3, 4), dtype=torch.float32)
+    assert part.num_slots == 3 + 1 + 3
 
 
 @pytest.mark.parametrize("packed", [False, True])
