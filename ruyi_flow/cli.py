@@ -113,6 +113,9 @@ def pull(
         str | None, typer.Option(help="Exits to give to an ordinary checkpoint, for instance 5,11,17.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16.")] = None,
+    branches: Annotated[
+        Path | None, typer.Option(help="File of trained branches (ruyi-flow train) for its early exits.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring a family into the local store (RUYI_FLOW_HOME, or the user's cache folder).
@@ -125,8 +128,9 @@ def pull(
 
     began = time.monotonic()
     known, given_exits = store.names(), _integers(exits, "--exits")
+    bars = err.is_terminal and not as_json
     folder = store.pull(
-        source, name=name, exits=given_exits, dtype=dtype, say=say(as_json), bars=err.is_terminal and not as_json
+        source, name=name, exits=given_exits, dtype=dtype, branches=branches, say=say(as_json), bars=bars
     )
     config = Checkpoint(folder).config
     facts = {

@@ -3,6 +3,7 @@
     RuyiFlowError
     ├── ConfigError            a topology, or a command line, that cannot work
     ├── CheckpointError        a family that is missing, truncated or not what it says
+    ├── TrainingError          a training run that cannot go on
     ├── RequestError           a request that no node could serve
     │   └── ContextLengthError the prompt does not fit the family's context
     └── NodeError              something between this process and a node, or inside a node
@@ -31,6 +32,7 @@ __all__ = [
     "RequestCancelled",
     "RequestError",
     "RuyiFlowError",
+    "TrainingError",
     "WireError",
 ]
 
@@ -45,6 +47,10 @@ class ConfigError(RuyiFlowError):
 
 class CheckpointError(RuyiFlowError):
     """A family that is missing, truncated, or not what its config says."""
+
+
+class TrainingError(RuyiFlowError):
+    """A training run that cannot go on: names the step and the data."""
 
 
 class RequestError(RuyiFlowError):

@@ -20,7 +20,7 @@ from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import Encoding, Mode
 
-__all__ = ["Dtype", "Limits", "Link", "Node", "Topology", "did_you_mean"]
+__all__ = ["Dtype", "Limits", "Link", "Node", "Topology", "did_you_mean", "explain"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -155,7 +155,7 @@ class Topology(_Model):
         try:
             topology = cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(_explain(error, where)) from None
+            raise ConfigError(explain(error, cls, where)) from None
         topology._cross_check(where)
         return topology
 
@@ -297,7 +297,14 @@ def _resolve_folder(family: str, base: Path, where: str) -> str:
         raise ConfigError(f"{where}: family: {family[:80]!r} cannot be a folder or a name: {error}") from None
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
+    """What is wrong in a file, a line each, with the key's path, the value and the fix.
+
+    Args:
+        error: pydantic's.
+        root: the model of the whole file.
+        where: the file's name.
+    """
     lines = []
     items = error.errors()
     for item in items:
@@ -308,7 +315,7 @@ def _explain(error: ValidationError, where: str) -> str:
         value, context = item["input"], item.get("ctx", {})
         message = item["msg"].removeprefix("Value error, ")
         if kind == "extra_forbidden":
-            known = _known_keys(loc)
+            known = _known_keys(root, loc)
             message = f"unknown key; known here: {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
         elif kind == "missing":
             value, message = None, "this key is required; add it"
@@ -343,9 +350,9 @@ _KINDS = {
 """pydantic's kinds of errors, in this package's words."""
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the model that an unknown key was found in."""
-    model: Any = Topology
+    model: Any = root
     for part in loc[:-1]:
         if isinstance(part, int):
             continue

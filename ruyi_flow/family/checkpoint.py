@@ -28,7 +28,7 @@ from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, Linear, pack
 
-__all__ = ["Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
+__all__ = ["LAYER_NAMES", "Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
 _COMPANIONS = (
@@ -45,7 +45,7 @@ _COMPANIONS = (
 )
 """Files that belong to a family beside its weights."""
 
-_LAYER_NAMES: dict[str, tuple[str, ...]] = {
+LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("input_layernorm",),
     "post_attention_layernorm": ("post_attention_layernorm",),
     "q_norm": ("self_attn.q_norm",),
@@ -64,17 +64,21 @@ class Checkpoint:
     Args:
         folder: holds config.json and model.safetensors, or model.safetensors.index.json and the files it names.
         exits: exits to give to an ordinary checkpoint.
+        branches: file of trained branches (`train.py`) that take the place of the family's own early ones.
 
     Raises:
         CheckpointError: files that are missing, truncated, or not what config.json says.
     """
 
-    def __init__(self, folder: str | Path, exits: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, exits: Sequence[int] | None = None, branches: str | Path | None = None
+    ) -> None:
         self.folder = Path(folder)
         raw = _read_json(self.folder / "config.json", "a family is a folder with config.json and safetensors files")
         self.config = FamilyConfig.parse(
             raw, exits=None if exits is None else tuple(exits), where=str(self.folder / "config.json")
         )
+        self._ordinary = self.config.ordinary
         self._files: dict[str, Any] = {}
         self._file_of = self._open()
         metadata = self._metadata
@@ -87,6 +91,8 @@ class Checkpoint:
                 f"{self.folder}: its metadata names exits {metadata['ruyi_flow.exits']}, not the config's"
             )
         self.exits: tuple[int, ...] = held
+        if branches is not None:
+            self._graft(Path(branches))
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -143,6 +149,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: tensor {stored} is {tensor.dtype}; only plain floats are supported")
         return tensor
 
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is there under its published name, and not made from another's."""
+        return name in self._file_of
+
     def close(self) -> None:
         """Let go of the mapped files; tensors that were copied out stay."""
         self._files.clear()
@@ -151,7 +161,7 @@ class Checkpoint:
     def _layer_tensors(self) -> list[str]:
         config = self.config
         out = []
-        for module, parts in _LAYER_NAMES.items():
+        for module, parts in LAYER_NAMES.items():
             if module in ("q_norm", "k_norm") and config.base != "qwen3":
                 continue
             has_bias = {
@@ -165,7 +175,7 @@ class Checkpoint:
         return out
 
     def _stored_name(self, name: str) -> str:
-        if not self.config.ordinary:
+        if not self._ordinary or name in self._file_of:
             return name
         parts = name.split(".")
         if parts[1] == "eelayers":  # a branch starts as a copy of the trunk layer at its exit
@@ -189,16 +199,26 @@ class Checkpoint:
                 others = sorted(p.name for p in self.folder.glob("*.bin"))
                 hint = f"; {others[0]} holds pickles, which are never read: convert it to safetensors" if others else ""
                 raise CheckpointError(f"{path}: no such file{hint}")
-            try:
-                handle = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path}: truncated or not a safetensors file ({error}); fetch it again"
-                ) from None
-            self._files[file] = handle
+            self._files[file] = handle = _open(path)
             self._metadata |= handle.metadata() or {}
             file_of |= {str(name): file for name in handle.keys()}
         return file_of
+
+    def _graft(self, file: Path) -> None:
+        """Let the tensors of a file of branches take the place of the family's own."""
+        handle = _open(file)
+        metadata = handle.metadata() or {}
+        try:
+            exits, depths = (json.loads(metadata[f"ruyi_flow.{key}"]) for key in ("branch_exits", "branch_layers"))
+        except (KeyError, ValueError):
+            raise CheckpointError(f"{file}: not a file of trained branches") from None
+        if tuple(exits) != self.config.exits:
+            raise CheckpointError(f"{file}: branches at exits {exits}; the family has {list(self.config.exits)}")
+        raw = {**self.config.to_dict(), "early_exit_branch_layers": depths}
+        self.config = FamilyConfig.parse(raw, where=str(file))
+        self._files[str(file)] = handle
+        self._file_of |= {str(name): str(file) for name in handle.keys()}
+        self._metadata.pop("ruyi_flow.fingerprint", None)
 
     def _first_values(self, name: str) -> Tensor:
         stored = self._stored_name(name)
@@ -251,7 +271,7 @@ def load_slice(
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
 
     def read_layer(layer: DecoderLayer, prefix: str) -> None:
-        for name, parts in _LAYER_NAMES.items():
+        for name, parts in LAYER_NAMES.items():
             module = getattr(layer, name)
             if module is None:
                 continue
@@ -320,8 +340,7 @@ def cut(
         for name in names:
             tensor = checkpoint.tensor(name)
             # Copies of a trunk layer must not share memory in the file: safetensors stores no aliases.
-            shared = checkpoint.config.ordinary and name.split(".")[1] in ("eelayers", "norms")
-            tensors[name] = tensor.to(dtype or tensor.dtype, copy=shared).contiguous()
+            tensors[name] = tensor.to(dtype or tensor.dtype, copy=not checkpoint.holds(name)).contiguous()
         whole = tuple(exits) == checkpoint.config.exits
         metadata = {
             "format": "pt",
@@ -385,6 +404,13 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     if name not in known:
         raise CheckpointError(f"dtype is {name!r}; known: {', '.join(known)}")
     return known[str(name)]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
 
 
 @contextmanager

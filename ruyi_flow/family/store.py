@@ -81,6 +81,7 @@ def pull(
     name: str | None = None,
     exits: Sequence[int] | None = None,
     dtype: str | None = None,
+    branches: str | Path | None = None,
     say: Callable[[str], None] = lambda step: None,
     bars: bool = False,
 ) -> Path:
@@ -92,6 +93,7 @@ def pull(
         name: its name in the store; the last part of the source when left out.
         exits: for an ordinary checkpoint; its branches start as copies of the trunk layer at each exit.
         dtype: convert to this number format; None keeps the checkpoint's, and gives bfloat16 to the demo family.
+        branches: a file of trained branches (`ruyi-flow train`) instead of the family's own early ones.
         say: called with each step, in words.
         bars: let the tools that fetch and convert show their progress bars on standard error.
 
@@ -118,13 +120,13 @@ def pull(
     scratch.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(scratch.with_name(f"{name}.lock")):  # a second pull of the same family waits, then finds it done
         if out.is_dir():
-            _check_same(out, source, local, asked_exits, dtype)
+            _check_same(out, _identity(source, local, branches), asked_exits, dtype)
             return out
         shutil.rmtree(scratch, ignore_errors=True)  # of a pull that was killed
         scratch.mkdir()
         try:
-            whole = _bring(source, local, scratch, exits, chosen, say, bars)
-            (whole / _SOURCE).write_text(_identity(source, local))
+            whole = _bring(source, local, scratch, exits, chosen, branches, say, bars)
+            (whole / _SOURCE).write_text(_identity(source, local, branches))
             out.parent.mkdir(exist_ok=True)
             os.replace(whole, out)
         finally:
@@ -132,17 +134,18 @@ def pull(
     return out
 
 
-def _identity(source: str, local: Path) -> str:
+def _identity(source: str, local: Path, branches: str | Path | None) -> str:
     """A source, told apart from every other: a folder's or file's whole path, or the name that was given."""
-    return str(local.resolve()) if source != DEMO and local.exists() else source
+    whole = str(local.resolve()) if source != DEMO and local.exists() else source
+    return whole if branches is None else f"{whole} with {Path(branches).resolve()}"
 
 
-def _check_same(out: Path, source: str, local: Path, exits: Sequence[int] | None, dtype: str | None) -> None:
+def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: str | None) -> None:
     """A family that is there already must be what is asked for."""
     config = Checkpoint(out).config
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else None
     for what, held, asked in (
-        ("from", recorded, recorded and _identity(source, local)),
+        ("from", recorded, recorded and identity),
         ("with exits", list(config.exits), exits and sorted({*exits, config.exits[-1]})),
         ("in", config.raw.get("dtype"), dtype),
     ):
@@ -158,6 +161,7 @@ def _bring(
     scratch: Path,
     exits: Sequence[int] | None,
     dtype: torch.dtype | None,
+    branches: str | Path | None,
     say: Callable[[str], None],
     bars: bool,
 ) -> Path:
@@ -172,7 +176,7 @@ def _bring(
         folder = local
     else:
         folder = _fetch(source, say)
-    checkpoint = Checkpoint(folder, exits)
+    checkpoint = Checkpoint(folder, exits, branches)
     if checkpoint.exits != checkpoint.config.exits:
         raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
     say("writing it to the store")

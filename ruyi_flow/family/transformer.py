@@ -7,7 +7,7 @@ mix of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -262,6 +262,8 @@ class FamilySlice(nn.Module):
             p: len(self.trunk) + sum(depth for other, depth in depths.items() if other < p) for p in self.exits
         }
         """Slot of the keys and values of each branch's first layer, never a trunk layer's; the others' follow."""
+        self.call: Callable[..., Tensor | None] = DecoderLayer.forward
+        """How a layer is called; training may put a call in between that recomputes what it does not keep."""
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(self.trunk, self.first_layer)})
         self.branches = nn.ModuleDict({str(p): branch for p, branch in self.branch_at.items()})
         self.heads = nn.ModuleList(own_heads)
@@ -289,7 +291,7 @@ class FamilySlice(nn.Module):
         """
         first = self.first_layer
         for i in range(start - first, stop - first):
-            out = self.trunk[i].forward(x, rope, attention, i)
+            out = self.call(self.trunk[i], x, rope, attention, i)
             assert out is not None
             x = out
         return x
@@ -306,6 +308,13 @@ class FamilySlice(nn.Module):
         Returns:
             (m, vocab) logits in the weights' number format, or None when no row is wanted.
         """
+        h = self.reading(exit, x, rope, attention, rows)
+        return None if h is None else self.head_at[exit].forward(h)
+
+    def reading(
+        self, exit: int, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, rows: Tensor | None = None
+    ) -> Tensor | None:
+        """(m, hidden): what the branch's head reads, its normed state; see `branch`."""
         branch, slot = self.branch_at[exit], self.slot_at[exit]
         *first, last = branch.stack
         for layer in first:  # what comes after needs every row of these
@@ -313,9 +322,7 @@ class FamilySlice(nn.Module):
             assert out is not None
             x, slot = out, slot + 1
         h = last.forward(x, rope, attention, slot, rows)
-        if h is None:
-            return None
-        return self.head_at[exit].forward(branch.norm.forward(h))
+        return None if h is None else branch.norm.forward(h)
 
     def logits(self, input_ids: Tensor, exit: int) -> Tensor:
         """Whole sequences through every layer up to an exit, without a cache: the oracle.
@@ -361,15 +368,21 @@ class CausalAttention:
 
     Args:
         batch: number of sequences of equal length that lie one after the other in the flat states.
+        documents: (batch, n) which document each position is of, where sequences are packed with several; positions
+            see their own document only. None where a sequence is one document.
     """
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, documents: Tensor | None = None) -> None:
+        self.batch, self.mask = batch, None
+        if documents is not None:
+            n = documents.shape[1]
+            before = torch.ones(n, n, dtype=torch.bool, device=documents.device).tril()
+            self.mask = (before & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (batch, 1, n, n)
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is None
         q, k, v = (t.unflatten(0, (self.batch, -1)).transpose(1, 2) for t in (q, k, v))  # (batch, heads, n, d)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

@@ -1,0 +1,126 @@
+"""Training text: chats, plain text and a family's own answers, as packed sequences of token ids.
+
+A file is JSON lines of `{"messages": [{"role", "content"}, …]}` (through the tokenizer's own chat template) or of
+`{"prompt": [ids], "answer": [ids]}` (what `distill.py` gives), or plain text (`.txt`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ruyi_flow.errors import ConfigError
+
+__all__ = ["Document", "Packed", "pack_documents", "read_documents"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One chat or a piece of plain text."""
+
+    token_ids: tuple[int, ...]
+    answer: int
+    """Where the last answer begins; 0 for plain text, all of which counts as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences of one length, each filled with documents; (rows, length) tensors."""
+
+    token_ids: Tensor
+    documents: Tensor
+    """Which document of its row a position is of; -1 for padding."""
+    positions: Tensor
+    """Place in the document."""
+    answers: Tensor
+    """Whether the token at a position belongs to an answer."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def rows(self, indices: Tensor) -> Packed:
+        """Some of the rows."""
+        return Packed(self.token_ids[indices], self.documents[indices], self.positions[indices], self.answers[indices])
+
+
+def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Document]:
+    """The documents of a file; longer ones are cut to `length` tokens, plain text into pieces of it.
+
+    Raises:
+        ConfigError: the file, and the line that is wrong.
+    """
+    try:
+        if path.suffix == ".txt":
+            ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+            yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    document = _document(json.loads(line), tokenizer)
+                except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+                    raise ConfigError(f"{path}, line {number}: neither a chat nor an answer: {error}") from None
+                if document.answer < length:  # else nothing of the answer would be left
+                    yield Document(document.token_ids[:length], document.answer)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of a chat up to where its last answer begins."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _document(item: dict[str, Any], tokenizer: Any) -> Document:
+    if "prompt" in item:
+        prompt, answer = [int(i) for i in item["prompt"]], [int(i) for i in item["answer"]]
+        return Document((*prompt, *answer), len(prompt))
+    messages = item["messages"]
+    prompt = chat_prompt(messages[:-1], tokenizer)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    return Document(tuple(tokenizer(whole, add_special_tokens=False)["input_ids"]), len(prompt))
+
+
+def pack_documents(documents: Sequence[Document], *, length: int, seed: int) -> Packed:
+    """Fill sequences with whole documents, in an order that the seed gives.
+
+    Args:
+        documents: none longer than `length`.
+        length: of a sequence.
+        seed: of the order.
+    """
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    rows: list[list[Document]] = []
+    open_rows: list[tuple[int, list[Document]]] = []  # room, row; the few that may still take something
+    for document in order:
+        size = len(document.token_ids)
+        fit = next((i for i, (room, _) in enumerate(open_rows) if room >= size), None)
+        room, row = (length, []) if fit is None else open_rows.pop(fit)
+        if fit is None:
+            rows.append(row)
+        row.append(document)
+        open_rows.append((room - size, row))
+        if len(open_rows) > 16:
+            open_rows.remove(min(open_rows, key=lambda item: item[0]))
+    shape = (len(rows), length)
+    token_ids, positions = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    kept, answers = torch.full(shape, -1, dtype=torch.int16), torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row):
+            stop = start + len(document.token_ids)
+            token_ids[i, start:stop] = torch.tensor(document.token_ids, dtype=torch.int32)
+            positions[i, start:stop] = torch.arange(stop - start, dtype=torch.int32)
+            kept[i, start:stop] = number
+            answers[i, start + document.answer : stop] = True
+            start = stop
+    return Packed(token_ids, kept, positions, answers)

@@ -1,0 +1,705 @@
+"""Multi-branch training: all branches together with the trunk, or the branches alone on a frozen trunk.
+
+`joint` is multi-branch pre-training as Ruyi's: `sum_k lambda_k(t) CE_k` over the exits, with lambda_k strong early and
+decaying (Ruyi2) or 1 / G for G exits (the familial scaling law). `branches` is distillation into early branches: the
+trunk and the last branch stay as they are to the bit, and each early branch learns to say what the last one says. What
+the trunk gives is computed once a position and kept on disk, since on a CPU it is most of the cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ruyi_flow.errors import ConfigError, TrainingError
+from ruyi_flow.family.checkpoint import LAYER_NAMES, Checkpoint, load_slice
+from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.corpus import Packed, pack_documents, read_documents
+from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Rope
+from ruyi_flow.topology import explain
+
+__all__ = ["Recipe", "Step", "train"]
+
+_TOP = 16
+"""Tokens of the last branch's distribution that are kept for each position."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Model):
+    """A file to train on; `corpus.py` says of which kinds."""
+
+    path: Path
+    documents: int | None = Field(default=None, ge=1)
+    """At most this many of it."""
+
+
+class Losses(_Model):
+    """What a branch is trained for, in scope `branches`; each with its weight."""
+
+    kl: float = Field(default=1.0, ge=0)
+    """Divergence from the last branch's distribution over its likeliest tokens."""
+    cross_entropy: float = Field(default=0.0, ge=0)
+    """Of the text's own next token."""
+    hidden: float = Field(default=1.0, ge=0)
+    """Squared distance of the normed state to the last branch's, relative to its size; costs no vocabulary product."""
+    positions: float = Field(default=1.0, gt=0, le=1)
+    """Share of the positions that take part in `kl` and `cross_entropy`."""
+    vocabulary: Literal["candidates", "full"] = "candidates"
+    """`candidates`: the branch's distribution is over the tokens that are likely, or right, anywhere in the batch."""
+    prompt: float = Field(default=0.5, ge=0)
+    """Weight of positions that are not in an answer."""
+
+
+class Recipe(_Model):
+    """A training run, as its YAML file says it."""
+
+    family: str
+    """A folder, or a name in the local store."""
+    exits: tuple[int, ...] | None = None
+    """The exits to give to an ordinary checkpoint."""
+    out: Path
+    """Folder for the result, the metrics, and the state to resume from."""
+    scope: Literal["branches", "joint"] = "branches"
+    branch_layers: dict[int, Annotated[int, Field(ge=1)]] = {}
+    """Layers of the branch at each exit; 1 where not named."""
+    start: Literal["copy", "zero"] = "copy"
+    """Further layers of a branch start as copies of the trunk layers after its exit, or (Ruyi2's DaE) random with
+    output projections of zero."""
+    data: tuple[Source, ...] = Field(min_length=1)
+    validation: float = Field(default=0.02, gt=0, lt=1)
+    """Share of the packed sequences that is never trained on."""
+    length: int = Field(default=256, ge=8)
+    """Tokens of a packed sequence."""
+    batch: int = Field(default=16, ge=1)
+    """Sequences of a step and process."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients make one update."""
+    steps: int = Field(ge=1)
+    """Updates."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a gradient."""
+    losses: Losses = Losses()
+    exit_weights: Literal["decay", "equal"] = "decay"
+    """Scope `joint`: early exits' weights fall from 1 to 0.1, or all are 1 / G."""
+    precision: Literal["bf16", "no"] = "bf16"
+    gradient_checkpointing: bool = False
+    cache_gb: float = Field(default=20.0, ge=0)
+    """Disk for what the trunk gives, in scope `branches`."""
+    validate_every: int = Field(default=200, ge=1)
+    save_every: int = Field(default=200, ge=1)
+    seed: int = 0
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe.
+
+        Raises:
+            ConfigError: with the file, the key's path, the value and the fix.
+        """
+        path = Path(path)
+        try:
+            recipe = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, str(path))) from None
+        base = path.parent
+        sources = tuple(s.model_copy(update={"path": base / s.path.expanduser()}) for s in recipe.data)
+        return recipe.model_copy(update={"out": base / recipe.out.expanduser(), "data": sources})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step did."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    """`loss`, the sum that is minimized, and its parts by exit, as in `kl/11`."""
+    tokens_per_s: float
+    validation: dict[str, float] = field(default_factory=dict)
+    """Where it was measured after this step: `agreement/11` with the last exit on answers, `loss/11`."""
+
+
+def train(
+    recipe: Recipe,
+    family: Checkpoint | FamilyConfig,
+    tokenizer: Any,
+    *,
+    report: Callable[[Step], None] = lambda step: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Run a recipe, or go on with it where it was killed.
+
+    Args:
+        recipe: what to do.
+        family: to start from; its geometry alone trains from nothing, in scope `joint`.
+        tokenizer: the family's.
+        report: called after every step.
+        say: called with what else happens, in words.
+
+    Returns:
+        The file with what was trained: the branches, or in scope `joint` all tensors, by their published names in bf16.
+
+    Raises:
+        ConfigError, CheckpointError: data or a family that cannot be trained on.
+        TrainingError: a loss that is not finite.
+    """
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        cpu=not torch.cuda.is_available(),
+    )
+    checkpoint = family if isinstance(family, Checkpoint) else None
+    config = deepened(family if isinstance(family, FamilyConfig) else family.config, recipe.branch_layers)
+    packed = _read(recipe, tokenizer)
+    held_out = max(1, round(len(packed) * recipe.validation))
+    if len(packed) - held_out < recipe.batch * accelerator.num_processes:
+        raise ConfigError(
+            f"the data fills {len(packed)} sequences of {recipe.length} tokens, {held_out} of them for validation; a "
+            f"step needs {recipe.batch * accelerator.num_processes}: give more data, or a smaller batch"
+        )
+    say(f"{len(packed)} sequences of {recipe.length} tokens, {int((packed.documents >= 0).sum()):,} tokens in all")
+    validation = torch.arange(held_out)
+    torch.manual_seed(recipe.seed)
+    trainee: _Joint | _Branches
+    if recipe.scope == "joint":
+        trainee = _Joint(checkpoint, config, recipe, packed)
+    elif checkpoint is None:
+        raise ConfigError("scope 'branches' needs a family with weights: its last branch is the teacher")
+    else:
+        trainee = _Branches(checkpoint, config, recipe, packed, accelerator.device)
+    optimizer = torch.optim.AdamW(
+        [p for p in trainee.parameters() if p.requires_grad], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    # The schedule is a function of the step alone, so accelerate must not step it once for each process.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, recipe))
+    model, optimizer = accelerator.prepare(trainee, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+
+    state = recipe.out / "state"
+    metrics = recipe.out / "metrics.jsonl"
+    done = 0
+    if state.exists():
+        done = int(json.loads((state / "step.json").read_text())["step"])
+        accelerator.load_state(str(state))
+        say(f"going on after step {done}")
+    if accelerator.is_main_process:
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        metrics.write_text("".join(lines[:done]))  # a line a step; those after it are done again
+    board = _board(recipe.out) if accelerator.is_main_process else None
+    batches = _batches(recipe, torch.arange(held_out, len(packed)), accelerator.num_processes, done)
+    began, tokens = time.perf_counter(), 0
+    for step in range(done, recipe.steps):
+        sums: dict[str, float] = {}
+        for _ in range(recipe.accumulate):
+            indices = next(batches)[accelerator.process_index :: accelerator.num_processes]
+            with accelerator.accumulate(model):
+                parts: dict[str, Tensor] = model(indices, step)
+                loss = parts["loss"]
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f"the loss is {loss.item()} at step {step}, on sequences {indices.tolist()}; the first begins "
+                        f"{tokenizer.decode(packed.token_ids[indices[0], :40].tolist())!r}"
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(part.detach()) / recipe.accumulate
+            tokens += int((packed.documents[indices] >= 0).sum()) * accelerator.num_processes
+        schedule.step()
+        last = step + 1 == recipe.steps
+        found = {}
+        if last or (step + 1) % recipe.validate_every == 0:
+            found = trainee.validate(validation)
+        made = Step(step + 1, recipe.steps, sums, tokens / (time.perf_counter() - began), found)
+        report(made)
+        if accelerator.is_main_process:
+            values = {"step": made.step, "tokens_per_s": made.tokens_per_s, **sums}
+            values |= {f"validation/{name}": value for name, value in found.items()}
+            with metrics.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            if board is not None:
+                for name, value in values.items():
+                    board.add_scalar(name, value, made.step)
+        if last or (step + 1) % recipe.save_every == 0:
+            _save(accelerator, state, step + 1)
+    out = recipe.out / "branches.safetensors" if recipe.scope == "branches" else recipe.out / "model.safetensors"
+    if accelerator.is_main_process:
+        described = recipe.model_dump(mode="json") | {"fingerprint": checkpoint and checkpoint.fingerprint}
+        metadata = {"format": "pt", "ruyi_flow.recipe": json.dumps(described, sort_keys=True)}
+        metadata |= {
+            "ruyi_flow.branch_exits": json.dumps(config.exits),
+            "ruyi_flow.branch_layers": json.dumps(config.branch_layers),
+        }
+        save_file({name: t.to(torch.bfloat16).contiguous() for name, t in trainee.named().items()}, out, metadata)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def deepened(config: FamilyConfig, branch_layers: dict[int, int]) -> FamilyConfig:
+    """A family's geometry with branches of these depths.
+
+    Raises:
+        ConfigError: an exit that the family does not have, or the last one.
+    """
+    for exit in branch_layers:
+        if exit not in config.exits[:-1]:
+            raise ConfigError(f"branch_layers: {exit} is not one of the early exits {list(config.exits[:-1])}")
+    raw = {**config.to_dict(), "early_exit_branch_layers": [branch_layers.get(p, 1) for p in config.exits]}
+    return FamilyConfig.parse(raw)
+
+
+class _Joint(nn.Module):
+    """Trunk and all branches; next-token cross-entropy at every exit."""
+
+    def __init__(self, checkpoint: Checkpoint | None, config: FamilyConfig, recipe: Recipe, packed: Packed) -> None:
+        super().__init__()
+        self.recipe, self.packed = recipe, packed
+        self.family = FamilySlice(config, config.exits)
+        if checkpoint is None:
+            _randomize(self.family)
+        else:
+            base = load_slice(checkpoint, checkpoint.config.exits, dtype=torch.float32, packed=False)
+            self.family.load_state_dict(base.state_dict(), strict=False)
+            for p in config.exits[:-1]:
+                _start_branch(self.family.branch_at[p], base, p, recipe.start)
+        self.family.requires_grad_(True)
+        if recipe.gradient_checkpointing:
+            self.family.call = _recomputed
+        self.rope = Rope(config, torch.float32, torch.device("cpu"))
+
+    def forward(self, indices: Tensor, step: int) -> dict[str, Tensor]:
+        """The losses on some sequences."""
+        losses = self._exits(indices)
+        weights = _exit_weights(self.recipe, len(losses), step)
+        total = sum((w * loss for w, loss in zip(weights, losses.values(), strict=True)), torch.zeros(()))
+        return {"loss": total} | {f"cross_entropy/{p}": loss.detach() for p, loss in losses.items()}
+
+    def _exits(self, indices: Tensor) -> dict[int, Tensor]:
+        device = self.family.trunk[0].input_layernorm.weight.device
+        rows = self.packed.rows(indices)
+        ids = rows.token_ids.to(device, torch.int64)
+        attention = CausalAttention(len(ids), rows.documents.to(device))
+        rope = _rope_at(self.rope, rows.positions, device)
+        labels = _labels(rows).to(device).flatten()
+        states, losses = self.family.embed(ids.flatten()), {}
+        for first, exit in self.family.stages:
+            states = self.family.run(states, first, exit, rope, attention)
+            logits = self.family.branch(exit, states, rope, attention)
+            assert logits is not None
+            losses[exit] = F.cross_entropy(logits.float(), labels, ignore_index=-100)
+        return losses
+
+    @torch.no_grad()
+    def validate(self, indices: Tensor) -> dict[str, float]:
+        """Loss of every exit on sequences that are not trained on."""
+        sums: dict[str, float] = {}
+        parts = indices.split(self.recipe.batch)
+        for part in parts:
+            for exit, loss in self._exits(part).items():
+                sums[f"loss/{exit}"] = sums.get(f"loss/{exit}", 0.0) + float(loss) * len(part) / len(indices)
+        return sums
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by their published names."""
+        return published(self.family)
+
+
+class _Branches(nn.Module):
+    """The early branches on a frozen trunk, each learning from the last one."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: FamilyConfig, recipe: Recipe, packed: Packed, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.recipe, self.config, self.packed, self.device = recipe, config, packed, device
+        base = load_slice(checkpoint, checkpoint.config.exits, dtype=torch.float32, packed=False)
+        early = config.exits[:-1]
+        self.branches = nn.ModuleDict()
+        for p in early:
+            branch = Branch(config, config.branch_layers[config.exits.index(p)])
+            _start_branch(branch, base, p, recipe.start)
+            self.branches[str(p)] = branch.requires_grad_(True)
+        heads = {p: base.head_at[p].weight.detach().to(device, torch.bfloat16) for p in config.exits}
+        self.heads = heads  # not parameters: they do not change, and other exits share them
+        self.rope = Rope(config, torch.float32, torch.device("cpu"))
+        del base
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        trunk = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
+        self.trunk = _TrunkStates(trunk, packed, recipe, checkpoint.fingerprint)
+
+    def forward(self, indices: Tensor, step: int) -> dict[str, Tensor]:
+        """The losses on some sequences."""
+        losses, recipe = self.recipe.losses, self.recipe
+        states, target, top, chances = (t.to(self.device) for t in self.trunk.of(indices))
+        rows = self.packed.rows(indices)
+        labels = _labels(rows).to(self.device).flatten()
+        weight = torch.where(rows.answers, 1.0, losses.prompt) * (rows.documents >= 0)
+        weight = weight.to(self.device).flatten()
+        attention = CausalAttention(len(indices), rows.documents.to(self.device))
+        rope = _rope_at(self.rope, rows.positions, self.device)
+        chosen = _positions(weight, losses.positions, seed=hash((recipe.seed, step, int(indices[0]))))
+        likely, goal = top[chosen], labels[chosen]
+        wanted = goal.clamp(min=0)
+        if losses.vocabulary == "candidates":
+            columns, likely, wanted = _compact(likely, wanted)
+        else:
+            columns = None
+        share = weight / weight.sum()
+        picked = weight[chosen] / weight[chosen].sum()
+        known = picked * (goal >= 0)
+        size = target.float().square().mean(-1)
+        total, parts = torch.zeros((), device=self.device), {}
+        for i, (name, branch) in enumerate(self.branches.items()):
+            h = _read_branch(branch, states[:, i].flatten(0, 1).float(), rope, attention, recipe.gradient_checkpointing)
+            if losses.hidden:
+                distance = (h.float() - target.float()).square().mean(-1) / size
+                parts[f"hidden/{name}"] = (share * distance).sum()
+                total = total + losses.hidden * parts[f"hidden/{name}"]
+            if losses.kl or losses.cross_entropy:
+                head = self.heads[int(name)]
+                logits = F.linear(h[chosen].to(head.dtype), head if columns is None else head[columns])
+                said = logits.float().log_softmax(-1)
+                kl = (chances[chosen] * (chances[chosen].clamp(min=1e-9).log() - said.gather(1, likely))).sum(-1)
+                parts[f"kl/{name}"] = (picked * kl).sum()
+                total = total + losses.kl * parts[f"kl/{name}"]
+                if losses.cross_entropy:
+                    ce = -said.gather(1, wanted[:, None])[:, 0]
+                    parts[f"cross_entropy/{name}"] = (known * ce).sum()
+                    total = total + losses.cross_entropy * parts[f"cross_entropy/{name}"]
+        return {"loss": total} | {name: part.detach() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def validate(self, indices: Tensor) -> dict[str, float]:
+        """Teacher-forced: how often each branch's likeliest token is the last one's, on answers and elsewhere."""
+        hits: dict[str, float] = {}
+        counts = {"answers": 0, "rest": 0}
+        for part in indices.split(self.recipe.batch):
+            states, _, top, _ = (t.to(self.device) for t in self.trunk.of(part))
+            rows = self.packed.rows(part)
+            attention = CausalAttention(len(part), rows.documents.to(self.device))
+            rope = _rope_at(self.rope, rows.positions, self.device)
+            # The token after a position is an answer's when the next position is in one.
+            following = torch.cat([rows.answers[:, 1:], torch.zeros(len(part), 1, dtype=torch.bool)], 1).flatten()
+            real = (rows.documents >= 0).flatten()
+            groups = {"answers": (following & real).to(self.device), "rest": (~following & real).to(self.device)}
+            for name, group in groups.items():
+                counts[name] += int(group.sum())
+            for i, (exit, branch) in enumerate(self.branches.items()):
+                h = _read_branch(branch, states[:, i].flatten(0, 1).float(), rope, attention, False)
+                head = self.heads[int(exit)]
+                said = torch.cat([F.linear(c.to(head.dtype), head).argmax(-1) for c in h.split(1024)])
+                for name, group in groups.items():
+                    key = f"agreement/{exit}" if name == "answers" else f"agreement_rest/{exit}"
+                    hits[key] = hits.get(key, 0.0) + float((said == top[:, 0])[group].sum())
+        return {k: v / max(1, counts["rest" if "rest" in k else "answers"]) for k, v in hits.items()}
+
+    def named(self) -> dict[str, Tensor]:
+        """The branches' tensors by their published names."""
+        return {
+            name: tensor
+            for p, branch in self.branches.items()
+            for name, tensor in published_branch(self.config, int(p), branch).items()  # type: ignore[arg-type]
+        }
+
+
+class _TrunkStates:
+    """What the frozen trunk gives for each packed sequence, kept on disk up to a bound; the rest is computed again.
+
+    One sparse file, mapped: a row's place holds its states, a byte at the end says whether it is there.
+    """
+
+    def __init__(self, model: FamilySlice, packed: Packed, recipe: Recipe, fingerprint: str) -> None:
+        self.model, self.packed, self.batch = model, packed, recipe.batch
+        hidden, length = model.config.hidden_size, recipe.length
+        dtype = model.trunk[0].input_layernorm.weight.dtype
+        self._shape = (len(model.exits), length, hidden)
+        row_bytes = math.prod(self._shape) * dtype.itemsize + length * _TOP * 8
+        kept = min(len(packed), int(recipe.cache_gb * 1e9 / row_bytes))
+        digest = hashlib.sha256(f"{fingerprint} {recipe.length} {recipe.precision} {kept}".encode())
+        digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
+        folder = recipe.out / f"trunk-{digest.hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            size = math.prod(shape)
+            file = str(folder / name)
+            return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(0)
+
+        self._states = mapped("states", (kept, *self._shape), dtype)
+        self._top = mapped("top", (kept, length, _TOP), torch.int32)
+        self._chances = mapped("chances", (kept, length, _TOP), torch.float32)
+        self._there = mapped("there", (kept,), torch.uint8)
+        self._kept = kept
+        self._rope = Rope(model.config, dtype, model.trunk[0].input_layernorm.weight.device)
+
+    def of(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For some sequences.
+
+        Returns:
+            (n, early exits, length, hidden) boundary states; (n * length, hidden) what the last head reads;
+            (n * length, top) its likeliest tokens; (n * length, top) their probabilities, which sum to 1.
+        """
+        keepable = indices < self._kept
+        missing = indices[keepable][self._there[indices[keepable]] == 0] if self._kept else indices[:0]
+        for part in missing.split(self.batch) if len(missing) else ():
+            self._states[part], self._top[part], self._chances[part] = (t.cpu() for t in self._compute(part))
+            self._there[part] = 1
+        if bool(keepable.all()):
+            found = self._states[indices], self._top[indices], self._chances[indices]
+        else:
+            states, top, chances = self._compute(indices[~keepable])
+            found = tuple(
+                _merge(keepable, kept[indices[keepable]] if self._kept else new[:0], new)
+                for kept, new in ((self._states, states), (self._top, top), (self._chances, chances))
+            )  # type: ignore[assignment]
+        states, top, chances = found
+        last = states[:, -1].flatten(0, 1)
+        return states[:, :-1], last, top.flatten(0, 1).long(), chances.flatten(0, 1)
+
+    @torch.no_grad()
+    def _compute(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States at each early exit and, in place of the last exit's, what its head reads; likeliest tokens."""
+        model, rows = self.model, self.packed.rows(indices)
+        device = self._rope.device
+        attention = CausalAttention(len(indices), rows.documents.to(device))
+        rope = _rope_at(self._rope, rows.positions, device)
+        x = model.embed(rows.token_ids.to(device, torch.int64).flatten())
+        kept = []
+        for first, exit in model.stages:
+            x = model.run(x, first, exit, rope, attention)
+            kept.append(x)
+        read = model.reading(model.exits[-1], x, rope, attention)
+        assert read is not None
+        kept[-1] = read
+        tops, chances = [], []
+        for part in read.split(1024):
+            found = model.head_at[model.exits[-1]].forward(part).float().topk(min(_TOP, model.config.vocab_size), -1)
+            short = _TOP - found.indices.shape[-1]
+            tops.append(F.pad(found.indices.int(), (0, short)))
+            chances.append(F.pad(found.values.softmax(-1), (0, short)))
+        n, length = len(indices), self._shape[1]
+        states = torch.stack([k.view(n, length, -1) for k in kept], 1)
+        return states, torch.cat(tops).view(n, length, _TOP), torch.cat(chances).view(n, length, _TOP)
+
+
+def published_branch(config: FamilyConfig, exit: int, branch: Branch) -> dict[str, Tensor]:
+    """A branch's tensors by their published names."""
+    out = {f"model.norms.{config.exits.index(exit)}.weight": branch.norm.weight.detach()}
+    for layer, prefix in zip(branch.stack, config.branch_prefixes(exit), strict=True):
+        out |= _published_layer(layer, prefix)
+    return out
+
+
+def published(family: FamilySlice) -> dict[str, Tensor]:
+    """A whole family's tensors by their published names."""
+    config = family.config
+    assert family.embed_tokens is not None
+    out = {"model.embed_tokens.weight": family.embed_tokens.weight.detach()}
+    for i, layer in enumerate(family.trunk):
+        out |= _published_layer(layer, f"model.layers.{i}")
+    for p, branch in family.branch_at.items():
+        out |= published_branch(config, p, branch)
+        if not config.shared_heads:
+            out[f"lm_head.{config.exits.index(p)}.weight"] = family.head_at[p].weight.detach()
+    if config.shared_heads and not config.tied_head:
+        out["lm_head.weight"] = family.head_at[config.exits[-1]].weight.detach()
+    return out
+
+
+def _published_layer(layer: DecoderLayer, prefix: str) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, parts in LAYER_NAMES.items():
+        module = getattr(layer, name)
+        if module is None:
+            continue
+        for kind in ("weight", "bias"):
+            tensor = getattr(module, kind, None)
+            if tensor is not None:
+                rows = _rows_of(layer, name, len(parts))
+                pieces = tensor.detach().split(rows) if rows else [tensor.detach()]
+                out |= {f"{prefix}.{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
+    return out
+
+
+def _rows_of(layer: DecoderLayer, name: str, count: int) -> list[int] | None:
+    if count == 1:
+        return None
+    if name == "qkv_proj":
+        kv = layer.num_kv_heads * layer.head_dim
+        return [layer.num_heads * layer.head_dim, kv, kv]
+    return list(layer.gate_up_proj.splits)
+
+
+def _start_branch(branch: Branch, base: FamilySlice, exit: int, start: str) -> None:
+    """Where a branch starts: its first layer and norm as the family has them, the others as `start` says."""
+    theirs = base.branch_at[exit]
+    branch.norm.load_state_dict(theirs.norm.state_dict())
+    for i, layer in enumerate(branch.stack):
+        if i < len(theirs.stack):
+            layer.load_state_dict(theirs.stack[i].state_dict())
+        elif start == "copy" and exit + i < len(base.trunk):
+            layer.load_state_dict(base.trunk[exit + i].state_dict())
+        elif start == "copy":
+            layer.load_state_dict(base.branch_at[base.exits[-1]].stack[0].state_dict())
+        else:
+            _randomize(layer)
+            nn.init.zeros_(layer.o_proj.weight)
+            nn.init.zeros_(layer.down_proj.weight)
+
+
+def _randomize(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:  # a norm's
+            nn.init.ones_(parameter)
+
+
+def _read_branch(branch: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], attention: Any, recomputed: bool) -> Tensor:
+    assert isinstance(branch, Branch)
+    for slot, layer in enumerate(branch.stack):
+        out = (_recomputed if recomputed else DecoderLayer.forward)(layer, x, rope, attention, slot)
+        assert out is not None
+        x = out
+    return branch.norm.forward(x)
+
+
+def _recomputed(layer: DecoderLayer, *args: Any) -> Tensor | None:
+    out: Tensor | None = recompute(layer, *args, use_reentrant=False)
+    return out
+
+
+def _read(recipe: Recipe, tokenizer: Any) -> Packed:
+    documents = []
+    for source in recipe.data:
+        read = read_documents(source.path, tokenizer, length=recipe.length)
+        documents += [d for _, d in zip(range(source.documents or 2**62), read, strict=False) if len(d.token_ids) > 1]
+    if not documents:
+        raise ConfigError("data: there is nothing to train on in these files")
+    return pack_documents(documents, length=recipe.length, seed=recipe.seed)
+
+
+def _batches(recipe: Recipe, rows: Tensor, processes: int, done: int) -> Iterator[Tensor]:
+    """Row numbers, batch by batch, every epoch in an order that the seed and its number give."""
+    size = recipe.batch * processes
+    number = 0
+    epoch = 0
+    while True:
+        order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed * 10_007 + epoch))]
+        for start in range(0, len(order) - size + 1, size):
+            if number >= done * recipe.accumulate:
+                yield order[start : start + size]
+            number += 1
+        epoch += 1
+
+
+def _labels(rows: Packed) -> Tensor:
+    """(rows, length) the token after each position in its document, -100 where there is none."""
+    labels = torch.full(rows.token_ids.shape, -100, dtype=torch.int64)
+    same = (rows.documents[:, 1:] == rows.documents[:, :-1]) & (rows.documents[:, 1:] >= 0)
+    labels[:, :-1] = torch.where(same, rows.token_ids[:, 1:].long(), -100)
+    return labels
+
+
+def _rope_at(rope: Rope, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = rope.at(0, int(positions.max()) + 1)
+    where = positions.flatten().long()
+    return cos[where.to(cos.device)].to(device), sin[where.to(sin.device)].to(device)
+
+
+def _positions(weight: Tensor, share: float, seed: int) -> Tensor:
+    """A share of the positions that weigh something."""
+    real = weight.nonzero()[:, 0]
+    if share == 1.0:
+        return real
+    count = max(1, round(share * len(real)))
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return real[torch.randperm(len(real), generator=generator)[:count].to(real.device)]
+
+
+def _compact(likely: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that occur, and the two tensors with their places among these instead."""
+    columns, places = torch.unique(torch.cat([likely.flatten(), wanted]), return_inverse=True)
+    return columns, places[: likely.numel()].view_as(likely), places[likely.numel() :]
+
+
+def _merge(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    out = torch.empty((len(mask), *no.shape[1:]), dtype=no.dtype)
+    out[mask], out[~mask] = yes.cpu(), no.cpu()
+    return out
+
+
+def _exit_weights(recipe: Recipe, exits: int, step: int) -> list[float]:
+    if recipe.exit_weights == "equal":
+        return [1 / exits] * exits
+    early = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    return [early] * (exits - 1) + [1.0]
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    """The learning rate's factor: up over the warm-up, then down along a cosine to a tenth."""
+    warm = max(1, round(recipe.warmup * recipe.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+
+
+def _save(accelerator: Accelerator, state: Path, step: int) -> None:
+    """The state to resume from, whole or not at all."""
+    new = state.with_name("state.new")
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (new / "step.json").write_text(json.dumps({"step": step}))
+        old = state.with_name("state.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if state.exists():
+            os.replace(state, old)
+        os.replace(new, state)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _board(folder: Path) -> Any:
+    """TensorBoard's writer where it is installed, else None."""
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder))
+    return None

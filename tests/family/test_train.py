@@ -1,0 +1,180 @@
+"""Training: data, both scopes, exact resumption, and what stays as it was."""
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
+from ruyi_flow.family import store
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.corpus import Document, pack_documents
+from ruyi_flow.family.train import Recipe, Step, train
+from ruyi_flow.local import Family, load_family
+from ruyi_flow.testing import tiny_family
+
+
+class Letters:
+    """A tokenizer of 26 letters and a space, for families of this test."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) - ord("a") + 3 if c.isalpha() else 30 for c in text]}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i + ord("a") - 3) if 3 <= i < 29 else " " for i in ids)
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    data = {
+        "family": "x",
+        "out": folder / "out",
+        "data": [{"path": folder / "text.txt"}],
+        "length": 32,
+        "batch": 8,
+        "steps": 12,
+        "precision": "no",
+        "validate_every": 6,
+        "save_every": 4,
+    }
+    return Recipe.model_validate(data | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a text whose next letter mostly follows from the one before."""
+    generator = random.Random(0)
+    follows = {c: generator.choice("abcdefghijklmnopqrstuvwxyz ") for c in "abcdefghijklmnopqrstuvwxyz "}
+    text, letter = [], "a"
+    for _ in range(16000):
+        letter = follows[letter] if generator.random() < 0.8 else generator.choice("abcdefghijklmnopqrstuvwxyz ")
+        text.append(letter)
+    (tmp_path / "text.txt").write_text("".join(text))
+    return tmp_path
+
+
+def test_packing_keeps_documents_whole_and_apart() -> None:
+    generator = random.Random(1)
+    documents = [Document(tuple(generator.randrange(1, 60) for _ in range(n)), n // 2) for n in range(2, 33)]
+    packed = pack_documents(documents, length=32, seed=3)
+    assert len(packed) < 20
+    found = []
+    for row in range(len(packed)):
+        for number in range(int(packed.documents[row].max()) + 1):
+            here = packed.documents[row] == number
+            ids = packed.token_ids[row][here].tolist()
+            assert packed.positions[row][here].tolist() == list(range(len(ids)))
+            assert packed.answers[row][here].sum() == len(ids) - len(ids) // 2
+            found.append(tuple(ids))
+    assert Counter(found) == Counter(d.token_ids for d in documents)
+
+
+@pytest.mark.parametrize(("start", "loss"), [("copy", "kl"), ("zero", "hidden"), ("copy", "cross_entropy")])
+def test_branches_come_closer_to_the_last(folder: Path, tiny: Path, start: str, loss: str) -> None:
+    steps: list[Step] = []
+    losses = dict.fromkeys(("kl", "hidden", "cross_entropy"), 0.0) | {loss: 1.0}
+    changes = {"steps": 40, "validate_every": 20, "learning_rate": 3e-3, "losses": losses}
+    run = recipe(folder, branch_layers={2: 2}, start=start, **changes)
+    checkpoint = Checkpoint(tiny)
+    file = train(run, checkpoint, Letters(), report=steps.append)
+    for exit in (2, 4):
+        early, late = (sum(s.losses[f"{loss}/{exit}"] for s in part) for part in (steps[:5], steps[-5:]))
+        assert late < 0.97 * early
+    tensors = load_file(file)
+    assert "model.eeblocks.0.0.mlp.up_proj.weight" in tensors and not any("layers.5" in name for name in tensors)
+    assert set(tensors) & set(checkpoint.names((2, 4, 6))) == {n for n in tensors if "eeblocks" not in n}
+    assert steps[-1].validation.keys() >= {"agreement/2", "agreement/4"}
+    grafted = Checkpoint(tiny, branches=file)
+    assert grafted.config.branch_layers == (2, 1, 1) and grafted.fingerprint != checkpoint.fingerprint
+    ids = torch.arange(3, 25)[None]
+    before, after = load_family(tiny, dtype="float32"), Family(grafted, dtype=torch.float32)
+    assert torch.equal(before.logits(ids), after.logits(ids))  # the last exit, to the bit
+    assert not torch.equal(before.logits(ids, exit=2), after.logits(ids, exit=2))
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41)) and "validation/agreement/2" in lines[-1]
+
+
+@pytest.mark.parametrize("scope", ["branches", "joint"])
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(folder: Path, tiny: Path, scope: str) -> None:
+    whole = load_file(train(recipe(folder, scope=scope, losses={"positions": 0.5}), Checkpoint(tiny), Letters()))
+    broken = recipe(folder, scope=scope, losses={"positions": 0.5}, out=folder / "broken")
+    losses: dict[int, float] = {}
+
+    def kill(step: Step) -> None:
+        losses.setdefault(step.step, step.losses["loss"])
+        assert losses[step.step] == step.losses["loss"]  # steps that are done again give the same loss
+        if step.step == 7 and 8 not in losses:
+            losses[8] = math.nan  # only once
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, Checkpoint(tiny), Letters(), report=kill)
+    del losses[8]
+    losses[8] = json.loads((recipe(folder).out / "metrics.jsonl").read_text().splitlines()[7])["loss"]
+    resumed = load_file(train(broken, Checkpoint(tiny), Letters(), report=kill))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
+
+
+def test_joint_training_from_nothing_learns(folder: Path) -> None:
+    config = Checkpoint(tiny_family(folder / "f", exits=(1, 2, 3), shared_heads=True)).config
+    steps: list[Step] = []
+    run = recipe(folder, scope="joint", steps=240, validate_every=240, learning_rate=5e-3, exit_weights="equal")
+    train(run, config, Letters(), report=steps.append)
+    counts = Counter((folder / "text.txt").read_text())
+    total = sum(counts.values())
+    unigram = -sum(n / total * math.log(n / total) for n in counts.values())
+    found = steps[-1].validation
+    assert found["loss/1"] < unigram
+    assert found["loss/3"] <= found["loss/2"] + 0.02 and found["loss/2"] <= found["loss/1"] + 0.02
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tiny: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is nan at step \d+, on sequences \[.*begins '"):
+        train(recipe(folder, learning_rate=1e30, clip=1e30, scope="joint"), Checkpoint(tiny), Letters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"branch_layers": {6: 2}}, "6 is not one of the early exits"),
+        ({"batch": 500000}, "give more data, or a smaller batch"),
+        ({"data": [{"path": "/nowhere.txt"}]}, "nowhere.txt: cannot be read"),
+    ],
+)
+def test_recipes_that_cannot_run_are_refused(folder: Path, tiny: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(folder, **changes), Checkpoint(tiny), Letters())
+
+
+def test_a_recipe_file_is_checked_like_a_topology(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("family: x\nout: o\nsteps: 1\ndata: [{path: a}]\nlosses: {kll: 1}\n")
+    with pytest.raises(ConfigError, match=r"losses\.kll: 1: unknown key; known here: kl, .*did you mean 'kl'"):
+        Recipe.load(path)
+    path.write_text("family: x\nout: o\nsteps: 5\ndata: [{path: a.txt}]\n")
+    assert Recipe.load(path).data[0].path == tmp_path / "a.txt" and Recipe.load(path).out == tmp_path / "o"
+
+
+def test_trained_branches_become_a_family_of_the_store(folder: Path, home: Path) -> None:
+    plain = tiny_family(folder / "plain", base="llama", ordinary=True)
+    file = train(recipe(folder, branch_layers={2: 3}), Checkpoint(plain, (2, 4)), Letters())
+    stored = store.pull(str(plain), name="trained", exits=(2, 4), branches=file)
+    family, base = load_family("trained", dtype="float32"), load_family(plain, dtype="float32", exits=(2, 4))
+    assert family.config.branch_layers == (3, 1, 1) and not family.config.ordinary
+    ids = torch.arange(3, 25)[None]
+    assert torch.equal(family.logits(ids), base.logits(ids))
+    grafted = Family(Checkpoint(plain, (2, 4), file), dtype=torch.float32)
+    for exit in (2, 4):
+        assert torch.equal(family.logits(ids, exit=exit), grafted.logits(ids, exit=exit))
+    assert store.pull(str(plain), name="trained", exits=(2, 4), branches=file) == stored
+    with pytest.raises(CheckpointError, match="there already, from"):
+        store.pull(str(plain), name="trained", exits=(2, 4))
+    with pytest.raises(CheckpointError, match=r"branches at exits \[2, 4, 6\]; the family has \[3, 6\]"):
+        Checkpoint(plain, (3,), file)
+    with pytest.raises(CheckpointError, match="not a file of trained branches"):
+        Checkpoint(plain, (2, 4), plain / "model.safetensors")
