@@ -31,6 +31,7 @@ from ruyi_flow.display import (
     stats_table,
     status_table,
     token_table,
+    training_bar,
 )
 from ruyi_flow.errors import ConfigError, NodeError, RequestError, RuyiFlowError
 from ruyi_flow.topology import Topology
@@ -150,6 +151,57 @@ def pull(
         f"{folder.name} {word} {escape(str(folder))} ({facts['seconds']} s; parameters at its exits: {sizes})",
         soft_wrap=True,
     )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="What to train, and on what (YAML); see docs/training.md.")],
+    self_distill: Annotated[
+        bool, typer.Option("--self-distill", help="First let the family's last branch answer the recipe's prompts.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the branches of a family, or trunk and branches together; goes on where a killed run stopped.
+
+    For several processes or machines: accelerate launch -m ruyi_flow.cli train RECIPE.
+    """
+    from ruyi_flow.entry import end_tokens, load_tokenizer
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint
+    from ruyi_flow.family.train import Recipe, Step, distill
+    from ruyi_flow.family.train import train as run
+
+    plan = Recipe.load(recipe)
+    checkpoint = Checkpoint(store.locate(plan.family), plan.exits)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise ConfigError(f"family {plan.family!r} has no tokenizer.json, so there is no reading the data for it")
+    told = say(as_json)
+    if self_distill:
+        with training_bar("answering", quiet=as_json) as progress:
+            file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
+        told(f"answers are in {file}")
+    last: list[Step] = []
+    with training_bar("training", quiet=as_json) as progress:
+
+        def report(step: Step) -> None:
+            progress(step.step, step.steps, step.tokens_per_s, f"loss {step.losses['loss']:.3f}")
+            last[:] = [step]
+            if step.validation:
+                told(f"step {step.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in step.validation.items()))
+
+        file = run(plan, checkpoint, tokenizer, report=report, say=told)
+    if as_json:
+        print_json({"file": str(file), "validation": last[0].validation if last else {}})
+        return
+    out.print(f"trained: {escape(str(file))}", soft_wrap=True)
+    if plan.scope == "branches":
+        name = f"{plan.family.rstrip('/').split('/')[-1]}-trained"
+        exits = f" --exits {','.join(map(str, plan.exits))}" if plan.exits else ""
+        out.print(
+            f"make a family of it: ruyi-flow pull {store.locate(plan.family)}{exits} --branches {file} --name {name}",
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +32,7 @@ __all__ = [
     "stats_table",
     "status_table",
     "token_table",
+    "training_bar",
 ]
 
 _WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width; rich would take 80 and cut the tables
@@ -48,6 +49,20 @@ def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) 
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def training_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar with speed and time left; gives a function of how much is done, of how much, tokens a second and a note."""
+    text = TextColumn(
+        "{task.completed:,.0f}/{task.total:,.0f} · {task.fields[speed]:,.0f} tokens/s {task.fields[note]}"
+    )
+    columns = [TextColumn("{task.description}"), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
+        task = progress.add_task(what, total=1, speed=0.0, note="")
+        yield lambda done, total, speed, note="": progress.update(
+            task, completed=done, total=total, speed=speed, note=note
+        )
 
 
 def say(quiet: bool = False) -> Callable[[str], None]:

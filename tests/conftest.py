@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
@@ -15,6 +17,10 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.testing import tiny_family
 
 torch.set_num_threads(1)
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +35,20 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families") / "five"
     depths = [2, 1, 3, 1, 1]
     return tiny_family(folder, base="qwen2", exits=(1, 3, 4, 6, 7), seed=3, early_exit_branch_layers=depths)
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny family whose tokenizer knows single bytes."""
+    folder = tiny_family(tmp_path_factory.mktemp("spoken") / "spoken", vocab_size=261, eos_token_id=258)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

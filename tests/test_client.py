@@ -10,8 +10,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ruyi_flow import Client
 from ruyi_flow.client import AsyncClient
@@ -19,24 +17,6 @@ from ruyi_flow.errors import RequestError, RuyiFlowError
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, FinishReason
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny family whose tokenizer knows single bytes."""
-    folder = tiny_family(tmp_path_factory.mktemp("spoken") / "spoken", vocab_size=261, eos_token_id=258)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE)
-    fast.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

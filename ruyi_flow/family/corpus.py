@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["Document", "Packed", "pack_documents", "read_documents"]
+__all__ = ["Document", "Packed", "pack_documents", "read_documents", "read_prompts"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +61,43 @@ def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Docum
     Raises:
         ConfigError: the file, and the line that is wrong.
     """
-    try:
-        if path.suffix == ".txt":
+    if path.suffix == ".txt":
+        with _readable(path):
             ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-            yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    document = _document(json.loads(line), tokenizer)
-                except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-                    raise ConfigError(f"{path}, line {number}: neither a chat nor an answer: {error}") from None
-                if document.answer < length:  # else nothing of the answer would be left
-                    yield Document(document.token_ids[:length], document.answer)
+        yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
+        return
+    for document in _each_line(path, partial(_document, tokenizer=tokenizer)):
+        if document.answer < length:  # else nothing of the answer would be left
+            yield Document(document.token_ids[:length], document.answer)
+
+
+def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+    """The prompts of a file of chats: everything before the last answer.
+
+    Raises:
+        ConfigError: the file, and the line that is wrong.
+    """
+    return _each_line(path, lambda item: _chat_prompt(item["messages"][:-1], tokenizer))
+
+
+def _each_line(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
+    with _readable(path), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield read(json.loads(line))
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
+                raise ConfigError(f"{path}, line {number}: neither a chat nor an answer: {error}") from None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
+def _chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
     """Token ids of a chat up to where its last answer begins."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -84,7 +108,7 @@ def _document(item: dict[str, Any], tokenizer: Any) -> Document:
         prompt, answer = [int(i) for i in item["prompt"]], [int(i) for i in item["answer"]]
         return Document((*prompt, *answer), len(prompt))
     messages = item["messages"]
-    prompt = chat_prompt(messages[:-1], tokenizer)
+    prompt = _chat_prompt(messages[:-1], tokenizer)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     return Document(tuple(tokenizer(whole, add_special_tokens=False)["input_ids"]), len(prompt))
 

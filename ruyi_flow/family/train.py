@@ -33,11 +33,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ruyi_flow.errors import ConfigError, TrainingError
 from ruyi_flow.family.checkpoint import LAYER_NAMES, Checkpoint, load_slice
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.family.corpus import Packed, pack_documents, read_documents
+from ruyi_flow.family.corpus import Packed, pack_documents, read_documents, read_prompts
+from ruyi_flow.family.distill import answers
 from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Rope
 from ruyi_flow.topology import explain
 
-__all__ = ["Recipe", "Step", "train"]
+__all__ = ["Recipe", "Step", "distill", "train"]
 
 _TOP = 16
 """Tokens of the last branch's distribution that are kept for each position."""
@@ -53,6 +54,19 @@ class Source(_Model):
     path: Path
     documents: int | None = Field(default=None, ge=1)
     """At most this many of it."""
+
+
+class SelfDistill(_Model):
+    """Answers that the family's last branch gives to the prompts of chats, to train on beside the data."""
+
+    prompts: tuple[Source, ...] = Field(min_length=1)
+    """Chats; the last turn of each is answered anew."""
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
+    """Every prompt is answered once at each; 0 is greedy."""
+    max_new_tokens: int = Field(default=224, ge=1)
+    """Of an answer."""
+    batch: int = Field(default=64, ge=1)
+    """Prompts at once."""
 
 
 class Losses(_Model):
@@ -87,7 +101,9 @@ class Recipe(_Model):
     start: Literal["copy", "zero"] = "copy"
     """Further layers of a branch start as copies of the trunk layers after its exit, or (Ruyi2's DaE) random with
     output projections of zero."""
-    data: tuple[Source, ...] = Field(min_length=1)
+    data: tuple[Source, ...] = ()
+    self_distill: SelfDistill | None = None
+    """Done by `ruyi-flow train --self-distill`; the answers are kept in `out`, and every later run trains on them."""
     validation: float = Field(default=0.02, gt=0, lt=1)
     """Share of the packed sequences that is never trained on."""
     length: int = Field(default=256, ge=8)
@@ -132,8 +148,14 @@ class Recipe(_Model):
         except ValidationError as error:
             raise ConfigError(explain(error, cls, str(path))) from None
         base = path.parent
-        sources = tuple(s.model_copy(update={"path": base / s.path.expanduser()}) for s in recipe.data)
-        return recipe.model_copy(update={"out": base / recipe.out.expanduser(), "data": sources})
+
+        def placed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+            return tuple(s.model_copy(update={"path": base / s.path.expanduser()}) for s in sources)
+
+        changes: dict[str, Any] = {"out": base / recipe.out.expanduser(), "data": placed(recipe.data)}
+        if (distill := recipe.self_distill) is not None:
+            changes["self_distill"] = distill.model_copy(update={"prompts": placed(distill.prompts)})
+        return recipe.model_copy(update=changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +227,16 @@ def train(
     model, optimizer = accelerator.prepare(trainee, optimizer)
     accelerator.register_for_checkpointing(schedule)
 
+    identity = _identity(recipe, config, packed)
     state = recipe.out / "state"
     metrics = recipe.out / "metrics.jsonl"
     done = 0
     if state.exists():
-        done = int(json.loads((state / "step.json").read_text())["step"])
+        done, whose = json.loads((state / "step.json").read_text())
+        if whose != identity:
+            raise ConfigError(
+                f"{state} is of a run with another recipe, family or data; remove {recipe.out}, or name another 'out'"
+            )
         accelerator.load_state(str(state))
         say(f"going on after step {done}")
     if accelerator.is_main_process:
@@ -255,7 +282,7 @@ def train(
                 for name, value in values.items():
                     board.add_scalar(name, value, made.step)
         if last or (step + 1) % recipe.save_every == 0:
-            _save(accelerator, state, step + 1)
+            _save(accelerator, state, (step + 1, identity))
     out = recipe.out / "branches.safetensors" if recipe.scope == "branches" else recipe.out / "model.safetensors"
     if accelerator.is_main_process:
         described = recipe.model_dump(mode="json") | {"fingerprint": checkpoint and checkpoint.fingerprint}
@@ -605,9 +632,74 @@ def _recomputed(layer: DecoderLayer, *args: Any) -> Tensor | None:
     return out
 
 
+def distill(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    eos_token_ids: tuple[int, ...],
+    *,
+    report: Callable[[int, int, float], None] = lambda done, prompts, tokens_per_s: None,
+) -> Path:
+    """Let the family's last branch answer the recipe's prompts; what is answered already is not asked again.
+
+    Args:
+        eos_token_ids: what ends an answer.
+        report: called after every answer with how many are there, of how many, and the tokens a second.
+
+    Returns:
+        The file of answers, which `train` reads with the recipe's data.
+
+    Raises:
+        ConfigError: the recipe has no prompts, or they cannot be read.
+    """
+    plan = recipe.self_distill
+    if plan is None:
+        raise ConfigError("the recipe has no self_distill: name the chats whose prompts are to be answered there")
+    prompts: list[list[int]] = []
+    for source in plan.prompts:
+        prompts += [
+            p for _, p in zip(range(source.documents or 2**62), read_prompts(source.path, tokenizer), strict=False)
+        ]
+    file = _answers(recipe)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
+    there = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut off
+    file.write_text("".join(json.dumps(item) + "\n" for item in there))
+    answered = {(item["prompt_number"], item["temperature"]) for item in there}
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
+    began, tokens, total = time.perf_counter(), 0, len(prompts) * len(plan.temperatures)
+    with file.open("a") as out:
+        for temperature in plan.temperatures:
+            numbers = [i for i in range(len(prompts)) if (i, temperature) not in answered]
+            for answer in answers(
+                model,
+                [prompts[i] for i in numbers],
+                max_new_tokens=plan.max_new_tokens,
+                max_positions=recipe.length,
+                batch=plan.batch,
+                temperature=temperature,
+                eos_token_ids=eos_token_ids,
+                seed=recipe.seed + len(answered),
+            ):
+                item = {"prompt_number": numbers[answer.index], "temperature": temperature}
+                out.write(json.dumps(item | {"prompt": answer.prompt, "answer": answer.token_ids}) + "\n")
+                out.flush()
+                answered.add((numbers[answer.index], temperature))
+                tokens += len(answer.token_ids)
+                report(len(answered), total, tokens / (time.perf_counter() - began))
+    return file
+
+
+def _answers(recipe: Recipe) -> Path:
+    return recipe.out / "answers.jsonl"
+
+
 def _read(recipe: Recipe, tokenizer: Any) -> Packed:
     documents = []
-    for source in recipe.data:
+    own = (Source(path=_answers(recipe)),) if _answers(recipe).exists() else ()
+    for source in (*recipe.data, *own):
         read = read_documents(source.path, tokenizer, length=recipe.length)
         documents += [d for _, d in zip(range(source.documents or 2**62), read, strict=False) if len(d.token_ids) > 1]
     if not documents:
@@ -680,13 +772,21 @@ def _rate(recipe: Recipe, step: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
 
 
-def _save(accelerator: Accelerator, state: Path, step: int) -> None:
+def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
+    """What a run must have in common with the one that it goes on with."""
+    same = recipe.model_dump(mode="json", exclude={"save_every", "cache_gb", "self_distill", "data", "out"})
+    digest = hashlib.sha256(json.dumps([same, dict(config.to_dict())], sort_keys=True).encode())
+    digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
     """The state to resume from, whole or not at all."""
     new = state.with_name("state.new")
     accelerator.save_state(str(new))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / "step.json").write_text(json.dumps({"step": step}))
+        (new / "step.json").write_text(json.dumps(step))
         old = state.with_name("state.old")
         shutil.rmtree(old, ignore_errors=True)
         if state.exists():

@@ -3,14 +3,18 @@
 import json
 import math
 import random
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from ruyi_flow import cli
 from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
@@ -178,3 +182,56 @@ def test_trained_branches_become_a_family_of_the_store(folder: Path, home: Path)
         Checkpoint(plain, (3,), file)
     with pytest.raises(CheckpointError, match="not a file of trained branches"):
         Checkpoint(plain, (2, 4), plain / "model.safetensors")
+
+
+def test_the_command_distills_trains_and_says_what_to_do_next(
+    folder: Path, spoken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": "yes"}]} for w in "abcdefgh"
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    plan = {
+        "family": str(spoken),
+        "out": "out",
+        "self_distill": {
+            "prompts": [{"path": "chats.jsonl"}],
+            "temperatures": [0, 1],
+            "max_new_tokens": 12,
+            "batch": 3,
+        },
+        "length": 64,
+        "batch": 1,
+        "steps": 2,
+        "precision": "no",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plan))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ruyi-flow", "train", str(folder / "recipe.yaml"), *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    code, _, said = run()
+    assert code == 2 and "nothing to train on" in said
+    code, out, said = run("--self-distill")
+    assert code == 0, said
+    assert "ruyi-flow pull" in out and "--branches" in out and "agreement/2" in said
+    items = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    assert {(i["prompt_number"], i["temperature"]) for i in items} == {(n, t) for n in range(8) for t in (0, 1)}
+    family = load_family(spoken, dtype="float32")
+    for item in items:
+        if item["temperature"] == 0:
+            greedy = family.generate(torch.tensor([item["prompt"]]), max_new_tokens=12, min_new_tokens=0)[0].tolist()
+            assert item["answer"] == greedy[: len(item["answer"])]
+    (folder / "out" / "answers.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items[:5]) + '{"prompt_nu')
+    code, _, said = run("--self-distill", "--json")
+    assert code == 2 and "is of a run with another recipe, family or data" in said  # some answers are new
+    shutil.rmtree(folder / "out" / "state")
+    assert run("--self-distill", "--json")[0] == 0
+    again = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    assert again[:5] == items[:5] and len(again) == len(items)
