@@ -40,7 +40,7 @@ from ruyi_flow.topology import explain
 
 __all__ = ["Recipe", "Step", "distill", "train"]
 
-_TOP = 16
+_LIKELY = 16
 """Tokens of the last branch's distribution that are kept for each position."""
 
 
@@ -419,12 +419,14 @@ class _Branches(nn.Module):
             if losses.kl or losses.cross_entropy:
                 head = self.heads[int(name)]
                 logits = F.linear(h[chosen].to(head.dtype), head if columns is None else head[columns])
-                said = logits.float().log_softmax(-1)
-                kl = (chances[chosen] * (chances[chosen].clamp(min=1e-9).log() - said.gather(1, likely))).sum(-1)
-                parts[f"kl/{name}"] = (picked * kl).sum()
-                total = total + losses.kl * parts[f"kl/{name}"]
+                if losses.kl:
+                    goals = chances[chosen]
+                    entropy = -(goals * goals.clamp(min=1e-9).log()).sum(-1)
+                    parts[f"kl/{name}"] = (picked * (cross_entropy(logits, likely, goals) - entropy)).sum()
+                    total = total + losses.kl * parts[f"kl/{name}"]
                 if losses.cross_entropy:
-                    ce = -said.gather(1, wanted[:, None])[:, 0]
+                    right = torch.ones_like(wanted, dtype=torch.float32)[:, None]
+                    ce = cross_entropy(logits, wanted[:, None], right)
                     parts[f"cross_entropy/{name}"] = (known * ce).sum()
                     total = total + losses.cross_entropy * parts[f"cross_entropy/{name}"]
         return {"loss": total} | {name: part.detach() for name, part in parts.items()}
@@ -463,6 +465,37 @@ class _Branches(nn.Module):
         }
 
 
+class _SparseCrossEntropy(torch.autograd.Function):
+    """Cross-entropy to a sparse distribution: (n,) from (n, m) logits and (n, k) columns, no row's twice, and chances.
+
+    What autograd would make of log_softmax and gather writes several (n, m) arrays of float32; this keeps one in the
+    logits' own format: a third off a step (docs/log.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, columns: Tensor, chances: Tensor) -> Tensor:
+        top = logits.amax(-1, keepdim=True)
+        said = (logits - top).exp_()
+        total = said.sum(-1, keepdim=True, dtype=torch.float32)
+        ctx.save_for_backward(said.div_(total.to(said.dtype)), columns, chances)
+        scores = logits.gather(1, columns).float() - top.float()
+        loss: Tensor = total.log()[:, 0] - (chances * scores).sum(-1)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        said, columns, chances = ctx.saved_tensors
+        out = said * gradient[:, None].to(said.dtype)
+        # A row's columns differ, so this is an addition; scatter_add_ would go through float32 copies of it all.
+        out.scatter_(1, columns, (out.gather(1, columns) - chances * gradient[:, None]).to(out.dtype))
+        return out, None, None
+
+
+def cross_entropy(logits: Tensor, columns: Tensor, chances: Tensor) -> Tensor:
+    """See `_SparseCrossEntropy`."""
+    return _SparseCrossEntropy.apply(logits, columns, chances)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class _TrunkStates:
     """What the frozen trunk gives for each packed sequence, kept on disk up to a bound; the rest is computed again.
 
@@ -474,7 +507,8 @@ class _TrunkStates:
         hidden, length = model.config.hidden_size, recipe.length
         dtype = model.trunk[0].input_layernorm.weight.dtype
         self._shape = (len(model.exits), length, hidden)
-        row_bytes = math.prod(self._shape) * dtype.itemsize + length * _TOP * 8
+        self._likely = min(_LIKELY, model.config.vocab_size)
+        row_bytes = math.prod(self._shape) * dtype.itemsize + length * self._likely * 8
         kept = min(len(packed), int(recipe.cache_gb * 1e9 / row_bytes))
         digest = hashlib.sha256(f"{fingerprint} {recipe.length} {recipe.precision} {kept}".encode())
         digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
@@ -487,8 +521,8 @@ class _TrunkStates:
             return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(0)
 
         self._states = mapped("states", (kept, *self._shape), dtype)
-        self._top = mapped("top", (kept, length, _TOP), torch.int32)
-        self._chances = mapped("chances", (kept, length, _TOP), torch.float32)
+        self._top = mapped("top", (kept, length, self._likely), torch.int32)
+        self._chances = mapped("chances", (kept, length, self._likely), torch.float32)
         self._there = mapped("there", (kept,), torch.uint8)
         self._kept = kept
         self._rope = Rope(model.config, dtype, model.trunk[0].input_layernorm.weight.device)
@@ -534,13 +568,12 @@ class _TrunkStates:
         kept[-1] = read
         tops, chances = [], []
         for part in read.split(1024):
-            found = model.head_at[model.exits[-1]].forward(part).float().topk(min(_TOP, model.config.vocab_size), -1)
-            short = _TOP - found.indices.shape[-1]
-            tops.append(F.pad(found.indices.int(), (0, short)))
-            chances.append(F.pad(found.values.softmax(-1), (0, short)))
+            found = model.head_at[model.exits[-1]].forward(part).float().topk(self._likely, -1)
+            tops.append(found.indices.int())
+            chances.append(found.values.softmax(-1))
         n, length = len(indices), self._shape[1]
         states = torch.stack([k.view(n, length, -1) for k in kept], 1)
-        return states, torch.cat(tops).view(n, length, _TOP), torch.cat(chances).view(n, length, _TOP)
+        return states, torch.cat(tops).view(n, length, -1), torch.cat(chances).view(n, length, -1)
 
 
 def published_branch(config: FamilyConfig, exit: int, branch: Branch) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.corpus import Document, pack_documents
-from ruyi_flow.family.train import Recipe, Step, train
+from ruyi_flow.family.train import Recipe, Step, cross_entropy, train
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.testing import tiny_family
 
@@ -234,3 +234,16 @@ def test_the_command_distills_trains_and_says_what_to_do_next(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plan | {"learning_rate": 0.1}))
     code, _, said = run()
     assert code == 2 and "is of a run with another recipe, family or data" in said
+
+
+def test_sparse_cross_entropy_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 40, generator=generator) * 4).requires_grad_()
+    chances, columns = torch.randn(7, 40, generator=generator).topk(5, -1)
+    chances = chances.softmax(-1)
+    weight = torch.rand(7, generator=generator)
+    expected = -(chances * logits.log_softmax(-1).gather(1, columns)).sum(-1)
+    (gradient,) = torch.autograd.grad((weight * expected).sum(), logits)
+    found = cross_entropy(logits, columns, chances)
+    assert (found - expected).abs().max() < 1e-5
+    assert (torch.autograd.grad((weight * found).sum(), logits)[0] - gradient).abs().max() < 1e-6
