@@ -163,7 +163,7 @@ def train(
 ) -> None:
     """Train the branches of a family, or trunk and branches together; goes on where a killed run stopped.
 
-    For several processes or machines: accelerate launch -m ruyi_flow.cli train RECIPE.
+    For several GPUs or machines: accelerate launch -m ruyi_flow.cli train RECIPE (on CPUs: torchrun).
     """
     from ruyi_flow.entry import end_tokens, load_tokenizer
     from ruyi_flow.family import store
@@ -171,18 +171,20 @@ def train(
     from ruyi_flow.family.train import Recipe, Step, distill
     from ruyi_flow.family.train import train as run
 
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
     plan = Recipe.load(recipe)
     checkpoint = Checkpoint(store.locate(plan.family), plan.exits)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise ConfigError(f"family {plan.family!r} has no tokenizer.json, so there is no reading the data for it")
-    told = say(as_json)
+    quiet = as_json or not speaks
+    told = say(quiet)
     if self_distill:
-        with training_bar("answering", quiet=as_json) as progress:
+        with training_bar("answering", quiet=quiet) as progress:
             file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
         told(f"answers are in {file}")
     last: list[Step] = []
-    with training_bar("training", quiet=as_json) as progress:
+    with training_bar("training", quiet=quiet) as progress:
 
         def report(step: Step) -> None:
             progress(step.step, step.steps, step.tokens_per_s, f"loss {step.losses['loss']:.3f}")
@@ -191,6 +193,8 @@ def train(
                 told(f"step {step.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in step.validation.items()))
 
         file = run(plan, checkpoint, tokenizer, report=report, say=told)
+    if not speaks:
+        return
     if as_json:
         print_json({"file": str(file), "validation": last[0].validation if last else {}})
         return

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,7 +22,7 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.corpus import Document, pack_documents
 from ruyi_flow.family.train import Recipe, Step, cross_entropy, train
 from ruyi_flow.local import Family, load_family
-from ruyi_flow.testing import tiny_family
+from ruyi_flow.testing import free_ports, tiny_family
 
 
 class Letters:
@@ -247,3 +249,27 @@ def test_sparse_cross_entropy_is_torchs() -> None:
     found = cross_entropy(logits, columns, chances)
     assert (found - expected).abs().max() < 1e-5
     assert (torch.autograd.grad((weight * found).sum(), logits)[0] - gradient).abs().max() < 1e-6
+
+
+def test_two_processes_train_as_one(folder: Path, spoken: Path) -> None:
+    plan = {"family": str(spoken), "data": [{"path": "text.txt"}], "scope": "joint", "length": 32, "steps": 6}
+    plan |= {"precision": "no", "exit_weights": "equal", "validate_every": 3, "save_every": 3}
+    for name, batch in (("one", 8), ("two", 4)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(plan | {"out": name, "batch": batch}))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", str(free_ports(1)[0])]
+    for command, name in (([sys.executable], "one"), (launch, "two")):
+        command = [*command, "-m", "ruyi_flow.cli", "train", str(folder / f"{name}.yaml"), "--json"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1  # of several processes one speaks
+    one, two = (
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 6
+    key = "validation/loss/6"
+    assert one[2][key] > one[5][key]  # it learned, and both the same
+    assert [two[i][key] for i in (2, 5)] == pytest.approx([one[i][key] for i in (2, 5)], rel=1e-3)
