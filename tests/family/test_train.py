@@ -273,3 +273,15 @@ def test_two_processes_train_as_one(folder: Path, spoken: Path) -> None:
     key = "validation/loss/6"
     assert one[2][key] > one[5][key]  # it learned, and both the same
     assert [two[i][key] for i in (2, 5)] == pytest.approx([one[i][key] for i in (2, 5)], rel=1e-3)
+
+
+def test_what_the_trunk_gives_is_the_same_from_disk_and_anew(folder: Path, tiny: Path) -> None:
+    losses = []
+    for number, cache_gb in enumerate((20.0, 0.004, 0.0)):  # all of it, half of it, nothing
+        steps: list[Step] = []
+        run = recipe(folder, out=folder / f"out{number}", cache_gb=cache_gb, steps=8)
+        train(run, Checkpoint(tiny), Letters(), report=steps.append)
+        losses.append([s.losses["loss"] for s in steps] + list(steps[-1].validation.values()))
+        kept = sum(file.stat().st_size for file in (folder / f"out{number}").glob("trunk-*/there"))
+        assert (kept > 400, 100 < kept < 400, kept == 0)[number]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
