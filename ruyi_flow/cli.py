@@ -171,7 +171,9 @@ def train(
     from ruyi_flow.entry import end_tokens, load_tokenizer
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
-    from ruyi_flow.family.train import Recipe, Step, distill
+    from ruyi_flow.family.distill import distill
+    from ruyi_flow.family.recipe import Recipe
+    from ruyi_flow.family.train import Step
     from ruyi_flow.family.train import train as run
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one

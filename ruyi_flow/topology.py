@@ -20,7 +20,7 @@ from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import Encoding, Mode
 
-__all__ = ["Dtype", "Limits", "Link", "Node", "Topology", "did_you_mean", "explain"]
+__all__ = ["Dtype", "Limits", "Link", "Node", "Topology", "did_you_mean", "explain", "read_yaml"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -130,16 +130,8 @@ class Topology(_Model):
             ConfigError: with the file, the key's path, the value and the fix.
         """
         path = Path(path)
-        try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such topology file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from None
         base = path.parent
-        topology = cls.parse(data, where=str(path))
+        topology = cls.parse(read_yaml(path, "topology"), where=str(path))
         return topology.model_copy(
             update={
                 "family": _resolve_folder(topology.family, base, str(path)),
@@ -272,6 +264,22 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` when a known word is close, else nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_yaml(path: Path, what: str) -> object:
+    """A YAML file's data; `what` kind of file it is, for messages.
+
+    Raises:
+        ConfigError: it is not there, or not readable, or not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what} file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,17 +6,25 @@ prompt at once, so that short answers do not wait for long ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.corpus import read_prompts
+from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.family.transformer import FamilySlice, Rope
 
-__all__ = ["Answer", "answers"]
+__all__ = ["Answer", "answers", "distill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,66 @@ def answers(
             running[row][2].append(token)
             if (answer := ended(row)) is not None:
                 yield answer
+
+
+def distill(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    eos_token_ids: tuple[int, ...],
+    *,
+    report: Callable[[int, int, float], None] = lambda done, prompts, tokens_per_s: None,
+) -> Path:
+    """Let the family's last branch answer the recipe's prompts; what is answered already is not asked again.
+
+    Args:
+        eos_token_ids: what ends an answer.
+        report: called after every answer with how many are there, of how many, and the tokens a second.
+
+    Returns:
+        The file of answers, which `train` reads with the recipe's data.
+
+    Raises:
+        ConfigError: the recipe has no prompts, or they cannot be read.
+    """
+    plan = recipe.self_distill
+    if plan is None:
+        raise ConfigError("the recipe has no self_distill: name the chats whose prompts are to be answered there")
+    prompts: list[list[int]] = []
+    for source in plan.prompts:
+        prompts += [
+            p for _, p in zip(range(source.documents or 2**62), read_prompts(source.path, tokenizer), strict=False)
+        ]
+    file = recipe.answers
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
+    there = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut off
+    file.write_text("".join(json.dumps(item) + "\n" for item in there))
+    answered = {(item["prompt_number"], item["temperature"]) for item in there}
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
+    began, tokens, total = time.perf_counter(), 0, len(prompts) * len(plan.temperatures)
+    with file.open("a") as out:
+        for temperature in plan.temperatures:
+            numbers = [i for i in range(len(prompts)) if (i, temperature) not in answered]
+            for answer in answers(
+                model,
+                [prompts[i] for i in numbers],
+                max_new_tokens=plan.max_new_tokens,
+                max_positions=recipe.length,
+                batch=plan.batch,
+                temperature=temperature,
+                eos_token_ids=eos_token_ids,
+                seed=recipe.seed + len(answered),
+            ):
+                item = {"prompt_number": numbers[answer.index], "temperature": temperature}
+                out.write(json.dumps(item | {"prompt": answer.prompt, "answer": answer.token_ids}) + "\n")
+                out.flush()
+                answered.add((numbers[answer.index], temperature))
+                tokens += len(answer.token_ids)
+                report(len(answered), total, tokens / (time.perf_counter() - began))
+    return file
 
 
 class _RowCache:

@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -33,129 +31,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ruyi_flow.errors import ConfigError, TrainingError
 from ruyi_flow.family.checkpoint import LAYER_NAMES, Checkpoint, load_slice
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.family.corpus import Packed, pack_documents, read_documents, read_prompts
-from ruyi_flow.family.distill import answers
+from ruyi_flow.family.corpus import Packed, pack_documents, read_documents
+from ruyi_flow.family.recipe import Recipe, Source
 from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Rope
-from ruyi_flow.topology import explain
 
-__all__ = ["Recipe", "Step", "distill", "train"]
+__all__ = ["Step", "train"]
 
 _LIKELY = 16
 """Tokens of the last branch's distribution that are kept for each position."""
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(_Model):
-    """A file to train on; `corpus.py` says of which kinds."""
-
-    path: Path
-    documents: int | None = Field(default=None, ge=1)
-    """At most this many of it."""
-
-
-class SelfDistill(_Model):
-    """Answers that the family's last branch gives to the prompts of chats, to train on beside the data."""
-
-    prompts: tuple[Source, ...] = Field(min_length=1)
-    """Chats; the last turn of each is answered anew."""
-    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
-    """Every prompt is answered once at each; 0 is greedy."""
-    max_new_tokens: int = Field(default=224, ge=1)
-    """Of an answer."""
-    batch: int = Field(default=64, ge=1)
-    """Prompts at once."""
-
-
-class Losses(_Model):
-    """What a branch is trained for, in scope `branches`; each with its weight."""
-
-    kl: float = Field(default=1.0, ge=0)
-    """Divergence from the last branch's distribution over its likeliest tokens."""
-    cross_entropy: float = Field(default=0.0, ge=0)
-    """Of the text's own next token."""
-    hidden: float = Field(default=1.0, ge=0)
-    """Squared distance of the normed state to the last branch's, relative to its size; costs no vocabulary product."""
-    positions: float = Field(default=1.0, gt=0, le=1)
-    """Share of the positions that take part in `kl` and `cross_entropy`."""
-    vocabulary: Literal["candidates", "full"] = "candidates"
-    """`candidates`: the branch's distribution is over the tokens that are likely, or right, anywhere in the batch."""
-    prompt: float = Field(default=0.5, ge=0)
-    """Weight of positions that are not in an answer."""
-
-
-class Recipe(_Model):
-    """A training run, as its YAML file says it."""
-
-    family: str
-    """A folder, or a name in the local store."""
-    exits: tuple[int, ...] | None = None
-    """The exits to give to an ordinary checkpoint."""
-    out: Path
-    """Folder for the result, the metrics, and the state to resume from."""
-    scope: Literal["branches", "joint"] = "branches"
-    branch_layers: dict[int, Annotated[int, Field(ge=1)]] = {}
-    """Layers of the branch at each exit; 1 where not named."""
-    start: Literal["copy", "zero"] = "copy"
-    """Further layers of a branch start as copies of the trunk layers after its exit, or (Ruyi2's DaE) random with
-    output projections of zero."""
-    data: tuple[Source, ...] = ()
-    self_distill: SelfDistill | None = None
-    """Done by `ruyi-flow train --self-distill`; the answers are kept in `out`, and every later run trains on them."""
-    validation: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the packed sequences that is never trained on."""
-    length: int = Field(default=256, ge=8)
-    """Tokens of a packed sequence."""
-    batch: int = Field(default=16, ge=1)
-    """Sequences of a step and process."""
-    accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients make one update."""
-    steps: int = Field(ge=1)
-    """Updates."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    """Largest norm of a gradient."""
-    losses: Losses = Losses()
-    exit_weights: Literal["decay", "equal"] = "decay"
-    """Scope `joint`: early exits' weights fall from 1 to 0.1, or all are 1 / G."""
-    precision: Literal["bf16", "no"] = "bf16"
-    gradient_checkpointing: bool = False
-    cache_gb: float = Field(default=20.0, ge=0)
-    """Disk for what the trunk gives, in scope `branches`."""
-    validate_every: int = Field(default=200, ge=1)
-    save_every: int = Field(default=200, ge=1)
-    seed: int = 0
-
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Read and check a recipe.
-
-        Raises:
-            ConfigError: with the file, the key's path, the value and the fix.
-        """
-        path = Path(path)
-        try:
-            recipe = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from None
-        except ValidationError as error:
-            raise ConfigError(explain(error, cls, str(path))) from None
-        base = path.parent
-
-        def placed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-            return tuple(s.model_copy(update={"path": base / s.path.expanduser()}) for s in sources)
-
-        changes: dict[str, Any] = {"out": base / recipe.out.expanduser(), "data": placed(recipe.data)}
-        if (distill := recipe.self_distill) is not None:
-            changes["self_distill"] = distill.model_copy(update={"prompts": placed(distill.prompts)})
-        return recipe.model_copy(update=changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +114,10 @@ def train(
     state = recipe.out / "state"
     metrics = recipe.out / "metrics.jsonl"
     done = 0
+    new = state.with_name("state.new")
+    if accelerator.is_main_process and not state.exists() and (new / "step.json").exists():
+        os.replace(new, state)  # killed between the two renames of a save
+    accelerator.wait_for_everyone()
     if state.exists():
         done, whose = json.loads((state / "step.json").read_text())
         if whose != identity:
@@ -509,11 +396,14 @@ class _TrunkStates:
         self._shape = (len(model.exits), length, hidden)
         self._likely = min(_LIKELY, model.config.vocab_size)
         row_bytes = math.prod(self._shape) * dtype.itemsize + length * self._likely * 8
-        kept = min(len(packed), int(recipe.cache_gb * 1e9 / row_bytes))
-        digest = hashlib.sha256(f"{fingerprint} {recipe.length} {recipe.precision} {kept}".encode())
+        digest = hashlib.sha256(f"{fingerprint} {recipe.length} {recipe.precision}".encode())
         digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
         folder = recipe.out / f"trunk-{digest.hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
+        # A mapped file that outgrows its disk ends the process: what is there and most of what is free is the bound.
+        used = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+        room = min(recipe.cache_gb * 1e9, used + 0.9 * shutil.disk_usage(folder).free)
+        kept = min(len(packed), int(room / row_bytes))
 
         def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             size = math.prod(shape)
@@ -665,73 +555,9 @@ def _recomputed(layer: DecoderLayer, *args: Any) -> Tensor | None:
     return out
 
 
-def distill(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    tokenizer: Any,
-    eos_token_ids: tuple[int, ...],
-    *,
-    report: Callable[[int, int, float], None] = lambda done, prompts, tokens_per_s: None,
-) -> Path:
-    """Let the family's last branch answer the recipe's prompts; what is answered already is not asked again.
-
-    Args:
-        eos_token_ids: what ends an answer.
-        report: called after every answer with how many are there, of how many, and the tokens a second.
-
-    Returns:
-        The file of answers, which `train` reads with the recipe's data.
-
-    Raises:
-        ConfigError: the recipe has no prompts, or they cannot be read.
-    """
-    plan = recipe.self_distill
-    if plan is None:
-        raise ConfigError("the recipe has no self_distill: name the chats whose prompts are to be answered there")
-    prompts: list[list[int]] = []
-    for source in plan.prompts:
-        prompts += [
-            p for _, p in zip(range(source.documents or 2**62), read_prompts(source.path, tokenizer), strict=False)
-        ]
-    file = _answers(recipe)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text().splitlines() if file.exists() else []
-    there = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut off
-    file.write_text("".join(json.dumps(item) + "\n" for item in there))
-    answered = {(item["prompt_number"], item["temperature"]) for item in there}
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
-    began, tokens, total = time.perf_counter(), 0, len(prompts) * len(plan.temperatures)
-    with file.open("a") as out:
-        for temperature in plan.temperatures:
-            numbers = [i for i in range(len(prompts)) if (i, temperature) not in answered]
-            for answer in answers(
-                model,
-                [prompts[i] for i in numbers],
-                max_new_tokens=plan.max_new_tokens,
-                max_positions=recipe.length,
-                batch=plan.batch,
-                temperature=temperature,
-                eos_token_ids=eos_token_ids,
-                seed=recipe.seed + len(answered),
-            ):
-                item = {"prompt_number": numbers[answer.index], "temperature": temperature}
-                out.write(json.dumps(item | {"prompt": answer.prompt, "answer": answer.token_ids}) + "\n")
-                out.flush()
-                answered.add((numbers[answer.index], temperature))
-                tokens += len(answer.token_ids)
-                report(len(answered), total, tokens / (time.perf_counter() - began))
-    return file
-
-
-def _answers(recipe: Recipe) -> Path:
-    return recipe.out / "answers.jsonl"
-
-
 def _read(recipe: Recipe, tokenizer: Any) -> Packed:
     documents = []
-    own = (Source(path=_answers(recipe)),) if _answers(recipe).exists() else ()
+    own = (Source(path=recipe.answers),) if recipe.answers.exists() else ()
     for source in (*recipe.data, *own):
         read = read_documents(source.path, tokenizer, length=recipe.length)
         documents += [d for _, d in zip(range(source.documents or 2**62), read, strict=False) if len(d.token_ids) > 1]

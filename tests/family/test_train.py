@@ -20,7 +20,8 @@ from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.corpus import Document, pack_documents
-from ruyi_flow.family.train import Recipe, Step, cross_entropy, train
+from ruyi_flow.family.recipe import Recipe
+from ruyi_flow.family.train import Step, cross_entropy, train
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.testing import free_ports, tiny_family
 
@@ -119,9 +120,12 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(folder: Path, tin
 
     with pytest.raises(KeyboardInterrupt):
         train(broken, Checkpoint(tiny), Letters(), report=kill)
+    os.replace(broken.out / "state", broken.out / "state.new")  # as if killed in the middle of a save, too
     del losses[8]
     losses[8] = json.loads((recipe(folder).out / "metrics.jsonl").read_text().splitlines()[7])["loss"]
-    resumed = load_file(train(broken, Checkpoint(tiny), Letters(), report=kill))
+    told: list[str] = []
+    resumed = load_file(train(broken, Checkpoint(tiny), Letters(), report=kill, say=told.append))
+    assert "going on after step 4" in told
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
 
 
