@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ruyi_flow.display import (
     coloured,
+    counting_bar,
     err,
     figures,
     join,
@@ -211,6 +212,84 @@ def train(
             f"make a family of it: ruyi-flow pull {store.locate(plan.family)}{exits} --branches {file} --name {name}",
             soft_wrap=True,
         )
+
+
+@app.command("eval")
+def evaluate(
+    family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names of lm-evaluation-harness, for instance arc_easy,mmlu,wikitext2; agreement (with the last exit, "
+            "on its own answers to --chats) and text_agreement (on the chats' answers)."
+        ),
+    ] = "agreement",
+    exits: Annotated[str, typer.Option(help="Which exits: all, or for instance 5,29.")] = "all",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with TASK/test.jsonl; left out, the harness fetches its data from the hub."),
+    ] = None,
+    chats: Annotated[
+        Path | None, typer.Option(help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …, "answer": …}.')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
+    fewshot: Annotated[int, typer.Option(min=0, help="Examples before a question, out of TASK/train.jsonl.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one pass.")] = 2048,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="humaneval: let the code that the model wrote run, in limited processes.")
+    ] = False,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Results, and what an interrupted run goes on from; runs/eval-FAMILY.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure every exit of a family: benchmarks, perplexity, agreement with the last exit; one row an exit."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours is below
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ConfigError("eval needs the extra: pip install 'ruyi-flow[eval]'") from None
+    import torch
+
+    from ruyi_flow.evaluation import report
+    from ruyi_flow.evaluation.run import evaluate as run
+    from ruyi_flow.local import load_family
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = None if exits == "all" else _integers(exits, "--exits")
+    for exit in chosen or ():
+        if exit not in loaded.exits:
+            raise ConfigError(f"--exits: {exit} is not one of the family's exits {list(loaded.exits)}")
+    folder = out_folder or Path("runs") / f"eval-{loaded.checkpoint.folder.name}"
+    with counting_bar(quiet=as_json) as progress:
+        found = run(
+            loaded,
+            folder,
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            exits=chosen,
+            data=data,
+            chats=chats,
+            limit=limit,
+            fewshot=fewshot,
+            batch_tokens=batch_tokens,
+            run_code=run_code,
+            report=progress,
+        )
+    written = report.write(found, folder)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    table = Table("exit", "layers", "parameters", *map(report.heading, found.columns))
+    for row in found.rows:
+        cells = (report.cell(row, column) for column in found.columns)
+        table.add_row(str(row.exit), str(row.layers), f"{row.parameters / 1e6:,.0f}M", *cells)
+    out.print(table)
+    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from ruyi_flow.types import NodeStatus, Stats, Token
 
 __all__ = [
     "coloured",
+    "counting_bar",
     "err",
     "figures",
     "join",
@@ -49,6 +50,22 @@ def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) 
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def counting_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for work in several parts; gives a function of the part's name, how much of it is done, and of how much."""
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}")]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
+        parts: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in parts:
+                parts[what] = progress.add_task(what, total=total)
+            progress.update(parts[what], completed=done, total=total)
+
+        yield report
 
 
 @contextmanager

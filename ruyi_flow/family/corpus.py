@@ -1,7 +1,8 @@
 """Training text: chats, plain text and a family's own answers, as packed sequences of token ids.
 
-A file is JSON lines of `{"messages": [{"role", "content"}, …]}` (through the tokenizer's own chat template) or of
-`{"prompt": [ids], "answer": [ids]}` (what `distill.py` gives), or plain text (`.txt`).
+A file is JSON lines of `{"messages": [{"role", "content"}, …]}`, `{"question", "answer"}` or, for its prompts alone,
+`{"prompt"}` (all through the tokenizer's own chat template), or of `{"prompt": [ids], "answer": [ids]}` (what
+`distill.py` gives), or plain text (`.txt`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
     Raises:
         ConfigError: the file, and the line that is wrong.
     """
-    return _each_line(path, lambda item: _chat_prompt(item["messages"][:-1], tokenizer))
+    return _each_line(path, lambda item: _chat_prompt(_messages(item)[:-1], tokenizer))
 
 
 def _each_line(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
@@ -103,11 +104,19 @@ def _chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _messages(item: dict[str, Any]) -> list[dict[str, str]]:
+    """A line's turns; the last one is the answer."""
+    if "messages" in item:
+        return list(item["messages"])
+    question = item["question"] if "question" in item else item["prompt"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": item.get("answer", "")}]
+
+
 def _document(item: dict[str, Any], tokenizer: Any) -> Document:
-    if "prompt" in item:
+    if isinstance(item.get("prompt"), list):
         prompt, answer = [int(i) for i in item["prompt"]], [int(i) for i in item["answer"]]
         return Document((*prompt, *answer), len(prompt))
-    messages = item["messages"]
+    messages = _messages(item)
     prompt = _chat_prompt(messages[:-1], tokenizer)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     return Document(tuple(tokenizer(whole, add_special_tokens=False)["input_ids"]), len(prompt))

@@ -49,6 +49,7 @@ def answers(
     batch: int = 64,
     temperature: float = 0.0,
     eos_token_ids: Sequence[int] = (),
+    ended: Callable[[Sequence[int]], bool] = lambda token_ids: False,
     seed: int = 0,
 ) -> Iterator[Answer]:
     """Answer prompts in any order, greedily or sampled.
@@ -62,6 +63,7 @@ def answers(
         batch: sequences at once.
         temperature: 0 is greedy.
         eos_token_ids: tokens that end an answer.
+        ended: whether an answer so far is over for another reason.
         seed: of the sampling.
 
     Yields:
@@ -82,10 +84,11 @@ def answers(
         chances = (logits.float() / temperature).softmax(-1)
         return [int(t) for t in torch.multinomial(chances, 1, generator=generator)[:, 0]]
 
-    def ended(row: int) -> Answer | None:
+    def finished(row: int) -> Answer | None:
         """What a row's last token means for it."""
         index, prompt, said = running[row]
-        if said[-1] not in ends and len(said) < max_new_tokens and len(prompt) + len(said) < max_positions:
+        room = len(said) < max_new_tokens and len(prompt) + len(said) < max_positions
+        if room and said[-1] not in ends and not ended(said):
             return None
         del running[row]
         return Answer(index, prompt, tuple(said))
@@ -100,7 +103,7 @@ def answers(
                 logits = model.branch(exit, states, rope.at(0, len(prompt)), cache, cache.last)
                 assert logits is not None
                 running[row] = index, prompt, pick(logits)
-                if (answer := ended(row)) is not None:
+                if (answer := finished(row)) is not None:
                     yield answer
         if not running:
             return
@@ -115,7 +118,7 @@ def answers(
         assert logits is not None
         for row, token in zip(rows, pick(logits), strict=True):
             running[row][2].append(token)
-            if (answer := ended(row)) is not None:
+            if (answer := finished(row)) is not None:
                 yield answer
 
 

@@ -223,7 +223,7 @@ class _Joint(nn.Module):
         return {"loss": total} | {f"cross_entropy/{p}": loss.detach() for p, loss in losses.items()}
 
     def _exits(self, indices: Tensor) -> dict[int, Tensor]:
-        device = self.family.trunk[0].input_layernorm.weight.device
+        device = self.family.device
         rows = self.packed.rows(indices)
         ids = rows.token_ids.to(device, torch.int64)
         attention = CausalAttention(len(ids), rows.documents.to(device))
@@ -392,7 +392,7 @@ class _TrunkStates:
     def __init__(self, model: FamilySlice, packed: Packed, recipe: Recipe, fingerprint: str) -> None:
         self.model, self.packed, self.batch = model, packed, recipe.batch
         hidden, length = model.config.hidden_size, recipe.length
-        dtype = model.trunk[0].input_layernorm.weight.dtype
+        dtype = model.dtype
         self._shape = (len(model.exits), length, hidden)
         self._likely = min(_LIKELY, model.config.vocab_size)
         row_bytes = math.prod(self._shape) * dtype.itemsize + length * self._likely * 8
@@ -415,7 +415,7 @@ class _TrunkStates:
         self._chances = mapped("chances", (kept, length, self._likely), torch.float32)
         self._there = mapped("there", (kept,), torch.uint8)
         self._kept = kept
-        self._rope = Rope(model.config, dtype, model.trunk[0].input_layernorm.weight.device)
+        self._rope = Rope(model.config, dtype, model.device)
 
     def of(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For some sequences.

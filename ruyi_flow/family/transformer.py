@@ -275,6 +275,16 @@ class FamilySlice(nn.Module):
         """Layers that keep keys and values: the trunk's, then the branches'."""
         return len(self.trunk) + sum(len(branch.stack) for branch in self.branch_at.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.trunk[0].input_layernorm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' number format."""
+        return self.trunk[0].input_layernorm.weight.dtype
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """(n,) token ids -> (n, hidden)."""
         assert self.embed_tokens is not None
@@ -370,14 +380,18 @@ class CausalAttention:
         batch: number of sequences of equal length that lie one after the other in the flat states.
         documents: (batch, n) which document each position is of, where sequences are packed with several; positions
             see their own document only. None where a sequence is one document.
+        root: number of the document that all others of its sequence see, too.
     """
 
-    def __init__(self, batch: int, documents: Tensor | None = None) -> None:
+    def __init__(self, batch: int, documents: Tensor | None = None, *, root: int | None = None) -> None:
         self.batch, self.mask = batch, None
         if documents is not None:
             n = documents.shape[1]
             before = torch.ones(n, n, dtype=torch.bool, device=documents.device).tril()
-            self.mask = (before & (documents[:, :, None] == documents[:, None, :]))[:, None]  # (batch, 1, n, n)
+            seen = documents[:, :, None] == documents[:, None, :]
+            if root is not None:
+                seen |= documents[:, None, :] == root
+            self.mask = (before & seen)[:, None]  # (batch, 1, n, n)
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         assert rows is None

@@ -1,0 +1,300 @@
+"""The exits of a family as models of lm-evaluation-harness; what one pass tells about all of them is kept for all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from ruyi_flow.family.distill import answers
+from ruyi_flow.family.transformer import CausalAttention, Rope
+from ruyi_flow.local import Family
+
+__all__ = ["ExitLM", "Found", "Report", "Tree", "each_exit", "key"]
+
+Report = Callable[[str, int, int], None]
+
+
+class Found:
+    """What was found out already, by exit and question: in memory, and in a file that an interrupted run goes on from.
+
+    Args:
+        path: of the file; lines of [key, value].
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._values: dict[str, Any] = {}
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("]")]  # the last one may be cut off
+            self._values = dict(json.loads(line) for line in kept)
+            path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._values[key] = value
+        self._file.write(json.dumps([key, value]) + "\n")
+
+    def flush(self) -> None:
+        """Put what was found onto the disk."""
+        self._file.flush()
+
+    def __enter__(self) -> Found:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def key(exit: int, kind: str, *what: Any) -> str:
+    """The name of one exit's answer to one question."""
+    return f"{exit}/{kind}/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A context and its continuations, all read in one pass: each sees the context and itself."""
+
+    context: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
+
+
+@torch.inference_mode()
+def each_exit(
+    family: Family, exits: Sequence[int], trees: Sequence[Tree], chosen: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """Run trees of tokens through the family once.
+
+    Args:
+        exits: whose logits are wanted, ascending.
+        trees: to run side by side.
+        chosen: for each tree the positions that are wanted.
+
+    Yields:
+        For each exit: itself, and (sum of chosen, vocab) float32 logits.
+    """
+    model, length = family.model, max(map(len, trees))
+    device = model.device
+    ids, places = torch.zeros(len(trees), length, dtype=torch.int64), torch.zeros(len(trees), length, dtype=torch.int64)
+    parts = torch.full((len(trees), length), -1)
+    for i, tree in enumerate(trees):
+        stop = len(tree.context)
+        ids[i, :stop], places[i, :stop], parts[i, :stop] = torch.tensor(tree.context), torch.arange(stop), 0
+        for number, continuation in enumerate(tree.continuations, 1):
+            start, stop = stop, stop + len(continuation) - 1
+            ids[i, start:stop] = torch.tensor(continuation[:-1], dtype=torch.int64)
+            places[i, start:stop] = len(tree.context) + torch.arange(stop - start)
+            parts[i, start:stop] = number
+    rope = Rope(family.config, model.dtype, device)
+    cos, sin = rope.at(0, int(places.max()) + 1)
+    where = places.flatten().to(device)
+    turned = cos[where], sin[where]
+    plain = all(len(tree) == length and len(tree.context) == length for tree in trees)
+    attention = CausalAttention(len(trees), None if plain else parts.to(device), root=0)
+    rows = torch.cat([i * length + positions for i, positions in enumerate(chosen)]).to(device)
+    x = model.embed(ids.flatten().to(device))
+    for first, exit in model.stages:
+        x = model.run(x, first, exit, turned, attention)
+        if exit in exits:
+            h = model.reading(exit, x, turned, attention)
+            assert h is not None
+            yield exit, model.head_at[exit].forward(h[rows]).float()
+        if exit == exits[-1]:
+            return
+
+
+class ExitLM(TemplateLM):  # type: ignore[misc]
+    """One exit of a family.
+
+    Args:
+        family: whole.
+        exit: whose answers are asked for.
+        exits: all exits that will be asked the same questions.
+        found: where what is known is kept, for all of them.
+        batch_tokens: tokens in one pass.
+        report: told what is done, how much of it, and of how much.
+    """
+
+    def __init__(
+        self, family: Family, exit: int, exits: Sequence[int], found: Found, *, batch_tokens: int, report: Report
+    ) -> None:
+        super().__init__()
+        self.family, self.exit, self.exits, self.found = family, exit, sorted(exits), found
+        self.batch_tokens, self.report = batch_tokens, report
+        self.tokenizer = family.tokenizer
+        self.max_length = family.config.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's own caches."""
+        return str(self.family.checkpoint.folder.name)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of a text; special tokens as the tokenizer adds them, unless the text begins with one."""
+        begin = self.tokenizer.bos_token
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if add_special_tokens is None and begin and string.startswith(begin):
+            special = {"add_special_tokens": False}
+        return list(self.tokenizer.encode(string, **special))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """See the harness."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        self._score(pairs)
+        return [tuple(self.found[key(self.exit, "score", *pair)]) for pair in pairs]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """See the harness."""
+        windows: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
+        for request in requests:
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows.append([(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, rolling)])
+        self._score([pair for text in windows for pair in text])
+        return [sum(self.found[key(self.exit, "score", *pair)][0] for pair in text) for text in windows]
+
+    def _score(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        """Find out, for every exit, how likely each continuation is after its context, and whether it is greedy's."""
+        waiting: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+        for context, continuation in dict.fromkeys(pairs):
+            if any(key(p, "score", context, continuation) not in self.found for p in self.exits):
+                waiting[context].append(continuation)
+        trees: list[tuple[Tree, tuple[int, ...]]] = []  # and the context as it was asked
+        for context, continuations in waiting.items():
+            room = self.max_length + 1 - max(map(len, continuations))
+            if len(context) <= room:
+                trees.append((Tree(context, tuple(continuations)), context))
+            else:  # as the harness does it: each continuation keeps as much of the context's end as there is room for
+                for continuation in continuations:
+                    cut = (*context, *continuation)[-(self.max_length + 1) :][: -len(continuation)]
+                    trees.append((Tree(cut, (continuation,)), context))
+        trees.sort(key=lambda item: -len(item[0]))
+        total, done = sum(len(tree.continuations) for tree, _ in trees), 0
+        while trees:
+            count = max(1, self.batch_tokens // len(trees[0][0]))
+            batch, trees = trees[:count], trees[count:]
+            self._score_batch(batch)
+            done += sum(len(tree.continuations) for tree, _ in batch)
+            self.report("scoring", done, total)
+        self.found.flush()
+
+    def _score_batch(self, batch: Sequence[tuple[Tree, tuple[int, ...]]]) -> None:
+        chosen: list[Tensor] = []
+        wanted: list[int] = []
+        for tree, _ in batch:
+            rows, start = [], len(tree.context)
+            for continuation in tree.continuations:
+                rows += [len(tree.context) - 1, *range(start, start + len(continuation) - 1)]
+                start += len(continuation) - 1
+                wanted += continuation
+            chosen.append(torch.tensor(rows))
+        for exit, logits in each_exit(self.family, self.exits, [tree for tree, _ in batch], chosen):
+            target = torch.tensor(wanted, device=logits.device)
+            likely = (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)).cpu()
+            greedy = (logits.argmax(-1) == target).cpu()
+            start = 0
+            for tree, context in batch:
+                for continuation in tree.continuations:
+                    stop = start + len(continuation)
+                    score = float(likely[start:stop].sum()), bool(greedy[start:stop].all())
+                    self.found[key(exit, "score", context, continuation)] = score
+                    start = stop
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """See the harness; sampled where a request says so."""
+        ends = self.tokenizer.decode([self.eot_token_id])
+        alike: dict[str, list[str]] = defaultdict(list)  # settings as JSON -> contexts
+        names = []
+        for request in requests:
+            context, settings = request.args
+            name = key(self.exit, "text", context, settings)
+            names.append(name)
+            if name not in self.found:
+                alike[json.dumps(settings)].append(context)
+        total, done = sum(map(len, alike.values())), 0
+        for settings_json, contexts in alike.items():
+            settings = normalize_gen_kwargs(json.loads(settings_json), 256)
+            until, most = handle_stop_sequences(settings.get("until"), eos=ends), settings["max_gen_toks"]
+            prompts = [tuple(self.tok_encode(c)[-(self.max_length - most) :]) for c in contexts]
+            longest = max(map(len, prompts))
+            given = answers(
+                self.family.model,
+                prompts,
+                exit=self.exit,
+                max_new_tokens=most,
+                max_positions=longest + most,
+                batch=max(1, min(64, len(prompts), 2 * self.batch_tokens // (longest + most))),
+                temperature=float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0,
+                eos_token_ids=(self.eot_token_id,),
+                ended=self._ended(until),
+            )
+            for answer in given:
+                text = self.tokenizer.decode(answer.token_ids)
+                for stop in until:
+                    text = text.split(stop)[0] if stop else text
+                self.found[key(self.exit, "text", contexts[answer.index], json.loads(settings_json))] = text
+                self.found.flush()
+                done += 1
+                self.report(f"exit {self.exit} answering", done, total)
+        return [str(self.found[name]) for name in names]
+
+    def _ended(self, until: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+        """Whether a text's end has come, looked for in its last tokens, each of which is a character at least."""
+        reach = max(map(len, until), default=0) + 8
+
+        def ended(token_ids: Sequence[int]) -> bool:
+            tail = self.tokenizer.decode(token_ids[-reach:])
+            return any(stop in tail for stop in until if stop)
+
+        return ended
