@@ -34,11 +34,9 @@ from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.corpus import Packed, pack_documents, read_documents
 from ruyi_flow.family.recipe import Recipe, Source
 from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Rope
+from ruyi_flow.family.trunk_states import TrunkStates, rope_at
 
 __all__ = ["Step", "train"]
-
-_LIKELY = 16
-"""Tokens of the last branch's distribution that are kept for each position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +155,8 @@ def train(
         last = step + 1 == recipe.steps
         found = {}
         if last or (step + 1) % recipe.validate_every == 0:
-            found = trainee.validate(validation)
+            with torch.no_grad():
+                found = model(validation, None)  # through the wrapper, which may have to gather the weights
         made = Step(step + 1, recipe.steps, sums, tokens / (time.perf_counter() - began), found)
         report(made)
         if accelerator.is_main_process:
@@ -170,6 +169,7 @@ def train(
                     board.add_scalar(name, value, made.step)
         if last or (step + 1) % recipe.save_every == 0:
             _save(accelerator, state, (step + 1, identity))
+    weights = accelerator.get_state_dict(model)  # of all processes; each of several may hold a part
     out = recipe.out / "branches.safetensors" if recipe.scope == "branches" else recipe.out / "model.safetensors"
     if accelerator.is_main_process:
         described = recipe.model_dump(mode="json") | {"fingerprint": checkpoint and checkpoint.fingerprint}
@@ -178,7 +178,8 @@ def train(
             "ruyi_flow.branch_exits": json.dumps(config.exits),
             "ruyi_flow.branch_layers": json.dumps(config.branch_layers),
         }
-        save_file({name: t.to(torch.bfloat16).contiguous() for name, t in trainee.named().items()}, out, metadata)
+        tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in trainee.published(weights).items()}
+        save_file(tensors, out, metadata)
     accelerator.wait_for_everyone()
     return out
 
@@ -215,8 +216,10 @@ class _Joint(nn.Module):
             self.family.call = _recomputed
         self.rope = Rope(config, torch.float32, torch.device("cpu"))
 
-    def forward(self, indices: Tensor, step: int) -> dict[str, Tensor]:
-        """The losses on some sequences."""
+    def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
+        """The losses on some sequences; without a step, what validation wants to know of them."""
+        if step is None:
+            return self._validate(indices)
         losses = self._exits(indices)
         weights = _exit_weights(self.recipe, len(losses), step)
         total = sum((w * loss for w, loss in zip(weights, losses.values(), strict=True)), torch.zeros(()))
@@ -227,7 +230,7 @@ class _Joint(nn.Module):
         rows = self.packed.rows(indices)
         ids = rows.token_ids.to(device, torch.int64)
         attention = CausalAttention(len(ids), rows.documents.to(device))
-        rope = _rope_at(self.rope, rows.positions, device)
+        rope = rope_at(self.rope, rows.positions, device)
         labels = _labels(rows).to(device).flatten()
         states, losses = self.family.embed(ids.flatten()), {}
         for first, exit in self.family.stages:
@@ -237,8 +240,7 @@ class _Joint(nn.Module):
             losses[exit] = F.cross_entropy(logits.float(), labels, ignore_index=-100)
         return losses
 
-    @torch.no_grad()
-    def validate(self, indices: Tensor) -> dict[str, float]:
+    def _validate(self, indices: Tensor) -> dict[str, float]:
         """Loss of every exit on sequences that are not trained on."""
         sums: dict[str, float] = {}
         parts = indices.split(self.recipe.batch)
@@ -247,9 +249,11 @@ class _Joint(nn.Module):
                 sums[f"loss/{exit}"] = sums.get(f"loss/{exit}", 0.0) + float(loss) * len(part) / len(indices)
         return sums
 
-    def named(self) -> dict[str, Tensor]:
-        """All tensors by their published names."""
-        return published(self.family)
+    def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors by their published names, of the module's state."""
+        family = FamilySlice(self.family.config, self.family.exits)
+        family.load_state_dict({name.removeprefix("family."): tensor for name, tensor in weights.items()})
+        return published(family)
 
 
 class _Branches(nn.Module):
@@ -273,10 +277,12 @@ class _Branches(nn.Module):
         del base
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         trunk = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
-        self.trunk = _TrunkStates(trunk, packed, recipe, checkpoint.fingerprint)
+        self.trunk = TrunkStates(trunk, packed, recipe, checkpoint.fingerprint)
 
-    def forward(self, indices: Tensor, step: int) -> dict[str, Tensor]:
-        """The losses on some sequences."""
+    def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
+        """The losses on some sequences; without a step, what validation wants to know of them."""
+        if step is None:
+            return self._validate(indices)
         losses, recipe = self.recipe.losses, self.recipe
         states, target, top, chances = (t.to(self.device) for t in self.trunk.of(indices))
         rows = self.packed.rows(indices)
@@ -284,7 +290,7 @@ class _Branches(nn.Module):
         weight = torch.where(rows.answers, 1.0, losses.prompt) * (rows.documents >= 0)
         weight = weight.to(self.device).flatten()
         attention = CausalAttention(len(indices), rows.documents.to(self.device))
-        rope = _rope_at(self.rope, rows.positions, self.device)
+        rope = rope_at(self.rope, rows.positions, self.device)
         chosen = _positions(weight, losses.positions, seed=hash((recipe.seed, step, int(indices[0]))))
         likely, goal = top[chosen], labels[chosen]
         wanted = goal.clamp(min=0)
@@ -318,8 +324,7 @@ class _Branches(nn.Module):
                     total = total + losses.cross_entropy * parts[f"cross_entropy/{name}"]
         return {"loss": total} | {name: part.detach() for name, part in parts.items()}
 
-    @torch.no_grad()
-    def validate(self, indices: Tensor) -> dict[str, float]:
+    def _validate(self, indices: Tensor) -> dict[str, float]:
         """Teacher-forced: how often each branch's likeliest token is the last one's, on answers and elsewhere."""
         hits: dict[str, float] = {}
         counts = {"answers": 0, "rest": 0}
@@ -327,7 +332,7 @@ class _Branches(nn.Module):
             states, _, top, _ = (t.to(self.device) for t in self.trunk.of(part))
             rows = self.packed.rows(part)
             attention = CausalAttention(len(part), rows.documents.to(self.device))
-            rope = _rope_at(self.rope, rows.positions, self.device)
+            rope = rope_at(self.rope, rows.positions, self.device)
             # The token after a position is an answer's when the next position is in one.
             following = torch.cat([rows.answers[:, 1:], torch.zeros(len(part), 1, dtype=torch.bool)], 1).flatten()
             real = (rows.documents >= 0).flatten()
@@ -343,13 +348,14 @@ class _Branches(nn.Module):
                     hits[key] = hits.get(key, 0.0) + float((said == top[:, 0])[group].sum())
         return {k: v / max(1, counts["rest" if "rest" in k else "answers"]) for k, v in hits.items()}
 
-    def named(self) -> dict[str, Tensor]:
-        """The branches' tensors by their published names."""
-        return {
-            name: tensor
-            for p, branch in self.branches.items()
-            for name, tensor in published_branch(self.config, int(p), branch).items()  # type: ignore[arg-type]
-        }
+    def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The branches' tensors by their published names, of the module's state."""
+        out: dict[str, Tensor] = {}
+        for p, depth in zip(self.config.exits[:-1], self.config.branch_layers, strict=False):
+            branch, prefix = Branch(self.config, depth), f"branches.{p}."
+            branch.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)})
+            out |= published_branch(self.config, p, branch)
+        return out
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -381,89 +387,6 @@ class _SparseCrossEntropy(torch.autograd.Function):
 def cross_entropy(logits: Tensor, columns: Tensor, chances: Tensor) -> Tensor:
     """See `_SparseCrossEntropy`."""
     return _SparseCrossEntropy.apply(logits, columns, chances)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _TrunkStates:
-    """What the frozen trunk gives for each packed sequence, kept on disk up to a bound; the rest is computed again.
-
-    One sparse file, mapped: a row's place holds its states, a byte at the end says whether it is there.
-    """
-
-    def __init__(self, model: FamilySlice, packed: Packed, recipe: Recipe, fingerprint: str) -> None:
-        self.model, self.packed, self.batch = model, packed, recipe.batch
-        hidden, length = model.config.hidden_size, recipe.length
-        dtype = model.dtype
-        self._shape = (len(model.exits), length, hidden)
-        self._likely = min(_LIKELY, model.config.vocab_size)
-        row_bytes = math.prod(self._shape) * dtype.itemsize + length * self._likely * 8
-        digest = hashlib.sha256(f"{fingerprint} {recipe.length} {recipe.precision}".encode())
-        digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
-        folder = recipe.out / f"trunk-{digest.hexdigest()[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        # A mapped file that outgrows its disk ends the process: what is there and most of what is free is the bound.
-        used = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-        room = min(recipe.cache_gb * 1e9, used + 0.9 * shutil.disk_usage(folder).free)
-        kept = min(len(packed), int(room / row_bytes))
-
-        def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            size = math.prod(shape)
-            file = str(folder / name)
-            return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(0)
-
-        self._states = mapped("states", (kept, *self._shape), dtype)
-        self._top = mapped("top", (kept, length, self._likely), torch.int32)
-        self._chances = mapped("chances", (kept, length, self._likely), torch.float32)
-        self._there = mapped("there", (kept,), torch.uint8)
-        self._kept = kept
-        self._rope = Rope(model.config, dtype, model.device)
-
-    def of(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For some sequences.
-
-        Returns:
-            (n, early exits, length, hidden) boundary states; (n * length, hidden) what the last head reads;
-            (n * length, top) its likeliest tokens; (n * length, top) their probabilities, which sum to 1.
-        """
-        keepable = indices < self._kept
-        missing = indices[keepable][self._there[indices[keepable]] == 0] if self._kept else indices[:0]
-        for part in missing.split(self.batch) if len(missing) else ():
-            self._states[part], self._top[part], self._chances[part] = (t.cpu() for t in self._compute(part))
-            self._there[part] = 1
-        if bool(keepable.all()):
-            found = self._states[indices], self._top[indices], self._chances[indices]
-        else:
-            states, top, chances = self._compute(indices[~keepable])
-            found = tuple(
-                _merge(keepable, kept[indices[keepable]] if self._kept else new[:0], new)
-                for kept, new in ((self._states, states), (self._top, top), (self._chances, chances))
-            )  # type: ignore[assignment]
-        states, top, chances = found
-        last = states[:, -1].flatten(0, 1)
-        return states[:, :-1], last, top.flatten(0, 1).long(), chances.flatten(0, 1)
-
-    @torch.no_grad()
-    def _compute(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States at each early exit and, in place of the last exit's, what its head reads; likeliest tokens."""
-        model, rows = self.model, self.packed.rows(indices)
-        device = self._rope.device
-        attention = CausalAttention(len(indices), rows.documents.to(device))
-        rope = _rope_at(self._rope, rows.positions, device)
-        x = model.embed(rows.token_ids.to(device, torch.int64).flatten())
-        kept = []
-        for first, exit in model.stages:
-            x = model.run(x, first, exit, rope, attention)
-            kept.append(x)
-        read = model.reading(model.exits[-1], x, rope, attention)
-        assert read is not None
-        kept[-1] = read
-        tops, chances = [], []
-        for part in read.split(1024):
-            found = model.head_at[model.exits[-1]].forward(part).float().topk(self._likely, -1)
-            tops.append(found.indices.int())
-            chances.append(found.values.softmax(-1))
-        n, length = len(indices), self._shape[1]
-        states = torch.stack([k.view(n, length, -1) for k in kept], 1)
-        return states, torch.cat(tops).view(n, length, -1), torch.cat(chances).view(n, length, -1)
 
 
 def published_branch(config: FamilyConfig, exit: int, branch: Branch) -> dict[str, Tensor]:
@@ -588,12 +511,6 @@ def _labels(rows: Packed) -> Tensor:
     return labels
 
 
-def _rope_at(rope: Rope, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    cos, sin = rope.at(0, int(positions.max()) + 1)
-    where = positions.flatten().long()
-    return cos[where.to(cos.device)].to(device), sin[where.to(sin.device)].to(device)
-
-
 def _positions(weight: Tensor, share: float, seed: int) -> Tensor:
     """A share of the positions that weigh something."""
     real = weight.nonzero()[:, 0]
@@ -608,12 +525,6 @@ def _compact(likely: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens that occur, and the two tensors with their places among these instead."""
     columns, places = torch.unique(torch.cat([likely.flatten(), wanted]), return_inverse=True)
     return columns, places[: likely.numel()].view_as(likely), places[likely.numel() :]
-
-
-def _merge(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    out = torch.empty((len(mask), *no.shape[1:]), dtype=no.dtype)
-    out[mask], out[~mask] = yes.cpu(), no.cpu()
-    return out
 
 
 def _exit_weights(recipe: Recipe, exits: int, step: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 Everything that is compared runs in turn in one run, since machines are noisy, and medians are shown.
 
-    python -m tests.bench [whole hop bytes wan start] [--rounds N]
+    python -m tests.bench [whole hop bytes wan start train] [--rounds N]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -225,7 +226,48 @@ async def bench_start(rounds: int) -> dict[str, Any]:
     return found
 
 
-BENCHES = {"whole": bench_whole, "hop": bench_hop, "bytes": bench_bytes, "wan": bench_wan, "start": bench_start}
+def bench_train(rounds: int) -> dict[str, Any]:
+    """Training branches of 1, 1, 2 and 2 layers on a frozen trunk, once what the trunk gives is on disk."""
+    steps, found = 30, {}
+    cores = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+        here = Path(folder)
+        text = "".join(file.read_text() for file in sorted(Path("docs").rglob("*.md")))
+        (here / "text.txt").write_text(text)
+        plan = {"family": store.DEMO, "out": "out", "branch_layers": {17: 2, 23: 2}, "data": [{"path": "text.txt"}]}
+        plan |= {"validate_every": 1000, "save_every": 1000, "learning_rate": 1e-4}
+
+        def tokens_per_s(processes: int, batch: int, steps: int) -> float:
+            (here / "recipe.yaml").write_text(yaml.safe_dump(plan | {"batch": batch, "steps": steps}))
+            shutil.rmtree(here / "out" / "state", ignore_errors=True)
+            (here / "out" / "metrics.jsonl").unlink(missing_ok=True)
+            command = [sys.executable, "-m"]
+            if processes > 1:
+                launch = ["torch.distributed.run", "--nproc_per_node", str(processes)]
+                command += [*launch, "--master_port", str(free_ports(1)[0]), "-m"]
+            command += ["ruyi_flow.cli", "train", str(here / "recipe.yaml"), "--json"]
+            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            return float(json.loads((here / "out" / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_s"])
+
+        found["first_pass_with_the_trunk"] = tokens_per_s(1, 8, 30)  # longer than the text, so everything is kept then
+        sides = {f"processes_{n}_of_batch_{b}": (n, b) for n, b in ((1, 16), (1, 8), (cores, 4))}
+        speeds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(max(1, rounds // 2)):
+            for name, (processes, batch) in sides.items():
+                speeds[name].append(tokens_per_s(processes, batch, steps))
+        found |= {name: statistics.median(values) for name, values in speeds.items()}
+    return found | {"unit": "tokens a second", "goal": "1100 or more at a batch of choice"}
+
+
+BENCHES = {
+    "whole": bench_whole,
+    "hop": bench_hop,
+    "bytes": bench_bytes,
+    "wan": bench_wan,
+    "start": bench_start,
+    "train": bench_train,
+}
 
 
 def main() -> None:

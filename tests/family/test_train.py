@@ -129,6 +129,21 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(folder: Path, tin
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
 
 
+@pytest.mark.parametrize("scope", ["branches", "joint"])
+def test_recomputing_what_is_not_kept_changes_nothing(folder: Path, tiny: Path, scope: str) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        steps: list[Step] = []
+        run = recipe(
+            folder, out=folder / f"out{checkpointing}", scope=scope, gradient_checkpointing=checkpointing, accumulate=2
+        )
+        train(run, Checkpoint(tiny), Letters(), report=steps.append)
+        losses.append([step.losses["loss"] for step in steps])
+        pytest.importorskip("tensorboard")
+        assert list(run.out.glob("events.out.tfevents.*"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_joint_training_from_nothing_learns(folder: Path) -> None:
     config = Checkpoint(tiny_family(folder / "f", exits=(1, 2, 3), shared_heads=True)).config
     steps: list[Step] = []
