@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -290,6 +291,51 @@ def evaluate(
         table.add_row(str(row.exit), str(row.layers), f"{row.parameters / 1e6:,.0f}M", *cells)
     out.print(table)
     out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+
+
+@app.command()
+def trace(
+    prompts: Annotated[Path, typer.Argument(help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.')],
+    family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The trace; an interrupted one goes on.")] = Path(
+        "trace.msgpack"
+    ),
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts, at most.")] = None,
+    max_new_tokens: MaxOption = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Record what every exit says, and how sure it is, along the last exit's answers: for calibration."""
+    import torch
+
+    from ruyi_flow.evaluation.tracing import record
+    from ruyi_flow.family.corpus import read_prompts
+    from ruyi_flow.local import load_family
+    from ruyi_flow.routing.trace import Trace
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    if loaded.tokenizer is None:
+        raise ConfigError(f"family {family!r} has no tokenizer.json, so there is no asking it anything")
+    asked = list(islice(read_prompts(prompts, loaded.tokenizer), limit))
+    with counting_bar(quiet=as_json) as progress:
+        record(
+            loaded,
+            asked,
+            out_file,
+            max_new_tokens=max_new_tokens,
+            report=lambda done, total: progress("tracing", done, total),
+        )
+    made = Trace.load(out_file)
+    agreement = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}
+    if as_json:
+        facts = {"file": str(out_file), "prompts": len(made.records), "tokens": len(made.prompt)}
+        print_json(facts | {"agreement": agreement})
+        return
+    out.print(f"{len(made.records)} prompts, {len(made.prompt):,} tokens: {escape(str(out_file))}", soft_wrap=True)
+    out.print("agreement with the last exit: " + ", ".join(f"{p}: {share:.3f}" for p, share in agreement.items()))
 
 
 @app.command()

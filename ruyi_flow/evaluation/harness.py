@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from ruyi_flow.family.distill import answers
-from ruyi_flow.family.transformer import CausalAttention, Rope
+from ruyi_flow.family.reading import Tree, each_exit
 from ruyi_flow.local import Family
 
-__all__ = ["ExitLM", "Found", "Report", "Tree", "each_exit", "key"]
+__all__ = ["ExitLM", "Found", "Report", "key"]
 
 Report = Callable[[str, int, int], None]
 
@@ -66,61 +65,6 @@ class Found:
 def key(exit: int, kind: str, *what: Any) -> str:
     """The name of one exit's answer to one question."""
     return f"{exit}/{kind}/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """A context and its continuations, all read in one pass: each sees the context and itself."""
-
-    context: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
-
-    def __len__(self) -> int:
-        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
-
-
-@torch.inference_mode()
-def each_exit(
-    family: Family, exits: Sequence[int], trees: Sequence[Tree], chosen: Sequence[Tensor]
-) -> Iterator[tuple[int, Tensor]]:
-    """Run trees of tokens through the family once.
-
-    Args:
-        exits: whose logits are wanted, ascending.
-        trees: to run side by side.
-        chosen: for each tree the positions that are wanted.
-
-    Yields:
-        For each exit: itself, and (sum of chosen, vocab) float32 logits.
-    """
-    model, length = family.model, max(map(len, trees))
-    device = model.device
-    ids, places = torch.zeros(len(trees), length, dtype=torch.int64), torch.zeros(len(trees), length, dtype=torch.int64)
-    parts = torch.full((len(trees), length), -1)
-    for i, tree in enumerate(trees):
-        stop = len(tree.context)
-        ids[i, :stop], places[i, :stop], parts[i, :stop] = torch.tensor(tree.context), torch.arange(stop), 0
-        for number, continuation in enumerate(tree.continuations, 1):
-            start, stop = stop, stop + len(continuation) - 1
-            ids[i, start:stop] = torch.tensor(continuation[:-1], dtype=torch.int64)
-            places[i, start:stop] = len(tree.context) + torch.arange(stop - start)
-            parts[i, start:stop] = number
-    rope = Rope(family.config, model.dtype, device)
-    cos, sin = rope.at(0, int(places.max()) + 1)
-    where = places.flatten().to(device)
-    turned = cos[where], sin[where]
-    plain = all(len(tree) == length and len(tree.context) == length for tree in trees)
-    attention = CausalAttention(len(trees), None if plain else parts.to(device), root=0)
-    rows = torch.cat([i * length + positions for i, positions in enumerate(chosen)]).to(device)
-    x = model.embed(ids.flatten().to(device))
-    for first, exit in model.stages:
-        x = model.run(x, first, exit, turned, attention)
-        if exit in exits:
-            h = model.reading(exit, x, turned, attention)
-            assert h is not None
-            yield exit, model.head_at[exit].forward(h[rows]).float()
-        if exit == exits[-1]:
-            return
 
 
 class ExitLM(TemplateLM):  # type: ignore[misc]
@@ -239,7 +183,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
                 start += len(continuation) - 1
                 wanted += continuation
             chosen.append(torch.tensor(rows))
-        for exit, logits in each_exit(self.family, self.exits, [tree for tree, _ in batch], chosen):
+        for exit, logits in each_exit(self.family.model, self.exits, [tree for tree, _ in batch], chosen):
             target = torch.tensor(wanted, device=logits.device)
             likely = (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)).cpu()
             greedy = (logits.argmax(-1) == target).cpu()

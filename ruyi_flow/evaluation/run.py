@@ -16,11 +16,12 @@ import yaml
 
 from ruyi_flow.entry import end_tokens
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.evaluation.harness import ExitLM, Found, Report, Tree, each_exit, key
+from ruyi_flow.evaluation.harness import ExitLM, Found, Report, key
 from ruyi_flow.evaluation.local_data import LOCAL, overrides
 from ruyi_flow.evaluation.sandbox import HUMANEVAL
 from ruyi_flow.family.corpus import read_documents, read_prompts
 from ruyi_flow.family.distill import answers
+from ruyi_flow.family.reading import Tree, each_exit
 from ruyi_flow.local import Family
 from ruyi_flow.topology import did_you_mean
 
@@ -279,7 +280,7 @@ def _agreement(
         rows = [torch.arange(len(prompt) - 1, len(tree)) for (prompt, _), tree in zip(batch, trees, strict=True)]
         target = torch.tensor([t for _, answer in batch for t in answer], device=family.model.device)
         said, likely = {}, {}
-        for p, logits in each_exit(family, asked, trees, rows):
+        for p, logits in each_exit(family.model, asked, trees, rows):
             said[p] = logits.argmax(-1)
             likely[p] = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
         start = 0

@@ -163,7 +163,7 @@ def _demo_branches() -> Path:
     digest = hashlib.sha256(_DEMO_BRANCHES.read_bytes()).hexdigest() if _DEMO_BRANCHES.exists() else "missing"
     if digest != _DEMO_BRANCHES_SHA256:
         raise CheckpointError(
-            f"{_DEMO_BRANCHES}: its SHA-256 is {digest[:12]}…, not {_DEMO_BRANCHES_SHA256[:12]}…; install the package anew"
+            f"{_DEMO_BRANCHES}: its SHA-256 is {digest[:12]}, not {_DEMO_BRANCHES_SHA256[:12]}; install it anew"
         )
     return _DEMO_BRANCHES
 

@@ -1,0 +1,68 @@
+"""What every exit says about given tokens, all in one pass of the trunk: for evaluation, traces and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ruyi_flow.family.transformer import CausalAttention, FamilySlice, Rope
+
+__all__ = ["Tree", "each_exit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A context and its continuations, all read in one pass: each sees the context and itself."""
+
+    context: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
+
+
+@torch.inference_mode()
+def each_exit(
+    model: FamilySlice, exits: Sequence[int], trees: Sequence[Tree], chosen: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """Run trees of tokens through the family once.
+
+    Args:
+        model: the whole family.
+        exits: whose logits are wanted, ascending.
+        trees: to run side by side.
+        chosen: for each tree the positions that are wanted.
+
+    Yields:
+        For each exit: itself, and (sum of chosen, vocab) float32 logits.
+    """
+    length, device = max(map(len, trees)), model.device
+    ids, places = torch.zeros(len(trees), length, dtype=torch.int64), torch.zeros(len(trees), length, dtype=torch.int64)
+    parts = torch.full((len(trees), length), -1)
+    for i, tree in enumerate(trees):
+        stop = len(tree.context)
+        ids[i, :stop], places[i, :stop], parts[i, :stop] = torch.tensor(tree.context), torch.arange(stop), 0
+        for number, continuation in enumerate(tree.continuations, 1):
+            start, stop = stop, stop + len(continuation) - 1
+            ids[i, start:stop] = torch.tensor(continuation[:-1], dtype=torch.int64)
+            places[i, start:stop] = len(tree.context) + torch.arange(stop - start)
+            parts[i, start:stop] = number
+    rope = Rope(model.config, model.dtype, device)
+    cos, sin = rope.at(0, int(places.max()) + 1)
+    where = places.flatten().to(device)
+    turned = cos[where], sin[where]
+    plain = all(len(tree) == length and len(tree.context) == length for tree in trees)
+    attention = CausalAttention(len(trees), None if plain else parts.to(device), root=0)
+    rows = torch.cat([i * length + positions for i, positions in enumerate(chosen)]).to(device)
+    x = model.embed(ids.flatten().to(device))
+    for first, exit in model.stages:
+        x = model.run(x, first, exit, turned, attention)
+        if exit in exits:
+            h = model.reading(exit, x, turned, attention)
+            assert h is not None
+            yield exit, model.head_at[exit].forward(h[rows]).float()
+        if exit == exits[-1]:
+            return

@@ -1,0 +1,107 @@
+"""Traces hold what each exit says along the last exit's answers, survive a kill, and are told from other files."""
+
+import json
+import sys
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+
+from ruyi_flow import cli
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation.tracing import SCORES, TEMPERATURES, record
+from ruyi_flow.family.corpus import read_prompts
+from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.trace import Trace, read
+
+
+@pytest.fixture(scope="module")
+def family(spoken: Path) -> Family:
+    return load_family(spoken, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prompts(family: Family, chats: Path) -> list[list[int]]:
+    return [*read_prompts(chats, family.tokenizer), [7, 8, 9, 10], [11]]
+
+
+def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[int]], tmp_path: Path) -> None:
+    record(family, prompts, tmp_path / "t.msgpack", max_new_tokens=20, batch=2, batch_tokens=64)
+    header, records = read(tmp_path / "t.msgpack")
+    assert header.exits == (2, 4, 6) and header.family == family.checkpoint.fingerprint
+    assert sorted(r.number for r in records) == list(range(len(prompts)))
+    for made in records:
+        prompt = prompts[made.number]
+        expected = family.generate(torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=0)[0].tolist()
+        assert made.answer.tolist() == expected and made.prompt_tokens == len(prompt)
+        whole = torch.tensor([[*prompt, *expected]])
+        for p, found in made.exits.items():
+            logits = family.logits(whole, p)[0]
+            asked = logits[len(prompt) - 1 : -1]
+            assert found.tokens.tolist() == asked.argmax(-1).tolist()
+            for t, temperature in enumerate(TEMPERATURES):
+                chances = (asked / temperature).softmax(-1)
+                two = chances.topk(2, -1).values
+                entropy = torch.distributions.Categorical(chances).entropy()
+                scores = {"max_probability": two[:, 0], "margin": two[:, 0] - two[:, 1], "negative_entropy": -entropy}
+                for s, name in enumerate(SCORES):
+                    assert torch.tensor(found.scores[:, s, t]).allclose(scores[name], atol=2e-5)
+            before = logits[: len(prompt) - 1].log_softmax(-1)
+            loss = -before.gather(1, torch.tensor(prompt[1:])[:, None]).mean() if len(prompt) > 1 else torch.zeros(())
+            assert found.prompt_loss == pytest.approx(float(loss), abs=1e-4)
+    trace = Trace.load(tmp_path / "t.msgpack")
+    assert len(trace.prompt) == len(trace.agrees[2]) == sum(len(r.answer) for r in records)
+    some = trace.of_prompts([1, 3])
+    assert np.array_equal(some.scores[4], trace.scores[4][np.isin(trace.prompt, [1, 3])])
+
+
+def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[list[int]], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    record(family, prompts, whole, max_new_tokens=12, batch=1)
+    broken.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.6)])
+    told: list[int] = []
+    record(family, prompts, broken, max_new_tokens=12, batch=1, report=lambda done, total: told.append(done))
+    assert 0 < told[0] < len(prompts) and told[-1] == len(prompts)
+    assert broken.read_bytes() == whole.read_bytes()
+    with pytest.raises(ConfigError, match="a trace of something else .another max_new_tokens"):
+        record(family, prompts, whole, max_new_tokens=13)
+    with pytest.raises(ConfigError, match="another prompts"):
+        record(family, prompts[:2], whole, max_new_tokens=12)
+    broken.write_bytes(b"")
+    record(family, prompts, broken, max_new_tokens=12, batch=1)
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a trace"),
+        (b"hello", "not a trace"),
+        (msgpack.packb({"format": "ruyi-flow trace", "version": 9}), "of version 9; this program reads up to 1"),
+        (msgpack.packb([1, 2]), "not a trace"),
+    ],
+)
+def test_other_files_are_told_from_traces(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "t"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Trace.load(path)
+
+
+def test_the_command(
+    spoken: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.msgpack"
+    command = ["ruyi-flow", "trace", str(chats), "--family", str(spoken), "--out", str(out), "--max-new-tokens", "9"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["prompts"] == 3 and set(facts["agreement"]) == {"2", "4"} and out.exists()
+    monkeypatch.setattr(sys, "argv", [*command, "--limit", "2"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "a trace of something else" in capsys.readouterr().err
