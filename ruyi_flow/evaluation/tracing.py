@@ -1,4 +1,4 @@
-"""Recording traces (`routing/trace.py`): the last exit answers prompts, and every exit reads the answers in one pass."""
+"""Recording traces (`routing/trace.py`): the last exit answers prompts, then all exits read the answers in one pass."""
 
 from __future__ import annotations
 

@@ -1,0 +1,304 @@
+"""From traces to confidences that mean something, and to thresholds that keep a bound on new prompts.
+
+The bound is Learn then Test's (Angelopoulos, Bates, Candès, Jordan and Lei 2021): thresholds are put in an order, from
+timid to bold, on one half of the prompts (as in Pareto Testing, Laufer-Goldshtein et al. 2023), and tested in that
+order on the other half until a test fails. A test bets on a mean being below its bound (Waudby-Smith and Ramdas 2024),
+prompt by prompt, since tokens of one answer hang together; how much it bets is learned on the first half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.confidence import Calibration, Curve, Score
+from ruyi_flow.routing.trace import Trace
+
+__all__ = ["Choice", "Outcome", "choose", "confidences", "ece", "fit", "outcome", "raw_confidences", "reliability"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_POINTS = 24
+"""Of a curve."""
+
+_NEVER = 1.1
+"""A threshold that no confidence reaches."""
+
+
+# ---- confidence ----
+
+
+def fit(trace: Trace) -> Calibration:
+    """Curves for every score and early exit: of the temperatures in the trace the one that predicts agreement best."""
+    curves: dict[Score, dict[int, Curve]] = {}
+    for s, name in enumerate(trace.header.scores):
+        by_exit = curves.setdefault(Score(name), {})
+        for p, agrees in trace.agrees.items():
+            tried = []
+            for t, temperature in enumerate(trace.header.temperatures):
+                scores = trace.scores[p][:, s, t].astype(np.float64)
+                curve = _curve(scores, agrees, temperature)
+                tried.append((_log_loss(_apply(curve, scores), agrees), t, curve))
+            by_exit[p] = min(tried)[2]
+    return Calibration(trace.header.family, curves)
+
+
+def confidences(trace: Trace, calibration: Calibration, score: Score) -> dict[int, Floats]:
+    """By early exit: (N,) calibrated confidences.
+
+    Raises:
+        ConfigError: the calibration is of another family.
+    """
+    if calibration.family != trace.header.family:
+        raise ConfigError(
+            f"the calibration is of family {calibration.family[:12]}, the trace of {trace.header.family[:12]}"
+        )
+    s = trace.header.scores.index(score)
+    out = {}
+    for p, curve in calibration.curves[score].items():
+        t = trace.header.temperatures.index(curve.temperature)
+        out[p] = _apply(curve, trace.scores[p][:, s, t].astype(np.float64))
+    return out
+
+
+def raw_confidences(trace: Trace) -> dict[int, Floats]:
+    """By early exit: (N,) the likeliest token's probability as the branch says it, uncalibrated."""
+    s, t = trace.header.scores.index(Score.MAX_PROBABILITY), trace.header.temperatures.index(1.0)
+    return {p: scores[:, s, t].astype(np.float64) for p, scores in trace.scores.items()}
+
+
+def reliability(confidence: Floats, agrees: Bools, bins: int = 15) -> list[tuple[float, float, int]]:
+    """For bins of equal width: mean confidence, share that agrees, and how many; empty bins are left out."""
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
+    out = []
+    for b in range(bins):
+        inside = where == b
+        if count := int(inside.sum()):
+            out.append((float(confidence[inside].mean()), float(agrees[inside].mean()), count))
+    return out
+
+
+def ece(confidence: Floats, agrees: Bools, bins: int = 15) -> float:
+    """Expected calibration error (Naeini et al. 2015): mean distance of confidence and agreement, over equal bins."""
+    return sum(abs(said - was) * count for said, was, count in reliability(confidence, agrees, bins)) / len(agrees)
+
+
+def _curve(scores: Floats, agrees: Bools, temperature: float) -> Curve:
+    """Agreement in bins of equal mass, made monotone by pooling adjacent violators (Ayer et al. 1955)."""
+    order = np.argsort(scores, kind="stable")
+    bins = [part for part in np.array_split(order, min(_POINTS, max(1, len(scores) // 20))) if len(part)]
+    pools: list[tuple[float, float, int]] = []  # mean score, mean agreement, count
+    for part in bins:
+        x, y, n = float(scores[part].mean()), float(agrees[part].mean()), len(part)
+        while pools and (pools[-1][1] >= y or pools[-1][0] >= x):
+            px, py, pn = pools.pop()
+            x, y, n = (px * pn + x * n) / (pn + n), (py * pn + y * n) / (pn + n), pn + n
+        pools.append((x, y, n))
+    return Curve(temperature, tuple(x for x, _, _ in pools), tuple(y for _, y, _ in pools))
+
+
+def _apply(curve: Curve, scores: Floats) -> Floats:
+    return np.asarray(np.interp(scores, curve.scores, curve.chances), np.float64)
+
+
+def _log_loss(chances: Floats, agrees: Bools) -> float:
+    clipped = chances.clip(1e-4, 1 - 1e-4)
+    return float(-np.where(agrees, np.log(clipped), np.log1p(-clipped)).mean())
+
+
+# ---- thresholds ----
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What thresholds would have done along a trace."""
+
+    decided: dict[int, float]
+    """Share of the tokens that each exit decides, the last one included."""
+    disagreement: float
+    """Share of the tokens decided early that are not the last exit's."""
+    agreement: float
+    """Share of all tokens that are the last exit's."""
+    cost: float
+    """Mean over tokens of what deciding at an exit costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Thresholds, and what is known of them."""
+
+    thresholds: dict[int, float]
+    """Of every early exit, on calibrated confidence; above 1 is never."""
+    expected: Outcome
+    """On all prompts of the trace."""
+    tested: Outcome
+    """On those that the bound was tested on."""
+    prompts: int
+    """In the test."""
+
+
+def outcome(
+    thresholds: Mapping[int, float], confidence: Mapping[int, Floats], trace: Trace, costs: Mapping[int, float]
+) -> Outcome:
+    """Walk the trace: every token is decided by the shallowest exit whose confidence reaches its threshold."""
+    early, wrong, at = _walk(thresholds, confidence, trace)
+    n, last = len(early), trace.header.exits[-1]
+    decided = {p: float((at == p).sum()) / n for p in trace.header.exits}
+    return Outcome(
+        decided,
+        float(wrong.sum()) / max(1, int(early.sum())),
+        1.0 - float(wrong.sum()) / n,
+        sum(decided[p] * costs[p] for p in (*trace.agrees, last)),
+    )
+
+
+def choose(
+    trace: Trace,
+    confidence: Mapping[int, Floats],
+    costs: Mapping[int, float],
+    *,
+    max_disagreement: float,
+    sureness: float = 0.95,
+    seed: int = 0,
+) -> Choice:
+    """The cheapest thresholds whose disagreement is at most the bound on new prompts, with this sureness.
+
+    Args:
+        trace: prompts of the kind that is to come.
+        confidence: by early exit, (N,) calibrated; `fit` must not have seen these prompts' second half to be honest
+            about calibration, but the bound holds whatever the confidences are.
+        costs: of deciding a token at each exit.
+        max_disagreement: the bound: tokens decided early that are not the last exit's, over all tokens decided early.
+        sureness: the probability, over the draw of the prompts, with which the bound holds.
+        seed: of the halving.
+
+    Raises:
+        ConfigError: numbers that cannot be, or prompts that are too few; it says how many it takes.
+    """
+    for name, value in (("the bound on disagreement", max_disagreement), ("the sureness", sureness)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
+    count = len(trace.records)
+    order = np.random.default_rng(seed).permutation(count)
+    tune, test = np.isin(trace.prompt, order[: count // 2]), np.isin(trace.prompt, order[count // 2 :])
+    path = _path(trace, confidence, costs, tune)
+    tried = [_bets(t, confidence, trace, tune, max_disagreement) for t in path]
+    # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
+    start = max(range(len(path)), key=lambda i: tried[i][1])
+    best: dict[int, float] | None = None
+    grown = 0.0
+    for thresholds, (bet, _) in zip(path[start:], tried[start:], strict=True):
+        capital = _capital(bet, *_bounded(thresholds, confidence, trace, test, max_disagreement)).max(initial=0.0)
+        grown = max(grown, float(capital))
+        if capital < -math.log(1 - sureness):  # by Ville's inequality exp(-capital) is a p-value
+            break
+        best = thresholds
+    if best is None:
+        raise ConfigError(
+            f"{count} prompts cannot show a disagreement of at most {max_disagreement:g} with a sureness of "
+            f"{sureness:g}: trace {_missing(count, grown, sureness)} more of the same kind, or allow more"
+        )
+    half = trace.of_prompts(sorted(order[count // 2 :].tolist()))
+    inside = {p: c[test] for p, c in confidence.items()}
+    return Choice(best, outcome(best, confidence, trace, costs), outcome(best, inside, half, costs), len(half.records))
+
+
+def _bounded(
+    thresholds: Mapping[int, float], confidence: Mapping[int, Floats], trace: Trace, chosen: Bools, bound: float
+) -> tuple[Floats, float]:
+    """What is tested: (P,) a number in 0 … 1 for each prompt, and the mean that they have where the rate is the bound.
+
+    The rate is sum(differing) / sum(decided early) over all prompts there are. It is at most the bound where the mean
+    of `differing - bound * early` is at most 0; that is scaled by the longest answer there can be.
+    """
+    early, wrong, _ = _walk(thresholds, confidence, trace, chosen)
+    _, where = np.unique(trace.prompt[chosen], return_inverse=True)
+    differing, decided = np.bincount(where, weights=wrong), np.bincount(where, weights=early)
+    longest = trace.header.max_new_tokens
+    return differing / longest - bound * (decided / longest - 1), bound
+
+
+def _capital(bet: float, x: Floats, null: float) -> Floats:
+    """(P,) logarithm of what betting on a mean below `null` has grown 1 to, after each prompt."""
+    return np.cumsum(np.log1p(bet * (null - x)))
+
+
+def _bets(
+    thresholds: Mapping[int, float], confidence: Mapping[int, Floats], trace: Trace, tune: Bools, bound: float
+) -> tuple[float, float]:
+    """The bet that would have grown most on the prompts for tuning, and what it grew to; Kelly's, out of a grid."""
+    x, null = _bounded(thresholds, confidence, trace, tune, bound)
+    bets = np.linspace(0.05, 0.95, 19) / (1 - null)  # 1 / (1 - null) could lose everything
+    return max(((float(b), float(_capital(b, x, null)[-1])) for b in bets), key=lambda pair: pair[1])
+
+
+def _missing(count: int, grown: float, sureness: float) -> str:
+    """Prompts that a test lacks: the logarithm of the capital grows with their number."""
+    need = -math.log(1 - sureness)
+    return "many" if grown < 0.05 else f"about {math.ceil(count * (need / grown - 1)) + 1:,}"
+
+
+def _walk(
+    thresholds: Mapping[int, float], confidence: Mapping[int, Floats], trace: Trace, chosen: Bools | None = None
+) -> tuple[Bools, Bools, NDArray[np.int64]]:
+    """(N,) whether a token is decided early, whether it then differs, and at which exit it is decided."""
+    chosen = np.ones(len(trace.prompt), bool) if chosen is None else chosen
+    n = int(chosen.sum())
+    early, wrong = np.zeros(n, bool), np.zeros(n, bool)
+    at = np.full(n, trace.header.exits[-1])
+    for p, agrees in trace.agrees.items():
+        sure = (confidence[p][chosen] >= thresholds[p]) & ~early
+        wrong |= sure & ~agrees[chosen]
+        early |= sure
+        at[sure] = p
+    return early, wrong, at
+
+
+def _path(
+    trace: Trace, confidence: Mapping[int, Floats], costs: Mapping[int, float], tune: Bools
+) -> list[dict[int, float]]:
+    """Thresholds from timid to bold: those that cost least at many prices of a differing token.
+
+    At each price by coordinate descent, where an exit's best threshold, the others given, is exact.
+    """
+    exits, last = list(trace.agrees), trace.header.exits[-1]
+    sure = {p: confidence[p][tune] for p in exits}
+    wrong = {p: ~trace.agrees[p][tune] for p in exits}
+    order = {p: np.argsort(-sure[p], kind="stable") for p in exits}
+    found: dict[tuple[float, ...], float] = {}
+    thresholds = dict.fromkeys(exits, _NEVER)
+    for price in np.geomspace(3e3, 0.3, 60) * max(costs.values()):
+        losses = {p: costs[p] + price * wrong[p] for p in exits}
+        for _ in range(4):
+            before = dict(thresholds)
+            later = {exits[-1]: np.full(int(tune.sum()), costs[last])}
+            for p, q in zip(exits[-2::-1], exits[:0:-1], strict=True):
+                later[p] = np.where(sure[q] >= thresholds[q], losses[q], later[q])
+            reached = np.ones(int(tune.sum()), bool)
+            for p in exits:
+                gain = np.where(reached, later[p] - losses[p], 0.0)
+                thresholds[p] = _best_threshold(sure[p][order[p]], gain[order[p]])
+                reached &= sure[p] < thresholds[p]
+            if thresholds == before:
+                break
+        early, differs, _ = _walk(thresholds, confidence, trace, tune)
+        if early.any():
+            found[tuple(thresholds.values())] = float(differs.sum()) / float(early.sum())
+    return [dict(zip(exits, values, strict=True)) for values in sorted(found, key=found.__getitem__)]
+
+
+def _best_threshold(confidence: Floats, gain: Floats) -> float:
+    """Where to stop down a list of falling confidence so that what is above gains most; tokens as sure as one another
+    go together.
+    """
+    total = np.cumsum(gain)
+    ends = np.append(confidence[1:] < confidence[:-1], True)
+    total[~ends] = -np.inf
+    best = int(np.argmax(total))
+    return float(confidence[best]) if total[best] > 0 else _NEVER

@@ -1,0 +1,89 @@
+"""How sure a branch is, as a number that means something: the probability that its token is the last branch's.
+
+A score (the likeliest token's probability, its lead over the second, minus the entropy, each at a temperature of the
+branch) becomes that probability through a curve that was fitted on a trace. Applying one is pure Python: it is done for
+every token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+__all__ = ["Calibration", "Curve", "Score"]
+
+
+class Score(StrEnum):
+    """What a branch's distribution is reduced to."""
+
+    MAX_PROBABILITY = "max_probability"
+    MARGIN = "margin"
+    """The likeliest token's probability less the second's."""
+    NEGATIVE_ENTROPY = "negative_entropy"
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """From a score at a temperature to the probability of agreement: straight between its points, flat outside."""
+
+    temperature: float
+    scores: tuple[float, ...]
+    """Ascending."""
+    chances: tuple[float, ...]
+    """Ascending, 0 … 1."""
+
+    def __call__(self, score: float) -> float:
+        """The probability that a token with this score is the last branch's."""
+        xs, ys = self.scores, self.chances
+        i = bisect_right(xs, score)
+        if i == 0:
+            return ys[0]
+        if i == len(xs):
+            return ys[-1]
+        return ys[i - 1] + (ys[i] - ys[i - 1]) * (score - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Curves of a family's early exits."""
+
+    family: str
+    """Fingerprint."""
+    curves: Mapping[Score, Mapping[int, Curve]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        curves = {
+            str(score): {
+                str(p): {"temperature": c.temperature, "scores": list(c.scores), "chances": list(c.chances)}
+                for p, c in by_exit.items()
+            }
+            for score, by_exit in self.curves.items()
+        }
+        return {"family": self.family, "curves": curves}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Calibration:
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        curves = {
+            Score(score): {
+                int(p): Curve(float(c["temperature"]), tuple(map(float, c["scores"])), tuple(map(float, c["chances"])))
+                for p, c in by_exit.items()
+            }
+            for score, by_exit in raw["curves"].items()
+        }
+        for by_exit in curves.values():
+            for curve in by_exit.values():
+                ascending = list(curve.scores) == sorted(set(curve.scores))
+                if not ascending or list(curve.chances) != sorted(curve.chances) or not curve.scores:
+                    raise ValueError("a curve's points must ascend")
+                if len(curve.scores) != len(curve.chances) or not 0 <= curve.chances[0] <= curve.chances[-1] <= 1:
+                    raise ValueError("a curve's points must be scores with probabilities")
+        return cls(str(raw["family"]), curves)
