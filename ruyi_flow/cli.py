@@ -36,6 +36,7 @@ from ruyi_flow.display import (
     training_bar,
 )
 from ruyi_flow.errors import ConfigError, NodeError, RequestError, RuyiFlowError
+from ruyi_flow.routing.confidence import Score
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, Mode, NodeStatus, Token
 
@@ -85,6 +86,9 @@ ExitOption = Annotated[int | None, typer.Option(help="Mode fixed: the exit that 
 ThresholdOption = Annotated[
     str | None,
     typer.Option(help="Mode token: the confidence (0 … 1) that early exits need: 0.8 for all, or 5=0.9,11=0.8."),
+]
+PolicyOption = Annotated[
+    Path | None, typer.Option("--policy", help="File of ruyi-flow calibrate: mode token with its thresholds.")
 ]
 DraftOption = Annotated[
     int | None, typer.Option(help="Tokens drafted past an unsure position before it is asked deeper; 0 asks at once.")
@@ -339,6 +343,55 @@ def trace(
 
 
 @app.command()
+def calibrate(
+    trace_file: Annotated[Path, typer.Argument(metavar="TRACE", help="What ruyi-flow trace wrote.")],
+    max_disagreement: Annotated[
+        float,
+        typer.Option(help="Of the tokens decided early, at most this share differs from the last exit's."),
+    ] = 0.05,
+    sureness: Annotated[
+        float, typer.Option("--confidence", help="How sure that must be on new prompts of the same kind.")
+    ] = 0.95,
+    score: Annotated[
+        Score | None, typer.Option(help="What confidence is made of; left out: what decides most tokens early.")
+    ] = None,
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The policy file.")] = Path("policy.yaml"),
+    seed: Annotated[int, typer.Option(help="Of the halving of the prompts.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose thresholds that keep a bound on new prompts, and write them as a policy for mode token.
+
+    A topology names the file (policy: {file: policy.yaml}), or a request does (--policy).
+    """
+    from ruyi_flow.routing import calibration
+    from ruyi_flow.routing.trace import Trace
+
+    read = Trace.load(trace_file)
+    scores = None if score is None else (score,)
+    found = calibration.calibrate(read, max_disagreement=max_disagreement, sureness=sureness, scores=scores, seed=seed)
+    found.policy.save(out_file)
+    if as_json:
+        print_json({"file": str(out_file), **found.policy.model_dump(mode="json"), "errors": found.errors})
+        return
+    table = Table("exit", "threshold", "decides", "calibration error before", "after", "temperature")
+    for p, threshold in found.choice.thresholds.items():
+        before, after = found.errors[p]
+        cells = (f"{before:.3f}", f"{after:.3f}", f"{found.policy.curves[p].temperature:g}")
+        shown = "never" if threshold > 1 else f"{threshold:.3f}"
+        table.add_row(str(p), shown, f"{found.choice.expected.decided[p]:.1%}", *cells)
+    last = read.header.exits[-1]
+    table.add_row(str(last), "", f"{found.choice.expected.decided[last]:.1%}", "", "", "")
+    out.print(table)
+    tested = found.choice.tested
+    out.print(
+        f"{found.policy.score}: of the tokens decided early {tested.disagreement:.1%} differed, on the "
+        f"{found.choice.prompts} prompts of the test; on new ones at most {max_disagreement:.1%} will, "
+        f"with a sureness of {sureness:.0%}"
+    )
+    out.print(f"written: {escape(str(out_file))}", soft_wrap=True)
+
+
+@app.command()
 def shard(
     topology: TopologyOption,
     output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; one folder a node below it.")],
@@ -508,6 +561,7 @@ def generate(
     mode: ModeOption = None,
     exit: ExitOption = None,
     threshold: ThresholdOption = None,
+    policy: PolicyOption = None,
     draft: DraftOption = None,
     max_new_tokens: MaxOption = 256,
     min_new_tokens: MinOption = 0,
@@ -551,6 +605,7 @@ def chat(
     mode: ModeOption = None,
     exit: ExitOption = None,
     threshold: ThresholdOption = None,
+    policy: PolicyOption = None,
     draft: DraftOption = None,
     max_new_tokens: MaxOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -654,7 +709,7 @@ def main() -> None:
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """A command's arguments as keywords of `Client.generate`."""
     sampling = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-    names = (*sampling, "no_repeat_ngram_size", "seed", "raw", "mode", "exit", "draft")
+    names = (*sampling, "no_repeat_ngram_size", "seed", "raw", "mode", "exit", "policy", "draft")
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given.get("stop"):
         options["stop"] = tuple(given["stop"])

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.policy import Routing
-from ruyi_flow.topology import Topology, did_you_mean
+from ruyi_flow.routing.policy_file import PolicyFile
+from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token, is_token_id, parse_mode
 
 if TYPE_CHECKING:
@@ -104,9 +106,9 @@ class AsyncClient:
             prompt: see `Prompt`; `raw=True` sends a text as it is, without the chat template.
             options: any field of `SamplingParams` (max_new_tokens, temperature, top_k, top_p, repetition_penalty,
                 no_repeat_ngram_size, min_new_tokens, stop, eos_token_ids, seed) and of `Routing` (mode, exit,
-                threshold, thresholds, draft), `raw`, and `timeout_s`. Routing that is left out is the topology's; an
-                exit without a mode means `fixed`, a threshold without one means `token`. An answer ends with the
-                family's context, if not before.
+                threshold, thresholds, draft), `policy` (a file of `ruyi-flow calibrate`), `raw`, and `timeout_s`.
+                Routing that is left out is the topology's; an exit without a mode means `fixed`, a threshold without
+                one means `token`. An answer ends with the family's context, if not before.
 
         Raises:
             RequestError: a parameter or a prompt that no node could serve.
@@ -266,7 +268,7 @@ async def _close(events: AsyncGenerator[Any, None]) -> None:
 
 def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
     """A request from a call's keywords; an unknown one is an error, never dropped."""
-    known = _SAMPLING | _ROUTING | {"raw", "timeout_s"}
+    known = _SAMPLING | _ROUTING | {"policy", "raw", "timeout_s"}
     for name in options:
         if name not in known:
             hint = did_you_mean(name, sorted(known)) or f"; known: {', '.join(sorted(known))}"
@@ -278,7 +280,11 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
     if draft is not None:
         Routing(draft=draft)  # raises when it cannot be
     routing = None
-    if set(given) - {"draft"}:
+    if (policy := options.get("policy")) is not None:
+        if others := sorted(set(given) - {"draft"}):
+            raise RequestError(f"{others[0]} goes without policy, which says all of it")
+        routing = PolicyFile.load(policy).routing()
+    elif set(given) - {"draft"}:
         routing = Routing(**(given | {"mode": parse_mode(given.get("mode") or _mode_of(given))}))
     return GenerateRequest(_prompt(prompt), raw, sampling, routing, draft)
 

@@ -17,7 +17,7 @@ from ruyi_flow.engine import Engine
 from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.requests import GenerateRequest
-from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.routing.policy import Policy
 from ruyi_flow.types import Decision, Final, FinishReason, Hop, Stats, Token
 
 __all__ = ["Entry", "end_tokens", "load_tokenizer"]
@@ -39,7 +39,7 @@ class Entry:
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
         self._exits = checkpoint.config.exits
-        self._routing = Routing(**dict(topology.policy))
+        self._routing = topology.policy.routing("topology")
         self._node_of = {p: node.name for node in topology.nodes for p in node.exits}
 
     async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
@@ -53,6 +53,11 @@ class Entry:
         routing = request.routing or self._routing
         if request.draft is not None:
             routing = replace(routing, draft=request.draft)
+        if routing.family not in (None, self.engine.checkpoint.fingerprint):
+            raise RequestError(
+                f"the policy was calibrated for family {str(routing.family)[:12]}, this is "
+                f"{self.engine.checkpoint.fingerprint[:12]}; calibrate one for it: ruyi-flow trace, ruyi-flow calibrate"
+            )
         policy = Policy.resolve(routing, self._exits)
         policy = replace(policy, draft=min(policy.draft, self.engine.max_draft))
         prompt = self._prompt(request)

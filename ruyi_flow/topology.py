@@ -6,21 +6,21 @@ and what to do.
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ruyi_flow.config_files import did_you_mean, explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.types import Encoding, Mode
 
-__all__ = ["Dtype", "Limits", "Link", "Node", "Topology", "did_you_mean", "explain", "read_yaml"]
+__all__ = ["Dtype", "Limits", "Link", "Node", "Topology"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -104,11 +104,28 @@ class Link(_Model):
 class PolicyDefaults(_Model):
     """The routing of a request that names none."""
 
-    mode: Mode = Mode.EXACT
+    file: Path | None = None
+    """A policy that `ruyi-flow calibrate` wrote, for mode `token`: thresholds, and what confidence means there."""
+    mode: Mode | None = None
+    """`exact` when left out, `token` with a file."""
     exit: Int | None = None
     threshold: Float | None = None
     thresholds: dict[Int, Float] | None = None
     draft: Int = Field(default=4, ge=0)
+
+    def routing(self, where: str) -> Routing:
+        """As a request would say it; `where` names the topology in messages.
+
+        Raises:
+            ConfigError, RequestError: the file cannot be read, or the keys do not go together.
+        """
+        keys = self.model_dump(exclude={"file"})
+        if self.file is None:
+            return Routing(**(keys | {"mode": self.mode or Mode.EXACT}))
+        for key in ("mode", "exit", "threshold", "thresholds"):
+            if keys[key] not in (None, Mode.TOKEN):
+                raise ConfigError(f"{where}: policy.{key}: goes without policy.file, which says all of it")
+        return replace(PolicyFile.load(self.file).routing(), draft=self.draft)
 
 
 class Topology(_Model):
@@ -131,7 +148,11 @@ class Topology(_Model):
         """
         path = Path(path)
         base = path.parent
-        topology = cls.parse(read_yaml(path, "topology"), where=str(path))
+        data = read_yaml(path, "topology")
+        policy = data.get("policy") if isinstance(data, dict) else None
+        if isinstance(policy, dict) and isinstance(policy.get("file"), str):
+            policy["file"] = str(base / Path(policy["file"]).expanduser())
+        topology = cls.parse(data, where=str(path))
         return topology.model_copy(
             update={
                 "family": _resolve_folder(topology.family, base, str(path)),
@@ -255,45 +276,9 @@ class Topology(_Model):
             if (a, b) not in linked:
                 fail("links", f"{b!r} cannot be reached from {a!r}; add {{from: {a}, to: {b}}}")
         try:
-            Policy.resolve(Routing(**dict(self.policy)), self.all_exits)
+            Policy.resolve(self.policy.routing(where), self.all_exits)
         except RequestError as error:
             fail("policy", str(error))
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` when a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def read_yaml(path: Path, what: str) -> object:
-    """A YAML file's data; `what` kind of file it is, for messages.
-
-    Raises:
-        ConfigError: it is not there, or not readable, or not YAML.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such {what} file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose mappings name no key twice: the last one would win silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _resolve_folder(family: str, base: Path, where: str) -> str:
@@ -303,71 +288,3 @@ def _resolve_folder(family: str, base: Path, where: str) -> str:
         return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{where}: family: {family[:80]!r} cannot be a folder or a name: {error}") from None
-
-
-def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
-    """What is wrong in a file, a line each, with the key's path, the value and the fix.
-
-    Args:
-        error: pydantic's.
-        root: the model of the whole file.
-        where: the file's name.
-    """
-    lines = []
-    items = error.errors()
-    for item in items:
-        loc, kind = item["loc"], item["type"]
-        if kind == "too_short" and any(other["loc"][: len(loc)] == loc for other in items if other is not item):
-            continue  # its items are there, and wrong
-        path = ".".join(str(part) for part in loc)
-        value, context = item["input"], item.get("ctx", {})
-        message = item["msg"].removeprefix("Value error, ")
-        if kind == "extra_forbidden":
-            known = _known_keys(root, loc)
-            message = f"unknown key; known here: {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
-        elif kind == "missing":
-            value, message = None, "this key is required; add it"
-        elif kind in ("enum", "literal_error"):
-            known = re.findall(r"'([^']+)'", str(context["expected"]))
-            message = f"must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
-        elif kind in _KINDS:
-            message = _KINDS[kind].format(**context)
-        shown = "" if value is None or (isinstance(value, float) and math.isnan(value)) else f" {value!r}:"
-        lines.append(f"{where}: {path}:{shown if len(shown) < 120 else ''} {message}")
-    return "\n".join(lines)
-
-
-_KINDS = {
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "string_type": "must be a text; put it in quotes if it looks like a number",
-    "path_type": "must be a text",
-    "tuple_type": "must be a list, as in [5, 11]",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping of keys to values",
-    "model_attributes_type": "must be a mapping of keys to values",
-    "too_short": "must name at least one",
-    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first one a letter or a digit",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than_equal": "must be {le} at the most",
-}
-"""pydantic's kinds of errors, in this package's words."""
-
-
-def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the model that an unknown key was found in."""
-    model: Any = root
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        fields = {f.alias or name: f for name, f in model.model_fields.items()}
-        inner = fields[part].annotation
-        model = next(
-            (m for m in (inner, *getattr(inner, "__args__", ())) if isinstance(m, type) and issubclass(m, BaseModel)),
-            model,
-        )
-    return [f.alias or name for name, f in model.model_fields.items()]

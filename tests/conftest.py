@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.testing import tiny_family
 
@@ -66,6 +68,21 @@ def smollm2() -> Path:
         pytest.skip(f"the demo family is not in the store and cannot be fetched: {error}")
 
 
+def confidence(policy: Policy, exit: int, logits: torch.Tensor) -> float:
+    """What a branch's confidence is by its definition."""
+    curve = None if policy.scale is None else policy.scale.curves.get(exit)
+    if policy.scale is None or curve is None:
+        return float(logits.softmax(-1).max())
+    chances = (logits / curve.temperature).softmax(-1)
+    first, second = chances.topk(2).values.tolist()
+    score = {
+        Score.MAX_PROBABILITY: first,
+        Score.MARGIN: first - second,
+        Score.NEGATIVE_ENTROPY: float((chances * chances.log()).sum()),
+    }[policy.scale.score]
+    return float(np.interp(score, curve.scores, curve.chances))
+
+
 class Oracle:
     """What the loop must amount to: whole sequences, no cache, no split, one token after the other."""
 
@@ -85,7 +102,7 @@ class Oracle:
         for _ in range(count):
             for exit in self.family.exits:
                 logits = self.family.logits(torch.tensor([ids]), exit)[0, -1]
-                if policy.sure(exit, float(logits.softmax(-1).max())):
+                if policy.sure(exit, confidence(policy, exit, logits)):
                     token = int(logits.argmax()) if pick is None else pick(logits, ids)
                     break
             ids.append(token)

@@ -13,6 +13,7 @@ from ruyi_flow.chain import Chain, Look, Walk, decode
 from ruyi_flow.errors import WireError
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.local import load_family
+from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import CHUNK, Shard
@@ -68,6 +69,19 @@ def world(five: Path) -> World:
     return World(five)
 
 
+scales = st.builds(
+    Scale,
+    score=st.sampled_from(Score),
+    curves=st.dictionaries(
+        st.sampled_from(EXITS[:-1]),
+        st.builds(
+            lambda temperature, low: Curve(temperature, (-5.0, low, 0.9), (0.0, 0.3, 1.0)),
+            st.sampled_from([0.5, 1.0, 2.0]),
+            st.floats(-4.0, 0.8),
+        ),
+        max_size=4,
+    ),
+)
 routings = st.one_of(
     st.builds(Routing, mode=st.just(Mode.EXACT), draft=st.sampled_from([0, 1, 4, 8])),
     st.builds(Routing, mode=st.just(Mode.FIXED), exit=st.sampled_from(EXITS), draft=st.sampled_from([0, 1, 4])),
@@ -76,6 +90,7 @@ routings = st.one_of(
         mode=st.just(Mode.TOKEN),
         thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), max_size=4),
         draft=st.sampled_from([0, 1, 2, 5]),
+        scale=st.one_of(st.none(), scales),
     ),
 )
 

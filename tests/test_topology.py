@@ -42,7 +42,7 @@ def test_a_topology_knows_its_chain() -> None:
     target, link = topology.next_of("device") or (None, None)
     assert target is not None and target.name == "edge" and link is not None and link.encoding is Encoding.BF16
     assert topology.node_of(23).name == "edge"
-    assert topology.policy.mode is Mode.EXACT
+    assert topology.policy.routing("").mode is Mode.EXACT
 
 
 def change(path: str, value: Any) -> dict[str, Any]:

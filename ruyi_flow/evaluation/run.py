@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.entry import end_tokens
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.harness import ExitLM, Found, Report, key
@@ -23,7 +24,6 @@ from ruyi_flow.family.corpus import read_documents, read_prompts
 from ruyi_flow.family.distill import answers
 from ruyi_flow.family.reading import Tree, each_exit
 from ruyi_flow.local import Family
-from ruyi_flow.topology import did_you_mean
 
 __all__ = ["AGREEMENT", "Column", "Evaluation", "Row", "evaluate"]
 

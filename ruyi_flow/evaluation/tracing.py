@@ -16,11 +16,12 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.distill import Answer, answers
 from ruyi_flow.family.reading import Tree, each_exit
 from ruyi_flow.local import Family
+from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.trace import ExitRecord, Header, Record, Writer
+from ruyi_flow.runtime.scores import measure
 
-__all__ = ["SCORES", "TEMPERATURES", "record"]
+__all__ = ["TEMPERATURES", "record"]
 
-SCORES = ("max_probability", "margin", "negative_entropy")
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 
@@ -59,7 +60,7 @@ def record(
         dtype=str(model.dtype).removeprefix("torch."),
         max_new_tokens=max_new_tokens,
         prompts=hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
-        scores=SCORES,
+        scores=tuple(Score),
         temperatures=TEMPERATURES,
     )
     with Writer(out, header) as writer:
@@ -116,15 +117,8 @@ def _read(family: Family, read: Sequence[Answer], numbers: Sequence[int]) -> lis
 
 
 def _scores(logits: Tensor) -> Tensor:
-    """(n, vocab) -> (n, scores, temperatures): the likeliest token's probability, its lead, and minus the entropy."""
-    two = logits.topk(2, -1).values
-    out = []
-    for temperature in TEMPERATURES:
-        chances = (logits / temperature).log_softmax(-1)
-        first, second = ((two[:, i] - two[:, 0]) / temperature + chances.amax(-1) for i in (0, 1))
-        entropy = -(chances.exp() * chances).sum(-1)
-        out.append(torch.stack([first.exp(), first.exp() - second.exp(), -entropy], -1))
-    return torch.stack(out, -1)
+    """(n, vocab) -> (n, scores, temperatures)"""
+    return torch.stack([torch.stack([measure(logits, s, t) for t in TEMPERATURES], -1) for s in Score], 1)
 
 
 def _reading(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:

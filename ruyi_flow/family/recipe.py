@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ruyi_flow.config_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.topology import explain, read_yaml
 
 __all__ = ["Losses", "Recipe", "SelfDistill", "Source"]
 

@@ -9,7 +9,7 @@ prompt by prompt, since tokens of one answer hang together; how much it bets is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,22 @@ from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.confidence import Calibration, Curve, Score
+from ruyi_flow.routing.policy_file import CurvePoints, PolicyFile
 from ruyi_flow.routing.trace import Trace
 
-__all__ = ["Choice", "Outcome", "choose", "confidences", "ece", "fit", "outcome", "raw_confidences", "reliability"]
+__all__ = [
+    "Calibrated",
+    "Choice",
+    "Outcome",
+    "calibrate",
+    "choose",
+    "confidences",
+    "ece",
+    "fit",
+    "outcome",
+    "raw_confidences",
+    "reliability",
+]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -141,6 +154,75 @@ class Choice:
     """On those that the bound was tested on."""
     prompts: int
     """In the test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A policy, and how it came about."""
+
+    policy: PolicyFile
+    choice: Choice
+    errors: dict[int, tuple[float, float]]
+    """By early exit: the expected calibration error of the branch's own probability, and of the calibrated score, on
+    prompts that the curves have not seen."""
+
+
+def calibrate(
+    trace: Trace,
+    *,
+    max_disagreement: float,
+    sureness: float = 0.95,
+    scores: Sequence[Score] | None = None,
+    seed: int = 0,
+) -> Calibrated:
+    """A policy for mode `token` from a trace.
+
+    The curves are fitted on the half of the prompts that the thresholds are tuned on. Several scores are a search on
+    that half too; the winner alone is tested.
+
+    Args:
+        trace: prompts of the kind that is to come.
+        max_disagreement, sureness: see `choose`.
+        scores: to choose from; all of the trace's when left out.
+        seed: of the halving.
+
+    Raises:
+        ConfigError: see `choose`.
+    """
+    count = len(trace.records)
+    order = np.random.default_rng(seed).permutation(count)
+    tune, test = (trace.of_prompts(sorted(part.tolist())) for part in (order[: count // 2], order[count // 2 :]))
+    fitted = fit(tune)
+    costs = {p: float(p + 1) for p in trace.header.exits}  # trunk layers and a branch
+
+    def expected_cost(score: Score) -> float:
+        inside, every = confidences(tune, fitted, score), np.ones(len(tune.prompt), bool)
+        tried = [outcome(thresholds, inside, tune, costs) for thresholds in _path(tune, inside, costs, every)]
+        return min((o.cost for o in tried if o.disagreement <= max_disagreement), default=math.inf)
+
+    score = min(scores or [Score(name) for name in trace.header.scores], key=expected_cost)
+    confidence = confidences(trace, fitted, score)
+    choice = choose(trace, confidence, costs, max_disagreement=max_disagreement, sureness=sureness, seed=seed)
+    unseen, raw = confidences(test, fitted, score), raw_confidences(test)
+    errors = {p: (ece(raw[p], agrees), ece(unseen[p], agrees)) for p, agrees in test.agrees.items()}
+    curves = {
+        p: CurvePoints(temperature=c.temperature, scores=c.scores, chances=c.chances)
+        for p, c in fitted.curves[score].items()
+    }
+    promise = {
+        "max_disagreement": max_disagreement,
+        "sureness": sureness,
+        "prompts": count,
+        "tested_on": choice.prompts,
+        "disagreement": round(choice.tested.disagreement, 4),
+        "decided_early": round(1 - choice.expected.decided[trace.header.exits[-1]], 4),
+        "dtype": trace.header.dtype,
+        "max_new_tokens": trace.header.max_new_tokens,
+    }
+    policy = PolicyFile(
+        family=trace.header.family, score=score, thresholds=choice.thresholds, curves=curves, promise=promise
+    )
+    return Calibrated(policy, choice, errors)
 
 
 def outcome(

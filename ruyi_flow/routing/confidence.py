@@ -7,13 +7,15 @@ every token.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
-__all__ = ["Calibration", "Curve", "Score"]
+__all__ = ["Calibration", "Curve", "Scale", "Score"]
 
 
 class Score(StrEnum):
@@ -35,6 +37,16 @@ class Curve:
     chances: tuple[float, ...]
     """Ascending, 0 … 1."""
 
+    def __post_init__(self) -> None:
+        """Refuse what is not a curve with a ValueError."""
+        xs, ys = self.scores, self.chances
+        if not xs or len(xs) != len(ys) or not 0 <= ys[0] or not ys[-1] <= 1:
+            raise ValueError("its points must be scores with probabilities, at least one")
+        if any(not a < b for a, b in pairwise(xs)) or any(not a <= b for a, b in pairwise(ys)):
+            raise ValueError("its points must ascend")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError("its temperature must be above 0")
+
     def __call__(self, score: float) -> float:
         """The probability that a token with this score is the last branch's."""
         xs, ys = self.scores, self.chances
@@ -44,6 +56,14 @@ class Curve:
         if i == len(xs):
             return ys[-1]
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (score - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What confidence means in a session: a score, and each early exit's curve."""
+
+    score: Score
+    curves: Mapping[int, Curve]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +99,4 @@ class Calibration:
             }
             for score, by_exit in raw["curves"].items()
         }
-        for by_exit in curves.values():
-            for curve in by_exit.values():
-                ascending = list(curve.scores) == sorted(set(curve.scores))
-                if not ascending or list(curve.chances) != sorted(curve.chances) or not curve.scores:
-                    raise ValueError("a curve's points must ascend")
-                if len(curve.scores) != len(curve.chances) or not 0 <= curve.chances[0] <= curve.chances[-1] <= 1:
-                    raise ValueError("a curve's points must be scores with probabilities")
         return cls(str(raw["family"]), curves)

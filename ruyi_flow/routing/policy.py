@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ruyi_flow.errors import RequestError
+from ruyi_flow.routing.confidence import Scale
 from ruyi_flow.types import Mode, Reason, is_token_id
 
 __all__ = ["NEVER", "Policy", "Routing"]
@@ -31,6 +32,10 @@ class Routing:
     """`token` only: the confidence that each early exit needs; an exit that is not named is never sure."""
     draft: int = 4
     """At most this many tokens are drafted past an unsure position before it is asked deeper; 0 asks at once."""
+    scale: Scale | None = None
+    """What the thresholds' confidence means; None is the likeliest token's probability, uncalibrated."""
+    family: str | None = None
+    """Fingerprint of the family that it was calibrated for; another one's entry node refuses it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.draft, bool) or not isinstance(self.draft, int) or not 0 <= self.draft <= 1024:
@@ -63,6 +68,8 @@ class Policy:
     deepest: int
     """The exit that decides whatever comes to it."""
     draft: int
+    scale: Scale | None = None
+    """What confidence means; None is the likeliest token's probability, uncalibrated."""
 
     @classmethod
     def resolve(cls, routing: Routing, exits: Sequence[int]) -> Policy:
@@ -82,7 +89,7 @@ class Policy:
             _check_exit(deepest, exits)
         shallower = [p for p in exits if p < deepest]
         if mode is not Mode.TOKEN:
-            return cls(mode, dict.fromkeys(shallower, NEVER), deepest, routing.draft)
+            return cls(mode, dict.fromkeys(shallower, NEVER), deepest, routing.draft, routing.scale)
         if routing.thresholds is None and routing.threshold is None:
             raise RequestError("mode 'token' needs a threshold (0 … 1), one for all exits or one an exit")
         if routing.thresholds is not None and routing.threshold is not None:
@@ -97,7 +104,7 @@ class Policy:
                         f"exit {p} is the last one: it decides whatever comes to it, without a threshold"
                     )
             chosen = {p: float(routing.thresholds.get(p, NEVER)) for p in shallower}
-        return cls(mode, chosen, deepest, routing.draft)
+        return cls(mode, chosen, deepest, routing.draft, routing.scale)
 
     def looks(self, exit: int) -> bool:
         """Whether the branch at this exit can ever be sure, so that it is worth running."""

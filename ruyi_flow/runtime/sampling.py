@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ruyi_flow.errors import NodeFault, RequestError
+from ruyi_flow.runtime.scores import PLAIN, Confidence
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Sampler", "gumbel"]
@@ -49,16 +50,19 @@ class Sampler:
                 MinNewTokensLengthLogitsProcessor(prompt_length, params.min_new_tokens, eos, device="cpu")
             )
 
-    def pick(self, logits: Tensor, positions: Sequence[int], history: Sequence[int]) -> tuple[list[int], list[float]]:
+    def pick(
+        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], confidence: Confidence = PLAIN
+    ) -> tuple[list[int], list[float]]:
         """The token after each of some positions, and how sure the branch is of its likeliest one.
 
         Args:
             logits: (m, vocab) of a branch, any number format.
             positions: m positions; the token after `positions[i]` sees `history[:positions[i] + 1]`.
             history: token ids of the session, drafts included.
+            confidence: reads the branch's confidence off the processed logits.
 
         Returns:
-            m tokens and m confidences: the largest probability of the processed logits at temperature 1.
+            m tokens and m confidences.
 
         Raises:
             RequestError: the processors leave no token.
@@ -70,10 +74,8 @@ class Sampler:
             logits = torch.cat(
                 [self.processors(ids[None, : p + 1], logits[i : i + 1].clone()) for i, p in enumerate(positions)]
             )
-        # max(softmax(x)) = 1 / sum(exp(x - max(x)))
-        top, tokens = logits.max(-1)
-        confidence = torch.exp(top.float() - torch.logsumexp(logits.float(), -1)).tolist()
-        if not all(c > 0 for c in confidence):
+        sure = confidence(logits)
+        if not all(0 <= c <= 1.001 for c in sure):  # false for what is not a number
             if self.processors and (logits == -math.inf).all(-1).any():
                 raise RequestError("no token is left to pick: no_repeat_ngram_size and min_new_tokens rule out all")
             raise NodeFault(
@@ -81,8 +83,8 @@ class Sampler:
                 "weights are broken"
             )
         if self.params.temperature > 0:
-            return [self._draw(logits[i].float(), p) for i, p in enumerate(positions)], confidence
-        return tokens.tolist(), confidence
+            return [self._draw(logits[i].float(), p) for i, p in enumerate(positions)], sure
+        return logits.argmax(-1).tolist(), sure
 
     def _draw(self, logits: Tensor, position: int) -> int:
         params = self.params

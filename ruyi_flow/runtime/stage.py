@@ -18,6 +18,7 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.attention import CachedAttention, flash_attention
 from ruyi_flow.runtime.kv_cache import PagePool, Run
 from ruyi_flow.runtime.sampling import Sampler
+from ruyi_flow.runtime.scores import Confidence
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["CHUNK", "Shard", "ShardSession"]
@@ -116,6 +117,7 @@ class ShardSession:
         self._drafter = policy.draft > 0 and shard.is_entry and shard.exits[0] < policy.deepest
         self.looking = tuple(policy.looks(p) or (self._drafter and i == 0) for i, p in enumerate(self.exits))
         """Whether each stage's branch is ever run; the others keep no branch keys and values."""
+        self._confidence = {p: Confidence(policy.scale, p) for p in self.exits}
         self._memory = shard.memory[:, :, run.positions]
         self._unseen: list[list[Tensor]] = [[] for _ in shard.exits]
         self._unseen_start = [0] * len(shard.exits)
@@ -173,7 +175,7 @@ class ShardSession:
         logits = model.branch(exit, boundary, rope, attention, rows)
         if logits is None:
             return []
-        return list(zip(*self.sampler.pick(logits, wants, self.token_ids), strict=True))
+        return list(zip(*self.sampler.pick(logits, wants, self.token_ids, self._confidence[exit]), strict=True))
 
     def unseen_start(self, stage: int) -> int:
         """Positions that the stage beyond this one holds."""

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, Message
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.types import (
@@ -53,6 +54,8 @@ ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F
 _MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
 _REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
 _FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
+_SCORES = dict(zip(Score, (pb.SCORE_MAX_PROBABILITY, pb.SCORE_MARGIN, pb.SCORE_NEGATIVE_ENTROPY), strict=True))
+_SCORE_OF: dict[int, Score] = {number: score for score, number in _SCORES.items()}
 _ENCODING_OF: dict[int, Encoding] = {number: encoding for encoding, number in ENCODINGS.items()}
 _MODE_OF: dict[int, Mode] = {number: mode for mode, number in _MODES.items()}
 _REASON_OF: dict[int, Reason] = {number: reason for reason, number in _REASONS.items()}
@@ -91,6 +94,7 @@ def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
                 thresholds=opening.policy.thresholds,
                 deepest=opening.policy.deepest,
                 draft=opening.policy.draft,
+                scale=_scale_to_pb(opening.policy.scale),
             ),
         )
     )
@@ -111,7 +115,13 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
         max_positions=message.max_positions,
         prompt_length=message.prompt_length,
         sampling=_sampling_from_pb(message.sampling),
-        policy=Policy(_known(_MODE_OF, policy.mode, pb.Mode), dict(policy.thresholds), policy.deepest, policy.draft),
+        policy=Policy(
+            _known(_MODE_OF, policy.mode, pb.Mode),
+            dict(policy.thresholds),
+            policy.deepest,
+            policy.draft,
+            _scale_from_pb(policy),
+        ),
     )
 
 
@@ -162,6 +172,8 @@ def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
                 threshold=routing.threshold,
                 thresholds=routing.thresholds,
                 draft=routing.draft,
+                scale=_scale_to_pb(routing.scale),
+                family=routing.family,
             )
         )
     return message
@@ -186,9 +198,31 @@ def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
             threshold=given.threshold if given.HasField("threshold") else None,
             thresholds=dict(given.thresholds) or None,
             draft=given.draft,
+            scale=_scale_from_pb(given),
+            family=given.family if given.HasField("family") else None,
         )
     draft = message.routing.draft if message.routing.HasField("draft") else None
     return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing, draft)
+
+
+def _scale_to_pb(scale: Scale | None) -> pb.Scale | None:
+    if scale is None:
+        return None
+    curves = {
+        p: pb.Curve(temperature=c.temperature, scores=c.scores, chances=c.chances) for p, c in scale.curves.items()
+    }
+    return pb.Scale(score=_SCORES[scale.score], curves=curves)
+
+
+def _scale_from_pb(message: pb.Policy | pb.Routing) -> Scale | None:
+    if not message.HasField("scale"):
+        return None
+    scale = message.scale
+    try:
+        curves = {p: Curve(c.temperature, tuple(c.scores), tuple(c.chances)) for p, c in scale.curves.items()}
+    except ValueError as error:
+        raise WireError(f"a policy's curve: {error}") from None
+    return Scale(_known(_SCORE_OF, scale.score, pb.Score), curves)
 
 
 def reply_to_pb(event: Token | Final) -> pb.GenerateReply:

@@ -11,9 +11,10 @@ import torch
 
 from ruyi_flow import cli
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.evaluation.tracing import SCORES, TEMPERATURES, record
+from ruyi_flow.evaluation.tracing import TEMPERATURES, record
 from ruyi_flow.family.corpus import read_prompts
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.trace import Trace, read
 
 
@@ -46,7 +47,7 @@ def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[
                 two = chances.topk(2, -1).values
                 entropy = torch.distributions.Categorical(chances).entropy()
                 scores = {"max_probability": two[:, 0], "margin": two[:, 0] - two[:, 1], "negative_entropy": -entropy}
-                for s, name in enumerate(SCORES):
+                for s, name in enumerate(Score):
                     assert torch.tensor(found.scores[:, s, t]).allclose(scores[name], atol=2e-5)
             before = logits[: len(prompt) - 1].log_softmax(-1)
             loss = -before.gather(1, torch.tensor(prompt[1:])[:, None]).mean() if len(prompt) > 1 else torch.zeros(())

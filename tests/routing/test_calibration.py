@@ -71,7 +71,7 @@ def test_a_calibration_is_read_back_as_it_was() -> None:
     raw = json.loads(json.dumps(calibration.to_dict()))
     assert Calibration.from_dict(raw) == calibration
     raw["curves"]["margin"]["2"]["chances"][0] = 2.0
-    with pytest.raises(ValueError, match="points must"):
+    with pytest.raises(ValueError, match="its points must"):
         Calibration.from_dict(raw)
 
 

@@ -25,7 +25,9 @@ class Recorder:
     def __init__(self) -> None:
         self.logits: dict[int, Tensor] = {}
 
-    def pick(self, logits: Tensor, positions: Sequence[int], history: Sequence[int]) -> tuple[list[int], list[float]]:
+    def pick(
+        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], confidence: object
+    ) -> tuple[list[int], list[float]]:
         for row, position in zip(logits, positions, strict=True):
             self.logits[position] = row.float()
         return [0] * len(positions), [0.0] * len(positions)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import NEVER, Policy, Routing
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
@@ -21,11 +23,20 @@ from ruyi_flow.types import (
     Verdict,
 )
 
+SCALE = Scale(Score.MARGIN, {5: Curve(1.5, (0.1, 0.2), (0.25, 0.5)), 11: Curve(0.7, (0.3,), (1.0,))})
+
+
+def test_a_curve_that_is_none_is_refused() -> None:
+    message = pb.Open(encoding=1, sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1))
+    message.policy.MergeFrom(pb.Policy(mode=2, scale=pb.Scale(score=1, curves={5: pb.Curve(temperature=1)})))
+    with pytest.raises(WireError, match="a policy's curve: its points must be"):
+        codec.open_from_pb(message)
+
 
 def test_handshakes_come_back() -> None:
     sampling = SamplingParams(temperature=0.6, top_k=30, stop=("a", "b"), eos_token_ids=(2, 5), seed=2**62)
     opening = SessionOpen(
-        "abc", 11, 576, Encoding.INT8, 100, 20, sampling, Policy(Mode.TOKEN, {5: NEVER, 11: 0.5}, 29, 4)
+        "abc", 11, 576, Encoding.INT8, 100, 20, sampling, Policy(Mode.TOKEN, {5: NEVER, 11: 0.5}, 29, 4, SCALE)
     )
     message = codec.parse(pb.SessionRequest, codec.open_to_pb(opening).SerializeToString())
     assert codec.open_from_pb(message.open) == opening
@@ -47,6 +58,7 @@ def test_verdicts_come_back() -> None:
         GenerateRequest((("system", "be brief"), ("user", "hi"))),
         GenerateRequest((1, 2, 3), routing=Routing(Mode.FIXED, exit=11, draft=2), draft=2),
         GenerateRequest("x", routing=Routing(Mode.TOKEN, thresholds={5: 0.5}, draft=4), draft=4),
+        GenerateRequest("x", routing=Routing(Mode.TOKEN, thresholds={5: 0.5}, scale=SCALE, family="f"), draft=4),
         GenerateRequest("x", sampling=SamplingParams(eos_token_ids=(), seed=0)),
     ],
     ids=str,

@@ -29,6 +29,13 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_FIXED: _ClassVar[Reason]
     REASON_DEEPEST: _ClassVar[Reason]
 
+class Score(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCORE_UNSPECIFIED: _ClassVar[Score]
+    SCORE_MAX_PROBABILITY: _ClassVar[Score]
+    SCORE_MARGIN: _ClassVar[Score]
+    SCORE_NEGATIVE_ENTROPY: _ClassVar[Score]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -48,6 +55,10 @@ REASON_UNSPECIFIED: Reason
 REASON_CONFIDENT: Reason
 REASON_FIXED: Reason
 REASON_DEEPEST: Reason
+SCORE_UNSPECIFIED: Score
+SCORE_MAX_PROBABILITY: Score
+SCORE_MARGIN: Score
+SCORE_NEGATIVE_ENTROPY: Score
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
@@ -144,7 +155,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("mode", "thresholds", "deepest", "draft")
+    __slots__ = ("mode", "thresholds", "deepest", "draft", "scale")
     class ThresholdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -156,11 +167,38 @@ class Policy(_message.Message):
     THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
     DEEPEST_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     thresholds: _containers.ScalarMap[int, float]
     deepest: int
     draft: int
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., deepest: _Optional[int] = ..., draft: _Optional[int] = ...) -> None: ...
+    scale: Scale
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., deepest: _Optional[int] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ...) -> None: ...
+
+class Scale(_message.Message):
+    __slots__ = ("score", "curves")
+    class CurvesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: Curve
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[Curve, _Mapping]] = ...) -> None: ...
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CURVES_FIELD_NUMBER: _ClassVar[int]
+    score: Score
+    curves: _containers.MessageMap[int, Curve]
+    def __init__(self, score: _Optional[_Union[Score, str]] = ..., curves: _Optional[_Mapping[int, Curve]] = ...) -> None: ...
+
+class Curve(_message.Message):
+    __slots__ = ("temperature", "scores", "chances")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    CHANCES_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    chances: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, temperature: _Optional[float] = ..., scores: _Optional[_Iterable[float]] = ..., chances: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("encoding", "rows", "data", "scales")
@@ -269,7 +307,7 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("mode", "exit", "threshold", "thresholds", "draft")
+    __slots__ = ("mode", "exit", "threshold", "thresholds", "draft", "scale", "family")
     class ThresholdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -282,12 +320,16 @@ class Routing(_message.Message):
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     exit: int
     threshold: float
     thresholds: _containers.ScalarMap[int, float]
     draft: int
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., exit: _Optional[int] = ..., threshold: _Optional[float] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., draft: _Optional[int] = ...) -> None: ...
+    scale: Scale
+    family: str
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., exit: _Optional[int] = ..., threshold: _Optional[float] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., family: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("tokens", "final")

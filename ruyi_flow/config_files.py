@@ -1,0 +1,121 @@
+"""YAML files that people write: read them, and say in their words what is wrong with one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ruyi_flow.errors import ConfigError
+
+__all__ = ["did_you_mean", "explain", "read_yaml"]
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` when a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_yaml(path: Path, what: str) -> object:
+    """A YAML file's data; `what` kind of file it is, for messages.
+
+    Raises:
+        ConfigError: it is not there, or not readable, or not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what} file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings name no key twice: the last one would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
+    """What is wrong in a file, a line each, with the key's path, the value and the fix.
+
+    Args:
+        error: pydantic's.
+        root: the model of the whole file.
+        where: the file's name.
+    """
+    lines = []
+    items = error.errors()
+    for item in items:
+        loc, kind = item["loc"], item["type"]
+        if kind == "too_short" and any(other["loc"][: len(loc)] == loc for other in items if other is not item):
+            continue  # its items are there, and wrong
+        path = ".".join(str(part) for part in loc)
+        value, context = item["input"], item.get("ctx", {})
+        message = item["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            known = _known_keys(root, loc)
+            message = f"unknown key; known here: {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
+        elif kind == "missing":
+            value, message = None, "this key is required; add it"
+        elif kind in ("enum", "literal_error"):
+            known = re.findall(r"'([^']+)'", str(context["expected"]))
+            message = f"must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
+        elif kind in _KINDS:
+            message = _KINDS[kind].format(**context)
+        shown = "" if value is None or (isinstance(value, float) and math.isnan(value)) else f" {value!r}:"
+        lines.append(f"{where}: {path}:{shown if len(shown) < 120 else ''} {message}")
+    return "\n".join(lines)
+
+
+_KINDS = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "string_type": "must be a text; put it in quotes if it looks like a number",
+    "path_type": "must be a text",
+    "tuple_type": "must be a list, as in [5, 11]",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "too_short": "must name at least one",
+    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first one a letter or a digit",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} at the most",
+}
+"""pydantic's kinds of errors, in this package's words."""
+
+
+def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the model that an unknown key was found in."""
+    model: Any = root
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        fields = {f.alias or name: f for name, f in model.model_fields.items()}
+        inner = fields[part].annotation
+        model = next(
+            (m for m in (inner, *getattr(inner, "__args__", ())) if isinstance(m, type) and issubclass(m, BaseModel)),
+            model,
+        )
+    return [f.alias or name for name, f in model.model_fields.items()]

@@ -1,0 +1,78 @@
+"""Policy files: what `ruyi-flow calibrate` writes and a topology or a request names.
+
+YAML: the family, the score that confidence is made of, each early exit's curve and threshold, and what was promised of
+them. Whoever reads one needs nothing else: the curves travel with the session.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ruyi_flow.config_files import explain, read_yaml
+from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.routing.confidence import Curve, Scale, Score
+from ruyi_flow.routing.policy import Routing
+from ruyi_flow.types import Mode
+
+__all__ = ["CurvePoints", "PolicyFile"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CurvePoints(_Model):
+    """A `Curve`."""
+
+    temperature: float = Field(gt=0)
+    scores: tuple[float, ...] = Field(min_length=1)
+    chances: tuple[float, ...] = Field(min_length=1)
+
+
+class PolicyFile(_Model):
+    """A calibrated policy."""
+
+    family: str
+    """Fingerprint of the family that it was calibrated for."""
+    score: Score
+    thresholds: dict[int, float]
+    """Of every early exit, on calibrated confidence; above 1 is never."""
+    curves: dict[int, CurvePoints]
+    promise: dict[str, Any] = {}
+    """What was asked for and found when it was made; for people."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> PolicyFile:
+        """Read and check a policy file.
+
+        Raises:
+            ConfigError: with the file, the key's path, the value and the fix.
+        """
+        path = Path(path)
+        try:
+            policy = cls.model_validate(read_yaml(path, "policy"))
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, str(path))) from None
+        try:
+            policy.routing()
+        except (ValueError, RequestError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return policy
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        new = path.with_name(f".{path.name}.new")
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+        new.write_text(f"# Written by ruyi-flow calibrate.\n{text}", encoding="utf-8")
+        new.replace(path)
+
+    def routing(self) -> Routing:
+        """As a request says it."""
+        curves = {p: Curve(c.temperature, c.scores, c.chances) for p, c in self.curves.items()}
+        return Routing(
+            mode=Mode.TOKEN, thresholds=dict(self.thresholds), scale=Scale(self.score, curves), family=self.family
+        )

@@ -1,0 +1,102 @@
+"""Policy files: written by calibrate, named by topologies and requests, refused for other families."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ruyi_flow import cli
+from ruyi_flow.client import Client
+from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.routing.policy_file import PolicyFile
+from ruyi_flow.routing.trace import Writer
+from ruyi_flow.topology import Topology
+from tests.routing.test_calibration import HEADER, made
+
+
+def write(path: Path, **changes: object) -> Path:
+    curve = {"temperature": 1.0, "scores": [0.0, 1.0], "chances": [0.0, 1.0]}
+    policy = {"family": "f" * 64, "score": "margin", "thresholds": {2: 0.5, 4: 0.4}, "curves": {2: curve, 4: curve}}
+    path.write_text(yaml.safe_dump(policy | changes))
+    return path
+
+
+def test_a_policy_comes_back(tmp_path: Path) -> None:
+    policy = PolicyFile.load(write(tmp_path / "p.yaml", promise={"max_disagreement": 0.05}))
+    policy.save(tmp_path / "q.yaml")
+    assert PolicyFile.load(tmp_path / "q.yaml") == policy
+    routing = policy.routing()
+    assert routing.thresholds == {2: 0.5, 4: 0.4} and routing.scale is not None and routing.family == "f" * 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "margn"}, "p.yaml: score: 'margn': must be one of .*did you mean 'margin'"),
+        ({"treshold": 1}, "unknown key.*did you mean"),
+        ({"thresholds": {2: -1.0}}, "a threshold is -1.0"),
+        ({"curves": {2: {"temperature": 1.0, "scores": [1.0, 0.0], "chances": [0.0, 1.0]}}}, "its points must ascend"),
+    ],
+)
+def test_files_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PolicyFile.load(write(tmp_path / "p.yaml", **changes))
+
+
+def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path: Path) -> None:
+    fingerprint = Checkpoint(spoken).fingerprint
+    never = write(tmp_path / "never.yaml", family=fingerprint, thresholds={2: 1.1, 4: 1.1})
+    write(tmp_path / "always.yaml", family=fingerprint, thresholds={2: 0.0})
+    other = write(tmp_path / "other.yaml")
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
+    data = {"family": str(spoken), "nodes": [node], "policy": {"file": "always.yaml", "draft": 2}}
+    path = tmp_path / "t.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with Client(path) as client:
+        asked = {"max_new_tokens": 6, "eos_token_ids": ()}
+        assert {t.exit for t in client.generate("hi", **asked).tokens} == {2}
+        assert {t.exit for t in client.generate("hi", policy=never, **asked).tokens} == {6}
+        assert all(0 <= t.confidence <= 1 for t in client.generate("hi", policy=never, **asked).tokens)
+        with pytest.raises(RequestError, match="calibrated for family ffffffffffff, this is"):
+            client.generate("hi", policy=other, **asked)
+        with pytest.raises(RequestError, match="threshold goes without policy"):
+            client.generate("hi", policy=never, threshold=0.5, **asked)
+    for policy, message in (
+        ({"file": "none.yaml"}, "no such policy file"),
+        ({"file": "always.yaml", "threshold": 0.5}, "policy.threshold: goes without policy.file"),
+        ({"file": "always.yaml", "mode": "exact"}, "policy.mode: goes without policy.file"),
+    ):
+        path.write_text(yaml.safe_dump(data | {"policy": policy}))
+        with pytest.raises(ConfigError, match=message):
+            Topology.load(path)
+
+
+def test_calibrate_writes_what_a_topology_can_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, out = tmp_path / "t.msgpack", tmp_path / "p.yaml"
+    with Writer(trace, HEADER) as writer:
+        for made_record in made(1200, 8).records:
+            writer.add(made_record)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ruyi-flow", "calibrate", str(trace), "--out", str(out), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    code, said, _ = run("--max-disagreement", "0.1")
+    assert code == 0 and "with a sureness of 95%" in said
+    policy = PolicyFile.load(out)
+    assert policy.family == HEADER.family and set(policy.thresholds) == {2, 4} and policy.promise["prompts"] == 1200
+    code, said, _ = run("--max-disagreement", "0.1", "--score", "margin", "--json")
+    facts = json.loads(said)
+    assert facts["score"] == "margin" and all(after < 0.03 < before for before, after in facts["errors"].values())
+    kept = out.read_bytes()
+    code, _, said = run("--max-disagreement", "0.0001")
+    assert code == 2 and said.startswith("error: 1200 prompts cannot show") and out.read_bytes() == kept
+    code, _, said = run("--max-disagreement", "1")
+    assert code == 2 and "it must lie between 0 and 1" in said
