@@ -122,6 +122,18 @@ class Recipe(_Model):
             changes["self_distill"] = distill.model_copy(update={"prompts": placed(distill.prompts)})
         return recipe.model_copy(update=changes)
 
+    def described(self) -> dict[str, Any]:
+        """What went into a run, for whoever gets its result: files by name, not by where they lay."""
+
+        def named(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {str(k): named(v) for k, v in value.items() if k != "out"}
+            if isinstance(value, (list, tuple)):
+                return [named(v) for v in value]
+            return value.name if isinstance(value, Path) else value
+
+        return dict(named(self.model_dump()))
+
     @property
     def answers(self) -> Path:
         """Where self-distillation keeps the family's own answers."""

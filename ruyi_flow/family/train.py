@@ -172,7 +172,7 @@ def train(
     weights = accelerator.get_state_dict(model)  # of all processes; each of several may hold a part
     out = recipe.out / "branches.safetensors" if recipe.scope == "branches" else recipe.out / "model.safetensors"
     if accelerator.is_main_process:
-        described = recipe.model_dump(mode="json") | {"fingerprint": checkpoint and checkpoint.fingerprint}
+        described = recipe.described() | {"fingerprint": checkpoint and checkpoint.fingerprint}
         metadata = {"format": "pt", "ruyi_flow.recipe": json.dumps(described, sort_keys=True)}
         metadata |= {
             "ruyi_flow.branch_exits": json.dumps(config.exits),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ruyi_flow import cli
@@ -101,6 +102,10 @@ def test_branches_come_closer_to_the_last(folder: Path, tiny: Path, start: str, 
     before, after = load_family(tiny, dtype="float32"), Family(grafted, dtype=torch.float32)
     assert torch.equal(before.logits(ids), after.logits(ids))  # the last exit, to the bit
     assert not torch.equal(before.logits(ids, exit=2), after.logits(ids, exit=2))
+    with safe_open(file, "pt") as handle:
+        described = json.loads(handle.metadata()["ruyi_flow.recipe"])
+    assert described["data"] == [{"path": "text.txt", "documents": None}] and described["steps"] == 40
+    assert described["fingerprint"] == checkpoint.fingerprint and str(folder) not in json.dumps(described)
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 41)) and "validation/agreement/2" in lines[-1]
 
