@@ -548,8 +548,8 @@ def demo(
         stats = final.stats
         if stats.drafted:
             out.print(
-                f"Deeper branches confirmed {stats.accepted} of the {stats.drafted} tokens that the shallowest drafted. "
-                f"To let it decide what it is sure of: ruyi-flow up {topology}, and elsewhere "
+                f"Deeper branches confirmed {stats.accepted} of the {stats.drafted} tokens that the shallowest one "
+                f"drafted. To let it decide what it is sure of: ruyi-flow up {topology}, and elsewhere "
                 f"ruyi-flow generate -t {topology} --threshold 0.9 --prompt …",
                 soft_wrap=True,
             )

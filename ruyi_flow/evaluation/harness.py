@@ -33,13 +33,12 @@ class Found:
     """
 
     def __init__(self, path: Path) -> None:
-        self._values: dict[str, Any] = {}
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("]")]  # the last one may be cut off
-            self._values = dict(json.loads(line) for line in kept)
-            path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        self._file = path.open("a+")
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]  # the last line may be cut off
+        self._values: dict[str, Any] = dict(json.loads(line) for line in whole.splitlines())
+        self._file.truncate(len(whole))  # it is all ASCII
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
