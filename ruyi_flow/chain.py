@@ -6,12 +6,13 @@ machine. It is itself a `Stage`. Only the entry node's chain `propose`s: it draf
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, TypeVarTuple
 
 from ruyi_flow.errors import WireError
-from ruyi_flow.routing.policy import Policy
+from ruyi_flow.routing.policy import Policy, pays
 from ruyi_flow.runtime.stage import CHUNK, ShardSession
 from ruyi_flow.runtime.worker import Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
@@ -113,6 +114,45 @@ class Round:
     """Those of them that hold."""
 
 
+class _Pace:
+    """How long drafting and asking take in a session, and with it how far to draft: running means of what it saw."""
+
+    def __init__(self) -> None:
+        self._step_s = self._ask_s = 0.0
+        self._last = self._drafting_s = 0.0
+        self._steps = 0
+        self._kept = self._expected = 1.0
+
+    def start(self) -> None:
+        """A round begins."""
+        self._last, self._drafting_s, self._steps = time.perf_counter(), 0.0, 0
+        self._kept = self._expected = 1.0
+
+    def stepped(self) -> None:
+        """The drafter has run one position."""
+        now = time.perf_counter()
+        took, self._last = now - self._last, now
+        self._drafting_s += took
+        self._steps += 1
+        if self._steps > 1:  # the first one may be a prompt
+            self._step_s = took if self._step_s == 0 else 0.8 * self._step_s + 0.2 * took
+
+    def asked(self, round_s: float) -> None:
+        """A round that asked deeper has ended."""
+        took = max(0.0, round_s - self._drafting_s)
+        self._ask_s = took if self._ask_s == 0 else 0.7 * self._ask_s + 0.3 * took
+
+    def goes_on(self, confidence: float) -> bool:
+        """Whether the token that was just drafted, with this chance to hold, should be followed by another."""
+        if self._ask_s == 0 or self._step_s == 0:
+            return True  # nothing is known yet
+        spent_s = self._ask_s + self._drafting_s
+        going = pays(self._kept, self._expected, spent_s, confidence, self._step_s)
+        self._kept *= confidence
+        self._expected += self._kept
+        return going
+
+
 class Chain:
     """A node's stages for one session, and the stage beyond.
 
@@ -130,6 +170,7 @@ class Chain:
         self._beyond: Stage | None = None
         self._sent = 0
         """Positions that the stage beyond holds."""
+        self._pace = _Pace()
 
     @property
     def session(self) -> ShardSession:
@@ -170,10 +211,13 @@ class Chain:
         while len(token_ids) > CHUNK:
             await self._step(hop, CHUNK, self._take, token_ids[:CHUNK])
             token_ids = token_ids[CHUNK:]
+        began, brief = time.perf_counter(), len(token_ids) == 1
         drafted = await self._step(hop, len(token_ids) + draft, self._draft, token_ids, draft)
         descent = await self._go_down(hop, drafted)
         verdict = await self._conclude(descent, hop)
         walk = descent.walks[0]
+        if brief and walk.unsure:
+            self._pace.asked(time.perf_counter() - began)
         if not walk.unsure:
             return Round(verdict.decisions, verdict.hops)
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
@@ -224,19 +268,25 @@ class Chain:
 
     def _draft(self, token_ids: Sequence[int], draft: int) -> _Descent:
         """The first stage's walk, position by position: its own tokens are the drafts."""
-        session = self._session
+        session, pace = self._session, self._pace
         policy, exit, eos = session.policy, session.exits[0], session.params.eos_token_ids or ()
         walk, asked = Walk(exit), False
         ids: Sequence[int] = token_ids
+        pace.start()
         while True:
             session.token_ids.extend(ids)
             position = len(session.token_ids) - 1
             found = session.advance(0, session.embed(ids), (position,))
             look = Walk.of(policy, exit, (position,), (None,), found).looks[0]
+            pace.stepped()
             asked = asked or look.reason is None
-            if not asked or draft == 0 or look.token is None or look.token in eos:
+            enough = draft == 0 or look.token is None or look.token in eos
+            if asked and not enough and policy.scale is not None:
+                enough = not pace.goes_on(look.confidence)
+            if not asked or enough:
                 walk.looks.append(look)
                 break
+            assert look.token is not None
             walk.looks.append(Look(position, look.token, look.token, look.confidence, look.reason))
             draft, ids = draft - 1, (look.token,)
         if not walk.unsure:

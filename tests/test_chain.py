@@ -83,7 +83,9 @@ scales = st.builds(
     ),
 )
 routings = st.one_of(
-    st.builds(Routing, mode=st.just(Mode.EXACT), draft=st.sampled_from([0, 1, 4, 8])),
+    st.builds(
+        Routing, mode=st.just(Mode.EXACT), draft=st.sampled_from([0, 1, 4, 8]), scale=st.one_of(st.none(), scales)
+    ),
     st.builds(Routing, mode=st.just(Mode.FIXED), exit=st.sampled_from(EXITS), draft=st.sampled_from([0, 1, 4])),
     st.builds(
         Routing,

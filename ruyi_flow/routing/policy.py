@@ -13,7 +13,7 @@ from ruyi_flow.errors import RequestError
 from ruyi_flow.routing.confidence import Scale
 from ruyi_flow.types import Mode, Reason, is_token_id
 
-__all__ = ["NEVER", "Policy", "Routing"]
+__all__ = ["NEVER", "Policy", "Routing", "pays"]
 
 NEVER = math.inf
 """A threshold that no confidence reaches."""
@@ -31,7 +31,8 @@ class Routing:
     thresholds: Mapping[int, float] | None = None
     """`token` only: the confidence that each early exit needs; an exit that is not named is never sure."""
     draft: int = 4
-    """At most this many tokens are drafted past an unsure position before it is asked deeper; 0 asks at once."""
+    """At most this many tokens are drafted past an unsure position before it is asked deeper; 0 asks at once. With a
+    scale, as many of them as are expected to pay."""
     scale: Scale | None = None
     """What the thresholds' confidence means; None is the likeliest token's probability, uncalibrated."""
     family: str | None = None
@@ -115,6 +116,23 @@ class Policy:
         if exit == self.deepest:
             return Reason.FIXED if self.mode is Mode.FIXED else Reason.DEEPEST
         return Reason.CONFIDENT if confidence >= self.thresholds[exit] else None
+
+
+def pays(kept: float, expected: float, spent_s: float, likely: float, step_s: float) -> bool:
+    """Whether drafting one token more is expected to settle more tokens a second than asking now.
+
+    A round that drafts k tokens settles `1 + c1 + c1 c2 + …` of them, where c is each draft's chance to hold; one more
+    pays where that, over the time it all takes, grows (as in Leviathan, Kalman and Matias 2023, section 3.5, but with
+    the chance of each token and not their mean).
+
+    Args:
+        kept: chance that all drafts so far hold.
+        expected: tokens that the round settles with them.
+        spent_s: what the round takes with them.
+        likely: chance that the next one holds, if those before it do.
+        step_s: what drafting it takes.
+    """
+    return kept * likely * spent_s > expected * step_s
 
 
 def _check_exit(exit: int, exits: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ruyi_flow.errors import RequestError
-from ruyi_flow.routing.policy import NEVER, Policy, Routing
+from ruyi_flow.routing.policy import NEVER, Policy, Routing, pays
 from ruyi_flow.types import Mode, Reason
 
 EXITS = (2, 4, 6)
@@ -63,3 +63,18 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
 def test_a_policy_that_cannot_be_is_refused(routing: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Policy.resolve(Routing(**routing), EXITS)
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("ask_s", [0.001, 0.02, 0.1])
+def test_drafting_stops_where_tokens_a_second_are_most(chance: float, ask_s: float) -> None:
+    step_s = 0.01
+
+    def rate(drafts: int) -> float:
+        return sum(chance**i for i in range(drafts + 1)) / (ask_s + drafts * step_s)
+
+    drafts, kept, expected = 0, 1.0, 1.0
+    while drafts < 400 and pays(kept, expected, ask_s + drafts * step_s, chance, step_s):
+        drafts, kept = drafts + 1, kept * chance
+        expected += kept
+    assert rate(drafts) == pytest.approx(max(map(rate, range(400))))
