@@ -281,9 +281,10 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
         Routing(draft=draft)  # raises when it cannot be
     routing = None
     if (policy := options.get("policy")) is not None:
-        if others := sorted(set(given) - {"draft"}):
-            raise RequestError(f"{others[0]} goes without policy, which says all of it")
-        routing = PolicyFile.load(policy).routing()
+        if others := sorted(set(given) - {"draft", "mode"}):
+            raise RequestError(f"{others[0]} goes without policy, which says it")
+        mode = parse_mode(given["mode"]) if "mode" in given else None
+        routing = PolicyFile.load(policy).routing(mode)
     elif set(given) - {"draft"}:
         routing = Routing(**(given | {"mode": parse_mode(given.get("mode") or _mode_of(given))}))
     return GenerateRequest(_prompt(prompt), raw, sampling, routing, draft)

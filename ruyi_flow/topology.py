@@ -105,7 +105,7 @@ class PolicyDefaults(_Model):
     """The routing of a request that names none."""
 
     file: Path | None = None
-    """A policy that `ruyi-flow calibrate` wrote, for mode `token`: thresholds, and what confidence means there."""
+    """A policy that `ruyi-flow calibrate` wrote: thresholds for mode `token`, and what confidence means."""
     mode: Mode | None = None
     """`exact` when left out, `token` with a file."""
     exit: Int | None = None
@@ -122,10 +122,10 @@ class PolicyDefaults(_Model):
         keys = self.model_dump(exclude={"file"})
         if self.file is None:
             return Routing(**(keys | {"mode": self.mode or Mode.EXACT}))
-        for key in ("mode", "exit", "threshold", "thresholds"):
-            if keys[key] not in (None, Mode.TOKEN):
-                raise ConfigError(f"{where}: policy.{key}: goes without policy.file, which says all of it")
-        return replace(PolicyFile.load(self.file).routing(), draft=self.draft)
+        for key in ("exit", "threshold", "thresholds"):
+            if keys[key] is not None:
+                raise ConfigError(f"{where}: policy.{key}: goes without policy.file, which says it")
+        return replace(PolicyFile.load(self.file).routing(self.mode), draft=self.draft)
 
 
 class Topology(_Model):

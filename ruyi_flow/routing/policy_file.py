@@ -70,9 +70,18 @@ class PolicyFile(_Model):
         new.write_text(f"# Written by ruyi-flow calibrate.\n{text}", encoding="utf-8")
         new.replace(path)
 
-    def routing(self) -> Routing:
-        """As a request says it."""
+    def routing(self, mode: Mode | None = None) -> Routing:
+        """As a request says it: mode `token` with the thresholds, or `exact`, whose drafts then stop where they should.
+
+        Raises:
+            RequestError: another mode.
+        """
         curves = {p: Curve(c.temperature, c.scores, c.chances) for p, c in self.curves.items()}
+        if mode not in (None, Mode.TOKEN, Mode.EXACT):
+            raise RequestError(f"a policy file goes with modes 'token' and 'exact', not with '{mode}'")
         return Routing(
-            mode=Mode.TOKEN, thresholds=dict(self.thresholds), scale=Scale(self.score, curves), family=self.family
+            mode=mode or Mode.TOKEN,
+            thresholds=None if mode is Mode.EXACT else dict(self.thresholds),
+            scale=Scale(self.score, curves),
+            family=self.family,
         )

@@ -60,6 +60,8 @@ def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path:
         assert {t.exit for t in client.generate("hi", **asked).tokens} == {2}
         assert {t.exit for t in client.generate("hi", policy=never, **asked).tokens} == {6}
         assert all(0 <= t.confidence <= 1 for t in client.generate("hi", policy=never, **asked).tokens)
+        exact = client.generate("hi", policy=never, mode="exact", draft=3, **asked)
+        assert exact.token_ids == client.generate("hi", mode="exact", **asked).token_ids
         with pytest.raises(RequestError, match="calibrated for family ffffffffffff, this is"):
             client.generate("hi", policy=other, **asked)
         with pytest.raises(RequestError, match="threshold goes without policy"):
@@ -67,7 +69,7 @@ def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path:
     for policy, message in (
         ({"file": "none.yaml"}, "no such policy file"),
         ({"file": "always.yaml", "threshold": 0.5}, "policy.threshold: goes without policy.file"),
-        ({"file": "always.yaml", "mode": "exact"}, "policy.mode: goes without policy.file"),
+        ({"file": "always.yaml", "mode": "fixed"}, "goes with modes 'token' and 'exact', not with 'fixed'"),
     ):
         path.write_text(yaml.safe_dump(data | {"policy": policy}))
         with pytest.raises(ConfigError, match=message):
