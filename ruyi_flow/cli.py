@@ -356,6 +356,9 @@ def calibrate(
         Score | None, typer.Option(help="What confidence is made of; left out: what decides most tokens early.")
     ] = None,
     out_file: Annotated[Path, typer.Option("--out", "-o", help="The policy file.")] = Path("policy.yaml"),
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a CSV and plots: what agreement costs, what confidence means.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the halving of the prompts.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -369,6 +372,11 @@ def calibrate(
     read = Trace.load(trace_file)
     scores = None if score is None else (score,)
     found = calibration.calibrate(read, max_disagreement=max_disagreement, sureness=sureness, scores=scores, seed=seed)
+    written = [out_file]
+    if report is not None:
+        from ruyi_flow.evaluation import frontier
+
+        written += frontier.write(report, found.frontier, *found.unseen)
     found.policy.save(out_file)
     if as_json:
         print_json({"file": str(out_file), **found.policy.model_dump(mode="json"), "errors": found.errors})
@@ -388,7 +396,7 @@ def calibrate(
         f"{found.choice.prompts} prompts of the test; on new ones at most {max_disagreement:.1%} will, "
         f"with a sureness of {sureness:.0%}"
     )
-    out.print(f"written: {escape(str(out_file))}", soft_wrap=True)
+    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
 
 
 @app.command()

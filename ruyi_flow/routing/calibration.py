@@ -23,12 +23,15 @@ from ruyi_flow.routing.trace import Trace
 __all__ = [
     "Calibrated",
     "Choice",
+    "Floats",
     "Outcome",
+    "Point",
     "calibrate",
     "choose",
     "confidences",
     "ece",
     "fit",
+    "frontier",
     "outcome",
     "raw_confidences",
     "reliability",
@@ -165,6 +168,9 @@ class Calibrated:
     errors: dict[int, tuple[float, float]]
     """By early exit: the expected calibration error of the branch's own probability, and of the calibrated score, on
     prompts that the curves have not seen."""
+    unseen: tuple[Trace, dict[int, Floats]]
+    """Those prompts, and by early exit what the curves say of them."""
+    frontier: list[Point]
 
 
 def calibrate(
@@ -222,7 +228,51 @@ def calibrate(
     policy = PolicyFile(
         family=trace.header.family, score=score, thresholds=choice.thresholds, curves=curves, promise=promise
     )
-    return Calibrated(policy, choice, errors)
+    points = frontier(trace, confidence, costs, seed=seed)
+    return Calibrated(policy, choice, errors, (test, unseen), points)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One setting on the way from always shallow to always deep."""
+
+    policy: str
+    setting: str
+    outcome: Outcome
+
+
+def frontier(
+    trace: Trace, confidence: Mapping[int, Floats], costs: Mapping[int, float], *, seed: int = 0
+) -> list[Point]:
+    """What agreement costs with calibrated thresholds, and with what they must beat, on one half of the prompts.
+
+    The thresholds come from the other half. Beside them: one threshold for all exits on the branches' own probability;
+    deciding at random exits; and always the same exit.
+    """
+    order = np.random.default_rng(seed).permutation(len(trace.records))
+    tune = np.isin(trace.prompt, order[: len(order) // 2])
+    half = trace.of_prompts(sorted(order[len(order) // 2 :].tolist()))
+    inside, raw = {p: c[~tune] for p, c in confidence.items()}, raw_confidences(half)
+    exits, last = list(trace.agrees), trace.header.exits[-1]
+    points = [
+        Point(
+            "calibrated",
+            " ".join(f"{p}={t:.3f}" for p, t in thresholds.items()),
+            outcome(thresholds, inside, half, costs),
+        )
+        for thresholds in _path(trace, confidence, costs, tune)
+    ]
+    for t in np.linspace(0.3, 1.0, 71).tolist():
+        points.append(Point("uncalibrated", f"{t:.2f}", outcome(dict.fromkeys(exits, t), raw, half, costs)))
+    noise = np.random.default_rng(seed).random(len(half.prompt))
+    for share in np.linspace(0, 1, 21).tolist():
+        dice = {p: np.where(noise < share, 1.0, 0.0) if p == exits[0] else np.zeros(len(noise)) for p in exits}
+        points.append(Point("random", f"{share:.2f}", outcome(dict.fromkeys(exits, 0.5), dice, half, costs)))
+    for p in exits:
+        always = {q: np.full(len(noise), float(q == p)) for q in exits}
+        points.append(Point("always", str(p), outcome(dict.fromkeys(exits, 0.5), always, half, costs)))
+    points.append(Point("always", str(last), outcome(dict.fromkeys(exits, _NEVER), inside, half, costs)))
+    return points
 
 
 def outcome(

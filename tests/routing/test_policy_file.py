@@ -1,5 +1,6 @@
 """Policy files: written by calibrate, named by topologies and requests, refused for other families."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -90,7 +91,15 @@ def test_calibrate_writes_what_a_topology_can_name(
             cli.main()
         return int(stop.value.code or 0), *capsys.readouterr()
 
-    code, said, _ = run("--max-disagreement", "0.1")
+    code, said, _ = run("--max-disagreement", "0.1", "--report", str(tmp_path / "report"))
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {
+        "frontier.csv",
+        "frontier.png",
+        "reliability.png",
+    }
+    rows = list(csv.DictReader((tmp_path / "report/frontier.csv").open()))
+    (deep,) = (row for row in rows if row["policy"] == "always" and row["setting"] == "6")
+    assert float(deep["agreement"]) == 1 and float(deep["cost"]) == 7 and float(deep["at_6"]) == 1
     assert code == 0 and "with a sureness of 95%" in said
     policy = PolicyFile.load(out)
     assert policy.family == HEADER.family and set(policy.thresholds) == {2, 4} and policy.promise["prompts"] == 1200
