@@ -97,7 +97,7 @@ def test_calibrate_writes_what_a_topology_can_name(
         "frontier.png",
         "reliability.png",
     }
-    rows = list(csv.DictReader((tmp_path / "report/frontier.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "report/frontier.csv").read_text().splitlines()))
     (deep,) = (row for row in rows if row["policy"] == "always" and row["setting"] == "6")
     assert float(deep["agreement"]) == 1 and float(deep["cost"]) == 7 and float(deep["at_6"]) == 1
     assert code == 0 and "with a sureness of 95%" in said
