@@ -210,7 +210,7 @@ def train(
         print_json({"file": str(file), "validation": last[0].validation if last else {}})
         return
     out.print(f"trained: {escape(str(file))}", soft_wrap=True)
-    if plan.scope == "branches":
+    if plan.scope != "joint":
         name = f"{plan.family.rstrip('/').split('/')[-1]}-trained"
         exits = f" --exits {','.join(map(str, plan.exits))}" if plan.exits else ""
         out.print(

@@ -28,7 +28,7 @@ from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, Linear, pack
 
-__all__ = ["LAYER_NAMES", "Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
+__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
 _COMPANIONS = (
@@ -56,6 +56,14 @@ LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "down_proj": ("mlp.down_proj",),
 }
 """Module of a `DecoderLayer` -> the published names whose tensors it stacks."""
+
+
+PROBE_NAMES = ("up.weight", "up.bias", "down.weight", "down.bias")
+"""Tensors of a branch's `Probe`."""
+
+
+_TRAINED = ("branch_layers", "probe_size")
+"""What a file of trained branches says of them, as `early_exit_…` in config.json."""
 
 
 class Checkpoint:
@@ -123,6 +131,8 @@ class Checkpoint:
             for prefix in (*(f"model.layers.{j}" for j in range(first, p)), *config.branch_prefixes(p)):
                 names += [f"{prefix}.{name}" for name in self._layer_tensors]
             names.append(f"model.norms.{i}.weight")
+            if config.probe_size and p != config.exits[-1]:
+                names += [f"model.probes.{i}.{part}" for part in PROBE_NAMES]
             if not config.shared_heads:
                 names.append(f"lm_head.{i}.weight")
         if config.tied_head:
@@ -209,12 +219,13 @@ class Checkpoint:
         handle = _open(file)
         metadata = handle.metadata() or {}
         try:
-            exits, depths = (json.loads(metadata[f"ruyi_flow.{key}"]) for key in ("branch_exits", "branch_layers"))
+            exits = json.loads(metadata["ruyi_flow.branch_exits"])
+            trained = {k: json.loads(metadata[f"ruyi_flow.{k}"]) for k in _TRAINED if f"ruyi_flow.{k}" in metadata}
         except (KeyError, ValueError):
             raise CheckpointError(f"{file}: not a file of trained branches") from None
         if tuple(exits) != self.config.exits:
             raise CheckpointError(f"{file}: branches at exits {exits}; the family has {list(self.config.exits)}")
-        raw = {**self.config.to_dict(), "early_exit_branch_layers": depths}
+        raw = {**self.config.to_dict(), **{f"early_exit_{key}": value for key, value in trained.items()}}
         self.config = FamilyConfig.parse(raw, where=str(file))
         self._files[str(file)] = handle
         self._file_of |= {str(name): str(file) for name in handle.keys()}
@@ -302,6 +313,10 @@ def load_slice(
         for layer, prefix in zip(branch.stack, config.branch_prefixes(p), strict=True):
             read_layer(layer, prefix)
         read(branch.norm, "weight", [f"model.norms.{index}.weight"])
+        if branch.probe is not None:
+            for part in PROBE_NAMES:
+                module, parameter = part.split(".")
+                read(getattr(branch.probe, module), parameter, [f"model.probes.{index}.{part}"])
         if packed:  # a branch computes keys and values alone where its answer is not wanted
             pack(branch, apart=[branch.stack[-1].qkv_proj])
     if packed:

@@ -60,6 +60,8 @@ class FamilyConfig:
     ordinary: bool
     """An ordinary checkpoint with exits given to it: branches start as copies of the trunk layer at their exit."""
     eos_token_ids: tuple[int, ...] = ()
+    probe_size: int = 0
+    """Width of the early branches' probes; 0 where there are none. Ours: Ruyi has none."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """config.json as it was read."""
 
@@ -132,6 +134,9 @@ class FamilyConfig:
             raise CheckpointError(
                 f"{where}: tie_word_embeddings needs shared_heads: a head per branch cannot be the embedding"
             )
+        probe_size = int(raw.get("early_exit_probe_size") or 0)
+        if not 0 <= probe_size <= 4096:
+            raise CheckpointError(f"{where}: early_exit_probe_size is {probe_size}; it must be 0 to 4096")
         bias = bool(raw.get("attention_bias", False))
         eos = raw.get("eos_token_id")
         return cls(
@@ -154,6 +159,7 @@ class FamilyConfig:
             shared_heads=True if ordinary else bool(raw.get("shared_heads", False)),
             tied_head=bool(raw.get("tie_word_embeddings", False)),
             ordinary=ordinary,
+            probe_size=probe_size,
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
             raw=raw,
         )

@@ -64,9 +64,11 @@ class Recipe(_Model):
     """The exits to give to an ordinary checkpoint."""
     out: Path
     """Folder for the result, the metrics, and the state to resume from."""
-    scope: Literal["branches", "joint"] = "branches"
+    scope: Literal["branches", "joint", "probes"] = "branches"
     branch_layers: dict[int, Annotated[int, Field(ge=1)]] = {}
-    """Layers of the branch at each exit; 1 where not named."""
+    """Layers of the branch at each exit; what the family has where not named."""
+    probe_size: int = Field(default=32, ge=1, le=4096)
+    """Scope `probes`: their width."""
     start: Literal["copy", "zero"] = "copy"
     """Further layers of a branch start as copies of the trunk layers after its exit, or (Ruyi2's DaE) random with
     output projections of zero."""

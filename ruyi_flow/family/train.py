@@ -1,4 +1,4 @@
-"""Multi-branch training: all branches together with the trunk, or the branches alone on a frozen trunk.
+"""Multi-branch training: all branches together with the trunk, the branches alone on a frozen trunk, or their probes.
 
 `joint` is multi-branch pre-training as Ruyi's: `sum_k lambda_k(t) CE_k` over the exits, with lambda_k strong early and
 decaying (Ruyi2) or 1 / G for G exits (the familial scaling law). `branches` is distillation into early branches: the
@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ruyi_flow.errors import ConfigError, TrainingError
-from ruyi_flow.family.checkpoint import LAYER_NAMES, Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint, load_slice
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.corpus import Packed, pack_documents, read_documents
 from ruyi_flow.family.recipe import Recipe, Source
-from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Rope
+from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Probe, Rope
 from ruyi_flow.family.trunk_states import TrunkStates, rope_at
 
 __all__ = ["Step", "train"]
@@ -82,7 +82,7 @@ def train(
         cpu=not torch.cuda.is_available(),
     )
     checkpoint = family if isinstance(family, Checkpoint) else None
-    config = deepened(family if isinstance(family, FamilyConfig) else family.config, recipe.branch_layers)
+    config = _trained(family if isinstance(family, FamilyConfig) else family.config, recipe)
     packed = _read(recipe, tokenizer)
     held_out = max(1, round(len(packed) * recipe.validation))
     if len(packed) - held_out < recipe.batch * accelerator.num_processes:
@@ -93,13 +93,14 @@ def train(
     say(f"{len(packed)} sequences of {recipe.length} tokens, {int((packed.documents >= 0).sum()):,} tokens in all")
     validation = torch.arange(held_out)
     torch.manual_seed(recipe.seed)
-    trainee: _Joint | _Branches
+    trainee: _Joint | _Branches | _Probes
     if recipe.scope == "joint":
         trainee = _Joint(checkpoint, config, recipe, packed)
     elif checkpoint is None:
-        raise ConfigError("scope 'branches' needs a family with weights: its last branch is the teacher")
+        raise ConfigError(f"scope {recipe.scope!r} needs a family with weights: its last branch is the teacher")
     else:
-        trainee = _Branches(checkpoint, config, recipe, packed, accelerator.device)
+        kind = _Branches if recipe.scope == "branches" else _Probes
+        trainee = kind(checkpoint, config, recipe, packed, accelerator.device)
     optimizer = torch.optim.AdamW(
         [p for p in trainee.parameters() if p.requires_grad], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
@@ -170,31 +171,36 @@ def train(
         if last or (step + 1) % recipe.save_every == 0:
             _save(accelerator, state, (step + 1, identity))
     weights = accelerator.get_state_dict(model)  # of all processes; each of several may hold a part
-    out = recipe.out / "branches.safetensors" if recipe.scope == "branches" else recipe.out / "model.safetensors"
+    out = recipe.out / ("model.safetensors" if recipe.scope == "joint" else f"{recipe.scope}.safetensors")
     if accelerator.is_main_process:
         described = recipe.described() | {"fingerprint": checkpoint and checkpoint.fingerprint}
         metadata = {"format": "pt", "ruyi_flow.recipe": json.dumps(described, sort_keys=True)}
-        metadata |= {
-            "ruyi_flow.branch_exits": json.dumps(config.exits),
-            "ruyi_flow.branch_layers": json.dumps(config.branch_layers),
-        }
+        metadata["ruyi_flow.branch_exits"] = json.dumps(config.exits)
+        if recipe.scope == "probes":
+            metadata["ruyi_flow.probe_size"] = json.dumps(config.probe_size)
+        else:  # whose probes, if there were some, are gone
+            metadata |= {"ruyi_flow.branch_layers": json.dumps(config.branch_layers), "ruyi_flow.probe_size": "0"}
         tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in trainee.published(weights).items()}
         save_file(tensors, out, metadata)
     accelerator.wait_for_everyone()
     return out
 
 
-def deepened(config: FamilyConfig, branch_layers: dict[int, int]) -> FamilyConfig:
-    """A family's geometry with branches of these depths.
+def _trained(config: FamilyConfig, recipe: Recipe) -> FamilyConfig:
+    """A family's geometry as a recipe leaves it.
 
     Raises:
-        ConfigError: an exit that the family does not have, or the last one.
+        ConfigError: an exit that the family does not have, or the last one; a key that its scope does not take.
     """
-    for exit in branch_layers:
+    for exit in recipe.branch_layers:
         if exit not in config.exits[:-1]:
             raise ConfigError(f"branch_layers: {exit} is not one of the early exits {list(config.exits[:-1])}")
-    raw = {**config.to_dict(), "early_exit_branch_layers": [branch_layers.get(p, 1) for p in config.exits]}
-    return FamilyConfig.parse(raw)
+    if recipe.branch_layers and recipe.scope == "probes":
+        raise ConfigError("branch_layers: goes with scopes branches and joint; probes read branches as they are")
+    depths = [recipe.branch_layers.get(p, n) for p, n in zip(config.exits, config.branch_layers, strict=True)]
+    probe_size = recipe.probe_size if recipe.scope == "probes" else 0  # probes of other branches would be wrong
+    new = {"early_exit_branch_layers": depths, "early_exit_probe_size": probe_size}
+    return FamilyConfig.parse({**config.to_dict(), **new})
 
 
 class _Joint(nn.Module):
@@ -333,9 +339,7 @@ class _Branches(nn.Module):
             rows = self.packed.rows(part)
             attention = CausalAttention(len(part), rows.documents.to(self.device))
             rope = rope_at(self.rope, rows.positions, self.device)
-            # The token after a position is an answer's when the next position is in one.
-            following = torch.cat([rows.answers[:, 1:], torch.zeros(len(part), 1, dtype=torch.bool)], 1).flatten()
-            real = (rows.documents >= 0).flatten()
+            following, real = _before_answers(rows).flatten(), (rows.documents >= 0).flatten()
             groups = {"answers": (following & real).to(self.device), "rest": (~following & real).to(self.device)}
             for name, group in groups.items():
                 counts[name] += int(group.sum())
@@ -356,6 +360,78 @@ class _Branches(nn.Module):
             branch.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)})
             out |= published_branch(self.config, p, branch)
         return out
+
+
+class _Probes(nn.Module):
+    """The early branches' probes: is this branch's token the last one's? Everything else is as it is."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: FamilyConfig, recipe: Recipe, packed: Packed, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.recipe, self.config, self.packed, self.device = recipe, config, packed, device
+        self.probes = nn.ModuleDict({str(p): Probe(config) for p in config.exits[:-1]})
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        self.trunk = TrunkStates(
+            load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device),
+            packed,
+            recipe,
+            checkpoint.fingerprint,
+        )
+        self.rope = Rope(config, dtype, torch.device("cpu"))
+
+    def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
+        """The losses on some sequences; without a step, what validation wants to know of them."""
+        if step is None:
+            return self._validate(indices)
+        parts, total = {}, torch.zeros((), device=self.device)
+        for name, (odds, agrees, _) in self._asked(
+            indices, seed=hash((self.recipe.seed, step, int(indices[0])))
+        ).items():
+            parts[f"log_loss/{name}"] = F.binary_cross_entropy_with_logits(odds, agrees)
+            total = total + parts[f"log_loss/{name}"]
+        return {"loss": total} | {name: part.detach() for name, part in parts.items()}
+
+    def _asked(self, indices: Tensor, seed: int | None = None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """By exit: log-odds, whether the branch agrees, and its lead, where the next token is an answer's."""
+        states, _, top, _ = (t.to(self.device) for t in self.trunk.of(indices))
+        rows, model = self.packed.rows(indices), self.trunk.model
+        attention = CausalAttention(len(indices), rows.documents.to(self.device))
+        rope = rope_at(self.rope, rows.positions, self.device)
+        wanted = _before_answers(rows).flatten().float().to(self.device)
+        chosen = wanted.nonzero()[:, 0] if seed is None else _positions(wanted, self.recipe.losses.positions, seed)
+        out = {}
+        for i, (name, probe) in enumerate(self.probes.items()):
+            with torch.no_grad():
+                branch = model.branch_at[int(name)]
+                h = _read_branch(branch, states[:, i].flatten(0, 1), rope, attention, False)[chosen]
+                logits = model.head_at[int(name)].forward(h).float()
+                two = logits.softmax(-1).topk(2, -1).values
+                agrees = (logits.argmax(-1) == top[chosen, 0]).float()
+            out[name] = probe(h, logits), agrees, two[:, 0] - two[:, 1]
+        return out
+
+    def _validate(self, indices: Tensor) -> dict[str, float]:
+        """Log-loss, and how well the probe tells agreement apart (area under the ROC curve), beside the lead alone."""
+        told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in self.probes}
+        for part in indices.split(self.recipe.batch):
+            for name, found in self._asked(part).items():
+                told[name].append(found)
+        out = {}
+        for name, parts in told.items():
+            odds, agrees, lead = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            out[f"log_loss/{name}"] = float(F.binary_cross_entropy_with_logits(odds, agrees))
+            out[f"auc/{name}"], out[f"auc_of_margin/{name}"] = _auc(odds, agrees), _auc(lead, agrees)
+        return out
+
+    def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The probes' tensors by their published names, of the module's state."""
+        early = self.config.exits[:-1]
+        return {
+            f"model.probes.{i}.{part}": weights[f"probes.{p}.{part}"]
+            for i, p in enumerate(early)
+            for part in PROBE_NAMES
+        }
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -509,6 +585,20 @@ def _labels(rows: Packed) -> Tensor:
     same = (rows.documents[:, 1:] == rows.documents[:, :-1]) & (rows.documents[:, 1:] >= 0)
     labels[:, :-1] = torch.where(same, rows.token_ids[:, 1:].long(), -100)
     return labels
+
+
+def _before_answers(rows: Packed) -> Tensor:
+    """(rows, length) whether the token after a position belongs to an answer."""
+    return F.pad(rows.answers[:, 1:], (0, 1), value=False)
+
+
+def _auc(scores: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve: how often a positive scores above a negative."""
+    ranks = torch.empty_like(scores, dtype=torch.float64)
+    ranks[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
+    yes = int(positive.sum())
+    no = len(positive) - yes
+    return float((ranks[positive.bool()].sum() - yes * (yes + 1) / 2) / max(1, yes * no))
 
 
 def _positions(weight: Tensor, share: float, seed: int) -> Tensor:

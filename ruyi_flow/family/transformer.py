@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
 
-__all__ = ["Attention", "Branch", "CausalAttention", "DecoderLayer", "FamilySlice", "Linear", "Rope", "pack"]
+__all__ = [
+    "Attention",
+    "Branch",
+    "CausalAttention",
+    "DecoderLayer",
+    "FamilySlice",
+    "Linear",
+    "Probe",
+    "Rope",
+    "pack",
+]
 
 
 class Attention(Protocol):
@@ -220,19 +230,47 @@ class DecoderLayer(nn.Module):
         return x + self.down_proj.forward(F.silu(gate) * up)
 
 
+class Probe(nn.Module):
+    """Reads off an early branch whether its token will be the last branch's.
+
+    A small perceptron over the branch's normed state, scaled to unit size, and the logarithms of its likeliest tokens'
+    probabilities; as in early exits with a learned stopping head (Schuster et al. 2022, CALM, section 3.5), but on what
+    the branch itself says, too.
+    """
+
+    TOP = 8
+    """Tokens whose probabilities it sees."""
+
+    def __init__(self, config: FamilyConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size + self.TOP, config.probe_size)
+        self.down = nn.Linear(config.probe_size, 1)
+
+    def forward(self, h: Tensor, logits: Tensor) -> Tensor:
+        """What the head reads, (n, hidden), and the (n, vocab) logits -> (n,) float32 log-odds of agreement."""
+        logits = logits.float()
+        top = logits.topk(min(self.TOP, logits.shape[-1]), -1).values - logits.logsumexp(-1, keepdim=True)
+        top = F.pad(top.clamp(min=-30.0), (0, self.TOP - top.shape[-1]), value=-30.0)
+        seen = torch.cat([F.rms_norm(h.float(), h.shape[-1:]), top], -1)
+        up = F.silu(F.linear(seen, self.up.weight.float(), self.up.bias.float()))
+        return F.linear(up, self.down.weight.float(), self.down.bias.float())[:, 0]
+
+
 class Branch(nn.Module):
     """What turns the boundary state at an exit into logits: decoder layers, a norm, and a head that others may share.
 
     Args:
         config: the family.
         depth: how many layers.
+        probed: whether it has a probe.
     """
 
-    def __init__(self, config: FamilyConfig, depth: int) -> None:
+    def __init__(self, config: FamilyConfig, depth: int, *, probed: bool = False) -> None:
         super().__init__()
         self.stack = tuple(DecoderLayer(config) for _ in range(depth))
         self.layers = nn.ModuleList(self.stack)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.probe = Probe(config) if probed else None
 
 
 class FamilySlice(nn.Module):
@@ -255,7 +293,8 @@ class FamilySlice(nn.Module):
         # Plain containers for the hot path, beside the module containers that hold the same modules for torch.
         self.trunk = tuple(DecoderLayer(config) for _ in range(self.first_layer, self.last_layer))
         depths = {p: config.branch_layers[config.exits.index(p)] for p in self.exits}
-        self.branch_at = {p: Branch(config, depth) for p, depth in depths.items()}
+        probed = config.exits[:-1] if config.probe_size else ()
+        self.branch_at = {p: Branch(config, depth, probed=p in probed) for p, depth in depths.items()}
         own_heads = [Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads)]
         self.head_at = {p: own_heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
         self.slot_at = {

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ruyi_flow import cli
 from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
-from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
 from ruyi_flow.family.corpus import Document, pack_documents
 from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.family.train import Step, cross_entropy, train
@@ -260,6 +260,29 @@ def test_the_command_distills_trains_and_says_what_to_do_next(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plan | {"learning_rate": 0.1}))
     code, _, said = run()
     assert code == 2 and "is of a run with another recipe, family or data" in said
+
+
+def test_probes_learn_where_a_branch_agrees(folder: Path, tiny: Path, home: Path) -> None:
+    steps: list[Step] = []
+    branches = train(recipe(folder, steps=60, learning_rate=3e-3, out=folder / "branches"), Checkpoint(tiny), Letters())
+    family = Checkpoint(tiny, branches=branches)
+    changes = {"scope": "probes", "probe_size": 8, "steps": 120, "validate_every": 120, "learning_rate": 1e-2}
+    file = train(recipe(folder, **changes), family, Letters(), report=steps.append)
+    assert set(load_file(file)) == {f"model.probes.{i}.{part}" for i in (0, 1) for part in PROBE_NAMES}
+    found = steps[-1].validation
+    for exit in (2, 4):
+        early, late = (sum(s.losses[f"log_loss/{exit}"] for s in part) for part in (steps[:10], steps[-10:]))
+        assert late < 0.95 * early and found[f"auc/{exit}"] > 0.6
+    store.pull(str(tiny), name="a", branches=branches)
+    store.pull(str(home / "families/a"), name="b", branches=file)
+    plain, probed = load_family("a", dtype="float32"), load_family("b", dtype="float32")
+    assert plain.config.probe_size == 0 and probed.config.probe_size == 8
+    ids = torch.arange(3, 25)[None]
+    for exit in (2, 4, 6):
+        assert torch.equal(plain.logits(ids, exit), probed.logits(ids, exit))
+    assert probed.model.branch_at[2].probe is not None and probed.model.branch_at[6].probe is None
+    again = train(recipe(folder, out=folder / "again"), probed.checkpoint, Letters())
+    assert Checkpoint(tiny, branches=again).config.probe_size == 0  # other branches, no probes of theirs
 
 
 def test_sparse_cross_entropy_is_torchs() -> None:
