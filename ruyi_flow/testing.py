@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ruyi_flow.engine import Engine
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.transformer import Probe
 from ruyi_flow.node import serve
 from ruyi_flow.topology import Topology
 
@@ -96,6 +97,13 @@ def tiny_family(
             tensors[f"{prefix}.{part}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
     for name in ["model.norm"] if ordinary else [f"model.norms.{i}" for i in range(len(exits))]:
         tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
+    for i in range(len(exits) - 1) if config.probe_size else ():
+        shapes: dict[str, tuple[int, ...]] = {
+            "up.weight": (config.probe_size, h + Probe.TOP),
+            "down.weight": (1, config.probe_size),
+        }
+        shapes |= {"up.bias": (config.probe_size,), "down.bias": (1,)}
+        tensors |= {f"model.probes.{i}.{part}": random(*shape) * 2 for part, shape in shapes.items()}
     if not config.tied_head:
         for name in ["lm_head"] if config.shared_heads else [f"lm_head.{i}" for i in range(len(exits))]:
             tensors[f"{name}.weight"] = random(v, h) * 2

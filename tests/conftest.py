@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
+from ruyi_flow.family.transformer import CausalAttention, Rope
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
@@ -35,8 +37,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny family with five exits, two of whose branches are deeper than Ruyi's."""
     folder = tmp_path_factory.mktemp("families") / "five"
-    depths = [2, 1, 3, 1, 1]
-    return tiny_family(folder, base="qwen2", exits=(1, 3, 4, 6, 7), seed=3, early_exit_branch_layers=depths)
+    ours: dict[str, Any] = {"early_exit_branch_layers": [2, 1, 3, 1, 1], "early_exit_probe_size": 5}
+    return tiny_family(folder, base="qwen2", exits=(1, 3, 4, 6, 7), seed=3, **ours)
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +70,21 @@ def smollm2() -> Path:
         pytest.skip(f"the demo family is not in the store and cannot be fetched: {error}")
 
 
-def confidence(policy: Policy, exit: int, logits: torch.Tensor) -> float:
-    """What a branch's confidence is by its definition."""
+def confidence(family: Family, policy: Policy, exit: int, ids: list[int], logits: torch.Tensor) -> float:
+    """What a branch's confidence after some tokens is by its definition."""
     curve = None if policy.scale is None else policy.scale.curves.get(exit)
     if policy.scale is None or curve is None:
         return float(logits.softmax(-1).max())
+    if policy.scale.score is Score.PROBE:
+        model = family.model
+        cos, sin = Rope(family.config, torch.float32, torch.device("cpu")).at(0, len(ids))
+        x = model.run(model.embed(torch.tensor(ids)), 0, exit, (cos, sin), CausalAttention(1))
+        read, probe = model.reading(exit, x, (cos, sin), CausalAttention(1)), model.branch_at[exit].probe
+        assert read is not None and probe is not None
+        unit = read[-1] / (read[-1].square().mean() + 1e-7).sqrt()
+        seen = torch.cat([unit, logits.log_softmax(-1).topk(8).values])
+        odds = probe.down(torch.nn.functional.silu(probe.up(seen))) / curve.temperature
+        return float(np.interp(float(odds.sigmoid()), curve.scores, curve.chances))
     chances = (logits / curve.temperature).softmax(-1)
     first, second = chances.topk(2).values.tolist()
     score = {
@@ -102,7 +114,7 @@ class Oracle:
         for _ in range(count):
             for exit in self.family.exits:
                 logits = self.family.logits(torch.tensor([ids]), exit)[0, -1]
-                if policy.sure(exit, confidence(policy, exit, logits)):
+                if policy.sure(exit, confidence(self.family, policy, exit, ids, logits)):
                     token = int(logits.argmax()) if pick is None else pick(logits, ids)
                     break
             ids.append(token)

@@ -182,7 +182,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
                 start += len(continuation) - 1
                 wanted += continuation
             chosen.append(torch.tensor(rows))
-        for exit, logits in each_exit(self.family.model, self.exits, [tree for tree, _ in batch], chosen):
+        for exit, logits, _ in each_exit(self.family.model, self.exits, [tree for tree, _ in batch], chosen):
             target = torch.tensor(wanted, device=logits.device)
             likely = (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)).cpu()
             greedy = (logits.argmax(-1) == target).cpu()

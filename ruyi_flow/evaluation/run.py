@@ -280,7 +280,7 @@ def _agreement(
         rows = [torch.arange(len(prompt) - 1, len(tree)) for (prompt, _), tree in zip(batch, trees, strict=True)]
         target = torch.tensor([t for _, answer in batch for t in answer], device=family.model.device)
         said, likely = {}, {}
-        for p, logits in each_exit(family.model, asked, trees, rows):
+        for p, logits, _ in each_exit(family.model, asked, trees, rows):
             said[p] = logits.argmax(-1)
             likely[p] = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
         start = 0

@@ -15,6 +15,7 @@ from ruyi_flow.entry import end_tokens
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.distill import Answer, answers
 from ruyi_flow.family.reading import Tree, each_exit
+from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.trace import ExitRecord, Header, Record, Writer
@@ -60,7 +61,7 @@ def record(
         dtype=str(model.dtype).removeprefix("torch."),
         max_new_tokens=max_new_tokens,
         prompts=hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
-        scores=tuple(Score),
+        scores=scores_of(family),
         temperatures=TEMPERATURES,
     )
     with Writer(out, header) as writer:
@@ -87,18 +88,25 @@ def record(
     return header
 
 
+def scores_of(family: Family) -> tuple[Score, ...]:
+    """The scores that there are of a family's branches."""
+    return tuple(s for s in Score if s is not Score.PROBE or family.config.probe_size)
+
+
 def _read(family: Family, read: Sequence[Answer], numbers: Sequence[int]) -> list[Record]:
     """What every exit says along some answers."""
     trees = [Tree((*a.prompt, *a.token_ids[:-1]), ()) for a in read]
     prompts = torch.tensor([t for a in read for t in a.prompt[1:]], device=family.model.device)
     every = [torch.arange(len(tree)) for tree in trees]
     parts: list[dict[int, ExitRecord]] = [{} for _ in read]
-    for p, logits in each_exit(family.model, family.exits, trees, every):
+    for p, logits, read_states in each_exit(family.model, family.exits, trees, every):
         starts = np.cumsum([0, *map(len, trees)]).tolist()
         rows = [torch.arange(s + len(a.prompt) - 1, s + len(t)) for s, a, t in zip(starts, read, trees, strict=False)]
         before = torch.cat([torch.arange(s, s + len(a.prompt) - 1) for s, a in zip(starts, read, strict=False)])
-        asked = logits[torch.cat(rows).to(logits.device)]
-        said, scores = asked.argmax(-1).int().cpu().numpy(), _scores(asked).cpu().numpy()
+        chosen = torch.cat(rows).to(logits.device)
+        asked, probe = logits[chosen], family.model.branch_at[p].probe
+        scores = _scores(asked, scores_of(family), probe, read_states[chosen]).cpu().numpy()
+        said = asked.argmax(-1).int().cpu().numpy()
         loss, entropy = (t.cpu() for t in _reading(logits[before.to(logits.device)], prompts))
         at = at_prompt = 0
         for part, answer in zip(parts, read, strict=True):
@@ -116,9 +124,15 @@ def _read(family: Family, read: Sequence[Answer], numbers: Sequence[int]) -> lis
     ]
 
 
-def _scores(logits: Tensor) -> Tensor:
-    """(n, vocab) -> (n, scores, temperatures)"""
-    return torch.stack([torch.stack([measure(logits, s, t) for t in TEMPERATURES], -1) for s in Score], 1)
+def _scores(logits: Tensor, names: Sequence[Score], probe: Probe | None, read: Tensor) -> Tensor:
+    """(n, vocab) -> (n, scores, temperatures); the last exit, which has no probe, is sure by that score."""
+    columns = []
+    for name in names:
+        if name is Score.PROBE and probe is None:
+            columns.append(torch.ones(len(logits), len(TEMPERATURES), device=logits.device))
+        else:
+            columns.append(torch.stack([measure(logits, name, t, probe=probe, read=read) for t in TEMPERATURES], -1))
+    return torch.stack(columns, 1)
 
 
 def _reading(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:

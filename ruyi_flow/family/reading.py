@@ -27,7 +27,7 @@ class Tree:
 @torch.inference_mode()
 def each_exit(
     model: FamilySlice, exits: Sequence[int], trees: Sequence[Tree], chosen: Sequence[Tensor]
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Run trees of tokens through the family once.
 
     Args:
@@ -37,7 +37,8 @@ def each_exit(
         chosen: for each tree the positions that are wanted.
 
     Yields:
-        For each exit: itself, and (sum of chosen, vocab) float32 logits.
+        For each exit: itself, (sum of chosen, vocab) float32 logits, and the (sum of chosen, hidden) states that its
+        head read.
     """
     length, device = max(map(len, trees)), model.device
     ids, places = torch.zeros(len(trees), length, dtype=torch.int64), torch.zeros(len(trees), length, dtype=torch.int64)
@@ -63,6 +64,7 @@ def each_exit(
         if exit in exits:
             h = model.reading(exit, x, turned, attention)
             assert h is not None
-            yield exit, model.head_at[exit].forward(h[rows]).float()
+            read = h[rows]
+            yield exit, model.head_at[exit].forward(read).float(), read
         if exit == exits[-1]:
             return

@@ -25,6 +25,8 @@ class Score(StrEnum):
     MARGIN = "margin"
     """The likeliest token's probability less the second's."""
     NEGATIVE_ENTROPY = "negative_entropy"
+    PROBE = "probe"
+    """What the branch's probe says, where the family has probes."""
 
 
 @dataclass(frozen=True, slots=True)

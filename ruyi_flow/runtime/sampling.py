@@ -8,7 +8,7 @@ share the noise, so verifying a draft is comparing two tokens. The processors ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ruyi_flow.errors import NodeFault, RequestError
-from ruyi_flow.runtime.scores import PLAIN, Confidence
+from ruyi_flow.runtime.scores import PLAIN
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Sampler", "gumbel"]
@@ -51,7 +51,11 @@ class Sampler:
             )
 
     def pick(
-        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], confidence: Confidence = PLAIN
+        self,
+        logits: Tensor,
+        positions: Sequence[int],
+        history: Sequence[int],
+        confidence: Callable[[Tensor], list[float]] = PLAIN,
     ) -> tuple[list[int], list[float]]:
         """The token after each of some positions, and how sure the branch is of its likeliest one.
 

@@ -5,22 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ruyi_flow.errors import RequestError
+from ruyi_flow.family.transformer import Probe
 from ruyi_flow.routing.confidence import Scale, Score
 
 __all__ = ["PLAIN", "Confidence", "measure"]
 
 
-def measure(logits: Tensor, score: Score, temperature: float = 1.0) -> Tensor:
+def measure(
+    logits: Tensor, score: Score, temperature: float = 1.0, *, probe: Probe | None = None, read: Tensor | None = None
+) -> Tensor:
     """A score of distributions.
 
     Args:
         logits: (n, vocab), any number format; tokens that are ruled out have -inf.
         score: which.
-        temperature: that the logits are divided by first.
+        temperature: that the logits, or the probe's log-odds, are divided by first.
+        probe, read: for the probe's score: it, and the (n, hidden) states that the branch's head read.
 
     Returns:
         (n,) float32
     """
+    if score is Score.PROBE:
+        assert probe is not None and read is not None
+        odds: Tensor = probe.forward(read, logits) / temperature
+        return odds.sigmoid()
     scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
     norm = scaled.logsumexp(-1)
     if score is Score.MAX_PROBABILITY:
@@ -39,19 +48,26 @@ class Confidence:
     Args:
         scale: what confidence means in it; None is the likeliest token's probability, as the branch says it.
         exit: whose curve of the scale; an exit without one keeps the plain probability.
+        probe: the branch's, where it has one.
+
+    Raises:
+        RequestError: the scale is the probe's, and there is none.
     """
 
-    def __init__(self, scale: Scale | None, exit: int) -> None:
+    def __init__(self, scale: Scale | None, exit: int, probe: Probe | None = None) -> None:
         self._curve = None if scale is None else scale.curves.get(exit)
         self._score = Score.MAX_PROBABILITY if scale is None or self._curve is None else scale.score
+        self._probe = probe if self._score is Score.PROBE else None
+        if self._score is Score.PROBE and probe is None:
+            raise RequestError(f"the policy's confidence is its family's probes'; the branch at exit {exit} has none")
 
-    def __call__(self, logits: Tensor) -> list[float]:
-        """(n, vocab) -> n numbers in 0 … 1."""
+    def __call__(self, logits: Tensor, read: Tensor | None = None) -> list[float]:
+        """(n, vocab) logits, and the (n, hidden) states that the head read -> n numbers in 0 … 1."""
         curve = self._curve
         if curve is None:
             return measure(logits, self._score).tolist()
-        # What is not a number must not become one on the curve.
-        return [curve(v) if v == v else v for v in measure(logits, self._score, curve.temperature).tolist()]
+        found = measure(logits, self._score, curve.temperature, probe=self._probe, read=read).tolist()
+        return [curve(value) if value == value else value for value in found]  # what is no number must not become one
 
 
 PLAIN = Confidence(None, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class Shard:
         Raises:
             CapacityError: too many sessions, or no room for its keys and values.
             ContextLengthError: more positions than the family's context.
+            RequestError: a policy that this family cannot serve.
         """
         if max_positions > self.config.max_positions:
             raise ContextLengthError(
@@ -74,7 +76,11 @@ class Shard:
                 raise CapacityError(f"{len(self.sessions)} sessions are running, the limit here is {self.max_sessions}")
             session_id = next(self._ids)
             run = self.pool.allocate(session_id, max_positions)
-            session = ShardSession(self, session_id, run, policy, params, prompt_length, max_positions)
+            try:
+                session = ShardSession(self, session_id, run, policy, params, prompt_length, max_positions)
+            except BaseException:
+                self.pool.release(run)
+                raise
             self.sessions[session_id] = session
             return session
 
@@ -117,7 +123,8 @@ class ShardSession:
         self._drafter = policy.draft > 0 and shard.is_entry and shard.exits[0] < policy.deepest
         self.looking = tuple(policy.looks(p) or (self._drafter and i == 0) for i, p in enumerate(self.exits))
         """Whether each stage's branch is ever run; the others keep no branch keys and values."""
-        self._confidence = {p: Confidence(policy.scale, p) for p in self.exits}
+        branches = shard.model.branch_at
+        self._confidence = {p: Confidence(policy.scale, p, branches[p].probe) for p in self.exits}
         self._memory = shard.memory[:, :, run.positions]
         self._unseen: list[list[Tensor]] = [[] for _ in shard.exits]
         self._unseen_start = [0] * len(shard.exits)
@@ -172,10 +179,12 @@ class ShardSession:
             if len(wants) == count
             else torch.tensor([p - start for p in wants], dtype=torch.int64, device=states.device)
         )
-        logits = model.branch(exit, boundary, rope, attention, rows)
-        if logits is None:
+        read = model.reading(exit, boundary, rope, attention, rows)
+        if read is None:
             return []
-        return list(zip(*self.sampler.pick(logits, wants, self.token_ids, self._confidence[exit]), strict=True))
+        logits = model.head_at[exit].forward(read)
+        confidence = partial(self._confidence[exit], read=read)
+        return list(zip(*self.sampler.pick(logits, wants, self.token_ids, confidence), strict=True))
 
     def unseen_start(self, stage: int) -> int:
         """Positions that the stage beyond this one holds."""

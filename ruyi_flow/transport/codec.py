@@ -54,7 +54,13 @@ ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F
 _MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
 _REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
 _FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
-_SCORES = dict(zip(Score, (pb.SCORE_MAX_PROBABILITY, pb.SCORE_MARGIN, pb.SCORE_NEGATIVE_ENTROPY), strict=True))
+_SCORES = dict(
+    zip(
+        Score,
+        (pb.SCORE_MAX_PROBABILITY, pb.SCORE_MARGIN, pb.SCORE_NEGATIVE_ENTROPY, pb.SCORE_PROBE),
+        strict=True,
+    )
+)
 _SCORE_OF: dict[int, Score] = {number: score for score, number in _SCORES.items()}
 _ENCODING_OF: dict[int, Encoding] = {number: encoding for encoding, number in ENCODINGS.items()}
 _MODE_OF: dict[int, Mode] = {number: mode for mode, number in _MODES.items()}

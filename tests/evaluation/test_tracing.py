@@ -14,8 +14,10 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.tracing import TEMPERATURES, record
 from ruyi_flow.family.corpus import read_prompts
 from ruyi_flow.local import Family, load_family
-from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.confidence import Curve, Scale, Score
+from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.trace import Trace, read
+from tests.conftest import confidence
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[
                 two = chances.topk(2, -1).values
                 entropy = torch.distributions.Categorical(chances).entropy()
                 scores = {"max_probability": two[:, 0], "margin": two[:, 0] - two[:, 1], "negative_entropy": -entropy}
-                for s, name in enumerate(Score):
+                for s, name in enumerate(header.scores):
                     assert torch.tensor(found.scores[:, s, t]).allclose(scores[name], atol=2e-5)
             before = logits[: len(prompt) - 1].log_softmax(-1)
             loss = -before.gather(1, torch.tensor(prompt[1:])[:, None]).mean() if len(prompt) > 1 else torch.zeros(())
@@ -56,6 +58,25 @@ def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[
     assert len(trace.prompt) == len(trace.agrees[2]) == sum(len(r.answer) for r in records)
     some = trace.of_prompts([1, 3])
     assert np.array_equal(some.scores[4], trace.scores[4][np.isin(trace.prompt, [1, 3])])
+
+
+def test_a_trace_has_the_probes_scores(five: Path, tmp_path: Path) -> None:
+    family = load_family(five, dtype="float32")
+    record(family, [[7, 8, 9, 10], [11]], tmp_path / "t", max_new_tokens=6)
+    header, records = read(tmp_path / "t")
+    assert header.scores == tuple(Score)
+    probe = header.scores.index("probe")
+    for made in records:
+        prompt = [[7, 8, 9, 10], [11]][made.number]
+        for p in family.exits[:-1]:
+            for t, temperature in enumerate(TEMPERATURES):
+                policy = Policy.resolve(
+                    Routing(scale=Scale(Score.PROBE, {p: Curve(temperature, (0.0, 1.0), (0.0, 1.0))})), family.exits
+                )
+                for i, found in enumerate(made.exits[p].scores[:, probe, t].tolist()):
+                    ids = [*prompt, *made.answer[:i].tolist()]
+                    logits = family.logits(torch.tensor([ids]), p)[0, -1]
+                    assert found == pytest.approx(confidence(family, policy, p, ids, logits), abs=2e-5)
 
 
 def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[list[int]], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def made(prompts: int, seed: int) -> Trace:
             known = ease + depth + generator.normal(0, 0.5, n)
             right = generator.random(n) < 1 / (1 + np.exp(-known))
             said = [1 / (1 + np.exp(-(known + 1) * 1.5 / t)) for t in HEADER.temperatures]
-            scores = np.stack([np.stack(said, -1)] * 3, 1).astype(np.float32)
+            scores = np.stack([np.stack(said, -1)] * len(Score), 1).astype(np.float32)
             exits[p] = ExitRecord(np.where(right, 0, 1).astype(np.int32), scores, 1.0, 1.0)
         records.append(Record(number, 5, np.zeros(n, np.int32), exits))
     return Trace.of(HEADER, records)

@@ -65,6 +65,9 @@ def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path:
         assert exact.token_ids == client.generate("hi", mode="exact", **asked).token_ids
         with pytest.raises(RequestError, match="calibrated for family ffffffffffff, this is"):
             client.generate("hi", policy=other, **asked)
+        probes = write(tmp_path / "probes.yaml", family=fingerprint, score="probe")
+        with pytest.raises(RequestError, match="the branch at exit 2 has none"):
+            client.generate("hi", policy=probes, **asked)
         with pytest.raises(RequestError, match="threshold goes without policy"):
             client.generate("hi", policy=never, threshold=0.5, **asked)
     for policy, message in (

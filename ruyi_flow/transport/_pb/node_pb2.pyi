@@ -35,6 +35,7 @@ class Score(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORE_MAX_PROBABILITY: _ClassVar[Score]
     SCORE_MARGIN: _ClassVar[Score]
     SCORE_NEGATIVE_ENTROPY: _ClassVar[Score]
+    SCORE_PROBE: _ClassVar[Score]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -59,6 +60,7 @@ SCORE_UNSPECIFIED: Score
 SCORE_MAX_PROBABILITY: Score
 SCORE_MARGIN: Score
 SCORE_NEGATIVE_ENTROPY: Score
+SCORE_PROBE: Score
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
