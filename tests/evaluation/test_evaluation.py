@@ -79,6 +79,25 @@ def test_contexts_that_do_not_fit_are_cut_as_the_harness_cuts_them(family: Famil
         assert one[0] == pytest.approx(other[0], rel=1e-5) and bool(one[1]) == other[1]
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_path: Path, batch_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    context = (5, 6, 7)
+    texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (1, 40, 1, 25, 60, 2, 40)]
+    sizes: list[int] = []
+    with Found(tmp_path / "known.jsonl") as found:
+        ours = ExitLM(family, 6, [4, 6], found, batch_tokens=batch_tokens, report=lambda *a: None)
+        score = ours._score_batch
+        ours._score_batch = lambda batch: (sizes.append(sum(len(t) for t, _ in batch)), score(batch))[1]  # type: ignore
+        ours._score([(context, text) for text in texts])
+        for text in texts:
+            for exit in (4, 6):
+                logits = family.logits(torch.tensor([[*context, *text]]), exit)[0, len(context) - 1 : -1]
+                expected = logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum()
+                assert found[key(exit, "score", context, text)][0] == pytest.approx(float(expected), rel=1e-4)
+    assert max(sizes) <= max(batch_tokens, len(context) + 59)
+
+
 def test_agreement_is_what_whole_sequences_say(family: Family, chats: Path, tmp_path: Path) -> None:
     ours = evaluate(family, tmp_path, tasks=["agreement", "text_agreement"], chats=chats)
     assert ours.rows[-1].values["agreement"] == 1.0 and ours.rows[-1].values["text_agreement"] == 1.0

@@ -1,13 +1,17 @@
 """The local store: complete families or none, and where they come from."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
 
@@ -96,3 +100,23 @@ def test_the_demo_family_is_smollm2_in_bfloat16(smollm2: Path) -> None:
     assert checkpoint.tensor("model.layers.0.mlp.up_proj.weight").dtype is torch.bfloat16
     assert round(checkpoint.config.num_parameters(29) / 1e6) == 135
     assert checkpoint.eos_token_ids == (2,)
+
+
+@pytest.mark.model
+def test_the_demo_familys_branches_are_the_packages(smollm2: Path, home: Path) -> None:
+    checkpoint = Checkpoint(smollm2)
+    assert checkpoint.config.branch_layers == (1, 1, 2, 2, 1)
+    with safe_open(store._DEMO_BRANCHES, "pt") as handle:
+        described = json.loads(handle.metadata()["ruyi_flow.recipe"])
+        for name in handle.keys():
+            assert torch.equal(checkpoint.tensor(name), handle.get_tensor(name))
+    recipe = Recipe.load(store._DEMO_BRANCHES.with_name("recipe.yaml")).described()
+    assert len(described) > 20 and all(recipe[key] == value for key, value in described.items() if key in recipe)
+    # A store that an older version filled gets the new branches without fetching anything.
+    old = home / "families" / store.DEMO
+    shutil.copytree(smollm2, old)
+    (old / "source.txt").write_text(f"{store.DEMO} with its branches 000000000000")
+    told: list[str] = []
+    assert store.pull(store.DEMO, say=told.append) == old and "older branches" in told[0]
+    assert Checkpoint(old).fingerprint == checkpoint.fingerprint
+    assert store.pull(store.DEMO, say=told.append) == old and len(told) == 2

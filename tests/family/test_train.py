@@ -134,6 +134,19 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(folder: Path, tin
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
 
 
+def test_a_run_may_become_shorter_on_the_way(folder: Path, tiny: Path) -> None:
+    def kill(step: Step) -> None:
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(folder, steps=12, save_every=3), Checkpoint(tiny), Letters(), report=kill)
+    seen: list[int] = []
+    train(recipe(folder, steps=7, save_every=3), Checkpoint(tiny), Letters(), report=lambda s: seen.append(s.step))
+    assert seen == [4, 5, 6, 7]
+    assert len((folder / "out/metrics.jsonl").read_text().splitlines()) == 7
+
+
 @pytest.mark.parametrize("scope", ["branches", "joint"])
 def test_recomputing_what_is_not_kept_changes_nothing(folder: Path, tiny: Path, scope: str) -> None:
     losses = []
