@@ -202,5 +202,5 @@ def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert "The sky is blue" in done.stdout and "cloud" in done.stdout and "deepest" in done.stdout
-    assert "not trained yet" in done.stdout
+    assert "Deeper branches confirmed" in done.stdout
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
