@@ -6,6 +6,7 @@ a virtual machine when the model is not your own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,15 +17,18 @@ from typing import Any
 __all__ = ["HUMANEVAL", "passes"]
 
 _LIMITED = """
-import resource, sys
+import os, resource, sys
 for what, most in (("CPU", 5), ("AS", 1 << 30), ("FSIZE", 1 << 20), ("NOFILE", 32), ("NPROC", 0), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
 exec(compile(sys.stdin.read(), "completion", "exec"), {"__name__": "__main__"})
+os._exit(77)
 """
+_REACHED_THE_END = 77
+"""A program that leaves early, with whatever status, has not passed its tests."""
 
 
 def passes(program: str, *, timeout_s: float = 10.0) -> bool:
-    """Whether a program ends by itself, without an error, within its limits."""
+    """Whether a program reaches its end, without an error, within its limits; nothing that it started is left."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _LIMITED],
@@ -40,10 +44,10 @@ def passes(program: str, *, timeout_s: float = 10.0) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        return process.returncode == 0
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # it, or what it left behind
+            process.wait()
+        return process.returncode == _REACHED_THE_END
 
 
 def pass_at_1(references: list[str], predictions: list[list[str]]) -> float:

@@ -16,6 +16,8 @@ from ruyi_flow.evaluation.sandbox import passes
         ("assert 1 == 2", False),
         ("def f(:", False),
         ("import sys; sys.exit(3)", False),
+        ("import sys; sys.exit(0)", False),
+        ("import os; os._exit(0)", False),
         ("x = bytearray(2 << 30)", False),
         ("open('x', 'wb').write(b'x' * (2 << 20))", False),
         ("import os; assert 'HOME' not in os.environ and os.listdir('.') == []", True),
