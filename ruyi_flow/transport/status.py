@@ -36,6 +36,9 @@ STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
 NODE_KEY = "ruyi-flow-node"
 """Trailing metadata: the node that an error is about. Its absence means that gRPC itself made the status."""
 
+_WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio makes, with status INTERNAL, of a write that meets a connection just lost, before the loss is known."""
+
 _ERROR_OF = {status.value[0]: error for error, status in STATUS_OF.items()}
 
 
@@ -59,7 +62,7 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
     if about is not None:  # the node, or one beyond it, said so itself
         return error_of(code.value[0], details, str(about))
-    kind = _ERROR_OF.get(code.value[0], NodeFault)
+    kind = NodeUnavailable if details == _WRITE_FAILED else _ERROR_OF.get(code.value[0], NodeFault)
     peer = f"node {node!r} at {address}"
     if kind is NodeUnavailable:
         return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)

@@ -38,6 +38,12 @@ def test_every_status_of_grpc_itself_names_the_peer(code: grpc.StatusCode) -> No
         assert isinstance(error, NodeUnavailable) and "is it running?" in str(error)
 
 
+def test_a_write_that_meets_a_lost_connection_is_a_lost_connection() -> None:
+    empty = grpc.aio.Metadata()
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, empty, empty, "Internal error from Core")
+    assert isinstance(error_of_call(failure, "edge", "127.0.0.1:1"), NodeUnavailable)
+
+
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
     for name in errors.__all__:
         assert name in (errors.__doc__ or "")
