@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, TypeVarTuple
 
-from ruyi_flow.errors import WireError
-from ruyi_flow.routing.policy import Policy, pays
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, WireError
+from ruyi_flow.routing.policy import Judge, Policy, pays
+from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.runtime.stage import CHUNK, ShardSession
 from ruyi_flow.runtime.worker import Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
@@ -50,20 +51,19 @@ class Walk:
     @classmethod
     def of(
         cls,
-        policy: Policy,
-        exit: int,
+        judge: Judge,
         wants: Sequence[int],
         drafts: Sequence[int | None],
         found: Sequence[tuple[int, float]] | None,
     ) -> Walk:
         """Walk in order, up to the first sure token that contradicts its draft: everything after it is void."""
-        walk = cls(exit)
+        walk = cls(judge.exit)
         for i, (position, draft) in enumerate(zip(wants, drafts, strict=True)):
             if found is None:
                 walk.looks.append(Look(position, draft))
                 continue
             token, confidence = found[i]
-            reason = policy.sure(exit, confidence)
+            reason = judge.sure(position, confidence)
             walk.looks.append(Look(position, draft, token, confidence, reason))
             if reason is not None and token != draft:
                 break
@@ -73,6 +73,10 @@ class Walk:
     def unsure(self) -> tuple[int, ...]:
         """Positions that must be asked deeper."""
         return tuple(look.position for look in self.looks if look.reason is None)
+
+    def force(self, reason: Reason) -> None:
+        """Decide here what is unsure, since nothing deeper may be asked."""
+        self.looks = [look if look.reason is not None else replace(look, reason=reason) for look in self.looks]
 
     def settle(self, deeper: Sequence[Decision]) -> tuple[Decision, ...]:
         """Merge the deeper stage's decisions for the unsure positions, up to the first that contradicts its draft."""
@@ -160,14 +164,24 @@ class Chain:
         session: the caches; this chain closes it.
         worker: where steps run.
         node: the node's name, for the times it reports.
-        beyond: makes the stage beyond this node's, when it is first needed; None on the deepest node.
+        beyond: makes the stage beyond this node's, when it is first needed, for the policy that the session has by
+            then; None on the deepest node.
+        gate: asked before so many positions go beyond this node: why they may not. The session must stand in then.
     """
 
     def __init__(
-        self, session: ShardSession, worker: Worker, node: str, beyond: Callable[[], Stage] | None = None
+        self,
+        session: ShardSession,
+        worker: Worker,
+        node: str,
+        beyond: Callable[[Policy], Stage] | None = None,
+        gate: Callable[[int], Reason | None] | None = None,
     ) -> None:
         self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
+        self._gate = gate
         self._beyond: Stage | None = None
+        self._lost: Reason | None = None
+        """Why the stage beyond is not asked any more."""
         self._sent = 0
         """Positions that the stage beyond holds."""
         self._pace = _Pace()
@@ -209,8 +223,9 @@ class Chain:
         """
         hop = Hop(self._node)
         while len(token_ids) > CHUNK:
-            await self._step(hop, CHUNK, self._take, token_ids[:CHUNK])
-            token_ids = token_ids[CHUNK:]
+            count = min(CHUNK, len(token_ids) - READ_TOKENS - 1)  # what is read of a prompt stays together
+            await self._step(hop, count, self._take, token_ids[:count])
+            token_ids = token_ids[count:]
         began, brief = time.perf_counter(), len(token_ids) == 1
         drafted = await self._step(hop, len(token_ids) + draft, self._draft, token_ids, draft)
         descent = await self._go_down(hop, drafted)
@@ -269,15 +284,15 @@ class Chain:
     def _draft(self, token_ids: Sequence[int], draft: int) -> _Descent:
         """The first stage's walk, position by position: its own tokens are the drafts."""
         session, pace = self._session, self._pace
-        policy, exit, eos = session.policy, session.exits[0], session.params.eos_token_ids or ()
-        walk, asked = Walk(exit), False
+        policy, eos = session.policy, session.params.eos_token_ids or ()
+        walk, asked = Walk(session.exits[0]), False
         ids: Sequence[int] = token_ids
         pace.start()
         while True:
             session.token_ids.extend(ids)
             position = len(session.token_ids) - 1
             found = session.advance(0, session.embed(ids), (position,))
-            look = Walk.of(policy, exit, (position,), (None,), found).looks[0]
+            look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
             pace.stepped()
             asked = asked or look.reason is None
             enough = draft == 0 or look.token is None or look.token in eos
@@ -289,7 +304,7 @@ class Chain:
             assert look.token is not None
             walk.looks.append(Look(position, look.token, look.token, look.confidence, look.reason))
             draft, ids = draft - 1, (look.token,)
-        if not walk.unsure:
+        if not walk.unsure or self._held_back(0, walk):
             return _Descent([walk])
         return self._descend([walk], 1, self._question(0, walk))
 
@@ -300,13 +315,26 @@ class Chain:
             stop = block.start + len(block.token_ids)
             found = session.advance(stage, block.states, block.wants)
             drafts = [session.token_ids[p + 1] if p + 1 < stop else None for p in block.wants]
-            walk = Walk.of(session.policy, session.exits[stage], block.wants, drafts, found)
+            walk = Walk.of(session.judges[stage], block.wants, drafts, found)
             walks.append(walk)
-            if not walk.unsure:
+            if not walk.unsure or self._held_back(stage, walk):
                 return _Descent(walks)
             block = self._question(stage, walk)
             stage += 1
         return _Descent(walks, stage, block)
+
+    def _held_back(self, stage: int, walk: Walk) -> bool:
+        """Whether the stage beyond this node may not be asked what is unsure, which is decided here then."""
+        session = self._session
+        if stage + 1 < len(session.exits) or not session.stands_in:
+            return False
+        reason = self._lost
+        if reason is None and self._gate is not None:
+            reason = self._gate(walk.unsure[-1] + 1 - session.unseen_start(stage))
+        if reason is None:
+            return False
+        walk.force(reason)
+        return True
 
     def _question(self, stage: int, walk: Walk) -> Block:
         """What the stage after this one is asked: its unsure positions, with every state that it has not seen."""
@@ -318,8 +346,7 @@ class Chain:
         """Ask what is left beyond this node, settle upwards, and rewind to what holds."""
         decisions: tuple[Decision, ...] = ()
         hops: tuple[Hop, ...] = ()
-        if descent.left is not None:
-            verdict = await self._deeper().advance(descent.left)
+        if descent.left is not None and (verdict := await self._ask(descent.left, descent.walks[-1])) is not None:
             decisions, hops = verdict.decisions, verdict.hops
             if any(d.token >= self._session.vocab_size for d in decisions):
                 raise WireError(f"the stage beyond decided a token past {self._session.vocab_size - 1}", node=hop.node)
@@ -338,11 +365,20 @@ class Chain:
             self._sent = min(self._sent, holds + 1)
         return Verdict(decisions, (hop, *hops))
 
-    def _deeper(self) -> Stage:
+    async def _ask(self, block: Block, walk: Walk) -> Verdict | None:
+        """The answer from beyond this node; None when there is none and this node decides in its place."""
         if self._beyond is None:
             assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
-            self._beyond = self._make_beyond()
-        return self._beyond
+            self._beyond = self._make_beyond(self._session.policy)
+        try:
+            return await self._beyond.advance(block)
+        except (NodeUnavailable, DeadlineExceeded, CapacityError):
+            if not self._session.policy.fallback:
+                raise
+            lost, self._beyond, self._lost = self._beyond, None, Reason.UNREACHABLE
+            walk.force(self._lost)
+            await lost.close()
+            return None
 
 
 def _fills(block: Block) -> int:

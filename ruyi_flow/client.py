@@ -106,8 +106,8 @@ class AsyncClient:
             prompt: see `Prompt`; `raw=True` sends a text as it is, without the chat template.
             options: any field of `SamplingParams` (max_new_tokens, temperature, top_k, top_p, repetition_penalty,
                 no_repeat_ngram_size, min_new_tokens, stop, eos_token_ids, seed) and of `Routing` (mode, exit,
-                threshold, thresholds, draft), `policy` (a file of `ruyi-flow calibrate`), `raw`, and `timeout_s`.
-                Routing that is left out is the topology's; an exit without a mode means `fixed`, a threshold without
+                threshold, thresholds, window, back, draft, fallback), `policy` (a file of `ruyi-flow calibrate`),
+                `raw`, and `timeout_s`. Routing that is left out is the topology's; an exit without a mode means `fixed`, a threshold without
                 one means `token`. An answer ends with the family's context, if not before.
 
         Raises:
@@ -276,18 +276,17 @@ def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
     raw = bool(options.get("raw", False))
     sampling = SamplingParams(**{k: v for k, v in options.items() if k in _SAMPLING})
     given = {k: v for k, v in options.items() if k in _ROUTING and v is not None}
-    draft = given.get("draft")
-    if draft is not None:
-        Routing(draft=draft)  # raises when it cannot be
+    overrides = {k: v for k, v in given.items() if k in ("draft", "fallback")}
+    Routing(**overrides)  # raises when they cannot be
     routing = None
     if (policy := options.get("policy")) is not None:
-        if others := sorted(set(given) - {"draft", "mode"}):
+        if others := sorted(set(given) - {*overrides, "mode"}):
             raise RequestError(f"{others[0]} goes without policy, which says it")
         mode = parse_mode(given["mode"]) if "mode" in given else None
         routing = PolicyFile.load(policy).routing(mode)
-    elif set(given) - {"draft"}:
+    elif set(given) - {*overrides}:
         routing = Routing(**(given | {"mode": parse_mode(given.get("mode") or _mode_of(given))}))
-    return GenerateRequest(_prompt(prompt), raw, sampling, routing, draft)
+    return GenerateRequest(_prompt(prompt), raw, sampling, routing, **overrides)
 
 
 def _mode_of(given: Mapping[str, Any]) -> Mode:

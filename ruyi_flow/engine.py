@@ -19,10 +19,10 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.topology import Topology
-from ruyi_flow.transport.blocks import rows_in
+from ruyi_flow.transport.blocks import row_bytes, rows_in
 from ruyi_flow.transport.client import Peer
 from ruyi_flow.transport.remote import RemoteStage
-from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
+from ruyi_flow.types import Encoding, NodeStatus, Reason, SamplingParams, Stage
 
 __all__ = ["Engine", "find_device"]
 
@@ -51,6 +51,10 @@ class Engine:
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
+        self._allowance: _Allowance | None = None
+        if self._next is not None and self.node.limits.bytes_up_per_minute is not None:
+            a_row = row_bytes(hidden, self._next[1].encoding) + 16  # its token id and its part of the frame
+            self._allowance = _Allowance(self.node.limits.bytes_up_per_minute, a_row)
         self.max_draft = min(rows, default=2**31) - 1
         """Drafts and the position before them are asked in one message, on every link."""
 
@@ -177,8 +181,17 @@ class Engine:
     def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
         if self.draining:
             raise NodeUnavailable(f"node {self.name!r} is shutting down and takes no new session", node=self.name)
+        if self.node.limits.deepest is not None:
+            opening = replace(opening, policy=opening.policy.limited_to(self.node.limits.deepest))
+        gate = self._allowance
         try:
-            session = self.shard.open(opening.policy, opening.sampling, opening.prompt_length, opening.max_positions)
+            session = self.shard.open(
+                opening.policy,
+                opening.sampling,
+                opening.prompt_length,
+                opening.max_positions,
+                stands_in=opening.policy.fallback or gate is not None,
+            )
         except CapacityError as error:
             raise CapacityError(f"node {self.name!r} is full: {error}", node=self.name) from None
         beyond = None
@@ -190,11 +203,36 @@ class Engine:
             peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
             onward = replace(opening, first_layer=self.shard.model.last_layer, encoding=link.encoding)
 
-            def beyond() -> Stage:
+            def beyond(policy: Policy) -> Stage:
                 left = None if deadline is None else max(0.001, deadline - time.monotonic())
-                return RemoteStage(peer, onward, timeout_s=link.timeout_s, session_timeout_s=left)
+                asked = replace(onward, policy=policy)
+                return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left)
 
-        return Chain(session, self.worker, self.name, beyond)
+        return Chain(session, self.worker, self.name, beyond, None if gate is None else gate.spend)
+
+
+class _Allowance:
+    """The bytes that a node may still send upwards: so many a minute, and at most a minute's worth at once.
+
+    Args:
+        bytes_per_minute: refilled evenly.
+        row_bytes: of a position.
+    """
+
+    def __init__(self, bytes_per_minute: int, row_bytes: int) -> None:
+        self._most, self._row_bytes = float(bytes_per_minute), row_bytes
+        self._left, self._then = self._most, time.monotonic()
+
+    def spend(self, positions: int) -> Reason | None:
+        """Take what so many positions need, or say why they may not go."""
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._then) * self._most / 60)
+        self._then = now
+        need = positions * self._row_bytes
+        if need > self._left:
+            return Reason.BUDGET
+        self._left -= need
+        return None
 
 
 def find_device(name: str, where: str) -> torch.device:

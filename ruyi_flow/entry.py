@@ -53,6 +53,8 @@ class Entry:
         routing = request.routing or self._routing
         if request.draft is not None:
             routing = replace(routing, draft=request.draft)
+        if request.fallback is not None:
+            routing = replace(routing, fallback=request.fallback)
         if routing.family not in (None, self.engine.checkpoint.fingerprint):
             raise RequestError(
                 f"the policy was calibrated for family {str(routing.family)[:12]}, this is "
@@ -91,10 +93,12 @@ class Entry:
                     escalations += len(round_.hops) > 1
                     for hop in round_.hops:
                         hops.setdefault(hop.node, Hop(hop.node)).add(hop)
-                    first_token_s = first_token_s or time.perf_counter() - began
+                    after_s, bytes_up = time.perf_counter() - began, sum(hop.bytes_up for hop in round_.hops)
+                    first_token_s = first_token_s or after_s
                     for decision in round_.decisions:
                         count += 1
-                        text.push(decision)
+                        text.push(decision, after_s, bytes_up)
+                        bytes_up = 0
                         if decision.token in (params.eos_token_ids or ()):
                             finish = FinishReason.EOS
                         elif text.stopped:
@@ -199,13 +203,13 @@ class _Text:
         self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
-        self._pending: list[tuple[Decision, str]] = []
+        self._pending: list[tuple[Decision, str, float, int]] = []
         self._released = 0
         self.text = ""
         self.stopped = False
 
-    def push(self, decision: Decision) -> None:
-        """Take a decided token."""
+    def push(self, decision: Decision, after_s: float, bytes_up: int) -> None:
+        """Take a decided token, with when that was and what it cost."""
         piece = "" if self._tokenizer is None else self._stream.step(self._tokenizer, decision.token) or ""
         # A stop string may begin before this piece, but not wholly so.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
@@ -214,7 +218,7 @@ class _Text:
         if found:
             self.stopped = True
             self.text = self.text[: min(found)]
-        self._pending.append((decision, piece))
+        self._pending.append((decision, piece, after_s, bytes_up))
 
     def release(self, node_of: dict[int, str], everything: bool = False) -> list[Token]:
         """Tokens whose text is certain."""
@@ -223,16 +227,12 @@ class _Text:
             certain -= max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
         tokens = []
         while self._pending:
-            decision, piece = self._pending[0]
+            d, piece, after_s, bytes_up = self._pending[0]
             end = self._released + len(piece)
             if end > certain and not everything and not self.stopped:
                 break
             shown = piece[: max(0, certain - self._released)]
-            tokens.append(
-                Token(
-                    decision.token, shown, decision.exit, node_of[decision.exit], decision.confidence, decision.reason
-                )
-            )
+            tokens.append(Token(d.token, shown, d.exit, node_of[d.exit], d.confidence, d.reason, after_s, bytes_up))
             self._released = end
             del self._pending[0]
         return tokens

@@ -81,7 +81,7 @@ class Family:
                 how its answers end (generation_config.json); a bare checkpoint has no such file, and its rows get
                 exactly `max_new_tokens`.
             options: other fields of `SamplingParams` (temperature, top_k, …) and of `Routing` (mode, threshold,
-                draft); no drafts by default.
+                draft, window, back, start, scale); no drafts by default.
 
         Returns:
             (batch, new) token ids; a row that ended earlier is filled up with the token that ended it.
@@ -91,7 +91,9 @@ class Family:
         """
         ids = self._ids(input_ids)
         routing_options: dict[str, Any] = {
-            k: options.pop(k) for k in ("mode", "threshold", "thresholds", "draft") if k in options
+            k: options.pop(k)
+            for k in ("mode", "threshold", "thresholds", "draft", "window", "back", "start", "scale")
+            if k in options
         }
         mode = parse_mode(routing_options.pop("mode", Mode.FIXED))
         chosen = self._exit(exit) if mode is Mode.FIXED else exit

@@ -42,3 +42,5 @@ class GenerateRequest:
     """None takes the topology's."""
     draft: int | None = None
     """Overrides the routing's."""
+    fallback: bool | None = None
+    """Overrides the routing's."""

@@ -58,6 +58,10 @@ class Limits(_Model):
     """Of one message on the wire; a longer prompt travels in several."""
     grace_s: Float = Field(default=10.0, ge=0, le=1e6)
     """How long running sessions may go on after SIGTERM."""
+    deepest: Int | None = None
+    """The deepest exit that an answer through this node may reach; tokens that it stops say `limit`."""
+    bytes_up_per_minute: Int | None = Field(default=None, ge=1)
+    """Of boundary states to the next node; what is past it is decided here, and says `budget`."""
 
 
 class Node(_Model):
@@ -107,10 +111,13 @@ class PolicyDefaults(_Model):
     file: Path | None = None
     """A policy that `ruyi-flow calibrate` wrote: thresholds for mode `token`, and what confidence means."""
     mode: Mode | None = None
-    """`exact` when left out, `token` with a file."""
+    """`exact` when left out, the file's own with a file."""
     exit: Int | None = None
     threshold: Float | None = None
     thresholds: dict[Int, Float] | None = None
+    window: Int | None = None
+    back: Float | None = None
+    fallback: bool = False
     draft: Int = Field(default=4, ge=0)
 
     def routing(self, where: str) -> Routing:
@@ -119,13 +126,13 @@ class PolicyDefaults(_Model):
         Raises:
             ConfigError, RequestError: the file cannot be read, or the keys do not go together.
         """
-        keys = self.model_dump(exclude={"file"})
+        keys = self.model_dump(exclude={"file"}, exclude_none=True)
         if self.file is None:
             return Routing(**(keys | {"mode": self.mode or Mode.EXACT}))
-        for key in ("exit", "threshold", "thresholds"):
-            if keys[key] is not None:
+        for key in ("exit", "threshold", "thresholds", "window", "back"):
+            if key in keys:
                 raise ConfigError(f"{where}: policy.{key}: goes without policy.file, which says it")
-        return replace(PolicyFile.load(self.file).routing(self.mode), draft=self.draft)
+        return replace(PolicyFile.load(self.file).routing(self.mode), draft=self.draft, fallback=self.fallback)
 
 
 class Topology(_Model):
@@ -271,6 +278,13 @@ class Topology(_Model):
                 )
             if any((link.source, link.target) == (other.source, other.target) for other in self.links[:i]):
                 fail(f"links.{i}", f"{link.source} → {link.target} is there twice; keep one")
+        for i, node in enumerate(self.nodes):
+            deepest = node.limits.deepest
+            if deepest is not None and (deepest not in self.all_exits or deepest < node.exits[0]):
+                choices = [p for p in self.all_exits if p >= node.exits[0]]
+                fail(f"nodes.{i}.limits.deepest", f"{deepest} must be an exit of this node or a deeper one: {choices}")
+            if node.limits.bytes_up_per_minute is not None and i + 1 == len(self.nodes):
+                fail(f"nodes.{i}.limits.bytes_up_per_minute", f"{node.name!r} is the deepest node; it sends nothing up")
         linked = {(link.source, link.target) for link in self.links}
         for a, b in zip(names, names[1:], strict=False):
             if (a, b) not in linked:

@@ -56,6 +56,8 @@ class Mode(StrEnum):
     """Each token by the shallowest branch that is confident enough."""
     EXACT = "exact"
     """Always the last branch; shallower branches only draft."""
+    CASCADE = "cascade"
+    """One branch decides until its running confidence falls too low; then a deeper one, while shallower ones draft."""
 
 
 def parse_mode(value: object) -> Mode:
@@ -79,6 +81,12 @@ class Reason(StrEnum):
     """The request fixed this exit."""
     DEEPEST = "deepest"
     """There is no deeper branch."""
+    LIMIT = "limit"
+    """A node's operator lets nothing go deeper."""
+    BUDGET = "budget"
+    """A node had spent the bytes that it may send upwards."""
+    UNREACHABLE = "unreachable"
+    """The next node could not be reached, hung or was full, and the request said `fallback`."""
 
 
 class FinishReason(StrEnum):
@@ -241,6 +249,10 @@ class Token:
     node: str
     confidence: float
     reason: Reason
+    after_s: float = 0.0
+    """When it was decided, from the request's arrival at the entry node."""
+    bytes_up: int = 0
+    """That all links carried upwards for the round that decided it; at the first token of the round."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from ruyi_flow.family.transformer import CausalAttention, Rope
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
+from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.testing import tiny_family
+from ruyi_flow.types import Mode
 
 torch.set_num_threads(1)
 
@@ -111,10 +114,28 @@ class Oracle:
     ) -> list[tuple[int, int]]:
         """(token, exit) of each new token: the shallowest exit that is sure, given the prefix as decided."""
         ids, decided = list(prompt), []
+        first = self._first(policy, ids)
+        seen: dict[int, list[float]] = {p: [] for p in self.family.exits}
+        gone: set[int] = set()
         for _ in range(count):
             for exit in self.family.exits:
+                if exit < first:
+                    continue
                 logits = self.family.logits(torch.tensor([ids]), exit)[0, -1]
-                if policy.sure(exit, confidence(self.family, policy, exit, ids, logits)):
+                sure = confidence(self.family, policy, exit, ids, logits)
+                if policy.mode is Mode.CASCADE and exit != policy.deepest:
+                    threshold = policy.thresholds[exit]
+                    seen[exit].append(sure)
+                    window = ([1.0] * policy.window + seen[exit])[-policy.window :]
+                    mean = sum(window) / policy.window
+                    if exit not in gone and mean < threshold:
+                        gone.add(exit)
+                    elif exit in gone and policy.back is not None and len(seen[exit]) >= policy.window:
+                        gone -= {exit} if mean >= policy.back and threshold <= 1 else set()
+                    decides = exit not in gone
+                else:
+                    decides = exit == policy.deepest or sure >= policy.thresholds[exit]
+                if decides:
                     token = int(logits.argmax()) if pick is None else pick(logits, ids)
                     break
             ids.append(token)
@@ -122,6 +143,24 @@ class Oracle:
             if token in eos:
                 break
         return decided
+
+    def _first(self, policy: Policy, prompt: list[int]) -> int:
+        """The exit that begins, from the first one's reading of the prompt."""
+        exit = self.family.exits[0]
+        if policy.start is None:
+            return exit
+        logits = self.family.logits(torch.tensor([prompt]), exit)[0]
+        read = logits[:-1].log_softmax(-1)
+        loss = -read[torch.arange(len(prompt) - 1), prompt[1:]][-READ_TOKENS:]
+        entropy = -(read.exp() * read).sum(-1)[-READ_TOKENS:]
+        means = [float(x.mean()) if len(x) else 0.0 for x in (loss, entropy)]
+        sure = confidence(self.family, policy, exit, prompt, logits[-1])
+        x = (1.0, *means, math.log(len(prompt)), sure)
+        for p, weights in sorted(policy.start.weights.items()):
+            odds = sum(a * b for a, b in zip(weights, x, strict=True))
+            if p < policy.deepest and 1 / (1 + math.exp(-odds)) >= policy.start.chance:
+                return p
+        return policy.deepest
 
 
 @pytest.fixture

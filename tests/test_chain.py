@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ruyi_flow.chain import Chain, Look, Walk, decode
-from ruyi_flow.errors import WireError
+from ruyi_flow.errors import NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
-from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.routing.policy import Judge, Policy, Routing
+from ruyi_flow.routing.start import Start
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import CHUNK, Shard
 from ruyi_flow.runtime.worker import InlineWorker
@@ -46,7 +47,7 @@ class World:
         sessions = [piece.open(policy, params, len(prompt), len(prompt) + count) for piece in pieces]
         chain: Chain | None = None
         for i in reversed(range(len(pieces))):
-            beyond = (lambda deeper: lambda: deeper)(chain) if chain is not None else None
+            beyond = (lambda deeper: lambda policy: deeper)(chain) if chain is not None else None
             chain = Chain(sessions[i], InlineWorker(), f"n{i}", beyond)
         assert chain is not None
         decisions, escalations = [], 0
@@ -94,10 +95,31 @@ routings = st.one_of(
         draft=st.sampled_from([0, 1, 2, 5]),
         scale=st.one_of(st.none(), scales),
     ),
+    st.builds(
+        Routing,
+        mode=st.just(Mode.CASCADE),
+        thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), min_size=1),
+        window=st.sampled_from([1, 2, 3, 8]),
+        back=st.one_of(st.none(), st.floats(0.0, 1.0)),
+        start=st.one_of(
+            st.none(),
+            st.builds(
+                Start,
+                weights=st.dictionaries(
+                    st.sampled_from(EXITS[:-1]),
+                    st.tuples(*[st.floats(-2, 2, width=16)] * 5),
+                    max_size=4,
+                ),
+                chance=st.floats(0.05, 0.95),
+            ),
+        ),
+        draft=st.sampled_from([0, 1, 4]),
+        scale=st.one_of(st.none(), scales),
+    ),
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     routing=routings,
     cut=st.integers(0, len(CUTS) - 1),
@@ -168,13 +190,70 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
 
         async def close(self) -> None: ...
 
-    chain = Chain(shard.open(policy, SamplingParams(), 3, 40), InlineWorker(), "n0", Agreeing)
+    chain = Chain(shard.open(policy, SamplingParams(), 3, 40), InlineWorker(), "n0", lambda policy: Agreeing())
     rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
     await chain.close()
     assert [len(r.decisions) for r in rounds] == [5, 5, 1]
     assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
     assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
     shard.check_integrity()
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("mode", [Mode.EXACT, Mode.TOKEN, Mode.CASCADE])
+async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mode, draft: int) -> None:
+    class Lost:
+        async def advance(self, block: Block) -> Verdict:
+            raise NodeUnavailable("gone")
+
+        async def rewind(self, position: int) -> None:
+            raise AssertionError("a lost stage is not asked anything")
+
+        async def close(self) -> None: ...
+
+    shard = world.cuts[2][0]
+    routing = Routing(mode, threshold=None if mode is Mode.EXACT else 0.05, draft=draft, window=2, fallback=True)
+    policy = Policy.resolve(routing, EXITS)
+    session = shard.open(policy, SamplingParams(), 3, 20, stands_in=True)
+    chain = Chain(session, InlineWorker(), "n0", lambda policy: Lost())
+    decided = [d async for settled in decode(chain, [5, 6, 7], 12) for d in settled.decisions]
+    await chain.close()
+    assert [(d.token, d.exit) for d in decided] == world.oracle.decide(policy.limited_to(3), [5, 6, 7], 12)
+    assert {d.reason for d in decided if d.exit == 3} <= {Reason.UNREACHABLE, Reason.CONFIDENT}
+    assert mode is not Mode.EXACT or {d.reason for d in decided} == {Reason.UNREACHABLE}
+    shard.check_integrity()
+    with pytest.raises(NodeUnavailable):
+        strict = Policy.resolve(Routing(Mode.EXACT, draft=draft), EXITS)
+        chain = Chain(shard.open(strict, SamplingParams(), 3, 20), InlineWorker(), "n0", lambda policy: Lost())
+        try:
+            _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
+        finally:
+            await chain.close()
+
+
+async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world: World) -> None:
+    near, far = world.cuts[1]
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=0), EXITS)
+    asked: list[int] = []
+
+    def gate(positions: int) -> Reason | None:
+        asked.append(positions)
+        return Reason.BUDGET if len(asked) % 3 else None
+
+    deeper = Chain(far.open(policy, SamplingParams(), 3, 20), InlineWorker(), "n1")
+    session = near.open(policy, SamplingParams(), 3, 20, stands_in=True)
+    chain = Chain(session, InlineWorker(), "n0", lambda policy: deeper, gate)
+    ids, decided = [5, 6, 7], []
+    async for settled in decode(chain, [5, 6, 7], 12):
+        for d in settled.decisions:
+            here = policy.limited_to(1) if d.reason is Reason.BUDGET else policy
+            assert [(d.token, d.exit)] == world.oracle.decide(here, ids, 1)
+            ids.append(d.token)
+            decided.append(d)
+    await chain.close()
+    assert [d.reason is Reason.BUDGET for d in decided] == [True, True, False] * 4
+    assert asked == [3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3]
+    near.check_integrity()
 
 
 async def test_a_long_prompt_takes_turns_on_every_stage(tmp_path: Path) -> None:
@@ -209,7 +288,9 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
     def chain() -> Chain:
         deeper: Stage | None = None
         for i in reversed(range(3)):
-            make: Callable[[], Stage] | None = (lambda s: lambda: s)(deeper) if deeper is not None else None
+            make: Callable[[Policy], Stage] | None = (
+                (lambda s: lambda policy: s)(deeper) if deeper is not None else None
+            )
             deeper = Chain(pieces[i].open(policy, params, 4, 60), InlineWorker(), f"n{i}", make)
         assert isinstance(deeper, Chain)
         return deeper
@@ -257,7 +338,7 @@ def decision(token: int) -> Decision:
 
 def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
     policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS)
-    walk = Walk.of(policy, 1, [4, 5, 6, 7], [10, 11, 12, None], [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
+    walk = Walk.of(Judge(policy, 1), [4, 5, 6, 7], [10, 11, 12, None], [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
     assert [seen.position for seen in walk.looks] == [4, 5, 6]
     assert walk.unsure == (5,)
     assert [d.token for d in walk.settle([decision(11)])] == [10, 11, 77]
@@ -265,7 +346,7 @@ def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
 
 
 def test_a_walk_without_looks_asks_everything() -> None:
-    walk = Walk.of(Policy.resolve(Routing(), EXITS), 1, [4, 5], [10, None], None)
+    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), [4, 5], [10, None], None)
     assert walk.unsure == (4, 5)
     assert [d.token for d in walk.settle([decision(10), decision(3)])] == [10, 3]
     assert [d.token for d in walk.settle([decision(9)])] == [9]

@@ -129,7 +129,7 @@ def test_the_demo_settings_work_in_every_mode(whole: Client) -> None:
 def test_a_reply_is_one_json_object(whole: Client) -> None:
     data = whole.generate("hi", max_new_tokens=3, eos_token_ids=()).to_dict()
     assert set(data) == {"text", "token_ids", "finish_reason", "tokens", "stats"}
-    assert set(data["tokens"][0]) == {"id", "text", "exit", "node", "confidence", "reason"}
+    assert set(data["tokens"][0]) == {"id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up"}
     assert {"first_token_s", "token_s", "total_s", "hops"} <= set(data["stats"])
     assert {"node", "compute_s", "queue_s", "wire_s", "messages", "bytes_up", "bytes_down"} <= set(
         data["stats"]["hops"][0]

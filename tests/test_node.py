@@ -29,13 +29,14 @@ from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.local import load_family
 from ruyi_flow.node import serve
 from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.routing.start import Start
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology, tiny_family
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.client import METHODS
 from ruyi_flow.transport.status import error_of, error_of_call
-from ruyi_flow.types import Mode, NodeStatus
+from ruyi_flow.types import Mode, NodeStatus, Reason
 from tests.conftest import Oracle
 
 PROMPT = [5, 17, 9, 33, 21]
@@ -60,6 +61,14 @@ async def test_every_cut_over_nodes_gives_the_same_tokens(tiny: Path, oracle: Or
             policy = Policy.resolve(Routing(Mode.TOKEN, threshold=threshold), (2, 4, 6))
             assert [(t.id, t.exit) for t in reply.tokens] == oracle.decide(policy, PROMPT, 20)
             assert all(t.node == nodes.topology.node_of(t.exit).name for t in reply.tokens)
+        start = Start({2: (4.0, -1.0, 0.0, 0.0, 0.0), 4: (8.0, -1.0, 0.0, 0.0, 0.0)}, 0.5)
+        for options in ({"threshold": 0.3}, {"threshold": 0.5, "back": 0.4}, {"threshold": 0.2, "start": start}):
+            cascade = Routing(Mode.CASCADE, window=3, draft=2, **options)  # type: ignore[arg-type]
+            reply = await client.generate(
+                PROMPT, mode="cascade", window=3, draft=2, max_new_tokens=20, eos_token_ids=(), **options
+            )
+            policy = Policy.resolve(cascade, (2, 4, 6))
+            assert [(t.id, t.exit) for t in reply.tokens] == oracle.decide(policy, PROMPT, 20)
         await nodes.settle()
 
 
@@ -273,6 +282,61 @@ async def test_a_node_that_dies_ends_the_answer_with_its_name_and_frees_the_rest
         assert caught.value.node == "n2"
         await nodes.settle()
         assert len((await client.generate(PROMPT, max_new_tokens=5, eos_token_ids=())).tokens) == 5
+
+
+async def test_with_fallback_a_node_that_dies_leaves_the_rest_to_the_one_before_it(tiny: Path, oracle: Oracle) -> None:
+    relay = Relay()
+    async with (
+        cluster(cut_topology(tiny, [[2], [4], [6]]), {"n2": relay}) as nodes,
+        AsyncClient(nodes.topology) as client,
+    ):
+        ids, reasons, exits = list(PROMPT), [], []
+        async for token in client.stream(PROMPT, max_new_tokens=100, eos_token_ids=(), fallback=True, draft=0):
+            ids.append(token.id)
+            reasons.append(token.reason)
+            exits.append(token.exit)
+            if len(reasons) == 3:
+                relay.cut()
+        lost = reasons.index(Reason.UNREACHABLE)
+        assert lost >= 3 and reasons == [Reason.DEEPEST] * lost + [Reason.UNREACHABLE] * (100 - lost)
+        assert exits == [6] * lost + [4] * (100 - lost)
+        policy = Policy.resolve(Routing(Mode.FIXED, exit=4), (2, 4, 6))
+        expected = oracle.decide(policy, ids[: len(PROMPT) + lost], 8)
+        assert ids[len(PROMPT) + lost :][:8] == [token for token, _ in expected]
+        await nodes.settle()
+
+
+def _with_limits(topology: Topology, node: int, **limits: int) -> Topology:
+    data = topology.model_dump(mode="json", by_alias=True, exclude_none=True)
+    data["nodes"][node]["limits"] |= limits
+    return Topology.parse(data)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+async def test_an_operator_can_forbid_what_is_deeper(tiny: Path, oracle: Oracle, node: int) -> None:
+    topology = _with_limits(cut_topology(tiny, [[2], [4], [6]]), node, deepest=4)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        reply = await client.generate(PROMPT, max_new_tokens=12, eos_token_ids=())
+        policy = Policy.resolve(Routing(Mode.FIXED, exit=4), (2, 4, 6))
+        assert [(t.id, t.exit) for t in reply.tokens] == oracle.decide(policy, PROMPT, 12)
+        assert {t.reason for t in reply.tokens} == {Reason.LIMIT}
+        assert {hop.node for hop in reply.stats.hops} == {"n0", "n1"}
+        await nodes.settle()
+
+
+async def test_a_node_sends_no_more_bytes_a_minute_than_its_operator_allows(tiny: Path) -> None:
+    row = 32 * 4 + 16
+    topology = _with_limits(cut_topology(tiny, [[2], [4, 6]]), 0, bytes_up_per_minute=9 * row)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        reply = await client.generate(PROMPT, max_new_tokens=30, eos_token_ids=(), draft=0)
+        reasons = [t.reason for t in reply.tokens]
+        # The prompt's five positions and four tokens more; then one whenever its bytes have come back, if at all.
+        assert reasons[:5] == [Reason.DEEPEST] * 5 and reasons[5] is Reason.BUDGET
+        sent = sum(hop.bytes_up for hop in reply.stats.hops)
+        assert sent == sum(t.bytes_up for t in reply.tokens)
+        assert sent < 9 * row * (1 + reply.stats.total_s / 60) + 400  # the handshake
+        assert [t.after_s for t in reply.tokens] == sorted(t.after_s for t in reply.tokens)
+        await nodes.settle()
 
 
 async def test_a_node_that_is_down_is_named(tiny: Path) -> None:

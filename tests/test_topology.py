@@ -69,6 +69,13 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("nodse", [], ["nodse", "did you mean 'nodes'?"]),
         ("nodes.0.thread", 1, ["nodes.0.thread", "did you mean 'threads'?"]),
         ("links.0.encodng", "bf16", ["links.0.encodng", "did you mean 'encoding'?"]),
+        (
+            "nodes.0.limits",
+            {"deepest": 3},
+            ["nodes.0.limits.deepest", "3 must be an exit of this node or a deeper one"],
+        ),
+        ("nodes.2.limits", {"bytes_up_per_minute": 9}, ["nodes.2.limits.bytes_up_per_minute", "sends nothing up"]),
+        ("policy", {"mode": "exact", "back": 0.5}, ["policy", "go with mode 'cascade'"]),
         ("nodes.1.limits", {"max_session": 3}, ["nodes.1.limits.max_session", "did you mean 'max_sessions'?"]),
         ("policy", {"mod": "exact"}, ["policy.mod", "did you mean 'mode'?"]),
         ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not go on from exit 11"]),
@@ -100,7 +107,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("family", None, ["family", "required"]),
         ("policy", {"mode": "token"}, ["policy", "needs a threshold"]),
         ("policy", {"mode": "fixed", "exit": 6}, ["policy", "exit 6 is not one of"]),
-        ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "go with mode 'token'"]),
+        ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "go with modes 'token' and 'cascade'"]),
         ("policy", {"draft": -1}, ["policy.draft", "-1"]),
     ],
 )

@@ -19,7 +19,7 @@ from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.trace import ExitRecord, Header, Record, Writer
-from ruyi_flow.runtime.scores import measure
+from ruyi_flow.runtime.scores import losses, measure
 
 __all__ = ["TEMPERATURES", "record"]
 
@@ -107,7 +107,7 @@ def _read(family: Family, read: Sequence[Answer], numbers: Sequence[int]) -> lis
         asked, probe = logits[chosen], family.model.branch_at[p].probe
         scores = _scores(asked, scores_of(family), probe, read_states[chosen]).cpu().numpy()
         said = asked.argmax(-1).int().cpu().numpy()
-        loss, entropy = (t.cpu() for t in _reading(logits[before.to(logits.device)], prompts))
+        loss, entropy = (t.cpu() for t in losses(logits[before.to(logits.device)], prompts))
         at = at_prompt = 0
         for part, answer in zip(parts, read, strict=True):
             stop, stop_prompt = at + len(answer.token_ids), at_prompt + len(answer.prompt) - 1
@@ -133,9 +133,3 @@ def _scores(logits: Tensor, names: Sequence[Score], probe: Probe | None, read: T
         else:
             columns.append(torch.stack([measure(logits, name, t, probe=probe, read=read) for t in TEMPERATURES], -1))
     return torch.stack(columns, 1)
-
-
-def _reading(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, vocab) and the (n,) tokens that follow -> (n,) losses and entropies, in nats."""
-    chances = logits.log_softmax(-1)
-    return -chances.gather(1, following[:, None])[:, 0], -(chances.exp() * chances).sum(-1)

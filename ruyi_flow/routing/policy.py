@@ -1,22 +1,27 @@
 """The routing policy: at which exit a token is decided. Pure: no torch, clock, socket or randomness.
 
-Every mode is a threshold per early exit and the deepest exit that may be asked, which is always sure.
+Every mode is a threshold per early exit and the deepest exit that may be asked, which is always sure. In `cascade` the
+threshold is of a running confidence, and an exit that fell below it leaves the rest of the answer to deeper ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ruyi_flow.errors import RequestError
 from ruyi_flow.routing.confidence import Scale
+from ruyi_flow.routing.start import Start
 from ruyi_flow.types import Mode, Reason, is_token_id
 
-__all__ = ["NEVER", "Policy", "Routing", "pays"]
+__all__ = ["NEVER", "WINDOW", "Judge", "Policy", "Routing", "pays"]
 
 NEVER = math.inf
 """A threshold that no confidence reaches."""
+
+WINDOW = 8
+"""Tokens of a running confidence, unless a policy says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +32,18 @@ class Routing:
     exit: int | None = None
     """`fixed` only: the exit that decides; None takes the last one."""
     threshold: float | None = None
-    """`token` only: the confidence that every early exit needs."""
+    """`token` and `cascade`: the confidence that every early exit needs."""
     thresholds: Mapping[int, float] | None = None
-    """`token` only: the confidence that each early exit needs; an exit that is not named is never sure."""
+    """`token` and `cascade`: the confidence that each early exit needs; an exit that is not named is never sure."""
+    window: int = WINDOW
+    """`cascade` only: the confidence that counts is the mean over this many tokens, missing ones counted as sure."""
+    back: float | None = None
+    """`cascade` only: an exit that fell below its threshold decides again when its mean over a whole window is this
+    high; None is never."""
+    start: Start | None = None
+    """`cascade` only: which exit begins, from the prompt; None begins with the shallowest."""
+    fallback: bool = False
+    """When the next node cannot be reached, hangs or is full, the deepest exit before it decides: no error."""
     draft: int = 4
     """At most this many tokens are drafted past an unsure position before it is asked deeper; 0 asks at once. With a
     scale, as many of them as are expected to pay."""
@@ -43,7 +57,11 @@ class Routing:
             raise RequestError(f"draft is {self.draft!r}; it must be a whole number from 0 (ask at once) to 1024")
         if self.exit is not None and not is_token_id(self.exit):  # the wire has as many bits for both
             raise RequestError(f"exit is {self.exit!r}; it must be one of the family's exits, a whole number")
-        thresholds = [] if self.threshold is None else [self.threshold]
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window <= 1024:
+            raise RequestError(f"window is {self.window!r}; it must be a whole number of tokens from 1 to 1024")
+        if not isinstance(self.fallback, bool):
+            raise RequestError(f"fallback is {self.fallback!r}; it must be True or False")
+        thresholds = [value for value in (self.threshold, self.back) if value is not None]
         if self.thresholds is not None:
             if not isinstance(self.thresholds, Mapping) or not all(is_token_id(p) for p in self.thresholds):
                 raise RequestError(f"thresholds is {self.thresholds!r}; it must map exits to numbers, as in {{5: 0.9}}")
@@ -71,6 +89,13 @@ class Policy:
     draft: int
     scale: Scale | None = None
     """What confidence means; None is the likeliest token's probability, uncalibrated."""
+    window: int = WINDOW
+    back: float | None = None
+    start: Start | None = None
+    """For the entry node, which goes on with `starting_at`."""
+    fallback: bool = False
+    limited: bool = False
+    """Whether a node's operator forbids what is deeper than `deepest`."""
 
     @classmethod
     def resolve(cls, routing: Routing, exits: Sequence[int]) -> Policy:
@@ -82,17 +107,21 @@ class Policy:
         mode = routing.mode
         if routing.exit is not None and mode is not Mode.FIXED:
             raise RequestError(f"exit={routing.exit} goes with mode 'fixed', not with '{mode}'")
-        if mode is not Mode.TOKEN and (routing.threshold is not None or routing.thresholds is not None):
-            raise RequestError(f"thresholds go with mode 'token', not with '{mode}'")
+        thresholded = mode in (Mode.TOKEN, Mode.CASCADE)
+        if not thresholded and (routing.threshold is not None or routing.thresholds is not None):
+            raise RequestError(f"thresholds go with modes 'token' and 'cascade', not with '{mode}'")
+        if mode is not Mode.CASCADE and (routing.back is not None or routing.start is not None):
+            raise RequestError(f"back and start go with mode 'cascade', not with '{mode}'")
         deepest = exits[-1]
         if mode is Mode.FIXED and routing.exit is not None:
             deepest = routing.exit
             _check_exit(deepest, exits)
         shallower = [p for p in exits if p < deepest]
-        if mode is not Mode.TOKEN:
-            return cls(mode, dict.fromkeys(shallower, NEVER), deepest, routing.draft, routing.scale)
+        same = {name: getattr(routing, name) for name in ("draft", "scale", "window", "back", "start", "fallback")}
+        if not thresholded:
+            return cls(mode, dict.fromkeys(shallower, NEVER), deepest, **same)
         if routing.thresholds is None and routing.threshold is None:
-            raise RequestError("mode 'token' needs a threshold (0 … 1), one for all exits or one an exit")
+            raise RequestError(f"mode '{mode}' needs a threshold (0 … 1), one for all exits or one an exit")
         if routing.thresholds is not None and routing.threshold is not None:
             raise RequestError("give either threshold (for all exits) or thresholds (one an exit), not both")
         if routing.thresholds is None:
@@ -105,17 +134,84 @@ class Policy:
                         f"exit {p} is the last one: it decides whatever comes to it, without a threshold"
                     )
             chosen = {p: float(routing.thresholds.get(p, NEVER)) for p in shallower}
-        return cls(mode, chosen, deepest, routing.draft, routing.scale)
+        if routing.start is not None:
+            for p in routing.start.weights:
+                _check_exit(p, exits)
+        return cls(mode, chosen, deepest, **same)
+
+    def starting_at(self, exit: int) -> Policy:
+        """With no exit shallower than this one ever sure; the choice is made, so `start` is gone."""
+        chosen = {p: NEVER if p < exit else t for p, t in self.thresholds.items()}
+        return replace(self, thresholds=chosen, start=None)
+
+    def limited_to(self, exit: int) -> Policy:
+        """With this exit as the deepest, by order of a node's operator."""
+        if exit >= self.deepest:
+            return self
+        chosen = {p: t for p, t in self.thresholds.items() if p < exit}
+        return replace(self, thresholds=chosen, deepest=exit, limited=True)
 
     def looks(self, exit: int) -> bool:
         """Whether the branch at this exit can ever be sure, so that it is worth running."""
         return exit == self.deepest or self.thresholds[exit] <= 1.0
 
-    def sure(self, exit: int, confidence: float) -> Reason | None:
-        """Why the branch at this exit may decide, or None when it must be asked deeper."""
-        if exit == self.deepest:
-            return Reason.FIXED if self.mode is Mode.FIXED else Reason.DEEPEST
-        return Reason.CONFIDENT if confidence >= self.thresholds[exit] else None
+
+class Judge:
+    """One exit's say in one session.
+
+    In `cascade` it remembers what it saw, position by position, so that a rewind takes it back.
+
+    Args:
+        policy: the session's.
+        exit: one that the policy may ask.
+    """
+
+    __slots__ = ("_always", "_back", "_moves", "_seen", "_threshold", "_window", "exit")
+
+    def __init__(self, policy: Policy, exit: int) -> None:
+        self.exit = exit
+        self._always: Reason | None = None
+        if exit == policy.deepest:
+            fixed = Reason.FIXED if policy.mode is Mode.FIXED else Reason.DEEPEST
+            self._always = Reason.LIMIT if policy.limited else fixed
+        self._threshold = policy.thresholds.get(exit, NEVER)
+        runs = policy.mode is Mode.CASCADE and self._always is None and self._threshold <= 1.0
+        self._window, self._back = policy.window if runs else 0, policy.back
+        self._seen: list[tuple[int, float]] = []
+        self._moves: list[int] = []
+        """Positions where it left the answer to deeper exits, took it back, left it again, …"""
+
+    def sure(self, position: int, confidence: float) -> Reason | None:
+        """Why the branch may decide the token after a position, or None when it must be asked deeper.
+
+        To be called once for each position, in order; after a rewind, again.
+        """
+        if self._always is not None:
+            return self._always
+        if not self._window:
+            return Reason.CONFIDENT if confidence >= self._threshold else None
+        self._seen.append((position, confidence))
+        recent = self._seen[-self._window :]
+        missing = self._window - len(recent)
+        running = (sum([c for _, c in recent]) + missing) / self._window
+        if len(self._moves) % 2 == 0:
+            if running < self._threshold:
+                self._moves.append(position)
+        elif self._back is not None and not missing and running >= self._back:
+            self._moves.append(position)
+        return Reason.CONFIDENT if len(self._moves) % 2 == 0 else None
+
+    @property
+    def retired(self) -> bool:
+        """Whether it will never be sure again, unless it is rewound."""
+        return self._back is None and len(self._moves) % 2 == 1
+
+    def rewind(self, position: int) -> None:
+        """Forget what it saw from `position` on."""
+        while self._seen and self._seen[-1][0] >= position:
+            self._seen.pop()
+        while self._moves and self._moves[-1] >= position:
+            self._moves.pop()
 
 
 def pays(kept: float, expected: float, spent_s: float, likely: float, step_s: float) -> bool:

@@ -9,7 +9,7 @@ from ruyi_flow.errors import RequestError
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.routing.confidence import Scale, Score
 
-__all__ = ["PLAIN", "Confidence", "measure"]
+__all__ = ["PLAIN", "Confidence", "losses", "measure", "reading"]
 
 
 def measure(
@@ -40,6 +40,20 @@ def measure(
         return two[:, 0] - two[:, 1]
     entropy: Tensor = torch.special.entr(torch.exp(scaled - norm[:, None])).sum(-1)
     return -entropy
+
+
+def losses(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, vocab) and the (n,) tokens that follow -> (n,) losses and entropies, in nats."""
+    chances = logits.float().log_softmax(-1)
+    return -chances.gather(1, following[:, None])[:, 0], -(chances.exp() * chances).sum(-1)
+
+
+def reading(logits: Tensor, following: Tensor) -> tuple[float, float]:
+    """Mean loss and mean entropy of `losses`; 0 where there is no token."""
+    if not len(following):
+        return 0.0, 0.0
+    loss, entropy = losses(logits, following)
+    return float(loss.mean()), float(entropy.mean())
 
 
 class Confidence:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ruyi_flow.errors import CapacityError, ContextLengthError
 from ruyi_flow.family.transformer import FamilySlice, Rope
-from ruyi_flow.routing.policy import Policy
+from ruyi_flow.routing.policy import Judge, Policy
+from ruyi_flow.routing.start import READ_TOKENS, Reading
 from ruyi_flow.runtime.attention import CachedAttention, flash_attention
 from ruyi_flow.runtime.kv_cache import PagePool, Run
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.scores import Confidence
+from ruyi_flow.runtime.scores import Confidence, reading
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["CHUNK", "Shard", "ShardSession"]
@@ -59,8 +60,19 @@ class Shard:
         """Whether these stages start with the embedding."""
         return self.model.first_layer == 0
 
-    def open(self, policy: Policy, params: SamplingParams, prompt_length: int, max_positions: int) -> ShardSession:
+    def open(
+        self,
+        policy: Policy,
+        params: SamplingParams,
+        prompt_length: int,
+        max_positions: int,
+        *,
+        stands_in: bool = False,
+    ) -> ShardSession:
         """Start a session that never holds more than `max_positions`.
+
+        Args:
+            stands_in: the last exit here must be able to decide whatever it is asked.
 
         Raises:
             CapacityError: too many sessions, or no room for its keys and values.
@@ -77,7 +89,7 @@ class Shard:
             session_id = next(self._ids)
             run = self.pool.allocate(session_id, max_positions)
             try:
-                session = ShardSession(self, session_id, run, policy, params, prompt_length, max_positions)
+                session = ShardSession(self, session_id, run, policy, params, prompt_length, max_positions, stands_in)
             except BaseException:
                 self.pool.release(run)
                 raise
@@ -109,9 +121,10 @@ class ShardSession:
         params: SamplingParams,
         prompt_length: int,
         max_positions: int,
+        stands_in: bool,
     ) -> None:
-        self.shard, self.session_id, self.run, self.policy, self.params = shard, session_id, run, policy, params
-        self.max_positions = max_positions
+        self.shard, self.session_id, self.run, self.params = shard, session_id, run, params
+        self.max_positions, self.stands_in = max_positions, stands_in
         self.vocab_size = shard.config.vocab_size
         self.sampler = Sampler(params, prompt_length)
         self.token_ids: list[int] = []
@@ -120,14 +133,28 @@ class ShardSession:
         """Positions that each stage holds keys and values for."""
         self.exits = tuple(p for p in shard.exits if p <= policy.deepest)
         """Of the stages that this session may ever run."""
-        self._drafter = policy.draft > 0 and shard.is_entry and shard.exits[0] < policy.deepest
-        self.looking = tuple(policy.looks(p) or (self._drafter and i == 0) for i, p in enumerate(self.exits))
-        """Whether each stage's branch is ever run; the others keep no branch keys and values."""
+        self._prompt_length = prompt_length
+        self._follow(policy)
         branches = shard.model.branch_at
         self._confidence = {p: Confidence(policy.scale, p, branches[p].probe) for p in self.exits}
         self._memory = shard.memory[:, :, run.positions]
         self._unseen: list[list[Tensor]] = [[] for _ in shard.exits]
         self._unseen_start = [0] * len(shard.exits)
+
+    def _follow(self, policy: Policy) -> None:
+        """Take on a policy, before any stage that it concerns has run."""
+        self.policy = policy
+        self.judges = tuple(Judge(policy, p) for p in self.exits)
+        drafts = policy.draft > 0 and self.shard.is_entry and self.exits[0] < policy.deepest
+        self._always_looking = tuple(
+            (i == 0 and (drafts or policy.start is not None)) or (self.stands_in and p == self.shard.exits[-1])
+            for i, p in enumerate(self.exits)
+        )
+        self._looking = tuple(policy.looks(p) or self._always_looking[i] for i, p in enumerate(self.exits))
+
+    def looks(self, stage: int) -> bool:
+        """Whether a stage's branch is run; where not, it keeps no branch keys and values, and is not run later."""
+        return self._looking[stage] and (self._always_looking[stage] or not self.judges[stage].retired)
 
     @property
     def alone(self) -> bool:
@@ -151,7 +178,7 @@ class ShardSession:
         Returns:
             A token and a confidence for each wanted position; None where this stage never looks.
         """
-        start, looks = self.positions[stage], self.looking[stage]
+        start, looks = self.positions[stage], self.looks(stage)
         found: list[tuple[int, float]] = []
         for first in range(start, start + len(states), CHUNK):
             count = min(CHUNK, start + len(states) - first)
@@ -174,17 +201,28 @@ class ShardSession:
             self._unseen[stage].append(boundary)
         if not looks:
             return []
-        rows = (
-            None
-            if len(wants) == count
-            else torch.tensor([p - start for p in wants], dtype=torch.int64, device=states.device)
-        )
-        read = model.reading(exit, boundary, rope, attention, rows)
+        begins = stage == 0 and self.policy.start is not None and start + count == self._prompt_length
+        rows: Sequence[int] = range(max(0, count - READ_TOKENS - 1), count) if begins else [p - start for p in wants]
+        chosen = None if len(rows) == count else torch.tensor(rows, dtype=torch.int64, device=states.device)
+        read = model.reading(exit, boundary, rope, attention, chosen)
         if read is None:
             return []
         logits = model.head_at[exit].forward(read)
+        if begins:
+            following = torch.tensor(self.token_ids[start + rows[0] + 1 : start + count], device=logits.device)
+            loss, entropy = reading(logits[:-1], following)
+            logits, read = logits[-1:], read[-1:]
         confidence = partial(self._confidence[exit], read=read)
-        return list(zip(*self.sampler.pick(logits, wants, self.token_ids, confidence), strict=True))
+        tokens, sure = self.sampler.pick(logits, wants, self.token_ids, confidence)
+        if begins:
+            self._begin(Reading(self._prompt_length, loss, entropy, sure[0]))
+        return list(zip(tokens, sure, strict=True))
+
+    def _begin(self, reading: Reading) -> None:
+        """Choose the exit that answers, now that the first branch has read the prompt."""
+        start = self.policy.start
+        assert start is not None
+        self._follow(self.policy.starting_at(start.exit(reading, self.policy.deepest)))
 
     def unseen_start(self, stage: int) -> int:
         """Positions that the stage beyond this one holds."""
@@ -202,6 +240,8 @@ class ShardSession:
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
         del self.token_ids[position:]
+        for judge in self.judges:
+            judge.rewind(position)
         for stage, held in enumerate(self.positions):
             if held <= position:
                 continue

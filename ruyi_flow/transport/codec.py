@@ -11,7 +11,8 @@ from google.protobuf.message import DecodeError, Message
 from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.routing.confidence import Curve, Scale, Score
-from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.routing.policy import WINDOW, Policy, Routing
+from ruyi_flow.routing.start import Start
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.types import (
     Decision,
@@ -51,8 +52,21 @@ M = TypeVar("M", bound=Message)
 D = TypeVar("D")
 
 ENCODINGS = dict(zip(Encoding, (pb.ENCODING_F32, pb.ENCODING_BF16, pb.ENCODING_F16, pb.ENCODING_INT8), strict=True))
-_MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT), strict=True))
-_REASONS = dict(zip(Reason, (pb.REASON_CONFIDENT, pb.REASON_FIXED, pb.REASON_DEEPEST), strict=True))
+_MODES = dict(zip(Mode, (pb.MODE_FIXED, pb.MODE_TOKEN, pb.MODE_EXACT, pb.MODE_CASCADE), strict=True))
+_REASONS = dict(
+    zip(
+        Reason,
+        (
+            pb.REASON_CONFIDENT,
+            pb.REASON_FIXED,
+            pb.REASON_DEEPEST,
+            pb.REASON_LIMIT,
+            pb.REASON_BUDGET,
+            pb.REASON_UNREACHABLE,
+        ),
+        strict=True,
+    )
+)
 _FINISHES = dict(zip(FinishReason, (pb.FINISH_REASON_EOS, pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH), strict=True))
 _SCORES = dict(
     zip(
@@ -101,6 +115,10 @@ def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
                 deepest=opening.policy.deepest,
                 draft=opening.policy.draft,
                 scale=_scale_to_pb(opening.policy.scale),
+                window=opening.policy.window,
+                back=opening.policy.back,
+                fallback=opening.policy.fallback,
+                limited=opening.policy.limited,
             ),
         )
     )
@@ -127,6 +145,11 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
             policy.deepest,
             policy.draft,
             _scale_from_pb(policy),
+            policy.window or WINDOW,
+            policy.back if policy.HasField("back") else None,
+            None,
+            policy.fallback,
+            policy.limited,
         ),
     )
 
@@ -160,7 +183,9 @@ def verdict_from_pb(message: pb.Verdict) -> Verdict:
 
 def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
     """A user's request as it goes on the wire."""
-    message = pb.GenerateRequest(sampling=_sampling_to_pb(request.sampling), routing=pb.Routing(draft=request.draft))
+    message = pb.GenerateRequest(
+        sampling=_sampling_to_pb(request.sampling), draft=request.draft, fallback=request.fallback
+    )
     if isinstance(request.prompt, str):
         setattr(message, "raw" if request.raw else "text", request.prompt)
     elif request.prompt and isinstance(request.prompt[0], int):
@@ -180,6 +205,10 @@ def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
                 draft=routing.draft,
                 scale=_scale_to_pb(routing.scale),
                 family=routing.family,
+                window=routing.window,
+                back=routing.back,
+                start=_start_to_pb(routing.start),
+                fallback=routing.fallback,
             )
         )
     return message
@@ -196,7 +225,7 @@ def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
     else:
         prompt = message.raw if kind == "raw" else message.text
     routing = None
-    if message.routing.mode:
+    if message.HasField("routing"):
         given = message.routing
         routing = Routing(
             mode=_known(_MODE_OF, given.mode, pb.Mode),
@@ -206,9 +235,14 @@ def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
             draft=given.draft,
             scale=_scale_from_pb(given),
             family=given.family if given.HasField("family") else None,
+            window=given.window or WINDOW,
+            back=given.back if given.HasField("back") else None,
+            start=_start_from_pb(given),
+            fallback=given.fallback,
         )
-    draft = message.routing.draft if message.routing.HasField("draft") else None
-    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing, draft)
+    draft = message.draft if message.HasField("draft") else None
+    fallback = message.fallback if message.HasField("fallback") else None
+    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing, draft, fallback)
 
 
 def _scale_to_pb(scale: Scale | None) -> pb.Scale | None:
@@ -231,6 +265,21 @@ def _scale_from_pb(message: pb.Policy | pb.Routing) -> Scale | None:
     return Scale(_known(_SCORE_OF, scale.score, pb.Score), curves)
 
 
+def _start_to_pb(start: Start | None) -> pb.Start | None:
+    if start is None:
+        return None
+    return pb.Start(weights={p: pb.Weights(values=w) for p, w in start.weights.items()}, chance=start.chance)
+
+
+def _start_from_pb(message: pb.Routing) -> Start | None:
+    if not message.HasField("start"):
+        return None
+    try:
+        return Start({p: tuple(w.values) for p, w in message.start.weights.items()}, message.start.chance)
+    except ValueError as error:
+        raise WireError(f"a policy's start: {error}") from None
+
+
 def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
     """A piece of an answer as it goes on the wire."""
     if isinstance(event, Token):
@@ -241,6 +290,8 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
             node=event.node,
             confidence=event.confidence,
             reason=_REASONS[event.reason],
+            after_s=event.after_s,
+            bytes_up=event.bytes_up,
         )
         return pb.GenerateReply(tokens=[token])
     stats = _copy(event.stats, pb.Stats(), skip=("hops",))
@@ -251,7 +302,9 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
 def reply_from_pb(message: pb.GenerateReply) -> list[Token | Final]:
     """Pieces of an answer off the wire."""
     events: list[Token | Final] = [
-        Token(t.id, t.text, t.exit, t.node, t.confidence, _known(_REASON_OF, t.reason, pb.Reason))
+        Token(
+            t.id, t.text, t.exit, t.node, t.confidence, _known(_REASON_OF, t.reason, pb.Reason), t.after_s, t.bytes_up
+        )
         for t in message.tokens
     ]
     if message.HasField("final"):

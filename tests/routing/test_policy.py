@@ -6,38 +6,43 @@ from typing import Any
 import pytest
 
 from ruyi_flow.errors import RequestError
-from ruyi_flow.routing.policy import NEVER, Policy, Routing, pays
+from ruyi_flow.routing.policy import NEVER, Judge, Policy, Routing, pays
+from ruyi_flow.routing.start import Reading, Start
 from ruyi_flow.types import Mode, Reason
 
 EXITS = (2, 4, 6)
 
 
+def judged(policy: Policy, exit: int, confidence: float) -> Reason | None:
+    return Judge(policy, exit).sure(0, confidence)
+
+
 def test_exact_never_trusts_an_early_exit() -> None:
     policy = Policy.resolve(Routing(Mode.EXACT), EXITS)
-    assert policy.sure(2, 1.0) is None and policy.sure(4, 1.0) is None
-    assert policy.sure(6, 0.0) is Reason.DEEPEST
+    assert judged(policy, 2, 1.0) is None and judged(policy, 4, 1.0) is None
+    assert judged(policy, 6, 0.0) is Reason.DEEPEST
     assert [policy.looks(p) for p in EXITS] == [False, False, True]
 
 
 def test_fixed_trusts_one_exit_and_needs_no_deeper_one() -> None:
     policy = Policy.resolve(Routing(Mode.FIXED, exit=4), EXITS)
-    assert policy.sure(2, 1.0) is None
-    assert policy.sure(4, 0.0) is Reason.FIXED
+    assert judged(policy, 2, 1.0) is None
+    assert judged(policy, 4, 0.0) is Reason.FIXED
     assert policy.deepest == 4
 
 
 def test_token_compares_with_its_threshold() -> None:
     policy = Policy.resolve(Routing(Mode.TOKEN, thresholds={2: 0.9}), EXITS)
-    assert policy.sure(2, 0.9) is Reason.CONFIDENT
-    assert policy.sure(2, 0.89) is None
+    assert judged(policy, 2, 0.9) is Reason.CONFIDENT
+    assert judged(policy, 2, 0.89) is None
     assert policy.thresholds[4] == NEVER
 
 
 def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
     always = Policy.resolve(Routing(Mode.TOKEN, threshold=0), EXITS)
-    assert always.sure(2, 0.0) is Reason.CONFIDENT
+    assert judged(always, 2, 0.0) is Reason.CONFIDENT
     never = Policy.resolve(Routing(Mode.TOKEN, threshold=1.01), EXITS)
-    assert never.sure(2, 1.0) is None and not never.looks(2)
+    assert judged(never, 2, 1.0) is None and not never.looks(2)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,7 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
     [
         ({"mode": Mode.FIXED, "exit": 3}, "exit 3 is not one of the family's exits"),
         ({"mode": Mode.EXACT, "exit": 4}, "goes with mode 'fixed'"),
-        ({"mode": Mode.EXACT, "threshold": 0.5}, "go with mode 'token'"),
+        ({"mode": Mode.EXACT, "threshold": 0.5}, "go with modes 'token' and 'cascade'"),
         ({"mode": Mode.TOKEN}, "needs a threshold"),
         ({"mode": Mode.TOKEN, "threshold": 0.5, "thresholds": {2: 0.5}}, "not both"),
         ({"mode": Mode.TOKEN, "thresholds": {3: 0.5}}, "exit 3 is not one"),
@@ -53,6 +58,12 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
         ({"mode": Mode.TOKEN, "threshold": -0.1}, "must be a number from 0"),
         ({"mode": Mode.TOKEN, "threshold": math.nan}, "must be a number from 0"),
         ({"mode": Mode.TOKEN, "threshold": 10**400}, "must be a number from 0"),
+        ({"mode": Mode.TOKEN, "threshold": 0.5, "back": 0.9}, "back and start go with mode 'cascade'"),
+        ({"mode": Mode.CASCADE}, "mode 'cascade' needs a threshold"),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 0}, "window is 0"),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "back": -1}, "must be a number from 0"),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "start": Start({3: (0.0,) * 5}, 0.5)}, "exit 3 is not one"),
+        ({"mode": Mode.EXACT, "fallback": 1}, "fallback is 1"),
         ({"mode": Mode.EXACT, "draft": -1}, "draft is -1"),
         ({"mode": Mode.EXACT, "draft": "4"}, "draft is '4'"),
         ({"mode": Mode.FIXED, "exit": "4"}, "exit is '4'"),
@@ -78,3 +89,38 @@ def test_drafting_stops_where_tokens_a_second_are_most(chance: float, ask_s: flo
         drafts, kept = drafts + 1, kept * chance
         expected += kept
     assert rate(drafts) == pytest.approx(max(map(rate, range(400))))
+
+
+def test_cascade_leaves_an_answer_to_deeper_exits_for_good() -> None:
+    judge = Judge(Policy.resolve(Routing(Mode.CASCADE, thresholds={2: 0.6}, window=2), EXITS), 2)
+    said = [judge.sure(i, c) for i, c in enumerate((0.3, 0.9, 0.2, 1.0, 1.0))]
+    assert [reason is Reason.CONFIDENT for reason in said] == [True, True, False, False, False]  # (0.9 + 0.2) / 2 < 0.6
+    assert judge.retired
+    judge.rewind(2)
+    assert not judge.retired and judge.sure(2, 0.4) is Reason.CONFIDENT
+
+
+def test_cascade_comes_back_only_when_the_policy_says_so() -> None:
+    judge = Judge(Policy.resolve(Routing(Mode.CASCADE, thresholds={2: 0.6}, window=2, back=0.9), EXITS), 2)
+    said = [judge.sure(i, c) for i, c in enumerate((0.1, 0.9, 0.8, 1.0, 1.0, 0.1))]
+    assert [reason is None for reason in said] == [True, True, True, False, False, True]
+    assert not judge.retired
+
+
+def test_an_exit_below_the_start_never_decides_or_comes_back() -> None:
+    policy = Policy.resolve(Routing(Mode.CASCADE, threshold=0.5, window=1, back=0.5), EXITS).starting_at(4)
+    assert [Judge(policy, 2).sure(i, 1.0) for i in range(3)] == [None] * 3
+    assert Judge(policy, 4).sure(0, 1.0) is Reason.CONFIDENT
+
+
+def test_a_start_is_the_shallowest_exit_that_is_likely_enough() -> None:
+    start = Start({2: (0.0, -1.0, 0.0, 0.0, 0.0), 4: (3.0, -1.0, 0.0, 0.0, 0.0)}, 0.5)
+    assert [start.exit(Reading(9, loss, 1.0, 0.5), 6) for loss in (0.0, 2.0, 4.0)] == [2, 4, 6]
+    with pytest.raises(ValueError, match="5 numbers"):
+        Start({2: (1.0,)}, 0.5)
+
+
+def test_a_limit_makes_its_exit_decide_everything() -> None:
+    policy = Policy.resolve(Routing(Mode.EXACT), EXITS).limited_to(4)
+    assert judged(policy, 4, 0.0) is Reason.LIMIT and policy.deepest == 4 and list(policy.thresholds) == [2]
+    assert policy.limited_to(6) == policy

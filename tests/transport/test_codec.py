@@ -1,11 +1,14 @@
 """Messages: what goes in comes out."""
 
+from dataclasses import replace
+
 import pytest
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import NEVER, Policy, Routing
+from ruyi_flow.routing.start import Start
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.types import (
@@ -33,13 +36,24 @@ def test_a_curve_that_is_none_is_refused() -> None:
         codec.open_from_pb(message)
 
 
+def test_a_start_that_is_none_is_refused() -> None:
+    message = pb.GenerateRequest(raw="x", sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1))
+    start = pb.Start(weights={5: pb.Weights(values=[1.0])}, chance=0.5)
+    message.routing.MergeFrom(pb.Routing(mode=4, threshold=0.5, start=start))
+    with pytest.raises(WireError, match="a policy's start: the weights of a start must be 5 numbers"):
+        codec.generate_from_pb(message)
+
+
 def test_handshakes_come_back() -> None:
     sampling = SamplingParams(temperature=0.6, top_k=30, stop=("a", "b"), eos_token_ids=(2, 5), seed=2**62)
     opening = SessionOpen(
         "abc", 11, 576, Encoding.INT8, 100, 20, sampling, Policy(Mode.TOKEN, {5: NEVER, 11: 0.5}, 29, 4, SCALE)
     )
-    message = codec.parse(pb.SessionRequest, codec.open_to_pb(opening).SerializeToString())
-    assert codec.open_from_pb(message.open) == opening
+    cascade = Policy(Mode.CASCADE, {5: 0.5}, 11, 4, None, 3, 0.75, None, True, True)
+    for policy in (opening.policy, cascade):
+        opening = replace(opening, policy=policy)
+        message = codec.parse(pb.SessionRequest, codec.open_to_pb(opening).SerializeToString())
+        assert codec.open_from_pb(message.open) == opening
 
 
 def test_verdicts_come_back() -> None:
@@ -59,6 +73,11 @@ def test_verdicts_come_back() -> None:
         GenerateRequest((1, 2, 3), routing=Routing(Mode.FIXED, exit=11, draft=2), draft=2),
         GenerateRequest("x", routing=Routing(Mode.TOKEN, thresholds={5: 0.5}, draft=4), draft=4),
         GenerateRequest("x", routing=Routing(Mode.TOKEN, thresholds={5: 0.5}, scale=SCALE, family="f"), draft=4),
+        GenerateRequest("x", routing=Routing(Mode.EXACT, draft=8, fallback=True), draft=2, fallback=False),
+        GenerateRequest(
+            "x",
+            routing=Routing(Mode.CASCADE, threshold=0.5, window=3, back=0.75, start=Start({5: (0.5,) * 5}, 0.25)),
+        ),
         GenerateRequest("x", sampling=SamplingParams(eos_token_ids=(), seed=0)),
     ],
     ids=str,
@@ -69,7 +88,7 @@ def test_requests_come_back(request_: GenerateRequest) -> None:
 
 
 def test_answers_come_back() -> None:
-    token = Token(5, " blue", 29, "cloud", 0.5, Reason.DEEPEST)
+    token = Token(5, " blue", 29, "cloud", 0.5, Reason.UNREACHABLE, 0.25, 1200)
     final = Final(FinishReason.STOP, "blue", Stats(3, 4, 0.5, 1.5, 9, 8, 7, 6, (Hop("device", 1.0), Hop("edge", 0.5))))
     for event in (token, final):
         message = codec.parse(pb.GenerateReply, codec.reply_to_pb(event).SerializeToString())

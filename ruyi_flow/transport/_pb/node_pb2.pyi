@@ -21,6 +21,7 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_FIXED: _ClassVar[Mode]
     MODE_TOKEN: _ClassVar[Mode]
     MODE_EXACT: _ClassVar[Mode]
+    MODE_CASCADE: _ClassVar[Mode]
 
 class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +29,9 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_CONFIDENT: _ClassVar[Reason]
     REASON_FIXED: _ClassVar[Reason]
     REASON_DEEPEST: _ClassVar[Reason]
+    REASON_LIMIT: _ClassVar[Reason]
+    REASON_BUDGET: _ClassVar[Reason]
+    REASON_UNREACHABLE: _ClassVar[Reason]
 
 class Score(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,10 +56,14 @@ MODE_UNSPECIFIED: Mode
 MODE_FIXED: Mode
 MODE_TOKEN: Mode
 MODE_EXACT: Mode
+MODE_CASCADE: Mode
 REASON_UNSPECIFIED: Reason
 REASON_CONFIDENT: Reason
 REASON_FIXED: Reason
 REASON_DEEPEST: Reason
+REASON_LIMIT: Reason
+REASON_BUDGET: Reason
+REASON_UNREACHABLE: Reason
 SCORE_UNSPECIFIED: Score
 SCORE_MAX_PROBABILITY: Score
 SCORE_MARGIN: Score
@@ -157,7 +165,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("mode", "thresholds", "deepest", "draft", "scale")
+    __slots__ = ("mode", "thresholds", "deepest", "draft", "scale", "window", "back", "fallback", "limited")
     class ThresholdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -170,12 +178,20 @@ class Policy(_message.Message):
     DEEPEST_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    BACK_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    LIMITED_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     thresholds: _containers.ScalarMap[int, float]
     deepest: int
     draft: int
     scale: Scale
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., deepest: _Optional[int] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ...) -> None: ...
+    window: int
+    back: float
+    fallback: bool
+    limited: bool
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., deepest: _Optional[int] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., window: _Optional[int] = ..., back: _Optional[float] = ..., fallback: _Optional[bool] = ..., limited: _Optional[bool] = ...) -> None: ...
 
 class Scale(_message.Message):
     __slots__ = ("score", "curves")
@@ -279,20 +295,24 @@ class Rewound(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing")
+    __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing", "draft", "fallback")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     text: str
     raw: str
     messages: Messages
     token_ids: TokenIds
     sampling: SamplingParams
     routing: Routing
-    def __init__(self, text: _Optional[str] = ..., raw: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ...) -> None: ...
+    draft: int
+    fallback: bool
+    def __init__(self, text: _Optional[str] = ..., raw: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., draft: _Optional[int] = ..., fallback: _Optional[bool] = ...) -> None: ...
 
 class Messages(_message.Message):
     __slots__ = ("messages",)
@@ -309,7 +329,7 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("mode", "exit", "threshold", "thresholds", "draft", "scale", "family")
+    __slots__ = ("mode", "exit", "threshold", "thresholds", "draft", "scale", "family", "window", "back", "start", "fallback")
     class ThresholdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +344,10 @@ class Routing(_message.Message):
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    BACK_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     exit: int
     threshold: float
@@ -331,7 +355,32 @@ class Routing(_message.Message):
     draft: int
     scale: Scale
     family: str
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., exit: _Optional[int] = ..., threshold: _Optional[float] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., family: _Optional[str] = ...) -> None: ...
+    window: int
+    back: float
+    start: Start
+    fallback: bool
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., exit: _Optional[int] = ..., threshold: _Optional[float] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., family: _Optional[str] = ..., window: _Optional[int] = ..., back: _Optional[float] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., fallback: _Optional[bool] = ...) -> None: ...
+
+class Start(_message.Message):
+    __slots__ = ("weights", "chance")
+    class WeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: Weights
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[Weights, _Mapping]] = ...) -> None: ...
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CHANCE_FIELD_NUMBER: _ClassVar[int]
+    weights: _containers.MessageMap[int, Weights]
+    chance: float
+    def __init__(self, weights: _Optional[_Mapping[int, Weights]] = ..., chance: _Optional[float] = ...) -> None: ...
+
+class Weights(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("tokens", "final")
@@ -342,20 +391,24 @@ class GenerateReply(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., final: _Optional[_Union[Final, _Mapping]] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("id", "text", "exit", "node", "confidence", "reason")
+    __slots__ = ("id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up")
     ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     id: int
     text: str
     exit: int
     node: str
     confidence: float
     reason: Reason
-    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., exit: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., reason: _Optional[_Union[Reason, str]] = ...) -> None: ...
+    after_s: float
+    bytes_up: int
+    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., exit: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., reason: _Optional[_Union[Reason, str]] = ..., after_s: _Optional[float] = ..., bytes_up: _Optional[int] = ...) -> None: ...
 
 class Final(_message.Message):
     __slots__ = ("finish_reason", "text", "stats")
