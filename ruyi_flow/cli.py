@@ -37,6 +37,7 @@ from ruyi_flow.display import (
 )
 from ruyi_flow.errors import ConfigError, NodeError, RequestError, RuyiFlowError
 from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.trace import Scorer
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, Mode, NodeStatus, Token
 
@@ -304,6 +305,13 @@ def trace(
     out_file: Annotated[Path, typer.Option("--out", "-o", help="The trace; an interrupted one goes on.")] = Path(
         "trace.msgpack"
     ),
+    scorer: Annotated[
+        Scorer,
+        typer.Option(
+            help="What answers are worth, for mode cascade: agreement with the last exit's; number: the last number is "
+            'that of the file\'s answer; choice: the likeliest of {"choices": …} is "answerKey".'
+        ),
+    ] = Scorer.AGREEMENT,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts, at most.")] = None,
     max_new_tokens: MaxOption = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
@@ -313,8 +321,8 @@ def trace(
     """Record what every exit says, and how sure it is, along the last exit's answers: for calibration."""
     import torch
 
+    from ruyi_flow.evaluation.scorers import read_asked
     from ruyi_flow.evaluation.tracing import record
-    from ruyi_flow.family.corpus import read_prompts
     from ruyi_flow.local import load_family
     from ruyi_flow.routing.trace import Trace
 
@@ -323,23 +331,27 @@ def trace(
     loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
     if loaded.tokenizer is None:
         raise ConfigError(f"family {family!r} has no tokenizer.json, so there is no asking it anything")
-    asked = list(islice(read_prompts(prompts, loaded.tokenizer), limit))
+    asked = list(islice(read_asked(prompts, loaded.tokenizer, scorer), limit))
     with counting_bar(quiet=as_json) as progress:
         record(
             loaded,
             asked,
             out_file,
+            scorer=scorer,
             max_new_tokens=max_new_tokens,
             report=lambda done, total: progress("tracing", done, total),
         )
     made = Trace.load(out_file)
     agreement = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}
+    right = made.right
     if as_json:
         facts = {"file": str(out_file), "prompts": len(made.records), "tokens": len(made.prompt)}
-        print_json(facts | {"agreement": agreement})
+        print_json(facts | {"agreement": agreement, "right": right})
         return
     out.print(f"{len(made.records)} prompts, {len(made.prompt):,} tokens: {escape(str(out_file))}", soft_wrap=True)
-    out.print("agreement with the last exit: " + ", ".join(f"{p}: {share:.3f}" for p, share in agreement.items()))
+    shares = {"agreement with the last exit": agreement} | ({"right": right} if right else {})
+    for what, by_exit in shares.items():
+        out.print(f"{what}: " + ", ".join(f"{p}: {share:.3f}" for p, share in by_exit.items()))
 
 
 @app.command()

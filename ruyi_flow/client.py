@@ -107,8 +107,8 @@ class AsyncClient:
             options: any field of `SamplingParams` (max_new_tokens, temperature, top_k, top_p, repetition_penalty,
                 no_repeat_ngram_size, min_new_tokens, stop, eos_token_ids, seed) and of `Routing` (mode, exit,
                 threshold, thresholds, window, back, draft, fallback), `policy` (a file of `ruyi-flow calibrate`),
-                `raw`, and `timeout_s`. Routing that is left out is the topology's; an exit without a mode means `fixed`, a threshold without
-                one means `token`. An answer ends with the family's context, if not before.
+                `raw`, and `timeout_s`. Routing that is left out is the topology's; an exit without a mode means
+                `fixed`, a threshold without one means `token`. An answer ends with the family's context, if not before.
 
         Raises:
             RequestError: a parameter or a prompt that no node could serve.

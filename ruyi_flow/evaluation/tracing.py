@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ruyi_flow.entry import end_tokens
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation.scorers import Asked, number
 from ruyi_flow.family.distill import Answer, answers
 from ruyi_flow.family.reading import Tree, each_exit
-from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
-from ruyi_flow.routing.trace import ExitRecord, Header, Record, Writer
-from ruyi_flow.runtime.scores import losses, measure
+from ruyi_flow.routing.start import READ_TOKENS
+from ruyi_flow.routing.trace import ExitRecord, Header, Own, Record, Scorer, Writer
+from ruyi_flow.runtime.scores import measure, reading
 
 __all__ = ["TEMPERATURES", "record"]
 
@@ -28,9 +31,10 @@ TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 def record(
     family: Family,
-    prompts: Sequence[Sequence[int]],
+    asked: Sequence[Asked],
     out: Path,
     *,
+    scorer: Scorer = Scorer.AGREEMENT,
     max_new_tokens: int = 128,
     batch: int = 32,
     batch_tokens: int = 2048,
@@ -39,7 +43,8 @@ def record(
     """Write a trace of a family's answers to prompts, or go on with one.
 
     Args:
-        prompts: token ids; one that leaves no room for an answer is left out.
+        asked: a prompt that leaves no room for an answer is left out.
+        scorer: what answers are worth.
         max_new_tokens: of an answer.
         batch: prompts that are answered side by side.
         batch_tokens: tokens that are read in one pass.
@@ -48,42 +53,35 @@ def record(
     Raises:
         ConfigError: no prompts, or a file of something else.
     """
-    checkpoint, model = family.checkpoint, family.model
-    room = family.config.max_positions - max_new_tokens
-    numbers = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
+    checkpoint, model, config = family.checkpoint, family.model, family.config
+    longest = [max(map(len, a.options), default=0) if scorer is Scorer.CHOICE else max_new_tokens for a in asked]
+    numbers = [i for i, a in enumerate(asked) if 0 < len(a.prompt) <= config.max_positions - longest[i]]
     if not numbers:
         raise ConfigError(f"there is no prompt that leaves room for an answer of {max_new_tokens} tokens")
     header = Header(
         family=checkpoint.fingerprint,
         name=checkpoint.folder.name,
         exits=family.exits,
-        hidden_size=family.config.hidden_size,
+        hidden_size=config.hidden_size,
         dtype=str(model.dtype).removeprefix("torch."),
-        max_new_tokens=max_new_tokens,
-        prompts=hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
-        scores=scores_of(family),
+        max_new_tokens=1 if scorer is Scorer.CHOICE else max_new_tokens,
+        prompts=hashlib.sha256(json.dumps([asdict(a) for a in asked]).encode()).hexdigest(),
+        scores=tuple(s for s in scores_of(family) if s is not Score.PROBE or scorer is not Scorer.CHOICE),
         temperatures=TEMPERATURES,
+        scorer=scorer,
+        branch_layers=config.branch_layers,
+        layer_flops=config.layer_flops(0),
+        attention_flops=config.layer_flops(1) - config.layer_flops(0),
+        head_flops=config.head_flops,
     )
+    answering = _Answering(family, scorer, header, batch_tokens)
     with Writer(out, header) as writer:
         report(len(writer.done), len(numbers))
         left = [i for i in numbers if i not in writer.done]
         for first in range(0, len(left), batch):
             group = left[first : first + batch]
-            asked = [prompts[i] for i in group]
-            given = answers(
-                model,
-                asked,
-                max_new_tokens=max_new_tokens,
-                max_positions=max(map(len, asked)) + max_new_tokens,
-                batch=len(asked),
-                eos_token_ids=end_tokens(checkpoint, family.tokenizer),
-            )
-            waiting = sorted(given, key=lambda a: -len(a.prompt) - len(a.token_ids))
-            while waiting:
-                count = max(1, batch_tokens // (len(waiting[0].prompt) + len(waiting[0].token_ids)))
-                for made in _read(family, waiting[:count], group):
-                    writer.add(made)
-                waiting = waiting[count:]
+            for made in answering.records(group, [asked[i] for i in group]):
+                writer.add(made)
                 report(len(writer.done), len(numbers))
     return header
 
@@ -93,43 +91,107 @@ def scores_of(family: Family) -> tuple[Score, ...]:
     return tuple(s for s in Score if s is not Score.PROBE or family.config.probe_size)
 
 
-def _read(family: Family, read: Sequence[Answer], numbers: Sequence[int]) -> list[Record]:
-    """What every exit says along some answers."""
-    trees = [Tree((*a.prompt, *a.token_ids[:-1]), ()) for a in read]
-    prompts = torch.tensor([t for a in read for t in a.prompt[1:]], device=family.model.device)
-    every = [torch.arange(len(tree)) for tree in trees]
-    parts: list[dict[int, ExitRecord]] = [{} for _ in read]
-    for p, logits, read_states in each_exit(family.model, family.exits, trees, every):
-        starts = np.cumsum([0, *map(len, trees)]).tolist()
-        rows = [torch.arange(s + len(a.prompt) - 1, s + len(t)) for s, a, t in zip(starts, read, trees, strict=False)]
-        before = torch.cat([torch.arange(s, s + len(a.prompt) - 1) for s, a in zip(starts, read, strict=False)])
-        chosen = torch.cat(rows).to(logits.device)
-        asked, probe = logits[chosen], family.model.branch_at[p].probe
-        scores = _scores(asked, scores_of(family), probe, read_states[chosen]).cpu().numpy()
-        said = asked.argmax(-1).int().cpu().numpy()
-        loss, entropy = (t.cpu() for t in losses(logits[before.to(logits.device)], prompts))
-        at = at_prompt = 0
-        for part, answer in zip(parts, read, strict=True):
-            stop, stop_prompt = at + len(answer.token_ids), at_prompt + len(answer.prompt) - 1
-            here = slice(at_prompt, stop_prompt)
-            means = [float(t[here].mean()) if stop_prompt > at_prompt else 0.0 for t in (loss, entropy)]
-            part[p] = ExitRecord(said[at:stop], scores[at:stop], *means)
-            at, at_prompt = stop, stop_prompt
-    last = family.exits[-1]
-    # The last exit's reading of its own answer: in bfloat16 a near tie may fall otherwise in a pass of many rows, and
-    # what it says there is what the others are compared with.
-    return [
-        Record(numbers[answer.index], len(answer.prompt), part[last].tokens, part)
-        for answer, part in zip(read, parts, strict=True)
-    ]
+class _Answering:
+    """Makes records of prompts.
 
+    Args:
+        family, scorer, header: of the trace.
+        batch_tokens: tokens that are read in one pass.
+    """
 
-def _scores(logits: Tensor, names: Sequence[Score], probe: Probe | None, read: Tensor) -> Tensor:
-    """(n, vocab) -> (n, scores, temperatures); the last exit, which has no probe, is sure by that score."""
-    columns = []
-    for name in names:
-        if name is Score.PROBE and probe is None:
-            columns.append(torch.ones(len(logits), len(TEMPERATURES), device=logits.device))
-        else:
-            columns.append(torch.stack([measure(logits, name, t, probe=probe, read=read) for t in TEMPERATURES], -1))
-    return torch.stack(columns, 1)
+    def __init__(self, family: Family, scorer: Scorer, header: Header, batch_tokens: int) -> None:
+        self.family, self.scorer, self.header, self.batch_tokens = family, scorer, header, batch_tokens
+        self.names = [Score(name) for name in header.scores]
+        self.ends = end_tokens(family.checkpoint, family.tokenizer)
+
+    def records(self, numbers: Sequence[int], asked: Sequence[Asked]) -> Iterator[Record]:
+        """Of some prompts, with their numbers."""
+        if self.scorer is Scorer.CHOICE:
+            yield from map(self._choice, numbers, asked)
+            return
+        last = self.family.exits[-1]
+        read = dict(self._along(self._answers(asked, last), self.family.exits))
+        own: dict[int, dict[int, Own]] = {p: {} for p in self.family.exits}
+        if self.scorer is Scorer.NUMBER:
+            for p in self.family.exits:
+                mine = self._answers(asked, p)
+                said = {a.index: number(self._text(a.token_ids), asked[a.index].reference) for a in mine}
+                along = self._along(mine, (p,)) if p != last else iter(read.items())
+                own[p] = {i: Own(found[p].scores, said[i]) for i, found in along}
+        for i, found in read.items():
+            exits = {p: replace(e, own=own[p].get(i)) for p, e in found.items()}
+            # The last exit's reading of its own answer: in bfloat16 a near tie may fall otherwise in a pass of many
+            # rows, and what it says there is what the others are compared with.
+            yield Record(numbers[i], len(asked[i].prompt), found[last].tokens, exits)
+
+    def _answers(self, asked: Sequence[Asked], exit: int) -> list[Answer]:
+        longest = max(len(a.prompt) for a in asked) + self.header.max_new_tokens
+        return list(
+            answers(
+                self.family.model,
+                [a.prompt for a in asked],
+                exit=exit,
+                max_new_tokens=self.header.max_new_tokens,
+                max_positions=longest,
+                batch=len(asked),
+                eos_token_ids=self.ends,
+            )
+        )
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return str(self.family.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _along(self, given: Sequence[Answer], exits: Sequence[int]) -> Iterator[tuple[int, dict[int, ExitRecord]]]:
+        """What some exits say along answers, by the answers' index."""
+        waiting = sorted(given, key=lambda a: -len(a.prompt) - len(a.token_ids))
+        while waiting:
+            count = max(1, self.batch_tokens // (len(waiting[0].prompt) + len(waiting[0].token_ids)))
+            batch, waiting = waiting[:count], waiting[count:]
+            trees = [Tree((*a.prompt, *a.token_ids[:-1]), ()) for a in batch]
+            first = [max(0, len(a.prompt) - 1 - READ_TOKENS) for a in batch]
+            chosen = [torch.arange(f, len(tree)) for f, tree in zip(first, trees, strict=True)]
+            parts: list[dict[int, ExitRecord]] = [{} for _ in batch]
+            for p, logits, read in each_exit(self.family.model, exits, trees, chosen):
+                at = 0
+                for part, answer, begin in zip(parts, batch, first, strict=True):
+                    middle = at + len(answer.prompt) - 1 - begin
+                    stop = middle + len(answer.token_ids)
+                    following = torch.tensor(answer.prompt[begin + 1 :], device=logits.device)
+                    means = reading(logits[at:middle], following)
+                    said = logits[middle:stop].argmax(-1).int().cpu().numpy()
+                    part[p] = ExitRecord(said, self._scores(p, logits[middle:stop], read[middle:stop]), *means)
+                    at = stop
+            yield from ((a.index, part) for a, part in zip(batch, parts, strict=True))
+
+    def _choice(self, index: int, asked: Asked) -> Record:
+        """Of a question with options, whose likelihoods are the distribution of an answer of one option."""
+        tree = Tree(asked.prompt, asked.options)
+        n = len(asked.prompt)
+        begin = max(0, n - 1 - READ_TOKENS)
+        wanted = torch.tensor([t for option in asked.options for t in option])
+        rows, start = list(range(begin, n)), n
+        for option in asked.options:
+            rows += [n - 1, *range(start, start + len(option) - 1)]
+            start += len(option) - 1
+        sizes = [len(option) for option in asked.options]
+        exits: dict[int, ExitRecord] = {}
+        for p, logits, _ in each_exit(self.family.model, self.family.exits, [tree], [torch.tensor(rows)]):
+            means = reading(logits[: n - 1 - begin], torch.tensor(asked.prompt[begin + 1 :], device=logits.device))
+            told = logits[n - begin :].log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0]
+            likely = torch.stack([part.sum() for part in told.split(sizes)])[None]
+            said, scores = int(likely.argmax()), self._scores(p, likely, None)
+            tokens = np.array([said], np.int32)
+            exits[p] = ExitRecord(tokens, scores, *means, Own(scores, float(said == asked.right)))
+        return Record(index, n, exits[self.family.exits[-1]].tokens, exits)
+
+    def _scores(self, exit: int, logits: Tensor, read: Tensor | None) -> NDArray[np.float32]:
+        """(n, vocab) -> (n, scores, temperatures); the last exit, which has no probe, is sure by that score."""
+        probe, columns = self.family.model.branch_at[exit].probe, []
+        for name in self.names:
+            if name is Score.PROBE and probe is None:
+                columns.append(torch.ones(len(logits), len(TEMPERATURES), device=logits.device))
+            else:
+                columns.append(
+                    torch.stack([measure(logits, name, t, probe=probe, read=read) for t in TEMPERATURES], -1)
+                )
+        return torch.stack(columns, 1).cpu().numpy()

@@ -201,6 +201,15 @@ class FamilyConfig:
         norms = 2 * h + 2 * self.head_dim * (self.base == "qwen3")
         return h * (q + 2 * kv) + q * h + 3 * h * m + biases + norms
 
+    def layer_flops(self, context: float) -> float:
+        """Floating-point operations of one position in one layer that attends to so many positions."""
+        return 2.0 * self.layer_parameters + 4.0 * self.num_heads * self.head_dim * context
+
+    @property
+    def head_flops(self) -> float:
+        """Floating-point operations of one position's product with the vocabulary."""
+        return 2.0 * self.vocab_size * self.hidden_size
+
     def num_parameters(self, exit: int) -> int:
         """Parameters of the model that ends at this exit: decoder and one head, as the published sizes count."""
         layers = exit + self.branch_layers[self.exits.index(exit)]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["Document", "Packed", "pack_documents", "read_documents", "read_prompts"]
+__all__ = ["Document", "Packed", "chat_prompt", "each_line", "pack_documents", "read_documents", "read_prompts"]
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Docum
             ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
         yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
         return
-    for document in _each_line(path, partial(_document, tokenizer=tokenizer)):
+    for document in each_line(path, partial(_document, tokenizer=tokenizer)):
         if document.answer < length:  # else nothing of the answer would be left
             yield Document(document.token_ids[:length], document.answer)
 
@@ -78,10 +78,21 @@ def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
     Raises:
         ConfigError: the file, and the line that is wrong.
     """
-    return _each_line(path, lambda item: _chat_prompt(_messages(item)[:-1], tokenizer))
+    return each_line(path, lambda item: chat_prompt(item, tokenizer)[0])
 
 
-def _each_line(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
+def chat_prompt(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
+    """A line's token ids up to where its last answer begins, and that answer."""
+    messages = _messages(item)
+    return _chat_prompt(messages[:-1], tokenizer), messages[-1]["content"]
+
+
+def each_line(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
+    """What `read` makes of each line of a file of JSON; its errors become one that names the line.
+
+    Raises:
+        ConfigError: the file, and the line that is wrong.
+    """
     with _readable(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -1,23 +1,28 @@
 """Traces: what every exit said at every position of the last exit's answers. Calibration and the simulator read them.
 
-A file is a stream of msgpack objects: a header, then a record for each prompt. Version 1:
+A file is a stream of msgpack objects: a header, then a record for each prompt. Version 2:
 
-    header  {"format": "ruyi-flow trace", "version": 1, "family": fingerprint, "name": str, "exits": [p, …],
+    header  {"format": "ruyi-flow trace", "version": 2, "family": fingerprint, "name": str, "exits": [p, …],
              "hidden_size": int, "dtype": str, "max_new_tokens": int, "prompts": SHA-256 of the prompts' token ids,
-             "scores": [name, …], "temperatures": [T, …]}
+             "scores": [name, …], "temperatures": [T, …], "scorer": name, "branch_layers": [n, …],
+             "layer_flops": float, "attention_flops": float, "head_flops": float}
     record  {"number": int, "prompt_tokens": int, "answer": int32[n],
              "exits": {p: {"tokens": int32[n], "scores": float32[n, scores, temperatures],
-                           "prompt_loss": float, "prompt_entropy": float}}}
+                           "prompt_loss": float, "prompt_entropy": float, "own": None, or
+                           {"scores": float32[m, scores, temperatures], "right": float}}}}
 
 Arrays are little-endian bytes in row-major order. `answer` is what the last exit said, greedily; `tokens` is what an
-exit says there, teacher-forced on that answer; `prompt_loss` and `prompt_entropy` are means over the prompt's tokens,
-in nats. Values are added in later versions, never given another meaning; a reader refuses a version above its own.
+exit says there, teacher-forced on that answer; `prompt_loss` and `prompt_entropy` are means over the last 64 of the
+prompt's tokens, in nats. With a scorer, `own` is what the exit does by itself: the scores along its own answer, and
+whether that is right, 0 to 1. For scorer `choice` the answers are one option each, and "tokens" are options' numbers.
+A reader refuses versions other than its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,13 +32,24 @@ from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["ExitRecord", "Header", "Record", "Trace", "Writer", "read"]
+__all__ = ["ExitRecord", "Header", "Own", "Record", "Scorer", "Trace", "Writer", "read"]
 
 _FORMAT = "ruyi-flow trace"
-_VERSION = 1
+_VERSION = 2
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+
+
+class Scorer(StrEnum):
+    """What an answer of an exit is worth."""
+
+    AGREEMENT = "agreement"
+    """The share of its tokens that are the last exit's."""
+    NUMBER = "number"
+    """Right when its last number is the reference's (GSM8K)."""
+    CHOICE = "choice"
+    """Right when the likeliest option, as a continuation, is the right one (as lm-evaluation-harness asks ARC)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,25 @@ class Header:
     prompts: str
     scores: tuple[str, ...]
     temperatures: tuple[float, ...]
+    scorer: str = Scorer.AGREEMENT
+    branch_layers: tuple[int, ...] = ()
+    """Of every exit."""
+    layer_flops: float = 0.0
+    """Floating-point operations of one position in one layer, attention's products left out; "head_flops": of its
+    product with the vocabulary."""
+    attention_flops: float = 0.0
+    """Of one position in one layer for each position that it attends to."""
+    head_flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What one exit does by itself, in m tokens."""
+
+    scores: Floats
+    """(m, scores, temperatures)"""
+    right: float
+    """0 … 1"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +97,8 @@ class ExitRecord:
     """(n, scores, temperatures)"""
     prompt_loss: float
     prompt_entropy: float
+    own: Own | None = None
+    """With a scorer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +152,7 @@ class Writer:
                 "scores": e.scores.astype("<f4").tobytes(),
                 "prompt_loss": e.prompt_loss,
                 "prompt_entropy": e.prompt_entropy,
+                "own": e.own and {"scores": e.own.scores.astype("<f4").tobytes(), "right": e.own.right},
             }
             for p, e in record.exits.items()
         }
@@ -155,6 +193,15 @@ class Trace:
     scores: dict[int, Floats]
     """By early exit: (N, scores, temperatures)."""
     records: tuple[Record, ...]
+
+    @property
+    def right(self) -> dict[int, float]:
+        """By exit, with a scorer: the share of its own answers that are right."""
+        by_exit: dict[int, list[float]] = {p: [] for p in self.header.exits}
+        for record in self.records:
+            for p, e in record.exits.items():
+                by_exit[p] += [] if e.own is None else [e.own.right]
+        return {p: sum(found) / len(found) for p, found in by_exit.items() if found}
 
     @classmethod
     def of(cls, header: Header, records: Sequence[Record]) -> Trace:
@@ -205,8 +252,9 @@ def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
         if raw.pop("format") != _FORMAT:
             raise ValueError
         version = raw.pop("version")
-        if version > _VERSION:
-            raise ConfigError(f"{path}: a trace of version {version}; this program reads up to {_VERSION}: update it")
+        if version != _VERSION:
+            todo = "update this program" if version > _VERSION else "trace again"
+            raise ConfigError(f"{path}: a trace of version {version}, not {_VERSION}: {todo}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         header = Header(**fields)
     except (msgpack.OutOfData, msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError):
@@ -235,6 +283,7 @@ def _record(raw: dict[str, Any], header: Header) -> Record:
             np.frombuffer(e["scores"], "<f4").reshape(shape),
             e["prompt_loss"],
             e["prompt_entropy"],
+            e["own"] and Own(np.frombuffer(e["own"]["scores"], "<f4").reshape(shape), e["own"]["right"]),
         )
         for p, e in raw["exits"].items()
     }

@@ -9,7 +9,7 @@ from ruyi_flow.errors import RequestError
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.routing.confidence import Scale, Score
 
-__all__ = ["PLAIN", "Confidence", "losses", "measure", "reading"]
+__all__ = ["PLAIN", "Confidence", "measure", "reading"]
 
 
 def measure(
@@ -42,18 +42,13 @@ def measure(
     return -entropy
 
 
-def losses(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, vocab) and the (n,) tokens that follow -> (n,) losses and entropies, in nats."""
-    chances = logits.float().log_softmax(-1)
-    return -chances.gather(1, following[:, None])[:, 0], -(chances.exp() * chances).sum(-1)
-
-
 def reading(logits: Tensor, following: Tensor) -> tuple[float, float]:
-    """Mean loss and mean entropy of `losses`; 0 where there is no token."""
+    """(n, vocab) and the (n,) tokens that follow -> mean loss and mean entropy, in nats; 0 where there is no token."""
     if not len(following):
         return 0.0, 0.0
-    loss, entropy = losses(logits, following)
-    return float(loss.mean()), float(entropy.mean())
+    chances = logits.float().log_softmax(-1)
+    loss = -chances.gather(1, following[:, None].long())[:, 0]
+    return float(loss.mean()), float(-(chances.exp() * chances).sum(-1).mean())
 
 
 class Confidence:

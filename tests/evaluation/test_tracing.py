@@ -11,12 +11,12 @@ import torch
 
 from ruyi_flow import cli
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation.scorers import Asked, number, read_asked
 from ruyi_flow.evaluation.tracing import TEMPERATURES, record
-from ruyi_flow.family.corpus import read_prompts
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.routing.trace import Trace, read
+from ruyi_flow.routing.trace import Scorer, Trace, read
 from tests.conftest import confidence
 
 
@@ -26,17 +26,17 @@ def family(spoken: Path) -> Family:
 
 
 @pytest.fixture(scope="module")
-def prompts(family: Family, chats: Path) -> list[list[int]]:
-    return [*read_prompts(chats, family.tokenizer), [7, 8, 9, 10], [11]]
+def prompts(family: Family, chats: Path) -> list[Asked]:
+    return [*read_asked(chats, family.tokenizer, Scorer.AGREEMENT), Asked((7, 8, 9, 10)), Asked((11,))]
 
 
-def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[int]], tmp_path: Path) -> None:
+def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
     record(family, prompts, tmp_path / "t.msgpack", max_new_tokens=20, batch=2, batch_tokens=64)
     header, records = read(tmp_path / "t.msgpack")
     assert header.exits == (2, 4, 6) and header.family == family.checkpoint.fingerprint
     assert sorted(r.number for r in records) == list(range(len(prompts)))
     for made in records:
-        prompt = prompts[made.number]
+        prompt = list(prompts[made.number].prompt)
         expected = family.generate(torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=0)[0].tolist()
         assert made.answer.tolist() == expected and made.prompt_tokens == len(prompt)
         whole = torch.tensor([[*prompt, *expected]])
@@ -51,8 +51,12 @@ def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[
                 scores = {"max_probability": two[:, 0], "margin": two[:, 0] - two[:, 1], "negative_entropy": -entropy}
                 for s, name in enumerate(header.scores):
                     assert torch.tensor(found.scores[:, s, t]).allclose(scores[name], atol=2e-5)
-            before = logits[: len(prompt) - 1].log_softmax(-1)
-            loss = -before.gather(1, torch.tensor(prompt[1:])[:, None]).mean() if len(prompt) > 1 else torch.zeros(())
+            before = logits[: len(prompt) - 1].log_softmax(-1)[-64:]
+            loss = (
+                -before.gather(1, torch.tensor(prompt[1:][-64:])[:, None]).mean()
+                if len(prompt) > 1
+                else torch.zeros(())
+            )
             assert found.prompt_loss == pytest.approx(float(loss), abs=1e-4)
     trace = Trace.load(tmp_path / "t.msgpack")
     assert len(trace.prompt) == len(trace.agrees[2]) == sum(len(r.answer) for r in records)
@@ -62,7 +66,7 @@ def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[list[
 
 def test_a_trace_has_the_probes_scores(five: Path, tmp_path: Path) -> None:
     family = load_family(five, dtype="float32")
-    record(family, [[7, 8, 9, 10], [11]], tmp_path / "t", max_new_tokens=6)
+    record(family, [Asked((7, 8, 9, 10)), Asked((11,))], tmp_path / "t", max_new_tokens=6)
     header, records = read(tmp_path / "t")
     assert header.scores == tuple(Score)
     probe = header.scores.index("probe")
@@ -79,7 +83,64 @@ def test_a_trace_has_the_probes_scores(five: Path, tmp_path: Path) -> None:
                     assert found == pytest.approx(confidence(family, policy, p, ids, logits), abs=2e-5)
 
 
-def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[list[int]], tmp_path: Path) -> None:
+def test_a_scored_trace_has_every_exits_own_answer(family: Family, tmp_path: Path) -> None:
+    prompt = (7, 8, 9, 10)
+    own = {
+        p: family.generate(torch.tensor([prompt]), exit=p, max_new_tokens=12, min_new_tokens=0)[0].tolist()
+        for p in (2, 4, 6)
+    }
+    text = family.tokenizer.decode(own[4], skip_special_tokens=True)
+    asked = [Asked(prompt, f"{text} 7")]
+    record(family, asked, tmp_path / "t", scorer=Scorer.NUMBER, max_new_tokens=12)
+    header, (made,) = read(tmp_path / "t")
+    assert header.scorer == "number" and header.layer_flops == family.config.layer_flops(0)
+    for p, found in made.exits.items():
+        assert found.own is not None and len(found.own.scores) == len(own[p])
+        logits = family.logits(torch.tensor([[*prompt, *own[p]]]), p)[0, len(prompt) - 1 : -1]
+        said = torch.tensor(found.own.scores[:, 0, TEMPERATURES.index(1.0)].copy())
+        assert said.allclose(logits.softmax(-1).amax(-1), atol=2e-5)
+        assert found.own.right == number(family.tokenizer.decode(own[p], skip_special_tokens=True), f"{text} 7")
+
+
+def test_a_choice_is_the_likeliest_option(family: Family, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    item = {
+        "question": "Which?",
+        "choices": {"text": ["this one", "that", "neither of them"], "label": ["A", "B", "C"]},
+    }
+    file.write_text(json.dumps(item | {"answerKey": "B"}) + "\n")
+    (asked,) = read_asked(file, family.tokenizer, Scorer.CHOICE)
+    assert family.tokenizer.decode(asked.options[2]) == " neither of them" and asked.right == 1
+    record(family, [asked], tmp_path / "t", scorer=Scorer.CHOICE)
+    header, (made,) = read(tmp_path / "t")
+    for p, found in made.exits.items():
+        likely = []
+        for option in asked.options:
+            whole = family.logits(torch.tensor([[*asked.prompt, *option]]), p)[0].log_softmax(-1)
+            likely.append(sum(float(whole[len(asked.prompt) + i - 1, t]) for i, t in enumerate(option)))
+        assert found.tokens.tolist() == [int(np.argmax(likely))]
+        assert found.own is not None and found.own.right == float(np.argmax(likely) == 1)
+        chances = torch.tensor(likely).softmax(-1)
+        assert found.scores[0, 0, TEMPERATURES.index(1.0)] == pytest.approx(float(chances.max()), abs=1e-4)
+    assert Trace.load(tmp_path / "t").right == {p: e.own.right for p, e in made.exits.items() if e.own}
+
+
+@pytest.mark.parametrize(
+    ("said", "reference", "right"),
+    [("so 1,200.", "#### 1200", 1.0), ("12 and 13", "12", 0.0), ("-3.5", "-3.50", 1.0), ("none", "3", 0.0)],
+)
+def test_a_number_is_compared_by_value(said: str, reference: str, right: float) -> None:
+    assert number(said, reference) == right
+
+
+def test_a_reference_without_a_number_is_refused(family: Family, tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "How many?", "answer": "few"}\n')
+    with pytest.raises(ConfigError, match="line 1: .*no number to compare with"):
+        list(read_asked(file, family.tokenizer, Scorer.NUMBER))
+
+
+def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record(family, prompts, whole, max_new_tokens=12, batch=1)
     broken.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.6)])
@@ -101,7 +162,8 @@ def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[list[int
     [
         (b"", "not a trace"),
         (b"hello", "not a trace"),
-        (msgpack.packb({"format": "ruyi-flow trace", "version": 9}), "of version 9; this program reads up to 1"),
+        (msgpack.packb({"format": "ruyi-flow trace", "version": 9}), "of version 9, not 2: update this program"),
+        (msgpack.packb({"format": "ruyi-flow trace", "version": 1}), "of version 1, not 2: trace again"),
         (msgpack.packb([1, 2]), "not a trace"),
     ],
 )
