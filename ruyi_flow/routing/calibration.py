@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.confidence import Calibration, Curve, Score
-from ruyi_flow.routing.policy_file import CurvePoints, PolicyFile
+from ruyi_flow.routing.policy_file import PolicyFile, curve_points
 from ruyi_flow.routing.trace import Trace
 
 __all__ = [
@@ -26,12 +26,18 @@ __all__ = [
     "Floats",
     "Outcome",
     "Point",
+    "apply",
+    "best_bet",
+    "best_score",
     "calibrate",
+    "check_shares",
     "choose",
     "confidences",
     "ece",
     "fit",
     "frontier",
+    "grown",
+    "more_prompts",
     "outcome",
     "raw_confidences",
     "reliability",
@@ -60,7 +66,7 @@ def fit(trace: Trace) -> Calibration:
             for t, temperature in enumerate(trace.header.temperatures):
                 scores = trace.scores[p][:, s, t].astype(np.float64)
                 curve = _curve(scores, agrees, temperature)
-                tried.append((_log_loss(_apply(curve, scores), agrees), t, curve))
+                tried.append((_log_loss(apply(curve, scores), agrees), t, curve))
             by_exit[p] = min(tried)[2]
     return Calibration(trace.header.family, curves)
 
@@ -79,8 +85,18 @@ def confidences(trace: Trace, calibration: Calibration, score: Score) -> dict[in
     out = {}
     for p, curve in calibration.curves[score].items():
         t = trace.header.temperatures.index(curve.temperature)
-        out[p] = _apply(curve, trace.scores[p][:, s, t].astype(np.float64))
+        out[p] = apply(curve, trace.scores[p][:, s, t].astype(np.float64))
     return out
+
+
+def best_score(trace: Trace, calibration: Calibration) -> Score:
+    """The score whose curves predict agreement best along a trace, over all early exits."""
+
+    def loss(score: Score) -> float:
+        found = confidences(trace, calibration, score)
+        return sum(_log_loss(found[p], agrees) for p, agrees in trace.agrees.items())
+
+    return min((Score(name) for name in trace.header.scores), key=loss)
 
 
 def raw_confidences(trace: Trace) -> dict[int, Floats]:
@@ -119,7 +135,8 @@ def _curve(scores: Floats, agrees: Bools, temperature: float) -> Curve:
     return Curve(temperature, tuple(x for x, _, _ in pools), tuple(y for _, y, _ in pools))
 
 
-def _apply(curve: Curve, scores: Floats) -> Floats:
+def apply(curve: Curve, scores: Floats) -> Floats:
+    """A curve's values at many scores."""
     return np.asarray(np.interp(scores, curve.scores, curve.chances), np.float64)
 
 
@@ -211,10 +228,6 @@ def calibrate(
     choice = choose(trace, confidence, costs, max_disagreement=max_disagreement, sureness=sureness, seed=seed)
     unseen, raw = confidences(test, fitted, score), raw_confidences(test)
     errors = {p: (ece(raw[p], agrees), ece(unseen[p], agrees)) for p, agrees in test.agrees.items()}
-    curves = {
-        p: CurvePoints(temperature=c.temperature, scores=c.scores, chances=c.chances)
-        for p, c in fitted.curves[score].items()
-    }
     promise = {
         "max_disagreement": max_disagreement,
         "sureness": sureness,
@@ -226,7 +239,11 @@ def calibrate(
         "max_new_tokens": trace.header.max_new_tokens,
     }
     policy = PolicyFile(
-        family=trace.header.family, score=score, thresholds=choice.thresholds, curves=curves, promise=promise
+        family=trace.header.family,
+        score=score,
+        thresholds=choice.thresholds,
+        curves=curve_points(fitted.curves[score]),
+        promise=promise,
     )
     points = frontier(trace, confidence, costs, seed=seed)
     return Calibrated(policy, choice, errors, (test, unseen), points)
@@ -313,28 +330,26 @@ def choose(
     Raises:
         ConfigError: numbers that cannot be, or prompts that are too few; it says how many it takes.
     """
-    for name, value in (("the bound on disagreement", max_disagreement), ("the sureness", sureness)):
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
+    check_shares({"the bound on disagreement": max_disagreement, "the sureness": sureness})
     count = len(trace.records)
     order = np.random.default_rng(seed).permutation(count)
     tune, test = np.isin(trace.prompt, order[: count // 2]), np.isin(trace.prompt, order[count // 2 :])
     path = _path(trace, confidence, costs, tune)
-    tried = [_bets(t, confidence, trace, tune, max_disagreement) for t in path]
+    tried = [best_bet(*_bounded(t, confidence, trace, tune, max_disagreement)) for t in path]
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
     start = max(range(len(path)), key=lambda i: tried[i][1])
     best: dict[int, float] | None = None
-    grown = 0.0
+    most = 0.0
     for thresholds, (bet, _) in zip(path[start:], tried[start:], strict=True):
-        capital = _capital(bet, *_bounded(thresholds, confidence, trace, test, max_disagreement)).max(initial=0.0)
-        grown = max(grown, float(capital))
-        if capital < -math.log(1 - sureness):  # by Ville's inequality exp(-capital) is a p-value
+        capital = grown(bet, *_bounded(thresholds, confidence, trace, test, max_disagreement))
+        most = max(most, capital)
+        if capital < -math.log(1 - sureness):
             break
         best = thresholds
     if best is None:
         raise ConfigError(
             f"{count} prompts cannot show a disagreement of at most {max_disagreement:g} with a sureness of "
-            f"{sureness:g}: trace {_missing(count, grown, sureness)} more of the same kind, or allow more"
+            f"{sureness:g}: trace {more_prompts(count, most, sureness)} more of the same kind, or allow more"
         )
     half = trace.of_prompts(sorted(order[count // 2 :].tolist()))
     inside = {p: c[test] for p, c in confidence.items()}
@@ -356,21 +371,32 @@ def _bounded(
     return differing / longest - bound * (decided / longest - 1), bound
 
 
-def _capital(bet: float, x: Floats, null: float) -> Floats:
-    """(P,) logarithm of what betting on a mean below `null` has grown 1 to, after each prompt."""
-    return np.cumsum(np.log1p(bet * (null - x)))
+def grown(bet: float, x: Floats, null: float) -> float:
+    """The logarithm of the most that betting on a mean below `null` has grown 1 to, prompt by prompt.
+
+    By Ville's inequality exp(-grown) is a p-value of the mean being `null` or more.
+    """
+    return max(0.0, float(np.cumsum(np.log1p(bet * (null - x))).max(initial=0.0)))
 
 
-def _bets(
-    thresholds: Mapping[int, float], confidence: Mapping[int, Floats], trace: Trace, tune: Bools, bound: float
-) -> tuple[float, float]:
-    """The bet that would have grown most on the prompts for tuning, and what it grew to; Kelly's, out of a grid."""
-    x, null = _bounded(thresholds, confidence, trace, tune, bound)
+def best_bet(x: Floats, null: float) -> tuple[float, float]:
+    """The bet that grows most on prompts for tuning, and the logarithm of what it grows to; Kelly's, out of a grid."""
     bets = np.linspace(0.05, 0.95, 19) / (1 - null)  # 1 / (1 - null) could lose everything
-    return max(((float(b), float(_capital(b, x, null)[-1])) for b in bets), key=lambda pair: pair[1])
+    return max(((float(b), float(np.log1p(b * (null - x)).sum())) for b in bets), key=lambda pair: pair[1])
 
 
-def _missing(count: int, grown: float, sureness: float) -> str:
+def check_shares(given: Mapping[str, float]) -> None:
+    """Refuse numbers that do not lie between 0 and 1.
+
+    Raises:
+        ConfigError: which.
+    """
+    for name, value in given.items():
+        if not 0 < value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
+
+
+def more_prompts(count: int, grown: float, sureness: float) -> str:
     """Prompts that a test lacks: the logarithm of the capital grows with their number."""
     need = -math.log(1 - sureness)
     return "many" if grown < 0.05 else f"about {math.ceil(count * (need / grown - 1)) + 1:,}"

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
 
 __all__ = ["Calibration", "Curve", "Scale", "Score"]
 
@@ -75,30 +74,3 @@ class Calibration:
     family: str
     """Fingerprint."""
     curves: Mapping[Score, Mapping[int, Curve]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        curves = {
-            str(score): {
-                str(p): {"temperature": c.temperature, "scores": list(c.scores), "chances": list(c.chances)}
-                for p, c in by_exit.items()
-            }
-            for score, by_exit in self.curves.items()
-        }
-        return {"family": self.family, "curves": curves}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Calibration:
-        """What `to_dict` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        curves = {
-            Score(score): {
-                int(p): Curve(float(c["temperature"]), tuple(map(float, c["scores"])), tuple(map(float, c["chances"])))
-                for p, c in by_exit.items()
-            }
-            for score, by_exit in raw["curves"].items()
-        }
-        return cls(str(raw["family"]), curves)

@@ -73,7 +73,7 @@ def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path:
     for policy, message in (
         ({"file": "none.yaml"}, "no such policy file"),
         ({"file": "always.yaml", "threshold": 0.5}, "policy.threshold: goes without policy.file"),
-        ({"file": "always.yaml", "mode": "fixed"}, "goes with modes 'token' and 'exact', not with 'fixed'"),
+        ({"file": "always.yaml", "mode": "fixed"}, "was calibrated for mode 'token', not for 'fixed'"),
     ):
         path.write_text(yaml.safe_dump(data | {"policy": policy}))
         with pytest.raises(ConfigError, match=message):
