@@ -85,7 +85,7 @@ def confidence(family: Family, policy: Policy, exit: int, ids: list[int], logits
         read, probe = model.reading(exit, x, (cos, sin), CausalAttention(1)), model.branch_at[exit].probe
         assert read is not None and probe is not None
         unit = read[-1] / (read[-1].square().mean() + 1e-7).sqrt()
-        seen = torch.cat([unit, logits.log_softmax(-1).topk(8).values])
+        seen = torch.cat([unit, logits.log_softmax(-1).topk(16).values])
         odds = probe.down(torch.nn.functional.silu(probe.up(seen))) / curve.temperature
         return float(np.interp(float(odds.sigmoid()), curve.scores, curve.chances))
     chances = (logits / curve.temperature).softmax(-1)

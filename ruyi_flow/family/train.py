@@ -362,6 +362,10 @@ class _Branches(nn.Module):
         return out
 
 
+_PROBE_DROPOUT = 0.3
+"""Of a probe's view of the state, while it learns: a probe would know its training answers by heart (docs/log.md)."""
+
+
 class _Probes(nn.Module):
     """The early branches' probes: is this branch's token the last one's? Everything else is as it is."""
 
@@ -379,49 +383,70 @@ class _Probes(nn.Module):
             checkpoint.fingerprint,
         )
         self.rope = Rope(config, dtype, torch.device("cpu"))
+        self._seen: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
         """The losses on some sequences; without a step, what validation wants to know of them."""
         if step is None:
             return self._validate(indices)
-        parts, total = {}, torch.zeros((), device=self.device)
-        for name, (odds, agrees, _) in self._asked(
-            indices, seed=hash((self.recipe.seed, step, int(indices[0])))
-        ).items():
+        parts, total, hidden = {}, torch.zeros((), device=self.device), self.config.hidden_size
+        generator = torch.Generator().manual_seed(hash((self.recipe.seed, step, int(indices[0]))) % 2**63)
+        for name, (seen, agrees) in self._asked(indices).items():
+            kept = torch.rand(len(seen), hidden, generator=generator) >= _PROBE_DROPOUT
+            states = seen[:, :hidden] * (kept.to(seen.device) / (1 - _PROBE_DROPOUT))
+            odds = self._probe(name).odds(torch.cat([states, seen[:, hidden:]], -1))
             parts[f"log_loss/{name}"] = F.binary_cross_entropy_with_logits(odds, agrees)
             total = total + parts[f"log_loss/{name}"]
         return {"loss": total} | {name: part.detach() for name, part in parts.items()}
 
-    def _asked(self, indices: Tensor, seed: int | None = None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """By exit: log-odds, whether the branch agrees, and its lead, where the next token is an answer's."""
+    def _probe(self, name: str) -> Probe:
+        probe = self.probes[name]
+        assert isinstance(probe, Probe)
+        return probe
+
+    def _asked(self, indices: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """By exit: what its probe sees, and whether the branch agrees, where the next token is an answer's.
+
+        The branches are frozen, so it is computed once and kept in memory, in half precision.
+        """
+        missing = [i for i in indices.tolist() if i not in self._seen]
+        if missing:
+            self._look(torch.tensor(missing))
+        rows = [self._seen[i] for i in indices.tolist()]
+        return {
+            name: (
+                torch.cat([row[name][0] for row in rows]).to(self.device).float(),
+                torch.cat([row[name][1] for row in rows]).to(self.device).float(),
+            )
+            for name in self.probes
+        }
+
+    @torch.no_grad()
+    def _look(self, indices: Tensor) -> None:
         states, _, top, _ = (t.to(self.device) for t in self.trunk.of(indices))
         rows, model = self.packed.rows(indices), self.trunk.model
         attention = CausalAttention(len(indices), rows.documents.to(self.device))
         rope = rope_at(self.rope, rows.positions, self.device)
-        wanted = _before_answers(rows).flatten().float().to(self.device)
-        chosen = wanted.nonzero()[:, 0] if seed is None else _positions(wanted, self.recipe.losses.positions, seed)
-        out = {}
-        for i, (name, probe) in enumerate(self.probes.items()):
-            with torch.no_grad():
-                branch = model.branch_at[int(name)]
-                h = _read_branch(branch, states[:, i].flatten(0, 1), rope, attention, False)[chosen]
-                logits = model.head_at[int(name)].forward(h).float()
-                two = logits.softmax(-1).topk(2, -1).values
-                agrees = (logits.argmax(-1) == top[chosen, 0]).float()
-            out[name] = probe(h, logits), agrees, two[:, 0] - two[:, 1]
-        return out
+        wanted = _before_answers(rows)
+        chosen, sizes = wanted.flatten().nonzero()[:, 0].to(self.device), wanted.sum(1).tolist()
+        kept: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in sizes]
+        for i, name in enumerate(self.probes):
+            h = _read_branch(model.branch_at[int(name)], states[:, i].flatten(0, 1), rope, attention, False)[chosen]
+            logits = model.head_at[int(name)].forward(h).float()
+            seen = self._probe(name).seen(h, logits).half().cpu().split(sizes)
+            agrees = (logits.argmax(-1) == top[chosen, 0]).cpu().split(sizes)
+            for row, *found in zip(kept, seen, agrees, strict=True):
+                row[name] = (found[0], found[1])
+        self._seen |= dict(zip(indices.tolist(), kept, strict=True))
 
     def _validate(self, indices: Tensor) -> dict[str, float]:
         """Log-loss, and how well the probe tells agreement apart (area under the ROC curve), beside the lead alone."""
-        told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in self.probes}
-        for part in indices.split(self.recipe.batch):
-            for name, found in self._asked(part).items():
-                told[name].append(found)
         out = {}
-        for name, parts in told.items():
-            odds, agrees, lead = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        for name, (seen, agrees) in self._asked(indices).items():
+            odds, chances = self._probe(name).odds(seen), seen[:, self.config.hidden_size :].exp()
             out[f"log_loss/{name}"] = float(F.binary_cross_entropy_with_logits(odds, agrees))
-            out[f"auc/{name}"], out[f"auc_of_margin/{name}"] = _auc(odds, agrees), _auc(lead, agrees)
+            out[f"auc/{name}"] = _auc(odds, agrees)
+            out[f"auc_of_margin/{name}"] = _auc(chances[:, 0] - chances[:, 1], agrees)
         return out
 
     def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:

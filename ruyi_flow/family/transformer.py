@@ -238,7 +238,7 @@ class Probe(nn.Module):
     the branch itself says, too.
     """
 
-    TOP = 8
+    TOP = 16
     """Tokens whose probabilities it sees."""
 
     def __init__(self, config: FamilyConfig) -> None:
@@ -248,10 +248,17 @@ class Probe(nn.Module):
 
     def forward(self, h: Tensor, logits: Tensor) -> Tensor:
         """What the head reads, (n, hidden), and the (n, vocab) logits -> (n,) float32 log-odds of agreement."""
+        return self.odds(self.seen(h, logits))
+
+    def seen(self, h: Tensor, logits: Tensor) -> Tensor:
+        """What it reads off a branch: (n, hidden + TOP) float32."""
         logits = logits.float()
         top = logits.topk(min(self.TOP, logits.shape[-1]), -1).values - logits.logsumexp(-1, keepdim=True)
         top = F.pad(top.clamp(min=-30.0), (0, self.TOP - top.shape[-1]), value=-30.0)
-        seen = torch.cat([F.rms_norm(h.float(), h.shape[-1:]), top], -1)
+        return torch.cat([F.rms_norm(h.float(), h.shape[-1:]), top], -1)
+
+    def odds(self, seen: Tensor) -> Tensor:
+        """What it makes of that: (n,) log-odds of agreement."""
         up = F.silu(F.linear(seen, self.up.weight.float(), self.up.bias.float()))
         return F.linear(up, self.down.weight.float(), self.down.bias.float())[:, 0]
 
