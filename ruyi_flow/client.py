@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ruyi_flow.entry import Entry
     from ruyi_flow.transport.client import Peer
 
-__all__ = ["AsyncClient", "Client", "Prompt", "Reply"]
+__all__ = ["AsyncClient", "Client", "Prompt", "Reply", "make_request"]
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """A text (one user turn), a list of {"role": …, "content": …} messages, or token ids."""
@@ -134,7 +134,7 @@ class AsyncClient:
         timeout_s = options.pop("timeout_s", self._timeout_s)
         if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
             raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
-        request = _request(prompt, options)
+        request = make_request(prompt, options)
         if self._local is None:
             if not self._peers:
                 raise RequestError("use the client in an async with block: async with AsyncClient(…) as client: …")
@@ -266,7 +266,7 @@ async def _close(events: AsyncGenerator[Any, None]) -> None:
             await asyncio.sleep(0.01)
 
 
-def _request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
+def make_request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
     """A request from a call's keywords; an unknown one is an error, never dropped."""
     known = _SAMPLING | _ROUTING | {"policy", "raw", "timeout_s"}
     for name in options:

@@ -20,7 +20,7 @@ from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.types import Decision, Final, FinishReason, Hop, Stats, Token
 
-__all__ = ["Entry", "end_tokens", "load_tokenizer"]
+__all__ = ["Entry", "end_tokens", "load_tokenizer", "prompt_ids"]
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn in chat templates; many checkpoints' generation_config names only the end of the text."""
@@ -62,8 +62,9 @@ class Entry:
             )
         policy = Policy.resolve(routing, self._exits)
         policy = replace(policy, draft=min(policy.draft, self.engine.max_draft))
-        prompt = self._prompt(request)
-        context = self.engine.checkpoint.config.max_positions
+        config = self.engine.checkpoint.config
+        prompt = prompt_ids(request, self.tokenizer, config.vocab_size, self.engine.topology.family)
+        context = config.max_positions
         if len(prompt) >= context:
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, which leaves no room in the family's context of {context}; "
@@ -131,43 +132,53 @@ class Entry:
             ),
         )
 
-    def _prompt(self, request: GenerateRequest) -> list[int]:
-        prompt, vocab = request.prompt, self.engine.checkpoint.config.vocab_size
-        if not prompt:
-            raise RequestError("the prompt is empty; give it some text")
-        if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            ids = [i for i in prompt if isinstance(i, int)]
-            if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= vocab:
-                raise RequestError(f"token ids must be 0 … {vocab - 1}")
-            return ids
-        if self.tokenizer is None:
-            raise RequestError(
-                f"family {self.engine.topology.family!r} has no tokenizer.json; give token ids as the prompt"
-            )
-        if isinstance(prompt, str) and request.raw:
-            return self._tokens(prompt)
-        turns = [("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, tuple)]
-        if not any(content.strip() for _, content in turns):
-            raise RequestError("the prompt is empty; give it some text")
-        if self.tokenizer.chat_template is None:
-            raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the family's; it may raise anything
-            raise RequestError(f"the family's chat template refuses these messages: {error}") from None
-        return self._tokens(text, add_special_tokens=False)
 
-    def _tokens(self, text: str, **options: bool) -> list[int]:
-        try:
-            ids = list(self.tokenizer(text, **options)["input_ids"])
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise RequestError(f"the family's tokenizer refuses this text: {error}") from None
-        if not ids:
-            raise RequestError("the prompt is empty; give it some text")
-        if max(ids) >= (vocab := self.engine.checkpoint.config.vocab_size):
-            raise RequestError(f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {vocab}")
+def prompt_ids(request: GenerateRequest, tokenizer: Any, vocab: int, family: str) -> list[int]:
+    """A request's prompt as token ids.
+
+    Args:
+        tokenizer: the family's, or None.
+        vocab: size of its vocabulary.
+        family: its name, for messages.
+
+    Raises:
+        RequestError: an empty prompt, or one that the tokenizer or the chat template refuses.
+    """
+    prompt = request.prompt
+    if not prompt:
+        raise RequestError("the prompt is empty; give it some text")
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        ids = [i for i in prompt if isinstance(i, int)]
+        if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= vocab:
+            raise RequestError(f"token ids must be 0 … {vocab - 1}")
         return ids
+    if tokenizer is None:
+        raise RequestError(f"family {family!r} has no tokenizer.json; give token ids as the prompt")
+    if isinstance(prompt, str) and request.raw:
+        return _tokens(tokenizer, vocab, prompt)
+    turns = [("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, tuple)]
+    if not any(content.strip() for _, content in turns):
+        raise RequestError("the prompt is empty; give it some text")
+    if tokenizer.chat_template is None:
+        raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the family's; it may raise anything
+        raise RequestError(f"the family's chat template refuses these messages: {error}") from None
+    return _tokens(tokenizer, vocab, text, add_special_tokens=False)
+
+
+def _tokens(tokenizer: Any, vocab: int, text: str, **options: bool) -> list[int]:
+    try:
+        ids = list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise RequestError(f"the family's tokenizer refuses this text: {error}") from None
+    if not ids:
+        raise RequestError("the prompt is empty; give it some text")
+    if max(ids) >= vocab:
+        raise RequestError(f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {vocab}")
+    return ids
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ruyi_flow import cli
+from ruyi_flow.client import Client
+from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +46,7 @@ def topology(tmp_path: Path, tiny: Path) -> Path:
 def test_help_teaches_every_command(run) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("pull", "shard", "node", "up", "demo", "generate", "chat", "status"):
+    for command in ("pull", "shard", "node", "up", "demo", "generate", "chat", "status", "explain"):
         assert command in out
         assert run(command, "--help")[0] == 0
 
@@ -134,3 +137,31 @@ def test_a_store_that_cannot_be_written_is_said(  # type: ignore[no-untyped-def]
     monkeypatch.setenv("RUYI_FLOW_HOME", str(tmp_path / "file"))
     code, _, err = run("pull", str(tiny))
     assert code == 2 and err.startswith("error: ") and "file" in err and err.count("\n") == 1
+
+
+def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have(  # type: ignore[no-untyped-def]
+    run, spoken: Path, tmp_path: Path
+) -> None:
+    file, page = tmp_path / "one.yaml", tmp_path / "answer.html"
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
+    file.write_text(yaml.safe_dump({"family": str(spoken), "nodes": [node]}))
+    asked = ["explain", "-t", str(file), "-p", "<b>hi</b>", "--max-new-tokens", "8"]
+    code, out, _ = run(*asked, "--threshold", "2=0.02,4=0.9", "--html", str(page), "--json")
+    told = json.loads(out)["tokens"]
+    assert code == 0 and 0 < len(told) <= 8
+    family = load_family(spoken, dtype="float32")
+    ids = family.tokenizer("<user><b>hi</b>|", add_special_tokens=False)["input_ids"]
+    prompt = list(ids)
+    reply = Client(file).__enter__().generate("<b>hi</b>", thresholds={2: 0.02, 4: 0.9}, max_new_tokens=8)
+    for row, token in zip(told, reply.tokens, strict=True):
+        logits = {p: family.logits(torch.tensor([prompt]), p)[0, -1] for p in family.exits}
+        assert row["exit"] == token.exit
+        assert row["own"] == pytest.approx(float(logits[row["exit"]].softmax(-1).max()), abs=1e-4)
+        assert row["threshold"] == {2: 0.02, 4: 0.9}.get(row["exit"])
+        assert row["agrees"] == (int(logits[6].argmax()) == token.id)
+        prompt.append(token.id)
+    html = page.read_text()
+    assert "&lt;b&gt;hi&lt;/b&gt;" in html and "<b>hi" not in html and "http" not in html
+    assert html.count("<tr") == 1 + len(told)
+    code, out, _ = run(*asked, "--mode", "exact")
+    assert code == 0 and f"{len(told) and 8} of 8 tokens are what the last branch would have said" in out

@@ -5,14 +5,40 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.calibration import Floats, Point, raw_confidences, reliability
+from ruyi_flow.routing.cascade import Worth
 from ruyi_flow.routing.trace import Trace
 
-__all__ = ["write"]
+__all__ = ["write", "write_cascade"]
 
 _STYLES = {"calibrated": "o-", "uncalibrated": "s--", "random": ":", "always": "x"}
+
+
+def write_cascade(out: Path, frontier: Sequence[Worth]) -> list[Path]:
+    """Write `cascade.csv` and `cascade.png`: what answers are worth against the compute they take.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    out.mkdir(parents=True, exist_ok=True)
+    table, drawn = out / "cascade.csv", out / "cascade.png"
+    with table.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["chance", "bound", "score", "last_score", "compute", *(f"at_{p}" for p in frontier[0].decided)])
+        for w in frontier:
+            numbers = (w.score, w.last, w.compute, *w.decided.values())
+            rows.writerow([w.setting.chance, w.setting.bound, *(f"{n:.5f}" for n in numbers)])
+    figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    points = sorted((w.compute, w.score / max(1e-9, w.last)) for w in frontier)
+    axis.plot([x for x, _ in points], [y for _, y in points], "o-", markersize=4)
+    axis.set(xlabel="compute, over the last exit's", ylabel="worth of the answers, over the last exit's")
+    figure.savefig(drawn, dpi=120)
+    pyplot.close(figure)
+    return [table, drawn]
 
 
 def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[int, Floats]) -> list[Path]:
@@ -25,34 +51,44 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("the report needs the extra: pip install 'ruyi-flow[eval]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     out.mkdir(parents=True, exist_ok=True)
     table, drawn, meaning = out / "frontier.csv", out / "frontier.png", out / "reliability.png"
     exits = trace.header.exits
     with table.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(
-            ["policy", "setting", "agreement", "disagreement_early", "cost", "escalated", *(f"at_{p}" for p in exits)]
+            [
+                "policy",
+                "setting",
+                "agreement",
+                "disagreement_early",
+                "cost",
+                "escalated",
+                "bytes_per_token",
+                *(f"at_{p}" for p in exits),
+            ]
         )
         for point in points:
             o = point.outcome
-            numbers = (o.agreement, o.disagreement, o.cost, 1 - o.decided[exits[0]], *(o.decided[p] for p in exits))
+            x = point.spent
+            numbers = [o.agreement, o.disagreement, o.cost, x.escalation, x.bytes_per_token]
+            numbers += [o.decided[p] for p in exits]
             rows.writerow([point.policy, point.setting, *(f"{n:.5f}" for n in numbers)])
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for policy, style in _STYLES.items():
-        mine = sorted((p.outcome for p in points if p.policy == policy), key=lambda o: o.cost)
-        axes[0].plot([o.cost for o in mine], [o.agreement for o in mine], style, label=policy, markersize=4)
-        axes[1].plot(
-            [1 - o.decided[exits[0]] for o in mine], [o.agreement for o in mine], style, label=policy, markersize=4
+        mine = sorted((p for p in points if p.policy == policy), key=lambda p: p.outcome.cost)
+        agreement = [p.outcome.agreement for p in mine]
+        costs = (
+            [p.outcome.cost for p in mine],
+            [p.spent.escalation for p in mine],
+            [p.spent.bytes_per_token for p in mine],
         )
+        for axis, cost in zip(axes, costs, strict=True):
+            axis.plot(cost, agreement, style, label=policy, markersize=4)
     axes[0].set(xlabel="trunk layers and a branch, mean of tokens", ylabel="tokens that are the last exit's")
-    axes[1].set(xlabel=f"share of tokens asked beyond exit {exits[0]}", ylabel="tokens that are the last exit's")
+    axes[1].set(xlabel="share of tokens asked beyond the first node")
+    axes[2].set(xlabel="bytes upwards a token, on all links")
     axes[0].legend()
     figure.savefig(drawn, dpi=120)
     pyplot.close(figure)
@@ -70,3 +106,14 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
     figure.savefig(meaning, dpi=120)
     pyplot.close(figure)
     return [table, drawn, meaning]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("the report needs the extra: pip install 'ruyi-flow[eval]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -415,8 +415,8 @@ class _Probes(nn.Module):
         rows = [self._seen[i] for i in indices.tolist()]
         return {
             name: (
-                torch.cat([row[name][0] for row in rows]).to(self.device).float(),
-                torch.cat([row[name][1] for row in rows]).to(self.device).float(),
+                torch.cat([row[name][0].float() for row in rows]).to(self.device),
+                torch.cat([row[name][1].float() for row in rows]).to(self.device),
             )
             for name in self.probes
         }

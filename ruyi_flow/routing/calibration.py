@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.budget import Budget, Deployment, Spent, spent
 from ruyi_flow.routing.confidence import Calibration, Curve, Score
 from ruyi_flow.routing.policy_file import PolicyFile, curve_points
 from ruyi_flow.routing.trace import Trace
@@ -188,14 +189,18 @@ class Calibrated:
     unseen: tuple[Trace, dict[int, Floats]]
     """Those prompts, and by early exit what the curves say of them."""
     frontier: list[Point]
+    spent: Spent
+    """What the policy costs on those prompts."""
 
 
 def calibrate(
     trace: Trace,
     *,
-    max_disagreement: float,
+    max_disagreement: float | None,
     sureness: float = 0.95,
     scores: Sequence[Score] | None = None,
+    budget: Budget | None = None,
+    deployment: Deployment | None = None,
     seed: int = 0,
 ) -> Calibrated:
     """A policy for mode `token` from a trace.
@@ -205,48 +210,84 @@ def calibrate(
 
     Args:
         trace: prompts of the kind that is to come.
-        max_disagreement, sureness: see `choose`.
+        max_disagreement, sureness: see `choose`; without a bound, the thresholds that agree most within the budget.
         scores: to choose from; all of the trace's when left out.
+        budget: what the thresholds may cost on the tuning half.
+        deployment: where; left out, a first node with the first exit and one with all others.
         seed: of the halving.
 
     Raises:
-        ConfigError: see `choose`.
+        ConfigError: see `choose`; or no thresholds stay within the budget.
     """
-    count = len(trace.records)
+    if max_disagreement is None and (budget is None or budget == Budget()):
+        raise ConfigError("there is neither a bound on disagreement nor a budget to calibrate for")
+    if max_disagreement is not None:
+        check_shares({"the bound on disagreement": max_disagreement, "the sureness": sureness})
+    header, count = trace.header, len(trace.records)
+    deployment = deployment or Deployment((header.exits[0], header.exits[-1]), (2 * header.hidden_size + 16,))
     order = np.random.default_rng(seed).permutation(count)
     tune, test = (trace.of_prompts(sorted(part.tolist())) for part in (order[: count // 2], order[count // 2 :]))
     fitted = fit(tune)
-    costs = {p: float(p + 1) for p in trace.header.exits}  # trunk layers and a branch
+    costs = {p: float(p + 1) for p in header.exits}  # trunk layers and a branch
 
-    def expected_cost(score: Score) -> float:
-        inside, every = confidences(tune, fitted, score), np.ones(len(tune.prompt), bool)
-        tried = [outcome(thresholds, inside, tune, costs) for thresholds in _path(tune, inside, costs, every)]
+    def affordable(inside: Mapping[int, Floats]) -> list[dict[int, float]]:
+        path = _path(tune, inside, costs, np.ones(len(tune.prompt), bool))
+        if budget is None:
+            return path
+        always = [dict.fromkeys(header.exits[:-1], 0.0)]
+        return [t for t in path + always if budget.keeps(spent(_walk(t, inside, tune)[2], tune, deployment))]
+
+    def rank(score: Score) -> float:
+        """What a score's best thresholds cost; without a bound, how much they disagree."""
+        inside = confidences(tune, fitted, score)
+        tried = [outcome(thresholds, inside, tune, costs) for thresholds in affordable(inside)]
+        if max_disagreement is None:
+            return min((1 - o.agreement for o in tried), default=math.inf)
         return min((o.cost for o in tried if o.disagreement <= max_disagreement), default=math.inf)
 
-    score = min(scores or [Score(name) for name in trace.header.scores], key=expected_cost)
-    confidence = confidences(trace, fitted, score)
-    choice = choose(trace, confidence, costs, max_disagreement=max_disagreement, sureness=sureness, seed=seed)
+    score = min(scores or [Score(name) for name in header.scores], key=rank)
+    inside, confidence = confidences(tune, fitted, score), confidences(trace, fitted, score)
+    path = affordable(inside)
+    if not path:
+        raise ConfigError("no thresholds stay within the budget, not even the shallowest exit alone; allow more")
+    if max_disagreement is None:
+        best = max(path, key=lambda thresholds: outcome(thresholds, inside, tune, costs).agreement)
+        unseen = confidences(test, fitted, score)
+        tested = outcome(best, unseen, test, costs)
+        choice = Choice(best, outcome(best, confidence, trace, costs), tested, len(test.records))
+    else:
+        choice = choose(
+            trace,
+            confidence,
+            costs,
+            max_disagreement=max_disagreement,
+            sureness=sureness,
+            path=path if budget is not None else None,
+            seed=seed,
+        )
     unseen, raw = confidences(test, fitted, score), raw_confidences(test)
     errors = {p: (ece(raw[p], agrees), ece(unseen[p], agrees)) for p, agrees in test.agrees.items()}
     promise = {
         "max_disagreement": max_disagreement,
-        "sureness": sureness,
+        "sureness": sureness if max_disagreement is not None else None,
+        "budget": asdict(budget) if budget is not None else None,
         "prompts": count,
         "tested_on": choice.prompts,
         "disagreement": round(choice.tested.disagreement, 4),
-        "decided_early": round(1 - choice.expected.decided[trace.header.exits[-1]], 4),
-        "dtype": trace.header.dtype,
-        "max_new_tokens": trace.header.max_new_tokens,
+        "decided_early": round(1 - choice.expected.decided[header.exits[-1]], 4),
+        "dtype": header.dtype,
+        "max_new_tokens": header.max_new_tokens,
     }
     policy = PolicyFile(
-        family=trace.header.family,
+        family=header.family,
         score=score,
         thresholds=choice.thresholds,
         curves=curve_points(fitted.curves[score]),
         promise=promise,
     )
-    points = frontier(trace, confidence, costs, seed=seed)
-    return Calibrated(policy, choice, errors, (test, unseen), points)
+    costing = spent(_walk(choice.thresholds, unseen, test)[2], test, deployment)
+    points = frontier(trace, confidence, costs, deployment, seed=seed)
+    return Calibrated(policy, choice, errors, (test, unseen), points, costing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +297,16 @@ class Point:
     policy: str
     setting: str
     outcome: Outcome
+    spent: Spent
 
 
 def frontier(
-    trace: Trace, confidence: Mapping[int, Floats], costs: Mapping[int, float], *, seed: int = 0
+    trace: Trace,
+    confidence: Mapping[int, Floats],
+    costs: Mapping[int, float],
+    deployment: Deployment,
+    *,
+    seed: int = 0,
 ) -> list[Point]:
     """What agreement costs with calibrated thresholds, and with what they must beat, on one half of the prompts.
 
@@ -271,24 +318,25 @@ def frontier(
     half = trace.of_prompts(sorted(order[len(order) // 2 :].tolist()))
     inside, raw = {p: c[~tune] for p, c in confidence.items()}, raw_confidences(half)
     exits, last = list(trace.agrees), trace.header.exits[-1]
+
+    def point(policy: str, setting: str, thresholds: Mapping[int, float], sure: Mapping[int, Floats]) -> Point:
+        costing = spent(_walk(thresholds, sure, half)[2], half, deployment)
+        return Point(policy, setting, outcome(thresholds, sure, half, costs), costing)
+
     points = [
-        Point(
-            "calibrated",
-            " ".join(f"{p}={t:.3f}" for p, t in thresholds.items()),
-            outcome(thresholds, inside, half, costs),
-        )
+        point("calibrated", " ".join(f"{p}={t:.3f}" for p, t in thresholds.items()), thresholds, inside)
         for thresholds in _path(trace, confidence, costs, tune)
     ]
     for t in np.linspace(0.3, 1.0, 71).tolist():
-        points.append(Point("uncalibrated", f"{t:.2f}", outcome(dict.fromkeys(exits, t), raw, half, costs)))
+        points.append(point("uncalibrated", f"{t:.2f}", dict.fromkeys(exits, t), raw))
     noise = np.random.default_rng(seed).random(len(half.prompt))
     for share in np.linspace(0, 1, 21).tolist():
         dice = {p: np.where(noise < share, 1.0, 0.0) if p == exits[0] else np.zeros(len(noise)) for p in exits}
-        points.append(Point("random", f"{share:.2f}", outcome(dict.fromkeys(exits, 0.5), dice, half, costs)))
+        points.append(point("random", f"{share:.2f}", dict.fromkeys(exits, 0.5), dice))
     for p in exits:
         always = {q: np.full(len(noise), float(q == p)) for q in exits}
-        points.append(Point("always", str(p), outcome(dict.fromkeys(exits, 0.5), always, half, costs)))
-    points.append(Point("always", str(last), outcome(dict.fromkeys(exits, _NEVER), inside, half, costs)))
+        points.append(point("always", str(p), dict.fromkeys(exits, 0.5), always))
+    points.append(point("always", str(last), dict.fromkeys(exits, _NEVER), inside))
     return points
 
 
@@ -314,6 +362,7 @@ def choose(
     *,
     max_disagreement: float,
     sureness: float = 0.95,
+    path: list[dict[int, float]] | None = None,
     seed: int = 0,
 ) -> Choice:
     """The cheapest thresholds whose disagreement is at most the bound on new prompts, with this sureness.
@@ -325,6 +374,7 @@ def choose(
         costs: of deciding a token at each exit.
         max_disagreement: the bound: tokens decided early that are not the last exit's, over all tokens decided early.
         sureness: the probability, over the draw of the prompts, with which the bound holds.
+        path: thresholds to choose from, timid to bold, from the first half; made when left out.
         seed: of the halving.
 
     Raises:
@@ -334,7 +384,7 @@ def choose(
     count = len(trace.records)
     order = np.random.default_rng(seed).permutation(count)
     tune, test = np.isin(trace.prompt, order[: count // 2]), np.isin(trace.prompt, order[count // 2 :])
-    path = _path(trace, confidence, costs, tune)
+    path = path or _path(trace, confidence, costs, tune)
     tried = [best_bet(*_bounded(t, confidence, trace, tune, max_disagreement)) for t in path]
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
     start = max(range(len(path)), key=lambda i: tried[i][1])

@@ -280,6 +280,7 @@ def test_probes_learn_where_a_branch_agrees(folder: Path, tiny: Path, home: Path
     branches = train(recipe(folder, steps=60, learning_rate=3e-3, out=folder / "branches"), Checkpoint(tiny), Letters())
     family = Checkpoint(tiny, branches=branches)
     changes = {"scope": "probes", "probe_size": 8, "steps": 120, "validate_every": 120, "learning_rate": 1e-2}
+    changes["precision"] = "bf16"
     file = train(recipe(folder, **changes), family, Letters(), report=steps.append)
     assert set(load_file(file)) == {f"model.probes.{i}.{part}" for i in (0, 1) for part in PROBE_NAMES}
     found = steps[-1].validation

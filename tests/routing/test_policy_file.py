@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Writer
 from ruyi_flow.topology import Topology
+from ruyi_flow.types import Mode
 from tests.routing.test_calibration import HEADER, made
 
 
@@ -114,3 +116,56 @@ def test_calibrate_writes_what_a_topology_can_name(
     assert code == 2 and said.startswith("error: 1200 prompts cannot show") and out.read_bytes() == kept
     code, _, said = run("--max-disagreement", "1")
     assert code == 2 and "it must lie between 0 and 1" in said
+
+
+def test_calibrate_fits_a_budget_or_a_cascade(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, out, topology = tmp_path / "t.msgpack", tmp_path / "p.yaml", tmp_path / "t.yaml"
+    with Writer(trace, replace(HEADER, branch_layers=(1, 1, 1), layer_flops=1.0)) as writer:
+        for made_record in made(400, 8).records:
+            writer.add(made_record)
+    nodes = [{"name": f"n{p}", "address": f"127.0.0.1:{p}", "exits": [p]} for p in (2, 4, 6)]
+    links = [{"from": "n2", "to": "n4", "encoding": "int8"}, {"from": "n4", "to": "n6"}]
+    topology.write_text(yaml.safe_dump({"family": "x", "nodes": nodes, "links": links}))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ruyi-flow", "calibrate", str(trace), "--out", str(out), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    given = ("--topology", str(topology), "--json")
+    spends = []
+    for share in ("0.1", "0.4"):
+        code, said, error = run("--max-escalation", share, *given)
+        assert code == 0, error
+        facts = json.loads(said)
+        assert facts["spent"]["escalation"] < float(share) + 0.05 and facts["mode"] == "token"
+        spends.append(facts["promise"]["disagreement"])
+    assert spends[0] > spends[1], "more questions, less disagreement"
+    code, said, _ = run("--max-bytes-per-token", "20", *given)
+    assert code == 0 and json.loads(said)["spent"]["bytes_per_token"] < 22
+    code, said, _ = run("--max-disagreement", "0.2", "--max-escalation", "0.9")
+    assert code == 0 and "asked beyond the first node" in said
+    code, said, _ = run("--mode", "cascade", "--max-loss", "0.4", "--report", str(tmp_path / "r"))
+    assert code == 0 and "of its compute" in said
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {"cascade.csv", "cascade.png"}
+    assert PolicyFile.load(out).mode is Mode.CASCADE
+    kept = out.read_bytes()
+    for arguments, message in (
+        (("--max-latency", "1"), "needs --topology"),
+        (("--max-escalation", "0"), "must be above 0"),
+        (("--max-escalation", "2"), "it is a share"),
+        (("--max-bytes-per-token", "1", "--max-disagreement", "0.01"), "cannot show"),
+        (("--mode", "exact"), "has nothing to calibrate"),
+        (("--mode", "cascade", "--max-escalation", "0.5"), "mode cascade takes --max-loss"),
+        (("--score", "probe", "--mode", "cascade", "--max-loss", "2"), "between 0 and 1"),
+    ):
+        code, _, said = run(*arguments)
+        assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    nodes[0]["exits"] = [1, 2]
+    topology.write_text(yaml.safe_dump({"family": "x", "nodes": nodes, "links": links}))
+    code, _, said = run("--max-escalation", "0.5", *given)
+    assert code == 2 and "has exits [1, 2, 4, 6], the trace [2, 4, 6]" in said
+    assert out.read_bytes() == kept

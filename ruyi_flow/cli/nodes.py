@@ -1,0 +1,193 @@
+"""Commands that run nodes: shards, daemons, all of a topology, the demo, their state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ruyi_flow.cli.app import app
+from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, load_topology, networked, on_signals
+from ruyi_flow.display import err, join, node_log, out, print_json, progress_bar, status_table
+from ruyi_flow.errors import ConfigError, NodeError
+from ruyi_flow.types import NodeStatus
+
+__all__ = ["LogLevel", "node", "shard", "start_nodes", "status", "up"]
+
+
+class LogLevel(StrEnum):
+    """What a daemon writes to its log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@app.command()
+def shard(
+    topology: TopologyOption,
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; one folder a node below it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Cut a family into one shard a node: one safetensors file, config.json, and for the entry node the tokenizer.
+
+    Copy each folder to its machine and name it there as the node's 'shard' in
+    the topology.
+    """
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint, cut
+
+    loaded = load_topology(topology)
+    checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
+    loaded.check_family(checkpoint.config.exits, where=str(topology))
+    shards = []
+    with progress_bar("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
+        for i, node in enumerate(loaded.nodes):
+            folder = cut(checkpoint, node.exits, output / node.name, companions=i == 0)
+            size = (folder / "model.safetensors").stat().st_size
+            shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
+            progress(i + 1)
+    if as_json:
+        print_json({"family": checkpoint.fingerprint, "shards": shards})
+        return
+    table = Table("node", "exits", "MB", "folder")
+    for item in shards:
+        table.add_row(item["node"], join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
+    out.print(table)
+
+
+@app.command()
+def node(
+    name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
+    topology: TopologyOption,
+    log_level: Annotated[LogLevel, typer.Option(help="What goes to the log, and what is graver.")] = LogLevel.INFO,
+    parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
+) -> None:
+    """Run one node of a topology as a daemon.
+
+    SIGTERM or Ctrl-C drains it: no new sessions, and the running ones get the
+    node's grace time; a second one ends it at once. The standard gRPC health
+    service answers for '' and 'ruyi_flow.v1.Node'.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    began = time.monotonic()
+    loaded = load_topology(topology)
+    here = loaded.node(name)
+    if here.address is None:
+        raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
+    from ruyi_flow.engine import Engine
+    from ruyi_flow.node import serve, stay_on_cores
+
+    stay_on_cores(here, str(topology))
+    logger = logging.getLogger("ruyi_flow.node")
+    engine = Engine.load(loaded, name, where=str(topology))
+
+    async def run() -> None:
+        stop = on_signals()
+        async with serve(engine) as server:
+            status = engine.status()
+            logger.info(
+                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; resident %.0f MB",
+                name,
+                list(status.exits),
+                status.first_layer,
+                status.last_layer - 1,
+                status.parameters / 1e6,
+                status.dtype,
+                server.address,
+                time.monotonic() - began,
+                status.resident_bytes / 1e6,
+            )
+            while not stop.is_set():
+                if parent is not None and os.getppid() != parent:
+                    logger.warning("the process that started this node is gone")
+                    break
+                try:
+                    await asyncio.wait_for(stop.wait(), 1.0)
+                except TimeoutError:
+                    continue
+            logger.info("draining: %d sessions are running", len(engine.shard.sessions))
+        logger.info("stopped")
+
+    asyncio.run(run())
+
+
+@app.command()
+def up(
+    file: Annotated[Path | None, typer.Argument(metavar="TOPOLOGY", help="Topology file (YAML).")] = None,
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+) -> None:
+    """Run all nodes of a topology on this machine, one supervised process each; Ctrl-C ends all of them."""
+    topology = file or topology
+    loaded = networked(topology)
+
+    async def run() -> None:
+        from ruyi_flow.supervisor import supervise
+
+        stop = on_signals()
+        async with supervise(topology, loaded, node_log(loaded)) as supervisor:
+            await start_nodes(supervisor, stop)
+            err.print(
+                f"all {len(loaded.nodes)} nodes serve; ask them: "
+                f"[bold]ruyi-flow generate --topology {topology} --prompt 'Why is the sky blue?'[/bold]",
+                soft_wrap=True,
+            )
+            waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(supervisor.wait())]
+            done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending:
+                wait.cancel()
+            for wait in done:
+                wait.result()
+            err.print("ending all nodes")
+
+    asyncio.run(run())
+
+
+@app.command()
+def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = False) -> None:
+    """What every node of a topology holds, its sessions, memory and health. Exit status 1 when one is down."""
+    loaded = load_topology(topology)
+    if loaded.entry.address is None:
+        raise ConfigError(
+            f"{topology}: its one node has no address, so it runs inside its clients; there is nothing to ask"
+        )
+
+    async def run() -> dict[str, NodeStatus | NodeError]:
+        from ruyi_flow.client import AsyncClient
+
+        async with AsyncClient(loaded) as client:
+            return await client.status()
+
+    answers = asyncio.run(run())
+    if as_json:
+        print_json(
+            {n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()}
+        )
+    else:
+        out.print(status_table(answers))
+    if any(isinstance(answer, NodeError) for answer in answers.values()):
+        raise typer.Exit(1)
+
+
+async def start_nodes(supervisor: Any, stop: asyncio.Event) -> None:
+    """Start the nodes behind a spinner, unless a signal comes first."""
+    starting = asyncio.ensure_future(supervisor.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    with progress_bar("starting nodes"):
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        raise typer.Exit(130)
+    err.print(f"[dim]nodes serve after {starting.result():.1f} s[/dim]")

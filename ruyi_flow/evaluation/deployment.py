@@ -1,0 +1,47 @@
+"""A topology as calibration sees it, with the times that its running nodes take."""
+
+from __future__ import annotations
+
+import statistics
+
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.routing.budget import Deployment
+from ruyi_flow.topology import Topology
+from ruyi_flow.transport.blocks import row_bytes
+from ruyi_flow.types import Mode
+
+__all__ = ["deployment_of", "measure"]
+
+_PROMPT = "Why is the sky blue?"
+_TOKENS = 24
+
+
+def deployment_of(topology: Topology, hidden_size: int) -> Deployment:
+    """Where a topology cuts its family; without times."""
+    encodings = [hop[1].encoding for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
+    return Deployment(
+        tuple(node.exits[-1] for node in topology.nodes),
+        tuple(row_bytes(hidden_size, encoding) + 16 for encoding in encodings),  # token id, part of the frame
+    )
+
+
+async def measure(topology: Topology, hidden_size: int, *, rounds: int = 5) -> Deployment:
+    """Ask running nodes for tokens that all of them look at, and take the times that they report: medians.
+
+    Raises:
+        NodeError: one of them does not answer.
+    """
+    steps: list[list[float]] = []
+    hops: list[list[float]] = []
+    asked = {"mode": Mode.TOKEN, "threshold": 1.0, "draft": 0, "eos_token_ids": ()}
+    async with AsyncClient(topology) as client:
+        for _ in range(rounds):
+            reply = await client.generate(_PROMPT, max_new_tokens=_TOKENS, **asked)
+            # Branches that are entirely sure leave a few tokens to shallow nodes.
+            each = [max(1, hop.messages) for hop in reply.stats.hops]
+            each[0] = reply.stats.new_tokens
+            steps.append([hop.compute_s / n for hop, n in zip(reply.stats.hops, each, strict=True)])
+            hops.append([(hop.wire_s + hop.queue_s) / n for hop, n in zip(reply.stats.hops, each, strict=True)][1:])
+    plain = deployment_of(topology, hidden_size)
+    medians = [tuple(map(statistics.median, zip(*rows, strict=True))) for rows in (steps, hops)]
+    return Deployment(plain.last_exits, plain.row_bytes, *medians)

@@ -1,0 +1,144 @@
+"""One answer explained token by token: who decided it and why, what the last branch would have said, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment
+
+from ruyi_flow.entry import prompt_ids
+from ruyi_flow.family.reading import Tree, each_exit
+from ruyi_flow.local import Family
+from ruyi_flow.requests import GenerateRequest
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.topology import Topology
+from ruyi_flow.types import Stats, Token
+
+__all__ = ["Explained", "explain", "write_html"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One token of an answer."""
+
+    text: str
+    exit: int
+    node: str
+    reason: str
+    own: float
+    """The likeliest token's probability, as the branch itself says it."""
+    confidence: float
+    """That the decision went by: calibrated, where the policy is."""
+    threshold: float | None
+    """That it had to reach (in mode cascade, its mean over the window); None where the exit needs none."""
+    last: str
+    """What the last branch would have said here."""
+    agrees: bool
+    bytes_up: int
+    ms: float
+    """Since the token before it; tokens that were settled together have 0, but for the first of them."""
+
+
+def explain(
+    family: Family, topology: Topology, request: GenerateRequest, policy: Policy, tokens: Sequence[Token]
+) -> list[Explained]:
+    """Explain an answer that a topology gave.
+
+    Args:
+        family: the topology's, whole.
+        request: that was answered.
+        policy: that its tokens were decided by.
+        tokens: the answer.
+    """
+    if not tokens:
+        return []
+    prompt = prompt_ids(request, family.tokenizer, family.config.vocab_size, topology.family)
+    tree = Tree((*prompt, *(token.id for token in tokens[:-1])), ())
+    rows = torch.arange(len(prompt) - 1, len(tree))
+    at = torch.tensor([token.exit for token in tokens])
+    own = torch.zeros(len(tokens))
+    said: list[int] = []
+    for p, logits, _ in each_exit(family.model, family.exits, [tree], [rows]):
+        chances = logits.softmax(-1).amax(-1).cpu()
+        own[at == p] = chances[at == p]
+        said = logits.argmax(-1).tolist()  # the last exit comes last
+    before = [0.0, *(token.after_s for token in tokens)]
+    return [
+        Explained(
+            text=token.text,
+            exit=token.exit,
+            node=topology.node(token.node).label,
+            reason=str(token.reason),
+            own=float(own[i]),
+            confidence=token.confidence,
+            threshold=_threshold(policy, token.exit),
+            last=str(said[i]) if family.tokenizer is None else str(family.tokenizer.decode([said[i]])),
+            agrees=said[i] == token.id,
+            bytes_up=token.bytes_up,
+            ms=1000 * (token.after_s - before[i]),
+        )
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _threshold(policy: Policy, exit: int) -> float | None:
+    value = policy.thresholds.get(exit)
+    return value if value is not None and value <= 1 else None
+
+
+def write_html(out: Path, prompt: str, rows: Sequence[Explained], stats: Stats, policy: Policy) -> None:
+    """Write an explanation as one HTML file that needs no network."""
+    nodes = list(dict.fromkeys(row.node for row in rows))
+    colours = {node: _COLOURS[i % len(_COLOURS)] for i, node in enumerate(nodes)}
+    page = Environment(autoescape=True).from_string(_PAGE)
+    text = page.render(prompt=prompt, rows=rows, stats=asdict(stats), policy=_described(policy), colours=colours)
+    out.write_text(text, encoding="utf-8")
+
+
+def _described(policy: Policy) -> Mapping[str, Any]:
+    sure = {p: f"{t:.3f}" for p, t in policy.thresholds.items() if t <= 1}
+    score = "the likeliest token's probability" if policy.scale is None else f"calibrated {policy.scale.score}"
+    return {"mode": str(policy.mode), "thresholds": sure, "confidence": score}
+
+
+_COLOURS = ("#bfe3b4", "#f5e0a3", "#b9dcf2", "#e4c1ee", "#f4c2b5", "#cfd3d8")
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>An answer, token by token</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
+.answer { white-space: pre-wrap; font-size: 17px; border: 1px solid #ddd; padding: 1rem; border-radius: 4px; }
+.answer span { border-radius: 2px; }
+.differs { text-decoration: underline wavy #c0392b; }
+table { border-collapse: collapse; margin-top: 1rem; width: 100%; font-size: 13px; }
+th, td { text-align: right; padding: 2px 8px; border-bottom: 1px solid #eee; }
+th { position: sticky; top: 0; background: #fff; }
+td.t { font-family: ui-monospace, monospace; text-align: left; white-space: pre; }
+b.key { padding: 0 .5em; border-radius: 2px; font-weight: normal; margin-right: 1em; }
+</style>
+<h1>An answer, token by token</h1>
+<p><b>{{ prompt }}</b></p>
+<p>Mode {{ policy.mode }}; confidence is {{ policy.confidence }}
+{%- if policy.thresholds %}; an exit needs {% for p, t in policy.thresholds.items() %}{{ p }}: {{ t }}
+{%- if not loop.last %}, {% endif %}{% endfor %}{% endif %}.
+{{ stats.new_tokens }} tokens in {{ "%.2f"|format(stats.total_s) }} s, the first after
+{{ "%.0f"|format(1000 * stats.first_token_s) }} ms; {{ stats.escalations }} questions beyond the first node.</p>
+<p>{% for node, colour in colours.items() %}<b class="key" style="background:{{ colour }}">{{ node }}</b>{% endfor %}
+<span class="differs">underlined</span>: the last branch would have said something else.</p>
+<div class="answer">{% for r in rows %}<span style="background:{{ colours[r.node] }}"
+{%- if not r.agrees %} class="differs"{% endif %} title="exit {{ r.exit }}, {{ r.reason }}, confidence
+ {{ "%.2f"|format(r.confidence) }}{% if not r.agrees %}; last: {{ r.last }}{% endif %}">{{ r.text }}</span>
+{%- endfor %}</div>
+<table><tr><th>#<th>token<th>node<th>exit<th>own probability<th>confidence<th>threshold<th>why<th>the last branch
+<th>bytes up<th>ms</tr>
+{% for r in rows %}<tr style="background:{{ colours[r.node] }}44"><td>{{ loop.index0 }}<td class="t">{{ r.text }}
+<td>{{ r.node }}<td>{{ r.exit }}<td>{{ "%.3f"|format(r.own) }}<td>{{ "%.3f"|format(r.confidence) }}
+<td>{% if r.threshold is not none %}{{ "%.3f"|format(r.threshold) }}{% endif %}<td>{{ r.reason }}
+<td class="t">{% if r.agrees %}the same{% else %}{{ r.last }}{% endif %}<td>{{ r.bytes_up }}
+<td>{{ "%.1f"|format(r.ms) }}</tr>
+{% endfor %}</table></html>
+"""
