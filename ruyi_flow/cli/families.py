@@ -32,7 +32,10 @@ def pull(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16.")] = None,
     branches: Annotated[
-        Path | None, typer.Option(help="File of trained branches (ruyi-flow train) for its early exits.")
+        list[Path] | None,
+        typer.Option(
+            help="File of trained branches or probes (ruyi-flow train); may be given several times, in order."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,16 +50,19 @@ def pull(
     from ruyi_flow.family.checkpoint import Checkpoint
 
     began = time.monotonic()
-    known, given_exits = store.names(), integers(exits, "--exits")
+    given_exits, steps, show = integers(exits, "--exits"), list[str](), say(as_json)
+
+    def told(step: str) -> None:
+        steps.append(step)
+        show(step)
+
     bars = err.is_terminal and not as_json
-    folder = store.pull(
-        source, name=name, exits=given_exits, dtype=dtype, branches=branches, say=say(as_json), bars=bars
-    )
+    folder = store.pull(source, name=name, exits=given_exits, dtype=dtype, branches=branches or (), say=told, bars=bars)
     config = Checkpoint(folder).config
     facts = {
         "family": folder.name,
         "folder": str(folder),
-        "new": folder.name not in known,
+        "new": bool(steps),
         "seconds": round(time.monotonic() - began, 1),
         "exits": list(config.exits),
         "parameters": {p: config.num_parameters(p) for p in config.exits},

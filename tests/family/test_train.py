@@ -96,7 +96,7 @@ def test_branches_come_closer_to_the_last(folder: Path, tiny: Path, start: str, 
     assert "model.eeblocks.0.0.mlp.up_proj.weight" in tensors and not any("layers.5" in name for name in tensors)
     assert set(tensors) & set(checkpoint.names((2, 4, 6))) == {n for n in tensors if "eeblocks" not in n}
     assert steps[-1].validation.keys() >= {"agreement/2", "agreement/4"}
-    grafted = Checkpoint(tiny, branches=file)
+    grafted = Checkpoint(tiny, branches=[file])
     assert grafted.config.branch_layers == (2, 1, 1) and grafted.fingerprint != checkpoint.fingerprint
     ids = torch.arange(3, 25)[None]
     before, after = load_family(tiny, dtype="float32"), Family(grafted, dtype=torch.float32)
@@ -205,7 +205,7 @@ def test_a_recipe_file_is_checked_like_a_topology(tmp_path: Path) -> None:
 def test_trained_branches_become_a_family_of_the_store(folder: Path, home: Path) -> None:
     plain = tiny_family(folder / "plain", base="llama", ordinary=True)
     file = train(recipe(folder, branch_layers={2: 3}), Checkpoint(plain, (2, 4)), Letters())
-    stored = store.pull(str(plain), name="trained", exits=(2, 4), branches=file)
+    stored = store.pull(str(plain), name="trained", exits=(2, 4), branches=[file])
     family, base = load_family("trained", dtype="float32"), load_family(plain, dtype="float32", exits=(2, 4))
     assert family.config.branch_layers == (3, 1, 1) and not family.config.ordinary
     ids = torch.arange(3, 25)[None]
@@ -213,7 +213,7 @@ def test_trained_branches_become_a_family_of_the_store(folder: Path, home: Path)
     grafted = Family(Checkpoint(plain, (2, 4), file), dtype=torch.float32)
     for exit in (2, 4):
         assert torch.equal(family.logits(ids, exit=exit), grafted.logits(ids, exit=exit))
-    assert store.pull(str(plain), name="trained", exits=(2, 4), branches=file) == stored
+    assert store.pull(str(plain), name="trained", exits=(2, 4), branches=[file]) == stored
     with pytest.raises(CheckpointError, match="there already, from"):
         store.pull(str(plain), name="trained", exits=(2, 4))
     with pytest.raises(CheckpointError, match=r"branches at exits \[2, 4, 6\]; the family has \[3, 6\]"):
@@ -278,7 +278,7 @@ def test_the_command_distills_trains_and_says_what_to_do_next(
 def test_probes_learn_where_a_branch_agrees(folder: Path, tiny: Path, home: Path) -> None:
     steps: list[Step] = []
     branches = train(recipe(folder, steps=60, learning_rate=3e-3, out=folder / "branches"), Checkpoint(tiny), Letters())
-    family = Checkpoint(tiny, branches=branches)
+    family = Checkpoint(tiny, branches=[branches])
     changes = {"scope": "probes", "probe_size": 8, "steps": 120, "validate_every": 120, "learning_rate": 1e-2}
     changes["precision"] = "bf16"
     file = train(recipe(folder, **changes), family, Letters(), report=steps.append)
@@ -287,8 +287,8 @@ def test_probes_learn_where_a_branch_agrees(folder: Path, tiny: Path, home: Path
     for exit in (2, 4):
         early, late = (sum(s.losses[f"log_loss/{exit}"] for s in part) for part in (steps[:10], steps[-10:]))
         assert late < 0.95 * early and found[f"auc/{exit}"] > 0.6
-    store.pull(str(tiny), name="a", branches=branches)
-    store.pull(str(home / "families/a"), name="b", branches=file)
+    store.pull(str(tiny), name="a", branches=[branches])
+    store.pull(str(home / "families/a"), name="b", branches=[file])
     plain, probed = load_family("a", dtype="float32"), load_family("b", dtype="float32")
     assert plain.config.probe_size == 0 and probed.config.probe_size == 8
     ids = torch.arange(3, 25)[None]
@@ -296,7 +296,7 @@ def test_probes_learn_where_a_branch_agrees(folder: Path, tiny: Path, home: Path
         assert torch.equal(plain.logits(ids, exit), probed.logits(ids, exit))
     assert probed.model.branch_at[2].probe is not None and probed.model.branch_at[6].probe is None
     again = train(recipe(folder, out=folder / "again"), probed.checkpoint, Letters())
-    assert Checkpoint(tiny, branches=again).config.probe_size == 0  # other branches, no probes of theirs
+    assert Checkpoint(tiny, branches=[again]).config.probe_size == 0  # other branches, no probes of theirs
 
 
 def test_sparse_cross_entropy_is_torchs() -> None:
