@@ -22,7 +22,7 @@ from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.trace import ExitRecord, Header, Own, Record, Scorer, Writer
-from ruyi_flow.runtime.scores import measure, reading
+from ruyi_flow.runtime.scores import measure_all, reading
 
 __all__ = ["TEMPERATURES", "record"]
 
@@ -186,12 +186,5 @@ class _Answering:
 
     def _scores(self, exit: int, logits: Tensor, read: Tensor | None) -> NDArray[np.float32]:
         """(n, vocab) -> (n, scores, temperatures); the last exit, which has no probe, is sure by that score."""
-        probe, columns = self.family.model.branch_at[exit].probe, []
-        for name in self.names:
-            if name is Score.PROBE and probe is None:
-                columns.append(torch.ones(len(logits), len(TEMPERATURES), device=logits.device))
-            else:
-                columns.append(
-                    torch.stack([measure(logits, name, t, probe=probe, read=read) for t in TEMPERATURES], -1)
-                )
-        return torch.stack(columns, 1).cpu().numpy()
+        probe = self.family.model.branch_at[exit].probe
+        return measure_all(logits, self.names, TEMPERATURES, probe=probe, read=read).cpu().numpy()

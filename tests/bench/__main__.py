@@ -2,7 +2,9 @@
 
 Everything that is compared runs in turn in one run, since machines are noisy, and medians are shown.
 
-    python -m tests.bench [whole hop bytes wan start train] [--rounds N]
+    python -m tests.bench [whole hop bytes wan start train policy drafts bound cascade] [--rounds N] [--trace FILE …]
+
+`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,10 +33,10 @@ from ruyi_flow.client import AsyncClient, Reply
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family, load_family
-from ruyi_flow.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import NodeStatus
+from tests.bench.nodes import daemons
+from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
 from tests.theirs import as_transformers
 
 PROMPT = "Why is the sky blue?"
@@ -49,38 +50,6 @@ def prompt_ids(family: Family) -> torch.Tensor:
         [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
     )
     return torch.tensor([family.tokenizer(text)["input_ids"]])
-
-
-@asynccontextmanager
-async def daemons(
-    cuts: list[list[int]],
-    *,
-    encoding: str = "bf16",
-    relay_to: dict[int, Relay] | None = None,
-    cores: list[int] | None = None,
-) -> AsyncIterator[AsyncClient]:
-    """Node processes of the demo family, one thread each, and a client of them."""
-    async with AsyncExitStack() as stack:
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(cuts))]
-        names = [f"n{i}" for i in range(len(cuts))]
-        dialled = {i: await stack.enter_async_context(relay.run(addresses[i])) for i, relay in (relay_to or {}).items()}
-        data = {
-            "family": store.DEMO,
-            "nodes": [
-                {"name": n, "address": a, "exits": e, "threads": 1, "cores": cores}
-                for n, a, e in zip(names, addresses, cuts, strict=True)
-            ],
-            "links": [
-                {"from": names[i - 1], "to": names[i], "encoding": encoding, "address": dialled.get(i)}
-                for i in range(1, len(cuts))
-            ],
-        }
-        path = Path(stack.enter_context(TemporaryDirectory())) / "bench.yaml"
-        path.write_text(yaml.safe_dump(data))
-        topology = Topology.load(path)
-        supervisor = await stack.enter_async_context(supervise(path, topology, lambda name, line: None))
-        await supervisor.start()
-        yield await stack.enter_async_context(AsyncClient(topology))
 
 
 async def ask(client: AsyncClient, draft: int, tokens: int = NEW_TOKENS) -> Reply:
@@ -267,26 +236,31 @@ BENCHES = {
     "wan": bench_wan,
     "start": bench_start,
     "train": bench_train,
+    "policy": bench_policy,
+    "drafts": bench_drafts,
 }
+ON_TRACES = {"bound": bench_bound, "cascade": bench_cascade}
 
 
 def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], help="all of them when none is named")
+    parser.add_argument("benches", nargs="*", choices=[*BENCHES, *ON_TRACES, []], help="all of them when none is named")
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each side (default 5)")
+    parser.add_argument("--trace", type=Path, action="append", default=[], help="for bound and cascade")
     arguments = parser.parse_args()
     store.pull(store.DEMO)
     results: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()}
     }
-    for name in arguments.benches or BENCHES:
-        bench = BENCHES[name]
-        with console.status(f"{name}: {bench.__doc__}"):
+    for name in arguments.benches or [*BENCHES, *(ON_TRACES if arguments.trace else ())]:
+        bench = BENCHES.get(name) or partial(ON_TRACES[name], traces=arguments.trace)
+        meaning = (ON_TRACES | BENCHES)[name].__doc__
+        with console.status(f"{name}: {meaning}"):
             found = bench(arguments.rounds)
             if asyncio.iscoroutine(found):
                 found = asyncio.run(found)
-        table = Table(title=bench.__doc__, title_justify="left", show_header=False)
+        table = Table(title=meaning, title_justify="left", show_header=False)
         for key, value in found.items():
             table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
         console.print(table)

@@ -1,0 +1,182 @@
+"""Benches of routing: what a decision costs, whether bounds hold, what probes, cascades and drafts are worth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ruyi_flow.chain import Walk
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.calibration import Floats, choose, confidences, ece, fit, outcome, raw_confidences
+from ruyi_flow.routing.cascade import calibrate_cascade
+from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.policy import Judge, Policy, Routing
+from ruyi_flow.routing.policy_file import PolicyFile
+from ruyi_flow.routing.trace import Scorer, Trace
+from ruyi_flow.testing import Relay
+from ruyi_flow.types import Mode
+from tests.bench.nodes import daemons
+
+__all__ = ["bench_bound", "bench_cascade", "bench_drafts", "bench_policy"]
+
+POLICY = Path("configs/policies/smollm2-5-percent.yaml")
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short note to a friend who moved to another city.",
+    "How do plants make food?",
+)
+
+
+def bench_policy(rounds: int) -> dict[str, Any]:
+    """What the policy takes for one token at one exit: its curve, its judgment, the walk; microseconds."""
+    file, found, n = PolicyFile.load(POLICY), dict[str, Any](), 20_000
+    scale = file.routing().scale
+    assert scale is not None
+    exits = (*file.thresholds, 29)
+    curve, first = scale.curves[exits[0]], exits[0]
+    numbers = np.random.default_rng(0).random(n).tolist()
+    for name, routing in (("token", file.routing()), ("cascade", Routing(Mode.CASCADE, threshold=0.2, window=16))):
+        policy, spent = Policy.resolve(routing, exits), []
+        for _ in range(rounds):
+            judge = Judge(policy, first)
+            began = time.perf_counter()
+            for position, score in enumerate(numbers):
+                Walk.of(judge, (position,), (None,), ((7, curve(score)),))
+            spent.append((time.perf_counter() - began) / n)
+        found[f"{name}_us_a_token"] = 1e6 * statistics.median(spent)
+    return found | {"goal": "<= 20"}
+
+
+def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
+    """40 random splits: does the bound hold on the other prompts, how much of it is used; calibration error; probe."""
+    trace = _trace(traces, Scorer.AGREEMENT)
+    costs = {p: float(p + 1) for p in trace.header.exits}
+    scores = [Score(name) for name in trace.header.scores]
+    found: dict[str, Any] = {"prompts": len(trace.records), "tokens": len(trace.prompt)}
+    halves = []
+    for seed in range(40):
+        order = np.random.default_rng(1000 + seed).permutation(len(trace.records))
+        halves.append([trace.of_prompts(sorted(part.tolist())) for part in np.array_split(order, 2)])
+    for bound in (0.02, 0.05, 0.1):
+        held, used, early, without = 0, [], [], 0
+        for seed, (known, new) in enumerate(halves):
+            curves = fit(_half(known, seed))
+            sure, score = confidences(known, curves, scores[-1]), scores[-1]
+            try:
+                chosen = choose(known, sure, costs, max_disagreement=bound, seed=seed).thresholds
+            except ConfigError:
+                without += 1
+                held += 1
+                continue
+            o = outcome(chosen, confidences(new, curves, score), new, costs)
+            held += o.disagreement <= bound
+            used.append(o.disagreement / bound)
+            early.append(1 - o.decided[trace.header.exits[-1]])
+        name = f"bound_{bound:g}"
+        found |= {f"{name}_kept_in_40": held, f"{name}_no_policy": without}
+        if used:
+            found |= {f"{name}_mean_used": statistics.mean(used), f"{name}_decided_early": statistics.mean(early)}
+    errors: dict[str, list[float]] = {}
+    fewer: dict[str, list[float]] = {}
+    for known, new in halves[:10]:
+        curves, raw = fit(known), raw_confidences(new)
+        shared = [(t, outcome(dict.fromkeys(raw, t), raw, new, costs)) for t in np.linspace(0.5, 0.999, 60)]
+        for score in scores:
+            sure = confidences(new, curves, score)
+            for p, agrees in new.agrees.items():
+                errors.setdefault(f"ece_{score}_exit_{p}", []).append(ece(sure[p], agrees))
+            for device in (trace.header.exits[0], trace.header.exits[1]):
+                for level in (0.95, 0.97, 0.99):
+                    base = min(_beyond(o, device) for _, o in shared if o.agreement >= level)
+                    mine = _least(known, confidences(known, curves, score), new, sure, device, level)
+                    key = f"{score}_asks_beyond_{device}_at_{level:g}"
+                    fewer.setdefault(key, []).append(1 - mine / base)
+    found |= {name: statistics.mean(values) for name, values in errors.items()}
+    return found | {f"fewer_{name}": statistics.mean(values) for name, values in fewer.items()}
+
+
+def bench_cascade(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
+    """What cascades keep of the last exit's worth, and of its compute, on prompts that did not choose them."""
+    found: dict[str, Any] = {}
+    for path in traces:
+        trace = Trace.load(path)
+        name = f"{path.stem}_{trace.header.scorer}"
+        for loss in (0.03, 0.05, 0.1, 0.2):
+            try:
+                made = calibrate_cascade(trace, max_loss=loss)
+            except ConfigError as error:
+                found[f"{name}_{loss:g}"] = str(error)
+                continue
+            t = made.tested
+            found[f"{name}_{loss:g}"] = f"{t.score:.3f} of {t.last:.3f} at {t.compute:.1%} of the compute"
+            if loss == 0.03 or f"{name}_frontier" not in found:
+                points = [f"{w.score / max(w.last, 1e-9):.3f} at {w.compute:.3f}" for w in made.frontier]
+                found[f"{name}_frontier"] = "; ".join(points)
+    return found
+
+
+async def bench_drafts(rounds: int) -> dict[str, Any]:
+    """Mode exact over 20, 50 and 100 ms round trips: drafts that stop where they do not pay, against constant ones."""
+    found: dict[str, Any] = {}
+    for round_trip_ms in (20, 50, 100):
+        relay = Relay(delay_s=round_trip_ms / 2000)
+        spent: dict[str, list[float]] = {}
+        said: dict[str, set[tuple[int, ...]]] = {prompt: set() for prompt in PROMPTS}
+        async with daemons([[5, 11], [17, 23, 29]], relay_to={1: relay}) as client:
+            for i in range(max(2, rounds)):
+                for name in ("0", "1", "2", "4", "8", "adaptive"):
+                    times = [await _drafted(client, name, prompt, said) for prompt in PROMPTS]
+                    if i:
+                        spent.setdefault(name, []).append(statistics.mean(times))
+        assert all(len(answers) == 1 for answers in said.values()), "drafts changed an answer"
+        for name, times in spent.items():
+            found[f"{round_trip_ms}_ms_draft_{name}_ms_per_token"] = 1e3 * statistics.median(times)
+        best = min((statistics.median(t), name) for name, t in spent.items() if name != "adaptive")[1]
+        ratios = [a / b for a, b in zip(spent[best], spent["adaptive"], strict=True)]
+        found[f"{round_trip_ms}_ms_adaptive_against_best_constant_{best}"] = statistics.median(ratios)
+    return found | {"goal": ">= 1 at each round trip"}
+
+
+async def _drafted(client: AsyncClient, name: str, prompt: str, said: dict[str, set[tuple[int, ...]]]) -> float:
+    options: dict[str, Any] = {"mode": "exact", "draft": 16, "policy": POLICY}
+    if name != "adaptive":
+        options = {"mode": "exact", "draft": int(name)}
+    reply = await client.generate(prompt, max_new_tokens=48, min_new_tokens=48, timeout_s=300, **options)
+    said[prompt].add(tuple(reply.token_ids))
+    return reply.stats.token_s
+
+
+def _trace(traces: Sequence[Path], scorer: Scorer) -> Trace:
+    for path in traces:
+        if (trace := Trace.load(path)).header.scorer == scorer:
+            return trace
+    raise ConfigError(f"this bench needs --trace FILE with scorer {scorer} (ruyi-flow trace)")
+
+
+def _half(trace: Trace, seed: int) -> Trace:
+    """The prompts that `choose` tunes on."""
+    order = np.random.default_rng(seed).permutation(len(trace.records))
+    return trace.of_prompts(sorted(order[: len(order) // 2].tolist()))
+
+
+def _beyond(o: Any, device: int) -> float:
+    """Share of tokens that are asked beyond an exit."""
+    return float(sum(share for p, share in o.decided.items() if p > device))
+
+
+def _least(
+    known: Trace, inside: dict[int, Floats], new: Trace, sure: dict[int, Floats], device: int, level: float
+) -> float:
+    """The least that calibrated thresholds ask beyond a device's exits at this agreement; chosen on other prompts."""
+    from ruyi_flow.routing.calibration import _path
+
+    costs = {p: 1.0 if p > device else 0.001 * p for p in known.header.exits}
+    path = _path(known, inside, costs, np.ones(len(known.prompt), bool))
+    tried = [outcome(thresholds, sure, new, costs) for thresholds in path]
+    return min((_beyond(o, device) for o in tried if o.agreement >= level), default=1.0)
