@@ -66,6 +66,7 @@ def measure_all(
         x = logits[rows].float()
         two = x.topk(2, -1).values
         lower = x - two[:, :1]
+        odds = None if probe is None or read is None else probe.forward(read[rows], x)
         for t, temperature in enumerate(temperatures):
             chances = (lower / temperature).exp_()
             total = chances.sum(-1)
@@ -79,9 +80,8 @@ def measure_all(
                 elif score is Score.NEGATIVE_ENTROPY:
                     mean = torch.linalg.vecdot(chances, lower) * first / temperature
                     out[rows, s, t] = mean - total.log()
-                elif probe is not None:
-                    assert read is not None
-                    out[rows, s, t] = measure(x, score, temperature, probe=probe, read=read[rows])
+                elif odds is not None:
+                    out[rows, s, t] = (odds / temperature).sigmoid()
     return out
 
 
