@@ -135,10 +135,10 @@ b.key { padding: 0 .5em; border-radius: 2px; font-weight: normal; margin-right: 
 {%- endfor %}</div>
 <table><tr><th>#<th>token<th>node<th>exit<th>own probability<th>confidence<th>threshold<th>why<th>the last branch
 <th>bytes up<th>ms</tr>
-{% for r in rows %}<tr style="background:{{ colours[r.node] }}44"><td>{{ loop.index0 }}<td class="t">{{ r.text }}
+{% for r in rows %}<tr style="background:{{ colours[r.node] }}44"><td>{{ loop.index0 }}<td class="t">{{ r.text }}</td>
 <td>{{ r.node }}<td>{{ r.exit }}<td>{{ "%.3f"|format(r.own) }}<td>{{ "%.3f"|format(r.confidence) }}
 <td>{% if r.threshold is not none %}{{ "%.3f"|format(r.threshold) }}{% endif %}<td>{{ r.reason }}
-<td class="t">{% if r.agrees %}the same{% else %}{{ r.last }}{% endif %}<td>{{ r.bytes_up }}
+<td class="t">{% if r.agrees %}the same{% else %}{{ r.last }}{% endif %}</td><td>{{ r.bytes_up }}
 <td>{{ "%.1f"|format(r.ms) }}</tr>
 {% endfor %}</table></html>
 """
