@@ -85,7 +85,10 @@ def trace(
 
 @app.command()
 def calibrate(
-    trace_file: Annotated[Path, typer.Argument(metavar="TRACE", help="What ruyi-flow trace wrote.")],
+    trace_files: Annotated[
+        list[Path],
+        typer.Argument(metavar="TRACE…", help="What ruyi-flow trace wrote; the prompts of several together."),
+    ],
     mode: Annotated[Mode, typer.Option(help="token or cascade: what the policy is for.")] = Mode.TOKEN,
     max_disagreement: Annotated[
         float | None,
@@ -123,7 +126,7 @@ def calibrate(
     report: Annotated[
         Path | None, typer.Option(help="Folder for a CSV and plots: what agreement costs, what confidence means.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the halving of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split into prompts that choose and prompts that test.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Choose thresholds that keep a bound on new prompts, and write them as a policy.
@@ -134,7 +137,7 @@ def calibrate(
     """
     from ruyi_flow.routing.trace import Trace
 
-    read = Trace.load(trace_file)
+    read = Trace.load(*trace_files)
     if score is not None and score not in read.header.scores:
         raise ConfigError(f"--score: the trace has no {score}; it has {', '.join(read.header.scores)}")
     budgeted = [max_escalation, max_bytes_per_token, max_latency]

@@ -1,9 +1,9 @@
 """From traces to confidences that mean something, and to thresholds that keep a bound on new prompts.
 
 The bound is Learn then Test's (Angelopoulos, Bates, Candès, Jordan and Lei 2021): thresholds are put in an order, from
-timid to bold, on one half of the prompts (as in Pareto Testing, Laufer-Goldshtein et al. 2023), and tested in that
-order on the other half until a test fails. A test bets on a mean being below its bound (Waudby-Smith and Ramdas 2024),
-prompt by prompt, since tokens of one answer hang together; how much it bets is learned on the first half.
+timid to bold, on some of the prompts (as in Pareto Testing, Laufer-Goldshtein et al. 2023), and tested in that
+order on the others until a test fails. A test bets on a mean being below its bound (Waudby-Smith and Ramdas 2024),
+prompt by prompt, since tokens of one answer hang together; how much it bets is learned on the first ones.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ __all__ = [
     "outcome",
     "raw_confidences",
     "reliability",
+    "split",
 ]
 
 Floats = NDArray[np.float64]
@@ -49,6 +50,9 @@ Bools = NDArray[np.bool_]
 
 _POINTS = 24
 """Of a curve."""
+
+_TUNING = 0.3
+"""Share of the prompts that choose curves and thresholds."""
 
 _NEVER = 1.1
 """A threshold that no confidence reaches."""
@@ -193,6 +197,17 @@ class Calibrated:
     """What the policy costs on those prompts."""
 
 
+def split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the prompts that choose, and of those that test; ascending.
+
+    Testing takes more of them: how far below the bound a rate must be to pass falls with the root of their number, and
+    curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
+    """
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    first = max(1, round(_TUNING * count))
+    return sorted(order[:first]), sorted(order[first:])
+
+
 def calibrate(
     trace: Trace,
     *,
@@ -205,16 +220,16 @@ def calibrate(
 ) -> Calibrated:
     """A policy for mode `token` from a trace.
 
-    The curves are fitted on the half of the prompts that the thresholds are tuned on. Several scores are a search on
-    that half too; the winner alone is tested.
+    The curves are fitted on the prompts that the thresholds are tuned on. Several scores are a search on these too; the
+    winner alone is tested.
 
     Args:
         trace: prompts of the kind that is to come.
         max_disagreement, sureness: see `choose`; without a bound, the thresholds that agree most within the budget.
         scores: to choose from; all of the trace's when left out.
-        budget: what the thresholds may cost on the tuning half.
+        budget: what the thresholds may cost on the prompts that choose them.
         deployment: where; left out, a first node with the first exit and one with all others.
-        seed: of the halving.
+        seed: of the split.
 
     Raises:
         ConfigError: see `choose`; or no thresholds stay within the budget.
@@ -225,8 +240,7 @@ def calibrate(
         check_shares({"the bound on disagreement": max_disagreement, "the sureness": sureness})
     header, count = trace.header, len(trace.records)
     deployment = deployment or Deployment((header.exits[0], header.exits[-1]), (2 * header.hidden_size + 16,))
-    order = np.random.default_rng(seed).permutation(count)
-    tune, test = (trace.of_prompts(sorted(part.tolist())) for part in (order[: count // 2], order[count // 2 :]))
+    tune, test = (trace.of_prompts(part) for part in split(count, seed))
     fitted = fit(tune)
     costs = {p: float(p + 1) for p in header.exits}  # trunk layers and a branch
 
@@ -308,14 +322,13 @@ def frontier(
     *,
     seed: int = 0,
 ) -> list[Point]:
-    """What agreement costs with calibrated thresholds, and with what they must beat, on one half of the prompts.
+    """What agreement costs with calibrated thresholds, and with what they must beat, on the prompts that test.
 
-    The thresholds come from the other half. Beside them: one threshold for all exits on the branches' own probability;
-    deciding at random exits; and always the same exit.
+    The thresholds come from those that choose. Beside them: one threshold for all exits on the branches' own
+    probability; deciding at random exits; and always the same exit.
     """
-    order = np.random.default_rng(seed).permutation(len(trace.records))
-    tune = np.isin(trace.prompt, order[: len(order) // 2])
-    half = trace.of_prompts(sorted(order[len(order) // 2 :].tolist()))
+    tuning, testing = split(len(trace.records), seed)
+    tune, half = np.isin(trace.prompt, tuning), trace.of_prompts(testing)
     inside, raw = {p: c[~tune] for p, c in confidence.items()}, raw_confidences(half)
     exits, last = list(trace.agrees), trace.header.exits[-1]
 
@@ -369,21 +382,21 @@ def choose(
 
     Args:
         trace: prompts of the kind that is to come.
-        confidence: by early exit, (N,) calibrated; `fit` must not have seen these prompts' second half to be honest
+        confidence: by early exit, (N,) calibrated; `fit` must not have seen the prompts that test to be honest
             about calibration, but the bound holds whatever the confidences are.
         costs: of deciding a token at each exit.
         max_disagreement: the bound: tokens decided early that are not the last exit's, over all tokens decided early.
         sureness: the probability, over the draw of the prompts, with which the bound holds.
-        path: thresholds to choose from, timid to bold, from the first half; made when left out.
-        seed: of the halving.
+        path: thresholds to choose from, timid to bold, from the prompts that choose; made when left out.
+        seed: of the split.
 
     Raises:
         ConfigError: numbers that cannot be, or prompts that are too few; it says how many it takes.
     """
     check_shares({"the bound on disagreement": max_disagreement, "the sureness": sureness})
     count = len(trace.records)
-    order = np.random.default_rng(seed).permutation(count)
-    tune, test = np.isin(trace.prompt, order[: count // 2]), np.isin(trace.prompt, order[count // 2 :])
+    tuning, testing = split(count, seed)
+    tune, test = np.isin(trace.prompt, tuning), np.isin(trace.prompt, testing)
     path = path or _path(trace, confidence, costs, tune)
     tried = [best_bet(*_bounded(t, confidence, trace, tune, max_disagreement)) for t in path]
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
@@ -401,7 +414,7 @@ def choose(
             f"{count} prompts cannot show a disagreement of at most {max_disagreement:g} with a sureness of "
             f"{sureness:g}: trace {more_prompts(count, most, sureness)} more of the same kind, or allow more"
         )
-    half = trace.of_prompts(sorted(order[count // 2 :].tolist()))
+    half = trace.of_prompts(testing)
     inside = {p: c[test] for p, c in confidence.items()}
     return Choice(best, outcome(best, confidence, trace, costs), outcome(best, inside, half, costs), len(half.records))
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Floats, apply, best_bet, best_score, check_shares, fit, grown, more_prompts
+from ruyi_flow.routing.calibration import (
+    Floats,
+    apply,
+    best_bet,
+    best_score,
+    check_shares,
+    fit,
+    grown,
+    more_prompts,
+    split,
+)
 from ruyi_flow.routing.confidence import Calibration, Score
 from ruyi_flow.routing.policy import NEVER, WINDOW
 from ruyi_flow.routing.policy_file import PolicyFile, StartRule, curve_points
@@ -141,7 +151,7 @@ def calibrate_cascade(
 ) -> CascadeChoice:
     """A policy for mode `cascade` from a trace: the cheapest whose answers lose at most a share of their worth.
 
-    Half of the prompts fit the curves and the rule for the start, and order the settings; the other half tests them.
+    Some of the prompts fit the curves and the rule for the start, and order the settings; the others test them.
 
     Args:
         trace: prompts of the kind that is to come. Its scorer says what an answer is worth.
@@ -149,7 +159,7 @@ def calibrate_cascade(
         sureness: the probability, over the draw of the prompts, with which that holds.
         score: what confidence is made of; left out, what predicts agreement best.
         window: tokens of the running confidence.
-        seed: of the halving.
+        seed: of the split.
         report: told how many settings are tried, and of how many.
 
     Raises:
@@ -157,12 +167,11 @@ def calibrate_cascade(
     """
     check_shares({"the bound on loss": max_loss, "the sureness": sureness})
     header, count = trace.header, len(trace.records)
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    halves = order[: count // 2], order[count // 2 :]
-    tune = trace.of_prompts(sorted(halves[0]))
+    tuned, tested_on = split(count, seed)
+    tune = trace.of_prompts(tuned)
     curves = fit(tune)
     score = score or best_score(tune, curves)
-    tuning, testing = (_Prompts(trace, sorted(half), curves, score, window) for half in halves)
+    tuning, testing = (_Prompts(trace, part, curves, score, window) for part in (tuned, tested_on))
     weights = tuning.regression()
     settings = [Setting(c, b) for c in _CHANCES for b in _BOUNDS] + [Setting(NEVER, 0.0)]
     found: list[Worth] = []
@@ -199,7 +208,7 @@ def calibrate_cascade(
             "sureness": sureness,
             "scorer": str(header.scorer),
             "prompts": count,
-            "tested_on": len(halves[1]),
+            "tested_on": len(tested_on),
             "score": round(tested.score, 4),
             "last_score": round(tested.last, 4),
             "compute": round(tested.compute, 4),
@@ -207,7 +216,7 @@ def calibrate_cascade(
             "max_new_tokens": header.max_new_tokens,
         },
     )
-    return CascadeChoice(policy, tested, len(halves[1]), [testing.worth(setting, weights) for setting in path])
+    return CascadeChoice(policy, tested, len(tested_on), [testing.worth(setting, weights) for setting in path])
 
 
 @dataclass(frozen=True, slots=True)

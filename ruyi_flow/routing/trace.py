@@ -21,7 +21,7 @@ A reader refuses versions other than its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -222,17 +222,26 @@ class Trace:
         )
 
     @classmethod
-    def load(cls, path: Path) -> Trace:
-        """Of a whole file.
+    def load(cls, *paths: Path) -> Trace:
+        """Of one whole file or several, whose prompts are taken together.
 
         Raises:
-            ConfigError: it is not a trace, or an empty one.
+            ConfigError: one is not a trace, or an empty one, or they are of different things.
         """
-        header, records = read(path)
+        header, records = read(paths[0])
+        for path in paths[1:]:
+            other, more = read(path)
+            if replace(other, max_new_tokens=header.max_new_tokens, prompts=header.prompts) != header:
+                raise ConfigError(
+                    f"{path}: of another family, format or scorer than {paths[0]}; they do not go together"
+                )
+            longest = max(header.max_new_tokens, other.max_new_tokens)
+            header = replace(header, max_new_tokens=longest)
+            records += more
         try:
             return cls.of(header, records)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{paths[0]}: {error}") from None
 
     def of_prompts(self, chosen: Sequence[int]) -> Trace:
         """The trace of some of its prompts, 0 … P-1."""

@@ -13,7 +13,7 @@ import numpy as np
 from ruyi_flow.chain import Walk
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Floats, choose, confidences, ece, fit, outcome, raw_confidences
+from ruyi_flow.routing.calibration import Floats, choose, confidences, ece, fit, outcome, raw_confidences, split
 from ruyi_flow.routing.cascade import calibrate_cascade
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Judge, Policy, Routing
@@ -66,7 +66,7 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
     for bound in (0.02, 0.05, 0.1):
         held, used, early, without = 0, [], [], 0
         for seed, (known, new) in enumerate(halves):
-            curves = fit(_half(known, seed))
+            curves = fit(_tuned(known, seed))
             sure, score = confidences(known, curves, scores[-1]), scores[-1]
             try:
                 chosen = choose(known, sure, costs, max_disagreement=bound, seed=seed).thresholds
@@ -153,16 +153,15 @@ async def _drafted(client: AsyncClient, name: str, prompt: str, said: dict[str, 
 
 
 def _trace(traces: Sequence[Path], scorer: Scorer) -> Trace:
-    for path in traces:
-        if (trace := Trace.load(path)).header.scorer == scorer:
-            return trace
-    raise ConfigError(f"this bench needs --trace FILE with scorer {scorer} (ruyi-flow trace)")
+    fitting = [path for path in traces if Trace.load(path).header.scorer == scorer]
+    if not fitting:
+        raise ConfigError(f"this bench needs --trace FILE with scorer {scorer} (ruyi-flow trace)")
+    return Trace.load(*fitting)
 
 
-def _half(trace: Trace, seed: int) -> Trace:
+def _tuned(trace: Trace, seed: int) -> Trace:
     """The prompts that `choose` tunes on."""
-    order = np.random.default_rng(seed).permutation(len(trace.records))
-    return trace.of_prompts(sorted(order[: len(order) // 2].tolist()))
+    return trace.of_prompts(split(len(trace.records), seed)[0])
 
 
 def _beyond(o: Any, device: int) -> float:

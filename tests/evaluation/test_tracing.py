@@ -157,6 +157,17 @@ def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Asked], 
     assert broken.read_bytes() == whole.read_bytes()
 
 
+def test_traces_of_one_kind_go_together(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
+    record(family, prompts[:3], tmp_path / "a", max_new_tokens=8)
+    record(family, prompts[3:], tmp_path / "b", max_new_tokens=12)
+    record(family, prompts, tmp_path / "c", scorer=Scorer.NUMBER, max_new_tokens=8)
+    both = Trace.load(tmp_path / "a", tmp_path / "b")
+    assert len(both.records) == len(prompts) and both.header.max_new_tokens == 12
+    assert both.prompt.max() == len(prompts) - 1
+    with pytest.raises(ConfigError, match="they do not go together"):
+        Trace.load(tmp_path / "a", tmp_path / "c")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -75,7 +75,7 @@ def test_the_bound_holds_on_new_prompts_and_is_used(world: Trace, bound: float) 
         found = outcome(choice.thresholds, confidences(world, calibration, Score.MARGIN), world, COSTS)
         kept += found.disagreement <= bound
         used.append(found.disagreement / bound)
-        assert found.cost < 3.0 and choice.prompts == 600
+        assert found.cost < 3.0 and choice.prompts == 840
     assert kept >= 11  # 95 % of 12 is 11.4
     assert np.mean(used) > 0.5
 
