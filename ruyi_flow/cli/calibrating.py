@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.options import JsonOption, MaxOption
 from ruyi_flow.display import counting_bar, out, print_json, progress_bar
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.trace import Scorer
 from ruyi_flow.types import Mode
@@ -209,11 +210,17 @@ def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deplo
             raise ConfigError("--max-latency needs --topology: the running nodes whose times count")
         return None
     from ruyi_flow.evaluation.deployment import deployment_of, measure
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint
     from ruyi_flow.topology import Topology
 
     loaded = Topology.load(topology)
     if loaded.all_exits != trace.header.exits:
         raise ConfigError(f"{topology} has exits {list(loaded.all_exits)}, the trace {list(trace.header.exits)}")
+    with suppress(CheckpointError):  # the family need not be on this machine
+        held = Checkpoint(store.locate(loaded.family), loaded.exits).fingerprint
+        if held != trace.header.family:
+            raise ConfigError(f"{topology} is of family {held[:12]}, the trace of {trace.header.family[:12]}")
     if not measured:
         return deployment_of(loaded, trace.header.hidden_size)
     with progress_bar("measuring the nodes"):

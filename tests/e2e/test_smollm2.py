@@ -9,11 +9,15 @@ import torch
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.testing import cluster, cut_topology
+from ruyi_flow.types import Reason
 from tests.theirs import as_transformers
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
+POLICY = Path(__file__).parents[2] / "configs/policies/smollm2-5-percent.yaml"
 PROMPTS = ["Why is the sky blue?", "Write a haiku about the sea.", "List three prime numbers above 20."]
 
 
@@ -71,6 +75,22 @@ async def test_fixed_over_nodes_is_the_family_in_one_process(family: Family, smo
             reply = await client.generate(PROMPTS[1], mode="fixed", exit=exit, draft=draft, max_new_tokens=16)
             assert reply.token_ids == expected
             assert nodes.engines["n2"].shard.pool.used == 0, "nothing goes deeper than the exit"
+        await nodes.settle()
+
+
+async def test_the_packages_policy_is_the_demo_familys(smollm2: Path) -> None:
+    policy = PolicyFile.load(POLICY)
+    assert policy.family == Checkpoint(smollm2).fingerprint and policy.score is Score.PROBE
+    cuts = [[5, 11], [17, 23], [29]]
+    async with cluster(cut_topology(smollm2, cuts)) as nodes, AsyncClient(nodes.topology) as client:
+        asked = {"max_new_tokens": 32, "policy": POLICY}
+        exact = await client.generate(PROMPTS[0], mode="exact", draft=8, **asked)
+        assert exact.token_ids == (await client.generate(PROMPTS[0], mode="exact", draft=0, **asked)).token_ids
+        reply = await client.generate(PROMPTS[0], **asked)
+        assert {t.reason for t in reply.tokens} <= {Reason.CONFIDENT, Reason.DEEPEST}
+        for token in reply.tokens:
+            assert token.exit == 29 or token.confidence >= policy.thresholds[token.exit]
+        assert any(token.exit < 29 for token in reply.tokens)
         await nodes.settle()
 
 

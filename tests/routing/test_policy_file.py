@@ -119,7 +119,7 @@ def test_calibrate_writes_what_a_topology_can_name(
 
 
 def test_calibrate_fits_a_budget_or_a_cascade(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace, out, topology = tmp_path / "t.msgpack", tmp_path / "p.yaml", tmp_path / "t.yaml"
     with Writer(trace, replace(HEADER, branch_layers=(1, 1, 1), layer_flops=1.0)) as writer:
@@ -164,6 +164,9 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     ):
         code, _, said = run(*arguments)
         assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    topology.write_text(yaml.safe_dump({"family": str(tiny), "nodes": nodes, "links": links}))
+    code, _, said = run("--max-escalation", "0.5", *given)
+    assert code == 2 and "the trace of ffffffffffff" in said
     nodes[0]["exits"] = [1, 2]
     topology.write_text(yaml.safe_dump({"family": "x", "nodes": nodes, "links": links}))
     code, _, said = run("--max-escalation", "0.5", *given)
