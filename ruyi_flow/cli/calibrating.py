@@ -265,7 +265,7 @@ def _cascade(
     )
     for worth in found.frontier:
         chosen = "bold" if worth == found.tested else None
-        chance = "(the first exit)" if worth.setting.chance == 0 else f"{worth.setting.chance:.2f}"
+        chance = f"(exit {worth.setting.first})" if worth.setting.chance == 0 else f"{worth.setting.chance:.2f}"
         chance = "(the last exit)" if worth.setting.chance > 1 else chance
         shares = [f"{share:.1%}" for share in worth.decided.values()]
         worths = (f"{worth.score / max(1e-9, worth.last):.1%}", f"{worth.compute:.1%}")

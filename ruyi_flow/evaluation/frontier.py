@@ -28,10 +28,12 @@ def write_cascade(out: Path, frontier: Sequence[Worth]) -> list[Path]:
     table, drawn = out / "cascade.csv", out / "cascade.png"
     with table.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["chance", "bound", "score", "last_score", "compute", *(f"at_{p}" for p in frontier[0].decided)])
+        rows.writerow(
+            ["chance", "bound", "first", "score", "last_score", "compute", *(f"at_{p}" for p in frontier[0].decided)]
+        )
         for w in frontier:
             numbers = (w.score, w.last, w.compute, *w.decided.values())
-            rows.writerow([w.setting.chance, w.setting.bound, *(f"{n:.5f}" for n in numbers)])
+            rows.writerow([w.setting.chance, w.setting.bound, w.setting.first, *(f"{n:.5f}" for n in numbers)])
     figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
     points = sorted((w.compute, w.score / max(1e-9, w.last)) for w in frontier)
     axis.plot([x for x, _ in points], [y for _, y in points], "o-", markersize=4)

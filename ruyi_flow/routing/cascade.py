@@ -33,7 +33,7 @@ from ruyi_flow.types import Mode
 
 __all__ = ["CascadeChoice", "Part", "Setting", "Worth", "calibrate_cascade", "flops", "follow"]
 
-_CHANCES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+_CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 _BOUNDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
 
 
@@ -51,9 +51,10 @@ class Setting:
     """What is chosen: how likely as good an exit's answer must be to begin, and how sure it must stay."""
 
     chance: float
-    """0 begins with the shallowest exit; above 1 with the last one."""
+    """0 begins with the exit `first`, whatever the prompt; above 1 with the last one."""
     bound: float
     """0 never leaves an answer to a deeper exit."""
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def calibrate_cascade(
         max_loss: share of the last exit's worth that may be lost, on average over prompts.
         sureness: the probability, over the draw of the prompts, with which that holds.
         score: what confidence is made of; left out, what predicts agreement best.
-        window: tokens of the running confidence.
+        window: tokens of the running confidence; no more than an answer has.
         seed: of the split.
         report: told how many settings are tried, and of how many.
 
@@ -167,6 +168,7 @@ def calibrate_cascade(
     """
     check_shares({"the bound on loss": max_loss, "the sureness": sureness})
     header, count = trace.header, len(trace.records)
+    window = min(window, header.max_new_tokens)
     tuned, tested_on = split(count, seed)
     tune = trace.of_prompts(tuned)
     curves = fit(tune)
@@ -174,6 +176,7 @@ def calibrate_cascade(
     tuning, testing = (_Prompts(trace, part, curves, score, window) for part in (tuned, tested_on))
     weights = tuning.regression()
     settings = [Setting(c, b) for c in _CHANCES for b in _BOUNDS] + [Setting(NEVER, 0.0)]
+    settings += [Setting(0.0, b, p) for p in header.exits[:-1] for b in _BOUNDS]
     found: list[Worth] = []
     for i, setting in enumerate(settings):
         found.append(tuning.worth(setting, weights))
@@ -199,7 +202,7 @@ def calibrate_cascade(
         family=header.family,
         mode=Mode.CASCADE,
         score=score,
-        thresholds=dict.fromkeys(header.exits[:-1], best.bound if best.chance <= 1 else 1.1),
+        thresholds={p: best.bound if p >= best.first and best.chance <= 1 else 1.1 for p in header.exits[:-1]},
         curves=curve_points(curves.curves[score]),
         window=window,
         start=None if best.chance in (0.0, NEVER) else StartRule(weights=weights, chance=best.chance),
@@ -292,7 +295,9 @@ class _Prompts:
         exits, record = self.header.exits, self.records[i]
         reads = 0 < setting.chance <= 1
         start = Start(weights, setting.chance) if reads else None
-        first = start.exit(self.readings[i], exits[-1]) if start else exits[0] if setting.chance == 0 else exits[-1]
+        first = (
+            start.exit(self.readings[i], exits[-1]) if start else setting.first if setting.chance == 0 else exits[-1]
+        )
         key = (i, first, setting.bound, reads)
         if key not in self._known:
             parts = follow(self.header, self.sure[i], setting.bound, self.window, first)
