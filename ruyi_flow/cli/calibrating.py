@@ -155,15 +155,17 @@ def calibrate(
     budget = Budget(*budgeted) if any(value is not None for value in budgeted) else None
     if budget is None and max_disagreement is None:
         max_disagreement = 0.05
-    found = calibration.calibrate(
-        read,
-        max_disagreement=max_disagreement,
-        sureness=sureness,
-        scores=None if score is None else (score,),
-        budget=budget,
-        deployment=_deployment(topology, read, measured=max_latency is not None),
-        seed=seed,
-    )
+    deployment = _deployment(topology, read, measured=max_latency is not None)
+    with progress_bar("choosing thresholds", quiet=as_json):
+        found = calibration.calibrate(
+            read,
+            max_disagreement=max_disagreement,
+            sureness=sureness,
+            scores=None if score is None else (score,),
+            budget=budget,
+            deployment=deployment,
+            seed=seed,
+        )
     written = [out_file]
     if report is not None:
         from ruyi_flow.evaluation import frontier

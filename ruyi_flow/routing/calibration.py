@@ -40,6 +40,7 @@ __all__ = [
     "grown",
     "more_prompts",
     "outcome",
+    "path",
     "raw_confidences",
     "reliability",
     "split",
@@ -244,28 +245,28 @@ def calibrate(
     fitted = fit(tune)
     costs = {p: float(p + 1) for p in header.exits}  # trunk layers and a branch
 
-    def affordable(inside: Mapping[int, Floats]) -> list[dict[int, float]]:
-        path = _path(tune, inside, costs, np.ones(len(tune.prompt), bool))
+    def affordable(inside: Mapping[int, Floats], prices: int) -> list[dict[int, float]]:
+        found = path(tune, inside, costs, prices=prices)
         if budget is None:
-            return path
+            return found
         always = [dict.fromkeys(header.exits[:-1], 0.0)]
-        return [t for t in path + always if budget.keeps(spent(_walk(t, inside, tune)[2], tune, deployment))]
+        return [t for t in found + always if budget.keeps(spent(_walk(t, inside, tune)[2], tune, deployment))]
 
     def rank(score: Score) -> float:
         """What a score's best thresholds cost; without a bound, how much they disagree."""
         inside = confidences(tune, fitted, score)
-        tried = [outcome(thresholds, inside, tune, costs) for thresholds in affordable(inside)]
+        tried = [outcome(thresholds, inside, tune, costs) for thresholds in affordable(inside, 60)]
         if max_disagreement is None:
             return min((1 - o.agreement for o in tried), default=math.inf)
         return min((o.cost for o in tried if o.disagreement <= max_disagreement), default=math.inf)
 
     score = min(scores or [Score(name) for name in header.scores], key=rank)
     inside, confidence = confidences(tune, fitted, score), confidences(trace, fitted, score)
-    path = affordable(inside)
-    if not path:
+    choices = affordable(inside, 240)
+    if not choices:
         raise ConfigError("no thresholds stay within the budget, not even the shallowest exit alone; allow more")
     if max_disagreement is None:
-        best = max(path, key=lambda thresholds: outcome(thresholds, inside, tune, costs).agreement)
+        best = max(choices, key=lambda thresholds: outcome(thresholds, inside, tune, costs).agreement)
         unseen = confidences(test, fitted, score)
         tested = outcome(best, unseen, test, costs)
         choice = Choice(best, outcome(best, confidence, trace, costs), tested, len(test.records))
@@ -276,7 +277,7 @@ def calibrate(
             costs,
             max_disagreement=max_disagreement,
             sureness=sureness,
-            path=path if budget is not None else None,
+            choices=choices,
             seed=seed,
         )
     unseen, raw = confidences(test, fitted, score), raw_confidences(test)
@@ -338,7 +339,7 @@ def frontier(
 
     points = [
         point("calibrated", " ".join(f"{p}={t:.3f}" for p, t in thresholds.items()), thresholds, inside)
-        for thresholds in _path(trace, confidence, costs, tune)
+        for thresholds in path(trace, confidence, costs, tune, prices=60)
     ]
     for t in np.linspace(0.3, 1.0, 71).tolist():
         points.append(point("uncalibrated", f"{t:.2f}", dict.fromkeys(exits, t), raw))
@@ -375,7 +376,7 @@ def choose(
     *,
     max_disagreement: float,
     sureness: float = 0.95,
-    path: list[dict[int, float]] | None = None,
+    choices: Sequence[Mapping[int, float]] | None = None,
     seed: int = 0,
 ) -> Choice:
     """The cheapest thresholds whose disagreement is at most the bound on new prompts, with this sureness.
@@ -387,7 +388,7 @@ def choose(
         costs: of deciding a token at each exit.
         max_disagreement: the bound: tokens decided early that are not the last exit's, over all tokens decided early.
         sureness: the probability, over the draw of the prompts, with which the bound holds.
-        path: thresholds to choose from, timid to bold, from the prompts that choose; made when left out.
+        choices: thresholds to choose from, timid to bold, from the prompts that choose; made when left out.
         seed: of the split.
 
     Raises:
@@ -397,18 +398,18 @@ def choose(
     count = len(trace.records)
     tuning, testing = split(count, seed)
     tune, test = np.isin(trace.prompt, tuning), np.isin(trace.prompt, testing)
-    path = path or _path(trace, confidence, costs, tune)
-    tried = [best_bet(*_bounded(t, confidence, trace, tune, max_disagreement)) for t in path]
+    choices = choices or path(trace, confidence, costs, tune)
+    tried = [best_bet(*_bounded(t, confidence, trace, tune, max_disagreement)) for t in choices]
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
-    start = max(range(len(path)), key=lambda i: tried[i][1])
+    start = max(range(len(choices)), key=lambda i: tried[i][1])
     best: dict[int, float] | None = None
     most = 0.0
-    for thresholds, (bet, _) in zip(path[start:], tried[start:], strict=True):
+    for thresholds, (bet, _) in zip(choices[start:], tried[start:], strict=True):
         capital = grown(bet, *_bounded(thresholds, confidence, trace, test, max_disagreement))
         most = max(most, capital)
         if capital < -math.log(1 - sureness):
             break
-        best = thresholds
+        best = dict(thresholds)
     if best is None:
         raise ConfigError(
             f"{count} prompts cannot show a disagreement of at most {max_disagreement:g} with a sureness of "
@@ -481,20 +482,26 @@ def _walk(
     return early, wrong, at
 
 
-def _path(
-    trace: Trace, confidence: Mapping[int, Floats], costs: Mapping[int, float], tune: Bools
+def path(
+    trace: Trace,
+    confidence: Mapping[int, Floats],
+    costs: Mapping[int, float],
+    tune: Bools | None = None,
+    *,
+    prices: int = 240,
 ) -> list[dict[int, float]]:
     """Thresholds from timid to bold: those that cost least at many prices of a differing token.
 
     At each price by coordinate descent, where an exit's best threshold, the others given, is exact.
     """
     exits, last = list(trace.agrees), trace.header.exits[-1]
+    tune = np.ones(len(trace.prompt), bool) if tune is None else tune
     sure = {p: confidence[p][tune] for p in exits}
     wrong = {p: ~trace.agrees[p][tune] for p in exits}
     order = {p: np.argsort(-sure[p], kind="stable") for p in exits}
     found: dict[tuple[float, ...], float] = {}
     thresholds = dict.fromkeys(exits, _NEVER)
-    for price in np.geomspace(3e3, 0.3, 60) * max(costs.values()):
+    for price in np.geomspace(3e3, 0.3, prices) * max(costs.values()):
         losses = {p: costs[p] + price * wrong[p] for p in exits}
         for _ in range(4):
             before = dict(thresholds)

@@ -13,7 +13,7 @@ import numpy as np
 from ruyi_flow.chain import Walk
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Floats, choose, confidences, ece, fit, outcome, raw_confidences, split
+from ruyi_flow.routing.calibration import Floats, choose, confidences, ece, fit, outcome, path, raw_confidences, split
 from ruyi_flow.routing.cascade import calibrate_cascade
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Judge, Policy, Routing
@@ -87,13 +87,14 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
     fewer: dict[str, list[float]] = {}
     for known, new in splits[:10]:
         curves, raw = fit(known), raw_confidences(new)
-        shared = [(t, outcome(dict.fromkeys(raw, t), raw, new, costs)) for t in np.linspace(0.5, 0.999, 60)]
+        shared = [(t, outcome(dict.fromkeys(raw, t), raw, new, costs)) for t in np.linspace(0.2, 0.999, 120)]
         for score in scores:
             sure = confidences(new, curves, score)
             for p, agrees in new.agrees.items():
                 errors.setdefault(f"ece_{score}_exit_{p}", []).append(ece(sure[p], agrees))
-            for device in (trace.header.exits[0], trace.header.exits[1]):
-                for level in (0.95, 0.97, 0.99):
+                errors.setdefault(f"auc_{score}_exit_{p}", []).append(_auc(sure[p], agrees))
+            for device in (trace.header.exits[1], trace.header.exits[-2]):
+                for level in (0.8, 0.85, 0.9, 0.95):
                     base = min(_beyond(o, device) for _, o in shared if o.agreement >= level)
                     mine = _least(known, confidences(known, curves, score), new, sure, device, level)
                     key = f"{score}_asks_beyond_{device}_at_{level:g}"
@@ -105,9 +106,9 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
 def bench_cascade(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
     """What cascades keep of the last exit's worth, and of its compute, on prompts that did not choose them."""
     found: dict[str, Any] = {}
-    for path in traces:
-        trace = Trace.load(path)
-        name = f"{path.stem}_{trace.header.scorer}"
+    for file in traces:
+        trace = Trace.load(file)
+        name = f"{file.stem}_{trace.header.scorer}"
         for loss in (0.03, 0.05, 0.1, 0.2):
             try:
                 made = calibrate_cascade(trace, max_loss=loss)
@@ -154,10 +155,19 @@ async def _drafted(client: AsyncClient, name: str, prompt: str, said: dict[str, 
 
 
 def _trace(traces: Sequence[Path], scorer: Scorer) -> Trace:
-    fitting = [path for path in traces if Trace.load(path).header.scorer == scorer]
+    fitting = [file for file in traces if Trace.load(file).header.scorer == scorer]
     if not fitting:
         raise ConfigError(f"this bench needs --trace FILE with scorer {scorer} (ruyi-flow trace)")
     return Trace.load(*fitting)
+
+
+def _auc(sure: Floats, agrees: Any) -> float:
+    """Area under the ROC curve, of the raw order: how often a token that agrees is surer than one that does not."""
+    values, ranks = np.unique(sure, return_inverse=True)
+    counts = np.bincount(ranks)
+    middle = np.cumsum(counts) - (counts - 1) / 2
+    yes = int(agrees.sum())
+    return float((middle[ranks][agrees].sum() - yes * (yes + 1) / 2) / (yes * (len(agrees) - yes)))
 
 
 def _tuned(trace: Trace, seed: int) -> Trace:
@@ -174,9 +184,6 @@ def _least(
     known: Trace, inside: dict[int, Floats], new: Trace, sure: dict[int, Floats], device: int, level: float
 ) -> float:
     """The least that calibrated thresholds ask beyond a device's exits at this agreement; chosen on other prompts."""
-    from ruyi_flow.routing.calibration import _path
-
     costs = {p: 1.0 if p > device else 0.001 * p for p in known.header.exits}
-    path = _path(known, inside, costs, np.ones(len(known.prompt), bool))
-    tried = [outcome(thresholds, sure, new, costs) for thresholds in path]
+    tried = [outcome(thresholds, sure, new, costs) for thresholds in path(known, inside, costs)]
     return min((_beyond(o, device) for o in tried if o.agreement >= level), default=1.0)
