@@ -23,6 +23,7 @@ async def daemons(
     cuts: list[list[int]],
     *,
     encoding: str = "bf16",
+    dtype: str = "bfloat16",
     relay_to: dict[int, Relay] | None = None,
     cores: list[int] | None = None,
 ) -> AsyncIterator[AsyncClient]:
@@ -34,7 +35,7 @@ async def daemons(
         data = {
             "family": store.DEMO,
             "nodes": [
-                {"name": n, "address": a, "exits": e, "threads": 1, "cores": cores}
+                {"name": n, "address": a, "exits": e, "threads": 1, "cores": cores, "dtype": dtype}
                 for n, a, e in zip(names, addresses, cuts, strict=True)
             ],
             "links": [
