@@ -18,7 +18,7 @@ from ruyi_flow.runtime.stage import CHUNK, ShardSession
 from ruyi_flow.runtime.worker import Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
-__all__ = ["Chain", "Look", "Round", "Walk", "decode"]
+__all__ = ["Chain", "Look", "Pace", "Round", "Walk", "decode"]
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
@@ -118,40 +118,71 @@ class Round:
     """Those of them that hold."""
 
 
-class _Pace:
-    """How long drafting and asking take in a session, and with it how far to draft: running means of what it saw."""
+class Pace:
+    """What drafting and asking take on an entry node, over all its sessions: running means of what it saw.
+
+    Whether to draft at all is decided by what rounds with drafts and rounds without them have cost a token, since that
+    counts everything: the product with the vocabulary that only a drafter needs, and checking more rows deeper.
+    """
+
+    _TRIES, _AGAIN = 3, 16
+    """Rounds of each kind before they are compared, and how often the worse one is tried again."""
 
     def __init__(self) -> None:
-        self._step_s = self._ask_s = 0.0
-        self._last = self._drafting_s = 0.0
-        self._steps = 0
-        self._kept = self._expected = 1.0
+        self.step_s = self.ask_s = 0.0
+        self._spent = {False: 0.0, True: 0.0}
+        self._tokens = {False: 0.0, True: 0.0}
+        self._tried = {False: 0, True: 0}
+        self._rounds = 0
 
-    def start(self) -> None:
-        """A round begins."""
-        self._last, self._drafting_s, self._steps = time.perf_counter(), 0.0, 0
+    def stepped(self, took: float) -> None:
+        """The drafter has run one position more."""
+        self.step_s = took if self.step_s == 0 else 0.8 * self.step_s + 0.2 * took
+
+    def asked(self, took: float) -> None:
+        """What a round took beyond its drafting."""
+        self.ask_s = took if self.ask_s == 0 else 0.7 * self.ask_s + 0.3 * took
+
+    def settled(self, drafted: bool, took: float, tokens: int) -> None:
+        """A round has ended."""
+        self._spent[drafted] = 0.9 * self._spent[drafted] + took
+        self._tokens[drafted] = 0.9 * self._tokens[drafted] + tokens
+        self._tried[drafted] += 1
+
+    def drafts(self) -> bool:
+        """Whether the next round should draft."""
+        for kind in (True, False):
+            if self._tried[kind] < self._TRIES:
+                return kind
+        self._rounds += 1
+        better = self._spent[True] * self._tokens[False] <= self._spent[False] * self._tokens[True]
+        return better if self._rounds % self._AGAIN else not better
+
+
+class _Length:
+    """How far one round drafts, by the pace and each draft's chance to hold."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace, self._last = pace, time.perf_counter()
+        self.drafting_s = 0.0
+        self._steps = 0
         self._kept = self._expected = 1.0
 
     def stepped(self) -> None:
         """The drafter has run one position."""
         now = time.perf_counter()
         took, self._last = now - self._last, now
-        self._drafting_s += took
+        self.drafting_s += took
         self._steps += 1
         if self._steps > 1:  # the first one may be a prompt
-            self._step_s = took if self._step_s == 0 else 0.8 * self._step_s + 0.2 * took
-
-    def asked(self, round_s: float) -> None:
-        """A round that asked deeper has ended."""
-        took = max(0.0, round_s - self._drafting_s)
-        self._ask_s = took if self._ask_s == 0 else 0.7 * self._ask_s + 0.3 * took
+            self._pace.stepped(took)
 
     def goes_on(self, confidence: float) -> bool:
         """Whether the token that was just drafted, with this chance to hold, should be followed by another."""
-        if self._ask_s == 0 or self._step_s == 0:
+        pace = self._pace
+        if pace.ask_s == 0 or pace.step_s == 0:
             return True  # nothing is known yet
-        spent_s = self._ask_s + self._drafting_s
-        going = pays(self._kept, self._expected, spent_s, confidence, self._step_s)
+        going = pays(self._kept, self._expected, pace.ask_s + self.drafting_s, confidence, pace.step_s)
         self._kept *= confidence
         self._expected += self._kept
         return going
@@ -167,6 +198,7 @@ class Chain:
         beyond: makes the stage beyond this node's, when it is first needed, for the policy that the session has by
             then; None on the deepest node.
         gate: asked before so many positions go beyond this node: why they may not. The session must stand in then.
+        pace: the entry node's; one of its own when left out.
     """
 
     def __init__(
@@ -176,6 +208,7 @@ class Chain:
         node: str,
         beyond: Callable[[Policy], Stage] | None = None,
         gate: Callable[[int], Reason | None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
         self._gate = gate
@@ -184,7 +217,7 @@ class Chain:
         """Why the stage beyond is not asked any more."""
         self._sent = 0
         """Positions that the stage beyond holds."""
-        self._pace = _Pace()
+        self._pace = pace or Pace()
 
     @property
     def session(self) -> ShardSession:
@@ -227,12 +260,19 @@ class Chain:
             await self._step(hop, count, self._take, token_ids[:count])
             token_ids = token_ids[count:]
         began, brief = time.perf_counter(), len(token_ids) == 1
-        drafted = await self._step(hop, len(token_ids) + draft, self._draft, token_ids, draft)
-        descent = await self._go_down(hop, drafted)
+        quiet = brief and draft > 0 and self._may_be_quiet() and not self._pace.drafts()
+        if quiet:
+            descent, drafting_s = await self._step(hop, 1, self._do_not_draft, token_ids[0]), 0.0
+        else:
+            descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft, token_ids, draft)
+        descent = await self._go_down(hop, descent)
         verdict = await self._conclude(descent, hop)
         walk = descent.walks[0]
-        if brief and walk.unsure:
-            self._pace.asked(time.perf_counter() - began)
+        if brief and walk.unsure and draft > 0:
+            took = time.perf_counter() - began
+            self._pace.settled(not quiet, took, len(verdict.decisions))
+            if not quiet:
+                self._pace.asked(max(0.0, took - drafting_s))
         if not walk.unsure:
             return Round(verdict.decisions, verdict.hops)
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
@@ -281,23 +321,36 @@ class Chain:
         session.token_ids.extend(token_ids)
         session.advance(0, session.embed(token_ids), ())
 
-    def _draft(self, token_ids: Sequence[int], draft: int) -> _Descent:
-        """The first stage's walk, position by position: its own tokens are the drafts."""
-        session, pace = self._session, self._pace
+    def _may_be_quiet(self) -> bool:
+        """Whether the first branch is here for its drafts alone, whose worth is measured."""
+        session = self._session
+        alone = session.stands_in and len(session.exits) == 1
+        return session.policy.scale is not None and session.judges[0].silent and not alone
+
+    def _do_not_draft(self, token_id: int) -> _Descent:
+        """Ask deeper at once: the first branch keeps its keys and values, and is not looked at."""
+        session = self._session
+        session.token_ids.append(token_id)
+        session.advance(0, session.embed((token_id,)), ())
+        walk = Walk(session.exits[0], [Look(len(session.token_ids) - 1, None)])
+        return self._descend([walk], 1, self._question(0, walk))
+
+    def _draft(self, token_ids: Sequence[int], draft: int) -> tuple[_Descent, float]:
+        """The first stage's walk, position by position: its own tokens are the drafts. And what that took."""
+        session, length = self._session, _Length(self._pace)
         policy, eos = session.policy, session.params.eos_token_ids or ()
         walk, asked = Walk(session.exits[0]), False
         ids: Sequence[int] = token_ids
-        pace.start()
         while True:
             session.token_ids.extend(ids)
             position = len(session.token_ids) - 1
             found = session.advance(0, session.embed(ids), (position,))
             look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
-            pace.stepped()
+            length.stepped()
             asked = asked or look.reason is None
             enough = draft == 0 or look.token is None or look.token in eos
             if asked and not enough and policy.scale is not None:
-                enough = not pace.goes_on(look.confidence)
+                enough = not length.goes_on(look.confidence)
             if not asked or enough:
                 walk.looks.append(look)
                 break
@@ -305,8 +358,8 @@ class Chain:
             walk.looks.append(Look(position, look.token, look.token, look.confidence, look.reason))
             draft, ids = draft - 1, (look.token,)
         if not walk.unsure or self._held_back(0, walk):
-            return _Descent([walk])
-        return self._descend([walk], 1, self._question(0, walk))
+            return _Descent([walk]), length.drafting_s
+        return self._descend([walk], 1, self._question(0, walk)), length.drafting_s
 
     def _descend(self, walks: list[Walk], stage: int, block: Block) -> _Descent:
         """Run stage after stage, until all is sure, the next one is beyond this node, or its block is a long one."""

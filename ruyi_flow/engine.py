@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ruyi_flow.chain import Chain
+from ruyi_flow.chain import Chain, Pace
 from ruyi_flow.errors import CapacityError, CheckpointError, ConfigError, HandshakeError, NodeUnavailable
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
@@ -51,6 +51,7 @@ class Engine:
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
+        self._pace = Pace()
         self._allowance: _Allowance | None = None
         if self._next is not None and self.node.limits.bytes_up_per_minute is not None:
             a_row = row_bytes(hidden, self._next[1].encoding) + 16  # its token id and its part of the frame
@@ -208,7 +209,7 @@ class Engine:
                 asked = replace(onward, policy=policy)
                 return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left)
 
-        return Chain(session, self.worker, self.name, beyond, None if gate is None else gate.spend)
+        return Chain(session, self.worker, self.name, beyond, None if gate is None else gate.spend, self._pace)
 
 
 class _Allowance:

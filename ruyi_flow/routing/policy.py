@@ -206,6 +206,11 @@ class Judge:
         """Whether it will never be sure again, unless it is rewound."""
         return self._back is None and len(self._moves) % 2 == 1
 
+    @property
+    def silent(self) -> bool:
+        """Whether it cannot decide the next token, whatever its confidence."""
+        return self._always is None and (self._threshold > 1.0 or self.retired)
+
     def rewind(self, position: int) -> None:
         """Forget what it saw from `position` on."""
         while self._seen and self._seen[-1][0] >= position:
