@@ -174,6 +174,8 @@ def _demo_trained() -> list[Path]:
 
 def _is_older_demo(out: Path, identity: str) -> bool:
     """Whether a folder holds the demo family with the branches of another version of this package."""
+    if not out.is_dir():
+        return False
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else ""
     ours = recorded in ("", DEMO) or recorded.startswith(f"{DEMO} with its branches ")
     return ours and recorded != identity and Checkpoint(out).config.exits == _DEMO_EXITS

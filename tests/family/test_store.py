@@ -93,6 +93,10 @@ def test_modelscope_needs_its_extra(home: Path) -> None:
             store.pull("modelscope:Qwen/Qwen3-0.6B")
 
 
+def test_an_empty_store_has_no_older_demo(home: Path) -> None:
+    assert not store._is_older_demo(home / "families" / store.DEMO, "smollm2 with its branches 0")
+
+
 @pytest.mark.model
 def test_the_demo_family_is_smollm2_in_bfloat16(smollm2: Path) -> None:
     checkpoint = Checkpoint(smollm2)
