@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ruyi_flow.chain import Chain, Look, Pace, Walk, decode
@@ -17,7 +18,7 @@ from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.stage import CHUNK, Shard
+from ruyi_flow.runtime.stage import CHUNK, Shard, ShardSession
 from ruyi_flow.runtime.worker import InlineWorker
 from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Block, Decision, Mode, Reason, SamplingParams, Stage, Verdict
@@ -44,12 +45,14 @@ class World:
         """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards."""
         pieces = self.cuts[cut]
         policy = Policy.resolve(routing, EXITS)
-        sessions = [piece.open(policy, params, len(prompt), len(prompt) + count) for piece in pieces]
-        chain: Chain | None = None
-        for i in reversed(range(len(pieces))):
-            beyond = (lambda deeper: lambda policy: deeper)(chain) if chain is not None else None
-            chain = Chain(sessions[i], InlineWorker(), f"n{i}", beyond)
-        assert chain is not None
+        sessions: list[ShardSession] = []
+
+        def node(i: int, policy: Policy) -> Chain:
+            sessions.append(pieces[i].open(policy, params, len(prompt), len(prompt) + count))
+            beyond = None if i + 1 == len(pieces) else partial(node, i + 1)
+            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond)
+
+        chain = node(0, policy)
         decisions, escalations = [], 0
         async for settled in decode(chain, prompt, count):
             decisions += settled.decisions
@@ -120,6 +123,9 @@ routings = st.one_of(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(
+    routing=Routing(Mode.CASCADE, threshold=0.0, start=Start({}, 0.5), draft=1), cut=1, prompt=[3], count=2, eos=set()
+)
 @given(
     routing=routings,
     cut=st.integers(0, len(CUTS) - 1),
