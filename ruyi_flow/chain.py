@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar, TypeVarTuple
 
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, WireError
-from ruyi_flow.routing.policy import Judge, Policy, pays
+from ruyi_flow.routing.pace import Length, Pace
+from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.runtime.stage import CHUNK, ShardSession
 from ruyi_flow.runtime.worker import Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
-__all__ = ["Chain", "Look", "Pace", "Round", "Walk", "decode"]
+__all__ = ["Chain", "Look", "Round", "Walk", "decode"]
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
@@ -118,76 +119,6 @@ class Round:
     """Those of them that hold."""
 
 
-class Pace:
-    """What drafting and asking take on an entry node, over all its sessions: running means of what it saw.
-
-    Whether to draft at all is decided by what rounds with drafts and rounds without them have cost a token, since that
-    counts everything: the product with the vocabulary that only a drafter needs, and checking more rows deeper.
-    """
-
-    _TRIES, _AGAIN = 3, 16
-    """Rounds of each kind before they are compared, and how often the worse one is tried again."""
-
-    def __init__(self) -> None:
-        self.step_s = self.ask_s = 0.0
-        self._spent = {False: 0.0, True: 0.0}
-        self._tokens = {False: 0.0, True: 0.0}
-        self._tried = {False: 0, True: 0}
-        self._rounds = 0
-
-    def stepped(self, took: float) -> None:
-        """The drafter has run one position more."""
-        self.step_s = took if self.step_s == 0 else 0.8 * self.step_s + 0.2 * took
-
-    def asked(self, took: float) -> None:
-        """What a round took beyond its drafting."""
-        self.ask_s = took if self.ask_s == 0 else 0.7 * self.ask_s + 0.3 * took
-
-    def settled(self, drafted: bool, took: float, tokens: int) -> None:
-        """A round has ended."""
-        self._spent[drafted] = 0.9 * self._spent[drafted] + took
-        self._tokens[drafted] = 0.9 * self._tokens[drafted] + tokens
-        self._tried[drafted] += 1
-
-    def drafts(self) -> bool:
-        """Whether the next round should draft."""
-        for kind in (True, False):
-            if self._tried[kind] < self._TRIES:
-                return kind
-        self._rounds += 1
-        better = self._spent[True] * self._tokens[False] <= self._spent[False] * self._tokens[True]
-        return better if self._rounds % self._AGAIN else not better
-
-
-class _Length:
-    """How far one round drafts, by the pace and each draft's chance to hold."""
-
-    def __init__(self, pace: Pace) -> None:
-        self._pace, self._last = pace, time.perf_counter()
-        self.drafting_s = 0.0
-        self._steps = 0
-        self._kept = self._expected = 1.0
-
-    def stepped(self) -> None:
-        """The drafter has run one position."""
-        now = time.perf_counter()
-        took, self._last = now - self._last, now
-        self.drafting_s += took
-        self._steps += 1
-        if self._steps > 1:  # the first one may be a prompt
-            self._pace.stepped(took)
-
-    def goes_on(self, confidence: float) -> bool:
-        """Whether the token that was just drafted, with this chance to hold, should be followed by another."""
-        pace = self._pace
-        if pace.ask_s == 0 or pace.step_s == 0:
-            return True  # nothing is known yet
-        going = pays(self._kept, self._expected, pace.ask_s + self.drafting_s, confidence, pace.step_s)
-        self._kept *= confidence
-        self._expected += self._kept
-        return going
-
-
 class Chain:
     """A node's stages for one session, and the stage beyond.
 
@@ -260,7 +191,8 @@ class Chain:
             await self._step(hop, count, self._take, token_ids[:count])
             token_ids = token_ids[count:]
         began, brief = time.perf_counter(), len(token_ids) == 1
-        quiet = brief and draft > 0 and self._may_be_quiet() and not self._pace.drafts()
+        weighed = brief and draft > 0 and self._may_be_quiet()
+        quiet = weighed and not self._pace.drafts()
         if quiet:
             descent, drafting_s = await self._step(hop, 1, self._do_not_draft, token_ids[0]), 0.0
         else:
@@ -268,11 +200,11 @@ class Chain:
         descent = await self._go_down(hop, descent)
         verdict = await self._conclude(descent, hop)
         walk = descent.walks[0]
-        if brief and walk.unsure and draft > 0:
-            took = time.perf_counter() - began
+        took = time.perf_counter() - began
+        if weighed:
             self._pace.settled(not quiet, took, len(verdict.decisions))
-            if not quiet:
-                self._pace.asked(max(0.0, took - drafting_s))
+        if brief and walk.unsure and not quiet:
+            self._pace.asked(max(0.0, took - drafting_s))
         if not walk.unsure:
             return Round(verdict.decisions, verdict.hops)
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
@@ -337,16 +269,19 @@ class Chain:
 
     def _draft(self, token_ids: Sequence[int], draft: int) -> tuple[_Descent, float]:
         """The first stage's walk, position by position: its own tokens are the drafts. And what that took."""
-        session, length = self._session, _Length(self._pace)
+        session, length = self._session, Length(self._pace)
         policy, eos = session.policy, session.params.eos_token_ids or ()
         walk, asked = Walk(session.exits[0]), False
         ids: Sequence[int] = token_ids
+        then = time.perf_counter()
         while True:
             session.token_ids.extend(ids)
             position = len(session.token_ids) - 1
             found = session.advance(0, session.embed(ids), (position,))
             look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
-            length.stepped()
+            now = time.perf_counter()
+            length.stepped(now - then)
+            then = now
             asked = asked or look.reason is None
             enough = draft == 0 or look.token is None or look.token in eos
             if asked and not enough and policy.scale is not None:

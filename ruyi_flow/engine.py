@@ -10,11 +10,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from ruyi_flow.chain import Chain, Pace
+from ruyi_flow.chain import Chain
 from ruyi_flow.errors import CapacityError, CheckpointError, ConfigError, HandshakeError, NodeUnavailable
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
 from ruyi_flow.requests import SessionOpen
+from ruyi_flow.routing.pace import Pace
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.chain import Chain, Look, Pace, Walk, decode
+from ruyi_flow.chain import Chain, Look, Walk, decode
 from ruyi_flow.errors import NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.local import load_family
@@ -363,13 +363,3 @@ def test_settling_takes_decisions_only_as_far_as_they_go() -> None:
     assert [d.token for d in walk.settle([decision(5), decision(8)])] == [5, 6, 8]
     assert [d.token for d in walk.settle([decision(4)])] == [4]
     assert walk.settle([]) == ()
-
-
-@pytest.mark.parametrize(("with_drafts_s", "mostly"), [(0.5, True), (2.0, False)])
-def test_a_pace_prefers_the_rounds_that_cost_less_a_token(with_drafts_s: float, mostly: bool) -> None:
-    pace, kinds = Pace(), []
-    for _ in range(100):
-        kinds.append(pace.drafts())
-        pace.settled(kinds[-1], 2 * with_drafts_s if kinds[-1] else 1.0, 2 if kinds[-1] else 1)
-    assert kinds[:6] == [True] * 3 + [False] * 3
-    assert kinds[6:].count(mostly) in (88, 89) and kinds[6:].count(not mostly) > 0, "the other is tried again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.budget import Deployment
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport.blocks import row_bytes
@@ -30,6 +31,7 @@ async def measure(topology: Topology, hidden_size: int, *, rounds: int = 5) -> D
 
     Raises:
         NodeError: one of them does not answer.
+        ConfigError: one of them is never asked.
     """
     steps: list[list[float]] = []
     hops: list[list[float]] = []
@@ -37,11 +39,15 @@ async def measure(topology: Topology, hidden_size: int, *, rounds: int = 5) -> D
     async with AsyncClient(topology) as client:
         for _ in range(rounds):
             reply = await client.generate(_PROMPT, max_new_tokens=_TOKENS, **asked)
+            if len(reply.stats.hops) < len(topology.nodes):
+                continue
             # Branches that are entirely sure leave a few tokens to shallow nodes.
             each = [max(1, hop.messages) for hop in reply.stats.hops]
             each[0] = reply.stats.new_tokens
             steps.append([hop.compute_s / n for hop, n in zip(reply.stats.hops, each, strict=True)])
             hops.append([(hop.wire_s + hop.queue_s) / n for hop, n in zip(reply.stats.hops, each, strict=True)][1:])
+    if not steps:
+        raise ConfigError("the shallow nodes are entirely sure of every token, so the deeper ones cannot be measured")
     plain = deployment_of(topology, hidden_size)
     medians = [tuple(map(statistics.median, zip(*rows, strict=True))) for rows in (steps, hops)]
     return Deployment(plain.last_exits, plain.row_bytes, *medians)

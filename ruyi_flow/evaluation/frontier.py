@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Floats, Point, raw_confidences, reliability
+from ruyi_flow.routing.calibration import Point
 from ruyi_flow.routing.cascade import Worth
+from ruyi_flow.routing.curves import Floats, raw_confidences, reliability
 from ruyi_flow.routing.trace import Trace
 
 __all__ = ["write", "write_cascade"]

@@ -43,6 +43,8 @@ def read_asked(path: Path, tokenizer: Any, scorer: Scorer) -> Iterator[Asked]:
             # As the harness splits them: what an option adds to the context's own tokens.
             whole = [encode(f"Question: {item['question']}\nAnswer: {text}") for text in choices["text"]]
             options = tuple(tuple(ids[len(context) :]) for ids in whole)
+            if not all(options):
+                raise ValueError("one of its choices is empty")
             return Asked(tuple(context), "", options, choices["label"].index(item["answerKey"]))
         prompt, answer = chat_prompt(item, tokenizer)
         if scorer is Scorer.NUMBER and _last_number(answer) is None:

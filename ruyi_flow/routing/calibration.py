@@ -16,142 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.bets import best_bet, check_shares, grown, more_prompts, split
 from ruyi_flow.routing.budget import Budget, Deployment, Spent, spent
-from ruyi_flow.routing.confidence import Calibration, Curve, Score
+from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.curves import Bools, Floats, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy_file import PolicyFile, curve_points
 from ruyi_flow.routing.trace import Trace
 
-__all__ = [
-    "Calibrated",
-    "Choice",
-    "Floats",
-    "Outcome",
-    "Point",
-    "apply",
-    "best_bet",
-    "best_score",
-    "calibrate",
-    "check_shares",
-    "choose",
-    "confidences",
-    "ece",
-    "fit",
-    "frontier",
-    "grown",
-    "more_prompts",
-    "outcome",
-    "path",
-    "raw_confidences",
-    "reliability",
-    "split",
-]
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-
-_POINTS = 24
-"""Of a curve."""
-
-_TUNING = 0.3
-"""Share of the prompts that choose curves and thresholds."""
+__all__ = ["Calibrated", "Choice", "Outcome", "Point", "calibrate", "choose", "frontier", "outcome", "path"]
 
 _NEVER = 1.1
 """A threshold that no confidence reaches."""
-
-
-# ---- confidence ----
-
-
-def fit(trace: Trace) -> Calibration:
-    """Curves for every score and early exit: of the temperatures in the trace the one that predicts agreement best."""
-    curves: dict[Score, dict[int, Curve]] = {}
-    for s, name in enumerate(trace.header.scores):
-        by_exit = curves.setdefault(Score(name), {})
-        for p, agrees in trace.agrees.items():
-            tried = []
-            for t, temperature in enumerate(trace.header.temperatures):
-                scores = trace.scores[p][:, s, t].astype(np.float64)
-                curve = _curve(scores, agrees, temperature)
-                tried.append((_log_loss(apply(curve, scores), agrees), t, curve))
-            by_exit[p] = min(tried)[2]
-    return Calibration(trace.header.family, curves)
-
-
-def confidences(trace: Trace, calibration: Calibration, score: Score) -> dict[int, Floats]:
-    """By early exit: (N,) calibrated confidences.
-
-    Raises:
-        ConfigError: the calibration is of another family.
-    """
-    if calibration.family != trace.header.family:
-        raise ConfigError(
-            f"the calibration is of family {calibration.family[:12]}, the trace of {trace.header.family[:12]}"
-        )
-    s = trace.header.scores.index(score)
-    out = {}
-    for p, curve in calibration.curves[score].items():
-        t = trace.header.temperatures.index(curve.temperature)
-        out[p] = apply(curve, trace.scores[p][:, s, t].astype(np.float64))
-    return out
-
-
-def best_score(trace: Trace, calibration: Calibration) -> Score:
-    """The score whose curves predict agreement best along a trace, over all early exits."""
-
-    def loss(score: Score) -> float:
-        found = confidences(trace, calibration, score)
-        return sum(_log_loss(found[p], agrees) for p, agrees in trace.agrees.items())
-
-    return min((Score(name) for name in trace.header.scores), key=loss)
-
-
-def raw_confidences(trace: Trace) -> dict[int, Floats]:
-    """By early exit: (N,) the likeliest token's probability as the branch says it, uncalibrated."""
-    s, t = trace.header.scores.index(Score.MAX_PROBABILITY), trace.header.temperatures.index(1.0)
-    return {p: scores[:, s, t].astype(np.float64) for p, scores in trace.scores.items()}
-
-
-def reliability(confidence: Floats, agrees: Bools, bins: int = 15) -> list[tuple[float, float, int]]:
-    """For bins of equal width: mean confidence, share that agrees, and how many; empty bins are left out."""
-    where = np.minimum((confidence * bins).astype(int), bins - 1)
-    out = []
-    for b in range(bins):
-        inside = where == b
-        if count := int(inside.sum()):
-            out.append((float(confidence[inside].mean()), float(agrees[inside].mean()), count))
-    return out
-
-
-def ece(confidence: Floats, agrees: Bools, bins: int = 15) -> float:
-    """Expected calibration error (Naeini et al. 2015): mean distance of confidence and agreement, over equal bins."""
-    return sum(abs(said - was) * count for said, was, count in reliability(confidence, agrees, bins)) / len(agrees)
-
-
-def _curve(scores: Floats, agrees: Bools, temperature: float) -> Curve:
-    """Agreement in bins of equal mass, made monotone by pooling adjacent violators (Ayer et al. 1955)."""
-    order = np.argsort(scores, kind="stable")
-    bins = [part for part in np.array_split(order, min(_POINTS, max(1, len(scores) // 20))) if len(part)]
-    pools: list[tuple[float, float, int]] = []  # mean score, mean agreement, count
-    for part in bins:
-        x, y, n = float(scores[part].mean()), float(agrees[part].mean()), len(part)
-        while pools and (pools[-1][1] >= y or pools[-1][0] >= x):
-            px, py, pn = pools.pop()
-            x, y, n = (px * pn + x * n) / (pn + n), (py * pn + y * n) / (pn + n), pn + n
-        pools.append((x, y, n))
-    return Curve(temperature, tuple(x for x, _, _ in pools), tuple(y for _, y, _ in pools))
-
-
-def apply(curve: Curve, scores: Floats) -> Floats:
-    """A curve's values at many scores."""
-    return np.asarray(np.interp(scores, curve.scores, curve.chances), np.float64)
-
-
-def _log_loss(chances: Floats, agrees: Bools) -> float:
-    clipped = chances.clip(1e-4, 1 - 1e-4)
-    return float(-np.where(agrees, np.log(clipped), np.log1p(-clipped)).mean())
-
-
-# ---- thresholds ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,17 +71,6 @@ class Calibrated:
     frontier: list[Point]
     spent: Spent
     """What the policy costs on those prompts."""
-
-
-def split(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the prompts that choose, and of those that test; ascending.
-
-    Testing takes more of them: how far below the bound a rate must be to pass falls with the root of their number, and
-    curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
-    """
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    first = max(1, round(_TUNING * count))
-    return sorted(order[:first]), sorted(order[first:])
 
 
 def calibrate(
@@ -329,13 +193,13 @@ def frontier(
     probability; deciding at random exits; and always the same exit.
     """
     tuning, testing = split(len(trace.records), seed)
-    tune, half = np.isin(trace.prompt, tuning), trace.of_prompts(testing)
-    inside, raw = {p: c[~tune] for p, c in confidence.items()}, raw_confidences(half)
+    tune, tested = np.isin(trace.prompt, tuning), trace.of_prompts(testing)
+    inside, raw = {p: c[~tune] for p, c in confidence.items()}, raw_confidences(tested)
     exits, last = list(trace.agrees), trace.header.exits[-1]
 
     def point(policy: str, setting: str, thresholds: Mapping[int, float], sure: Mapping[int, Floats]) -> Point:
-        costing = spent(_walk(thresholds, sure, half)[2], half, deployment)
-        return Point(policy, setting, outcome(thresholds, sure, half, costs), costing)
+        costing = spent(_walk(thresholds, sure, tested)[2], tested, deployment)
+        return Point(policy, setting, outcome(thresholds, sure, tested, costs), costing)
 
     points = [
         point("calibrated", " ".join(f"{p}={t:.3f}" for p, t in thresholds.items()), thresholds, inside)
@@ -343,7 +207,7 @@ def frontier(
     ]
     for t in np.linspace(0.3, 1.0, 71).tolist():
         points.append(point("uncalibrated", f"{t:.2f}", dict.fromkeys(exits, t), raw))
-    noise = np.random.default_rng(seed).random(len(half.prompt))
+    noise = np.random.default_rng(seed).random(len(tested.prompt))
     for share in np.linspace(0, 1, 21).tolist():
         dice = {p: np.where(noise < share, 1.0, 0.0) if p == exits[0] else np.zeros(len(noise)) for p in exits}
         points.append(point("random", f"{share:.2f}", dict.fromkeys(exits, 0.5), dice))
@@ -415,9 +279,11 @@ def choose(
             f"{count} prompts cannot show a disagreement of at most {max_disagreement:g} with a sureness of "
             f"{sureness:g}: trace {more_prompts(count, most, sureness)} more of the same kind, or allow more"
         )
-    half = trace.of_prompts(testing)
+    tested = trace.of_prompts(testing)
     inside = {p: c[test] for p, c in confidence.items()}
-    return Choice(best, outcome(best, confidence, trace, costs), outcome(best, inside, half, costs), len(half.records))
+    return Choice(
+        best, outcome(best, confidence, trace, costs), outcome(best, inside, tested, costs), len(tested.records)
+    )
 
 
 def _bounded(
@@ -433,37 +299,6 @@ def _bounded(
     differing, decided = np.bincount(where, weights=wrong), np.bincount(where, weights=early)
     longest = trace.header.max_new_tokens
     return differing / longest - bound * (decided / longest - 1), bound
-
-
-def grown(bet: float, x: Floats, null: float) -> float:
-    """The logarithm of the most that betting on a mean below `null` has grown 1 to, prompt by prompt.
-
-    By Ville's inequality exp(-grown) is a p-value of the mean being `null` or more.
-    """
-    return max(0.0, float(np.cumsum(np.log1p(bet * (null - x))).max(initial=0.0)))
-
-
-def best_bet(x: Floats, null: float) -> tuple[float, float]:
-    """The bet that grows most on prompts for tuning, and the logarithm of what it grows to; Kelly's, out of a grid."""
-    bets = np.linspace(0.05, 0.95, 19) / (1 - null)  # 1 / (1 - null) could lose everything
-    return max(((float(b), float(np.log1p(b * (null - x)).sum())) for b in bets), key=lambda pair: pair[1])
-
-
-def check_shares(given: Mapping[str, float]) -> None:
-    """Refuse numbers that do not lie between 0 and 1.
-
-    Raises:
-        ConfigError: which.
-    """
-    for name, value in given.items():
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
-
-
-def more_prompts(count: int, grown: float, sureness: float) -> str:
-    """Prompts that a test lacks: the logarithm of the capital grows with their number."""
-    need = -math.log(1 - sureness)
-    return "many" if grown < 0.05 else f"about {math.ceil(count * (need / grown - 1)) + 1:,}"
 
 
 def _walk(

@@ -1,7 +1,7 @@
 """Calibrating mode `cascade`: which exit begins, and how sure it must stay, so that answers keep their worth.
 
 What is bounded is the mean, over prompts, of what the cascade's answers are worth less than the last exit's: by the
-test of `calibration.py`, over settings from timid to bold.
+test of `bets.py`, over settings from timid to bold.
 """
 
 from __future__ import annotations
@@ -13,18 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import (
-    Floats,
-    apply,
-    best_bet,
-    best_score,
-    check_shares,
-    fit,
-    grown,
-    more_prompts,
-    split,
-)
+from ruyi_flow.routing.bets import best_bet, check_shares, grown, more_prompts, split
 from ruyi_flow.routing.confidence import Calibration, Score
+from ruyi_flow.routing.curves import Floats, apply, best_score, fit
 from ruyi_flow.routing.policy import NEVER, WINDOW
 from ruyi_flow.routing.policy_file import PolicyFile, StartRule, curve_points
 from ruyi_flow.routing.start import READ_TOKENS, Reading, Start

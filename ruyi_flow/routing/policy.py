@@ -61,6 +61,8 @@ class Routing:
             raise RequestError(f"window is {self.window!r}; it must be a whole number of tokens from 1 to 1024")
         if not isinstance(self.fallback, bool):
             raise RequestError(f"fallback is {self.fallback!r}; it must be True or False")
+        if not isinstance(self.start, Start | None) or not isinstance(self.scale, Scale | None):
+            raise RequestError("start and scale must be a Start and a Scale; a policy file has both")
         thresholds = [value for value in (self.threshold, self.back) if value is not None]
         if self.thresholds is not None:
             if not isinstance(self.thresholds, Mapping) or not all(is_token_id(p) for p in self.thresholds):

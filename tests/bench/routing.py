@@ -13,9 +13,11 @@ import numpy as np
 from ruyi_flow.chain import Walk
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Floats, choose, confidences, ece, fit, outcome, path, raw_confidences, split
+from ruyi_flow.routing.bets import split
+from ruyi_flow.routing.calibration import choose, outcome, path
 from ruyi_flow.routing.cascade import calibrate_cascade
 from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.curves import Floats, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Scorer, Trace

@@ -140,6 +140,20 @@ def test_a_reference_without_a_number_is_refused(family: Family, tmp_path: Path)
         list(read_asked(file, family.tokenizer, Scorer.NUMBER))
 
 
+def test_an_empty_choice_is_refused(tmp_path: Path) -> None:
+    class Stripping:
+        """A tokenizer of bytes to which a space at the end is nothing."""
+
+        def encode(self, text: str) -> list[int]:
+            return list(text.rstrip().encode())
+
+    file = tmp_path / "q.jsonl"
+    choices = {"text": ["this", ""], "label": ["A", "B"]}
+    file.write_text(json.dumps({"question": "Which?", "choices": choices, "answerKey": "A"}) + "\n")
+    with pytest.raises(ConfigError, match="one of its choices is empty"):
+        list(read_asked(file, Stripping(), Scorer.CHOICE))
+
+
 def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record(family, prompts, whole, max_new_tokens=12, batch=1)

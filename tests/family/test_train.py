@@ -23,7 +23,8 @@ from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
 from ruyi_flow.family.corpus import Document, pack_documents
 from ruyi_flow.family.recipe import Recipe
-from ruyi_flow.family.train import Step, cross_entropy, train
+from ruyi_flow.family.train import Step, train
+from ruyi_flow.family.trainees import cross_entropy
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.testing import free_ports, tiny_family
 

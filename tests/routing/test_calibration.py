@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import choose, confidences, ece, fit, outcome, raw_confidences, reliability
+from ruyi_flow.routing.calibration import choose, outcome
 from ruyi_flow.routing.confidence import Calibration, Curve, Score
+from ruyi_flow.routing.curves import confidences, ece, fit, raw_confidences, reliability
 from ruyi_flow.routing.trace import ExitRecord, Header, Record, Trace
 
 HEADER = Header(

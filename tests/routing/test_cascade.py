@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Floats
 from ruyi_flow.routing.cascade import Part, calibrate_cascade, flops, follow
 from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.curves import Floats
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.start import Reading, Start

@@ -63,6 +63,8 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
         ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 0}, "window is 0"),
         ({"mode": Mode.CASCADE, "threshold": 0.5, "back": -1}, "must be a number from 0"),
         ({"mode": Mode.CASCADE, "threshold": 0.5, "start": Start({3: (0.0,) * 5}, 0.5)}, "exit 3 is not one"),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "start": "early"}, "must be a Start"),
+        ({"mode": Mode.EXACT, "scale": 0.5}, "must be a Start and a Scale"),
         ({"mode": Mode.EXACT, "fallback": 1}, "fallback is 1"),
         ({"mode": Mode.EXACT, "draft": -1}, "draft is -1"),
         ({"mode": Mode.EXACT, "draft": "4"}, "draft is '4'"),

@@ -1,0 +1,58 @@
+"""Testing that a mean is below a bound, prompt by prompt, by betting on it (Waudby-Smith and Ramdas 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.curves import Floats
+
+__all__ = ["best_bet", "check_shares", "grown", "more_prompts", "split"]
+
+_TUNING = 0.3
+"""Share of the prompts that choose curves and thresholds."""
+
+
+def split(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the prompts that choose, and of those that test; ascending.
+
+    Testing takes more of them: how far below the bound a rate must be to pass falls with the root of their number, and
+    curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
+    """
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    first = max(1, round(_TUNING * count))
+    return sorted(order[:first]), sorted(order[first:])
+
+
+def grown(bet: float, x: Floats, null: float) -> float:
+    """The logarithm of the most that betting on a mean below `null` has grown 1 to, prompt by prompt.
+
+    By Ville's inequality exp(-grown) is a p-value of the mean being `null` or more.
+    """
+    return max(0.0, float(np.cumsum(np.log1p(bet * (null - x))).max(initial=0.0)))
+
+
+def best_bet(x: Floats, null: float) -> tuple[float, float]:
+    """The bet that grows most on prompts for tuning, and the logarithm of what it grows to; Kelly's, out of a grid."""
+    bets = np.linspace(0.05, 0.95, 19) / (1 - null)  # 1 / (1 - null) could lose everything
+    return max(((float(b), float(np.log1p(b * (null - x)).sum())) for b in bets), key=lambda pair: pair[1])
+
+
+def check_shares(given: Mapping[str, float]) -> None:
+    """Refuse numbers that do not lie between 0 and 1.
+
+    Raises:
+        ConfigError: which.
+    """
+    for name, value in given.items():
+        if not 0 < value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
+
+
+def more_prompts(count: int, grown: float, sureness: float) -> str:
+    """Prompts that a test lacks: the logarithm of the capital grows with their number."""
+    need = -math.log(1 - sureness)
+    return "many" if grown < 0.05 else f"about {math.ceil(count * (need / grown - 1)) + 1:,}"
