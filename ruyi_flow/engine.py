@@ -49,6 +49,7 @@ class Engine:
         self._peer: Peer | None = None
         self._started = time.monotonic()
         self._parameters = shard.model.num_parameters()
+        self._weights = checkpoint.weights or self.node.weights
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
@@ -86,7 +87,12 @@ class Engine:
                 f"not {missing[0]}; cut it again (ruyi-flow shard)"
             )
         device = find_device(node.device, f"{where}: node {name!r}: device")
-        model = load_slice(checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device)
+        try:
+            model = load_slice(
+                checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device, weights=node.weights
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: node {name!r}: {error}") from None
         _ = checkpoint.fingerprint, checkpoint.eos_token_ids  # read while the files are open
         checkpoint.close()
         limits = node.limits
@@ -162,7 +168,7 @@ class Engine:
             parameters=self._parameters,
             tensor_bytes=model.tensor_bytes(),
             resident_bytes=psutil.Process().memory_info().rss,
-            dtype=node.dtype,
+            dtype=node.dtype if self._weights is None else f"{node.dtype}, {self._weights} weights",
             device=node.device,
             sessions=len(self.shard.sessions),
             max_sessions=self.shard.max_sessions,

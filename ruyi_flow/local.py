@@ -21,7 +21,7 @@ from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
-from ruyi_flow.types import Mode, SamplingParams, is_token_id, parse_mode
+from ruyi_flow.types import Mode, SamplingParams, Weights, is_token_id, parse_mode
 
 __all__ = ["Family", "load_family"]
 
@@ -33,13 +33,18 @@ class Family:
         checkpoint: opened, with all its stages.
         dtype: number format.
         device: a torch device.
+        weights: how products hold their weights; None keeps them as they are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", weights: Weights | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.config: FamilyConfig = checkpoint.config
         self.exits = checkpoint.config.exits
-        self.model = load_slice(checkpoint, self.exits, dtype=dtype, device=find_device(device, "device"))
+        self.model = load_slice(
+            checkpoint, self.exits, dtype=dtype, device=find_device(device, "device"), weights=weights
+        )
         self.tokenizer: Any = load_tokenizer(checkpoint)
         """transformers' tokenizer, or None where the folder has no tokenizer.json."""
         self._shard: Shard | None = None
@@ -60,7 +65,7 @@ class Family:
             RequestError: an exit that the family does not have, or ids of another shape.
         """
         exit = self._exit(exit)
-        ids = self._ids(input_ids).to(self.model.embed_tokens.weight.device)  # type: ignore[union-attr]
+        ids = self._ids(input_ids).to(self.model.device)
         return self.model.logits(ids, exit)
 
     def generate(
@@ -153,6 +158,7 @@ def load_family(
     dtype: str | torch.dtype = "bfloat16",
     exits: Sequence[int] | None = None,
     device: str = "cpu",
+    weights: str | Weights | None = None,
 ) -> Family:
     """Load a whole family into this process.
 
@@ -161,19 +167,23 @@ def load_family(
         dtype: float32, bfloat16 or float16.
         exits: exits to give to an ordinary Hugging Face or GGUF checkpoint; its branches are then untrained copies.
         device: a torch device.
+        weights: "int8" or "int4" holds the weights of products in few bits; "bf16", or None, as they are.
 
     Raises:
         CheckpointError: what is wrong with the files.
     """
     chosen = parse_dtype(dtype)
+    if weights is not None and weights not in tuple(Weights):
+        raise RequestError(f"weights is {weights!r}; known: {', '.join(Weights)}")
+    held = None if weights is None else Weights(weights)
     if exits is not None and not (isinstance(exits, Sequence) and all(map(is_token_id, exits))):
         raise RequestError(f"exits is {exits!r}; it must be whole numbers, as in [5, 11]")
     if str(path_or_name).endswith(".gguf"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "converted"
             convert_gguf(path_or_name, folder)
-            return Family(Checkpoint(folder, exits), dtype=chosen, device=device)
-    return Family(Checkpoint(store.locate(path_or_name), exits), dtype=chosen, device=device)
+            return Family(Checkpoint(folder, exits), dtype=chosen, device=device, weights=held)
+    return Family(Checkpoint(store.locate(path_or_name), exits), dtype=chosen, device=device, weights=held)
 
 
 async def _collect(rounds: AsyncIterator[Round]) -> list[Round]:

@@ -117,6 +117,7 @@ def cut_topology(
     cuts: Sequence[Sequence[int]],
     *,
     dtype: str = "float32",
+    weights: str | None = None,
     encoding: str = "f32",
     exits: Sequence[int] | None = None,
     threads: int | None = 1,
@@ -135,6 +136,7 @@ def cut_topology(
                     "address": "127.0.0.1:0",
                     "exits": list(cut),
                     "dtype": dtype,
+                    "weights": weights,
                     "threads": threads,
                     "limits": limits or {"max_positions": 2048, "grace_s": 1},
                 }

@@ -18,7 +18,7 @@ from ruyi_flow.config_files import did_you_mean, explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
-from ruyi_flow.types import Encoding, Mode
+from ruyi_flow.types import Encoding, Mode, Weights
 
 __all__ = ["Dtype", "Limits", "Link", "Node", "Topology"]
 
@@ -75,6 +75,9 @@ class Node(_Model):
     exits: tuple[Int, ...] = Field(min_length=1)
     """The exits of its stages, ascending."""
     dtype: Dtype = "bfloat16"
+    """Number format of the layers, and of their keys and values."""
+    weights: Weights | None = None
+    """bf16, int8 or int4: how products hold their weights. Left out: as the shard, or else the family, has them."""
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
     threads: Int | None = Field(default=None, ge=1, le=1024)
@@ -285,6 +288,9 @@ class Topology(_Model):
                 fail(f"nodes.{i}.limits.deepest", f"{deepest} must be an exit of this node or a deeper one: {choices}")
             if node.limits.bytes_up_per_minute is not None and i + 1 == len(self.nodes):
                 fail(f"nodes.{i}.limits.bytes_up_per_minute", f"{node.name!r} is the deepest node; it sends nothing up")
+        for i, node in enumerate(self.nodes):
+            if node.weights is Weights.BF16 and node.dtype != "bfloat16":
+                fail(f"nodes.{i}.weights", f"bf16 goes with dtype: bfloat16, not with {node.dtype}; leave weights out")
         linked = {(link.source, link.target) for link in self.links}
         for a, b in zip(names, names[1:], strict=False):
             if (a, b) not in linked:

@@ -29,6 +29,7 @@ __all__ = [
     "Stats",
     "Token",
     "Verdict",
+    "Weights",
     "is_token_id",
     "parse_mode",
 ]
@@ -105,6 +106,17 @@ class Encoding(StrEnum):
     F16 = "f16"
     INT8 = "int8"
     """One byte a value and one float32 scale a token."""
+
+
+class Weights(StrEnum):
+    """How a node holds the weights of its products; everything else keeps the node's number format."""
+
+    BF16 = "bf16"
+    """As they are, in bfloat16."""
+    INT8 = "int8"
+    """8 bits and a scale a row."""
+    INT4 = "int4"
+    """4 bits, a scale and a zero for 32 values; heads, which are worth more, in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)

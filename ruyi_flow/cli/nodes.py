@@ -10,16 +10,19 @@ import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, load_topology, networked, on_signals
-from ruyi_flow.display import err, join, node_log, out, print_json, progress_bar, status_table
+from ruyi_flow.display import counting_bar, err, join, node_log, out, print_json, progress_bar, status_table
 from ruyi_flow.errors import ConfigError, NodeError
-from ruyi_flow.types import NodeStatus
+from ruyi_flow.types import NodeStatus, Weights
+
+if TYPE_CHECKING:
+    from ruyi_flow.evaluation.quality import Quality
 
 __all__ = ["LogLevel", "node", "shard", "start_nodes", "status", "up"]
 
@@ -37,12 +40,19 @@ class LogLevel(StrEnum):
 def shard(
     topology: TopologyOption,
     output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; one folder a node below it.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines as for trace; what few bits cost is measured on these prompts.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; the perplexity on its beginning is measured.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Cut a family into one shard a node: one safetensors file, config.json, and for the entry node the tokenizer.
 
     Copy each folder to its machine and name it there as the node's 'shard' in
-    the topology.
+    the topology. Where nodes say 'weights: int8' or 'int4', their products are
+    rounded here, so that a node never holds more, and what that costs the
+    whole family is measured and shown: how often its last exit still says the
+    same as in bfloat16, along bfloat16's answers, and its perplexity.
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint, cut
@@ -53,17 +63,31 @@ def shard(
     shards = []
     with progress_bar("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
         for i, node in enumerate(loaded.nodes):
-            folder = cut(checkpoint, node.exits, output / node.name, companions=i == 0)
+            folder = cut(checkpoint, node.exits, output / node.name, weights=node.weights, companions=i == 0)
             size = (folder / "model.safetensors").stat().st_size
             shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
             progress(i + 1)
+    formats = tuple(w for w in (Weights.INT8, Weights.INT4) if any(node.weights is w for node in loaded.nodes))
+    cost: list[Quality] = []
+    if formats and checkpoint.weights is None:
+        from ruyi_flow.evaluation.quality import measure_quality
+
+        with counting_bar(quiet=as_json) as report:
+            cost = measure_quality(checkpoint, formats, prompts=prompts, text=text, report=report)
     if as_json:
-        print_json({"family": checkpoint.fingerprint, "shards": shards})
+        quality = [asdict(q) for q in cost]
+        print_json({"family": checkpoint.fingerprint, "shards": shards, **({"quality": quality} if cost else {})})
         return
     table = Table("node", "exits", "MB", "folder")
     for item in shards:
         table.add_row(item["node"], join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
     out.print(table)
+    if cost:
+        table = Table("weights", "same tokens", "of", "perplexity", title="what few bits cost", title_justify="left")
+        for q in cost:
+            shown = "-" if q.perplexity is None else f"{q.perplexity:.2f}"
+            table.add_row(q.weights, f"{q.agreement:.3f}", str(q.tokens), shown)
+        out.print(table)
 
 
 @app.command()

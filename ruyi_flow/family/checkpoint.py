@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, Linear, pack
+from ruyi_flow.family.linear import Linear, Quantized, pack
+from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, RMSNorm
+from ruyi_flow.types import Weights
 
 __all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
 
@@ -61,6 +63,9 @@ LAYER_NAMES: dict[str, tuple[str, ...]] = {
 PROBE_NAMES = ("up.weight", "up.bias", "down.weight", "down.bias")
 """Tensors of a branch's `Probe`."""
 
+
+_SCALE, _ZERO = "_scale", "_zero"
+"""What follows a quantized weight's name, for its scales and zeros."""
 
 _TRAINED = ("branch_layers", "probe_size")
 """What a file of trained branches says of them, as `early_exit_…` in config.json."""
@@ -155,9 +160,25 @@ class Checkpoint:
                 f"{self.folder}: tensor {stored}{of} is missing; the files hold {len(self._file_of)} tensors"
                 + (f" of the stages at exits {list(self.exits)}" if self.exits != self.config.exits else "")
             )
-        tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
+        tensor = self._read(stored)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise CheckpointError(f"{self.folder}: tensor {stored} is {tensor.dtype}; only plain floats are supported")
+        return tensor
+
+    def weight(self, name: str) -> Tensor | Quantized:
+        """A product's weight by its published name, as it is held; see `tensor`."""
+        if f"{name}{_SCALE}" not in self._file_of:
+            return self.tensor(name)
+        zeros = self._read(f"{name}{_ZERO}") if f"{name}{_ZERO}" in self._file_of else None
+        return Quantized(self._read(name), self._read(f"{name}{_SCALE}"), zeros)
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """The few bits that its products are held in; None where they are wide."""
+        return Weights(self._metadata["ruyi_flow.weights"]) if "ruyi_flow.weights" in self._metadata else None
+
+    def _read(self, stored: str) -> Tensor:
+        tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
         return tensor
 
     def holds(self, name: str) -> bool:
@@ -249,6 +270,7 @@ def load_slice(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     packed: bool = True,
+    weights: Weights | None = None,
 ) -> FamilySlice:
     """Read the stages that end at these exits, and nothing else, ready to serve.
 
@@ -256,20 +278,29 @@ def load_slice(
         checkpoint: the family, or a shard that has these stages.
         exits: consecutive exits.
         dtype: number format to hold and compute in.
-        packed: pack the weights for the CPU where possible (`transformer.pack`).
+        packed: pack the weights for the CPU where possible (`linear.pack`).
+        weights: how products hold their weights, converted one by one where the checkpoint's are wide; None keeps them
+            as they are in the checkpoint.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape than config.json says.
+        CheckpointError: a tensor is missing or has another shape than config.json says, or cannot be held like this.
     """
-    config = checkpoint.config
+    config, held = checkpoint.config, checkpoint.weights
+    if held is not None and weights not in (None, held):
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are {held} already, not {weights}; cut the shard again from the family"
+        )
+    if weights is Weights.BF16 and dtype is not torch.bfloat16:
+        raise CheckpointError(f"weights: bf16 goes with dtype: bfloat16, not with {dtype}; leave weights out")
+    few_bits = held or (weights if weights is not Weights.BF16 else None)
     with torch.device("meta"):
         model = FamilySlice(config, exits)
     model.requires_grad_(False)
 
     def read(module: nn.Module, parameter: str, names: Sequence[str]) -> None:
         wanted = getattr(module, parameter)
-        sizes = module.splits if isinstance(module, Linear) and len(module.splits) == len(names) else None
         tensors = [checkpoint.tensor(name) for name in names]
+        sizes = module.splits if isinstance(module, Linear) and len(module.splits) == len(names) else None
         found = [tuple(t.shape) for t in tensors]
         try:
             joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
@@ -282,17 +313,42 @@ def load_slice(
             )
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
 
-    def read_layer(layer: DecoderLayer, prefix: str) -> None:
+    def read_weight(linear: Linear, names: Sequence[str], *, apart: bool = False) -> None:
+        if few_bits is None:
+            read(linear, "weight", names)
+            return
+        parts = []
+        for name in names:
+            part = checkpoint.weight(name)
+            if isinstance(part, Tensor):
+                part = Quantized.of(part, _few_bits(name, few_bits), f"{checkpoint.folder}: {name}")
+            parts.append(part)
+        joined = Quantized.cat(parts) if len(parts) > 1 else parts[0]
+        if joined.shape != tuple(linear.weight.shape):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {' + '.join(names)} has shape {joined.shape}; "
+                f"config.json means {tuple(linear.weight.shape)}"
+            )
+        linear.hold(joined.to(device), dtype, apart=apart)
+
+    def read_layer(layer: DecoderLayer, prefix: str, *, apart: bool = False) -> None:
         for name, parts in LAYER_NAMES.items():
             module = getattr(layer, name)
             if module is None:
                 continue
-            read(module, "weight", [f"{prefix}.{part}.weight" for part in parts])
             if getattr(module, "bias", None) is not None:
                 read(module, "bias", [f"{prefix}.{part}.bias" for part in parts])
+            names = [f"{prefix}.{part}.weight" for part in parts]
+            if isinstance(module, Linear):
+                read_weight(module, names, apart=apart and name == "qkv_proj")
+            else:
+                read(module, "weight", names)
 
     if model.embed_tokens is not None:
-        read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
+        if config.tied_head and few_bits:
+            model.embed_with_head()
+        else:
+            read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
     for head, p in zip(model.heads, model.exits, strict=False):
         if config.tied_head and model.embed_tokens is not None:
             head.weight = model.embed_tokens.weight
@@ -304,7 +360,7 @@ def load_slice(
                 if config.shared_heads
                 else f"lm_head.{config.exits.index(p)}"
             )
-            read(head, "weight", [f"{name}.weight"])
+            read_weight(head, [f"{name}.weight"])  # type: ignore[arg-type]
     for i, layer in enumerate(model.trunk, model.first_layer):
         read_layer(layer, f"model.layers.{i}")
         if packed:
@@ -312,17 +368,26 @@ def load_slice(
     for p, branch in model.branch_at.items():
         index = config.exits.index(p)
         for layer, prefix in zip(branch.stack, config.branch_prefixes(p), strict=True):
-            read_layer(layer, prefix)
+            # The last layer computes keys and values alone where its answer is not wanted.
+            read_layer(layer, prefix, apart=layer is branch.stack[-1])
         read(branch.norm, "weight", [f"model.norms.{index}.weight"])
         if branch.probe is not None:
             for part in PROBE_NAMES:
                 module, parameter = part.split(".")
                 read(getattr(branch.probe, module), parameter, [f"model.probes.{index}.{part}"])
-        if packed:  # a branch computes keys and values alone where its answer is not wanted
+        if packed:
             pack(branch, apart=[branch.stack[-1].qkv_proj])
     if packed:
         pack(model.heads)
+        if model.device.type == "cpu":
+            for norm in (m for m in model.modules() if isinstance(m, RMSNorm)):
+                norm.freeze()
     return model.eval()
+
+
+def _few_bits(name: str, weights: Weights) -> Weights:
+    """The format of one weight: heads are worth more than 4 bits (docs/log.md)."""
+    return weights if name.startswith("model.") and "embed_tokens" not in name else Weights.INT8
 
 
 def cut(
@@ -331,6 +396,7 @@ def cut(
     out: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
     companions: bool = True,
 ) -> Path:
     """Write the stages that end at these exits as a folder of their own: config.json, one safetensors file, tokenizer.
@@ -342,6 +408,7 @@ def cut(
         exits: consecutive exits; all of them converts the family.
         out: the new folder; must not exist yet.
         dtype: convert to this number format; None keeps what is there.
+        weights: INT8 or INT4 rounds the weights of products to few bits; anything else keeps what is there.
         companions: copy the tokenizer and its like too (an entry node needs them).
 
     Raises:
@@ -351,20 +418,32 @@ def cut(
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it or name another folder")
     names = checkpoint.names(exits)
+    if checkpoint.weights is not None and weights not in (None, checkpoint.weights):
+        raise CheckpointError(f"{checkpoint.folder}: its weights are {checkpoint.weights} already, not {weights}")
+    few_bits = checkpoint.weights or (weights if weights is not Weights.BF16 else None)
     with _whole_or_not(out) as folder:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
-            tensor = checkpoint.tensor(name)
+            stored = checkpoint.weight(name)
+            if isinstance(stored, Tensor) and few_bits and _is_product(name, checkpoint.config):
+                stored = Quantized.of(stored, _few_bits(name, few_bits), name)
+            if isinstance(stored, Quantized):
+                tensors[name], tensors[f"{name}{_SCALE}"] = stored.values, stored.scales
+                if stored.zeros is not None:
+                    tensors[f"{name}{_ZERO}"] = stored.zeros
+                continue
             # Copies of a trunk layer must not share memory in the file: safetensors stores no aliases.
-            tensors[name] = tensor.to(dtype or tensor.dtype, copy=not checkpoint.holds(name)).contiguous()
+            tensors[name] = stored.to(dtype or stored.dtype, copy=not checkpoint.holds(name)).contiguous()
         whole = tuple(exits) == checkpoint.config.exits
         metadata = {
             "format": "pt",
             "ruyi_flow.exits": json.dumps(list(exits)),
             "ruyi_flow.fingerprint": _fingerprint(checkpoint.config, names, tensors.__getitem__)
-            if whole
+            if whole and not few_bits
             else checkpoint.fingerprint,
         }
+        if few_bits:
+            metadata["ruyi_flow.weights"] = few_bits
         save_file(tensors, folder / _WEIGHTS, metadata)
         config = checkpoint.config.to_dict()
         if dtype is not None:
@@ -375,6 +454,13 @@ def cut(
                 if (checkpoint.folder / name).exists():
                     shutil.copyfile(checkpoint.folder / name, folder / name)
     return out
+
+
+def _is_product(name: str, config: FamilyConfig) -> bool:
+    """Whether a tensor is the weight of a `Linear`."""
+    if "embed_tokens" in name:
+        return config.tied_head
+    return name.startswith("lm_head") or name.endswith("_proj.weight")
 
 
 def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> None:

@@ -7,7 +7,8 @@ mix of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.linear import Linear
 
 __all__ = [
     "Attention",
@@ -23,10 +25,8 @@ __all__ = [
     "CausalAttention",
     "DecoderLayer",
     "FamilySlice",
-    "Linear",
     "Probe",
     "Rope",
-    "pack",
 ]
 
 
@@ -49,96 +49,32 @@ class Attention(Protocol):
         ...
 
 
-class Linear(nn.Module):
-    """`x @ weight.T + bias`, whose weight can be packed for the CPU's matrix units.
-
-    A packed weight is laid out by oneDNN for small batches, the layout that `torch.compile` gives to frozen models. For
-    one row in bf16 that took 12.2 ms instead of 18.0 for all the products of SmolLM2-135M (docs/log.md). Several
-    products of the same input are one `Linear` with the sum of their output sizes; `part` runs only some of its rows.
-    """
-
-    def __init__(self, in_features: int, out_features: Sequence[int], bias: bool) -> None:
-        super().__init__()
-        self.splits = tuple(out_features)
-        self.weight = nn.Parameter(torch.empty(sum(self.splits), in_features))
-        self.bias = nn.Parameter(torch.empty(sum(self.splits))) if bias else None
-        self.packed: tuple[Tensor, ...] | None = None
-        self.packed_bias: tuple[Tensor | None, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, in) -> (n, sum(splits))"""
-        packed = self.packed
-        if packed is None:
-            return F.linear(x, self.weight, self.bias)
-        if len(packed) == 1:
-            return _packed_linear(x, packed[0], self.packed_bias[0])
-        return torch.cat([_packed_linear(x, w, b) for w, b in zip(packed, self.packed_bias, strict=True)], dim=-1)
-
-    def part(self, x: Tensor, index: int) -> Tensor:
-        """(n, in) -> (n, splits[index]): one of the products alone.
-
-        A packed weight must have been packed apart.
-        """
-        if self.packed is not None:
-            return _packed_linear(x, self.packed[index], self.packed_bias[index])
-        start = sum(self.splits[:index])
-        rows = slice(start, start + self.splits[index])
-        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
-
-    def pack(self, *, apart: bool = False) -> None:
-        """Give up the weight for its packed form; inference only.
-
-        Args:
-            apart: pack each product for itself, so that `part` can run it alone.
-        """
-        parts = self.splits if apart else (sum(self.splits),)
-        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        self.packed = tuple(torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), 1) for w in weight.split(parts))
-        self.packed_bias = tuple(b.clone() for b in bias.split(parts)) if bias is not None else (None,) * len(parts)
-        del self.weight, self.bias
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
-
-
-def pack(module: nn.Module, *, apart: Collection[Linear] = ()) -> None:
-    """Pack the products below a module for serving on a CPU, where their number format can be; inference only.
-
-    Args:
-        apart: those of them whose parts must be able to run alone.
-    """
-    for linear in module.modules():
-        if (
-            isinstance(linear, Linear)
-            and linear.packed is None
-            and _can_pack(linear.weight.dtype, linear.weight.device)
-        ):
-            linear.pack(apart=linear in apart)
-
-
-def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype is torch.float32
-
-
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.shape = (size,)
-        self.eps = eps
+        self.shape, self.size, self.eps = (size,), size, eps
+        self.fixed: Tensor | None = None
+        """The weight, once it will not change any more: found without a search through the module's parameters."""
+        self._zero = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        """(n, size) -> (n, size)"""
+        weight = self.fixed
+        if weight is None:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        if x.numel() != self.size:
+            return torch.rms_norm(x, self.shape, weight, self.eps)
+        # One row on a CPU: torch's own is eight kernels of 12 µs, this is two of 5 (docs/log.md).
+        length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+        return torch.addcmul(self._zero, x, weight, value=1 / math.sqrt(length * length / self.size + self.eps))
+
+    def freeze(self) -> None:
+        """Take the weight as it is now for good; for serving on a CPU."""
+        self.fixed = self.weight.detach()
+        self._zero = torch.zeros(1, dtype=self.fixed.dtype)
 
 
 class Rope:
@@ -184,6 +120,10 @@ class DecoderLayer(nn.Module):
         m = config.intermediate_size
         self.gate_up_proj = Linear(config.hidden_size, (m, m), config.mlp_bias)
         self.down_proj = Linear(m, (config.hidden_size,), config.mlp_bias)
+        # The same once more, where Python finds them without a search through the module's parts.
+        self._first = self.input_layernorm, self.qkv_proj, self.o_proj
+        self._second = self.post_attention_layernorm, self.gate_up_proj, self.down_proj
+        self._norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def forward(
         self,
@@ -205,29 +145,32 @@ class DecoderLayer(nn.Module):
         Returns:
             (m, hidden), or None when no row is wanted.
         """
-        heads, kv, d = self.num_heads, self.num_kv_heads, self.head_dim
-        h = self.input_layernorm.forward(x)
+        heads, kv, d, norms = self.num_heads, self.num_kv_heads, self.head_dim, self._norms
+        norm, qkv_proj, o_proj = self._first
+        h = norm.forward(x)
         if rows is None:
-            qkv = self.qkv_proj.forward(h).view(-1, heads + 2 * kv, d)
-            if self.q_norm is None:
-                qk, v = rotate(qkv[:, : heads + kv], *rope), qkv[:, heads + kv :]
-                q, k = qk[:, :heads], qk[:, heads:]
+            qkv = qkv_proj.run(h).view(-1, heads + 2 * kv, d)
+            if norms is None:
+                qk = rotate(qkv[:, : heads + kv], *rope)
+                attended = attention(slot, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv :], None)
             else:
                 q, k, v = qkv.split((heads, kv, kv), 1)
-                q, k = rotate(self.q_norm.forward(q), *rope), rotate(self.k_norm.forward(k), *rope)  # type: ignore[union-attr]
+                q, k = rotate(norms[0].forward(q), *rope), rotate(norms[1].forward(k), *rope)
+                attended = attention(slot, q, k, v, None)
         else:
-            k, v = self.qkv_proj.part(h, 1).view(-1, 2 * kv, d).split((kv, kv), 1)
-            q = self.qkv_proj.part(h[rows], 0).view(-1, heads, d)
-            if self.q_norm is not None:
-                q, k = self.q_norm.forward(q), self.k_norm.forward(k)  # type: ignore[union-attr]
+            k, v = qkv_proj.part(h, 1).view(-1, 2 * kv, d).split((kv, kv), 1)
+            q = qkv_proj.part(h[rows], 0).view(-1, heads, d)
+            if norms is not None:
+                q, k = norms[0].forward(q), norms[1].forward(k)
             q, k = rotate(q, rope[0][rows], rope[1][rows]), rotate(k, *rope)
             x = x[rows]
-        attended = attention(slot, q, k, v, rows)
-        if rows is not None and not len(rows):
-            return None
-        x = x + self.o_proj.forward(attended)
-        gate, up = self.gate_up_proj.forward(self.post_attention_layernorm.forward(x)).chunk(2, -1)
-        return x + self.down_proj.forward(F.silu(gate) * up)
+            attended = attention(slot, q, k, v, rows)
+            if not len(rows):
+                return None
+        x = x + o_proj.run(attended)
+        norm, gate_up_proj, down_proj = self._second
+        gate, up = gate_up_proj.run(norm.forward(x)).chunk(2, -1)
+        return x + down_proj.run(F.silu(gate).mul_(up))
 
 
 class Probe(nn.Module):
@@ -333,8 +276,13 @@ class FamilySlice(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(n,) token ids -> (n, hidden)."""
-        assert self.embed_tokens is not None
+        if self.embed_tokens is None:
+            return self.heads[0].embedding(token_ids)  # type: ignore[operator, no-any-return]
         return F.embedding(token_ids, self.embed_tokens.weight)
+
+    def embed_with_head(self) -> None:
+        """Look tokens up in the head, which is the embedding, too, and holds it in 8 bits."""
+        self.embed_tokens = None
 
     def run(self, x: Tensor, start: int, stop: int, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """Run trunk layers `start … stop-1`, the only way a trunk is ever run.
@@ -402,20 +350,21 @@ class FamilySlice(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters of the checkpoint that this slice holds; a head that is the embedding counts once."""
-        packed_twice = self.config.tied_head and self.embed_tokens is not None and self.heads[0].packed is not None
-        twice = self.config.vocab_size * self.config.hidden_size if packed_twice else 0
-        return sum(tensor.numel() for tensor in self._tensors()) - twice
+        linears = [m for m in self.modules() if isinstance(m, Linear)]
+        inside = sum(m.num_parameters() for m in linears)
+        seen = {id(t) for m in linears for t in m.parameters()}
+        others = sum(t.numel() for t in self.parameters() if id(t) not in seen)
+        if self.config.tied_head and self.embed_tokens is not None and self.heads[0].kernels:  # it is there twice
+            others -= self.embed_tokens.weight.numel()
+        return inside + others
 
     def tensor_bytes(self) -> int:
         """Bytes of the distinct tensors that this slice holds, packed ones included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
     def _tensors(self) -> list[Tensor]:
-        packed = [m for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
-        tensors = [
-            *self.parameters(),
-            *(t for m in packed for t in (*(m.packed or ()), *m.packed_bias) if t is not None),
-        ]
+        kernels = [kernel for m in self.modules() if isinstance(m, Linear) for kernel in m.kernels]
+        tensors = [*self.parameters(), *(tensor for kernel in kernels for tensor in kernel.tensors)]
         return list({id(tensor): tensor for tensor in tensors}.values())
 
 

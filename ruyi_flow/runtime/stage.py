@@ -48,7 +48,7 @@ class Shard:
         self.rope = Rope(config, weight.dtype, weight.device)
         self.flash = flash_attention() if weight.device.type == "cuda" else None
         self.memory = torch.empty(
-            (model.num_slots, 2, self.pool.num_positions, config.num_kv_heads, config.head_dim),
+            (model.num_slots, 2, config.num_kv_heads, self.pool.num_positions, config.head_dim),
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -137,7 +137,8 @@ class ShardSession:
         self._follow(policy)
         branches = shard.model.branch_at
         self._confidence = {p: Confidence(policy.scale, p, branches[p].probe) for p in self.exits}
-        self._memory = shard.memory[:, :, run.positions]
+        self._memory = shard.memory[:, :, :, run.positions]
+        self._attention = CachedAttention(self._memory, 0, 0, shard.flash)
         self._unseen: list[list[Tensor]] = [[] for _ in shard.exits]
         self._unseen_start = [0] * len(shard.exits)
 
@@ -193,7 +194,9 @@ class ShardSession:
         shard, count = self.shard, len(states)
         model = shard.model
         rope = shard.rope.at(start, start + count)
-        attention = CachedAttention(self._memory, start, count, shard.flash)
+        attention = self._attention
+        if attention.start != start or attention.count != count:  # stages after the first go over the same positions
+            attention = self._attention = CachedAttention(self._memory, start, count, shard.flash)
         first_layer, exit = model.stages[stage]
         boundary = model.run(states, first_layer, exit, rope, attention)
         self.positions[stage] = start + count

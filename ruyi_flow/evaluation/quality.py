@@ -1,0 +1,113 @@
+"""What holding weights in few bits costs: how often the last exit still says the same, and its perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation.scorers import read_asked
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.local import Family
+from ruyi_flow.routing.trace import Scorer
+from ruyi_flow.types import Weights
+
+__all__ = ["QUESTIONS", "Quality", "measure_quality"]
+
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Explain how a bicycle stays upright.",
+    "Write a short letter to a friend who has moved to another city.",
+    "What is the capital of France, and what is it known for?",
+    "Tom has 3 boxes with 12 pencils each and gives away 7 pencils. How many are left?",
+    "List five things to check before a long drive.",
+    "Summarize what photosynthesis does in two sentences.",
+    "Which is heavier, a kilogram of feathers or a kilogram of iron? Why?",
+)
+"""Asked where the user gives no prompts."""
+
+_ANSWER, _WINDOW, _WINDOWS = 64, 512, 16
+"""Tokens of an answer, and of a window of text, and windows at the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One format against bfloat16, at the last exit."""
+
+    weights: str
+    agreement: float
+    """Share of tokens on which both say the same, along bfloat16's own greedy answers."""
+    tokens: int
+    perplexity: float | None
+    """A token, over windows of the text; None without a text."""
+
+
+def measure_quality(
+    checkpoint: Checkpoint,
+    formats: Sequence[Weights],
+    *,
+    prompts: Path | None = None,
+    text: Path | None = None,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Quality]:
+    """Compare formats with the same family in bfloat16, which comes first in the result.
+
+    Args:
+        checkpoint: a whole family with wide weights.
+        prompts: JSON lines as for a trace; a few questions of ours when left out.
+        text: a file whose first windows are read, for perplexity.
+        report: told which format is measured, how much of it is done, and of how much.
+
+    Raises:
+        CheckpointError: a format that cannot hold this family.
+        ConfigError: a file that cannot be read, or a family without a tokenizer.
+    """
+    wide = Family(checkpoint, dtype=torch.bfloat16)
+    tokenizer, last = wide.tokenizer, wide.exits[-1]
+    if tokenizer is None:
+        raise ConfigError(f"{checkpoint.folder}: it has no tokenizer.json, so what few bits cost cannot be measured")
+    asked = [item.prompt for item in read_asked(prompts, tokenizer, Scorer.AGREEMENT)] if prompts else _ours(tokenizer)
+    read: list[int] = []
+    if text is not None:
+        try:
+            read = tokenizer(text.read_text(encoding="utf-8"))["input_ids"][: _WINDOW * _WINDOWS]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{text}: cannot be read as text: {error}") from None
+    windows = [w for i in range(0, len(read), _WINDOW) if len(w := read[i : i + _WINDOW]) > 1]
+    answers = [wide.generate(torch.tensor([p]), max_new_tokens=_ANSWER)[0].tolist() for p in asked]
+    said: list[Tensor] = []
+    found = []
+    for weights in (Weights.BF16, *formats):
+        family = wide if weights is Weights.BF16 else Family(checkpoint, dtype=torch.bfloat16, weights=weights)
+        done, total = 0, len(asked) + len(windows)
+        picked = []
+        for prompt, answer in zip(asked, answers, strict=True):
+            logits = family.logits(torch.tensor([[*prompt, *answer]]), last)
+            picked.append(logits[0, len(prompt) - 1 : -1].argmax(-1))
+            report(weights, done := done + 1, total)
+        said = said or picked
+        loss = 0.0
+        for window in windows:
+            ids = torch.tensor([window])
+            loss += float(F.cross_entropy(family.logits(ids, last)[0, :-1], ids[0, 1:], reduction="sum"))
+            report(weights, done := done + 1, total)
+        same, scored = torch.cat(picked) == torch.cat(said), sum(len(window) - 1 for window in windows)
+        perplexity = math.exp(loss / scored) if scored else None
+        found.append(Quality(weights, float(same.float().mean()), len(same), perplexity))
+    return found
+
+
+def _ours(tokenizer: Any) -> list[list[int]]:
+    """Our own questions, as one user turn where the family has a chat template."""
+    if tokenizer.chat_template is None:
+        return [tokenizer(question)["input_ids"] for question in QUESTIONS]
+    turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -1,0 +1,135 @@
+"""Weights in few bits: what they stand for, the kernels that run them, and shards and nodes that hold them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import CheckpointError, RuyiFlowError
+from ruyi_flow.family.checkpoint import Checkpoint, cut
+from ruyi_flow.family.linear import GROUP, Linear, Quantized
+from ruyi_flow.local import load_family
+from ruyi_flow.testing import cluster, cut_topology, tiny_family
+from ruyi_flow.types import Weights
+
+FEW = [Weights.INT8, Weights.INT4]
+IDS = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=["tied", "heads"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few") / request.param
+    base = "llama" if request.param == "tied" else "qwen2"
+    return tiny_family(folder, base=base, intermediate_size=64, tied=request.param == "tied")
+
+
+def random(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+
+
+@pytest.mark.parametrize(("weights", "bits"), [(Weights.INT8, 8), (Weights.INT4, 4)])
+def test_values_are_rounded_to_the_nearest_step(weights: Weights, bits: int) -> None:
+    w = random(48, 64)
+    held = Quantized.of(w, weights)
+    assert held.weights is weights and held.shape == (48, 64)
+    assert held.values.numel() * held.values.element_size() == 48 * 64 * bits // 8
+    step = held.scales.float().reshape(48, -1).repeat_interleave(64 // held.scales.reshape(48, -1).shape[1], 1)
+    assert ((held.wide() - w).abs() <= step * 0.51 + 0.02 * w.abs()).all()
+    joined = Quantized.cat([held, held])
+    assert torch.equal(joined.wide(), torch.cat([held.wide(), held.wide()]))
+    assert torch.equal(joined.rows(48, 96).wide(), held.wide())
+
+
+def test_4_bits_keep_values_that_have_4_bits() -> None:
+    steps = torch.randint(0, 16, (16, 2, GROUP), generator=torch.Generator().manual_seed(1))
+    steps[..., 0], steps[..., 1] = 0, 15
+    w = (steps * 0.5 - 2.0).flatten(1)
+    assert torch.equal(Quantized.of(w, Weights.INT4).wide(), w)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", FEW)
+def test_kernels_give_the_product_and_the_same_row_in_every_block(
+    weights: Weights, dtype: torch.dtype, apart: bool, bias: bool
+) -> None:
+    linear = Linear(64, (32, 96), bias)
+    w, b = random(128, 64), random(128, 1)[:, 0] if bias else torch.zeros(128)
+    if linear.bias is not None:
+        linear.bias = torch.nn.Parameter(b.to(dtype))
+    held = Quantized.of(w, weights)
+    linear.hold(held, dtype, apart=apart)
+    assert linear.weight is None and linear.num_parameters() == 128 * (64 + bias)
+    x = random(20, 64).to(dtype)
+    expected = x.float() @ held.wide().T + b
+    out = linear.run(x)
+    assert out.dtype is dtype and (out.float() - expected).norm() < 5e-3 * expected.norm()
+    if apart:
+        assert torch.equal(linear.part(x, 1), out[:, 32:])
+    few = torch.cat([linear.run(x[i : i + 1]) for i in range(12)])
+    assert torch.equal(few, linear.run(x[:12])), "a row does not depend on the rows beside it"
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (48, 40)])
+def test_4_bits_refuse_a_shape_that_the_kernel_refuses(shape: tuple[int, int]) -> None:
+    with pytest.raises(CheckpointError, match=r"x.down_proj has shape .*int4 needs .* take weights: int8"):
+        Quantized.of(random(*shape), Weights.INT4, "x.down_proj")
+
+
+@pytest.mark.parametrize("weights", FEW)
+def test_a_shard_holds_few_bits_and_gives_what_the_family_in_few_bits_gives(
+    family: Path, tmp_path: Path, weights: Weights
+) -> None:
+    whole = Checkpoint(family)
+    expected = load_family(family, dtype="float32", weights=weights)
+    shard = Checkpoint(cut(whole, whole.exits, tmp_path / "few", weights=weights))
+    assert shard.weights is weights and shard.fingerprint == whole.fingerprint
+    for name in shard.names(shard.exits):
+        assert (isinstance(shard.weight(name), Quantized)) == (
+            name.endswith("_proj.weight") or "lm_head" in name or (whole.config.tied_head and "embed" in name)
+        )
+    wide = load_family(family, dtype="float32").logits(IDS)
+    for exit in whole.exits:
+        ours = load_family(shard.folder, dtype="float32").logits(IDS, exit)
+        assert torch.equal(ours, expected.logits(IDS, exit))
+    assert 0 < (expected.logits(IDS) - wide).norm() < (0.1 if weights is Weights.INT8 else 0.8) * wide.norm()
+    sizes = [(f / "model.safetensors").stat().st_size for f in (shard.folder, family)]
+    assert sizes[0] < sizes[1] / 2
+    with pytest.raises(CheckpointError, match=f"are {weights} already"):
+        cut(shard, shard.exits, tmp_path / "again", weights=next(w for w in FEW if w is not weights))
+    with pytest.raises(CheckpointError, match="only plain floats"):
+        shard.tensor("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("weights", FEW)
+async def test_exact_over_nodes_in_few_bits_is_the_family_in_few_bits(family: Path, weights: Weights) -> None:
+    whole = load_family(family, dtype="float32", weights=weights)
+    prompt = IDS[0].tolist()
+    for exit, mode in ((6, "exact"), (4, "fixed")):
+        expected = whole.generate(IDS[:1], exit=exit, max_new_tokens=24, eos_token_ids=())[0].tolist()
+        topology = cut_topology(family, [[2], [4, 6]], weights=weights)
+        async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+            for draft in (0, 4):
+                reply = await client.generate(
+                    prompt,
+                    mode=mode,
+                    exit=exit if mode == "fixed" else None,
+                    draft=draft,
+                    max_new_tokens=24,
+                    eos_token_ids=(),
+                )
+                assert reply.token_ids == expected
+            assert all(str(weights) in status.dtype for status in (await client.status()).values())
+            await nodes.settle()
+
+
+def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuyiFlowError, match="weights is 'int3'; known: bf16, int8, int4"):
+        load_family(family, weights="int3")
+    with pytest.raises(RuyiFlowError, match="bf16 goes with dtype: bfloat16"):
+        load_family(family, dtype="float32", weights="bf16")
+    narrow = tiny_family(tmp_path / "narrow", intermediate_size=48)
+    with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 16 rows and of 32 columns"):
+        load_family(narrow, weights="int4")
