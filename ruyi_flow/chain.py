@@ -9,23 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, TypeVarTuple
+from typing import TypeVar
 
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, WireError
 from ruyi_flow.routing.pace import Length, Pace
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
-from ruyi_flow.runtime.stage import CHUNK, ShardSession
-from ruyi_flow.runtime.worker import Worker
+from ruyi_flow.runtime.scheduler import WHOLE
+from ruyi_flow.runtime.stage import ShardSession
+from ruyi_flow.runtime.worker import Task, Worker
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
 __all__ = ["Chain", "Look", "Round", "Walk", "decode"]
+
+PART = 128
+"""Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +103,9 @@ class Walk:
 
 @dataclass(slots=True)
 class _Descent:
-    """How far down this node's stages a block went, and what is left to ask of `stage`, which may be beyond them."""
+    """How far down this node's stages a block went, and what is left to ask beyond them."""
 
     walks: list[Walk]
-    stage: int = 0
     left: Block | None = None
 
 
@@ -173,7 +175,15 @@ class Chain:
             raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
         session.token_ids.extend(block.token_ids)
         hop = Hop(self._node)
-        return await self._conclude(await self._go_down(hop, _Descent([], 0, block)), hop)
+        if not block.wants and self._passes_on:
+            await self._pass_on(hop, block)
+            return Verdict((), (hop,))
+        descent = await self._step(hop, count, self._descend([], 0, block))
+        return await self._conclude(descent, hop)
+
+    async def feed(self, block: Block) -> None:
+        """See `Stage.feed`; in one process there is nothing to gain from not waiting."""
+        await self.advance(block)
 
     async def propose(self, token_ids: Sequence[int], draft: int) -> Round:
         """Entry node: take in decided tokens, and settle what comes next.
@@ -186,18 +196,14 @@ class Chain:
             At least one decision, for the positions from the last given one on.
         """
         hop = Hop(self._node)
-        while len(token_ids) > CHUNK:
-            count = min(CHUNK, len(token_ids) - READ_TOKENS - 1)  # what is read of a prompt stays together
-            await self._step(hop, count, self._take, token_ids[:count])
-            token_ids = token_ids[count:]
+        token_ids = await self._begin(hop, token_ids)
         began, brief = time.perf_counter(), len(token_ids) == 1
         weighed = brief and draft > 0 and self._may_be_quiet()
         quiet = weighed and not self._pace.drafts()
         if quiet:
-            descent, drafting_s = await self._step(hop, 1, self._do_not_draft, token_ids[0]), 0.0
+            descent, drafting_s = await self._step(hop, 1, self._do_not_draft(token_ids[0])), 0.0
         else:
-            descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft, token_ids, draft)
-        descent = await self._go_down(hop, descent)
+            descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft(token_ids, draft))
         verdict = await self._conclude(descent, hop)
         walk = descent.walks[0]
         took = time.perf_counter() - began
@@ -223,35 +229,60 @@ class Chain:
         if self._beyond is not None:
             await self._beyond.close()
 
-    async def _step(self, hop: Hop, rows: int, step: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Run a step of so many positions, and count its time."""
+    async def _step(self, hop: Hop, rows: int, task: Task[T]) -> T:
+        """Run a task of so many positions, and count its time."""
         brief = rows <= _BRIEF_ROWS and self._session.alone
-        result, queue_s, compute_s = await self._worker.run(step, *args, brief=brief)
+        result, queue_s, compute_s = await self._worker.run(task, brief=brief)
         hop.queue_s += queue_s
         hop.compute_s += compute_s
         return result
 
-    async def _go_down(self, hop: Hop, descent: _Descent) -> _Descent:
-        """Go down this node's stages for as long as something is unsure.
+    async def _begin(self, hop: Hop, token_ids: Sequence[int]) -> Sequence[int]:
+        """Take in the front of a long prompt, and give what is left of it.
 
-        Usually one step for all of them. What comes before the wanted positions of a long block is taken in steps of
-        CHUNK, so that other sessions get their turns in between, and a request that is cancelled ends there.
+        Where all of it goes deeper anyway, it goes in parts, so that deeper nodes compute the first ones while this one
+        computes the next. Where the exit that answers is chosen by the prompt's end, that stays together.
         """
         session = self._session
-        while descent.left is not None and descent.stage < len(session.exits):
-            stage, block = descent.stage, descent.left
-            while (count := _fills(block)) > 0:
-                await self._step(hop, count, session.advance, stage, block.states[:count], ())
-                block = Block(block.start + count, block.states[count:], block.token_ids[count:], block.wants)
-            rows = len(block.token_ids)
-            descent = await self._step(hop, rows, self._descend, descent.walks, stage, block)
-        return descent
+        if self._passes_on:
+            while len(token_ids) > PART:
+                part, token_ids = token_ids[:PART], token_ids[PART:]
+                start = len(session.token_ids)
+                session.token_ids.extend(part)
+                await self._pass_on(hop, Block(start, session.embed(part), tuple(part), ()))
+        elif session.policy.start is not None and len(token_ids) > WHOLE:
+            count = len(token_ids) - READ_TOKENS - 1
+            await self._step(hop, count, self._take(token_ids[:count]))
+            token_ids = token_ids[count:]
+        return token_ids
 
-    def _take(self, token_ids: Sequence[int]) -> None:
+    @property
+    def _passes_on(self) -> bool:
+        """Whether the next node will be asked about every position, whatever the branches here say of it."""
+        session = self._session
+        may = self._make_beyond is not None and self._gate is None and not session.stands_in
+        return may and session.policy.deepest not in session.exits and all(judge.silent for judge in session.judges)
+
+    async def _pass_on(self, hop: Hop, block: Block) -> None:
+        """Run this node's layers on a part of a prompt, and feed it to the next node."""
+        onward = await self._step(hop, len(block.token_ids), self._fill(block))
+        await self._next_node().feed(onward)
+        self._sent = onward.start + len(onward.token_ids)
+
+    def _fill(self, block: Block) -> Task[Block]:
+        """Fill the caches of all stages here; gives what the next node gets."""
+        session, stop = self._session, block.start + len(block.token_ids)
+        states = block.states
+        for stage in range(len(session.exits)):
+            yield from session.through(stage, states, ())
+            start, states = session.unseen_start(stage), session.take_unseen(stage, stop)
+        return Block(start, states, tuple(session.token_ids[start:stop]), ())
+
+    def _take(self, token_ids: Sequence[int]) -> Task[None]:
         """Fill the first stage's caches with a part of the prompt."""
         session = self._session
         session.token_ids.extend(token_ids)
-        session.advance(0, session.embed(token_ids), ())
+        yield from session.through(0, session.embed(token_ids), ())
 
     def _may_be_quiet(self) -> bool:
         """Whether the first branch is here for its drafts alone, whose worth is measured."""
@@ -259,15 +290,15 @@ class Chain:
         alone = session.stands_in and len(session.exits) == 1
         return session.policy.scale is not None and session.judges[0].silent and not alone
 
-    def _do_not_draft(self, token_id: int) -> _Descent:
+    def _do_not_draft(self, token_id: int) -> Task[_Descent]:
         """Ask deeper at once: the first branch keeps its keys and values, and is not looked at."""
         session = self._session
         session.token_ids.append(token_id)
-        session.advance(0, session.embed((token_id,)), ())
+        yield from session.through(0, session.embed((token_id,)), ())
         walk = Walk(session.exits[0], [Look(len(session.token_ids) - 1, None)])
-        return self._descend([walk], 1, self._question(0, walk))
+        return (yield from self._descend([walk], 1, self._question(0, walk)))
 
-    def _draft(self, token_ids: Sequence[int], draft: int) -> tuple[_Descent, float]:
+    def _draft(self, token_ids: Sequence[int], draft: int) -> Task[tuple[_Descent, float]]:
         """The first stage's walk, position by position: its own tokens are the drafts. And what that took."""
         session, length = self._session, Length(self._pace)
         policy, eos = session.policy, session.params.eos_token_ids or ()
@@ -277,7 +308,7 @@ class Chain:
         while True:
             session.token_ids.extend(ids)
             position = len(session.token_ids) - 1
-            found = session.advance(0, session.embed(ids), (position,))
+            found = yield from session.through(0, session.embed(ids), (position,))
             look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
             now = time.perf_counter()
             length.stepped(now - then)
@@ -294,14 +325,14 @@ class Chain:
             draft, ids = draft - 1, (look.token,)
         if not walk.unsure or self._held_back(0, walk):
             return _Descent([walk]), length.drafting_s
-        return self._descend([walk], 1, self._question(0, walk)), length.drafting_s
+        return (yield from self._descend([walk], 1, self._question(0, walk))), length.drafting_s
 
-    def _descend(self, walks: list[Walk], stage: int, block: Block) -> _Descent:
-        """Run stage after stage, until all is sure, the next one is beyond this node, or its block is a long one."""
+    def _descend(self, walks: list[Walk], stage: int, block: Block) -> Task[_Descent]:
+        """Run stage after stage, until all is sure or the next one is beyond this node."""
         session = self._session
-        while stage < len(session.exits) and not _fills(block):
+        while stage < len(session.exits):
             stop = block.start + len(block.token_ids)
-            found = session.advance(stage, block.states, block.wants)
+            found = yield from session.through(stage, block.states, block.wants)
             drafts = [session.token_ids[p + 1] if p + 1 < stop else None for p in block.wants]
             walk = Walk.of(session.judges[stage], block.wants, drafts, found)
             walks.append(walk)
@@ -309,7 +340,7 @@ class Chain:
                 return _Descent(walks)
             block = self._question(stage, walk)
             stage += 1
-        return _Descent(walks, stage, block)
+        return _Descent(walks, block)
 
     def _held_back(self, stage: int, walk: Walk) -> bool:
         """Whether the stage beyond this node may not be asked what is unsure, which is decided here then."""
@@ -355,25 +386,22 @@ class Chain:
 
     async def _ask(self, block: Block, walk: Walk) -> Verdict | None:
         """The answer from beyond this node; None when there is none and this node decides in its place."""
-        if self._beyond is None:
-            assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
-            self._beyond = self._make_beyond(self._session.policy)
+        beyond = self._next_node()
         try:
-            return await self._beyond.advance(block)
+            return await beyond.advance(block)
         except (NodeUnavailable, DeadlineExceeded, CapacityError):
             if not self._session.policy.fallback:
                 raise
-            lost, self._beyond, self._lost = self._beyond, None, Reason.UNREACHABLE
+            self._beyond, self._lost = None, Reason.UNREACHABLE
             walk.force(self._lost)
-            await lost.close()
+            await beyond.close()
             return None
 
-
-def _fills(block: Block) -> int:
-    """How many rows of a long block to take in first, since no decision is wanted there; 0 for one that is not long."""
-    count = len(block.token_ids)
-    before = block.wants[0] - block.start if block.wants else count
-    return min(CHUNK, before) if count > CHUNK else 0
+    def _next_node(self) -> Stage:
+        if self._beyond is None:
+            assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
+            self._beyond = self._make_beyond(self._session.policy)
+        return self._beyond
 
 
 async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncGenerator[Round, None]:

@@ -103,7 +103,8 @@ class Engine:
                 f"{where}: node {name!r}: limits.max_positions: no memory for the keys and values of "
                 f"{limits.max_positions} positions: {str(error).splitlines()[0]}"
             ) from None
-        worker = ThreadWorker(node.threads or (len(node.cores) if node.cores else None))
+        threads = node.threads or (len(node.cores) if node.cores else None)
+        worker = ThreadWorker(threads, limits.max_step_positions)
         return cls(topology, name, checkpoint, shard, worker)
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:

@@ -54,6 +54,9 @@ class Limits(_Model):
     """Sessions at once."""
     max_positions: Int = Field(default=16384, ge=64, le=2**26)
     """Positions of keys and values, over all sessions."""
+    max_step_positions: Int = Field(default=256, ge=1, le=2**20)
+    """That go through the layers at once, over all sessions; a longer prompt takes several steps, and others' tokens
+    join in each."""
     max_message_bytes: Int = Field(default=4 * 1024 * 1024, ge=64 * 1024, le=2**31 - 1)
     """Of one message on the wire; a longer prompt travels in several."""
     grace_s: Float = Field(default=10.0, ge=0, le=1e6)

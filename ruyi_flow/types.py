@@ -345,6 +345,14 @@ class Stage(Protocol):
         """
         ...
 
+    async def feed(self, block: Block) -> None:
+        """Take in a block that wants nothing, without waiting until its layers have run; `advance` follows.
+
+        Raises:
+            NodeError: it cannot be taken in. What fails later is told by the next `advance`.
+        """
+        ...
+
     async def rewind(self, position: int) -> None:
         """Forget every position from `position` on, here and deeper."""
         ...

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.chain import Chain, Look, Walk, decode
+from ruyi_flow.chain import PART, Chain, Look, Walk, decode
 from ruyi_flow.errors import NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.local import load_family
@@ -18,7 +18,7 @@ from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.stage import CHUNK, Shard, ShardSession
+from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import InlineWorker
 from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Block, Decision, Mode, Reason, SamplingParams, Stage, Verdict
@@ -262,29 +262,40 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
     near.check_integrity()
 
 
-async def test_a_long_prompt_takes_turns_on_every_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])
+@pytest.mark.parametrize(
+    "routing", [Routing(Mode.EXACT, draft=2), Routing(Mode.TOKEN, threshold=0.9)], ids=["exact", "token"]
+)
+async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
+    tmp_path: Path, cuts: list[tuple[int, ...]], routing: Routing
+) -> None:
     folder = tiny_family(tmp_path / "long", max_position_embeddings=4096)
-    shard = Shard(load_slice(Checkpoint(folder), (2, 4, 6), dtype=torch.float32), max_positions=2048, max_sessions=1)
+    checkpoint = Checkpoint(folder)
     oracle = Oracle(load_family(folder, dtype="float32"))
-    prompt = [3 + i * 7 % 57 for i in range(1500)]
-    policy = Policy.resolve(Routing(Mode.EXACT, draft=2), (2, 4, 6))
-    session = shard.open(policy, SamplingParams(), len(prompt), 1510)
-    rows: list[int] = []
+    prompt = [3 + i * 7 % 57 for i in range(3 * PART + 40)]
+    policy = Policy.resolve(routing, (2, 4, 6))
+    fed: list[tuple[int, int]] = []
 
-    class Counting(InlineWorker):
-        """Notes how far each stage came in a step."""
+    class Noted(Chain):
+        async def feed(self, block: Block) -> None:
+            fed.append((block.start, len(block.token_ids)))
+            await super().feed(block)
 
-        async def run(self, step, *args, brief=False):  # type: ignore[no-untyped-def]
-            before = list(session.positions)
-            result = await super().run(step, *args)
-            rows.extend(b - a for a, b in zip(before, session.positions, strict=True) if b > a)
-            return result
-
-    chain = Chain(session, Counting(), "n0")
+    chain: Chain | None = None
+    pieces = [
+        Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=2048, max_sessions=1) for cut in cuts
+    ]
+    for i, shard in reversed(list(enumerate(pieces))):
+        session = shard.open(policy, SamplingParams(), len(prompt), len(prompt) + 10)
+        chain = Noted(session, InlineWorker(), f"n{i}", (lambda s: lambda policy: s)(chain) if chain else None)
+    assert chain is not None
     decided = [d async for settled in decode(chain, prompt, 4) for d in settled.decisions]
     await chain.close()
     assert [(d.token, d.exit) for d in decided] == oracle.decide(policy, prompt, 4)
-    assert max(rows) <= CHUNK + 2 and sum(row >= 400 for row in rows) == 9
+    once = [(0, PART), (PART, PART), (2 * PART, PART)] if routing.mode is Mode.EXACT else []
+    assert sorted(fed) == sorted(once * (len(cuts) - 1))
+    for shard in pieces:
+        shard.check_integrity()
 
 
 async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CachedAttention", "flash_attention"]
+__all__ = ["BatchedAttention", "CachedAttention", "flash_attention"]
 
 
 def flash_attention() -> Any:
@@ -37,6 +38,7 @@ class CachedAttention:
         # All views of the step at once, by slot: inside the layers each would cost its own calls.
         self._new = memory[:, :, :, start:stop].transpose(2, 3).flatten(0, 1).unbind(0)  # (count, kv_heads, d)
         self._seen = memory[:, :, None, :, :stop].flatten(0, 1).unbind(0)  # (1, kv_heads, stop, d)
+        self.device = memory.device
         self._causal: Tensor | None = None
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
@@ -68,10 +70,37 @@ class CachedAttention:
         """(group * m, stop): row i sees position j when j is at or before it. That of all rows is made once."""
         if rows is None and self._causal is not None:
             return self._causal
-        device = self._seen[0].device
+        device = self.device
         asked = torch.arange(self.count, device=device) if rows is None else rows
         seen = torch.arange(self.start + self.count, device=device) <= (asked + self.start)[:, None]
         mask = seen.repeat(group, 1)
         if rows is None:
             self._causal = mask
         return mask
+
+
+class BatchedAttention:
+    """Blocks of several sessions whose rows lie one after the other: each attends to its own session only.
+
+    Args:
+        blocks: the sessions'.
+        asked: for each, which of its rows q is of; None where it is all of all.
+    """
+
+    def __init__(self, blocks: Sequence[CachedAttention], asked: Sequence[Sequence[int]] | None = None) -> None:
+        self._blocks = blocks
+        self._counts = [block.count for block in blocks]
+        self._sizes = self._counts
+        self._all: list[Tensor | None] = [None] * len(blocks)
+        self._rows = self._all
+        if asked is not None:
+            self._sizes = [len(rows) for rows in asked]
+            self._rows = [
+                None if len(rows) == block.count else torch.tensor(rows, dtype=torch.int64, device=block.device)
+                for rows, block in zip(asked, blocks, strict=True)
+            ]
+
+    def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        sizes, asked = (self._counts, self._all) if rows is None else (self._sizes, self._rows)
+        parts = zip(self._blocks, q.split(sizes), k.split(self._counts), v.split(self._counts), asked, strict=True)
+        return torch.cat([block(slot, *part) for block, *part in parts])

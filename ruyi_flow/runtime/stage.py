@@ -1,4 +1,4 @@
-"""The stages of one node: their weights, their sessions' caches, and one step of one session.
+"""The stages of one node: their weights, their sessions' caches, and one step of several sessions.
 
 Everything here is synchronous and runs on the node's one compute thread (`runtime/worker.py`).
 """
@@ -7,26 +7,53 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ruyi_flow.errors import CapacityError, ContextLengthError
-from ruyi_flow.family.transformer import FamilySlice, Rope
+from ruyi_flow.errors import CapacityError, ContextLengthError, RuyiFlowError
+from ruyi_flow.family.transformer import Attention, FamilySlice, Rope
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS, Reading
-from ruyi_flow.runtime.attention import CachedAttention, flash_attention
+from ruyi_flow.runtime.attention import BatchedAttention, CachedAttention, flash_attention
 from ruyi_flow.runtime.kv_cache import PagePool, Run
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.scores import Confidence, reading
 from ruyi_flow.types import SamplingParams
 
-__all__ = ["CHUNK", "Shard", "ShardSession"]
+__all__ = ["CHUNK", "Pass", "Shard", "ShardSession"]
 
 CHUNK = 512
-"""Positions that go through the layers at once; a longer prompt goes in several steps, which bounds its memory."""
+"""Positions that go through the layers at once where a session is alone; that bounds a prompt's memory."""
+
+
+class Pass:
+    """New states of one session on their way through one stage, in one step or several.
+
+    Args:
+        session: whose.
+        stage: index of the stage on this node.
+        states: (n, hidden) boundary states that enter it, of the next positions, whose token ids must be in
+            `session.token_ids` already.
+        wants: the positions among them whose next token is wanted, ascending.
+    """
+
+    __slots__ = ("error", "found", "looks", "session", "stage", "states", "wants")
+
+    def __init__(self, session: ShardSession, stage: int, states: Tensor, wants: Sequence[int]) -> None:
+        self.session, self.stage, self.states, self.wants = session, stage, states, wants
+        self.looks = session.looks(stage)
+        self.found: list[tuple[int, float]] = []
+        """A token and a confidence for each wanted position that has been run, where the stage looks."""
+        self.error: Exception | None = None
+        """Why it cannot go on."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that are still to be run."""
+        return self.states.shape[0]
 
 
 class Shard:
@@ -96,6 +123,68 @@ class Shard:
             self.sessions[session_id] = session
             return session
 
+    @torch.inference_mode()
+    def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
+        """Run the next rows of several sessions' passes through one stage, together.
+
+        What a session sees does not depend on the others, but for how a product of many rows is rounded. An error of
+        one session's alone becomes its pass's.
+
+        Args:
+            parts: passes at the same stage, and how many rows of each.
+        """
+        stage = parts[0][0].stage
+        first_layer, exit = self.model.stages[stage]
+        pieces = [_Piece.of(work, count) for work, count in parts]
+        one = pieces[0] if len(pieces) == 1 else None
+        states = one.states if one else torch.cat([piece.states for piece in pieces])
+        rope = self._rope(pieces)
+        attention = one.attention if one else BatchedAttention([piece.attention for piece in pieces])
+        boundary = self.model.run(states, first_layer, exit, rope, attention)
+        parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
+        for piece, states in zip(pieces, parted, strict=True):
+            piece.work.session.went_through(stage, states)
+        looking = [(piece, states) for piece, states in zip(pieces, parted, strict=True) if piece.work.looks]
+        if not looking:
+            return
+        if len(looking) < len(pieces):
+            pieces, boundary = [piece for piece, _ in looking], torch.cat([states for _, states in looking])
+            rope = self._rope(pieces)
+        self._look(exit, pieces, boundary, rope)
+
+    def _rope(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
+        tables = [self.rope.at(piece.start, piece.start + piece.count) for piece in pieces]
+        if len(tables) == 1:
+            return tables[0]
+        return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
+
+    def _look(self, exit: int, pieces: Sequence[_Piece], boundary: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+        """Run the branch at an exit, and pick tokens where they are wanted."""
+        rows: list[int] = []
+        before = 0
+        for piece in pieces:
+            rows += [before + row for row in piece.asked]
+            before += piece.count
+        chosen = None if len(rows) == before else torch.tensor(rows, dtype=torch.int64, device=boundary.device)
+        if len(pieces) == 1:
+            attention: Attention = pieces[0].attention
+        else:
+            asked = None if chosen is None else [piece.asked for piece in pieces]
+            attention = BatchedAttention([piece.attention for piece in pieces], asked)
+        read = self.model.reading(exit, boundary, rope, attention, chosen)
+        if read is None:
+            return
+        logits = self.model.head_at[exit].run(read)
+        start = 0
+        for piece in pieces:
+            stop = start + len(piece.asked)
+            if stop > start:
+                try:
+                    piece.work.session.pick(piece, exit, logits[start:stop], read[start:stop])
+                except RuyiFlowError as error:
+                    piece.work.error = error
+            start = stop
+
     def release(self, session: ShardSession) -> None:
         """Take a session's pages back; it must not be used any more. Releasing twice is fine."""
         with self._lock:
@@ -107,6 +196,27 @@ class Shard:
         with self._lock:
             self.pool.check_integrity()
             assert self.pool.used == sum(s.run.count for s in self.sessions.values()), "pages of a closed session"
+
+
+class _Piece:
+    """The next rows of a pass, in one step."""
+
+    __slots__ = ("asked", "attention", "count", "start", "states", "work")
+
+    def __init__(self, work: Pass, count: int, states: Tensor) -> None:
+        session = work.session
+        self.work, self.count, self.states = work, count, states
+        self.start = session.positions[work.stage]
+        self.attention = session.attention(self.start, count)
+        self.asked = session.asked(work.stage, self.start, count, work.wants) if work.looks else ()
+
+    @classmethod
+    def of(cls, work: Pass, count: int) -> _Piece:
+        """Take the rows off the pass."""
+        states, work.states = (
+            (work.states, work.states[:0]) if count == work.rows else (work.states[:count], work.states[count:])
+        )
+        return cls(work, count, states)
 
 
 class ShardSession:
@@ -167,59 +277,63 @@ class ShardSession:
         """(n, hidden) states that enter the first stage."""
         return self.shard.model.embed(torch.tensor(token_ids, device=self.shard.memory.device))
 
-    @torch.inference_mode()
     def advance(self, stage: int, states: Tensor, wants: Sequence[int]) -> list[tuple[int, float]] | None:
-        """Run a stage on the states of the next positions; look where a token is wanted.
-
-        Args:
-            stage: index of the stage on this node.
-            states: (n, hidden) boundary states that enter it; their token ids must be in `token_ids` already.
-            wants: the positions among them whose next token is wanted, ascending.
+        """Run a stage on the states of the next positions, alone; see `Pass`.
 
         Returns:
             A token and a confidence for each wanted position; None where this stage never looks.
         """
-        start, looks = self.positions[stage], self.looks(stage)
-        found: list[tuple[int, float]] = []
-        for first in range(start, start + len(states), CHUNK):
-            count = min(CHUNK, start + len(states) - first)
-            chunk = states if count == len(states) else states[first - start : first - start + count]
-            asked = [p for p in wants if first <= p < first + count] if looks else []
-            found += self._advance_chunk(stage, first, chunk, asked, looks)
-        return found if looks else None
+        work = Pass(self, stage, states, wants)
+        while work.rows:
+            self.shard.run([(work, min(work.rows, CHUNK))])
+            if work.error is not None:
+                raise work.error
+        return work.found if work.looks else None
 
-    def _advance_chunk(
-        self, stage: int, start: int, states: Tensor, wants: Sequence[int], looks: bool
-    ) -> list[tuple[int, float]]:
-        shard, count = self.shard, len(states)
-        model = shard.model
-        rope = shard.rope.at(start, start + count)
-        attention = self._attention
-        if attention.start != start or attention.count != count:  # stages after the first go over the same positions
-            attention = self._attention = CachedAttention(self._memory, start, count, shard.flash)
-        first_layer, exit = model.stages[stage]
-        boundary = model.run(states, first_layer, exit, rope, attention)
-        self.positions[stage] = start + count
-        if exit < self.policy.deepest:
+    def through(
+        self, stage: int, states: Tensor, wants: Sequence[int]
+    ) -> Generator[Pass, None, list[tuple[int, float]] | None]:
+        """The same as a part of a task: whoever runs the task runs the pass."""
+        work = Pass(self, stage, states, wants)
+        yield work
+        return work.found if work.looks else None
+
+    def attention(self, start: int, count: int) -> CachedAttention:
+        """For a block at these positions; stages after the first go over the same ones."""
+        last = self._attention
+        if last.start != start or last.count != count:
+            last = self._attention = CachedAttention(self._memory, start, count, self.shard.flash)
+        return last
+
+    def asked(self, stage: int, start: int, count: int, wants: Sequence[int]) -> Sequence[int]:
+        """The rows of a block that the branch is read at: the wanted ones, or what is read of a prompt at its end."""
+        if self._begins(stage, start + count):
+            return range(max(0, count - READ_TOKENS - 1), count)
+        return [p - start for p in wants if start <= p < start + count]
+
+    def went_through(self, stage: int, boundary: Tensor) -> None:
+        """Count positions that a stage has run, and keep its (n, hidden) states for the stage beyond."""
+        self.positions[stage] += boundary.shape[0]
+        if self.shard.exits[stage] < self.policy.deepest:
             self._unseen[stage].append(boundary)
-        if not looks:
-            return []
-        begins = stage == 0 and self.policy.start is not None and start + count == self._prompt_length
-        rows: Sequence[int] = range(max(0, count - READ_TOKENS - 1), count) if begins else [p - start for p in wants]
-        chosen = None if len(rows) == count else torch.tensor(rows, dtype=torch.int64, device=states.device)
-        read = model.reading(exit, boundary, rope, attention, chosen)
-        if read is None:
-            return []
-        logits = model.head_at[exit].forward(read)
+
+    def pick(self, piece: _Piece, exit: int, logits: Tensor, read: Tensor) -> None:
+        """Pick tokens from a block's (rows, vocab) logits, and from the (rows, hidden) states that the head read."""
+        work, stop = piece.work, piece.start + piece.count
+        begins = self._begins(work.stage, stop)
         if begins:
-            following = torch.tensor(self.token_ids[start + rows[0] + 1 : start + count], device=logits.device)
+            following = torch.tensor(self.token_ids[stop - len(logits) + 1 : stop], device=logits.device)
             loss, entropy = reading(logits[:-1], following)
             logits, read = logits[-1:], read[-1:]
-        confidence = partial(self._confidence[exit], read=read)
-        tokens, sure = self.sampler.pick(logits, wants, self.token_ids, confidence)
+        wants = [p for p in work.wants if piece.start <= p < stop]
+        tokens, sure = self.sampler.pick(logits, wants, self.token_ids, partial(self._confidence[exit], read=read))
         if begins:
             self._begin(Reading(self._prompt_length, loss, entropy, sure[0]))
-        return list(zip(tokens, sure, strict=True))
+        work.found += zip(tokens, sure, strict=True)
+
+    def _begins(self, stage: int, stop: int) -> bool:
+        """Whether a block that ends before this position ends the prompt, of which the answering exit is chosen."""
+        return stage == 0 and self.policy.start is not None and stop == self._prompt_length
 
     def _begin(self, reading: Reading) -> None:
         """Choose the exit that answers, now that the first branch has read the prompt."""

@@ -45,6 +45,10 @@ class RemoteStage:
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
         self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
         self._call: Any = None
+        self._owed = 0
+        """Messages that were written and whose replies have not been read."""
+        self._fed_positions = self._fed_bytes = 0
+        """What `feed` has sent since the last `advance`."""
         self._waiting_since: float | None = None
         """When the node last gave a sign of life, while an answer of it is awaited."""
         self._late = False
@@ -53,17 +57,11 @@ class RemoteStage:
     async def advance(self, block: Block) -> Verdict:
         """See `Stage.advance`."""
         began = time.perf_counter()
-        messages = [self._blocks.to_pb(b).SerializeToString() for b in self._split(block)]
-        up = sum(map(len, messages))
-        opening = self._call is None
-        if opening:
-            self._call = self._peer.session_call(timeout=self._session_timeout_s)
-            self._watch()
-            messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
+        messages = self._messages(block)
         try:
-            replies = (await self._exchange(messages))[opening:]
-            verdicts = [codec.verdict_from_pb(reply.verdict) for reply, _ in replies]
-            if not all(verdict.hops for verdict in verdicts):
+            replies = await self._exchange(messages)
+            verdicts = [codec.verdict_from_pb(reply.verdict) for reply, _ in replies if reply.HasField("verdict")]
+            if not all(verdict.hops for verdict in verdicts) or not verdicts:
                 raise WireError("no verdict on a block")
         except WireError as error:
             if error.node is None:
@@ -72,11 +70,28 @@ class RemoteStage:
         hops = _sum(verdicts)
         mine = hops[0]
         mine.messages += len(verdicts)
-        mine.positions += len(block.token_ids)
-        mine.bytes_up += up
-        mine.bytes_down += sum(size for _, size in replies)
+        mine.positions += self._fed_positions + len(block.token_ids)
+        mine.bytes_up += self._fed_bytes + sum(map(len, messages))
+        mine.bytes_down += sum(size for reply, size in replies if reply.HasField("verdict"))
         mine.wire_s += max(0.0, time.perf_counter() - began - sum(reply.verdict.elapsed_s for reply, _ in replies))
+        self._fed_positions = self._fed_bytes = 0
         return Verdict(verdicts[-1].decisions, hops)
+
+    async def feed(self, block: Block) -> None:
+        """See `Stage.feed`: the node's answers are read by the next `advance`."""
+        messages = self._messages(block)
+        await self._exchange(messages, wait=False)
+        self._fed_positions += len(block.token_ids)
+        self._fed_bytes += sum(map(len, messages))
+
+    def _messages(self, block: Block) -> list[bytes]:
+        """A block as it goes on the wire; the session's first one has the handshake in front."""
+        messages = [self._blocks.to_pb(b).SerializeToString() for b in self._split(block)]
+        if self._call is None:
+            self._call = self._peer.session_call(timeout=self._session_timeout_s)
+            self._watch()
+            messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
+        return messages
 
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
@@ -90,14 +105,15 @@ class RemoteStage:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def _exchange(self, messages: Sequence[bytes]) -> list[tuple[pb.SessionReply, int]]:
-        """Write messages and read a reply to each, with its size."""
+    async def _exchange(self, messages: Sequence[bytes], *, wait: bool = True) -> list[tuple[pb.SessionReply, int]]:
+        """Write messages and, unless not to wait, read every reply that is owed, with its size."""
         call, replies = self._call, []
         self._waiting_since = time.monotonic()
         try:
             for message in messages:
                 await call.write(message)
-            while True:
+            self._owed += len(messages)
+            while wait and self._owed:
                 data = await call.read()
                 if data is grpc.aio.EOF:
                     await self._fail()
@@ -105,9 +121,9 @@ class RemoteStage:
                 if reply.HasField("failure"):
                     raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
                 replies.append((reply, len(data)))
-                if len(replies) == len(messages):
-                    return replies
+                self._owed -= 1
                 self._waiting_since = time.monotonic()  # it is alive
+            return replies
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._late or (task is not None and task.cancelling()):

@@ -1,63 +1,167 @@
-"""The compute thread: order, errors, cancelled callers, and steps that are brief enough for the event loop."""
+"""The compute thread: tasks of several sessions in shared steps, errors, cancelled callers, and brief tasks."""
 
 import asyncio
 import threading
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
+import torch
 
-from ruyi_flow.errors import NodeUnavailable
-from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.errors import NodeUnavailable, RequestError
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.stage import Pass, Shard, ShardSession
+from ruyi_flow.runtime.worker import Task, ThreadWorker, drive
+from ruyi_flow.types import Mode, SamplingParams
+
+POLICY = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), (2, 4, 6))
 
 
 def here() -> int:
     return threading.get_ident()
 
 
-async def test_steps_run_in_order_on_one_thread_that_outlives_errors() -> None:
-    worker, order = ThreadWorker(1), []
-    runs = [worker.run(lambda i=i: order.append((i, here()))) for i in range(4)]
+def doing(call: Callable[[], object]) -> Task[object]:
+    """A task that runs nothing through the layers."""
+    return call()
+    yield  # a generator
+
+
+@pytest.fixture
+def shard(tiny: Path) -> Shard:
+    return Shard(load_slice(Checkpoint(tiny), (2, 4, 6), dtype=torch.float32), max_positions=4096, max_sessions=16)
+
+
+def decoding(session: ShardSession, ids: Sequence[int], count: int) -> Task[list[tuple[int, float]]]:
+    """Tokens at the last exit, greedily."""
+    found: list[tuple[int, float]] = []
+    for _ in range(count):
+        start, stop = len(session.token_ids), len(session.token_ids) + len(ids)
+        session.token_ids.extend(ids)
+        states = session.embed(ids)
+        for stage in range(3):
+            picked = yield from session.through(stage, states, (stop - 1,))
+            if stage < 2:
+                states = session.take_unseen(stage, stop)
+        assert picked is not None and session.positions == [stop] * 3 and start < stop
+        found += picked
+        ids = (picked[0][0],)
+    return found
+
+
+async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard) -> None:
+    prompts = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90)]
+    alone = []
+    for prompt in prompts:
+        session = shard.open(POLICY, SamplingParams(), len(prompt), 400)
+        alone.append(drive(decoding(session, prompt, 8)))
+        session.close()
+    steps: list[list[tuple[Pass, int]]] = []
+    run = shard.run
+    shard.run = lambda parts: (steps.append(list(parts)), run(parts))[1]  # type: ignore[method-assign]
+    worker = ThreadWorker(1, budget=64)
+    sessions = [shard.open(POLICY, SamplingParams(), len(prompt), 400) for prompt in prompts]
+    results = await asyncio.gather(
+        *(worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, prompts, strict=True))
+    )
+    for (found, queue_s, compute_s), expected in zip(results, alone, strict=True):
+        assert [token for token, _ in found] == [token for token, _ in expected]
+        assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(found, expected, strict=True))
+        assert compute_s > 0 and queue_s > -1e-6
+    assert max(len(parts) for parts in steps) == 4, "all sessions meet at a stage"
+    assert all(len({work.stage for work, _ in parts}) == 1 for parts in steps)
+    assert all(sum(rows for _, rows in parts) <= 90 + 64 for parts in steps)
+    for session in sessions:
+        session.close()
+    worker.shutdown()
+    shard.check_integrity()
+
+
+async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
+    good, bad = (shard.open(POLICY, SamplingParams(), 3, 40) for _ in range(2))
+
+    class Refusing:
+        def pick(self, *_: object) -> None:
+            raise RequestError("no token is left")
+
+    bad.sampler = Refusing()  # type: ignore[assignment]
+    worker = ThreadWorker(1)
+    results = await asyncio.gather(
+        *(worker.run(decoding(session, [5, 6, 7], 4)) for session in (good, bad)), return_exceptions=True
+    )
+    assert isinstance(results[1], RequestError) and len(results[0][0]) == 4  # type: ignore[index]
+    worker.shutdown()
+
+
+async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard) -> None:
+    worker = ThreadWorker(1)
     worker.submit(lambda: 1 / 0)
-    await asyncio.gather(*runs)
     with pytest.raises(ZeroDivisionError):
-        await worker.run(lambda: 1 / 0)
-    assert [i for i, _ in order] == [0, 1, 2, 3] and {thread for _, thread in order}.isdisjoint({here()})
+        await worker.run(doing(lambda: 1 / 0))
+    session = shard.open(POLICY, SamplingParams(), 1, 40)
+
+    def wrong() -> Task[None]:
+        yield Pass(session, 0, torch.zeros(1, 7), ())  # of another width
+
+    with pytest.raises(RuntimeError):
+        await worker.run(wrong())
+    session.token_ids.clear()
+    assert len((await worker.run(decoding(session, [5], 2)))[0]) == 2
+    assert (await worker.run(doing(here)))[0] != here()
     worker.shutdown()
     with pytest.raises(NodeUnavailable):
-        await worker.run(here)
+        await worker.run(doing(here))
 
 
-async def test_a_cancelled_caller_leaves_its_step_out_of_the_queue() -> None:
-    worker, began, go, ran = ThreadWorker(), threading.Event(), threading.Event(), []
-    first = asyncio.create_task(worker.run(lambda: (began.set(), go.wait(10))))
-    second = asyncio.create_task(worker.run(ran.append, 1))
+async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safely(shard: Shard) -> None:
+    worker, began, go = ThreadWorker(1), threading.Event(), threading.Event()
+    first = asyncio.create_task(worker.run(doing(lambda: (began.set(), go.wait(10)))))
+    session = shard.open(POLICY, SamplingParams(), 1, 400)
+    going = asyncio.Event()
+    loop, run = asyncio.get_running_loop(), shard.run
+    shard.run = lambda parts: (loop.call_soon_threadsafe(going.set), run(parts))[1]  # type: ignore[method-assign]
+    second = asyncio.create_task(worker.run(decoding(session, [5], 300)))
     await asyncio.sleep(0)
     assert began.wait(10)
-    second.cancel()
-    await asyncio.sleep(0)
     go.set()
     await first
-    await worker.run(ran.append, 2)
-    assert ran == [2]
+    await going.wait()
+    second.cancel()
+    await asyncio.sleep(0)
+    worker.submit(session.close)
+    assert (await worker.run(doing(lambda: len(shard.sessions))))[0] == 0
+    held = len(session.token_ids)
+    await worker.run(doing(here))
+    assert held < 300 and len(session.token_ids) == held, "it does not go on"
+    shard.check_integrity()
     worker.shutdown()
 
 
-async def test_brief_steps_move_to_a_lent_loop_and_back_when_they_are_not_brief() -> None:
+async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(shard: Shard) -> None:
     worker = ThreadWorker(1)
+    session = shard.open(POLICY, SamplingParams(), 1, 400)
 
-    async def on_the_loop(step=here, brief: bool = True) -> bool:  # type: ignore[no-untyped-def]
-        return (await worker.run(step, brief=brief))[0] == here()
+    async def on_the_loop(brief: bool = True, pause_s: float = 0.0) -> bool:
+        def task() -> Task[int]:
+            position = len(session.token_ids)
+            session.token_ids.append(5)
+            yield from session.through(0, session.embed((5,)), (position,))
+            return here()
+
+        run = shard.run
+        shard.run = lambda parts: (time.sleep(pause_s), run(parts))[1]  # type: ignore[method-assign]
+        try:
+            return (await worker.run(task(), brief=brief))[0] == here()
+        finally:
+            shard.run = run  # type: ignore[method-assign]
 
     assert not await on_the_loop() and not await on_the_loop()  # a loop that is not lent is left alone
     worker.lend()
     assert not await on_the_loop()  # measured first
     assert await on_the_loop() and await on_the_loop()
     assert not await on_the_loop(brief=False)
-
-    def slow() -> int:
-        time.sleep(0.03)
-        return here()
-
-    assert await on_the_loop(slow)  # nobody could know
-    assert not await on_the_loop(slow) and not await on_the_loop() and await on_the_loop()
+    assert await on_the_loop(pause_s=0.03)  # nobody could know
+    assert not await on_the_loop(pause_s=0.03) and not await on_the_loop() and await on_the_loop()
     worker.shutdown()
