@@ -17,7 +17,8 @@ from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.pace import Pace
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.admission import Admission
+from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport.blocks import row_bytes, rows_in
@@ -54,6 +55,7 @@ class Engine:
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
         self._pace = Pace()
+        self._admission = Admission(shard, self.node.limits.max_waiting, self.node.limits.max_wait_s)
         self._allowance: _Allowance | None = None
         if self._next is not None and self.node.limits.bytes_up_per_minute is not None:
             a_row = row_bytes(hidden, self._next[1].encoding) + 16  # its token id and its part of the frame
@@ -133,9 +135,9 @@ class Engine:
             raise HandshakeError(
                 f"the caller's policy ends at exit {policy.deepest}; node {self.name!r} begins after it", node=self.name
             )
-        return self._open(opening, timeout_s), self.shard.memory
+        return await self._open(opening, timeout_s), self.shard.memory
 
-    def open_entry(
+    async def open_entry(
         self, policy: Policy, sampling: SamplingParams, prompt_length: int, max_positions: int, timeout_s: float | None
     ) -> Chain:
         """A session for a user's request, on the entry node.
@@ -153,7 +155,7 @@ class Engine:
             sampling=sampling,
             policy=policy,
         )
-        return self._open(opening, timeout_s)
+        return await self._open(opening, timeout_s)
 
     def status(self) -> NodeStatus:
         """What the node holds and does."""
@@ -187,20 +189,21 @@ class Engine:
             await self._peer.close()
         self.worker.shutdown()
 
-    def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+    async def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
         if self.draining:
             raise NodeUnavailable(f"node {self.name!r} is shutting down and takes no new session", node=self.name)
         if self.node.limits.deepest is not None:
             opening = replace(opening, policy=opening.policy.limited_to(self.node.limits.deepest))
         gate = self._allowance
-        try:
-            session = self.shard.open(
-                opening.policy,
-                opening.sampling,
-                opening.prompt_length,
-                opening.max_positions,
-                stands_in=opening.policy.fallback or gate is not None,
+        policy, stands_in = opening.policy, opening.policy.fallback or gate is not None
+
+        def open_session() -> ShardSession:
+            return self.shard.open(
+                policy, opening.sampling, opening.prompt_length, opening.max_positions, stands_in=stands_in
             )
+
+        try:
+            session = await self._admission.admit(open_session, opening.max_positions)
         except CapacityError as error:
             raise CapacityError(f"node {self.name!r} is full: {error}", node=self.name) from None
         beyond = None

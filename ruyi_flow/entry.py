@@ -82,7 +82,9 @@ class Entry:
             raise RequestError("stop strings need a tokenizer, and this family has none")
 
         text = _Text(self.tokenizer, params.stop)
-        chain = self.engine.open_entry(policy, params, len(prompt), len(prompt) + params.max_new_tokens, timeout_s)
+        chain = await self.engine.open_entry(
+            policy, params, len(prompt), len(prompt) + params.max_new_tokens, timeout_s
+        )
         count, first_token_s, drafted, accepted, escalations = 0, 0.0, 0, 0, 0
         hops: dict[str, Hop] = {}
         finish = FinishReason.LENGTH

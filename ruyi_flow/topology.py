@@ -52,6 +52,10 @@ class Limits(_Model):
 
     max_sessions: Int = Field(default=16, ge=1)
     """Sessions at once."""
+    max_waiting: Int = Field(default=64, ge=0)
+    """Sessions that may wait for room, in order; what is past them is refused at once."""
+    max_wait_s: Float = Field(default=30.0, gt=0, le=1e6)
+    """How long each of them may wait, before it is refused."""
     max_positions: Int = Field(default=16384, ge=64, le=2**26)
     """Positions of keys and values, over all sessions."""
     max_step_positions: Int = Field(default=256, ge=1, le=2**20)

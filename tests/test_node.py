@@ -191,7 +191,7 @@ async def test_sessions_at_once_do_not_mix(tiny: Path, oracle: Oracle) -> None:
 
 
 async def test_session_and_position_limits_are_refused_and_the_node_lives_on(tiny: Path) -> None:
-    limits = {"max_sessions": 2, "max_positions": 256, "grace_s": 1}
+    limits = {"max_sessions": 2, "max_positions": 256, "grace_s": 1, "max_waiting": 0}
     async with (
         cluster(cut_topology(tiny, [[2], [4, 6]], limits=limits)) as nodes,
         AsyncClient(nodes.topology) as client,

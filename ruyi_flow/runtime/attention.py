@@ -42,10 +42,13 @@ class CachedAttention:
         self._causal: Tensor | None = None
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        slot *= 2
-        self._new[slot].copy_(k)
-        self._new[slot + 1].copy_(v)
-        keys, values = self._seen[slot], self._seen[slot + 1]
+        self._new[2 * slot].copy_(k)
+        self._new[2 * slot + 1].copy_(v)
+        return self.attend(slot, q, rows)
+
+    def attend(self, slot: int, q: Tensor, rows: Tensor | None) -> Tensor:
+        """Attend to keys and values that are written already; see `Attention`."""
+        keys, values = self._seen[2 * slot], self._seen[2 * slot + 1]
         m, heads, d = q.shape
         if m == 0:
             return q.view(0, heads * d)
@@ -84,11 +87,19 @@ class BatchedAttention:
 
     Args:
         blocks: the sessions'.
-        asked: for each, which of its rows q is of; None where it is all of all.
+        memory: (slots, 2, kv_heads, positions, head_dim), all of the node's pool.
+        at: (n,) positions of the pool that the rows' keys and values go to.
+        asked: for each block, which of its rows q is of; None where it is all of all.
     """
 
-    def __init__(self, blocks: Sequence[CachedAttention], asked: Sequence[Sequence[int]] | None = None) -> None:
-        self._blocks = blocks
+    def __init__(
+        self,
+        blocks: Sequence[CachedAttention],
+        memory: Tensor,
+        at: Tensor,
+        asked: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self._blocks, self._memory, self._at = blocks, memory, at
         self._counts = [block.count for block in blocks]
         self._sizes = self._counts
         self._all: list[Tensor | None] = [None] * len(blocks)
@@ -102,5 +113,8 @@ class BatchedAttention:
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         sizes, asked = (self._counts, self._all) if rows is None else (self._sizes, self._rows)
-        parts = zip(self._blocks, q.split(sizes), k.split(self._counts), v.split(self._counts), asked, strict=True)
-        return torch.cat([block(slot, *part) for block, *part in parts])
+        memory = self._memory[slot]
+        memory[0].index_copy_(1, self._at, k.transpose(0, 1))
+        memory[1].index_copy_(1, self._at, v.transpose(0, 1))
+        parts = zip(self._blocks, q.split(sizes), asked, strict=True)
+        return torch.cat([block.attend(slot, *part) for block, *part in parts])

@@ -8,7 +8,7 @@ share the noise, so verifying a draft is comparing two tokens. The processors ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ruyi_flow.errors import NodeFault, RequestError
-from ruyi_flow.runtime.scores import PLAIN
+from ruyi_flow.runtime.scores import PLAIN, Confidence, likeliest
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Sampler", "gumbel"]
@@ -55,7 +55,9 @@ class Sampler:
         logits: Tensor,
         positions: Sequence[int],
         history: Sequence[int],
-        confidence: Callable[[Tensor], list[float]] = PLAIN,
+        confidence: Confidence = PLAIN,
+        read: Tensor | None = None,
+        known: tuple[list[int], list[float]] | None = None,
     ) -> tuple[list[int], list[float]]:
         """The token after each of some positions, and how sure the branch is of its likeliest one.
 
@@ -64,6 +66,8 @@ class Sampler:
             positions: m positions; the token after `positions[i]` sees `history[:positions[i] + 1]`.
             history: token ids of the session, drafts included.
             confidence: reads the branch's confidence off the processed logits.
+            read: (m, hidden) that the branch's head read, where the confidence is a probe's.
+            known: what `likeliest` says of these logits, where somebody has looked already.
 
         Returns:
             m tokens and m confidences.
@@ -78,7 +82,8 @@ class Sampler:
             logits = torch.cat(
                 [self.processors(ids[None, : p + 1], logits[i : i + 1].clone()) for i, p in enumerate(positions)]
             )
-        sure = confidence(logits)
+        tokens, plain = known if known is not None and not self.processors else likeliest(logits)
+        sure = plain if confidence.plain else confidence(logits, read)
         if not all(0 <= c <= 1.001 for c in sure):  # false for what is not a number
             if self.processors and (logits == -math.inf).all(-1).any():
                 raise RequestError("no token is left to pick: no_repeat_ngram_size and min_new_tokens rule out all")
@@ -88,7 +93,7 @@ class Sampler:
             )
         if self.params.temperature > 0:
             return [self._draw(logits[i].float(), p) for i, p in enumerate(positions)], sure
-        return logits.argmax(-1).tolist(), sure
+        return tokens, sure
 
     def _draw(self, logits: Tensor, position: int) -> int:
         params = self.params

@@ -11,7 +11,18 @@ from ruyi_flow.errors import RequestError
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.routing.confidence import Scale, Score
 
-__all__ = ["PLAIN", "Confidence", "measure", "measure_all", "reading"]
+__all__ = ["PLAIN", "Confidence", "likeliest", "measure", "measure_all", "reading"]
+
+
+def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token of each row of (n, vocab) logits, and its probability as the branch says it.
+
+    All rows of a step at once, in the three quickest passes there are: in bfloat16, `argmax` alone takes four times as
+    long as these together (docs/log.md).
+    """
+    wide = logits.float()
+    tokens = wide.max(-1).indices
+    return tokens.tolist(), wide.softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
 
 
 def measure(
@@ -116,6 +127,11 @@ class Confidence:
         self._probe = probe if self._score is Score.PROBE else None
         if self._score is Score.PROBE and probe is None:
             raise RequestError(f"the policy's confidence is its family's probes'; the branch at exit {exit} has none")
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the likeliest token's probability, as the branch says it."""
+        return self._curve is None
 
     def __call__(self, logits: Tensor, read: Tensor | None = None) -> list[float]:
         """(n, vocab) logits, and the (n, hidden) states that the head read -> n numbers in 0 … 1."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Generator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from ruyi_flow.routing.start import READ_TOKENS, Reading
 from ruyi_flow.runtime.attention import BatchedAttention, CachedAttention, flash_attention
 from ruyi_flow.runtime.kv_cache import PagePool, Run
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.scores import Confidence, reading
+from ruyi_flow.runtime.scores import Confidence, likeliest, reading
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["CHUNK", "Pass", "Shard", "ShardSession"]
@@ -79,6 +78,8 @@ class Shard:
             dtype=weight.dtype,
             device=weight.device,
         )
+        self.on_release: Callable[[], None] = lambda: None
+        """Called, on whatever thread, when a session has given its room back."""
         self._ids = itertools.count()
         self._lock = threading.Lock()  # sessions open on the event loop and close on the compute thread
 
@@ -139,7 +140,7 @@ class Shard:
         one = pieces[0] if len(pieces) == 1 else None
         states = one.states if one else torch.cat([piece.states for piece in pieces])
         rope = self._rope(pieces)
-        attention = one.attention if one else BatchedAttention([piece.attention for piece in pieces])
+        attention = self._attention(pieces)
         boundary = self.model.run(states, first_layer, exit, rope, attention)
         parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
         for piece, states in zip(pieces, parted, strict=True):
@@ -158,6 +159,13 @@ class Shard:
             return tables[0]
         return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
 
+    def _attention(self, pieces: Sequence[_Piece], asked: Sequence[Sequence[int]] | None = None) -> Attention:
+        if len(pieces) == 1:
+            return pieces[0].attention
+        at = [piece.work.session.run.positions.start + piece.start + i for piece in pieces for i in range(piece.count)]
+        blocks = [piece.attention for piece in pieces]
+        return BatchedAttention(blocks, self.memory, torch.tensor(at, device=self.memory.device), asked)
+
     def _look(self, exit: int, pieces: Sequence[_Piece], boundary: Tensor, rope: tuple[Tensor, Tensor]) -> None:
         """Run the branch at an exit, and pick tokens where they are wanted."""
         rows: list[int] = []
@@ -166,21 +174,19 @@ class Shard:
             rows += [before + row for row in piece.asked]
             before += piece.count
         chosen = None if len(rows) == before else torch.tensor(rows, dtype=torch.int64, device=boundary.device)
-        if len(pieces) == 1:
-            attention: Attention = pieces[0].attention
-        else:
-            asked = None if chosen is None else [piece.asked for piece in pieces]
-            attention = BatchedAttention([piece.attention for piece in pieces], asked)
+        attention = self._attention(pieces, None if chosen is None else [piece.asked for piece in pieces])
         read = self.model.reading(exit, boundary, rope, attention, chosen)
         if read is None:
             return
         logits = self.model.head_at[exit].run(read)
+        tokens, sure = likeliest(logits)
         start = 0
         for piece in pieces:
             stop = start + len(piece.asked)
             if stop > start:
+                known = tokens[start:stop], sure[start:stop]
                 try:
-                    piece.work.session.pick(piece, exit, logits[start:stop], read[start:stop])
+                    piece.work.session.pick(piece, exit, logits[start:stop], read[start:stop], known)
                 except RuyiFlowError as error:
                     piece.work.error = error
             start = stop
@@ -188,8 +194,10 @@ class Shard:
     def release(self, session: ShardSession) -> None:
         """Take a session's pages back; it must not be used any more. Releasing twice is fine."""
         with self._lock:
-            if self.sessions.pop(session.session_id, None) is not None:
-                self.pool.release(session.run)
+            if self.sessions.pop(session.session_id, None) is None:
+                return
+            self.pool.release(session.run)
+        self.on_release()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the pool's pages and the open sessions agree."""
@@ -317,16 +325,18 @@ class ShardSession:
         if self.shard.exits[stage] < self.policy.deepest:
             self._unseen[stage].append(boundary)
 
-    def pick(self, piece: _Piece, exit: int, logits: Tensor, read: Tensor) -> None:
+    def pick(
+        self, piece: _Piece, exit: int, logits: Tensor, read: Tensor, known: tuple[list[int], list[float]]
+    ) -> None:
         """Pick tokens from a block's (rows, vocab) logits, and from the (rows, hidden) states that the head read."""
         work, stop = piece.work, piece.start + piece.count
         begins = self._begins(work.stage, stop)
         if begins:
             following = torch.tensor(self.token_ids[stop - len(logits) + 1 : stop], device=logits.device)
             loss, entropy = reading(logits[:-1], following)
-            logits, read = logits[-1:], read[-1:]
+            logits, read, known = logits[-1:], read[-1:], (known[0][-1:], known[1][-1:])
         wants = [p for p in work.wants if piece.start <= p < stop]
-        tokens, sure = self.sampler.pick(logits, wants, self.token_ids, partial(self._confidence[exit], read=read))
+        tokens, sure = self.sampler.pick(logits, wants, self.token_ids, self._confidence[exit], read, known)
         if begins:
             self._begin(Reading(self._prompt_length, loss, entropy, sure[0]))
         work.found += zip(tokens, sure, strict=True)
