@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["WHOLE", "Scheduler"]
+__all__ = ["PATIENCE", "WHOLE", "Scheduler"]
+
+PATIENCE = 8
+"""How often short work lets other short work catch up with it."""
 
 WHOLE = 80
 """Work of so many rows is never cut: drafts under verification, and what is read of a prompt."""
@@ -22,6 +25,7 @@ class _Work:
     key: int
     stage: int
     rows: int
+    passed: int = 0
 
 
 class Scheduler:
@@ -29,8 +33,11 @@ class Scheduler:
 
     The oldest work says which stage a step is for, and is part of it; work of the same stage joins in order, what is
     short before what is long. Of long work, as much is taken as the budget has left, a quarter of it at the least for
-    the oldest; what remains waits behind everything that waits now. So work with k others before it is in one of the
-    next k + 1 steps.
+    the oldest; what remains waits behind everything that waits now.
+
+    Where the oldest is short, short work of a shallower stage goes first, PATIENCE times at the most: sessions that
+    decode at different depths so come to the same one, and share its steps from then on. Work with k others before it
+    is therefore in one of the next (k + 1) * (PATIENCE + 1) steps.
 
     Args:
         budget: rows of a step; short work that comes first is taken whole even where it is more.
@@ -61,7 +68,11 @@ class Scheduler:
         """The next step: keys, all at one stage, and how many of the rows of each; [] when nothing waits."""
         if not self._waiting:
             return []
-        stage = next(iter(self._waiting.values())).stage
+        oldest = next(iter(self._waiting.values()))
+        stage = oldest.stage
+        if oldest.rows <= WHOLE and oldest.passed < PATIENCE:
+            stage = min(work.stage for work in self._waiting.values() if work.rows <= WHOLE)
+            oldest.passed += stage != oldest.stage
         mates = [work for work in self._waiting.values() if work.stage == stage]
         if len(mates) == 1:
             return [self._take(mates[0], min(mates[0].rows, max(self.budget, _short(mates[0]))))]

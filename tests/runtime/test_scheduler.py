@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.runtime.scheduler import WHOLE, Scheduler
+from ruyi_flow.runtime.scheduler import PATIENCE, WHOLE, Scheduler
 
 
 def test_decodes_of_one_stage_go_together_in_order() -> None:
@@ -15,6 +15,24 @@ def test_decodes_of_one_stage_go_together_in_order() -> None:
     assert scheduler.next() == [(0, 1), (2, 1), (3, 1)]
     assert scheduler.next() == [(1, 1)]
     assert scheduler.next() == [] and not scheduler
+
+
+def test_decodes_wait_for_those_that_can_catch_up_and_for_nothing_else() -> None:
+    scheduler = Scheduler(64)
+    scheduler.add(0, 2, 1)
+    scheduler.add(1, 0, 1)
+    scheduler.add(2, 0, 500)
+    assert scheduler.next() == [(1, 1), (2, 63)]
+    scheduler.add(1, 1, 1)
+    assert scheduler.next() == [(1, 1)]
+    scheduler.add(1, 2, 1)
+    assert scheduler.next() == [(0, 1), (1, 1)], "not for a long prompt"
+    scheduler.add(3, 1, 1)
+    passed = 0
+    while (step := scheduler.next())[0][0] != 3:
+        passed += step[0][0] != 2
+        scheduler.add(100 + passed, 0, 1)
+    assert passed <= PATIENCE
 
 
 def test_a_long_prompt_fills_what_decodes_leave_and_goes_behind_them() -> None:
@@ -73,7 +91,7 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_longer_than_sai
             if not pending:
                 break
             key, (stage, count, _) = pending.pop(0)
-            patience[key] = len(scheduler) + 1
+            patience[key] = (len(scheduler) + 1) * (PATIENCE + 1)
             scheduler.add(key, stage, count)
             rows[key], done[key], stage_of[key] = count, 0, stage
         step = scheduler.next()
@@ -85,10 +103,10 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_longer_than_sai
         waiting = set(patience) - {key for key, _ in step}
         for key in waiting:
             patience[key] -= 1
-            assert patience[key] > 0, "it was promised a part of one of the next k + 1 steps"
+            assert patience[key] > 0, "it was promised a part of one of these steps"
         for key, _ in step:
             if done[key] < rows[key]:
-                patience[key] = len(scheduler)
+                patience[key] = len(scheduler) * (PATIENCE + 1)
             else:
                 del patience[key]
     assert done == rows
