@@ -6,13 +6,15 @@ machine. It is itself a `Stage`. Only the entry node's chain `propose`s: it draf
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, WireError
-from ruyi_flow.routing.pace import Length, Pace
+from ruyi_flow.routing.pace import Length, Pace, gains
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.runtime.scheduler import WHOLE
@@ -151,6 +153,9 @@ class Chain:
         self._sent = 0
         """Positions that the stage beyond holds."""
         self._pace = pace or Pace()
+        self._ahead: list[tuple[int, float]] = []
+        """The first branch's token and confidence at the last positions that it has run: drafted past what was asked,
+        while the answer was awaited."""
 
     @property
     def session(self) -> ShardSession:
@@ -204,7 +209,7 @@ class Chain:
             descent, drafting_s = await self._step(hop, 1, self._do_not_draft(token_ids[0])), 0.0
         else:
             descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft(token_ids, draft))
-        verdict = await self._conclude(descent, hop)
+        verdict = await self._conclude(descent, hop, ahead=draft > 0 and not quiet)
         walk = descent.walks[0]
         took = time.perf_counter() - began
         if weighed:
@@ -219,6 +224,7 @@ class Chain:
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
         self._session.rewind(position)
+        self._ahead.clear()
         if self._beyond is not None and self._sent > position:
             await self._beyond.rewind(position)
         self._sent = min(self._sent, position)
@@ -306,13 +312,17 @@ class Chain:
         ids: Sequence[int] = token_ids
         then = time.perf_counter()
         while True:
-            session.token_ids.extend(ids)
-            position = len(session.token_ids) - 1
-            found = yield from session.through(0, session.embed(ids), (position,))
+            found: Sequence[tuple[int, float]] | None
+            if self._ahead:  # it ran while the last answer was awaited
+                position, found = len(session.token_ids) - len(self._ahead), (self._ahead.pop(0),)
+            else:
+                session.token_ids.extend(ids)
+                position = len(session.token_ids) - 1
+                found = yield from session.through(0, session.embed(ids), (position,))
+                now = time.perf_counter()
+                length.stepped(now - then)
+                then = now
             look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
-            now = time.perf_counter()
-            length.stepped(now - then)
-            then = now
             asked = asked or look.reason is None
             enough = draft == 0 or look.token is None or look.token in eos
             if asked and not enough and policy.scale is not None:
@@ -361,11 +371,15 @@ class Chain:
         start, stop = session.unseen_start(stage), unsure[-1] + 1
         return Block(start, session.take_unseen(stage, stop), tuple(session.token_ids[start:stop]), unsure)
 
-    async def _conclude(self, descent: _Descent, hop: Hop) -> Verdict:
-        """Ask what is left beyond this node, settle upwards, and rewind to what holds."""
+    async def _conclude(self, descent: _Descent, hop: Hop, *, ahead: bool = False) -> Verdict:
+        """Ask what is left beyond this node, drafting ahead meanwhile; settle upwards, and rewind to what holds."""
         decisions: tuple[Decision, ...] = ()
         hops: tuple[Hop, ...] = ()
-        if descent.left is not None and (verdict := await self._ask(descent.left, descent.walks[-1])) is not None:
+        verdict = None
+        if descent.left is not None:
+            asking = self._ask(descent.left, descent.walks[-1])
+            verdict = await (self._meanwhile(asking, descent.walks[0], hop) if ahead else asking)
+        if descent.left is not None and verdict is not None:
             decisions, hops = verdict.decisions, verdict.hops
             if any(d.token >= self._session.vocab_size for d in decisions):
                 raise WireError(f"the stage beyond decided a token past {self._session.vocab_size - 1}", node=hop.node)
@@ -379,10 +393,41 @@ class Chain:
         if walks[0].looks:
             if not decisions:
                 raise WireError("the stage beyond answered none of the positions it was asked for", node=hop.node)
-            holds = walks[0].looks[len(decisions) - 1].position
-            self._session.rewind(holds + 1)
+            last = walks[0].looks[len(decisions) - 1]
+            holds = last.position
+            if not self._ahead or last is not walks[0].looks[-1] or decisions[-1].token != last.token:
+                self._ahead.clear()
+                self._session.rewind(holds + 1)
             self._sent = min(self._sent, holds + 1)
         return Verdict(decisions, (hop, *hops))
+
+    async def _meanwhile(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
+        """The answer; until it is there, the first branch drafts past what is asked, as long as that should gain."""
+        session, eos = self._session, self._session.params.eos_token_ids or ()
+        kept = math.prod(look.confidence for look in walk.looks if look.reason is None)
+        kept *= math.prod(confidence for _, confidence in self._ahead)
+        own = self._ahead[-1][0] if self._ahead else walk.looks[-1].token
+        most = min(session.max_positions, walk.looks[-1].position + 1 + session.policy.draft)
+        if own is None or not gains(kept):
+            return await asking
+        token, answer = own, asyncio.ensure_future(asking)
+        try:
+            while token not in eos and len(session.token_ids) < most and gains(kept) and not answer.done():
+                token, confidence = await self._step(hop, 1, self._go_ahead(token))
+                self._ahead.append((token, confidence))
+                kept *= confidence
+                await asyncio.sleep(0)  # a brief step leaves the event loop no time to see the answer
+            return await answer
+        finally:
+            answer.cancel()
+
+    def _go_ahead(self, token: int) -> Task[tuple[int, float]]:
+        """The first branch's token and confidence after one more."""
+        session = self._session
+        session.token_ids.append(token)
+        found = yield from session.through(0, session.embed((token,)), (len(session.token_ids) - 1,))
+        assert found is not None
+        return found[0]
 
     async def _ask(self, block: Block, walk: Walk) -> Verdict | None:
         """The answer from beyond this node; None when there is none and this node decides in its place."""

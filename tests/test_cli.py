@@ -1,37 +1,17 @@
 """The command line: what commands print, and that every user error is one line and exit status 2."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from ruyi_flow import cli
 from ruyi_flow.client import Client
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command line with these arguments; gives exit status, standard output and standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ruyi-flow", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

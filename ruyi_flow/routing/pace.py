@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ruyi_flow.routing.policy import pays
 
-__all__ = ["Length", "Pace"]
+__all__ = ["Length", "Pace", "gains"]
 
 
 class Pace:
@@ -14,8 +14,9 @@ class Pace:
     counts everything: the product with the vocabulary that only a drafter needs, and checking more rows deeper.
     """
 
-    _TRIES, _AGAIN = 3, 16
-    """Rounds of each kind before they are compared, and how often the worse one is tried again."""
+    _TRIES, _AGAIN, _FADES = 6, 16, 0.98
+    """Rounds of each kind before they are compared, how often the worse one is tried again, and what is left of a round
+    after the next: how many tokens a round settles varies, so that fewer than some fifty say little."""
 
     def __init__(self) -> None:
         self.step_s = self.ask_s = 0.0
@@ -34,8 +35,8 @@ class Pace:
 
     def settled(self, drafted: bool, took: float, tokens: int) -> None:
         """A round has ended."""
-        self._spent[drafted] = 0.9 * self._spent[drafted] + took
-        self._tokens[drafted] = 0.9 * self._tokens[drafted] + tokens
+        self._spent[drafted] = self._FADES * self._spent[drafted] + took
+        self._tokens[drafted] = self._FADES * self._tokens[drafted] + tokens
         self._tried[drafted] += 1
 
     def drafts(self) -> bool:
@@ -73,3 +74,12 @@ class Length:
         self._kept *= confidence
         self._expected += self._kept
         return going
+
+
+def gains(kept: float) -> bool:
+    """Whether drafting one token more while an answer is awaited should gain time.
+
+    If what it rests on holds, which has this chance, the next round need not draft it. If not, the answer has waited
+    for half of its step on average, since it comes at any moment of it.
+    """
+    return kept > (1 - kept) / 2

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -29,116 +28,34 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ruyi_flow.client import AsyncClient, Reply
+from ruyi_flow.bench import Against
+from ruyi_flow.bench.in_process import decode
+from ruyi_flow.bench.nodes import PROMPT, ask, daemons
+from ruyi_flow.bench.over_links import hop, wan
+from ruyi_flow.bench.report import Measured, Setup, machine
 from ruyi_flow.family import store
-from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.local import Family, load_family
-from ruyi_flow.testing import Relay, free_ports
+from ruyi_flow.testing import free_ports
 from ruyi_flow.types import NodeStatus
-from tests.bench.nodes import daemons
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
-from tests.theirs import as_transformers
-
-PROMPT = "Why is the sky blue?"
-NEW_TOKENS = 128
 
 console = Console(width=110)
 
 
-def prompt_ids(family: Family) -> torch.Tensor:
-    text = family.tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
-    )
-    return torch.tensor([family.tokenizer(text)["input_ids"]])
-
-
-async def ask(client: AsyncClient, draft: int, tokens: int = NEW_TOKENS) -> Reply:
-    return await client.generate(
-        PROMPT, mode="exact", draft=draft, max_new_tokens=tokens, min_new_tokens=tokens, timeout_s=300
-    )
+def flat(found: Measured) -> dict[str, Any]:
+    """A bench's figures in one row."""
+    return {f"{name}_{key}": value for name, row in found.results.items() for key, value in row.items()}
 
 
 def bench_whole(rounds: int) -> dict[str, Any]:
     """The whole family in one process against transformers' generate: bf16, batch 1, 2 threads."""
-    torch.set_num_threads(2)
-    ours = load_family(store.DEMO, dtype="bfloat16")
-    theirs = as_transformers(Checkpoint(store.locate(store.DEMO)), dtype=torch.bfloat16)
-    ids = prompt_ids(ours)
-
-    def run_ours() -> None:
-        ours.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-
-    def run_theirs() -> None:
-        theirs.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-
-    speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
-    for i in range(rounds + 1):  # the first is warm-up
-        for name, run in (("ours", run_ours), ("transformers", run_theirs)):
-            began = time.perf_counter()
-            run()
-            if i:
-                speeds[name].append(NEW_TOKENS / (time.perf_counter() - began))
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
-    return {
-        "ours_tokens_per_s": statistics.median(speeds["ours"]),
-        "transformers_tokens_per_s": statistics.median(speeds["transformers"]),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "goal": ">= 1.15",
-    }
+    found = decode(Setup(store.DEMO, rounds=rounds), against=[Against.TRANSFORMERS])
+    return flat(found) | {"goal": "ratio >= 1.15"}
 
 
 async def bench_hop(rounds: int) -> dict[str, Any]:
-    """Three node processes, last exit, one token a round trip, against the same stages in one process; 1 thread each.
-
-    All of them stay on one core, so that what is compared has the same neighbours and clock. `free` is three nodes that
-    run where the kernel puts them.
-    """
-    family = load_family(store.DEMO, dtype="bfloat16")
-    ids = prompt_ids(family)
-    all_cores = sorted(os.sched_getaffinity(0))
-    core, tokens = all_cores[:1], 48
-    per_token: dict[str, list[float]] = {}
-    parts: dict[str, list[float]] = {}
-
-    def run_library() -> float:
-        os.sched_setaffinity(0, core)
-        torch.set_num_threads(1)
-        family.generate(ids, max_new_tokens=16, min_new_tokens=16)
-        spent = []
-        for n in (1, tokens):
-            began = time.perf_counter()
-            family.generate(ids, max_new_tokens=n, min_new_tokens=n)
-            spent.append(time.perf_counter() - began)
-        os.sched_setaffinity(0, all_cores)
-        return (spent[1] - spent[0]) / (tokens - 1)
-
-    cuts = [[5, 11], [17, 23], [29]]
-    async with (
-        daemons(cuts, cores=core) as three,
-        daemons([[5, 11, 17, 23, 29]], cores=core) as one,
-        daemons(cuts) as free,
-    ):
-        for i in range(4 * rounds + 1):  # the first is warm-up
-            for name, client in (("three", three), ("library", None), ("one_daemon", one), ("free", free)):
-                if client is None:
-                    spent = run_library()
-                else:
-                    await ask(client, 0, 16)  # the other's turn has pushed this one's code out of the caches
-                    stats = (await ask(client, 0, tokens)).stats
-                    spent = stats.token_s
-                    if i and name == "three":
-                        for key in ("compute", "queue", "wire"):
-                            value = sum(getattr(h, f"{key}_s") for h in stats.hops) / tokens
-                            parts.setdefault(key, []).append(value)
-                if i:
-                    per_token.setdefault(name, []).append(spent)
-    found = {f"{name}_ms_per_token": 1e3 * statistics.median(t) for name, t in per_token.items()}
-    found |= {f"three_{name}_ms_per_token": 1e3 * statistics.median(t) for name, t in parts.items()}
-    for name, base in (("three", "library"), ("three", "one_daemon"), ("free", "library")):
-        extra = [(a - b) / 2 for a, b in zip(per_token[name], per_token[base], strict=True)]
-        found[f"{name}_beyond_{base}_ms_per_hop"] = 1e3 * statistics.median(extra)
-    return {**found, "goal": "three_beyond_library <= 1.5 a hop"}
+    """Three node processes, last exit, one token a round trip, against the same stages in one process."""
+    found = await hop(Setup(store.DEMO, threads=1, tokens=48, rounds=4 * rounds))
+    return flat(found) | {"goal": "three_beyond_process <= 1.5 a hop"}
 
 
 async def bench_bytes(rounds: int) -> dict[str, Any]:
@@ -147,7 +64,7 @@ async def bench_bytes(rounds: int) -> dict[str, Any]:
     for encoding, most in (("bf16", 2 * 576 + 64), ("int8", 576 + 32)):
         async with daemons([[5, 11], [17, 23], [29]], encoding=encoding) as client:
             for draft in (0, 4):
-                hop = (await ask(client, draft, 32)).stats.hops[1]
+                hop = (await ask(client, PROMPT, 32, draft=draft)).stats.hops[1]
                 found[f"{encoding}_draft_{draft}_bytes_per_position"] = hop.bytes_up / hop.positions
         found[f"{encoding}_goal"] = f"<= {most}"
     return found
@@ -155,22 +72,7 @@ async def bench_bytes(rounds: int) -> dict[str, Any]:
 
 async def bench_wan(rounds: int) -> dict[str, Any]:
     """A link of 20 ms round trip between the device and the rest: drafts against one token a round trip."""
-    relay = Relay(delay_s=0.01)
-    times: dict[int, list[float]] = {0: [], 1: [], 4: [], 8: []}
-    held: dict[int, float] = {}
-    async with daemons([[5, 11], [17, 23, 29]], relay_to={1: relay}) as client:
-        for i in range(rounds + 1):
-            for draft in times:
-                stats = (await ask(client, draft, 48)).stats
-                if i:
-                    times[draft].append(stats.token_s)
-                    held[draft] = stats.accepted / max(1, stats.drafted)
-    found: dict[str, Any] = {f"draft_{d}_ms_per_token": 1e3 * statistics.median(t) for d, t in times.items()}
-    for draft in (1, 4, 8):
-        ratios = [a / b for a, b in zip(times[draft], times[0], strict=True)]
-        found[f"draft_{draft}_against_none"] = statistics.median(ratios)
-        found[f"draft_{draft}_acceptance"] = held[draft]
-    return found
+    return flat(await wan(Setup(store.DEMO, threads=1, tokens=48, rounds=rounds), round_trip_ms=20, drafts=(1, 4, 8)))
 
 
 async def bench_start(rounds: int) -> dict[str, Any]:
@@ -179,7 +81,7 @@ async def bench_start(rounds: int) -> dict[str, Any]:
     began = time.perf_counter()
     async with daemons([[5, 11], [17, 23], [29]]) as client:
         found["three_daemons_serve_after_s"] = time.perf_counter() - began
-        await ask(client, 0, 32)
+        await ask(client, PROMPT, 32)
         for name, status in (await client.status()).items():
             assert isinstance(status, NodeStatus)
             found[f"{name}_resident_mb"] = status.resident_bytes / 1e6
@@ -250,9 +152,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, action="append", default=[], help="for bound and cascade")
     arguments = parser.parse_args()
     store.pull(store.DEMO)
-    results: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()}
-    }
+    results: dict[str, Any] = {"machine": machine(torch.get_num_threads())}
     for name in arguments.benches or [*BENCHES, *(ON_TRACES if arguments.trace else ())]:
         bench = BENCHES.get(name) or partial(ON_TRACES[name], traces=arguments.trace)
         meaning = (ON_TRACES | BENCHES)[name].__doc__

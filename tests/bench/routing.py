@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ruyi_flow.bench.nodes import daemons
 from ruyi_flow.chain import Walk
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
@@ -23,7 +24,6 @@ from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Scorer, Trace
 from ruyi_flow.testing import Relay
 from ruyi_flow.types import Mode
-from tests.bench.nodes import daemons
 
 __all__ = ["bench_bound", "bench_cascade", "bench_drafts", "bench_policy"]
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from ruyi_flow.bench.engines import as_transformers
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family, load_family
@@ -13,7 +14,6 @@ from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.testing import cluster, cut_topology
 from ruyi_flow.types import Reason
-from tests.theirs import as_transformers
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 

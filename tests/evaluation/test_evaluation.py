@@ -12,12 +12,12 @@ import torch
 os.environ["TQDM_DISABLE"] = "1"
 pytest.importorskip("lm_eval")
 
+from ruyi_flow.bench.engines import as_transformers
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation import harness, report, run
 from ruyi_flow.evaluation.harness import ExitLM, Found, key
 from ruyi_flow.evaluation.run import Evaluation, evaluate
 from ruyi_flow.local import Family, load_family
-from tests.theirs import as_transformers
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]  # the harness's warnings are its own
 

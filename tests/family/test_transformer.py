@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ruyi_flow.bench.engines import as_transformers
 from ruyi_flow.family.checkpoint import Checkpoint, cut, load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
-from tests.theirs import as_transformers
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -11,8 +11,8 @@ def test_a_pace_prefers_the_rounds_that_cost_less_a_token(with_drafts_s: float, 
     for _ in range(100):
         kinds.append(pace.drafts())
         pace.settled(kinds[-1], 2 * with_drafts_s if kinds[-1] else 1.0, 2 if kinds[-1] else 1)
-    assert kinds[:6] == [True] * 3 + [False] * 3
-    assert kinds[6:].count(mostly) in (88, 89) and kinds[6:].count(not mostly) > 0, "the other is tried again"
+    assert kinds[:12] == [True] * 6 + [False] * 6
+    assert kinds[12:].count(mostly) == 83 and kinds[12:].count(not mostly) > 0, "the other is tried again"
 
 
 def test_a_length_stops_where_a_draft_would_not_hold() -> None:
