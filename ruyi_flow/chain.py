@@ -418,8 +418,10 @@ class Chain:
                 kept *= confidence
                 await asyncio.sleep(0)  # a brief step leaves the event loop no time to see the answer
             return await answer
-        finally:
+        except BaseException:  # this one may be cancelled or fail while the answer is still on its way
             answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+            raise
 
     def _go_ahead(self, token: int) -> Task[tuple[int, float]]:
         """The first branch's token and confidence after one more."""

@@ -189,9 +189,12 @@ class Engine:
             await self._peer.close()
         self.worker.shutdown()
 
-    async def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+    def _check_open(self) -> None:
         if self.draining:
             raise NodeUnavailable(f"node {self.name!r} is shutting down and takes no new session", node=self.name)
+
+    async def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+        self._check_open()
         if self.node.limits.deepest is not None:
             opening = replace(opening, policy=opening.policy.limited_to(self.node.limits.deepest))
         gate = self._allowance
@@ -206,6 +209,11 @@ class Engine:
             session = await self._admission.admit(open_session, opening.max_positions)
         except CapacityError as error:
             raise CapacityError(f"node {self.name!r} is full: {error}", node=self.name) from None
+        try:
+            self._check_open()  # it may have waited
+        except NodeUnavailable:
+            session.close()
+            raise
         beyond = None
         if self._next is not None:
             target, link = self._next

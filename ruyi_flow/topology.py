@@ -54,8 +54,9 @@ class Limits(_Model):
     """Sessions at once."""
     max_waiting: Int = Field(default=64, ge=0)
     """Sessions that may wait for room, in order; what is past them is refused at once."""
-    max_wait_s: Float = Field(default=30.0, gt=0, le=1e6)
-    """How long each of them may wait, before it is refused."""
+    max_wait_s: Float = Field(default=10.0, gt=0, le=1e6)
+    """How long each of them may wait, before it is refused; less than the `timeout_s` of the links that lead here, or
+    their callers give up first."""
     max_positions: Int = Field(default=16384, ge=64, le=2**26)
     """Positions of keys and values, over all sessions."""
     max_step_positions: Int = Field(default=256, ge=1, le=2**20)

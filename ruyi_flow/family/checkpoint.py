@@ -169,13 +169,21 @@ class Checkpoint:
         """A product's weight by its published name, as it is held; see `tensor`."""
         if f"{name}{_SCALE}" not in self._file_of:
             return self.tensor(name)
+        if name not in self._file_of:
+            return self.tensor(name)  # raises
         zeros = self._read(f"{name}{_ZERO}") if f"{name}{_ZERO}" in self._file_of else None
-        return Quantized(self._read(name), self._read(f"{name}{_SCALE}"), zeros)
+        held = Quantized(self._read(name), self._read(f"{name}{_SCALE}"), zeros)
+        if not held.is_whole():
+            raise CheckpointError(f"{self.folder}: {name} and its scales do not fit together; cut the shard again")
+        return held
 
     @cached_property
     def weights(self) -> Weights | None:
         """The few bits that its products are held in; None where they are wide."""
-        return Weights(self._metadata["ruyi_flow.weights"]) if "ruyi_flow.weights" in self._metadata else None
+        named = self._metadata.get("ruyi_flow.weights")
+        if named not in (None, Weights.INT8, Weights.INT4):
+            raise CheckpointError(f"{self.folder}: its metadata names weights {named!r}; known: int8, int4")
+        return None if named is None else Weights(named)
 
     def _read(self, stored: str) -> Tensor:
         tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)

@@ -86,6 +86,16 @@ class Quantized:
         rows, columns = self.values.shape
         return rows, columns if self.zeros is None else 2 * columns
 
+    def is_whole(self) -> bool:
+        """Whether the tensors have the formats and shapes that belong together: a file may hold anything."""
+        tensors = [t for t in (self.scales, self.zeros) if t is not None]
+        if self.values.dim() != 2 or any(t.dtype is not torch.bfloat16 for t in tensors):
+            return False
+        rows, columns = self.shape
+        if self.zeros is None:
+            return self.values.dtype is torch.int8 and self.scales.shape == (rows,)
+        return self.values.dtype is torch.uint8 and all(t.shape == (rows, columns // GROUP) for t in tensors)
+
     def rows(self, start: int, stop: int) -> Quantized:
         """A part of its rows, without a copy."""
         zeros = None if self.zeros is None else self.zeros[start:stop]

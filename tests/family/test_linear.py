@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import CheckpointError, RuyiFlowError
@@ -133,3 +135,18 @@ def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
     narrow = tiny_family(tmp_path / "narrow", intermediate_size=48)
     with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 16 rows and of 32 columns"):
         load_family(narrow, weights="int4")
+
+
+def test_a_shard_whose_tensors_do_not_fit_is_refused(family: Path, tmp_path: Path) -> None:
+    shard = cut(Checkpoint(family), (2, 4, 6), tmp_path / "few", weights=Weights.INT4)
+    file, name = shard / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for key, value in ((f"{name}_scale", tensors[f"{name}_scale"][1:]), (name, tensors[name].to(torch.int8))):
+        save_file(tensors | {key: value.contiguous()}, file, metadata)
+        with pytest.raises(CheckpointError, match=r"up_proj.weight and its scales do not fit together"):
+            load_family(shard)
+    save_file(tensors, file, metadata | {"ruyi_flow.weights": "int3"})
+    with pytest.raises(CheckpointError, match="its metadata names weights 'int3'"):
+        load_family(shard)

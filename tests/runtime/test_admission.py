@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.errors import CapacityError
+from ruyi_flow.errors import CapacityError, NodeUnavailable
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.admission import Admission
@@ -89,4 +89,22 @@ async def test_more_requests_than_sessions_all_get_their_answers(tiny: Path) -> 
         alone = [(await client.generate(p, max_new_tokens=12, eos_token_ids=())).token_ids for p in prompts]
         together = await asyncio.gather(*(client.generate(p, max_new_tokens=12, eos_token_ids=()) for p in prompts))
         assert [reply.token_ids for reply in together] == alone
+        await nodes.settle()
+
+
+async def test_who_waited_until_the_node_shuts_down_is_refused(tiny: Path) -> None:
+    limits = {"max_sessions": 1, "max_positions": 512, "grace_s": 1}
+    topology = cut_topology(tiny, [[2, 4, 6]], limits=limits)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        stream = client.stream([5, 6, 7], max_new_tokens=200, eos_token_ids=())
+        await anext(stream)
+        late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))
+        engine = nodes.engines["n0"]
+        async with asyncio.timeout(10):
+            while not engine._admission.waiting:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        engine.draining = True
+        await stream.aclose()
+        with pytest.raises(NodeUnavailable, match="is shutting down and takes no new session"):
+            await late
         await nodes.settle()
