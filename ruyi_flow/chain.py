@@ -6,9 +6,7 @@ machine. It is itself a `Stage`. Only the entry node's chain `propose`s: it draf
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -18,8 +16,9 @@ from ruyi_flow.routing.pace import Length, Pace, gains
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.runtime.scheduler import WHOLE
-from ruyi_flow.runtime.stage import ShardSession
-from ruyi_flow.runtime.worker import Task, Worker
+from ruyi_flow.runtime.session import Session
+from ruyi_flow.runtime.steps import Task, Worker
+from ruyi_flow.runtime.times import REAL, Time
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
 __all__ = ["Chain", "Look", "Round", "Walk", "decode"]
@@ -134,19 +133,21 @@ class Chain:
             then; None on the deepest node.
         gate: asked before so many positions go beyond this node: why they may not. The session must stand in then.
         pace: the entry node's; one of its own when left out.
+        time: where it waits.
     """
 
     def __init__(
         self,
-        session: ShardSession,
+        session: Session,
         worker: Worker,
         node: str,
         beyond: Callable[[Policy], Stage] | None = None,
         gate: Callable[[int], Reason | None] | None = None,
         pace: Pace | None = None,
+        time: Time = REAL,
     ) -> None:
         self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
-        self._gate = gate
+        self._gate, self._time = gate, time
         self._beyond: Stage | None = None
         self._lost: Reason | None = None
         """Why the stage beyond is not asked any more."""
@@ -158,7 +159,7 @@ class Chain:
         while the answer was awaited."""
 
     @property
-    def session(self) -> ShardSession:
+    def session(self) -> Session:
         """The session's state on this node."""
         return self._session
 
@@ -202,7 +203,7 @@ class Chain:
         """
         hop = Hop(self._node)
         token_ids = await self._begin(hop, token_ids)
-        began, brief = time.perf_counter(), len(token_ids) == 1
+        began, brief = self._time.now(), len(token_ids) == 1
         weighed = brief and draft > 0 and self._may_be_quiet()
         quiet = weighed and not self._pace.drafts()
         if quiet:
@@ -211,7 +212,7 @@ class Chain:
             descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft(token_ids, draft))
         verdict = await self._conclude(descent, hop, ahead=draft > 0 and not quiet)
         walk = descent.walks[0]
-        took = time.perf_counter() - began
+        took = self._time.now() - began
         if weighed:
             self._pace.settled(not quiet, took, len(verdict.decisions))
         if brief and walk.unsure and not quiet:
@@ -310,7 +311,7 @@ class Chain:
         policy, eos = session.policy, session.params.eos_token_ids or ()
         walk, asked = Walk(session.exits[0]), False
         ids: Sequence[int] = token_ids
-        then = time.perf_counter()
+        then = self._time.now()
         while True:
             found: Sequence[tuple[int, float]] | None
             if self._ahead:  # it ran while the last answer was awaited
@@ -319,7 +320,7 @@ class Chain:
                 session.token_ids.extend(ids)
                 position = len(session.token_ids) - 1
                 found = yield from session.through(0, session.embed(ids), (position,))
-                now = time.perf_counter()
+                now = self._time.now()
                 length.stepped(now - then)
                 then = now
             look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
@@ -410,17 +411,16 @@ class Chain:
         most = min(session.max_positions, walk.looks[-1].position + 1 + session.policy.draft)
         if own is None or not gains(kept):
             return await asking
-        token, answer = own, asyncio.ensure_future(asking)
+        token, answer = own, self._time.start(asking)
         try:
             while token not in eos and len(session.token_ids) < most and gains(kept) and not answer.done():
                 token, confidence = await self._step(hop, 1, self._go_ahead(token))
                 self._ahead.append((token, confidence))
                 kept *= confidence
-                await asyncio.sleep(0)  # a brief step leaves the event loop no time to see the answer
+                await self._time.pause()  # a brief step leaves the event loop no time to see the answer
             return await answer
         except BaseException:  # this one may be cancelled or fail while the answer is still on its way
-            answer.cancel()
-            await asyncio.gather(answer, return_exceptions=True)
+            await answer.drop()
             raise
 
     def _go_ahead(self, token: int) -> Task[tuple[int, float]]:

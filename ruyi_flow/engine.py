@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
@@ -11,20 +12,19 @@ import torch
 from torch import Tensor
 
 from ruyi_flow.chain import Chain
-from ruyi_flow.errors import CapacityError, CheckpointError, ConfigError, HandshakeError, NodeUnavailable
+from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
 from ruyi_flow.requests import SessionOpen
-from ruyi_flow.routing.pace import Pace
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.runtime.admission import Admission
-from ruyi_flow.runtime.stage import Shard, ShardSession
+from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.sessions import Sessions
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport.blocks import row_bytes, rows_in
 from ruyi_flow.transport.client import Peer
 from ruyi_flow.transport.remote import RemoteStage
-from ruyi_flow.types import Encoding, NodeStatus, Reason, SamplingParams, Stage
+from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
 
 __all__ = ["Engine", "find_device"]
 
@@ -45,7 +45,6 @@ class Engine:
     ) -> None:
         self.topology, self.name, self.checkpoint, self.shard, self.worker = topology, name, checkpoint, shard, worker
         self.node = topology.node(name)
-        self.draining = False
         self._next = topology.next_of(name)
         self._peer: Peer | None = None
         self._started = time.monotonic()
@@ -54,12 +53,9 @@ class Engine:
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
-        self._pace = Pace()
-        self._admission = Admission(shard, self.node.limits.max_waiting, self.node.limits.max_wait_s)
-        self._allowance: _Allowance | None = None
-        if self._next is not None and self.node.limits.bytes_up_per_minute is not None:
-            a_row = row_bytes(hidden, self._next[1].encoding) + 16  # its token id and its part of the frame
-            self._allowance = _Allowance(self.node.limits.bytes_up_per_minute, a_row)
+        row = 0 if self._next is None else row_bytes(hidden, self._next[1].encoding) + 16  # token id, part of the frame
+        way = None if self._next is None else self._way
+        self.sessions = Sessions(name, self.node.limits, shard, worker, way, row)
         self.max_draft = min(rows, default=2**31) - 1
         """Drafts and the position before them are asked in one message, on every link."""
 
@@ -135,7 +131,7 @@ class Engine:
             raise HandshakeError(
                 f"the caller's policy ends at exit {policy.deepest}; node {self.name!r} begins after it", node=self.name
             )
-        return await self._open(opening, timeout_s), self.shard.memory
+        return await self.sessions.open(opening, timeout_s), self.shard.memory
 
     async def open_entry(
         self, policy: Policy, sampling: SamplingParams, prompt_length: int, max_positions: int, timeout_s: float | None
@@ -155,7 +151,7 @@ class Engine:
             sampling=sampling,
             policy=policy,
         )
-        return await self._open(opening, timeout_s)
+        return await self.sessions.open(opening, timeout_s)
 
     def status(self) -> NodeStatus:
         """What the node holds and does."""
@@ -163,7 +159,7 @@ class Engine:
         return NodeStatus(
             node=self.name,
             tier=node.label,
-            state="draining" if self.draining else "serving",
+            state="draining" if self.sessions.draining else "serving",
             family=self.checkpoint.fingerprint,
             exits=model.exits,
             first_layer=model.first_layer,
@@ -174,7 +170,7 @@ class Engine:
             dtype=node.dtype if self._weights is None else f"{node.dtype}, {self._weights} weights",
             device=node.device,
             sessions=len(self.shard.sessions),
-            max_sessions=self.shard.max_sessions,
+            max_sessions=node.limits.max_sessions,
             used_positions=pool.num_positions - pool.free_positions,
             max_positions=pool.num_positions,
             uptime_s=time.monotonic() - self._started,
@@ -189,70 +185,22 @@ class Engine:
             await self._peer.close()
         self.worker.shutdown()
 
-    def _check_open(self) -> None:
-        if self.draining:
-            raise NodeUnavailable(f"node {self.name!r} is shutting down and takes no new session", node=self.name)
+    def _way(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
+        """See `sessions.Way`."""
+        assert self._next is not None
+        target, link = self._next
+        if self._peer is None:
+            address = str(link.address or target.address)
+            self._peer = Peer(target.name, address, max_message_bytes=target.limits.max_message_bytes)
+        peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
+        onward = replace(opening, first_layer=self.shard.model.last_layer, encoding=link.encoding)
 
-    async def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
-        self._check_open()
-        if self.node.limits.deepest is not None:
-            opening = replace(opening, policy=opening.policy.limited_to(self.node.limits.deepest))
-        gate = self._allowance
-        policy, stands_in = opening.policy, opening.policy.fallback or gate is not None
+        def beyond(policy: Policy) -> Stage:
+            left = None if deadline is None else max(0.001, deadline - time.monotonic())
+            asked = replace(onward, policy=policy)
+            return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left)
 
-        def open_session() -> ShardSession:
-            return self.shard.open(
-                policy, opening.sampling, opening.prompt_length, opening.max_positions, stands_in=stands_in
-            )
-
-        try:
-            session = await self._admission.admit(open_session, opening.max_positions)
-        except CapacityError as error:
-            raise CapacityError(f"node {self.name!r} is full: {error}", node=self.name) from None
-        try:
-            self._check_open()  # it may have waited
-        except NodeUnavailable:
-            session.close()
-            raise
-        beyond = None
-        if self._next is not None:
-            target, link = self._next
-            if self._peer is None:
-                address = str(link.address or target.address)
-                self._peer = Peer(target.name, address, max_message_bytes=target.limits.max_message_bytes)
-            peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
-            onward = replace(opening, first_layer=self.shard.model.last_layer, encoding=link.encoding)
-
-            def beyond(policy: Policy) -> Stage:
-                left = None if deadline is None else max(0.001, deadline - time.monotonic())
-                asked = replace(onward, policy=policy)
-                return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left)
-
-        return Chain(session, self.worker, self.name, beyond, None if gate is None else gate.spend, self._pace)
-
-
-class _Allowance:
-    """The bytes that a node may still send upwards: so many a minute, and at most a minute's worth at once.
-
-    Args:
-        bytes_per_minute: refilled evenly.
-        row_bytes: of a position.
-    """
-
-    def __init__(self, bytes_per_minute: int, row_bytes: int) -> None:
-        self._most, self._row_bytes = float(bytes_per_minute), row_bytes
-        self._left, self._then = self._most, time.monotonic()
-
-    def spend(self, positions: int) -> Reason | None:
-        """Take what so many positions need, or say why they may not go."""
-        now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._then) * self._most / 60)
-        self._then = now
-        need = positions * self._row_bytes
-        if need > self._left:
-            return Reason.BUDGET
-        self._left -= need
-        return None
+        return beyond
 
 
 def find_device(name: str, where: str) -> torch.device:

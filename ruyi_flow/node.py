@@ -90,14 +90,14 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
     try:
         yield server
     finally:
-        engine.draining = True
+        engine.sessions.draining = True
         await server.refuse()
         if not await _idle(engine, node.limits.grace_s):
             logger.warning("%d sessions outlive %g s; ending them", len(engine.shard.sessions), node.limits.grace_s)
         await server.stop()
         await _idle(engine, _LAST_STEP_S)  # a cancelled session ends with the step that is running
         await engine.close()
-        engine.shard.check_integrity()
+        engine.shard.rooms.check_integrity()
 
 
 async def _idle(engine: Engine, timeout_s: float) -> bool:

@@ -171,7 +171,7 @@ class Cluster:
     def check_idle(self) -> None:
         """Raise AssertionError unless every node's cache is whole and empty."""
         for name, engine in self.engines.items():
-            engine.shard.check_integrity()
+            engine.shard.rooms.check_integrity()
             assert engine.shard.pool.used == 0, f"node {name} still holds {engine.shard.pool.used} pages"
 
     async def settle(self, timeout_s: float = 5.0) -> None:

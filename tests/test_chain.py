@@ -63,7 +63,7 @@ class World:
         for session in sessions:
             session.close()
         for piece in pieces:
-            piece.check_integrity()
+            piece.rooms.check_integrity()
             assert piece.pool.used == 0
         return decisions, escalations
 
@@ -202,7 +202,7 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
     assert [len(r.decisions) for r in rounds] == [5, 5, 1]
     assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
     assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
-    shard.check_integrity()
+    shard.rooms.check_integrity()
 
 
 @pytest.mark.parametrize("draft", [0, 3])
@@ -227,7 +227,7 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
     assert [(d.token, d.exit) for d in decided] == world.oracle.decide(policy.limited_to(3), [5, 6, 7], 12)
     assert {d.reason for d in decided if d.exit == 3} <= {Reason.UNREACHABLE, Reason.CONFIDENT}
     assert mode is not Mode.EXACT or {d.reason for d in decided} == {Reason.UNREACHABLE}
-    shard.check_integrity()
+    shard.rooms.check_integrity()
     with pytest.raises(NodeUnavailable):
         strict = Policy.resolve(Routing(Mode.EXACT, draft=draft), EXITS)
         chain = Chain(shard.open(strict, SamplingParams(), 3, 20), InlineWorker(), "n0", lambda policy: Lost())
@@ -259,7 +259,7 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
     await chain.close()
     assert [d.reason is Reason.BUDGET for d in decided] == [True, True, False] * 4
     assert asked == [3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3]
-    near.check_integrity()
+    near.rooms.check_integrity()
 
 
 @pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])
@@ -295,7 +295,7 @@ async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
     once = [(0, PART), (PART, PART), (2 * PART, PART)] if routing.mode is Mode.EXACT else []
     assert sorted(fed) == sorted(once * (len(cuts) - 1))
     for shard in pieces:
-        shard.check_integrity()
+        shard.rooms.check_integrity()
 
 
 async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> None:
@@ -323,7 +323,7 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
     await first.rewind(2)
     assert await go(first, [9, 10], 20) == await go(fresh, [5, 6, 9, 10], 20)
     for piece in pieces:
-        piece.check_integrity()
+        piece.rooms.check_integrity()
         for session in list(piece.sessions.values()):  # also those that no block has reached
             session.close()
 
@@ -342,7 +342,7 @@ async def test_a_block_that_does_not_continue_is_refused(world: World) -> None:
         with pytest.raises(WireError, match=message):
             await chain.advance(block)
     await chain.close()
-    shard.check_integrity()
+    shard.rooms.check_integrity()
 
 
 def look(position: int, draft: int | None, token: int, sure: bool) -> Look:

@@ -1,66 +1,72 @@
-"""New sessions on a full node: a bounded queue, first come first served, with a deadline and then a clear refusal."""
+"""New sessions on a full node: a bounded queue, first come first served, a deadline, then a clear refusal. Pure."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from typing import TypeVar
 
 from ruyi_flow.errors import CapacityError
-from ruyi_flow.runtime.stage import Shard, ShardSession
+from ruyi_flow.runtime.rooms import Rooms
+from ruyi_flow.runtime.session import Session
+from ruyi_flow.runtime.times import REAL, Event, Time
 
 __all__ = ["Admission"]
+
+S = TypeVar("S", bound=Session)
 
 
 class Admission:
     """Lets sessions in when there is room for them.
 
     Args:
-        shard: whose room it is; it tells when some is given back.
+        rooms: they tell when some is given back.
         most: sessions that may wait.
         wait_s: how long each of them may.
+        time: where they wait.
     """
 
-    def __init__(self, shard: Shard, most: int, wait_s: float) -> None:
-        self._pool, self._most, self._wait_s = shard.pool, most, wait_s
-        self.waiting = 0
-        self._turn = asyncio.Lock()  # who holds it is the first in the queue, which the lock keeps in order
-        self._freed = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        shard.on_release = self._released
+    def __init__(self, rooms: Rooms, most: int, wait_s: float, time: Time = REAL) -> None:
+        self._room, self._most, self._wait_s, self._time = rooms.pool.num_positions, most, wait_s, time
+        self._queue: list[Event] = []
+        rooms.on_release = self._wake
 
-    async def admit(self, open: Callable[[], ShardSession], positions: int) -> ShardSession:
+    @property
+    def waiting(self) -> int:
+        """Sessions in the queue."""
+        return len(self._queue)
+
+    async def admit(self, open: Callable[[], S], positions: int) -> S:
         """Open a session that needs so many positions, at once or when there is room.
 
         Raises:
             CapacityError: it is more than the node has in all, too many wait already, or there was no room in time.
         """
-        self._loop = asyncio.get_running_loop()
-        never = positions > self._pool.num_positions
-        if not self.waiting or never:
+        refused = CapacityError("others wait before it")
+        never = positions > self._room
+        if not self._queue or never:
             try:
                 return open()
-            except CapacityError:
+            except CapacityError as error:
                 if never or not self._most:
                     raise
-        if self.waiting >= self._most:
-            raise CapacityError(f"{self.waiting} sessions wait for room already")
-        self.waiting += 1
-        refused = CapacityError("others wait before it")
+                refused = error
+        if len(self._queue) >= self._most:
+            raise CapacityError(f"{len(self._queue)} sessions wait for room already")
+        turn, until = self._time.event(), self._time.now() + self._wait_s
+        self._queue.append(turn)
         try:
-            async with asyncio.timeout(self._wait_s), self._turn:
-                while True:
-                    self._freed.clear()
-                    try:
-                        return open()
-                    except CapacityError as error:
-                        refused = error
-                    await self._freed.wait()
-        except TimeoutError:
-            raise CapacityError(f"no room within {self._wait_s:g} s: {refused}") from None
+            while await self._time.wait(turn, until - self._time.now()):
+                turn.clear()
+                try:
+                    return open()
+                except CapacityError as error:
+                    refused = error
         finally:
-            self.waiting -= 1
+            self._queue.remove(turn)
+            self._wake()  # there may be room for the next one, which is the first now
+        raise CapacityError(f"no room within {self._wait_s:g} s: {refused}")
 
-    def _released(self) -> None:
-        """A session's room is free again; called on the compute thread."""
-        if self._loop is not None and self.waiting and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._freed.set)
+    def _wake(self) -> None:
+        """Some room is free, or another session is the first; called on whatever thread."""
+        for turn in self._queue[:1]:
+            turn.set()

@@ -29,7 +29,7 @@ def opening(shard: Shard, positions: int) -> tuple[Callable[[], ShardSession], i
 
 
 async def test_sessions_wait_in_order_until_there_is_room_for_the_first(shard: Shard) -> None:
-    admission = Admission(shard, 3, 10)
+    admission = Admission(shard.rooms, 3, 10)
     first, second = [await admission.admit(*opening(shard, 200)) for _ in range(2)]
     order: list[str] = []
 
@@ -48,12 +48,12 @@ async def test_sessions_wait_in_order_until_there_is_room_for_the_first(shard: S
     (await large).close()
     (await small).close()
     assert order == ["large", "small"] and admission.waiting == 0
-    shard.check_integrity()
+    shard.rooms.check_integrity()
     assert shard.pool.used == 0
 
 
 async def test_what_never_fits_what_is_too_many_and_what_is_too_late_is_refused(shard: Shard) -> None:
-    admission = Admission(shard, 1, 0.05)
+    admission = Admission(shard.rooms, 1, 0.05)
     with pytest.raises(CapacityError, match="no room for 600 positions"):
         await admission.admit(lambda: shard.pool.allocate(99, 600), 600)  # type: ignore[arg-type, return-value]
     assert admission.waiting == 0
@@ -69,7 +69,7 @@ async def test_what_never_fits_what_is_too_many_and_what_is_too_late_is_refused(
 
 
 async def test_a_waiter_that_is_cancelled_leaves_the_queue(shard: Shard) -> None:
-    admission = Admission(shard, 4, 10)
+    admission = Admission(shard.rooms, 4, 10)
     held = [await admission.admit(*opening(shard, 64)) for _ in range(2)]
     gone, stays = (asyncio.create_task(admission.admit(*opening(shard, 64))) for _ in range(2))
     await asyncio.sleep(0)
@@ -101,9 +101,9 @@ async def test_who_waited_until_the_node_shuts_down_is_refused(tiny: Path) -> No
         late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))
         engine = nodes.engines["n0"]
         async with asyncio.timeout(10):
-            while not engine._admission.waiting:  # noqa: ASYNC110
+            while not engine.sessions.waiting:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-        engine.draining = True
+        engine.sessions.draining = True
         await stream.aclose()
         with pytest.raises(NodeUnavailable, match="is shutting down and takes no new session"):
             await late

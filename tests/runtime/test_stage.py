@@ -93,7 +93,7 @@ def test_sharded_is_whole(tmp_path: Path, cuts: list[tuple[int, ...]], length: i
             assert (pipeline.logits(depth)[position] - expected[position]).abs().max() < 1e-4
     pipeline.close()
     for piece in pieces:
-        piece.check_integrity()
+        piece.rooms.check_integrity()
         assert piece.pool.used == 0
 
 
@@ -161,7 +161,7 @@ def test_sessions_do_not_mix(tiny: Path) -> None:
     for pipeline, ids in zip(pipelines, sequences, strict=True):
         assert (pipeline.logits(0)[29] - family.logits(torch.tensor([ids]), 2)[0, -1]).abs().max() < 1e-4
         pipeline.close()
-    piece.check_integrity()
+    piece.rooms.check_integrity()
 
 
 def test_limits_are_said(tiny: Path) -> None:
@@ -179,5 +179,5 @@ def test_limits_are_said(tiny: Path) -> None:
         piece.open(policy, SamplingParams(), 1, 10)
     for session in sessions:
         session.close()
-    piece.check_integrity()
+    piece.rooms.check_integrity()
     assert piece.pool.used == 0

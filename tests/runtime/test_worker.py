@@ -12,8 +12,10 @@ import torch
 from ruyi_flow.errors import NodeUnavailable, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint, load_slice
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.runtime.stage import Pass, Shard, ShardSession
-from ruyi_flow.runtime.worker import Task, ThreadWorker, drive
+from ruyi_flow.runtime.session import Pass
+from ruyi_flow.runtime.stage import Shard, ShardSession
+from ruyi_flow.runtime.steps import Task, drive
+from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.types import Mode, SamplingParams
 
 POLICY = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), (2, 4, 6))
@@ -76,7 +78,7 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard)
     for session in sessions:
         session.close()
     worker.shutdown()
-    shard.check_integrity()
+    shard.rooms.check_integrity()
 
 
 async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
@@ -135,7 +137,7 @@ async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safe
     held = len(session.token_ids)
     await worker.run(doing(here))
     assert held < 300 and len(session.token_ids) == held, "it does not go on"
-    shard.check_integrity()
+    shard.rooms.check_integrity()
     worker.shutdown()
 
 
