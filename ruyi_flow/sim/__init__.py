@@ -1,0 +1,1 @@
+"""Virtual time: the product's own loop, policy and scheduler over measured costs and recorded answers."""

@@ -1,0 +1,209 @@
+"""Profiles: what a family's stages cost on one machine, measured or computed, as one msgpack file.
+
+    {"format": "ruyi-flow profile", "version": 1, "kind": "measured" | "analytic", "source": str, "family": str,
+     "hidden_size": int, "context": int, "dtype": str, "weights": str, "threads": int, "machine": {…},
+     "step_s": s, "request_s": s, "exchange_s": s, "exchange_byte_s": s,
+     "open_bytes": n, "up_bytes": n, "position_bytes": n, "down_bytes": n, "decision_bytes": n,
+     "stages": [{"exit": p, "first_layer": l, "rows": [1, …], "trunk_s": [s, …], "branch_s": [s, …], "head_s": [s, …],
+                 "attended_s": s, "branch_attended_s": s, "session_s": s, "weight_bytes": n, "kv_bytes": n}]}
+
+A step of `n` rows of `k` sessions, of which the branch takes in `b` and reads `r`, takes
+
+    trunk(n) + attended_s * A + session_s * (k - 1) + [branch(b) + branch_attended_s * B + head(r) - head(1)]
+
+where A and B are sums over rows of the positions that each attends to, and the functions are straight between the grid's
+points and go on straight past them. Times are of one session's rows at no context, taken as they come in serving: with
+nothing of the stage in the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from ruyi_flow.errors import ConfigError
+
+__all__ = ["Profile", "StageCost", "StepCost"]
+
+_FORMAT = "ruyi-flow profile"
+_VERSION = 1
+
+_TABLE = 512
+"""Rows up to which times are looked up in a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage costs; see the module."""
+
+    exit: int
+    first_layer: int
+    rows: tuple[int, ...]
+    """Ascending, from 1."""
+    trunk_s: tuple[float, ...]
+    branch_s: tuple[float, ...]
+    """Of the branch where it reads one row, its head included."""
+    head_s: tuple[float, ...]
+    """Of the head that reads so many."""
+    attended_s: float = 0.0
+    branch_attended_s: float = 0.0
+    session_s: float = 0.0
+    weight_bytes: int = 0
+    """Of the stage's own tensors."""
+    kv_bytes: int = 0
+    """Of a position's keys and values."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a cost with a ValueError."""
+        times = (self.trunk_s, self.branch_s, self.head_s)
+        if not self.rows or self.rows[0] != 1 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
+            raise ValueError(f"stage {self.exit}: rows must ascend from 1")
+        if any(len(t) != len(self.rows) or min(t) < 0 for t in times):
+            raise ValueError(f"stage {self.exit}: there must be a time of 0 or more for each number of rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A family's stages on one machine."""
+
+    kind: str
+    """measured or analytic"""
+    source: str
+    """How it came about; for people."""
+    family: str
+    """Fingerprint where it was measured, else a name."""
+    hidden_size: int
+    context: int
+    """Positions of a session, at the most."""
+    stages: tuple[StageCost, ...]
+    dtype: str = "bfloat16"
+    weights: str = ""
+    threads: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+    step_s: float = 0.0
+    """Of every step, beyond the layers: waking the thread, taking tasks on."""
+    request_s: float = 0.0
+    """Of a request at the entry node, before its first step."""
+    exchange_s: float = 0.0
+    """Of a question and its answer between nodes, beyond the link: both ends' messages."""
+    exchange_byte_s: float = 0.0
+    """The same for each byte."""
+    open_bytes: int = 320
+    """Of the handshake."""
+    up_bytes: int = 24
+    """Of a question, beyond its positions."""
+    position_bytes: int = 4
+    """Of a position in it, beyond its state."""
+    down_bytes: int = 48
+    """Of an answer, beyond its decisions."""
+    decision_bytes: int = 12
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Of its stages, ascending."""
+        return tuple(stage.exit for stage in self.stages)
+
+    def stage(self, exit: int) -> StageCost:
+        """The stage that ends at an exit; a KeyError when it is not there."""
+        for stage in self.stages:
+            if stage.exit == exit:
+                return stage
+        raise KeyError(exit)
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        new = path.with_name(f".{path.name}.new")
+        new.write_bytes(msgpack.packb({"format": _FORMAT, "version": _VERSION, **asdict(self)}))
+        new.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a profile file.
+
+        Raises:
+            ConfigError: it is not there, or not a profile, or of another version.
+        """
+        try:
+            raw = msgpack.unpackb(path.read_bytes())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such profile; make one: ruyi-flow profile FAMILY --out {path}") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except Exception:  # msgpack raises several kinds, some of them bare
+            raw = None
+        try:
+            if raw.pop("format") != _FORMAT:
+                raise ValueError
+            version = raw.pop("version")
+            if version != _VERSION:
+                todo = "update this program" if version > _VERSION else "measure again"
+                raise ConfigError(f"{path}: a profile of version {version}, not {_VERSION}: {todo}")
+            stages = tuple(
+                StageCost(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()})
+                for stage in raw.pop("stages")
+            )
+            return cls(stages=stages, **raw)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = f": {error}" if isinstance(error, ValueError) and str(error) else ""
+            raise ConfigError(f"{path}: not a profile (ruyi-flow profile writes one){why}") from None
+
+
+class StepCost:
+    """The time of a stage's steps, looked up.
+
+    Args:
+        stage: what it costs.
+        step_s: of every step beyond that.
+        scale: factor on all of it.
+    """
+
+    def __init__(self, stage: StageCost, step_s: float = 0.0, scale: float = 1.0) -> None:
+        self._trunk = _table(stage.rows, stage.trunk_s, scale)
+        self._branch = _table(stage.rows, stage.branch_s, scale)
+        self._head = _table(stage.rows, stage.head_s, scale)
+        self._attended, self._branch_attended = scale * stage.attended_s, scale * stage.branch_attended_s
+        self._session, self._step = scale * stage.session_s, scale * step_s
+
+    def of(self, rows: int, attended: float, sessions: int, taken: int, branch_attended: float, read: int) -> float:
+        """Seconds of a step.
+
+        Args:
+            rows: of all sessions together.
+            attended: sum over rows of the positions that each attends to.
+            sessions: in the step.
+            taken: rows that the branch takes in; 0 where it is not run.
+            branch_attended: as `attended`, of those.
+            read: rows that the branch reads.
+        """
+        spent = self._step + _at(self._trunk, rows) + self._attended * attended + self._session * (sessions - 1)
+        if taken:
+            spent += _at(self._branch, taken) + self._branch_attended * branch_attended
+            if read > 1:
+                spent += _at(self._head, read) - self._head[1]
+        return spent
+
+
+def _table(rows: Sequence[int], times: Sequence[float], scale: float) -> list[float]:
+    """Times of 0 … _TABLE rows."""
+    xs, ys = np.array(rows, float), np.array(times, float) * scale
+    wanted = np.arange(_TABLE + 1)
+    found = np.interp(wanted, xs, ys)
+    if len(xs) > 1:
+        slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+        past = wanted > xs[-1]
+        found[past] = ys[-1] + slope * (wanted[past] - xs[-1])
+    else:
+        found = ys[0] * np.maximum(1, wanted)
+    out: list[float] = found.tolist()
+    return out
+
+
+def _at(table: list[float], rows: int) -> float:
+    if rows <= _TABLE:
+        return table[rows]
+    return table[_TABLE] + (rows - _TABLE) * (table[_TABLE] - table[_TABLE - 1])
