@@ -20,7 +20,7 @@ from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.types import Encoding, Mode, Weights
 
-__all__ = ["Dtype", "Limits", "Link", "Node", "Topology"]
+__all__ = ["Dtype", "Float", "Int", "Limits", "Link", "Model", "Node", "Topology"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -43,11 +43,13 @@ Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 
 
-class _Model(BaseModel):
+class Model(BaseModel):
+    """A part of a file: frozen, and without keys that it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Limits(_Model):
+class Limits(Model):
     """What a node refuses to exceed."""
 
     max_sessions: Int = Field(default=16, ge=1)
@@ -72,7 +74,7 @@ class Limits(_Model):
     """Of boundary states to the next node; what is past it is decided here, and says `budget`."""
 
 
-class Node(_Model):
+class Node(Model):
     """A daemon that serves consecutive stages."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -103,7 +105,7 @@ class Node(_Model):
         return self.tier or self.name
 
 
-class Link(_Model):
+class Link(Model):
     """How a node reaches the next one."""
 
     source: str = Field(alias="from")
@@ -116,7 +118,7 @@ class Link(_Model):
     """Deadline of one block's answer over this link, everything beyond it included."""
 
 
-class PolicyDefaults(_Model):
+class PolicyDefaults(Model):
     """The routing of a request that names none."""
 
     file: Path | None = None
@@ -146,7 +148,7 @@ class PolicyDefaults(_Model):
         return replace(PolicyFile.load(self.file).routing(self.mode), draft=self.draft, fallback=self.fallback)
 
 
-class Topology(_Model):
+class Topology(Model):
     """Nodes from the user's device to the deepest one, in order."""
 
     family: str
@@ -265,18 +267,7 @@ class Topology(_Model):
                         "list nodes and exits from shallow to deep, each exit once",
                     )
                 last = p
-        if len(self.nodes) > 1:
-            seen: dict[str, int] = {}
-            for i, node in enumerate(self.nodes):
-                if node.address is None:
-                    fail(f"nodes.{i}.address", f"node {node.name!r} has none; with several nodes each needs host:port")
-                elif node.address in seen and not node.address.endswith(":0"):
-                    fail(
-                        f"nodes.{i}.address",
-                        f"{node.address} is taken by nodes.{seen[node.address]}; pick another port",
-                    )
-                else:
-                    seen[str(node.address)] = i
+        self._check_addresses(where)
         for i, link in enumerate(self.links):
             for key, name in (("from", link.source), ("to", link.target)):
                 if name not in names:
@@ -307,6 +298,22 @@ class Topology(_Model):
             Policy.resolve(self.policy.routing(where), self.all_exits)
         except RequestError as error:
             fail("policy", str(error))
+
+    def _check_addresses(self, where: str) -> None:
+        if len(self.nodes) == 1:
+            return
+        seen: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            if node.address is None:
+                raise ConfigError(
+                    f"{where}: nodes.{i}.address: node {node.name!r} has none; with several nodes each needs host:port"
+                )
+            if node.address in seen and not node.address.endswith(":0"):
+                raise ConfigError(
+                    f"{where}: nodes.{i}.address: {node.address} is taken by nodes.{seen[node.address]}; "
+                    "pick another port"
+                )
+            seen[node.address] = i
 
 
 def _resolve_folder(family: str, base: Path, where: str) -> str:

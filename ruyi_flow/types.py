@@ -107,6 +107,11 @@ class Encoding(StrEnum):
     INT8 = "int8"
     """One byte a value and one float32 scale a token."""
 
+    def row_bytes(self, hidden_size: int) -> int:
+        """Bytes of one boundary state, its scale included."""
+        sizes = {Encoding.F32: 4 * hidden_size, Encoding.INT8: hidden_size + 4}
+        return sizes.get(self, 2 * hidden_size)
+
 
 class Weights(StrEnum):
     """How a node holds the weights of its products; everything else keeps the node's number format."""

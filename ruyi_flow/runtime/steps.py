@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from ruyi_flow.runtime.scheduler import Scheduler
 from ruyi_flow.runtime.session import CHUNK, Pass
 
-__all__ = ["Job", "Steps", "Task", "Waiter", "Worker", "drive", "run"]
+__all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "run"]
 
 T = TypeVar("T")
 Task = Generator[Pass, None, T]

@@ -11,9 +11,8 @@ A step of `n` rows of `k` sessions, of which the branch takes in `b` and reads `
 
     trunk(n) + attended_s * A + session_s * (k - 1) + [branch(b) + branch_attended_s * B + head(r) - head(1)]
 
-where A and B are sums over rows of the positions that each attends to, and the functions are straight between the grid's
-points and go on straight past them. Times are of one session's rows at no context, taken as they come in serving: with
-nothing of the stage in the caches.
+where A and B are sums over rows of the positions that each attends to, and the functions are straight between the
+grid's points and go on straight past them.
 """
 
 from __future__ import annotations
@@ -143,10 +142,8 @@ class Profile:
             if version != _VERSION:
                 todo = "update this program" if version > _VERSION else "measure again"
                 raise ConfigError(f"{path}: a profile of version {version}, not {_VERSION}: {todo}")
-            stages = tuple(
-                StageCost(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()})
-                for stage in raw.pop("stages")
-            )
+            listed: list[dict[str, Any]] = raw.pop("stages")
+            stages = tuple(StageCost(**{k: _frozen(v) for k, v in stage.items()}) for stage in listed)
             return cls(stages=stages, **raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = f": {error}" if isinstance(error, ValueError) and str(error) else ""
@@ -201,6 +198,10 @@ def _table(rows: Sequence[int], times: Sequence[float], scale: float) -> list[fl
         found = ys[0] * np.maximum(1, wanted)
     out: list[float] = found.tolist()
     return out
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _at(table: list[float], rows: int) -> float:

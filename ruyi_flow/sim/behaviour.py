@@ -1,0 +1,169 @@
+"""What branches say in the simulator: along recorded answers, or drawn from a model of how often they agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.confidence import Scale, Score
+from ruyi_flow.routing.start import Reading
+from ruyi_flow.routing.trace import Header, Record
+
+__all__ = ["Drawn", "Recorded", "Script", "Scripts"]
+
+_SAID = 1
+"""The token that the last exit says at an even position of a drawn answer; what matters of tokens is who agrees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What the branches say along one answer."""
+
+    looks: Mapping[int, Sequence[tuple[int, float]]]
+    """By exit: a token and a confidence for each position of the answer."""
+    reading: Reading
+    """What the first branch makes of the prompt."""
+    vocab_size: int
+
+    def agrees(self, index: int, token: int) -> bool:
+        """Whether a token of the answer is the last exit's."""
+        last = self.looks[max(self.looks)]
+        return last[index % len(last)][0] == token
+
+
+class Scripts(Protocol):
+    """Where scripts come from."""
+
+    def prompt(self, number: int) -> int:
+        """Tokens of a request's prompt, where recorded; else 0."""
+        ...
+
+    def script(self, number: int, length: int) -> Script:
+        """For a request's answer of so many tokens; 0 for as many as recorded."""
+        ...
+
+
+class Recorded:
+    """Scripts from a trace: every branch's tokens and confidences along the last exit's answers.
+
+    Where a branch decides another token than the last exit's, what follows is still what was recorded after the last
+    exit's own: a trace cannot know better.
+
+    Args:
+        header, records: of the trace.
+        scale: what confidence means; None is the likeliest token's probability.
+
+    Raises:
+        ConfigError: the trace is empty, or lacks the score or a temperature that the scale needs.
+    """
+
+    def __init__(self, header: Header, records: Sequence[Record], scale: Scale | None) -> None:
+        if not records:
+            raise ConfigError("the trace is empty: it has no answer to follow")
+        self._header, self._records, self._scale = header, records, scale
+        self._last = header.exits[-1]
+        score = scale.score if scale else Score.MAX_PROBABILITY
+        if score not in header.scores:
+            raise ConfigError(f"the trace has no score {score.value!r}; it has {', '.join(header.scores)}")
+        self._score = header.scores.index(score)
+        temperatures = {p: scale.curves[p].temperature if scale and p in scale.curves else 1.0 for p in header.exits}
+        missing = [t for t in temperatures.values() if t not in header.temperatures]
+        if missing:
+            raise ConfigError(f"the trace has no temperature {missing[0]:g}; it has {list(header.temperatures)}")
+        self._temperature = {p: header.temperatures.index(t) for p, t in temperatures.items()}
+        self._known: dict[int, Script] = {}
+
+    def prompt(self, number: int) -> int:
+        """See `Scripts`."""
+        return self._records[number % len(self._records)].prompt_tokens
+
+    def answer(self, number: int) -> int:
+        """Tokens of a request's answer."""
+        return len(self._records[number % len(self._records)].answer)
+
+    def script(self, number: int, length: int) -> Script:
+        """See `Scripts`; an answer longer than recorded goes round."""
+        i = number % len(self._records)
+        if i not in self._known:
+            self._known[i] = self._read(self._records[i])
+        return self._known[i]
+
+    def _read(self, record: Record) -> Script:
+        looks = {}
+        for p, e in record.exits.items():
+            sure: NDArray[Any] = e.scores[:, self._score, self._temperature[p]]
+            if self._scale is not None and p in self._scale.curves:
+                curve = self._scale.curves[p]
+                sure = np.interp(sure, curve.scores, curve.chances)
+            looks[p] = list(zip(e.tokens.tolist(), sure.tolist(), strict=True))
+        first = record.exits[min(record.exits)]
+        reading = Reading(record.prompt_tokens, first.prompt_loss, first.prompt_entropy, looks[min(looks)][0][1])
+        return Script(looks, reading, 2**31 - 1)
+
+
+class Drawn:
+    """Scripts from a model, where there is no trace.
+
+    Each position is easy or hard: a normal value that all branches share by `correlation`. A branch's chance to agree
+    with the last exit there is the normal distribution's of (threshold + spread * value), with the threshold such that
+    the mean chance is the branch's agreement; its confidence is that chance, so it is calibrated. Whether it agrees is
+    drawn with that chance. `spread` is how well branches know: 0 makes every position as likely as the mean.
+
+    Args:
+        agreement: by exit, the last one's being 1.
+        spread, correlation: see above.
+        seed: of the draws; a request's own depend on its number too.
+    """
+
+    def __init__(
+        self, agreement: Mapping[int, float], *, spread: float = 2.0, correlation: float = 0.8, seed: int = 0
+    ) -> None:
+        self._agreement, self._spread, self._seed = dict(sorted(agreement.items())), spread, seed
+        self._shared = math.sqrt(correlation), math.sqrt(1 - correlation)
+
+    def prompt(self, number: int) -> int:
+        """See `Scripts`."""
+        return 0
+
+    def script(self, number: int, length: int) -> Script:
+        """See `Scripts`."""
+        length = max(1, length)
+        random = np.random.default_rng((self._seed, number))
+        shared = random.standard_normal(length)
+        said = np.arange(length) % 1000 + _SAID
+        looks: dict[int, list[tuple[int, float]]] = {}
+        exits = list(self._agreement)
+        for p in exits:
+            if p == exits[-1]:
+                tokens, sure = said, np.ones(length)
+            else:
+                value = self._shared[0] * shared + self._shared[1] * random.standard_normal(length)
+                middle = _quantile(self._agreement[p]) * math.sqrt(1 + self._spread**2)
+                sure = _cdf(middle + self._spread * value)
+                tokens = np.where(random.random(length) < sure, said, 0)
+            looks[p] = list(zip(tokens.tolist(), sure.tolist(), strict=True))
+        first = looks[exits[0]]
+        mean = sum(c for _, c in first) / length
+        loss = -math.log(max(1e-3, mean))
+        return Script(looks, Reading(1, loss, loss, first[0][1]), 2**31 - 1)
+
+
+def _cdf(x: Any) -> Any:
+    """Of the normal distribution, by Abramowitz and Stegun 7.1.26: an error of at most 1.5e-7, without scipy."""
+    z = np.abs(x) / math.sqrt(2)
+    t = 1 / (1 + 0.3275911 * z)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    upper = 0.5 * series * np.exp(-z * z)
+    return np.where(np.asarray(x) >= 0, 1 - upper, upper)
+
+
+def _quantile(share: float) -> float:
+    """Of the normal distribution."""
+    return NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6))

@@ -1,0 +1,217 @@
+"""A scenario's nodes and links in virtual time, made as they are first needed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from ruyi_flow.chain import Chain
+from ruyi_flow.requests import SessionOpen
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.runtime.rooms import Rooms
+from ruyi_flow.sessions import Sessions
+from ruyi_flow.sim.behaviour import Script
+from ruyi_flow.sim.link import Direction, Outages, VirtualRemote
+from ruyi_flow.sim.node import VirtualStages, VirtualWorker
+from ruyi_flow.sim.profile import Profile, StepCost
+from ruyi_flow.sim.results import Recorder
+from ruyi_flow.sim.scenario import Scenario, SimNode, Span
+from ruyi_flow.sim.times import Shared, VirtualTime
+from ruyi_flow.types import Encoding, SamplingParams, Stage
+
+__all__ = ["Cluster", "Instance"]
+
+
+@dataclass(slots=True)
+class Instance:
+    """One node that is there."""
+
+    worker: VirtualWorker
+    sessions: Sessions
+    outages: Outages
+    up: Direction | None
+    down: Direction | None
+    """Its link to the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tier:
+    """Nodes that are alike."""
+
+    node: SimNode
+    profile: Profile
+    costs: tuple[StepCost, ...]
+    first_layer: int
+    row_bytes: int
+    """Of a state on the link to the next tier; 0 on the last."""
+
+
+class Cluster:
+    """Nodes and links.
+
+    Args:
+        scenario: which.
+        profiles: of each of its nodes.
+        time: where.
+        scripts: by a request's number, what the branches say in it.
+        recorder: told of steps.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        profiles: tuple[Profile, ...],
+        time: VirtualTime,
+        scripts: Mapping[int, Script],
+        recorder: Recorder,
+    ) -> None:
+        self._scenario, self._time, self._scripts, self._recorder = scenario, time, scripts, recorder
+        self._random = random.Random(f"{scenario.seed}/links")
+        self._faults = random.Random(f"{scenario.seed}/faults")
+        self._tiers: list[_Tier] = []
+        for i, (node, profile) in enumerate(zip(scenario.nodes, profiles, strict=True)):
+            # What a request costs beyond its steps is in the first one's own time, see `ask`.
+            costs = tuple(StepCost(profile.stage(p), profile.step_s, 1 / node.speed) for p in node.exits)
+            link = scenario.link_after(i)
+            row = 0 if link is None else link.encoding.row_bytes(profile.hidden_size)
+            self._tiers.append(_Tier(node, profile, costs, profile.stage(node.exits[0]).first_layer, row))
+        self._links = [scenario.link_after(i) for i in range(len(scenario.nodes))]
+        self.instances: list[dict[int, Instance]] = [{} for _ in self._tiers]
+        self._pipes: dict[tuple[int, int], tuple[Direction, Direction]] = {}
+        self._cores: dict[str, Shared] = {}
+        for machine in scenario.hosts.values():
+            shared = Shared(time, machine.cores, 1.0)
+            self._cores |= dict.fromkeys(machine.nodes, shared)
+
+    async def open(self, device: int, policy: Policy, params: SamplingParams, prompt: int) -> Chain:
+        """A session on a device; see `Sessions.open`. The request's number is the sampling's seed."""
+        profile = self._tiers[0].profile
+        opening = SessionOpen(
+            family=profile.family,
+            first_layer=0,
+            hidden_size=profile.hidden_size,
+            encoding=Encoding.F32,  # each link sets its own
+            max_positions=prompt + params.max_new_tokens,
+            prompt_length=prompt,
+            sampling=params,
+            policy=policy,
+        )
+        return await self.instance(0, device).sessions.open(opening, None)
+
+    def instance(self, tier: int, number: int) -> Instance:
+        """One of a tier's nodes."""
+        found = self.instances[tier].get(number)
+        if found is None:
+            found = self.instances[tier][number] = self._make(tier, number)
+        return found
+
+    def _make(self, tier: int, number: int) -> Instance:
+        this, time = self._tiers[tier], self._time
+        node, limits = this.node, this.node.limits
+        rooms = Rooms(limits.max_positions, limits.max_sessions, this.profile.context)
+        stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
+        told = self._told(node.name, number)
+        worker = VirtualWorker(time, stages, limits.max_step_positions, self._cores.get(node.name), told)
+        way = up = down = None
+        if self._links[tier] is not None:
+            up, down = self._link(tier, number)
+            way = self._way(tier, number, up, down)
+        sessions = Sessions(node.name, limits, stages, worker, way, this.row_bytes + 16, time)
+        return Instance(worker, sessions, self._outages(node), up, down)
+
+    def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:
+        """See `sessions.Way`."""
+        link, this = self._links[tier], self._tiers[tier]
+        assert link is not None
+        target = self._target(tier, number)
+        first_layer = self._tiers[tier + 1].first_layer
+
+        def way(opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
+            onward = replace(opening, first_layer=first_layer, encoding=link.encoding)
+
+            def beyond(policy: Policy) -> Stage:
+                there = self.instance(tier + 1, target)
+
+                async def open(asked: SessionOpen) -> Chain:
+                    return await there.sessions.open(asked, None)
+
+                return VirtualRemote(
+                    self._time,
+                    self._tiers[tier + 1].node.name,
+                    replace(onward, policy=policy),
+                    open,
+                    up,
+                    down,
+                    this.row_bytes,
+                    this.profile,
+                    link.timeout_s,
+                    there.outages,
+                )
+
+            return beyond
+
+        return way
+
+    def _target(self, tier: int, number: int) -> int:
+        """Which of the next tier's nodes a node talks to."""
+        return number * self._tiers[tier + 1].node.count // self._tiers[tier].node.count
+
+    def _link(self, tier: int, number: int) -> tuple[Direction, Direction]:
+        link = self._links[tier]
+        assert link is not None
+        key = (tier, self._target(tier, number) if link.shared else number)
+        if key not in self._pipes:
+            outages = Outages(_spans(link.down))
+
+            def direction(mbit: float | None) -> Direction:
+                return Direction(
+                    self._time,
+                    link.round_trip_ms / 2000,
+                    link.jitter_ms / 1000,
+                    None if mbit is None else mbit * 125_000,
+                    link.loss,
+                    outages,
+                    self._random,
+                )
+
+            self._pipes[key] = direction(link.up_mbit), direction(link.down_mbit)
+        return self._pipes[key]
+
+    def _outages(self, node: SimNode) -> Outages:
+        spans = _spans(node.down)
+        if node.mtbf_s is not None:
+            now, random = 0.0, self._faults
+            while len(spans) < 1000:
+                now += random.expovariate(1 / node.mtbf_s)
+                spans.append((now, now + node.mttr_s))
+                now += node.mttr_s
+        return Outages(_merged(spans))
+
+    def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None]:
+        """See `sim.node.Told`."""
+        timeline, events = self._recorder.timeline, self._recorder.events
+        exits = self._scenario.node(name).exits
+        busy = f"busy {name}"
+
+        def told(began: float, took: float, stage: int, rows: int) -> None:
+            timeline.add(busy, began, took)
+            if events is not None and not events.full:
+                events.slice(f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
+
+        return told
+
+
+def _spans(down: tuple[Span, ...]) -> list[tuple[float, float]]:
+    return [(span.at_s, span.at_s + span.for_s) for span in down]
+
+
+def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Ascending, and those that touch as one."""
+    out: list[tuple[float, float]] = []
+    for start, stop in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        else:
+            out.append((start, stop))
+    return out

@@ -1,0 +1,138 @@
+"""Who asks what, and when: conversations one after the other, drawn from a scenario's load."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.sim.scenario import Arrivals, Lengths, Load
+
+__all__ = ["Conversation", "Lengthy", "conversations", "turns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A user's first question, when it comes."""
+
+    at_s: float
+    device: int
+    turns: int
+    prompt_tokens: int = 0
+    """0 where they are still to be drawn, as the next one."""
+    answer_tokens: int = 0
+
+
+class Lengthy:
+    """Draws numbers of tokens."""
+
+    def __init__(self, lengths: Lengths, source: random.Random) -> None:
+        self._lengths, self._source = lengths, source
+
+    def draw(self, recorded: int) -> int:
+        """A number of tokens; `recorded` is the trace's."""
+        lengths = self._lengths
+        if lengths.kind == "constant":
+            return lengths.tokens
+        if lengths.kind == "uniform":
+            return self._source.randint(lengths.low, lengths.high)
+        if lengths.kind == "lognormal":
+            drawn = self._source.lognormvariate(math.log(lengths.median), lengths.sigma)
+            return max(1, min(lengths.most, round(drawn)))
+        return max(1, min(lengths.most, recorded))
+
+
+def conversations(load: Load, devices: int, source: random.Random, where: str) -> Iterator[Conversation]:
+    """Conversations in the order that they begin, without end but for `duration_s` and a replay's.
+
+    Args:
+        devices: how many there are; each conversation is on one of them, drawn evenly.
+        source: of randomness.
+        where: the scenario's name, for messages.
+
+    Raises:
+        ConfigError: the file to replay is not one.
+    """
+    arrivals = load.arrivals
+    if arrivals.kind == "replay":
+        assert arrivals.file is not None
+        yield from _replayed(arrivals.file, devices, where)
+        return
+    now = 0.0
+    for gap in _gaps(arrivals, source):
+        now += gap
+        if load.duration_s is not None and now > load.duration_s:
+            return
+        yield Conversation(now, source.randrange(devices), turns(load, source))
+
+
+def turns(load: Load, source: random.Random) -> int:
+    """Questions of one conversation, of a geometric distribution."""
+    mean = load.turns.mean
+    if mean <= 1:
+        return 1
+    return 1 + int(math.log(1 - source.random()) / math.log(1 - 1 / mean))
+
+
+def _gaps(arrivals: Arrivals, source: random.Random) -> Iterator[float]:
+    """Seconds between arrivals."""
+    rate = arrivals.rate
+    if arrivals.kind == "even":
+        while True:
+            yield 1 / rate
+    if arrivals.kind == "poisson":
+        while True:
+            yield source.expovariate(rate)
+    if arrivals.kind == "diurnal":
+        # Thinning (Lewis and Shedler 1979): arrivals at the highest rate, of which the moment's share is kept.
+        highest, swing = rate * arrivals.peak_factor, arrivals.peak_factor - 1
+        now = last = 0.0
+        while True:
+            now += source.expovariate(highest)
+            here = rate * (1 - swing * math.cos(2 * math.pi * now / arrivals.period_s))
+            if source.random() * highest < here:
+                yield now - last
+                last = now
+    share = arrivals.burst_s / (arrivals.burst_s + arrivals.calm_s)
+    calm = rate / (1 - share + share * arrivals.busy_factor)
+    rates, stays, state = (calm, calm * arrivals.busy_factor), (arrivals.calm_s, arrivals.burst_s), 0
+    left, gap = source.expovariate(1 / stays[0]), 0.0
+    while True:  # memoryless: what is left of a gap when the state changes is drawn anew
+        step = source.expovariate(rates[state])
+        if step < left:
+            left -= step
+            yield gap + step
+            gap = 0.0
+        else:
+            gap += left
+            state = 1 - state
+            left = source.expovariate(1 / stays[state])
+
+
+def _replayed(file: Path, devices: int, where: str) -> Iterator[Conversation]:
+    key = f"{where}: load.arrivals.file"
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = csv.DictReader(lines)
+            if "at_s" not in (rows.fieldnames or ()):
+                raise ConfigError(f"{key}: {file} has no column at_s; it has {rows.fieldnames}")
+            last = 0.0
+            for number, row in enumerate(rows):
+                try:
+                    at = float(row["at_s"])
+                    prompt, answer = int(row.get("prompt_tokens") or 0), int(row.get("answer_tokens") or 0)
+                    device = int(row.get("device") or number) % devices
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"{key}: {file}, row {number + 1}: {error}") from None
+                if not last <= at < math.inf or prompt < 0 or answer < 0:
+                    raise ConfigError(
+                        f"{key}: {file}, row {number + 1}: times must ascend from 0, lengths be 0 or more"
+                    )
+                last = at
+                yield Conversation(at, device, 1, prompt, answer)
+    except OSError as error:
+        raise ConfigError(f"{key}: {file} cannot be read: {error.strerror}") from None

@@ -1,0 +1,272 @@
+"""A node in virtual time: the product's sessions and steps, with rows that are counted and not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.runtime.kv_cache import Run
+from ruyi_flow.runtime.rooms import Rooms
+from ruyi_flow.runtime.session import Pass, Piece, Session
+from ruyi_flow.runtime.steps import Job, Parts, Steps, Task, run
+from ruyi_flow.sim.behaviour import Script
+from ruyi_flow.sim.profile import StepCost
+from ruyi_flow.sim.times import Shared, VirtualTime, until
+from ruyi_flow.types import SamplingParams
+
+__all__ = ["Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
+
+T = TypeVar("T")
+
+Told = Callable[[float, float, int, int], None]
+"""Told of a step: when it began, how long it took, its stage and its rows."""
+
+
+class Rows:
+    """States that are only counted."""
+
+    __slots__ = ("shape",)
+
+    def __init__(self, count: int) -> None:
+        self.shape = (count,)
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(len(range(*rows.indices(self.shape[0]))))
+
+
+class VirtualStages:
+    """A node's consecutive stages.
+
+    Args:
+        exits: where they end.
+        first: whether they start with the embedding.
+        costs: of each of them.
+        scripts: by a session's seed, what the branches say in it.
+        rooms: for sessions.
+    """
+
+    def __init__(
+        self,
+        exits: tuple[int, ...],
+        first: bool,
+        costs: Sequence[StepCost],
+        scripts: Mapping[int, Script],
+        rooms: Rooms,
+    ) -> None:
+        self.exits, self._first, self.rooms = exits, first, rooms
+        self._costs, self._scripts = costs, scripts
+
+    @property
+    def is_entry(self) -> bool:
+        """See `Stages`."""
+        return self._first
+
+    def open(
+        self,
+        policy: Policy,
+        params: SamplingParams,
+        prompt_length: int,
+        max_positions: int,
+        *,
+        stands_in: bool = False,
+    ) -> VirtualSession:
+        """See `runtime.stage.Shard.open`; the seed says whose script it follows."""
+        script = self._scripts[params.seed or 0]
+        return self.rooms.open(
+            max_positions,
+            lambda session_id, run: VirtualSession(
+                self, session_id, run, script, policy, params, prompt_length, max_positions, stands_in
+            ),
+        )
+
+    def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
+        """Seconds that the next rows of passes take together."""
+        stage = parts[0][0].stage
+        if len(parts) == 1:
+            work, rows = parts[0]
+            start = work.session.positions[stage]
+            attended = rows * (start + 0.5 * rows)
+            if not work.looks:
+                return self._costs[stage].of(rows, attended, 1, 0, 0.0, 0)
+            read = len(work.session.asked(stage, start, rows, work.wants))
+            return self._costs[stage].of(rows, attended, 1, rows, attended, read)
+        rows = taken = read = 0
+        attended = branch_attended = 0.0
+        for work, count in parts:
+            start = work.session.positions[stage]
+            here = count * (start + 0.5 * count)
+            rows, attended = rows + count, attended + here
+            if work.looks:
+                taken, branch_attended = taken + count, branch_attended + here
+                read += len(work.session.asked(stage, start, count, work.wants))
+        return self._costs[stage].of(rows, attended, len(parts), taken, branch_attended, read)
+
+    def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
+        """See `Stages.run`."""
+        for work, count in parts:
+            piece = work.take(count)
+            session = work.session
+            session.went_through(work.stage, piece.states)
+            if work.looks:
+                assert isinstance(session, VirtualSession)
+                session.look(piece)
+
+
+class VirtualSession(Session):
+    """A session whose branches say what its script has."""
+
+    def __init__(self, shard: VirtualStages, session_id: int, run: Run, script: Script, *rest: Any) -> None:
+        super().__init__(shard, session_id, run, script.vocab_size, *rest)
+        self._script = script
+
+    def embed(self, token_ids: Sequence[int]) -> Rows:
+        return Rows(len(token_ids))
+
+    def join(self, states: Sequence[Rows]) -> Rows:
+        return Rows(sum(s.shape[0] for s in states))
+
+    def look(self, piece: Piece) -> None:
+        """What the branch says at the wanted positions of a piece."""
+        work, script = piece.work, self._script
+        looks = script.looks[self.shard.exits[work.stage]]
+        first, count = self.prompt_length - 1, len(looks)
+        if self.begins(work.stage, piece.stop):
+            self.begin(script.reading)
+        work.found += [looks[(p - first) % count] for p in piece.wants]
+
+
+class _Waiter:
+    """Who waits for a task in virtual time."""
+
+    __slots__ = ("event", "gone", "result")
+
+    def __init__(self) -> None:
+        self.event: Any = None
+        self.result: Any = None
+        self.gone = False
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    parts: Parts
+    began: float
+    cost: float
+
+
+class VirtualWorker:
+    """A `Worker` whose steps take what they cost.
+
+    Args:
+        time: where.
+        stages: whose.
+        budget: positions of a step.
+        cores: of the machine, where nodes share it.
+        told: told of every step.
+    """
+
+    def __init__(
+        self,
+        time: VirtualTime,
+        stages: VirtualStages,
+        budget: int,
+        cores: Shared | None = None,
+        told: Told | None = None,
+    ) -> None:
+        self._time, self._stages, self._cores, self._told = time, stages, cores, told
+        self._steps = Steps(budget, self._ended, self._failed)
+        self._busy = False
+        self.busy_s = 0.0
+        """Seconds of steps so far."""
+        self.waiting = 0
+        """Tasks that are not done."""
+        self.waited_s = 0.0
+        """That tasks have waited, all together."""
+
+    async def run(self, task: Task[T], *, brief: bool = False) -> tuple[T, float, float]:
+        waiter = _Waiter()
+        self.waiting += 1
+        self._steps.add(Job(task, waiter, self._time.now()))
+        try:
+            if self._busy:
+                if waiter.result is None:
+                    waiter.event = self._time.env.event()
+                    await until(waiter.event)
+            else:  # whoever finds the node idle takes its steps, until there is an answer for it
+                self._busy = True
+                while waiter.result is None:
+                    step = self._begin()
+                    try:
+                        await self._pass(step.cost)
+                    except BaseException:
+                        self._time.start(self._take_over(step))  # others may have a part in it
+                        raise
+                    self._end(step)
+                if self._steps:
+                    self._time.start(self._go_on())
+                else:
+                    self._busy = False
+        except BaseException:
+            waiter.gone = True
+            raise
+        finally:
+            self.waiting -= 1
+        result, error, waited, ran = waiter.result
+        self.waited_s += waited
+        if error is not None:
+            raise error
+        return result, waited, ran
+
+    def submit(self, call: Callable[[], object]) -> None:
+        self._steps.forget_cancelled()
+        call()
+
+    def shutdown(self) -> None:
+        pass
+
+    def _begin(self) -> _Step:
+        parts = self._steps.next()
+        return _Step(parts, self._time.now(), self._stages.cost([(job.running, rows) for job, rows in parts]))
+
+    async def _pass(self, cost: float) -> None:
+        if self._cores is None:
+            await self._time.sleep(cost)
+        else:
+            await self._cores.take(cost)
+
+    def _end(self, step: _Step) -> None:
+        took = self._time.now() - step.began
+        self.busy_s += took
+        if self._told is not None:
+            self._told(step.began, took, step.parts[0][0].running.stage, sum(rows for _, rows in step.parts))
+        run(step.parts)
+        self._steps.ran(took)
+
+    async def _take_over(self, step: _Step) -> None:
+        await self._pass(max(0.0, step.began + step.cost - self._time.now()))
+        self._end(step)
+        await self._go_on()
+
+    async def _go_on(self) -> None:
+        while self._steps:
+            step = self._begin()
+            await self._pass(step.cost)
+            self._end(step)
+        self._busy = False
+
+    def _ended(self, job: Job, result: object) -> None:
+        self._tell(job, result, None)
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        self._tell(job, None, error)
+
+    def _tell(self, job: Job, result: object, error: Exception | None) -> None:
+        waiter = job.waiter
+        assert isinstance(waiter, _Waiter)
+        waiter.result = result, error, self._time.now() - job.asked - job.ran_s, job.ran_s
+        if waiter.event is not None:
+            waiter.event.succeed()

@@ -1,0 +1,273 @@
+"""What a simulation found: every request's timeline, and their figures, in a memory that does not grow with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddsketch import DDSketch
+
+__all__ = ["Answered", "Recorder", "Spread", "Timeline"]
+
+_ACCURACY = 0.002
+"""Relative, of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
+
+_BINS = 400
+"""Of a timeline, at the most; twice as wide ones take their place when there are more."""
+
+_EVENTS = 40_000
+"""Of a Chrome trace, the first ones."""
+
+
+@dataclass(slots=True)
+class Answered:
+    """One request, as it went."""
+
+    number: int
+    device: int
+    at_s: float
+    prompt_tokens: int
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    """From its arrival."""
+    total_s: float = 0.0
+    agreed: int = 0
+    """Tokens that are the last exit's."""
+    drafted: int = 0
+    accepted: int = 0
+    escalations: int = 0
+    error: str = ""
+    """Why it failed: the error's name."""
+    exits: dict[int, int] = field(default_factory=dict)
+    """Tokens decided at each."""
+    compute_s: dict[str, float] = field(default_factory=dict)
+    queue_s: dict[str, float] = field(default_factory=dict)
+    wire_s: dict[str, float] = field(default_factory=dict)
+    """By node."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def token_s(self) -> float:
+        """Time per token after the first."""
+        return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
+
+
+class Spread:
+    """Mean and percentiles of a number, as it comes in."""
+
+    def __init__(self) -> None:
+        self._sketch = DDSketch(_ACCURACY)
+        self._sum = 0.0
+        self.count = 0
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self._sketch.add(value)
+        self._sum += value
+        self.count += 1
+
+    def at(self, share: float) -> float:
+        """A percentile, within 0.2 % of its value; 0 where nothing came in."""
+        found = self._sketch.get_quantile_value(share)
+        return 0.0 if found is None else float(found)
+
+    def figures(self) -> dict[str, float]:
+        """Mean, p50, p90, p95 and p99."""
+        mean = self._sum / self.count if self.count else 0.0
+        return {"mean": mean, **{f"p{q}": self.at(q / 100) for q in (50, 90, 95, 99)}}
+
+    def points(self, count: int = 100) -> list[tuple[float, float]]:
+        """(value, share at or below it) of a distribution's curve."""
+        return [(self.at(i / count), i / count) for i in range(1, count + 1)] if self.count else []
+
+
+class Timeline:
+    """Amounts over time, in bins that widen as time goes on."""
+
+    def __init__(self) -> None:
+        self.width_s = 0.01
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, at_s: float, amount: float) -> None:
+        """Add to the bin of that moment."""
+        bin = int(at_s / self.width_s)
+        while bin >= _BINS:
+            self.width_s *= 2
+            bin //= 2
+            for key, sums in self._sums.items():
+                sums = sums + [0.0] * (len(sums) % 2)
+                self._sums[key] = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        sums = self._sums.setdefault(name, [])
+        if bin >= len(sums):
+            sums += [0.0] * (bin + 1 - len(sums))
+        sums[bin] += amount
+
+    def rate(self, name: str) -> list[float]:
+        """Amounts a second, by bin."""
+        return [amount / self.width_s for amount in self._sums.get(name, ())]
+
+    @property
+    def names(self) -> list[str]:
+        """What is in it."""
+        return [*self._sums]
+
+
+class Recorder:
+    """Takes everything in.
+
+    Args:
+        folder: requests.csv and trace.json go there while it runs; None keeps the figures only.
+        exits: of the family.
+        nodes: names, the entry's first.
+        skip: so many requests, the first ones, are not counted.
+        chosen: so many requests are kept whole, for a waterfall.
+    """
+
+    def __init__(
+        self, folder: Path | None, exits: Sequence[int], nodes: Sequence[str], skip: int = 0, chosen: int = 12
+    ) -> None:
+        self.exits, self.nodes, self._skip = tuple(exits), tuple(nodes), skip
+        self.first, self.token, self.whole = Spread(), Spread(), Spread()
+        self.timeline = Timeline()
+        self.chosen: list[Answered] = []
+        self._most_chosen = chosen
+        self.done = self.failed = self.tokens = self.agreed = self.drafted = self.accepted = self.escalations = 0
+        self.bytes_up = self.bytes_down = 0
+        self.errors: dict[str, int] = {}
+        self.decided = dict.fromkeys(self.exits, 0)
+        self.began_s, self.ended_s = math.inf, 0.0
+        self._file = None if folder is None else (folder / "requests.csv").open("w", newline="", encoding="utf-8")
+        self._rows = None if self._file is None else csv.writer(self._file)
+        self._events = None if folder is None else Events(folder / "trace.json")
+        if self._rows is not None:
+            self._rows.writerow(
+                ["number", "device", "at_s", "prompt_tokens", "new_tokens", "first_token_s", "token_s", "total_s"]
+                + ["agreement", "drafted", "accepted", "escalations", "bytes_up", "bytes_down", "error"]
+                + [f"exit_{p}" for p in self.exits]
+                + [f"{node}_{part}_s" for node in self.nodes for part in ("compute", "queue", "wire")]
+            )
+
+    @property
+    def events(self) -> Events | None:
+        """Where slices of a Chrome trace go."""
+        return self._events
+
+    def add(self, one: Answered) -> None:
+        """A request has ended."""
+        if self._rows is not None:
+            self._rows.writerow(
+                [one.number, one.device, f"{one.at_s:.6f}", one.prompt_tokens, one.new_tokens]
+                + [f"{t:.6f}" for t in (one.first_token_s, one.token_s, one.total_s)]
+                + [f"{one.agreed / max(1, one.new_tokens):.4f}", one.drafted, one.accepted, one.escalations]
+                + [one.bytes_up, one.bytes_down, one.error]
+                + [one.exits.get(p, 0) for p in self.exits]
+                + [
+                    f"{times.get(node, 0.0):.6f}"
+                    for node in self.nodes
+                    for times in (one.compute_s, one.queue_s, one.wire_s)
+                ]
+            )
+        if self._events is not None:
+            self._events.request(one)
+        self.done += 1
+        if self.done <= self._skip:
+            return
+        end = one.at_s + one.total_s
+        self.began_s, self.ended_s = min(self.began_s, one.at_s), max(self.ended_s, end)
+        if one.error:
+            self.failed += 1
+            self.errors[one.error] = self.errors.get(one.error, 0) + 1
+        if not one.new_tokens:
+            return
+        if len(self.chosen) < self._most_chosen:
+            self.chosen.append(one)
+        self.first.add(one.first_token_s)
+        self.whole.add(one.total_s)
+        if one.new_tokens > 1:
+            self.token.add(one.token_s)
+        self.tokens += one.new_tokens
+        self.agreed += one.agreed
+        self.drafted, self.accepted = self.drafted + one.drafted, self.accepted + one.accepted
+        self.escalations += one.escalations
+        self.bytes_up, self.bytes_down = self.bytes_up + one.bytes_up, self.bytes_down + one.bytes_down
+        for p, count in one.exits.items():
+            self.decided[p] += count
+
+    def figures(self) -> dict[str, Any]:
+        """Of the requests."""
+        span, tokens = max(1e-9, self.ended_s - self.began_s), max(1, self.tokens)
+        return {
+            "requests": self.done - min(self._skip, self.done),
+            "failed": self.failed,
+            "errors": dict(sorted(self.errors.items())),
+            "tokens": self.tokens,
+            "span_s": span if self.tokens else 0.0,
+            "tokens_per_s": self.tokens / span if self.tokens else 0.0,
+            "first_token_s": self.first.figures(),
+            "token_s": self.token.figures(),
+            "total_s": self.whole.figures(),
+            "decided": {str(p): count / tokens for p, count in self.decided.items()},
+            "agreement": self.agreed / tokens,
+            "escalations_per_token": self.escalations / tokens,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "bytes_up_per_token": self.bytes_up / tokens,
+            "bytes_down_per_token": self.bytes_down / tokens,
+        }
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Events:
+    """A Chrome trace (the Trace Event Format; chrome://tracing and ui.perfetto.dev open it), written as it happens."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write("[\n")
+        self._count, self._comma = 0, ""
+        self._lanes: dict[str, int] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more."""
+        return self._count >= _EVENTS
+
+    def slice(self, lane: str, name: str, at_s: float, for_s: float, **about: Any) -> None:
+        """Something that a node or a link did for a while."""
+        self._write({"ph": "X", "name": name, "ts": 1e6 * at_s, "dur": 1e6 * for_s, "tid": 1, "args": about}, lane)
+
+    def request(self, one: Answered) -> None:
+        """A request from its arrival to its end, and its first token."""
+        about = {"tokens": one.new_tokens, "prompt": one.prompt_tokens, "error": one.error}
+        row = {"name": f"request {one.number}", "cat": "request", "id": one.number, "tid": 1}
+        self._write({"ph": "b", "ts": 1e6 * one.at_s, "args": about, **row}, "requests")
+        self._write({"ph": "n", "ts": 1e6 * (one.at_s + one.first_token_s), **row, "name": "first token"}, "requests")
+        self._write({"ph": "e", "ts": 1e6 * (one.at_s + one.total_s), **row}, "requests")
+
+    def close(self) -> None:
+        """End the file."""
+        for lane, number in self._lanes.items():
+            self._line({"ph": "M", "name": "process_name", "pid": number, "args": {"name": lane}})
+        self._file.write("\n]\n")
+        self._file.close()
+
+    def _write(self, event: Mapping[str, Any], lane: str) -> None:
+        if self.full:
+            return
+        self._count += 1
+        self._line({**event, "pid": self._lanes.setdefault(lane, len(self._lanes) + 1)})
+
+    def _line(self, event: Mapping[str, Any]) -> None:
+        self._file.write(self._comma + json.dumps(event))
+        self._comma = ",\n"

@@ -1,0 +1,308 @@
+"""A simulation: a scenario's load on its cluster, in virtual time, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import simpy
+
+from ruyi_flow.chain import decode
+from ruyi_flow.errors import ConfigError, RuyiFlowError
+from ruyi_flow.routing import trace as traces
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.sim.behaviour import Drawn, Recorded, Script, Scripts
+from ruyi_flow.sim.cluster import Cluster
+from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
+from ruyi_flow.sim.profile import Profile
+from ruyi_flow.sim.results import Answered, Recorder
+from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.sim.times import VirtualTime
+from ruyi_flow.types import SamplingParams
+
+__all__ = ["Result", "Simulation"]
+
+Progress = Callable[[int, int], None]
+"""Told now and then how many requests are done, of how many; 0 where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a simulation found."""
+
+    scenario: Scenario
+    metrics: dict[str, Any]
+    """Nothing in it depends on the machine that simulated: the same seed gives the same."""
+    recorder: Recorder
+
+
+class Simulation:
+    """A scenario, ready to run.
+
+    Args:
+        scenario: checked.
+        where: its file's name, for messages.
+        folder: for requests.csv and trace.json; None writes nothing.
+        profiles: of the nodes, where they are known already.
+
+    Raises:
+        ConfigError: profiles or a trace that cannot be read, or that are of another family.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        *,
+        where: str = "scenario",
+        folder: Path | None = None,
+        profiles: Sequence[Profile] | None = None,
+    ) -> None:
+        self.scenario, self._where = scenario, where
+        self.profiles = tuple(profiles or profiles_of(scenario, where))
+        _check_stages(scenario, self.profiles, where)
+        self._routing = scenario.policy.routing(where)
+        self._policy = Policy.resolve(self._routing, scenario.all_exits)
+        self._source = random.Random(f"{scenario.seed}/load")
+        self._scripts = self._behaviour()
+        load = scenario.workload
+        self._prompts, self._answers = Lengthy(load.prompts, self._source), Lengthy(load.answers, self._source)
+        skip = int(load.warmup * (load.requests or 0))
+        self._recorder = Recorder(folder, scenario.all_exits, [node.name for node in scenario.nodes], skip)
+        self._time = VirtualTime()
+        self._live: dict[int, Script] = {}
+        self._cluster = Cluster(scenario, self.profiles, self._time, self._live, self._recorder)
+        self._asked = 0
+        self._over = self._time.env.event()
+
+    def run(self, progress: Progress = lambda done, total: None) -> Result:
+        """Simulate until the load has ended and every answer is there."""
+        load = self.scenario.workload
+        env = self._time.env
+        arriving = self._time.process(self._arrive())
+        total = load.requests or 0
+        while not arriving.triggered or self._recorder.done < self._asked:
+            try:
+                for _ in range(20_000):
+                    env.step()
+                    if total and self._recorder.done >= total:
+                        break
+            except simpy.core.EmptySchedule:
+                break
+            progress(self._recorder.done, total)
+            if total and self._recorder.done >= total:
+                break
+        if arriving.triggered and isinstance(arriving.value, BaseException):
+            raise arriving.value
+        self._recorder.close()
+        return Result(self.scenario, self._metrics(), self._recorder)
+
+    # ---- the load ----
+
+    async def _arrive(self) -> None:
+        """Let conversations begin."""
+        load = self.scenario.workload
+        devices = self.scenario.nodes[0].count
+        if load.arrivals.kind == "closed":
+            for user in range(load.arrivals.users):
+                self._time.process(self._converse(user % devices))
+            return
+        for one in conversations(load, devices, self._source, self._where):
+            if self._full:
+                return
+            wait = one.at_s - self._time.now()
+            if wait > 0:
+                await self._time.sleep(wait)
+            self._time.process(self._talk(one))
+
+    @property
+    def _full(self) -> bool:
+        """Whether nobody may ask any more."""
+        requests = self.scenario.workload.requests
+        return requests is not None and self._asked >= requests
+
+    async def _converse(self, device: int) -> None:
+        """A user who asks as soon as there is an answer, over and over."""
+        load = self.scenario.workload
+        while not self._full and (load.duration_s is None or self._time.now() < load.duration_s):
+            await self._talk(Conversation(self._time.now(), device, turns(load, self._source)))
+            if load.turns.think_s:
+                await self._time.sleep(self._source.expovariate(1 / load.turns.think_s))
+
+    async def _talk(self, one: Conversation) -> None:
+        """A conversation: each turn's prompt is all that was said before it, and a question more."""
+        think_s, said = self.scenario.workload.turns.think_s, 0
+        for turn in range(one.turns):
+            if turn and think_s:
+                await self._time.sleep(self._source.expovariate(1 / think_s))
+            if self._full:
+                return
+            number, self._asked = self._asked, self._asked + 1
+            recorded = self._scripts if isinstance(self._scripts, Recorded) else None
+            question = one.prompt_tokens or self._prompts.draw(recorded.prompt(number) if recorded else 0)
+            answer = one.answer_tokens or self._answers.draw(recorded.answer(number) if recorded else 0)
+            await self._ask(number, one.device, said + question, answer)
+            said += question + answer
+
+    async def _ask(self, number: int, device: int, prompt: int, answer: int) -> None:
+        """One request, from its arrival at the device to its last token."""
+        entry, began = self.profiles[0], self._time.now()
+        one = Answered(number, device, began, prompt)
+        script = self._live[number] = self._scripts.script(number, answer)
+        params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
+        timeline = self._recorder.timeline
+        try:
+            before = entry.request_s + self.scenario.client_ms / 1000
+            if before:
+                await self._time.sleep(before)
+            chain = await self._cluster.open(device, self._policy, params, prompt)
+            try:
+                async with aclosing(decode(chain, [0] * prompt, answer)) as rounds:
+                    async for round_ in rounds:
+                        after = self._time.now() - began
+                        one.first_token_s = one.first_token_s or after
+                        one.total_s = after
+                        one.drafted += round_.drafted
+                        one.accepted += round_.accepted
+                        one.escalations += len(round_.hops) > 1
+                        for hop in round_.hops:
+                            name = hop.node
+                            one.compute_s[name] = one.compute_s.get(name, 0.0) + hop.compute_s
+                            one.queue_s[name] = one.queue_s.get(name, 0.0) + hop.queue_s
+                            one.wire_s[name] = one.wire_s.get(name, 0.0) + hop.wire_s
+                            one.bytes_up += hop.bytes_up
+                            one.bytes_down += hop.bytes_down
+                            if hop.queue_s:
+                                timeline.add(f"queue {name}", self._time.now(), hop.queue_s)
+                        for decision in round_.decisions:
+                            one.exits[decision.exit] = one.exits.get(decision.exit, 0) + 1
+                            one.agreed += script.agrees(one.new_tokens, decision.token)
+                            one.new_tokens += 1
+                        timeline.add("tokens", self._time.now(), len(round_.decisions))
+            finally:
+                await chain.close()
+        except RuyiFlowError as error:
+            one.error = type(error).__name__
+            one.total_s = self._time.now() - began
+        del self._live[number]
+        self._recorder.add(one)
+
+    # ---- what it is made of ----
+
+    def _behaviour(self) -> Scripts:
+        scenario, where = self.scenario, self._where
+        if scenario.trace is not None:
+            header, records = traces.read(scenario.trace)
+            if header.exits != scenario.all_exits:
+                raise ConfigError(
+                    f"{where}: trace: {scenario.trace} is of a family with exits {list(header.exits)}, "
+                    f"this one has {list(scenario.all_exits)}; trace this family (ruyi-flow trace)"
+                )
+            for profile in self.profiles:
+                if profile.kind == "measured" and profile.family != header.family:
+                    raise ConfigError(
+                        f"{where}: trace: {scenario.trace} is of family {header.family[:12]}, the profile of "
+                        f"{profile.family[:12]}; trace and profile the same one"
+                    )
+            try:
+                return Recorded(header, records, self._routing.scale)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: trace: {scenario.trace}: {error}") from None
+        last = scenario.all_exits[-1]
+        agreement = {} if scenario.behaviour is None else dict(scenario.behaviour.agreement)
+        if scenario.behaviour is None and len(scenario.all_exits) > 1:
+            raise ConfigError(
+                f"{where}: trace: nobody knows what the branches say; name a trace (ruyi-flow trace), or a behaviour, "
+                f"as in behaviour: {{agreement: {{{scenario.all_exits[0]}: 0.7}}}}"
+            )
+        options = {} if scenario.behaviour is None else scenario.behaviour.model_dump(exclude={"agreement"})
+        return Drawn({**agreement, last: 1.0}, seed=scenario.seed, **options)
+
+    def _metrics(self) -> dict[str, Any]:
+        """Everything in numbers; what a node's time and bytes cost included."""
+        found, recorder = self._recorder.figures(), self._recorder
+        span = max(1e-9, recorder.ended_s)
+        nodes, links = {}, {}
+        energy = cost = 0.0
+        for tier, (node, profile) in enumerate(zip(self.scenario.nodes, self.profiles, strict=True)):
+            there = self._cluster.instances[tier].values()
+            busy, waited = sum(i.worker.busy_s for i in there), sum(i.worker.waited_s for i in there)
+            idle_w, busy_w = node.idle_w or 0.0, node.busy_w or 0.0
+            price = node.price_per_hour or 0.0
+            joules = busy * busy_w + max(0.0, node.count * span - busy) * idle_w
+            dollars = node.count * span / 3600 * price
+            nodes[node.name] = {
+                "count": node.count,
+                "used": len(there),
+                "busy_s": busy,
+                "utilisation": busy / (node.count * span),
+                "highest_utilisation": max((i.worker.busy_s / span for i in there), default=0.0),
+                "queue": waited / span,
+                "busy_j": busy * busy_w,
+                "energy_j": joules,
+                "cost_usd": dollars,
+                "profile": f"{profile.kind}: {profile.source}",
+            }
+            energy, cost = energy + joules, cost + dollars
+            link = self.scenario.link_after(tier)
+            if link is not None:
+                pipes = {id(i.up): (i.up, i.down) for i in there if i.up is not None}.values()
+                up = sum(u.carried for u, _ in pipes if u is not None)
+                down = sum(d.carried for _, d in pipes if d is not None)
+                radio, carried = link.joules_per_mb * (up + down) / 1e6, link.price_per_gb * (up + down) / 1e9
+                links[f"{link.source}-{link.target}"] = {
+                    "bytes_up": up,
+                    "bytes_down": down,
+                    "up_mbit": 8e-6 * up / span,
+                    "down_mbit": 8e-6 * down / span,
+                    "energy_j": radio,
+                    "cost_usd": carried,
+                }
+                energy, cost = energy + radio, cost + carried
+        tokens = max(1, found["tokens"])
+        found |= {"energy_j": energy, "joules_per_token": energy / tokens}
+        found |= {"cost_usd": cost, "usd_per_million_tokens": 1e6 * cost / tokens}
+        return {**found, "nodes": nodes, "links": links, "simulated_s": span, "seed": self.scenario.seed}
+
+
+def metrics_text(metrics: dict[str, Any]) -> str:
+    """metrics.json."""
+    return json.dumps(metrics, indent=2, sort_keys=True) + "\n"
+
+
+def profiles_of(scenario: Scenario, where: str) -> list[Profile]:
+    """What each node's stages cost.
+
+    Raises:
+        ConfigError: a profile that cannot be read.
+    """
+    known: dict[Path, Profile] = {}
+    found = []
+    for node in scenario.nodes:
+        path = node.profile or scenario.profile
+        assert path is not None
+        if path not in known:
+            known[path] = Profile.load(path)
+        found.append(known[path])
+    return found
+
+
+def _check_stages(scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
+    for i, (node, profile) in enumerate(zip(scenario.nodes, profiles, strict=True)):
+        missing = [p for p in node.exits if p not in profile.exits]
+        if missing:
+            raise ConfigError(
+                f"{where}: nodes.{i}.exits: the profile of {node.name!r} has no stage at exit {missing[0]}; "
+                f"it has {list(profile.exits)}"
+            )
+        first = profile.stage(node.exits[0]).first_layer
+        before = scenario.nodes[i - 1].exits[-1] if i else 0
+        if first != before:
+            raise ConfigError(
+                f"{where}: nodes.{i}.exits: {node.name!r} starts after exit {before}, but its profile's stage at exit "
+                f"{node.exits[0]} after {first}; profile this family"
+            )

@@ -1,0 +1,172 @@
+"""Virtual time, on SimPy: the waits of the loop, and things that share a capacity."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Coroutine, Generator
+from typing import Any, TypeVar
+
+import simpy
+
+from ruyi_flow.runtime.times import Event, Pending
+
+__all__ = ["Shared", "VirtualTime", "until"]
+
+T = TypeVar("T")
+
+
+class until:  # noqa: N801 (reads as a word: `await until(event)`)
+    """Waits for a SimPy event, in a coroutine that runs as a SimPy process."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, event: simpy.Event) -> None:
+        self._event = event
+
+    def __await__(self) -> Generator[simpy.Event, Any, Any]:
+        return (yield self._event)
+
+
+class _Event:
+    """A `runtime.times.Event`."""
+
+    __slots__ = ("_env", "happened")
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env, self.happened = env, env.event()
+
+    def set(self) -> None:
+        if not self.happened.triggered:
+            self.happened.succeed()
+
+    def clear(self) -> None:
+        if self.happened.triggered:
+            self.happened = self._env.event()
+
+
+class _Process:
+    """A `runtime.times.Pending`."""
+
+    __slots__ = ("_process",)
+
+    def __init__(self, process: simpy.Process) -> None:
+        self._process = process
+
+    def __await__(self) -> Generator[simpy.Event, Any, Any]:
+        return (yield self._process)
+
+    def done(self) -> bool:
+        return bool(self._process.triggered)
+
+    async def drop(self) -> None:
+        if not self._process.triggered:
+            self._process.interrupt()
+        try:
+            await until(self._process)
+        except Exception:  # its own failure, or the interrupt
+            pass
+
+
+def _forgive(event: simpy.Event) -> None:
+    """A failure is told to who awaits it; SimPy would end everything where nobody does at that moment."""
+    event.defused = True
+
+
+class VirtualTime:
+    """A `runtime.times.Time` of a SimPy environment.
+
+    What runs in it are SimPy processes made of coroutines.
+    """
+
+    def __init__(self) -> None:
+        self.env = simpy.Environment()
+
+    def now(self) -> float:
+        return self.env._now  # `now` is a property, which costs as much again
+
+    def event(self) -> Event:
+        return _Event(self.env)
+
+    async def wait(self, event: Event, most_s: float) -> bool:
+        assert isinstance(event, _Event)
+        happened = event.happened
+        if not happened.processed:
+            await until(happened | self.env.timeout(max(0.0, most_s)))
+        return bool(happened.triggered)
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
+        return _Process(self.process(coroutine))
+
+    def process(self, coroutine: Coroutine[Any, Any, Any]) -> simpy.Process:
+        """Run a coroutine as a SimPy process."""
+        process = self.env.process(coroutine)  # type: ignore[arg-type] # a coroutine is a generator to SimPy
+        process.callbacks.append(_forgive)
+        return process
+
+    async def pause(self) -> None:
+        await until(self.env.timeout(0))
+
+    def sleep(self, seconds: float) -> until:
+        """Await it to wait for so long."""
+        return until(self.env.timeout(seconds))
+
+
+class Shared:
+    """A capacity that all who want some of it at a time share evenly: a link's bandwidth, a machine's cores.
+
+    Processor sharing: with n takers each gets min(most, capacity / n). Virtual service makes an arrival and a departure
+    cost O(log n): everybody's service grows at the same rate, so whoever has the least left when it comes ends first.
+
+    Args:
+        time: where.
+        capacity: units a second.
+        most: units a second that one taker can use; None for all of them.
+    """
+
+    def __init__(self, time: VirtualTime, capacity: float, most: float | None = None) -> None:
+        self._time, self._capacity, self._most = time, capacity, capacity if most is None else most
+        self._served = self._then = 0.0
+        self._takers: list[tuple[float, int, simpy.Event]] = []
+        self._count = self._wakes = 0
+
+    @property
+    def takers(self) -> int:
+        """At the moment."""
+        return len(self._takers)
+
+    async def take(self, units: float) -> None:
+        """Use so many units, and wait until they are used."""
+        if units <= 0:
+            return
+        self._go_on()
+        event = self._time.env.event()
+        self._count += 1
+        heapq.heappush(self._takers, (self._served + units, self._count, event))
+        self._set_alarm()
+        await until(event)
+
+    @property
+    def _rate(self) -> float:
+        return min(self._most, self._capacity / len(self._takers)) if self._takers else 0.0
+
+    def _go_on(self) -> None:
+        now = self._time.now()
+        self._served += (now - self._then) * self._rate
+        self._then = now
+
+    def _set_alarm(self) -> None:
+        self._wakes += 1
+        if self._takers:
+            left = max(0.0, self._takers[0][0] - self._served) / self._rate
+            alarm = self._time.env.timeout(left, self._wakes)
+            alarm.callbacks.append(self._rings)
+
+    def _rings(self, alarm: simpy.Event) -> None:
+        if alarm.value != self._wakes:
+            return  # somebody came or left since
+        self._go_on()
+        end = self._takers[0][0]
+        self._served = max(self._served, end)  # whatever rounding says, the first one is done
+        while self._takers and self._takers[0][0] <= self._served:
+            heapq.heappop(self._takers)[2].succeed()
+        self._set_alarm()
