@@ -323,7 +323,7 @@ class Chain:
                 now = self._time.now()
                 length.stepped(now - then)
                 then = now
-            look = Walk.of(session.judges[0], (position,), (None,), found).looks[0]
+            look = _look(session.judges[0], position, found)
             asked = asked or look.reason is None
             enough = draft == 0 or look.token is None or look.token in eos
             if asked and not enough and policy.scale is not None:
@@ -451,6 +451,14 @@ class Chain:
         return self._beyond
 
 
+def _look(judge: Judge, position: int, found: Sequence[tuple[int, float]] | None) -> Look:
+    """What a branch says of one position that no draft follows yet."""
+    if found is None:
+        return Look(position, None)
+    token, confidence = found[0]
+    return Look(position, None, token, confidence, judge.sure(position, confidence))
+
+
 async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncGenerator[Round, None]:
     """Settle round after round, from an entry node's new chain, until an end of sequence or the length limit.
 
@@ -473,6 +481,6 @@ async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> As
             decisions = decisions[: end + 1]
         count += len(decisions)
         new = (decisions[-1].token,)
-        yield replace(settled, decisions=decisions)
+        yield Round(decisions, settled.hops, settled.drafted, settled.accepted)
         if end is not None or count == max_new_tokens:
             return

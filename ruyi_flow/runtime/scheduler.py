@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["PATIENCE", "WHOLE", "Scheduler"]
+__all__ = ["PATIENCE", "WHOLE", "Scheduler", "alone"]
 
 PATIENCE = 8
 """How often short work lets other short work catch up with it."""
@@ -69,13 +69,15 @@ class Scheduler:
         if not self._waiting:
             return []
         oldest = next(iter(self._waiting.values()))
+        if len(self._waiting) == 1:
+            return [self._take(oldest, alone(oldest.rows, self.budget))]
         stage = oldest.stage
         if oldest.rows <= WHOLE and oldest.passed < PATIENCE:
             stage = min(work.stage for work in self._waiting.values() if work.rows <= WHOLE)
             oldest.passed += stage != oldest.stage
         mates = [work for work in self._waiting.values() if work.stage == stage]
         if len(mates) == 1:
-            return [self._take(mates[0], min(mates[0].rows, max(self.budget, _short(mates[0]))))]
+            return [self._take(mates[0], alone(mates[0].rows, self.budget))]
         oldest = mates[0]
         short = sum(work.rows for work in mates[1:] if work.rows <= WHOLE)
         given = oldest.rows
@@ -97,5 +99,6 @@ class Scheduler:
         return work.key, rows
 
 
-def _short(work: _Work) -> int:
-    return work.rows if work.rows <= WHOLE else 0
+def alone(rows: int, budget: int) -> int:
+    """Rows of a step that one work has to itself."""
+    return rows if rows <= WHOLE else min(rows, budget)

@@ -106,6 +106,12 @@ class Steps:
         """Let a task run up to its first pass."""
         self._go_on(next(self._keys), job)
 
+    def join(self, job: Job) -> None:
+        """Let a job in that has a pass already."""
+        key = next(self._keys)
+        self._jobs[key] = job
+        self._scheduler.add(key, job.running.stage, job.running.rows)
+
     def next(self) -> Parts:
         """The next step, to be told `ran` afterwards; empty when nothing waits."""
         step = self._scheduler.next()

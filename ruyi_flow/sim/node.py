@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.kv_cache import Run
 from ruyi_flow.runtime.rooms import Rooms
+from ruyi_flow.runtime.scheduler import alone
 from ruyi_flow.runtime.session import Pass, Piece, Session
 from ruyi_flow.runtime.steps import Job, Parts, Steps, Task, run
 from ruyi_flow.sim.behaviour import Script
@@ -33,7 +34,8 @@ class Rows:
         self.shape = (count,)
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(len(range(*rows.indices(self.shape[0]))))
+        start, stop, _ = rows.indices(self.shape[0])
+        return Rows(max(0, stop - start))
 
 
 class VirtualStages:
@@ -178,7 +180,7 @@ class VirtualWorker:
         told: Told | None = None,
     ) -> None:
         self._time, self._stages, self._cores, self._told = time, stages, cores, told
-        self._steps = Steps(budget, self._ended, self._failed)
+        self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
         self._busy = False
         self.busy_s = 0.0
         """Seconds of steps so far."""
@@ -188,24 +190,20 @@ class VirtualWorker:
         """That tasks have waited, all together."""
 
     async def run(self, task: Task[T], *, brief: bool = False) -> tuple[T, float, float]:
-        waiter = _Waiter()
         self.waiting += 1
-        self._steps.add(Job(task, waiter, self._time.now()))
+        waiter = _Waiter()
+        job = Job(task, waiter, self._time.now())
         try:
             if self._busy:
+                self._steps.add(job)
                 if waiter.result is None:
                     waiter.event = self._time.env.event()
                     await until(waiter.event)
             else:  # whoever finds the node idle takes its steps, until there is an answer for it
                 self._busy = True
-                while waiter.result is None:
-                    step = self._begin()
-                    try:
-                        await self._pass(step.cost)
-                    except BaseException:
-                        self._time.start(self._take_over(step))  # others may have a part in it
-                        raise
-                    self._end(step)
+                if not await self._alone(job):
+                    while waiter.result is None:
+                        await self._do(self._begin())
                 if self._steps:
                     self._time.start(self._go_on())
                 else:
@@ -220,6 +218,37 @@ class VirtualWorker:
         if error is not None:
             raise error
         return result, waited, ran
+
+    async def _alone(self, job: Job) -> bool:
+        """Run a job while there is no other, without the scheduler; whether that was all of it."""
+        work, task = job.work, job.task
+        while True:
+            try:
+                if work is None or work.error is None:
+                    work = task.send(None) if work is None or not work.rows else work
+                else:
+                    work = task.throw(work.error)
+            except StopIteration as ended:
+                self._ended(job, ended.value)
+                return True
+            except Exception as error:
+                self._failed(job, error)
+                return True
+            job.work = work
+            if self._steps:
+                self._steps.join(job)
+                return False
+            rows = alone(work.rows, self._budget)
+            began, cost = self._time.now(), self._stages.cost([(work, rows)])
+            try:
+                await self._pass(cost)
+            except BaseException:  # nobody else has a part in it
+                self._time.start(self._go_on())
+                raise
+            took = self._time.now() - began
+            self._count(began, took, work.stage, rows)
+            self._stages.run([(work, rows)])
+            job.ran_s += took
 
     def submit(self, call: Callable[[], object]) -> None:
         self._steps.forget_cancelled()
@@ -238,13 +267,24 @@ class VirtualWorker:
         else:
             await self._cores.take(cost)
 
+    async def _do(self, step: _Step) -> None:
+        try:
+            await self._pass(step.cost)
+        except BaseException:
+            self._time.start(self._take_over(step))  # others may have a part in it
+            raise
+        self._end(step)
+
     def _end(self, step: _Step) -> None:
         took = self._time.now() - step.began
-        self.busy_s += took
-        if self._told is not None:
-            self._told(step.began, took, step.parts[0][0].running.stage, sum(rows for _, rows in step.parts))
+        self._count(step.began, took, step.parts[0][0].running.stage, sum(rows for _, rows in step.parts))
         run(step.parts)
         self._steps.ran(took)
+
+    def _count(self, began: float, took: float, stage: int, rows: int) -> None:
+        self.busy_s += took
+        if self._told is not None:
+            self._told(began, took, stage, rows)
 
     async def _take_over(self, step: _Step) -> None:
         await self._pass(max(0.0, step.began + step.cost - self._time.now()))
@@ -253,9 +293,7 @@ class VirtualWorker:
 
     async def _go_on(self) -> None:
         while self._steps:
-            step = self._begin()
-            await self._pass(step.cost)
-            self._end(step)
+            await self._do(self._begin())
         self._busy = False
 
     def _ended(self, job: Job, result: object) -> None:
