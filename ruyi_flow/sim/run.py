@@ -25,7 +25,7 @@ from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.sim.times import VirtualTime
 from ruyi_flow.types import SamplingParams
 
-__all__ = ["Result", "Simulation"]
+__all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "simulate"]
 
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
@@ -267,6 +267,22 @@ class Simulation:
         found |= {"energy_j": energy, "joules_per_token": energy / tokens}
         found |= {"cost_usd": cost, "usd_per_million_tokens": 1e6 * cost / tokens}
         return {**found, "nodes": nodes, "links": links, "simulated_s": span, "seed": self.scenario.seed}
+
+
+def simulate(
+    scenario: Scenario, folder: Path, *, where: str = "scenario", progress: Progress = lambda done, total: None
+) -> Result:
+    """Run a scenario, and leave a run folder: scenario.yaml, requests.csv, trace.json, metrics.json, report.html.
+
+    Raises:
+        ConfigError: see `Simulation`; nothing is written then.
+    """
+    Simulation(scenario, where=where)  # what is wrong with it is told before a folder is made
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
+    result = Simulation(scenario, where=where, folder=folder).run(progress)
+    (folder / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
+    return result
 
 
 def metrics_text(metrics: dict[str, Any]) -> str:

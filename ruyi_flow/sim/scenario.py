@@ -202,7 +202,7 @@ class Scenario(Topology):
         places.append((load.get("arrivals") if isinstance(load, dict) else None, "file"))
         for mapping, key in places:
             if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
-                mapping[key] = str(base / Path(mapping[key]).expanduser())
+                mapping[key] = str((base / Path(mapping[key]).expanduser()).resolve())
         try:
             scenario = cls.model_validate(data)
         except ValidationError as error:
@@ -210,6 +210,11 @@ class Scenario(Topology):
         scenario._cross_check(where)
         scenario._check_rest(where)
         return scenario
+
+    def text(self) -> str:
+        """As a scenario file that says all that this one does."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
     def link_after(self, tier: int) -> SimLink | None:
         """From the nodes of a tier, 0 being the entry's, to the next; None after the last."""

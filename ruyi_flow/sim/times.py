@@ -82,7 +82,8 @@ class VirtualTime:
         self.env = simpy.Environment()
 
     def now(self) -> float:
-        return self.env._now  # `now` is a property, which costs as much again
+        now: float = self.env._now  # `now` is a property, which costs as much again
+        return now
 
     def event(self) -> Event:
         return _Event(self.env)
@@ -99,7 +100,7 @@ class VirtualTime:
 
     def process(self, coroutine: Coroutine[Any, Any, Any]) -> simpy.Process:
         """Run a coroutine as a SimPy process."""
-        process = self.env.process(coroutine)  # type: ignore[arg-type] # a coroutine is a generator to SimPy
+        process = self.env.process(coroutine)  # a coroutine is a generator to SimPy
         process.callbacks.append(_forgive)
         return process
 
