@@ -118,7 +118,9 @@ class Cluster:
         if self._links[tier] is not None:
             up, down = self._link(tier, number)
             way = self._way(tier, number, up, down)
-        sessions = Sessions(node.name, limits, stages, worker, way, this.row_bytes + 16, time)
+        row = this.row_bytes + 16  # its token id, its part of the frame
+        ahead = self._scenario.ahead_of(node.name, row)
+        sessions = Sessions(node.name, limits, stages, worker, way, row, ahead, time)
         return Instance(worker, sessions, self._outages(node), up, down)
 
     def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:
