@@ -341,7 +341,7 @@ _MACHINES = (
         source="https://abachy.com/news/apples-m3-series-chips-enhanced-performance-and-advanced-gpus; ten of the "
         "GPU cores of https://hmc-tech.com/gpu/apple-32-core-m4-max-vs-apple-40-core-m3-max",
         power_source=f"idle: its battery over 15 hours of browsing ({_BATTERY}); "
-        "busy: and a quarter of the M3 Max's GPU",
+        "busy: that and a quarter of the M3 Max's GPU",
     ),
     Hardware(
         name="apple-m3-max",
@@ -356,7 +356,7 @@ _MACHINES = (
         source="https://hmc-tech.com/gpu/apple-32-core-m4-max-vs-apple-40-core-m3-max; 400 GB/s: Apple's "
         f"specifications ({_UNREAD})",
         power_source=f"idle: its battery over 12 hours of browsing ({_BATTERY}); "
-        "busy: and 50 W of the GPU (https://spy.macrumors.com/threads/m3-max-power-consumption-its-remarkably-efficient.2411481)",
+        "busy: that and 50 W of the GPU (https://spy.macrumors.com/threads/m3-max-power-consumption-its-remarkably-efficient.2411481)",
     ),
     Hardware(
         name="ryzen-7-7840u",

@@ -166,3 +166,25 @@ def test_machines_have_sources_and_are_of_this_world(hardware: Hardware) -> None
 def test_no_torch_and_no_grpc() -> None:
     code = "import sys, ruyi_flow.sim.hardware; sys.exit(bool({'torch', 'grpc'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("hardware", HARDWARE.values(), ids=HARDWARE)
+def test_the_docs_list_the_machine(hardware: Hardware) -> None:
+    text = (Path(__file__).parents[2] / "docs/simulation-costs.md").read_text()
+    assert in_table(hardware) in text and in_sources(hardware) in text
+
+
+def in_table(h: Hardware) -> str:
+    price = "" if h.price_per_hour is None else f"{h.price_per_hour:g}"
+    figures = [
+        f"{h.flops / 1e12:g}",
+        f"{h.bandwidth / 1e9:g}",
+        f"{h.memory_bytes / 1e9:g}",
+        f"{h.idle_w:g}",
+        f"{h.busy_w:g}",
+    ]
+    return f"| `{h.name}` | {h.label} | {' | '.join(figures)} | {price} |"
+
+
+def in_sources(h: Hardware) -> str:
+    return f"- `{h.name}`: {h.source}. Power and price: {h.power_source}."
