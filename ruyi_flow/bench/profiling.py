@@ -38,6 +38,8 @@ __all__ = ["LinkFigures", "measure_link", "profile_family", "profile_nodes"]
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _NEAR, _FAR = 64, 1024
 """Contexts that the cost of attention is taken from."""
+_MANY = 128
+"""Rows that show what each of them attends to, beside what reading the context takes."""
 _SESSIONS = 8
 """In a step, for what each further one costs."""
 _SPIN_S = 2.0
@@ -114,7 +116,7 @@ def _stages(shard: Shard, far: int, rounds: int, report: Report) -> tuple[StageC
         one = _filled(shard, far)
         kinds = [("trunk", n, _NEAR) for n in _ROWS] + [("branch", n, _NEAR) for n in _ROWS]
         kinds += [("head", n, _NEAR) for n in _ROWS if n <= 64]
-        kinds += [("trunk", 1, far), ("head", 1, far)]
+        kinds += [("trunk", n, far) for n in (1, _MANY)] + [("head", n, far) for n in (1, 16)]
         total = (rounds + 1) * len(kinds)
         for done in range(total):
             kind = kinds[done % len(kinds)]
@@ -145,12 +147,22 @@ def _cost(shard: Shard, stage: int, middle: Mapping[tuple[str, int, int], Sequen
     def at(what: str, rows: int, context: int = _NEAR) -> float:
         return middle[what, rows, context][stage]
 
-    attended = max(0.0, (at("trunk", 1, far) - at("trunk", 1)) / (far - _NEAR))
-    both = max(0.0, (at("head", 1, far) - at("head", 1)) / (far - _NEAR))
-    reading = max(0.0, both - attended)
-    trunk = [max(0.0, at("trunk", n) - attended * n * (_NEAR + n / 2)) for n in _ROWS]
+    def slopes(what: str, many: int) -> tuple[float, float]:
+        """What a row's attending to a position takes, and what reading that position's keys and values does."""
+        one, all = ((at(what, n, far) - at(what, n)) / (far - _NEAR) for n in (1, many))
+        attending = max(0.0, (all - one) / (many - 1))
+        return attending, max(0.0, one - attending)
+
+    attended, context = slopes("trunk", _MANY)
+    both = slopes("head", 16)
+    reading = max(0.0, both[0] - attended), max(0.0, both[1] - context)
+    trunk = [max(0.0, at("trunk", n) - attended * n * (_NEAR + n / 2) - context * (_NEAR + n)) for n in _ROWS]
     branch = [max(0.0, at("branch", n) - at("trunk", n)) for n in _ROWS]
-    head = [max(0.0, at("head", n) - at("branch", n) - reading * n * (_NEAR + n)) for n in _ROWS if n <= 64]
+    head = [
+        max(0.0, at("head", n) - at("branch", n) - (reading[0] * n + reading[1]) * (_NEAR + n))
+        for n in _ROWS
+        if n <= 64
+    ]
     while len(head) < len(_ROWS):  # nobody reads more rows than a draft has, or a prompt's end
         head.append(2 * head[-1])
     first, exit = shard.model.stages[stage]
@@ -165,7 +177,9 @@ def _cost(shard: Shard, stage: int, middle: Mapping[tuple[str, int, int], Sequen
         branch_s=_ascending(branch),
         head_s=_ascending(head),
         attended_s=attended,
-        branch_attended_s=reading,
+        context_s=context,
+        branch_attended_s=reading[0],
+        branch_context_s=reading[1],
         session_s=max(0.0, (at("sessions", _SESSIONS) - at("trunk", _SESSIONS)) / (_SESSIONS - 1)),
         weight_bytes=2 * layers * config.layer_parameters,
         kv_bytes=layers * slot,

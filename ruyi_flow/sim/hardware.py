@@ -7,16 +7,19 @@ with their sources, what the model leaves out, and how far it is from what was m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.sim.profile import Profile, StageCost
 from ruyi_flow.types import Weights
 
-__all__ = ["HARDWARE", "RUYI2", "RUYI_7B", "SMOLLM2", "Hardware", "analytic", "check_fits"]
+__all__ = ["FAMILIES", "HARDWARE", "RUYI2", "RUYI_7B", "SMOLLM2", "Hardware", "analytic", "check_fits", "geometry"]
 
 _LAYER_S = {"phone": 2e-4, "board": 2e-4, "laptop": 8e-5, "cpu": 8e-5, "gpu": 1e-4}
 """Launching one layer's kernels, by kind. docs/simulation-costs.md says where these come from."""
@@ -87,17 +90,22 @@ def analytic(config: FamilyConfig, hardware: Hardware, *, weights: str, name: st
     def layers(count: int, rows: int) -> float:
         return count * (hardware.bound_s(rows * flops, layer + rows * (state + kv)) + hardware.layer_s)
 
+    taking = layer * hidden * keys / config.layer_parameters  # of a layer's weights, those of keys and values
+
     def last(rows: int) -> float:
-        """A branch's last layer that reads one row: the others get keys and values only."""
-        rest = rows - 1
-        moved = layer + state + rest * 2 * (hidden + keys) + rows * kv
-        return hardware.bound_s(flops + rest * 2.0 * hidden * keys, moved) + hardware.layer_s
+        """Keys and values of a branch's last layer."""
+        return hardware.bound_s(rows * 2.0 * hidden * keys, taking + rows * (2 * (hidden + keys) + kv))
+
+    def rest(rows: int) -> float:
+        """The rest of a branch's last layer."""
+        return hardware.bound_s(rows * (flops - 2.0 * hidden * keys), layer - taking + rows * state) + hardware.layer_s
 
     def head(rows: int) -> float:
         moved = config.head_bytes(held) + rows * 2 * (hidden + config.vocab_size)
         return hardware.bound_s(rows * config.head_flops, moved) + hardware.layer_s
 
-    attended = hardware.bound_s(config.layer_flops(1) - flops, kv)
+    attended = hardware.bound_s(config.layer_flops(1) - flops, 0)
+    context = hardware.bound_s(0.0, kv)
     embedding = 0 if config.tied_head else 2 * config.vocab_size * hidden
     stages = []
     for (first, exit), depth in zip(config.stages(config.exits), config.branch_layers, strict=True):
@@ -109,10 +117,12 @@ def analytic(config: FamilyConfig, hardware: Hardware, *, weights: str, name: st
                 first_layer=first,
                 rows=_ROWS,
                 trunk_s=tuple(layers(count, rows) for rows in _ROWS),
-                branch_s=tuple(layers(depth - 1, rows) + last(rows) + head(1) for rows in _ROWS),
-                head_s=tuple(head(rows) for rows in _ROWS),
+                branch_s=tuple(layers(depth - 1, rows) + last(rows) for rows in _ROWS),
+                head_s=tuple(rest(rows) + head(rows) for rows in _ROWS),
                 attended_s=count * attended,
+                context_s=count * context,
                 branch_attended_s=depth * attended,
+                branch_context_s=depth * context,
                 weight_bytes=own + (embedding if first == 0 else 0),
                 kv_bytes=(count + depth) * kv,
             )
@@ -208,6 +218,28 @@ SMOLLM2: Mapping[str, Any] = {
     "vocab_size": 49152,
 }
 """Each in config.json's words, for `FamilyConfig.parse`."""
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {"ruyi-7b": RUYI_7B, "ruyi2": RUYI2, "smollm2": SMOLLM2}
+"""By the name that a scenario gives."""
+
+
+def geometry(family: str, exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
+    """A family's shape: one of `FAMILIES`, or a folder's config.json.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if family.lower() in FAMILIES:
+        return FamilyConfig.parse(FAMILIES[family.lower()])
+    file = Path(family) / "config.json"
+    try:
+        return FamilyConfig.parse(json.loads(file.read_text(encoding="utf-8")), exits=exits, where=str(file))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{where}: family: hardware's costs need the family's shape, and {family!r} is neither a folder with a "
+            f"config.json nor one of {', '.join(FAMILIES)}{did_you_mean(family, [*FAMILIES])}"
+        ) from None
+
 
 # ---- machines ----
 

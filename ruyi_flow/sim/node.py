@@ -86,24 +86,27 @@ class VirtualStages:
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
         """Seconds that the next rows of passes take together."""
         stage = parts[0][0].stage
+        costs = self._costs[stage]
         if len(parts) == 1:
             work, rows = parts[0]
             start = work.session.positions[stage]
-            attended = rows * (start + 0.5 * rows)
+            context, attended = start + rows, rows * (start + 0.5 * rows)
             if not work.looks:
-                return self._costs[stage].of(rows, attended, 1, 0, 0, 0.0)
+                return costs.of(rows, attended, context)
             read = len(work.session.asked(stage, start, rows, work.wants))
-            return self._costs[stage].of(rows, attended, 1, rows, read, read * (start + rows))
-        rows = taken = read = 0
-        attended = read_attended = 0.0
+            return costs.of(rows, attended, context, 1, rows, read, read * context, context)
+        rows = taken = read = context = read_context = read_attended = 0
+        attended = 0.0
         for work, count in parts:
             start = work.session.positions[stage]
-            rows, attended = rows + count, attended + count * (start + 0.5 * count)
+            held = start + count
+            rows, context, attended = rows + count, context + held, attended + count * (start + 0.5 * count)
             if work.looks:
                 asked = len(work.session.asked(stage, start, count, work.wants))
                 taken, read = taken + count, read + asked
-                read_attended += asked * (start + count)
-        return self._costs[stage].of(rows, attended, len(parts), taken, read, read_attended)
+                if asked:
+                    read_attended, read_context = read_attended + asked * held, read_context + held
+        return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context)
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """See `Stages.run`."""

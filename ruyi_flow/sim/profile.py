@@ -5,15 +5,18 @@
      "step_s": s, "round_s": s, "request_s": s, "exchange_s": s, "exchange_byte_s": s,
      "open_bytes": n, "up_bytes": n, "position_bytes": n, "down_bytes": n, "decision_bytes": n,
      "stages": [{"exit": p, "first_layer": l, "rows": [1, …], "trunk_s": [s, …], "branch_s": [s, …], "head_s": [s, …],
-                 "attended_s": s, "branch_attended_s": s, "session_s": s, "weight_bytes": n, "kv_bytes": n}]}
+                 "attended_s": s, "context_s": s, "branch_attended_s": s, "branch_context_s": s, "session_s": s,
+                 "weight_bytes": n, "kv_bytes": n}]}
 
 A step of `n` rows of `k` sessions, of which the branch takes in `b` and reads `r`, takes
 
-    trunk(n) + attended_s * A + session_s * (k - 1) + branch(b) + head(r) + branch_attended_s * B
+    trunk(n) + attended_s * A + context_s * C + session_s * (k - 1)
+        + branch(b) + head(r) + branch_attended_s * A' + branch_context_s * C'
 
-where A is the sum over rows, and B over the rows that are read, of the positions that each attends to. The functions
-are straight between the grid's points, go on straight past them, and are 0 at 0. `branch` is what the branch's keys and
-values take, `head` the rest of it: it is run for the rows that are read alone.
+where A is the sum over rows of the positions that each attends to, and C the sum over sessions of the positions that
+they hold afterwards, whose keys and values are read once; A' and C' are the same for the rows that are read. The
+functions are straight between the grid's points, go on straight past them, and are 0 at 0. `branch` is what the
+branch's keys and values take, `head` the rest of it: it is run for the rows that are read alone.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ class StageCost:
     head_s: tuple[float, ...]
     """Of the rest of the branch, the head included."""
     attended_s: float = 0.0
+    context_s: float = 0.0
     branch_attended_s: float = 0.0
+    branch_context_s: float = 0.0
     session_s: float = 0.0
     weight_bytes: int = 0
     """Of the stage's own tensors."""
@@ -165,27 +170,40 @@ class StepCost:
         self._trunk, self._branch, self._head = (
             _table(stage.rows, times, scale) for times in (stage.trunk_s, stage.branch_s, stage.head_s)
         )
-        self._attended, self._branch_attended = scale * stage.attended_s, scale * stage.branch_attended_s
+        self._attended, self._context = scale * stage.attended_s, scale * stage.context_s
+        self._branch_attended, self._branch_context = scale * stage.branch_attended_s, scale * stage.branch_context_s
         self._session = scale * stage.session_s
 
-    def of(self, rows: int, attended: float, sessions: int, taken: int, read: int, read_attended: float) -> float:
+    def of(
+        self,
+        rows: int,
+        attended: float,
+        context: float,
+        sessions: int = 1,
+        taken: int = 0,
+        read: int = 0,
+        read_attended: float = 0.0,
+        read_context: float = 0.0,
+    ) -> float:
         """Seconds of a step.
 
         Args:
             rows: of all sessions together.
             attended: sum over rows of the positions that each attends to.
+            context: sum over sessions of the positions that they hold afterwards.
             sessions: in the step.
             taken: rows whose keys and values the branch takes in; 0 where it is not run.
             read: rows that the branch reads.
-            read_attended: as `attended`, of those.
+            read_attended, read_context: as above, of those rows and their sessions.
         """
-        spent = _at(self._trunk, rows) + self._attended * attended
+        spent = _at(self._trunk, rows) + self._attended * attended + self._context * context
         if sessions > 1:
             spent += self._session * (sessions - 1)
         if taken:
             spent += _at(self._branch, taken)
             if read:
-                spent += _at(self._head, read) + self._branch_attended * read_attended
+                spent += _at(self._head, read)
+                spent += self._branch_attended * read_attended + self._branch_context * read_context
         return spent
 
 
