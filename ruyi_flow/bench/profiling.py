@@ -33,7 +33,7 @@ from ruyi_flow.transport import codec
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.types import Block, Decision, Encoding, Hop, Mode, Reason, SamplingParams, Stats, Verdict, Weights
 
-__all__ = ["LinkFigures", "measure_link", "profile_family", "profile_nodes"]
+__all__ = ["LinkFigures", "measure_link", "message_sizes", "profile_family", "profile_nodes"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _NEAR, _FAR = 64, 1024
@@ -91,7 +91,7 @@ def profile_family(
         threads=threads,
         machine=machine(threads) | {"weight_bytes": weight},
         step_s=asyncio.run(_handover(shard, threads)),
-        **_message_sizes(config.hidden_size, Policy.resolve(Routing(), config.exits)),
+        **message_sizes(config.hidden_size, config.vocab_size, Policy.resolve(Routing(), config.exits)),
     )
     del shard, model
     report("steps at once", 0, 2)
@@ -253,18 +253,18 @@ async def _handover(shard: Shard, threads: int) -> float:
     return statistics.median(took)
 
 
-def _message_sizes(hidden: int, policy: Policy) -> dict[str, Any]:
-    """Bytes of messages beyond their states."""
+def message_sizes(hidden: int, vocab: int, policy: Policy) -> dict[str, Any]:
+    """Bytes of messages beyond their states; of a token id, those of one in the middle of the vocabulary."""
     encoding = Encoding.BF16
-    opening = SessionOpen("0" * 64, 0, hidden, encoding, 512, 64, SamplingParams(eos_token_ids=(0, 2)), policy)
+    opening = SessionOpen("0" * 16, 0, hidden, encoding, 512, 64, SamplingParams(eos_token_ids=(0, 2)), policy)
     blocks = BlockCodec(hidden, encoding)
 
     def question(rows: int) -> int:
-        block = Block(300, torch.zeros(rows, hidden, dtype=torch.bfloat16), (20_000,) * rows, (300 + rows - 1,))
+        block = Block(300, torch.zeros(rows, hidden, dtype=torch.bfloat16), (vocab // 2,) * rows, (300 + rows - 1,))
         return int(blocks.to_pb(block).ByteSize()) - rows * encoding.row_bytes(hidden)
 
     def answer(count: int) -> int:
-        decisions = (Decision(20_000, 9, 0.7, Reason.DEEPEST),) * count
+        decisions = (Decision(vocab // 2, 9, 0.7, Reason.DEEPEST),) * count
         return int(codec.verdict_to_pb(Verdict(decisions, (Hop("edge", 0.01, 0.001),)), 0.01).ByteSize())
 
     return {
@@ -389,7 +389,7 @@ async def profile_nodes(topology: Topology, *, rounds: int = 5, report: Report =
         context=config.max_positions,
         stages=tuple(stages),
         round_s=max(0.0, statistics.median(_rest(stats) / stats.new_tokens for stats in around)),
-        **_message_sizes(config.hidden_size, Policy.resolve(Routing(), config.exits)),
+        **message_sizes(config.hidden_size, config.vocab_size, Policy.resolve(Routing(), config.exits)),
     )
 
 
