@@ -2,10 +2,10 @@
 
 Everything that is compared runs in turn in one run, since machines are noisy, and medians are shown.
 
-    python -m tests.bench [whole hop bytes wan start train policy drafts simulator bound cascade simulator-long] [--rounds N] [--trace FILE …]
+    python -m tests.bench [NAME …] [--rounds N] [--trace FILE …]
 
-`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one; `simulator-long` takes ten minutes and is left
-out unless it is named.
+`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one; `simulator-long`, which takes ten
+minutes, unless it is named. `--help` lists the names.
 """
 
 from __future__ import annotations
