@@ -164,7 +164,7 @@ class Cluster:
         if key not in self._pipes:
             outages = Outages(_spans(link.down))
 
-            def direction(mbit: float | None) -> Direction:
+            def direction(way: str, mbit: float | None) -> Direction:
                 return Direction(
                     self._time,
                     link.round_trip_ms / 2000,
@@ -173,9 +173,10 @@ class Cluster:
                     link.loss,
                     outages,
                     self._random,
+                    self._carried(f"{link.source}-{link.target}", way, key[1]),
                 )
 
-            self._pipes[key] = direction(link.up_mbit), direction(link.down_mbit)
+            self._pipes[key] = direction("up", link.up_mbit), direction("down", link.down_mbit)
         return self._pipes[key]
 
     def _outages(self, node: SimNode) -> Outages:
@@ -195,9 +196,21 @@ class Cluster:
         busy = f"busy {name}"
 
         def told(began: float, took: float, stage: int, rows: int) -> None:
-            timeline.add(busy, began, took)
+            timeline.add(busy, began, took, took)
             if events is not None and not events.full:
-                events.slice(f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
+                events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
+
+        return told
+
+    def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, float, int], None]:
+        """See `sim.link.Told`."""
+        timeline, events = self._recorder.timeline, self._recorder.events
+        series = f"{way} {link}"
+
+        def told(began: float, sent: float, came: float, count: int) -> None:
+            timeline.add(series, began, count, sent)
+            if events is not None and not events.full:
+                events.slice(f"link {link}", f"{way} {number}", "message", began, came - began, bytes=count)
 
         return told
 

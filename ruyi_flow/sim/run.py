@@ -39,6 +39,8 @@ class Result:
     metrics: dict[str, Any]
     """Nothing in it depends on the machine that simulated: the same seed gives the same."""
     recorder: Recorder
+    name: str
+    """The scenario's: its file's, without the suffix."""
 
 
 class Simulation:
@@ -99,7 +101,7 @@ class Simulation:
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         self._recorder.close()
-        return Result(self.scenario, self._metrics(), self._recorder)
+        return Result(self.scenario, self._metrics(), self._recorder, Path(self._where).stem)
 
     # ---- the load ----
 
@@ -177,7 +179,9 @@ class Simulation:
                             one.bytes_up += hop.bytes_up
                             one.bytes_down += hop.bytes_down
                             if hop.queue_s:
-                                timeline.add(f"queue {name}", self._time.now(), hop.queue_s)
+                                # It waited at some time before; the last moments are the nearest that is known.
+                                lately = min(after, hop.queue_s)
+                                timeline.add(f"queue {name}", began + after - lately, hop.queue_s, lately)
                         for decision in round_.decisions:
                             one.exits[decision.exit] = one.exits.get(decision.exit, 0) + 1
                             one.agreed += script.agrees(one.new_tokens, decision.token)
@@ -250,15 +254,19 @@ class Simulation:
             energy, cost = energy + joules, cost + dollars
             link = self.scenario.link_after(tier)
             if link is not None:
-                pipes = {id(i.up): (i.up, i.down) for i in there if i.up is not None}.values()
-                up = sum(u.carried for u, _ in pipes if u is not None)
-                down = sum(d.carried for _, d in pipes if d is not None)
+                pipes = [*{id(i.up): (i.up, i.down) for i in there if i.up and i.down}.values()]
+                up, down = sum(u.carried for u, _ in pipes), sum(d.carried for _, d in pipes)
+                there_are = self.scenario.nodes[tier + 1].count if link.shared else node.count
+                most = [8e-6 / (mbit * span) if mbit else 0.0 for mbit in (link.up_mbit, link.down_mbit)]
+                full = [(u.carried * most[0], d.carried * most[1]) for u, d in pipes]
                 radio, carried = link.joules_per_mb * (up + down) / 1e6, link.price_per_gb * (up + down) / 1e9
                 links[f"{link.source}-{link.target}"] = {
                     "bytes_up": up,
                     "bytes_down": down,
                     "up_mbit": 8e-6 * up / span,
                     "down_mbit": 8e-6 * down / span,
+                    "utilisation": max(up * most[0], down * most[1]) / there_are,
+                    "highest_utilisation": max((max(one) for one in full), default=0.0),
                     "energy_j": radio,
                     "cost_usd": carried,
                 }
