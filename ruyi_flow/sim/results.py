@@ -12,7 +12,9 @@ from typing import Any
 
 from ddsketch import DDSketch
 
-__all__ = ["Answered", "Events", "Recorder", "Spread", "Timeline"]
+from ruyi_flow.sim.scenario import Scenario
+
+__all__ = ["Answered", "Events", "Recorder", "Result", "Spread", "Timeline"]
 
 _ACCURACY = 0.002
 """Relative, of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
@@ -262,6 +264,18 @@ class Recorder:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a simulation found."""
+
+    scenario: Scenario
+    metrics: dict[str, Any]
+    """Nothing in it depends on the machine that simulated: the same seed gives the same."""
+    recorder: Recorder
+    name: str
+    """The scenario's: its file's, without the suffix."""
 
 
 @dataclass(slots=True)

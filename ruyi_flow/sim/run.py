@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Drawn, Recorded, Script, Scripts
 from ruyi_flow.sim.cluster import Cluster
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
+from ruyi_flow.sim.plots import check_matplotlib
 from ruyi_flow.sim.profile import Profile
-from ruyi_flow.sim.results import Answered, Recorder
+from ruyi_flow.sim.report import write_report
+from ruyi_flow.sim.results import Answered, Recorder, Result
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.sim.times import VirtualTime
 from ruyi_flow.types import SamplingParams
@@ -29,18 +30,6 @@ __all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "s
 
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a simulation found."""
-
-    scenario: Scenario
-    metrics: dict[str, Any]
-    """Nothing in it depends on the machine that simulated: the same seed gives the same."""
-    recorder: Recorder
-    name: str
-    """The scenario's: its file's, without the suffix."""
 
 
 class Simulation:
@@ -283,13 +272,15 @@ def simulate(
     """Run a scenario, and leave a run folder: scenario.yaml, requests.csv, trace.json, metrics.json, report.html.
 
     Raises:
-        ConfigError: see `Simulation`; nothing is written then.
+        ConfigError: see `Simulation`, or matplotlib is not installed; nothing is written then.
     """
+    check_matplotlib()
     Simulation(scenario, where=where)  # what is wrong with it is told before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
     result = Simulation(scenario, where=where, folder=folder).run(progress)
     (folder / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
+    write_report(folder, result)
     return result
 
 
