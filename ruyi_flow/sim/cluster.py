@@ -79,6 +79,8 @@ class Cluster:
         self._links = [scenario.link_after(i) for i in range(len(scenario.nodes))]
         self.instances: list[dict[int, Instance]] = [{} for _ in self._tiers]
         self._pipes: dict[tuple[int, int], tuple[Direction, Direction]] = {}
+        self.rooms: dict[int, dict[str, float]] = {}
+        """By the number of a request under way: seconds that it has waited for room, by node."""
         self._cores: dict[str, Shared] = {}
         for machine in scenario.hosts.values():
             shared = Shared(time, machine.cores, 1.0)
@@ -97,7 +99,20 @@ class Cluster:
             sampling=params,
             policy=policy,
         )
-        return await self.instance(0, device).sessions.open(opening, None)
+        return await self._enter(0, self.instance(0, device), opening)
+
+    async def _enter(self, tier: int, there: Instance, opening: SessionOpen) -> Chain:
+        """Open a session on a node, and note how long that waited for room."""
+        began = self._time.now()
+        try:
+            return await there.sessions.open(opening, None)
+        finally:
+            waited, number = self._time.now() - began, opening.sampling.seed or 0
+            if waited and number in self._scripts:
+                name = self._tiers[tier].node.name
+                rooms = self.rooms.setdefault(number, {})
+                rooms[name] = rooms.get(name, 0.0) + waited
+                self._recorder.timeline.add(f"room {name}", began, waited, waited)
 
     def instance(self, tier: int, number: int) -> Instance:
         """One of a tier's nodes."""
@@ -134,7 +149,7 @@ class Cluster:
                 there = self.instance(tier + 1, target)
 
                 async def open(asked: SessionOpen) -> Chain:
-                    return await there.sessions.open(asked, None)
+                    return await self._enter(tier + 1, there, asked)
 
                 return VirtualRemote(
                     self._time,

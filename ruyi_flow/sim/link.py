@@ -218,7 +218,9 @@ class VirtualRemote:
             await until(before)  # messages of a session are taken in order
         self._check_up()
         if opens:
+            asked = self._time.now()
             self._chain = await self._open(self._opening)
+            began += self._time.now() - asked  # waiting for room there is not the wire's time
             if self._closed:
                 await self._chain.close()
         assert self._chain is not None

@@ -14,13 +14,14 @@ from ruyi_flow.sim.results import Result
 __all__ = ["bytes_text", "check_matplotlib", "plots", "time_text"]
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""Of nodes in turn, the entry's first: told apart by the colour-blind too (Okabe and Ito 2008), on white and on black."""
+"""Of nodes in turn, the entry's first: for the colour-blind too (Okabe and Ito 2008), on white and on black."""
 
 _INK, _FAINT = "#0a0b0c", "#1a1b1c"
 """Stand in a plot for the page's own colours, which differ by day and night."""
 
-_PARTS = {"compute": 1.0, "queue": 0.6, "wire": 0.3}
-"""What a request's time on a node goes into, and how opaque that is drawn."""
+_OPACITY = {"room": 0.6, "compute": 1.0, "queue": 0.6, "wire": 0.3}
+_HATCH = {"room": "....", "queue": "/////"}
+"""What a request's time on a node goes into, as it is drawn."""
 
 _BINS = 120
 """Of a plot over time, at the most."""
@@ -55,6 +56,7 @@ def plots(result: Result) -> list[str]:
         "svg.hashsalt": "ruyi-flow",
         "font.size": 9,
         "axes.titlesize": 9,
+        "axes.titlelocation": "left",
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.facecolor": "none",
@@ -84,25 +86,25 @@ def _latency(result: Result) -> str:
     for axis, (name, spread) in zip(panels, known.items(), strict=True):
         points = spread.points(200)
         if points[0][0] > 0 and points[-1][0] > 20 * points[0][0]:
-            _log_time(axis)
+            _log_time(axis, points[-1][0] / points[0][0])
         else:
             axis.xaxis.set_major_formatter(lambda value, _: f"{1e3 * value:,.6g}")
             axis.set_xlabel("ms")
         axis.plot([v for v, _ in points], [s for _, s in points], color=_COLOURS[0], drawstyle="steps-post")
         marks = [(spread.at(q), q) for q in (0.5, 0.95, 0.99)]
         axis.plot([v for v, _ in marks], [q for _, q in marks], "o", color=_COLOURS[5], markersize=4)
-        axis.set_title(f"{name}\n" + ", ".join(f"p{100 * q:.0f} {time_text(v)}" for v, q in marks), loc="left")
+        axis.set_title(f"{name}\n" + ", ".join(f"p{100 * q:.0f} {time_text(v)}" for v, q in marks))
         axis.set_ylim(0, 1.02)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     panels[0].set_ylabel("share of requests")
     return _drawn("Latency", figure, {"p50, p95, p99": _chip(_COLOURS[5])})
 
 
-def _log_time(axis: Any) -> None:
+def _log_time(axis: Any, span: float) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if span < 300 else (1.0,)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(lambda value, _: time_text(value))
 
@@ -115,6 +117,7 @@ def _over_time(result: Result, colours: Mapping[str, str]) -> str:
     rows: list[tuple[str, list[tuple[str, str, str, float]]]] = [
         ("busy, %\nof a tier", [(f"busy {n}", colour, "-", 100 / counts[n]) for n, colour in colours.items()]),
         ("tasks waiting", [(f"queue {n}", colour, "-", 1.0) for n, colour in colours.items()]),
+        ("sessions\nwithout room", [(f"room {n}", colour, "-", 1.0) for n, colour in colours.items()]),
         ("tokens\na second", [("tokens", _INK, "-", 1.0)]),
         (
             "links,\nMbit/s",
@@ -141,7 +144,9 @@ def _over_time(result: Result, colours: Mapping[str, str]) -> str:
             rates = _merged(series[name], step, scale)
             axis.stairs(rates, edges[: len(rates) + 1], color=colour, linestyle=style, linewidth=1.3)
         for span, colour in _outages(result, colours):
-            axis.axvspan(span.at_s / unit_s, (span.at_s + span.for_s) / unit_s, color=colour, alpha=0.15, linewidth=0)
+            axis.axvspan(
+                span.at_s / unit_s, (span.at_s + span.for_s) / unit_s, color=colour, alpha=0.15, linewidth=0, zorder=0
+            )
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.set_xlim(0, edges[-1])
@@ -214,16 +219,15 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
         1, 2, width=10.8, height=0.9 + 0.24 * (len(rows) + 1), sharey=True, width_ratios=(1, 2)
     )
     spent: Mapping[str, Mapping[str, float]] = result.metrics["spent_s"]
-    _split(what, -1, spent, result.metrics["total_s"]["mean"], "the mean of all", colours)
+    mean = result.metrics["total_s"]["mean"]
+    _split(what, -1, spent, mean, f"{time_text(mean)}, the mean of all", colours)
     for y, (_, one) in enumerate(rows):
         first, end = one.at_s + one.first_token_s, one.at_s + one.total_s
         when.plot([one.at_s, end], [y, y], color=_INK, linewidth=3, alpha=0.5, solid_capstyle="butt")
         when.plot([first], [y], "|", color=_COLOURS[5], markersize=9, markeredgewidth=1.5)
-        parts = {
-            n: {"compute": one.compute_s.get(n, 0.0), "queue": one.queue_s.get(n, 0.0), "wire": one.wire_s.get(n, 0.0)}
-            for n in colours
-        }
-        about = f"{time_text(one.total_s)}, {one.new_tokens:,} tokens" + (f", {one.error}" if one.error else "")
+        parts = {n: {part: times.get(n, 0.0) for part, times in one.parts.items()} for n in colours}
+        tokens = "1 token" if one.new_tokens == 1 else f"{one.new_tokens:,} tokens"
+        about = f"{time_text(one.total_s)}, {tokens}" + (f", {one.error}" if one.error else "")
         _split(what, y, parts, one.total_s, about, colours)
         what.plot([one.first_token_s], [y], "|", color=_COLOURS[5], markersize=9, markeredgewidth=1.5)
     when.set_yticks(range(-1, len(rows)), ["mean", *(name for name, _ in rows)])
@@ -236,7 +240,8 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
     what.set_xlim(0, 1.3 * what.dataLim.x1)
     about_all = {n: _chip(colour) for n, colour in colours.items()}
     about_all |= {"computing": _chip("currentColor"), "waiting for a turn": _chip("currentColor", "queue")}
-    about_all |= {"on the way there and back, and waiting for room there": _chip("currentColor", "wire")}
+    about_all |= {"waiting for room": _chip("currentColor", "room")}
+    about_all |= {"on the way there and back": _chip("currentColor", "wire")}
     return _drawn("Requests", figure, about_all | {"first token": _chip(_COLOURS[5], "line")})
 
 
@@ -246,11 +251,11 @@ def _split(
     """A bar of a request's time by node and what it went into; what is left of it is none of these."""
     left = 0.0
     for node, parts in spent.items():
-        for kind, opacity in _PARTS.items():
-            if parts[kind] > 0:
-                hatch = "/////" if kind == "queue" else None
-                axis.barh(y, parts[kind], 0.7, left, color=colours[node], alpha=opacity, hatch=hatch, linewidth=0)
-                left += parts[kind]
+        for part, seconds in parts.items():
+            if seconds > 0:
+                look = {"color": colours[node], "alpha": _OPACITY[part], "hatch": _HATCH.get(part)}
+                axis.barh(y, seconds, 0.7, left, linewidth=0, **look)
+                left += seconds
     axis.barh(y, max(0.0, total_s - left), 0.7, left, color=_FAINT, linewidth=0)
     axis.annotate(about, (max(left, total_s), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
 

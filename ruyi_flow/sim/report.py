@@ -55,7 +55,7 @@ def bottleneck(metrics: Mapping[str, Any]) -> str:
     total = max(metrics["total_s"]["mean"], sum(sum(parts.values()) for parts in spent.values()))
     of_mean = f"of the mean request's {time_text(metrics['total_s']['mean'])}"
     places = [
-        (node["utilisation"], name, spent[name]["compute"] + spent[name]["queue"])
+        (node["utilisation"], name, spent[name]["compute"] + spent[name]["queue"] + spent[name]["room"])
         for name, node in metrics["nodes"].items()
     ]
     for (name, link), target in zip(metrics["links"].items(), [*spent][1:], strict=True):
@@ -66,12 +66,17 @@ def bottleneck(metrics: Mapping[str, Any]) -> str:
             f"The bottleneck is {fullest}, busy {busy:.0%} of the time; "
             f"waiting for it and its own work take {seconds / total:.0%} {of_mean}."
         )
-    words = {"compute": "computing on {}", "queue": "waiting for {}", "wire": "the way to {} and back"}
+    words = {
+        "room": "waiting for room on {} (its limits)",
+        "compute": "computing on {}",
+        "queue": "waiting for a turn on {}",
+        "wire": "the way to {} and back",
+    }
     ways = [(s, words[kind].format(node)) for node, parts in spent.items() for kind, s in parts.items()]
     most, where = max(ways, key=lambda way: way[0])
     return (
         f"The largest part {of_mean} is {where}, {most / total:.0%}; "
-        f"nothing is full, the busiest is {fullest}, {busy:.1%} of the time."
+        f"no node or link is busy all the time, {fullest} most of all, {busy:.1%} of it."
     )
 
 
@@ -192,6 +197,7 @@ svg text { font-family: system-ui, sans-serif !important }
 figcaption { font-size: .85em; display: flex; flex-wrap: wrap; gap: 0 1.4em }
 figcaption i { display: inline-block; width: 1em; height: .8em; margin-right: .4em; background: currentColor }
 figcaption .queue { background: repeating-linear-gradient(-45deg, currentColor 0 1.5px, transparent 1.5px 4px) }
+figcaption .room { background: radial-gradient(currentColor 1px, transparent 1.5px) 0 0 / 4px 4px }
 figcaption .wire { opacity: .3 } figcaption .line { height: 2px; vertical-align: .3em }
 figcaption .dots { height: 0; background: none; border-top: 2px dotted; vertical-align: .3em }
 pre { background: var(--card); padding: 1em; overflow-x: auto; border-radius: 6px }

@@ -14,7 +14,10 @@ from ddsketch import DDSketch
 
 from ruyi_flow.sim.scenario import Scenario
 
-__all__ = ["Answered", "Events", "Recorder", "Result", "Spread", "Timeline"]
+__all__ = ["PARTS", "Answered", "Events", "Recorder", "Result", "Spread", "Timeline"]
+
+PARTS = ("room", "compute", "queue", "wire")
+"""What a request's time on a node goes into."""
 
 _ACCURACY = 0.002
 """Relative, of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
@@ -50,12 +53,19 @@ class Answered:
     """Why it failed: the error's name."""
     exits: dict[int, int] = field(default_factory=dict)
     """Tokens decided at each."""
+    room_s: dict[str, float] = field(default_factory=dict)
+    """Waiting for room, by node."""
     compute_s: dict[str, float] = field(default_factory=dict)
     queue_s: dict[str, float] = field(default_factory=dict)
     wire_s: dict[str, float] = field(default_factory=dict)
-    """By node."""
+    """See `Hop`; by node."""
     bytes_up: int = 0
     bytes_down: int = 0
+
+    @property
+    def parts(self) -> dict[str, dict[str, float]]:
+        """What its time went into: seconds by node."""
+        return {"room": self.room_s, "compute": self.compute_s, "queue": self.queue_s, "wire": self.wire_s}
 
     @property
     def token_s(self) -> float:
@@ -157,7 +167,7 @@ class Recorder:
         self._most_chosen, self._stride = chosen, 1
         self.slowest: list[Answered] = []
         """The slowest one first."""
-        self.spent: dict[str, dict[str, float]] = {n: {"compute": 0.0, "queue": 0.0, "wire": 0.0} for n in self.nodes}
+        self.spent: dict[str, dict[str, float]] = {node: dict.fromkeys(PARTS, 0.0) for node in self.nodes}
         """Seconds by node, of all requests that got a token."""
         self.done = self.failed = self.tokens = self.agreed = self.drafted = self.accepted = self.escalations = 0
         self.bytes_up = self.bytes_down = 0
@@ -172,7 +182,7 @@ class Recorder:
                 ["number", "device", "at_s", "prompt_tokens", "new_tokens", "first_token_s", "token_s", "total_s"]
                 + ["agreement", "drafted", "accepted", "escalations", "bytes_up", "bytes_down", "error"]
                 + [f"exit_{p}" for p in self.exits]
-                + [f"{node}_{part}_s" for node in self.nodes for part in ("compute", "queue", "wire")]
+                + [f"{node}_{part}_s" for node in self.nodes for part in PARTS]
             )
 
     @property
@@ -189,11 +199,7 @@ class Recorder:
                 + [f"{one.agreed / max(1, one.new_tokens):.4f}", one.drafted, one.accepted, one.escalations]
                 + [one.bytes_up, one.bytes_down, one.error]
                 + [one.exits.get(p, 0) for p in self.exits]
-                + [
-                    f"{times.get(node, 0.0):.6f}"
-                    for node in self.nodes
-                    for times in (one.compute_s, one.queue_s, one.wire_s)
-                ]
+                + [f"{one.parts[part].get(node, 0.0):.6f}" for node in self.nodes for part in PARTS]
             )
         if self._events is not None:
             self._events.request(one)
@@ -208,7 +214,7 @@ class Recorder:
         if not one.new_tokens:
             return
         self._keep(one)
-        for part, times in (("compute", one.compute_s), ("queue", one.queue_s), ("wire", one.wire_s)):
+        for part, times in one.parts.items():
             for node, seconds in times.items():
                 self.spent[node][part] += seconds
         self.first.add(one.first_token_s)

@@ -181,6 +181,7 @@ class Simulation:
         except RuyiFlowError as error:
             one.error = type(error).__name__
             one.total_s = self._time.now() - began
+        one.room_s = self._cluster.rooms.pop(number, {})
         del self._live[number]
         self._recorder.add(one)
 
