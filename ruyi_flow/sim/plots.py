@@ -20,7 +20,7 @@ _INK, _FAINT = "#0a0b0c", "#1a1b1c"
 """Stand in a plot for the page's own colours, which differ by day and night."""
 
 _OPACITY = {"room": 0.6, "compute": 1.0, "queue": 0.6, "wire": 0.3}
-_HATCH = {"room": "....", "queue": "/////"}
+_HATCH = {"room": "xxxx", "queue": "/////"}
 """What a request's time on a node goes into, as it is drawn."""
 
 _BINS = 120
@@ -65,6 +65,7 @@ def plots(result: Result) -> list[str]:
         "axes.axisbelow": True,
         "grid.linewidth": 0.5,
         "hatch.linewidth": 0.5,
+        "hatch.color": _INK,
         **dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), _INK
         ),
@@ -240,7 +241,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
     what.set_xlim(0, 1.3 * what.dataLim.x1)
     about_all = {n: _chip(colour) for n, colour in colours.items()}
     about_all |= {"computing": _chip("currentColor"), "waiting for a turn": _chip("currentColor", "queue")}
-    about_all |= {"waiting for room": _chip("currentColor", "room")}
+    about_all |= {"waiting for room": _chip("currentColor", "room"), "anything else": _chip(_FAINT)}
     about_all |= {"on the way there and back": _chip("currentColor", "wire")}
     return _drawn("Requests", figure, about_all | {"first token": _chip(_COLOURS[5], "line")})
 
@@ -272,7 +273,11 @@ def _figure(rows: int, columns: int, *, width: float, height: float, **layout: A
 
 def _chip(colour: str, like: str = "compute") -> str:
     """A sample of a colour, for a legend."""
-    return f'<i class={like} style="color:{colour.replace(_INK, "var(--ink)")}"></i>'
+    return f'<i class={like} style="color:{_for_page(colour)}"></i>'
+
+
+def _for_page(text: str) -> str:
+    return text.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
 
 
 def _drawn(title: str, figure: Any, legend: Mapping[str, str]) -> str:
@@ -285,10 +290,11 @@ def _drawn(title: str, figure: Any, legend: Mapping[str, str]) -> str:
     # Groups' ids are the same in every plot and nobody refers to them; in HTML no name space is declared.
     svg = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", re.sub(r'<g id="[^"]*"', "<g", svg))
     svg = re.sub(r'^<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{title}"', svg)
-    svg = svg.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
     chips = "".join(f"<span>{chip}{escape(name)}</span>" for name, chip in legend.items())
     width = f"{figure.get_figwidth() / 10.8:.0%}"
-    return f'<h2>{title}</h2><figure style="max-width:{width}"><figcaption>{chips}</figcaption>{svg}</figure>'
+    return (
+        f'<h2>{title}</h2><figure style="max-width:{width}"><figcaption>{chips}</figcaption>{_for_page(svg)}</figure>'
+    )
 
 
 def time_text(seconds: float) -> str:
