@@ -89,8 +89,9 @@ def _latency(result: Result) -> str:
         if points[0][0] > 0 and points[-1][0] > 20 * points[0][0]:
             _log_time(axis, points[-1][0] / points[0][0])
         else:
-            axis.xaxis.set_major_formatter(lambda value, _: f"{1e3 * value:,.6g}")
-            axis.set_xlabel("ms")
+            scale, unit = (1, "s") if points[-1][0] >= 10 else (1e3, "ms")
+            axis.xaxis.set_major_formatter(lambda value, _, scale=scale: f"{scale * value:,.6g}")
+            axis.set_xlabel(unit)
         axis.plot([v for v, _ in points], [s for _, s in points], color=_COLOURS[0], drawstyle="steps-post")
         marks = [(spread.at(q), q) for q in (0.5, 0.95, 0.99)]
         axis.plot([v for v, _ in marks], [q for _, q in marks], "o", color=_COLOURS[5], markersize=4)
@@ -154,7 +155,7 @@ def _over_time(result: Result, colours: Mapping[str, str]) -> str:
     panels[-1].set_xlabel(f"{unit} of virtual time; each step is {time_text(timeline.width_s * step)}")
     figure.align_ylabels()
     about = {n: _chip(colour) for n, colour in colours.items()}
-    about |= {f"up to {t}": _chip(colours[t], "line") for t in links.values()}
+    about |= {f"up, to {t}": _chip(colours[t], "line") for t in links.values()}
     if links:
         about["down"] = _chip("currentColor", "dots")
     if any(_outages(result, colours)):
@@ -179,14 +180,15 @@ def _decided(result: Result, colours: Mapping[str, str]) -> str:
     """Tokens by exit, and bytes by link."""
     scenario, metrics = result.scenario, result.metrics
     links = metrics["links"]
-    figure, panels = _figure(1, 1 + bool(links), width=10.8 if links else 5.4, height=2.9)
+    figure, panels = _figure(1, 1 + bool(links), width=10.8 if links else 5.4, height=max(2.9, 0.7 + 0.36 * len(links)))
     exits = [(str(exit), colours[node.name]) for node in scenario.nodes for exit in node.exits]
     bars = panels[0].bar(
         [exit for exit, _ in exits],
         [100 * metrics["decided"][exit] for exit, _ in exits],
         color=[colour for _, colour in exits],
     )
-    panels[0].bar_label(bars, fmt="{:.3g} %", fontsize=8)
+    if len(exits) <= 10:  # else they would overlap
+        panels[0].bar_label(bars, fmt="{:.3g} %", fontsize=8)
     panels[0].grid(False, axis="x")
     panels[0].set(title="where tokens were decided", xlabel="exit", ylabel="% of tokens")
     about = {n: _chip(colour) for n, colour in colours.items()}
@@ -238,7 +240,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
         axis.tick_params(axis="y", length=0)
     when.set(title="when", xlabel="s of virtual time")
     what.set(title="what the time went into, added up", xlabel="s from the arrival")
-    what.set_xlim(0, 1.3 * what.dataLim.x1)
+    what.set_xlim(0, 1.3 * what.dataLim.x1 or 1.0)
     about_all = {n: _chip(colour) for n, colour in colours.items()}
     about_all |= {"computing": _chip("currentColor"), "waiting for a turn": _chip("currentColor", "queue")}
     about_all |= {"waiting for room": _chip("currentColor", "room"), "anything else": _chip(_FAINT)}

@@ -53,6 +53,8 @@ def bottleneck(metrics: Mapping[str, Any]) -> str:
         return "No request got a token, so nothing is known of where their time goes."
     spent: dict[str, dict[str, float]] = metrics["spent_s"]
     total = max(metrics["total_s"]["mean"], sum(sum(parts.values()) for parts in spent.values()))
+    if not total:
+        return "Requests took no time at all."
     of_mean = f"of the mean request's {time_text(metrics['total_s']['mean'])}"
     places = [
         (node["utilisation"], name, spent[name]["compute"] + spent[name]["queue"] + spent[name]["room"])

@@ -16,7 +16,7 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.profile import Profile, StageCost
 from ruyi_flow.sim.report import bottleneck, write_report
 from ruyi_flow.sim.results import Result
-from ruyi_flow.sim.run import simulate
+from ruyi_flow.sim.run import Simulation, simulate
 from ruyi_flow.sim.scenario import Scenario
 
 EXITS = (2, 4, 6, 8)
@@ -54,6 +54,13 @@ def scenario(folder: Path, **changes: Any) -> Scenario:
 def run(folder: Path, **changes: Any) -> tuple[Result, Page]:
     result = simulate(scenario(folder, **changes), folder / "run", where="town.yaml")
     return result, Page((folder / "run" / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Page]:
+    """A run of the scenario as it is: its folder, what was found, its report."""
+    folder = tmp_path_factory.mktemp("town")
+    return folder / "run", *run(folder)
 
 
 class Page(HTMLParser):
@@ -104,8 +111,8 @@ class Page(HTMLParser):
             self.words += data
 
 
-def test_a_report_shows_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
-    result, page = run(tmp_path)
+def test_a_report_shows_the_run_and_needs_nothing_else(town: tuple[Path, Result, Page]) -> None:
+    _, result, page = town
     metrics = result.metrics
     assert page.open == [] and page.fetches == [] and "http:" not in page.text and "url(h" not in page.text
     plots = ["Latency", "Over time", "Tokens and bytes", "Requests"]
@@ -124,25 +131,27 @@ def test_a_report_shows_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
     assert {"mean", "#0"} <= set(requests) and any(word.endswith("20 tokens") for word in requests)
 
 
-def test_the_same_run_gives_the_same_report_whatever_the_style_of_plots(tmp_path: Path) -> None:
-    _, first = run(tmp_path)
+def test_the_same_run_gives_the_same_report_whatever_the_style_of_plots(
+    tmp_path: Path, town: tuple[Path, Result, Page]
+) -> None:
+    _, result, first = town
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
-        _, second = run(tmp_path)
-    assert first.text == second.text
+        simulate(result.scenario, tmp_path / "again", where="town.yaml")
+    assert (tmp_path / "again" / "report.html").read_text(encoding="utf-8") == first.text
     assert dict(matplotlib.rcParams) == before
     _, other = run(tmp_path, seed=1)
     assert first.text != other.text
 
 
-def test_colours_of_text_and_axes_are_the_pages_own(tmp_path: Path) -> None:
-    _, page = run(tmp_path)
+def test_colours_of_text_and_axes_are_the_pages_own(town: tuple[Path, Result, Page]) -> None:
+    _, _, page = town
     plots = page.text[page.text.index("<svg") :]
     assert "var(--ink)" in plots and "var(--faint)" in plots and "#000000" not in plots and "#ffffff" not in plots
 
 
-def test_every_clip_and_marker_that_a_plot_names_is_there(tmp_path: Path) -> None:
-    _, page = run(tmp_path)
+def test_every_clip_and_marker_that_a_plot_names_is_there(town: tuple[Path, Result, Page]) -> None:
+    _, _, page = town
     for named in page.text.split("url(#")[1:] + page.text.split('xlink:href="#')[1:]:
         assert named[: min(named.find(end) for end in ')"' if end in named[:40])] in page.ids
 
@@ -162,6 +171,14 @@ def test_one_token_has_no_time_per_token_to_show(tmp_path: Path) -> None:
     assert any(word.endswith(", 1 token") for word in page.plots[3])
 
 
+def test_a_run_that_takes_no_time_is_shown_too(tmp_path: Path) -> None:
+    free = tuple(StageCost(p, p - 2, (1,), (0.0,), (0.0,), (0.0,)) for p in EXITS)
+    Profile("measured", "free", "fam", 64, 512, free).save(tmp_path / "free.msgpack")
+    nodes = [{"name": "solo", "exits": [*EXITS]}]
+    result, page = run(tmp_path, nodes=nodes, links=[], profile="free.msgpack")
+    assert result.metrics["total_s"]["mean"] == 0 and result.metrics["tokens"] == 500 and len(page.plots) == 4
+
+
 def test_failures_alone_are_told_and_not_plotted(tmp_path: Path) -> None:
     nodes = [
         {"name": "phone", "exits": [2], "count": 4},
@@ -176,7 +193,7 @@ def test_failures_alone_are_told_and_not_plotted(tmp_path: Path) -> None:
 
 
 def test_what_people_write_is_no_html(tmp_path: Path) -> None:
-    result, _ = run(tmp_path, family="<b>fam & co</b>")
+    result = Simulation(scenario(tmp_path, family="<b>fam & co</b>")).run()
     odd = Result(result.scenario, result.metrics, result.recorder, 'a <script>x</script> & "BODY" TITLE')
     write_report(tmp_path, odd)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -188,8 +205,8 @@ def test_a_report_stays_small(tmp_path: Path) -> None:
     exits = tuple(range(2, 34, 2))
     stages = tuple(StageCost(p, p - 2, (1,), (0.001,), (0.001,), (0.0,)) for p in exits)
     Profile("measured", "many", "fam", 64, 512, stages).save(tmp_path / "many.msgpack")
-    spans = [{"at_s": i / 50, "for_s": 0.01} for i in range(3000)]
-    nodes = [{"name": f"n{p}", "exits": [p], "limits": {"max_sessions": 3}, "count": 1} for p in exits]
+    spans = [{"at_s": 1 + i / 20, "for_s": 0.001} for i in range(6000)]
+    nodes = [{"name": f"n{p}", "exits": [p]} for p in exits]
     nodes[3] |= {"down": spans}
     links = [{"from": a["name"], "to": b["name"], "up_mbit": 5} for a, b in zip(nodes, nodes[1:], strict=False)]
     result, page = run(
@@ -201,7 +218,7 @@ def test_a_report_stays_small(tmp_path: Path) -> None:
         behaviour={"agreement": dict.fromkeys(exits[:-1], 0.2)},
         load={"requests": 120, "arrivals": {"rate": 30}, "answers": {"tokens": 12}},
     )
-    assert result.metrics["tokens"] > 1000 and {p for p, share in result.metrics["decided"].items() if share}
+    assert result.metrics["tokens"] > 500
     assert len(page.text) < 1_500_000 and page.open == []
     assert "the rest is in scenario.yaml" in page.words
 
@@ -272,9 +289,9 @@ def test_the_bottleneck_of_a_full_link_is_the_link(tmp_path: Path) -> None:
 # ---- the trace ----
 
 
-def test_the_trace_has_every_step_and_message_on_named_threads(tmp_path: Path) -> None:
-    result, _ = run(tmp_path)
-    found = json.loads((tmp_path / "run" / "trace.json").read_text())
+def test_the_trace_has_every_step_and_message_on_named_threads(town: tuple[Path, Result, Page]) -> None:
+    folder, result, _ = town
+    found = json.loads((folder / "trace.json").read_text())
     assert len(found) < 40_000, "all of it"
     processes = {e["pid"]: e["args"]["name"] for e in found if e["name"] == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in found if e["name"] == "thread_name"}
@@ -308,8 +325,8 @@ def test_the_trace_has_every_step_and_message_on_named_threads(tmp_path: Path) -
         assert events[0]["ts"] <= events[1]["ts"] <= events[2]["ts"]
 
 
-def test_time_over_the_run_adds_up(tmp_path: Path) -> None:
-    result, _ = run(tmp_path)
+def test_time_over_the_run_adds_up(town: tuple[Path, Result, Page]) -> None:
+    _, result, _ = town
     timeline, metrics = result.recorder.timeline, result.metrics
 
     def total(name: str) -> float:
