@@ -227,12 +227,12 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
     for y, (_, one) in enumerate(rows):
         first, end = one.at_s + one.first_token_s, one.at_s + one.total_s
         when.plot([one.at_s, end], [y, y], color=_INK, linewidth=3, alpha=0.5, solid_capstyle="butt")
-        when.plot([first], [y], "|", color=_COLOURS[5], markersize=9, markeredgewidth=1.5)
+        when.plot([first], [y], "|", color=_INK, markersize=10, markeredgewidth=1.5)
         parts = {n: {part: times.get(n, 0.0) for part, times in one.parts.items()} for n in colours}
         tokens = "1 token" if one.new_tokens == 1 else f"{one.new_tokens:,} tokens"
         about = f"{time_text(one.total_s)}, {tokens}" + (f", {one.error}" if one.error else "")
         _split(what, y, parts, one.total_s, about, colours)
-        what.plot([one.first_token_s], [y], "|", color=_COLOURS[5], markersize=9, markeredgewidth=1.5)
+        what.plot([one.first_token_s], [y], "|", color=_INK, markersize=10, markeredgewidth=1.5)
     when.set_yticks(range(-1, len(rows)), ["mean", *(name for name, _ in rows)])
     when.set_ylim(len(rows) - 0.4, -1.6)
     for axis in (when, what):
@@ -245,7 +245,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
     about_all |= {"computing": _chip("currentColor"), "waiting for a turn": _chip("currentColor", "queue")}
     about_all |= {"waiting for room": _chip("currentColor", "room"), "anything else": _chip(_FAINT)}
     about_all |= {"on the way there and back": _chip("currentColor", "wire")}
-    return _drawn("Requests", figure, about_all | {"first token": _chip(_COLOURS[5], "line")})
+    return _drawn("Requests", figure, about_all | {"first token": _chip(_INK, "tick")})
 
 
 def _split(

@@ -201,6 +201,7 @@ figcaption i { display: inline-block; width: 1em; height: .8em; margin-right: .4
 figcaption .queue { background: repeating-linear-gradient(-45deg, currentColor 0 1.5px, transparent 1.5px 4px) }
 figcaption .room { background: repeating-conic-gradient(currentColor 0 25%, transparent 0 50%) 0 0 / 4px 4px }
 figcaption .wire { opacity: .3 } figcaption .line { height: 2px; vertical-align: .3em }
+figcaption .tick { width: 2px; vertical-align: -.1em }
 figcaption .dots { height: 0; background: none; border-top: 2px dotted; vertical-align: .3em }
 pre { background: var(--card); padding: 1em; overflow-x: auto; border-radius: 6px }
 summary { cursor: pointer; margin-top: 2em }
