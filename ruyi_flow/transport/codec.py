@@ -156,16 +156,14 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
 
 def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
     """A verdict as it goes on the wire."""
-    return pb.SessionReply(
-        verdict=pb.Verdict(
-            decisions=[
-                pb.Decision(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
-                for d in verdict.decisions
-            ],
-            hops=[_hop_to_pb(hop) for hop in verdict.hops],
-            elapsed_s=elapsed_s,
-        )
-    )
+    reply = pb.SessionReply()
+    message = reply.verdict  # filled in place: a message that is given to another's constructor is copied
+    message.elapsed_s = elapsed_s
+    for d in verdict.decisions:
+        message.decisions.add(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
+    for hop in verdict.hops:
+        message.hops.append(_hop_to_pb(hop))
+    return reply
 
 
 def verdict_from_pb(message: pb.Verdict) -> Verdict:

@@ -86,7 +86,7 @@ class RemoteStage:
 
     def _messages(self, block: Block) -> list[bytes]:
         """A block as it goes on the wire; the session's first one has the handshake in front."""
-        messages = [self._blocks.to_pb(b).SerializeToString() for b in self._split(block)]
+        messages = [self._blocks.to_bytes(b) for b in self._split(block)]
         if self._call is None:
             self._call = self._peer.session_call(timeout=self._session_timeout_s)
             self._watch()
