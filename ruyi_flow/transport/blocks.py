@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from ctypes import string_at
 
 import numpy as np
 import torch
@@ -64,17 +65,21 @@ class BlockCodec:
         sent.wants.extend([p - start for p in block.wants])
         tensor = sent.states
         tensor.encoding, tensor.rows = self._number, len(block.token_ids)
+        large = len(block.token_ids) * self._row_bytes >= _LARGE
+        data: bytes | memoryview
         if self._int8:
-            values, scales = _in_8_bits(states.float().numpy())
+            steps, scales = _in_8_bits(states.float().numpy())
             tensor.scales.extend(scales)
+            data = steps.data if large else steps.tobytes()
         else:
             if states.dtype is not self._dtype:
                 states = states.to(self._dtype)
-            values = states.view(torch.uint8).numpy()
-        if values.nbytes < _LARGE:
-            tensor.data = values.tobytes()
-            return message.SerializeToString()
-        return b"".join((message.SerializeToString(), _opening(values.nbytes), np.ascontiguousarray(values).data))
+            states = states if states.is_contiguous() else states.contiguous()
+            data = states.view(torch.uint8).numpy().data if large else string_at(states.data_ptr(), states.nbytes)
+        if isinstance(data, memoryview):
+            return b"".join((message.SerializeToString(), _opening(data.nbytes), data))
+        tensor.data = data
+        return message.SerializeToString()
 
     def from_pb(self, message: pb.Block) -> Block:
         """A block off the wire. Its states may be the received bytes themselves, which nobody may write to.
@@ -91,11 +96,13 @@ class BlockCodec:
             raise WireError(
                 f"{len(data)} bytes of states for {rows} positions of {self._hidden} values as {self._encoding.value}"
             )
-        states = torch.frombuffer(data, dtype=self._dtype).view(rows, self._hidden)
         if self._int8:
             if len(given.scales) != rows:
                 raise WireError(f"{len(given.scales)} scales for {rows} positions")
-            states = states.float() * torch.tensor(given.scales)[:, None]
+            steps = np.frombuffer(data, np.int8).reshape(rows, self._hidden)
+            states = torch.from_numpy(steps * np.array(given.scales, np.float32)[:, None])
+        else:
+            states = torch.frombuffer(data, dtype=self._dtype).view(rows, self._hidden)
         if not self._ready:
             assert self._like is not None
             states = states.to(self._like.device, self._like.dtype)
@@ -103,7 +110,7 @@ class BlockCodec:
         if not token_ids:
             raise WireError("a block without positions")
         wants = tuple([start + offset for offset in message.wants])
-        if any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
+        if len(wants) > 1 and any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
             raise WireError(f"wanted positions {wants} do not ascend")
         return Block(start, states, token_ids, wants)
 

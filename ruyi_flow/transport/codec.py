@@ -170,7 +170,10 @@ def verdict_from_pb(message: pb.Verdict) -> Verdict:
     """A verdict off the wire."""
     return Verdict(
         tuple(
-            Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason)) for d in message.decisions
+            [
+                Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason))
+                for d in message.decisions
+            ]
         ),
         _hops(message.hops),
     )
@@ -338,8 +341,10 @@ def _hop_to_pb(hop: Hop) -> pb.Hop:
 
 def _hops(messages: Iterable[pb.Hop]) -> tuple[Hop, ...]:
     return tuple(
-        Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
-        for h in messages
+        [
+            Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
+            for h in messages
+        ]
     )
 
 
