@@ -1,4 +1,4 @@
-"""Blocks of boundary states, to the wire and back."""
+"""Blocks of boundary states, to the wire and back: docs/design/0002-wire.md has the reasons."""
 
 from __future__ import annotations
 
@@ -99,8 +99,7 @@ class BlockCodec:
         if self._int8:
             if len(given.scales) != rows:
                 raise WireError(f"{len(given.scales)} scales for {rows} positions")
-            steps = np.frombuffer(data, np.int8).reshape(rows, self._hidden)
-            states = torch.from_numpy(steps * np.array(given.scales, np.float32)[:, None])
+            states = torch.from_numpy(_from_8_bits(data, np.array(given.scales, np.float32)))
         else:
             states = torch.frombuffer(data, dtype=self._dtype).view(rows, self._hidden)
         if not self._ready:
@@ -115,6 +114,7 @@ class BlockCodec:
         return Block(start, states, token_ids, wants)
 
 
+@np.errstate(invalid="ignore")  # a row with what is not a number becomes one of such
 def _in_8_bits(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], list[float]]:
     """(rows, hidden) values as whole steps of a scale a row, halves to the even one; and the scales.
 
@@ -125,6 +125,12 @@ def _in_8_bits(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], list[floa
     scales /= np.float32(127.0)
     np.divide(values, scales, out=steps)
     return np.rint(steps, out=steps).astype(np.int8), scales.ravel().tolist()
+
+
+@np.errstate(invalid="ignore")
+def _from_8_bits(data: bytes, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(rows, hidden) values from whole steps and a scale a row."""
+    return np.frombuffer(data, np.int8).reshape(len(scales), -1) * scales[:, None]
 
 
 def _opening(size: int) -> bytes:

@@ -104,6 +104,14 @@ def test_int8_keeps_zero_rows() -> None:
     assert torch.equal(there_and_back(block(torch.zeros(2, 8)), Encoding.INT8).states, torch.zeros(2, 8))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_does_not_make_numbers_of_what_is_none(bad: float) -> None:
+    given = states(2, 8)
+    given[0, 3] = bad
+    back = there_and_back(block(given), Encoding.INT8).states
+    assert not back[0, 3].isfinite() and back[1].isfinite().all()
+
+
 @pytest.mark.parametrize(("encoding", "most"), [(Encoding.BF16, 2 * 576 + 64), (Encoding.INT8, 576 + 32)])
 def test_a_position_costs_at_most_its_state_and_a_little(encoding: Encoding, most: int) -> None:
     blocks = BlockCodec(576, encoding)
