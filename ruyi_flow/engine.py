@@ -21,7 +21,7 @@ from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.sessions import Sessions
 from ruyi_flow.topology import Topology
-from ruyi_flow.transport.blocks import row_bytes, rows_in
+from ruyi_flow.transport.blocks import rows_in
 from ruyi_flow.transport.client import Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
@@ -53,7 +53,7 @@ class Engine:
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
-        row = 0 if self._next is None else row_bytes(hidden, self._next[1].encoding) + 16  # token id, part of the frame
+        row = 0 if self._next is None else self._next[1].encoding.row_bytes(hidden) + 16  # token id, part of the frame
         way = None if self._next is None else self._way
         self.sessions = Sessions(name, self.node.limits, shard, worker, way, row, topology.ahead_of(name, row))
         self.max_draft = min(rows, default=2**31) - 1

@@ -261,7 +261,7 @@ def message_sizes(hidden: int, vocab: int, policy: Policy) -> dict[str, Any]:
 
     def question(rows: int) -> int:
         block = Block(300, torch.zeros(rows, hidden, dtype=torch.bfloat16), (vocab // 2,) * rows, (300 + rows - 1,))
-        return int(blocks.to_pb(block).ByteSize()) - rows * encoding.row_bytes(hidden)
+        return len(blocks.to_bytes(block)) - rows * encoding.row_bytes(hidden)
 
     def answer(count: int) -> int:
         decisions = (Decision(vocab // 2, 9, 0.7, Reason.DEEPEST),) * count

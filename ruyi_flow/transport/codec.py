@@ -156,23 +156,24 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
 
 def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
     """A verdict as it goes on the wire."""
-    return pb.SessionReply(
-        verdict=pb.Verdict(
-            decisions=[
-                pb.Decision(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
-                for d in verdict.decisions
-            ],
-            hops=[_hop_to_pb(hop) for hop in verdict.hops],
-            elapsed_s=elapsed_s,
-        )
-    )
+    reply = pb.SessionReply()
+    message = reply.verdict  # filled in place: a message that is given to another's constructor is copied
+    message.elapsed_s = elapsed_s
+    for d in verdict.decisions:
+        message.decisions.add(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
+    for hop in verdict.hops:
+        message.hops.append(_hop_to_pb(hop))
+    return reply
 
 
 def verdict_from_pb(message: pb.Verdict) -> Verdict:
     """A verdict off the wire."""
     return Verdict(
         tuple(
-            Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason)) for d in message.decisions
+            [
+                Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason))
+                for d in message.decisions
+            ]
         ),
         _hops(message.hops),
     )
@@ -340,8 +341,10 @@ def _hop_to_pb(hop: Hop) -> pb.Hop:
 
 def _hops(messages: Iterable[pb.Hop]) -> tuple[Hop, ...]:
     return tuple(
-        Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
-        for h in messages
+        [
+            Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
+            for h in messages
+        ]
     )
 
 

@@ -58,10 +58,18 @@ class RemoteStage:
         """See `Stage.advance`."""
         began = time.perf_counter()
         messages = self._messages(block)
+        verdicts: list[Verdict] = []
+        bytes_down, elapsed_s = 0, 0.0
         try:
-            replies = await self._exchange(messages)
-            verdicts = [codec.verdict_from_pb(reply.verdict) for reply, _ in replies if reply.HasField("verdict")]
-            if not all(verdict.hops for verdict in verdicts) or not verdicts:
+            for reply, size in await self._exchange(messages):
+                if reply.HasField("verdict"):
+                    verdict = codec.verdict_from_pb(reply.verdict)
+                    if not verdict.hops:
+                        raise WireError("a verdict of no node")
+                    verdicts.append(verdict)
+                    bytes_down += size
+                    elapsed_s += reply.verdict.elapsed_s
+            if not verdicts:
                 raise WireError("no verdict on a block")
         except WireError as error:
             if error.node is None:
@@ -72,8 +80,8 @@ class RemoteStage:
         mine.messages += len(verdicts)
         mine.positions += self._fed_positions + len(block.token_ids)
         mine.bytes_up += self._fed_bytes + sum(map(len, messages))
-        mine.bytes_down += sum(size for reply, size in replies if reply.HasField("verdict"))
-        mine.wire_s += max(0.0, time.perf_counter() - began - sum(reply.verdict.elapsed_s for reply, _ in replies))
+        mine.bytes_down += bytes_down
+        mine.wire_s += max(0.0, time.perf_counter() - began - elapsed_s)
         self._fed_positions = self._fed_bytes = 0
         return Verdict(verdicts[-1].decisions, hops)
 
@@ -86,7 +94,7 @@ class RemoteStage:
 
     def _messages(self, block: Block) -> list[bytes]:
         """A block as it goes on the wire; the session's first one has the handshake in front."""
-        messages = [self._blocks.to_pb(b).SerializeToString() for b in self._split(block)]
+        messages = [self._blocks.to_bytes(b) for b in self._split(block)]
         if self._call is None:
             self._call = self._peer.session_call(timeout=self._session_timeout_s)
             self._watch()
