@@ -123,7 +123,7 @@ class Drawn:
     """
 
     def __init__(
-        self, agreement: Mapping[int, float], *, spread: float = 2.0, correlation: float = 0.8, seed: int = 0
+        self, agreement: Mapping[int, float], *, spread: float = 0.9, correlation: float = 0.55, seed: int = 0
     ) -> None:
         self._agreement, self._spread, self._seed = dict(sorted(agreement.items())), spread, seed
         self._shared = math.sqrt(correlation), math.sqrt(1 - correlation)

@@ -146,8 +146,9 @@ class Behaviour(Model):
 
     agreement: dict[Int, Annotated[Float, Field(gt=0, lt=1)]]
     """Of each early exit with the last one."""
-    spread: Weight = 2.0
-    correlation: Share = 0.8
+    spread: Weight = 0.9
+    correlation: Share = 0.55
+    """Both as the demo family's recorded answers have them (docs/simulation.md)."""
 
 
 class Host(Model):
