@@ -166,13 +166,12 @@ class Checkpoint:
 
     def weight(self, name: str) -> Tensor | Quantized:
         """A product's weight by its published name, as it is held; see `tensor`."""
-        if f"{name}{_SCALE}" not in self._file_of:
+        stored = [name, f"{name}{_SCALE}", f"{name}{_ZERO}"]
+        there = [part in self._file_of for part in stored]
+        if not any(there[1:]):
             return self.tensor(name)
-        if name not in self._file_of:
-            return self.tensor(name)  # raises
-        zeros = self._read(f"{name}{_ZERO}") if f"{name}{_ZERO}" in self._file_of else None
-        held = Quantized(self._read(name), self._read(f"{name}{_SCALE}"), zeros)
-        if not held.is_whole():
+        held = Quantized(*map(self._read, stored)) if all(there) else None
+        if held is None or not held.is_whole():
             raise CheckpointError(f"{self.folder}: {name} and its scales do not fit together; cut the shard again")
         return held
 
@@ -313,9 +312,8 @@ def cut(
             if isinstance(stored, Tensor) and few_bits and _is_product(name, checkpoint.config):
                 stored = Quantized.of(stored, format_of(name, few_bits), name)
             if isinstance(stored, Quantized):
-                tensors[name], tensors[f"{name}{_SCALE}"] = stored.values, stored.scales
-                if stored.zeros is not None:
-                    tensors[f"{name}{_ZERO}"] = stored.zeros
+                tensors[name] = stored.values
+                tensors[f"{name}{_SCALE}"], tensors[f"{name}{_ZERO}"] = stored.scales, stored.zeros
                 continue
             # Copies of a trunk layer must not share memory in the file: safetensors stores no aliases.
             tensors[name] = stored.to(dtype or stored.dtype, copy=not checkpoint.holds(name)).contiguous()

@@ -76,7 +76,7 @@ def load_slice(
             if isinstance(part, Tensor):
                 part = Quantized.of(part, format_of(name, few_bits), f"{checkpoint.folder}: {name}")
             parts.append(part)
-        joined = Quantized.cat(parts) if len(parts) > 1 else parts[0]
+        joined = Quantized.cat(parts)
         if joined.shape != tuple(linear.weight.shape):
             raise CheckpointError(
                 f"{checkpoint.folder}: {' + '.join(names)} has shape {joined.shape}; "
