@@ -106,7 +106,6 @@ for weights in (Weights.INT8, Weights.INT4):
         x = torch.randn(rows, 64)
         assert torch.allclose(linear.run(x), x @ held.wide().T, atol=1e-3)
     assert torch.allclose(linear.embedding(torch.arange(136)), held.wide(), atol=1e-5)
-print(torch.backends.cpu.get_cpu_capability())
 """
 
 
