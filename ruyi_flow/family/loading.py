@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,34 @@ from ruyi_flow.family.linear import Linear, Quantized, pack
 from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, RMSNorm
 from ruyi_flow.types import Weights
 
-__all__ = ["load_slice"]
+__all__ = ["load_slice", "tidy_heap"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_SMALL, _LARGE = 64 << 10, 32 << 20
 
 
+@contextmanager
+def tidy_heap() -> Iterator[None]:
+    """Let what is made inside leave nothing in memory but itself, where the C library is glibc.
+
+    Blocks of 64 kB and more get pages of their own inside, which are given back when they are freed. In the heap, what is
+    kept would lie between holes that only what comes after can use. Afterwards only blocks of 32 MB do, the most that
+    glibc would come to by itself: new pages for each step's tensors would cost time.
+    """
+    libc = ctypes.CDLL(None)
+    has = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if has:
+        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
+    try:
+        yield
+    finally:
+        if has:
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+            libc.malloc_trim(0)
+
+
+@tidy_heap()
 def load_slice(
     checkpoint: Checkpoint,
     exits: Sequence[int],
