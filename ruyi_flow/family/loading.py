@@ -25,9 +25,9 @@ _SMALL, _LARGE = 64 << 10, 32 << 20
 def tidy_heap() -> Iterator[None]:
     """Let what is made inside leave nothing in memory but itself, where the C library is glibc.
 
-    Blocks of 64 kB and more get pages of their own inside, which are given back when they are freed. In the heap, what is
-    kept would lie between holes that only what comes after can use. Afterwards only blocks of 32 MB do, the most that
-    glibc would come to by itself: new pages for each step's tensors would cost time.
+    Blocks of 64 kB and more get pages of their own inside, which are given back when they are freed. In the heap, what
+    is kept would lie between holes that only what comes after can use. Afterwards only blocks of 32 MB do, the most
+    that glibc would come to by itself: new pages for each step's tensors would cost time.
     """
     libc = ctypes.CDLL(None)
     has = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
@@ -125,7 +125,7 @@ def load_slice(
                 read(module, "weight", names)
 
     if model.embed_tokens is not None:
-        if config.tied_head and few_bits:
+        if config.tied_head and few_bits and torch.device(device).type == "cpu":
             model.embed_with_head()
         else:
             read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
