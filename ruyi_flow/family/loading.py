@@ -127,10 +127,14 @@ def load_slice(
     if model.embed_tokens is not None:
         if config.tied_head and few_bits and torch.device(device).type == "cpu":
             model.embed_with_head()
+        elif config.tied_head and few_bits:  # no rows can be taken out of what the kernel on CUDA wants
+            stored = checkpoint.weight("model.embed_tokens.weight")
+            table = stored.wide() if isinstance(stored, Quantized) else stored
+            model.embed_tokens.weight = nn.Parameter(table.to(device, dtype, copy=True), requires_grad=False)
         else:
             read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
     for head, p in zip(model.heads, model.exits, strict=False):
-        if config.tied_head and model.embed_tokens is not None:
+        if config.tied_head and model.embed_tokens is not None and not few_bits:
             head.weight = model.embed_tokens.weight
         else:
             name = (
