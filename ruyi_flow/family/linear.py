@@ -20,7 +20,7 @@ __all__ = ["GROUP", "Linear", "Quantized", "pack"]
 GROUP = 32
 """Values of a row that share a scale and a zero: the blocks of GGUF's Q4_1, which so keeps its values."""
 
-_MANY_ROWS = 40
+_MANY_ROWS = 56
 """From here on widening a 4-bit weight beats torch's kernel for it, whose time grows with the rows (docs/log.md)."""
 
 _BLOCK = 4096
