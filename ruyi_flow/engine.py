@@ -14,7 +14,8 @@ from torch import Tensor
 from ruyi_flow.chain import Chain
 from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError
 from ruyi_flow.family import store
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
+from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard

@@ -16,8 +16,9 @@ from ruyi_flow.engine import find_device
 from ruyi_flow.entry import end_tokens, load_tokenizer
 from ruyi_flow.errors import RequestError
 from ruyi_flow.family import store
-from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, load_slice, parse_dtype
+from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker

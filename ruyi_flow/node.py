@@ -13,6 +13,7 @@ from ruyi_flow import topology
 from ruyi_flow.engine import Engine
 from ruyi_flow.entry import Entry
 from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.family.loading import tidy_heap
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
@@ -37,7 +38,8 @@ class Node:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.name = engine, engine.name
-        self._entry = Entry(engine) if engine.shard.is_entry else None
+        with tidy_heap():  # a tokenizer's file is parsed
+            self._entry = Entry(engine) if engine.shard.is_entry else None
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
         """See `transport.server.Service`."""

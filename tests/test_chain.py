@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ruyi_flow.chain import PART, Chain, Look, Walk, decode
 from ruyi_flow.errors import NodeUnavailable, WireError
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Judge, Policy, Routing

@@ -20,6 +20,15 @@ def test_help_of_the_command_line_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_loading_a_slice_leaves_torchs_compiler_out(tiny: Path) -> None:
+    code = (
+        "import sys, torch; from ruyi_flow.family import checkpoint, loading; "
+        f"loading.load_slice(checkpoint.Checkpoint({str(tiny)!r}), (2, 4), dtype=torch.float32); "
+        "sys.exit(bool({'sympy', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_every_exported_name_exists() -> None:
     for module in pkgutil.walk_packages(ruyi_flow.__path__, "ruyi_flow."):
         if "._pb" in module.name or module.name.endswith("cli"):

@@ -20,7 +20,8 @@ from ruyi_flow.bench.report import Report, machine, unseen
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError, NodeUnavailable
 from ruyi_flow.family import store
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
+from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.session import Pass, Session

@@ -1,4 +1,4 @@
-"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, fill slices of a family, cut shards.
+"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, cut shards.
 
 Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors keep the
 published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`; further layers of a branch, which Ruyi
@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.family.linear import Linear, Quantized, pack
-from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, RMSNorm
+from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
-__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "load_slice", "parse_dtype"]
+__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "format_of", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
 _COMPANIONS = (
@@ -167,13 +166,12 @@ class Checkpoint:
 
     def weight(self, name: str) -> Tensor | Quantized:
         """A product's weight by its published name, as it is held; see `tensor`."""
-        if f"{name}{_SCALE}" not in self._file_of:
+        stored = [name, f"{name}{_SCALE}", f"{name}{_ZERO}"]
+        there = [part in self._file_of for part in stored]
+        if not any(there[1:]):
             return self.tensor(name)
-        if name not in self._file_of:
-            return self.tensor(name)  # raises
-        zeros = self._read(f"{name}{_ZERO}") if f"{name}{_ZERO}" in self._file_of else None
-        held = Quantized(self._read(name), self._read(f"{name}{_SCALE}"), zeros)
-        if not held.is_whole():
+        held = Quantized(*map(self._read, stored)) if all(there) else None
+        if held is None or not held.is_whole():
             raise CheckpointError(f"{self.folder}: {name} and its scales do not fit together; cut the shard again")
         return held
 
@@ -271,129 +269,7 @@ class Checkpoint:
         return first.expand(shape) if len(shape) > 1 else first
 
 
-def load_slice(
-    checkpoint: Checkpoint,
-    exits: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-    packed: bool = True,
-    weights: Weights | None = None,
-) -> FamilySlice:
-    """Read the stages that end at these exits, and nothing else, ready to serve.
-
-    Args:
-        checkpoint: the family, or a shard that has these stages.
-        exits: consecutive exits.
-        dtype: number format to hold and compute in.
-        packed: pack the weights for the CPU where possible (`linear.pack`).
-        weights: how products hold their weights, converted one by one where the checkpoint's are wide; None keeps them
-            as they are in the checkpoint.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape than config.json says, or cannot be held like this.
-    """
-    config, held = checkpoint.config, checkpoint.weights
-    if held is not None and weights not in (None, held):
-        raise CheckpointError(
-            f"{checkpoint.folder}: its weights are {held} already, not {weights}; cut the shard again from the family"
-        )
-    if weights is Weights.BF16 and dtype is not torch.bfloat16:
-        raise CheckpointError(f"weights: bf16 goes with dtype: bfloat16, not with {dtype}; leave weights out")
-    few_bits = held or (weights if weights is not Weights.BF16 else None)
-    with torch.device("meta"):
-        model = FamilySlice(config, exits)
-    model.requires_grad_(False)
-
-    def read(module: nn.Module, parameter: str, names: Sequence[str]) -> None:
-        wanted = getattr(module, parameter)
-        tensors = [checkpoint.tensor(name) for name in names]
-        sizes = module.splits if isinstance(module, Linear) and len(module.splits) == len(names) else None
-        found = [tuple(t.shape) for t in tensors]
-        try:
-            joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            value = joined.to(device, dtype, copy=True).contiguous()
-        except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint.folder}: {' + '.join(names)}, shapes {found}: {error}") from None
-        if value.shape != wanted.shape or (sizes and [s[0] for s in found] != list(sizes)):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {' + '.join(names)} has shape {found}; config.json means {tuple(wanted.shape)}"
-            )
-        setattr(module, parameter, nn.Parameter(value, requires_grad=False))
-
-    def read_weight(linear: Linear, names: Sequence[str], *, apart: bool = False) -> None:
-        if few_bits is None:
-            read(linear, "weight", names)
-            return
-        parts = []
-        for name in names:
-            part = checkpoint.weight(name)
-            if isinstance(part, Tensor):
-                part = Quantized.of(part, _few_bits(name, few_bits), f"{checkpoint.folder}: {name}")
-            parts.append(part)
-        joined = Quantized.cat(parts) if len(parts) > 1 else parts[0]
-        if joined.shape != tuple(linear.weight.shape):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {' + '.join(names)} has shape {joined.shape}; "
-                f"config.json means {tuple(linear.weight.shape)}"
-            )
-        linear.hold(joined.to(device), dtype, apart=apart)
-
-    def read_layer(layer: DecoderLayer, prefix: str, *, apart: bool = False) -> None:
-        for name, parts in LAYER_NAMES.items():
-            module = getattr(layer, name)
-            if module is None:
-                continue
-            if getattr(module, "bias", None) is not None:
-                read(module, "bias", [f"{prefix}.{part}.bias" for part in parts])
-            names = [f"{prefix}.{part}.weight" for part in parts]
-            if isinstance(module, Linear):
-                read_weight(module, names, apart=apart and name == "qkv_proj")
-            else:
-                read(module, "weight", names)
-
-    if model.embed_tokens is not None:
-        if config.tied_head and few_bits:
-            model.embed_with_head()
-        else:
-            read(model.embed_tokens, "weight", ["model.embed_tokens.weight"])
-    for head, p in zip(model.heads, model.exits, strict=False):
-        if config.tied_head and model.embed_tokens is not None:
-            head.weight = model.embed_tokens.weight
-        else:
-            name = (
-                "model.embed_tokens"
-                if config.tied_head
-                else "lm_head"
-                if config.shared_heads
-                else f"lm_head.{config.exits.index(p)}"
-            )
-            read_weight(head, [f"{name}.weight"])  # type: ignore[arg-type]
-    for i, layer in enumerate(model.trunk, model.first_layer):
-        read_layer(layer, f"model.layers.{i}")
-        if packed:
-            pack(layer)
-    for p, branch in model.branch_at.items():
-        index = config.exits.index(p)
-        for layer, prefix in zip(branch.stack, config.branch_prefixes(p), strict=True):
-            # The last layer computes keys and values alone where its answer is not wanted.
-            read_layer(layer, prefix, apart=layer is branch.stack[-1])
-        read(branch.norm, "weight", [f"model.norms.{index}.weight"])
-        if branch.probe is not None:
-            for part in PROBE_NAMES:
-                module, parameter = part.split(".")
-                read(getattr(branch.probe, module), parameter, [f"model.probes.{index}.{part}"])
-        if packed:
-            pack(branch, apart=[branch.stack[-1].qkv_proj])
-    if packed:
-        pack(model.heads)
-        if model.device.type == "cpu":
-            for norm in (m for m in model.modules() if isinstance(m, RMSNorm)):
-                norm.freeze()
-    return model.eval()
-
-
-def _few_bits(name: str, weights: Weights) -> Weights:
+def format_of(name: str, weights: Weights) -> Weights:
     """The format of one weight: heads are worth more than 4 bits (docs/log.md)."""
     return weights if name.startswith("model.") and "embed_tokens" not in name else Weights.INT8
 
@@ -434,11 +310,10 @@ def cut(
         for name in names:
             stored = checkpoint.weight(name)
             if isinstance(stored, Tensor) and few_bits and _is_product(name, checkpoint.config):
-                stored = Quantized.of(stored, _few_bits(name, few_bits), name)
+                stored = Quantized.of(stored, format_of(name, few_bits), name)
             if isinstance(stored, Quantized):
-                tensors[name], tensors[f"{name}{_SCALE}"] = stored.values, stored.scales
-                if stored.zeros is not None:
-                    tensors[f"{name}{_ZERO}"] = stored.zeros
+                tensors[name] = stored.values
+                tensors[f"{name}{_SCALE}"], tensors[f"{name}{_ZERO}"] = stored.scales, stored.zeros
                 continue
             # Copies of a trunk layer must not share memory in the file: safetensors stores no aliases.
             tensors[name] = stored.to(dtype or stored.dtype, copy=not checkpoint.holds(name)).contiguous()

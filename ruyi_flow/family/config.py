@@ -244,11 +244,11 @@ class FamilyConfig:
 
 def _matrix_bytes(rows: int, columns: int, weights: Weights) -> int:
     """Of a product's matrix as `family/linear.py` holds it."""
-    if weights is Weights.INT8:
-        return rows * (columns + 2)
-    if weights is Weights.INT4:
-        return rows * (columns // 2 + columns // 32 * 4)  # 32 is linear.GROUP, which cannot be had without torch
-    return 2 * rows * columns
+    if weights is Weights.BF16:
+        return 2 * rows * columns
+    halves = 2 if weights is Weights.INT8 else 1
+    filled = -(-rows // 64) * 64
+    return halves * filled * (columns // 2 + columns // 32 * 4)  # linear.GROUP cannot be had without torch
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:

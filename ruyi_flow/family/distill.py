@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.corpus import read_prompts
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.family.transformer import FamilySlice, Rope
 

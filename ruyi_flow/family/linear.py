@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -16,13 +18,16 @@ from ruyi_flow.types import Weights
 __all__ = ["GROUP", "Linear", "Quantized", "pack"]
 
 GROUP = 32
-"""Values of a row that share a scale and a zero in 4 bits: the blocks of GGUF's Q4_1, which so keeps its values."""
+"""Values of a row that share a scale and a zero: the blocks of GGUF's Q4_1, which so keeps its values."""
 
-_INT8_ROWS = 12
-"""Up to here torch's 8-bit kernel, whose time grows with the rows, beats widening the weight first (docs/log.md)."""
+_MANY_ROWS = 56
+"""From here on widening a 4-bit weight beats torch's kernel for it, whose time grows with the rows (docs/log.md)."""
 
-_INT8_BLOCK = 4096
-"""Rows of an 8-bit weight that are widened at once, so that they stay in the processor's caches."""
+_BLOCK = 4096
+"""Rows of a weight that are rounded, packed or widened at once, so that what lies in between stays small."""
+
+_PACKED_ROWS = 64
+"""A multiple of the rows of a block in every layout that torch's 4-bit kernel has."""
 
 _onednn = torch.ops.mkldnn._linear_pointwise.default
 
@@ -31,93 +36,101 @@ _onednn = torch.ops.mkldnn._linear_pointwise.default
 class Quantized:
     """A weight of (out, in) in few bits, as a shard's file holds it; rows stand for themselves.
 
-    8 bits: `values` (out, in) int8, `scales` (out,) bfloat16. 4 bits: `values` (out, in / 2) uint8, the even column in
-    the low half; `scales` and `zeros` (out, in / GROUP) bfloat16, and the weight is `(value - 8) * scale + zero`.
+    `values` uint8, (out, in) in 8 bits, (out, in / 2) in 4, the even column in the low half; `scales` and `zeros`
+    (out, in / GROUP) bfloat16. The weight is `(value - middle) * scale + zero`, its middle being 128 or 8.
     """
 
     values: Tensor
     scales: Tensor
-    zeros: Tensor | None = None
+    zeros: Tensor
 
     @classmethod
     def of(cls, weight: Tensor, weights: Weights, name: str = "a weight") -> Quantized:
         """Round a weight to the nearest that the format has.
 
         Raises:
-            CheckpointError: a shape that the format, or torch's kernel for it, cannot hold; `name` says whose.
+            CheckpointError: a shape that the format cannot hold; `name` says whose.
         """
-        w = weight.float()
-        if weights is Weights.INT8:
-            scales = (w.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-            values = (w / scales.float()[:, None]).round_().clamp_(-127, 127)
-            return cls(values.to(torch.int8), scales)
-        rows, columns = w.shape
-        if columns % GROUP or rows % 16:
+        rows, columns = weight.shape
+        if columns % GROUP:
             raise CheckpointError(
-                f"{name} has shape {rows} x {columns}: int4 needs a multiple of 16 rows and of {GROUP} columns; "
-                "take weights: int8"
+                f"{name} has shape {rows} x {columns}: {weights} needs a multiple of {GROUP} columns; "
+                "take weights: bf16, or leave them out"
             )
-        w = w.view(rows, -1, GROUP)
+        return cls.cat([cls._of(block, 8 if weights is Weights.INT8 else 4) for block in weight.split(_BLOCK)])
+
+    @classmethod
+    def _of(cls, weight: Tensor, bits: int) -> Quantized:
+        w = weight.float().view(weight.shape[0], -1, GROUP)
         low, high = w.amin(-1), w.amax(-1)
-        scales = ((high - low) / 15).clamp(min=1e-12).bfloat16()
-        zeros = (low + 8 * scales.float()).bfloat16()
-        values = (w - zeros.float()[..., None]).div_(scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
-        nibbles = values.to(torch.uint8).view(rows, columns)
-        return cls(nibbles[:, ::2] | (nibbles[:, 1::2] << 4), scales, zeros)
+        scales = ((high - low) / (2**bits - 1)).clamp(min=1e-12).bfloat16()
+        zeros = (low + 2 ** (bits - 1) * scales.float()).bfloat16()
+        steps = (w - zeros.float()[..., None]).div_(scales.float()[..., None]).round_().add_(2 ** (bits - 1))
+        values = steps.clamp_(0, 2**bits - 1).to(torch.uint8).flatten(1)
+        return cls(values if bits == 8 else values[:, ::2] | (values[:, 1::2] << 4), scales, zeros)
 
     @classmethod
     def cat(cls, parts: Sequence[Quantized]) -> Quantized:
         """Weights of the same inputs, one below the other."""
-        zeros = [p.zeros for p in parts if p.zeros is not None]
-        return cls(
-            torch.cat([p.values for p in parts]),
-            torch.cat([p.scales for p in parts]),
-            torch.cat(zeros) if zeros else None,
-        )
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("values", "scales", "zeros")))
 
     @property
     def weights(self) -> Weights:
         """Its format."""
-        return Weights.INT8 if self.zeros is None else Weights.INT4
+        return Weights.INT8 if self.values.shape[1] == self.shape[1] else Weights.INT4
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
-        rows, columns = self.values.shape
-        return rows, columns if self.zeros is None else 2 * columns
+        rows, groups = self.scales.shape
+        return rows, groups * GROUP
 
     def is_whole(self) -> bool:
         """Whether the tensors have the formats and shapes that belong together: a file may hold anything."""
-        tensors = [t for t in (self.scales, self.zeros) if t is not None]
-        if self.values.dim() != 2 or any(t.dtype is not torch.bfloat16 for t in tensors):
+        if self.values.dim() != 2 or self.values.dtype is not torch.uint8:
+            return False
+        if any(t.dtype is not torch.bfloat16 or t.dim() != 2 for t in (self.scales, self.zeros)):
             return False
         rows, columns = self.shape
-        if self.zeros is None:
-            return self.values.dtype is torch.int8 and self.scales.shape == (rows,)
-        return self.values.dtype is torch.uint8 and all(t.shape == (rows, columns // GROUP) for t in tensors)
+        return self.values.shape in ((rows, columns), (rows, columns // 2)) and self.zeros.shape == self.scales.shape
 
     def rows(self, start: int, stop: int) -> Quantized:
         """A part of its rows, without a copy."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        return Quantized(self.values[start:stop], self.scales[start:stop], zeros)
+        return Quantized(self.values[start:stop], self.scales[start:stop], self.zeros[start:stop])
 
     def to(self, device: str | torch.device) -> Quantized:
         """On another device."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return Quantized(self.values.to(device), self.scales.to(device), zeros)
+        return Quantized(self.values.to(device), self.scales.to(device), self.zeros.to(device))
 
     def wide(self) -> Tensor:
         """(out, in) float32: what the format made of the weight."""
-        if self.zeros is None:
-            return self.values.float() * self.scales.float()[:, None]
-        return (
-            (self.numbers().float() - 8).view(*self.scales.shape, GROUP) * self.scales.float()[..., None]
-            + self.zeros.float()[..., None]
-        ).flatten(1)
+        values, middle = (self.values, 128) if self.weights is Weights.INT8 else (self._numbers(), 8)
+        steps = (values.float() - middle).view(*self.scales.shape, GROUP)
+        return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1)
 
-    def numbers(self) -> Tensor:
+    def halves(self) -> Quantized:
+        """In 4 bits: as it is, or (out, 2 * in) whose product with an input twice in a row is that of these 8 bits."""
+        if self.weights is Weights.INT4:
+            return self
+        high, low = self.values >> 4, self.values & 15
+        values = torch.cat([half[:, ::2] | (half[:, 1::2] << 4) for half in (high, low)], 1)
+        # (16 high + low - 128) s + z = (high - 8) 16 s + z + (low - 8) s + 8 s; 16 s and 8 s are as exact as s.
+        scales, zeros = torch.cat((16 * self.scales, self.scales), 1), torch.cat((self.zeros, 8 * self.scales), 1)
+        return Quantized(values, scales, zeros)
+
+    def _numbers(self) -> Tensor:
         """(out, in) uint8: the 4-bit values, one a byte."""
         return torch.stack((self.values & 15, self.values >> 4), -1).flatten(1)
+
+    def packed(self) -> Tensor:
+        """The 4-bit values as torch's kernel for the CPU wants them: see `_layout`."""
+        assert self.weights is Weights.INT4
+        # Some rows at a time: it is made from 32 bits a value.
+        starts = range(0, self.shape[0], _BLOCK)
+        blocks = [self.rows(i, i + _BLOCK)._numbers().int() for i in starts]
+        return torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
 
 
 class _Kernel(Protocol):
@@ -145,56 +158,116 @@ class _OneDnn:
         return out
 
 
-class _Int8:
-    """A weight in 8 bits, with one scale a row; activations stay wide."""
+class _FewBits:
+    """A weight in 4 bits, or in 8 as two halves of 4, in the layout of torch's 4-bit kernel.
+
+    Args:
+        held: the weight.
+        bias: (out,) or None.
+        dtype: number format of what goes in and comes out.
+    """
 
     def __init__(self, held: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.values, self.scales, self._bias = held.values.contiguous(), held.scales.to(dtype), bias
-        self.tensors: tuple[Tensor, ...] = (
-            (self.values, self.scales) if bias is None else (self.values, self.scales, bias)
-        )
-        self.biased = bias is not None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= _INT8_ROWS:
-            out: Tensor = torch._weight_int8pack_mm(x, self.values, self.scales)
-        else:
-            blocks = [F.linear(x, block.to(x.dtype)) for block in self.values.split(_INT8_BLOCK)]
-            out = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).mul_(self.scales)
-        return out if self._bias is None else out.add_(self._bias)
-
-    def embedding(self, ids: Tensor) -> Tensor:
-        """(n,) -> (n, in): rows of the weight."""
-        return self.values[ids].to(self.scales.dtype) * self.scales[ids, None]
-
-
-class _Int4:
-    """A weight in 4 bits, laid out for torch's kernel, which computes in bfloat16."""
-
-    def __init__(self, held: Quantized, bias: Tensor | None) -> None:
-        assert held.zeros is not None
-        self._bias = bias
-        self._scales_zeros = torch.stack((held.scales, held.zeros), -1).transpose(0, 1).contiguous()
-        if held.values.device.type == "cpu":
+        self._rows, self._columns = held.shape
+        self._twice = held.weights is Weights.INT8
+        self._bias, self._on_cpu = bias, held.values.device.type == "cpu"
+        # Rows of zeros fill up the layout's last block.
+        pad = (0, 0, 0, -self._rows % _PACKED_ROWS)
+        half = held.halves()
+        half = Quantized(*(F.pad(t, pad) for t in (half.values, half.scales, half.zeros)))
+        self._padded = half.shape[0] > self._rows
+        scales_zeros = torch.stack((half.scales, half.zeros), -1).transpose(0, 1).contiguous()
+        if self._on_cpu:
             self._mm = torch._weight_int4pack_mm_for_cpu
-            # Some rows at a time: the kernel's layout is made from 32 bits a value.
-            starts = range(0, held.shape[0], _INT8_BLOCK)
-            blocks = [held.rows(i, i + _INT8_BLOCK).numbers().int() for i in starts]
-            self._packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
+            self._packed, self._scales_zeros = half.packed(), scales_zeros.to(dtype)
+            self._many = _MANY_ROWS // 2 if self._twice else _MANY_ROWS
         else:
             self._mm = torch._weight_int4pack_mm
-            tiles = next(t for t in (8, 4, 2) if held.shape[1] % (16 * t) == 0)
-            swapped = (held.values << 4) | (held.values >> 4)
-            self._packed = torch._convert_weight_to_int4pack(swapped, tiles)
+            tiles = next(t for t in (8, 4, 2) if half.shape[1] % (16 * t) == 0)
+            swapped = (half.values << 4) | (half.values >> 4)
+            self._packed, self._scales_zeros = torch._convert_weight_to_int4pack(swapped, tiles), scales_zeros
+            self._many = sys.maxsize
         self.tensors = (self._packed, self._scales_zeros) + (() if bias is None else (bias,))
         self.biased = bias is not None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.bfloat16:
-            out = self._mm(x, self._packed, GROUP, self._scales_zeros)
+        if x.shape[0] < self._many:
+            if self._twice:
+                x = torch.cat((x, x), 1)
+            if self._on_cpu or x.dtype is torch.bfloat16:
+                out = self._mm(x, self._packed, GROUP, self._scales_zeros)
+            else:
+                out = self._mm(x.bfloat16(), self._packed, GROUP, self._scales_zeros).to(x.dtype)
         else:
-            out = self._mm(x.bfloat16(), self._packed, GROUP, self._scales_zeros).to(x.dtype)
+            size = self._scales_zeros.shape[1]
+            blocks = [x @ self._wide(i, min(i + _BLOCK, size)) for i in range(0, size, _BLOCK)]
+            out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        if self._padded:
+            out = out[:, : self._rows]
         return out if self._bias is None else out.add_(self._bias)
+
+    def _wide(self, start: int, stop: int) -> Tensor:
+        """(in, stop - start): rows of the weight as columns, in the number format of its scales."""
+        block, apart = _layout()
+        size, half = stop - start, block // 2
+        packed = self._bytes()[start // block : stop // block].transpose(0, 1)  # (in or 2 in, blocks, half)
+        values = packed.new_empty(self._columns, size // block, block)
+        first, second = (values[..., :half], values[..., half:]) if apart else (values[..., ::2], values[..., 1::2])
+        if self._twice:
+            high, low = packed.split(self._columns)
+            torch.bitwise_or(high << 4, low & 15, out=first)
+            torch.bitwise_or(high & 240, low >> 4, out=second)
+        else:
+            torch.bitwise_and(packed, 15, out=first)
+            torch.bitwise_right_shift(packed, 4, out=second)
+        # Bytes wrap around: what is below the middle becomes negative.
+        steps = values.sub_(self._middle()).view(torch.int8).to(self._scales_zeros.dtype).view(-1, GROUP, size)
+        # Broadcasting tensors whose columns lie together is several times faster than these views of every second.
+        scales, zeros = (t[:, None, start:stop].contiguous() for t in self._scales_and_zeros())
+        return torch.addcmul(zeros, steps, scales, out=steps).view(-1, size)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """(n,) -> (n, in): rows of the weight, on a CPU."""
+        block, apart = _layout()
+        row, half = ids % block, block // 2
+        byte, in_high = (row % half, row // half) if apart else (row // 2, row % 2)
+        values = self._bytes()[ids // block, :, byte] >> (4 * in_high)[:, None] & 15
+        if self._twice:
+            high, low = values.split(self._columns, 1)
+            values = 16 * high + low
+        scales, zeros = (t[:, ids].T[..., None] for t in self._scales_and_zeros())
+        steps = (values - self._middle()).to(scales.dtype).view(len(ids), -1, GROUP)
+        return torch.addcmul(zeros, steps, scales).flatten(1)
+
+    def _bytes(self) -> Tensor:
+        """(blocks, in or 2 in, half a block)"""
+        block, _ = _layout()
+        return self._packed.view(-1, self._columns * (2 if self._twice else 1), block // 2)
+
+    def _scales_and_zeros(self) -> tuple[Tensor, Tensor]:
+        """(groups, out) each, of the whole value."""
+        scales, zeros = self._scales_zeros.unbind(-1)
+        groups = self._columns // GROUP
+        return (scales[groups:], zeros[:groups]) if self._twice else (scales, zeros)
+
+    def _middle(self) -> int:
+        return 128 if self._twice else 8
+
+
+@cache
+def _layout() -> tuple[int, bool]:
+    """How the CPU's 4-bit kernel lays a weight out, which depends on its vectors: a block's rows; which share a byte.
+
+    A block's bytes lie column by column. A byte holds, low half first, rows `i` and `i + block / 2` where the second
+    value is True, else rows `2 i` and `2 i + 1`.
+    """
+    rows = torch.arange(_PACKED_ROWS, dtype=torch.int32)[:, None].repeat(1, 2)
+    low, high = (
+        torch._convert_weight_to_int4pack_for_cpu(digit, 1).flatten() & 15 for digit in (rows % 16, rows // 16)
+    )
+    first = low + 16 * high  # the row in the low half of each byte
+    half = int((first == 0).nonzero()[1])  # where the second column begins
+    return 2 * half, int(first[1]) == 1
 
 
 class Linear(nn.Module):
@@ -235,7 +308,7 @@ class Linear(nn.Module):
     def embedding(self, ids: Tensor) -> Tensor:
         """(n,) -> (n, in): rows of a head that is the embedding, too, and held in 8 bits."""
         (kernel,) = self.kernels
-        assert isinstance(kernel, _Int8)
+        assert isinstance(kernel, _FewBits)
         return kernel.embedding(ids)
 
     def hold(self, weight: Tensor | Quantized, dtype: torch.dtype, *, apart: bool = False) -> None:
@@ -253,10 +326,8 @@ class Linear(nn.Module):
             start = sum(parts[: len(kernels)])
             if isinstance(weight, Tensor):
                 kernels.append(_OneDnn(weight[start : start + size], part_bias))
-            elif weight.weights is Weights.INT8:
-                kernels.append(_Int8(weight.rows(start, start + size), part_bias, dtype))
             else:
-                kernels.append(_Int4(weight.rows(start, start + size), part_bias))
+                kernels.append(_FewBits(weight.rows(start, start + size), part_bias, dtype))
         self.kernels = tuple(kernels)
         if len(kernels) == 1:
             self.run = kernels[0].__call__

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.corpus import Packed
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.family.transformer import Branch, CausalAttention, DecoderLayer, FamilySlice, Probe, Rope
 from ruyi_flow.family.trunk_states import TrunkStates, rope_at

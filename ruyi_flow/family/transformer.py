@@ -239,7 +239,9 @@ class FamilySlice(nn.Module):
         self.first_layer, self.last_layer = self.stages[0][0], self.stages[-1][1]
         is_entry = self.first_layer == 0
         heads = 1 if config.shared_heads else len(self.exits)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if is_entry else None
+        # Without random numbers: to draw an embedding's on "meta" torch would import 78 MB of its compiler.
+        table = torch.empty(config.vocab_size, config.hidden_size) if is_entry else None
+        self.embed_tokens = None if table is None else nn.Embedding.from_pretrained(table, freeze=False)
         # Plain containers for the hot path, beside the module containers that hold the same modules for torch.
         self.trunk = tuple(DecoderLayer(config) for _ in range(self.first_layer, self.last_layer))
         depths = {p: config.branch_layers[config.exits.index(p)] for p in self.exits}

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ruyi_flow.errors import CheckpointError
-from ruyi_flow.family.checkpoint import Checkpoint, cut, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint, cut
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
 

@@ -1,5 +1,8 @@
 """Weights in few bits: what they stand for, the kernels that run them, and shards and nodes that hold them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,11 +46,12 @@ def test_values_are_rounded_to_the_nearest_step(weights: Weights, bits: int) -> 
     assert torch.equal(joined.rows(48, 96).wide(), held.wide())
 
 
-def test_4_bits_keep_values_that_have_4_bits() -> None:
+@pytest.mark.parametrize("weights", FEW)
+def test_values_that_have_4_bits_are_kept(weights: Weights) -> None:
     steps = torch.randint(0, 16, (16, 2, GROUP), generator=torch.Generator().manual_seed(1))
     steps[..., 0], steps[..., 1] = 0, 15
-    w = (steps * 0.5 - 2.0).flatten(1)
-    assert torch.equal(Quantized.of(w, Weights.INT4).wide(), w)
+    w = (steps * 8.5 - 34.0).flatten(1)  # a step of 8 bits is 1 / 17 of one of 4
+    assert torch.equal(Quantized.of(w, weights).wide(), w)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -72,12 +76,50 @@ def test_kernels_give_the_product_and_the_same_row_in_every_block(
         assert torch.equal(linear.part(x, 1), out[:, 32:])
     few = torch.cat([linear.run(x[i : i + 1]) for i in range(12)])
     assert torch.equal(few, linear.run(x[:12])), "a row does not depend on the rows beside it"
+    many = random(60, 64).to(dtype)
+    expected = many.float() @ held.wide().T + b
+    assert (linear.run(many).float() - expected).norm() < 5e-3 * expected.norm()
+    if not apart:
+        ids = torch.tensor([0, 127, 31, 32, 64, 0])
+        assert torch.allclose(linear.embedding(ids).float(), held.wide()[ids], rtol=5e-3)
 
 
-@pytest.mark.parametrize("shape", [(40, 64), (48, 40)])
-def test_4_bits_refuse_a_shape_that_the_kernel_refuses(shape: tuple[int, int]) -> None:
-    with pytest.raises(CheckpointError, match=r"x.down_proj has shape .*int4 needs .* take weights: int8"):
-        Quantized.of(random(*shape), Weights.INT4, "x.down_proj")
+@pytest.mark.parametrize("rows", [8, 48, 200])
+@pytest.mark.parametrize("weights", FEW)
+def test_any_number_of_rows_can_be_held(weights: Weights, rows: int) -> None:
+    linear, held = Linear(32, (rows,), False), Quantized.of(random(rows, 32), weights)
+    linear.hold(held, torch.float32)
+    for n in (1, 60):
+        x = random(n, 32)
+        assert torch.allclose(linear.run(x), x @ held.wide().T, atol=1e-4)
+
+
+OTHER_VECTORS = """
+import torch
+from ruyi_flow.family.linear import Linear, Quantized
+from ruyi_flow.types import Weights
+
+for weights in (Weights.INT8, Weights.INT4):
+    held, linear = Quantized.of(torch.randn(136, 64), weights), Linear(64, (136,), False)
+    linear.hold(held, torch.float32)
+    for rows in (1, 60):
+        x = torch.randn(rows, 64)
+        assert torch.allclose(linear.run(x), x @ held.wide().T, atol=1e-3)
+    assert torch.allclose(linear.embedding(torch.arange(136)), held.wide(), atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("vectors", ["default", "avx2"])
+def test_a_processor_with_other_vectors_gives_the_product_too(vectors: str) -> None:
+    settings = os.environ | {"ATEN_CPU_CAPABILITY": vectors}  # read once, when torch is imported
+    run = subprocess.run([sys.executable, "-c", OTHER_VECTORS], env=settings, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("weights", FEW)
+def test_few_bits_refuse_columns_that_are_no_whole_groups(weights: Weights) -> None:
+    with pytest.raises(CheckpointError, match=rf"x.down_proj has shape 48 x 40: {weights} needs a multiple of 32 col"):
+        Quantized.of(random(48, 40), weights, "x.down_proj")
 
 
 @pytest.mark.parametrize("weights", FEW)
@@ -133,7 +175,7 @@ def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
     with pytest.raises(RuyiFlowError, match="bf16 goes with dtype: bfloat16"):
         load_family(family, dtype="float32", weights="bf16")
     narrow = tiny_family(tmp_path / "narrow", intermediate_size=48)
-    with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 16 rows and of 32 columns"):
+    with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 32 columns; take weights: bf16"):
         load_family(narrow, weights="int4")
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ruyi_flow.bench.engines import as_transformers
-from ruyi_flow.family.checkpoint import Checkpoint, cut, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint, cut
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
 

@@ -9,7 +9,8 @@ import torch
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import CapacityError, NodeUnavailable
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.admission import Admission
 from ruyi_flow.runtime.stage import Shard, ShardSession

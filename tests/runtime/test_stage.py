@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ruyi_flow.errors import CapacityError, ContextLengthError
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard, ShardSession

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ruyi_flow.errors import NodeUnavailable, RequestError
-from ruyi_flow.family.checkpoint import Checkpoint, load_slice
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.session import Pass
 from ruyi_flow.runtime.stage import Shard, ShardSession
