@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,10 +12,13 @@ from rich.table import Table
 
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.options import JsonOption
-from ruyi_flow.display import counting_bar, err, out, print_json
+from ruyi_flow.display import counting_bar, err, join, out, print_json
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["simulate", "sweep"]
+if TYPE_CHECKING:
+    from ruyi_flow.sim.plan import Plan
+
+__all__ = ["plan", "simulate", "sweep"]
 
 ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology with a load.")]
 SetOption = Annotated[
@@ -134,6 +137,98 @@ _SWEPT = {
     "failed": "failed",
 }
 """Columns of a sweep's table; results.csv has the medians too."""
+
+
+@app.command()
+def plan(
+    scenario: ScenarioArgument,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What must hold: mean, p50, p90, p95 or p99 of first_token_s, token_s or total_s; or agreement, "
+            "bytes_up_per_token, joules_per_token, usd_per_million_tokens, tokens_per_s. Several with 'and' between."
+        ),
+    ],
+    minimize: Annotated[
+        str, typer.Option(help="Of what meets it, take the least bytes (upwards), cost, energy or latency.")
+    ] = "bytes",
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="At least this share of the tokens is the last exit's.")
+    ] = 0.95,
+    finalists: Annotated[int, typer.Option(min=1, help="So many candidates are simulated.")] = 6,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time; left out: as many as cores.")] = None,
+    changes: SetOption = None,
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The topology file.")] = Path("topology.yaml"),
+    as_json: JsonOption = False,
+) -> None:
+    """Search where to cut the family over a scenario's nodes, and with which thresholds.
+
+    The nodes, their links and the load are the scenario's; its nodes' exits and its policy's thresholds are what is
+    searched. All but the first node may be left out. Sums over the profile's costs rank all candidates, the
+    simulator decides among the finalists, and the best becomes a topology that ruyi-flow up takes. Where none meets the
+    objective, that is said, nothing is written, and the exit status is 1.
+
+    Example: ruyi-flow plan scenario.yaml --objective "p95 token_s < 0.08" --minimize cost --out topology.yaml
+    """
+    from ruyi_flow.sim.plan import plan as search
+    from ruyi_flow.sim.plan import write
+    from ruyi_flow.sim.scenario import Scenario
+
+    asked = Scenario.read(scenario, changes or ())
+    with counting_bar(quiet=as_json) as bar:
+        found = search(
+            asked,
+            objective,
+            minimize=minimize,
+            min_agreement=min_agreement,
+            finalists=finalists,
+            jobs=jobs,
+            where=str(scenario),
+            progress=lambda done, total: bar("cuts and finalists", done, total),
+        )
+    names = [node.name for node in asked.nodes]
+    if found.met:
+        write(found, out_file, scenario.parent)
+    if as_json:
+        rows = [
+            {
+                "exits": {name: exits for name, exits in zip(names, one.cut, strict=True) if exits},
+                "thresholds": one.thresholds,
+                "predicted": dict(zip(found.labels, one.predicted, strict=True)),
+                "simulated": dict(zip(found.labels, one.simulated or (), strict=True)),
+            }
+            for one in found.finalists
+        ]
+        print_json({"met": found.met, "file": str(out_file) if found.met else None, "finalists": rows})
+    else:
+        _show_plan(found, names, out_file)
+    if not found.met:
+        raise typer.Exit(1)
+
+
+def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
+    """A table of the finalists, and which one it is to be."""
+    table = Table("exits", "thresholds", *(f"{label}\n[dim]predicted[/]" for label in found.labels))
+    for i, one in enumerate(found.finalists):
+        exits = "\n".join(f"{name} {join(held)}" for name, held in zip(names, one.cut, strict=True) if held)
+        thresholds = "\n".join(f"{p}: {'never' if t > 1 else f'{t:.3f}'}" for p, t in one.thresholds.items())
+        pairs = zip(one.simulated or (), one.predicted, strict=True)
+        cells = (f"{simulated:.4g}\n[dim]{predicted:.4g}[/]" for simulated, predicted in pairs)
+        table.add_row(exits, thresholds, *cells, style="bold" if found.met and i == 0 else None, end_section=True)
+    out.print(table)
+    best = found.finalists[0]
+    cut = ", ".join(f"{name} {join(held)}" for name, held in zip(names, best.cut, strict=True) if held)
+    asked = ", ".join(str(bound) for bound in found.bounds)
+    values = best.simulated or ()
+    if found.met:
+        least = f"the least {found.labels[-2]} ({values[-2]:.4g})"
+        out.print(f"chosen: {cut}: of the finalists that keep {asked}, it has {least}; written: {out_file}")
+    else:
+        pairs = zip(found.bounds, values, strict=False)
+        missed = ", ".join(f"{bound.label} {value:.4g}" for bound, value in pairs if bound.excess(value))
+        out.print(f"none of the finalists keeps {asked}; the nearest: {cut}, which has {missed}; nothing was written")
+    left_out = f"; {len(found.impossible)} cuts cannot be, as {found.impossible[0][1]}" if found.impossible else ""
+    err.print(f"[dim]{found.tried:,} candidates[/]{escape(left_out)}", soft_wrap=True)
 
 
 def show(metrics: dict[str, Any]) -> None:

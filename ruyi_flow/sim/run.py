@@ -68,7 +68,7 @@ class Simulation:
         self._routing = scenario.policy.routing(where)
         self._policy = Policy.resolve(self._routing, scenario.all_exits)
         self._source = random.Random(f"{scenario.seed}/load")
-        self._scripts = self._behaviour()
+        self.scripts = self._behaviour()
         load = scenario.workload
         self._prompts, self._answers = Lengthy(load.prompts, self._source), Lengthy(load.answers, self._source)
         skip = int(load.warmup * (load.requests or 0))
@@ -142,7 +142,7 @@ class Simulation:
             if self._full:
                 return
             number, self._asked = self._asked, self._asked + 1
-            recorded = self._scripts if isinstance(self._scripts, Recorded) else None
+            recorded = self.scripts if isinstance(self.scripts, Recorded) else None
             question = one.prompt_tokens or self._prompts.draw(recorded.prompt(number) if recorded else 0)
             answer = one.answer_tokens or self._answers.draw(recorded.answer(number) if recorded else 0)
             await self._ask(number, one.device, said + question, answer)
@@ -152,7 +152,7 @@ class Simulation:
         """One request, from its arrival at the device to its last token."""
         entry, began = self.profiles[0], self._time.now()
         one = Answered(number, device, began, prompt)
-        script = self._live[number] = self._scripts.script(number, answer)
+        script = self._live[number] = self.scripts.script(number, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
         timeline = self._recorder.timeline
         try:
