@@ -194,8 +194,9 @@ def plan(
             {
                 "exits": {name: exits for name, exits in zip(names, one.cut, strict=True) if exits},
                 "thresholds": one.thresholds,
+                "draft": one.draft,
                 "predicted": dict(zip(found.labels, one.predicted, strict=True)),
-                "simulated": dict(zip(found.labels, one.simulated or (), strict=True)),
+                "simulated": dict(zip(found.labels, one.simulated, strict=True)),
             }
             for one in found.finalists
         ]
@@ -208,24 +209,30 @@ def plan(
 
 def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
     """A table of the finalists, and which one it is to be."""
-    table = Table("exits", "thresholds", *(f"{label}\n[dim]predicted[/]" for label in found.labels))
+    columns = [*dict.fromkeys(found.labels)]
+    table = Table("exits", "thresholds", "draft", *(f"{label}\n[dim]predicted[/]" for label in columns))
     for i, one in enumerate(found.finalists):
         exits = "\n".join(f"{name} {join(held)}" for name, held in zip(names, one.cut, strict=True) if held)
         thresholds = "\n".join(f"{p}: {'never' if t > 1 else f'{t:.3f}'}" for p, t in one.thresholds.items())
-        pairs = zip(one.simulated or (), one.predicted, strict=True)
-        cells = (f"{simulated:.4g}\n[dim]{predicted:.4g}[/]" for simulated, predicted in pairs)
-        table.add_row(exits, thresholds, *cells, style="bold" if found.met and i == 0 else None, end_section=True)
+        pairs = dict(zip(found.labels, zip(one.simulated, one.predicted, strict=True), strict=True))
+        cells = (f"{pairs[label][0]:.4g}\n[dim]{pairs[label][1]:.4g}[/]" for label in columns)
+        table.add_row(
+            exits, thresholds, str(one.draft), *cells, style="bold" if found.met and i == 0 else None, end_section=True
+        )
     out.print(table)
     best = found.finalists[0]
     cut = ", ".join(f"{name} {join(held)}" for name, held in zip(names, best.cut, strict=True) if held)
     asked = ", ".join(str(bound) for bound in found.bounds)
-    values = best.simulated or ()
+    values = best.simulated
     if found.met:
         least = f"the least {found.labels[-2]} ({values[-2]:.4g})"
         out.print(f"chosen: {cut}: of the finalists that keep {asked}, it has {least}; written: {out_file}")
     else:
-        pairs = zip(found.bounds, values, strict=False)
-        missed = ", ".join(f"{bound.label} {value:.4g}" for bound, value in pairs if bound.excess(value))
+        missed = ", ".join(
+            f"{bound.label} {value:.4g}"
+            for bound, value in zip(found.bounds, values, strict=False)
+            if bound.excess(value)
+        )
         out.print(f"none of the finalists keeps {asked}; the nearest: {cut}, which has {missed}; nothing was written")
     left_out = f"; {len(found.impossible)} cuts cannot be, as {found.impossible[0][1]}" if found.impossible else ""
     err.print(f"[dim]{found.tried:,} candidates[/]{escape(left_out)}", soft_wrap=True)

@@ -1,17 +1,18 @@
 """What a deployment does, from sums and without simulating: the search of `sim/plan.py` asks this of every candidate.
 
-R requests are drawn from the load, with what the branches say along their N tokens. Thresholds decide token t of a
-request r at exit at[t], the shallowest that is sure. Stages i = 0 … m-1 are those of the exits, cut over nodes k that
-there are count_k of. Then
+R requests are drawn from the load, with what the branches say along their N tokens. Thresholds decide a token at the
+shallowest exit that is sure. An answer goes in rounds: a sure token of the first branch is one; else `draft` tokens are
+drafted past the unsure one, the deeper stages are asked down to the deepest that any settled token needs, and what is
+settled is 1 token and as many more as the first branch had right in a row before. Stages i = 0 … m-1 are those of the
+exits, cut over nodes k that there are count_k of. With sums over a node's stages,
 
-    asked_i   = tokens with at >= i;  reach_i = asked_i / N
-    rows_i    = positions that stage i takes in a step: those up to the last one asked in each answer, over asked_i
-    opened_ri = whether any token of r is decided at i or deeper: only then stage i sees r at all
+    asked_i   = steps of stage i over all rounds; reach_i = asked_i / N
+    rows_i    = positions in such a step: what is drafted in vain, and every position up to the last one asked, once
+    opened_ri = whether request r ever asks stage i: only then it sees r at all
     prompt_ri = seconds of r's prompt in stage i, in steps of at most limits.max_step_positions; 0 unless opened
-    step_i(b) = seconds of a step of b sessions with rows_i each (`sim/profile.py`), times reach_i / reach of the
-                node's first stage as to b
+    step_i(b) = seconds of a step of b reach_i / reach_(node's first) sessions, rows_i each (`sim/profile.py`)
 
-With `rate` requests a second of T = N / R tokens each, and sums over its stages, each of the nodes k has
+With `rate` requests a second of T = N / R tokens each, a node k has
 
     U_k = rate / count_k * mean over r of sum(prompt_ri)               busy with prompts
     b_k = max(1, rate / count_k * T * sum(reach_i step_i(b_k)) / (1 - U_k))
@@ -29,15 +30,15 @@ positions open at once than the limits allow (Little's law); a link's load of 1.
     h = round trip + 2 jitter sqrt(2 / pi) + exchange_s + exchange_byte_s s + s / up / (1 - its load) + d / down
         + the chance that a segment is lost, times the retransmission timer
 
-so a token that is decided at i takes delay_i, the sum of step_j + w_j over stages j <= i and of h over links crossed.
-Of a request of n tokens,
+so a round takes (its drafts + 1) (step_0 + w_0) + sum of step_i + w_i over the deeper stages asked, and of h over the
+links crossed. Of a request of n tokens,
 
-    first = request_s + client_ms + sum over what it takes to decide the first one: prompt_ri + w_i, q_k, h and the
-            prompt's bytes / up
-    token = (sum of delay over the other tokens + the prompt's share of what they open) / (n - 1)
+    first = request_s + client_ms + its first round, where each stage that is asked takes prompt_ri + q_k for step_i,
+            and each link crossed prompt's bytes / up more
+    token = (the other rounds + the prompt's part in what they open) / (n - 1)
 
-and percentiles are over requests. Left out are drafts (where the way is long, a policy that drafts is faster than this,
-and sends a little more), cores that nodes share, bursts and outages.
+and percentiles are over requests. Left out are: a draft's length where a policy file lets it vary, drafting while an
+answer is awaited, long prompts that go in parts, cores that nodes share, bursts and outages.
 """
 
 from __future__ import annotations
@@ -136,6 +137,73 @@ class Samples:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """J rounds that settle the N tokens of R requests over m stages, in order."""
+
+    first: NDArray[np.int64]
+    """(R,) each request's first one."""
+    depth: NDArray[np.int64]
+    """(J,) the deepest stage that is asked."""
+    drafted: NDArray[np.int64]
+    """(J,) steps of the first stage."""
+    asked: Floats
+    """(m,) steps of each stage."""
+    rows: Floats
+    """(m,) positions in each of them, prompts left out."""
+    wants: Floats
+    """(m,) those of them that its branch reads."""
+    last: NDArray[np.int64]
+    """(m, R) positions of each answer that a stage has seen in the end; 0 where it is never asked."""
+
+    @classmethod
+    def of(
+        cls,
+        at: NDArray[np.int64],
+        right: NDArray[np.bool_],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        draft: int,
+        stages: int,
+    ) -> _Rounds:
+        """Follow the answers.
+
+        Args:
+            at: (N,) the stage that decides each token.
+            right: (N,) whether the first branch's token is the one that is decided.
+            starts, lengths: (R,) of the answers.
+        """
+        n, every = len(at), np.arange(len(at))
+        ends = np.repeat(starts + lengths, lengths)
+        width = np.where(at == 0, 1, np.minimum(1 + draft, ends - every))
+        wrong = np.append(np.flatnonzero(~right), n)
+        until = wrong[np.searchsorted(wrong, every)]  # of each token, the next one that the first branch has wrong
+        settled = np.minimum(width, until - every + 1)
+        begins, here = np.zeros(n, bool), starts
+        while len(here):
+            begins[here] = True
+            after = here + settled[here]
+            here = after[after < ends[here]]
+        rounds = np.flatnonzero(begins)
+        depth = np.maximum.reduceat(at, rounds)
+        first = np.searchsorted(rounds, starts)
+        inside = every[rounds] - np.repeat(starts, lengths)[rounds] + settled[rounds]
+        wasted = width[rounds] - settled[rounds]
+        asked, rows, wants, last = np.zeros(stages), np.ones(stages), np.ones(stages), []
+        asked[0] = float(width[rounds].sum())
+        last.append(lengths)
+        for i in range(1, stages):
+            deep = depth >= i
+            seen = np.maximum.reduceat(np.where(deep, inside, 0), first)
+            last.append(seen)
+            asked[i] = float(deep.sum())
+            if asked[i]:
+                rows[i] = float(seen.sum() + wasted[deep].sum()) / asked[i]
+                unsure = np.concatenate([[0], np.cumsum(at >= i)])
+                wants[i] = float((unsure[rounds + width[rounds]] - unsure[rounds])[deep].sum()) / asked[i]
+        return cls(first, depth, width[rounds], asked, rows, wants, np.array(last))
+
+
 class Estimate:
     """A scenario's nodes and links, for any thresholds.
 
@@ -176,7 +244,7 @@ class Estimate:
         for i in range(len(exits)):
             if i and self._node[i] != self._node[i - 1]:
                 delay += self._hop(self._node[i - 1], 1.0, 0.0)
-            delay += self._step(i, 1.0, 1.0, True)
+            delay += self._costs[i].of(1, self._context, 1, 1, self._context, 1)
             steps.append(delay)
         header = Header("", "", exits, 1, "", 1, "", (), ())
         prompt = np.repeat(np.arange(len(samples.answers)), samples.answers)
@@ -186,118 +254,110 @@ class Estimate:
         ends = [dict.fromkeys(early, 1.1), dict.fromkeys(early, 0.0)]
         return [*{tuple(t.values()): t for t in [ends[0], *rounded, ends[1]]}.values()]
 
-    def metrics(self, thresholds: Mapping[int, float]) -> dict[str, Any]:
+    def metrics(self, thresholds: Mapping[int, float], draft: int) -> dict[str, Any]:
         """Figures as a simulation's, those of them that can be told; infinite where the load is too much.
 
         Args:
             thresholds: of every early exit.
+            draft: tokens that are drafted past an unsure one.
         """
         samples = self._samples
-        at = np.full(len(self._index), len(samples.exits) - 1)
+        at, agreed = np.full(len(self._index), len(samples.exits) - 1), np.ones(len(self._index), bool)
         for i, p in reversed([*enumerate(samples.exits[:-1])]):
-            at[samples.sure[p] >= thresholds[p]] = i
-        at = np.minimum(at, self._deepest)
+            chosen = (samples.sure[p] >= thresholds[p]) | (i >= self._deepest)
+            at[chosen], agreed[chosen] = i, samples.agrees[p][chosen]
+        first = samples.agrees.get(samples.exits[0], agreed)
         looks = [i == self._deepest or thresholds.get(p, 0.0) <= 1.0 for i, p in enumerate(samples.exits)]
-        if samples.rate:
-            return self._at(samples.rate, at, looks)
+        looks[0] = looks[0] or draft > 0
+        rounds = _Rounds.of(at, first == agreed, self._starts, samples.answers, draft, len(samples.exits))
+        rate = samples.rate or self._closed_rate(rounds, looks)
+        return self._at(rate, rounds, looks) | {"agreement": float(agreed.mean())}
+
+    def _closed_rate(self, rounds: _Rounds, looks: Sequence[bool]) -> float:
+        """Of users who ask again as soon as they have an answer and have thought: users over what that takes."""
         load = self._scenario.workload
         users, think_s = load.arrivals.users, load.turns.think_s
-        low, high = 0.0, users / (self._at(1e-9, at, looks)["total_s"]["mean"] + think_s)
-        for _ in range(30):  # users = rate * (time of an answer + thought), which grows with the rate
+        low, high = 0.0, users / (self._at(1e-9, rounds, looks)["total_s"]["mean"] + think_s)
+        for _ in range(30):  # what it takes grows with the rate
             middle = (low + high) / 2
-            there = middle * (self._at(middle, at, looks)["total_s"]["mean"] + think_s)
+            there = middle * (self._at(middle, rounds, looks)["total_s"]["mean"] + think_s)
             low, high = (middle, high) if there < users else (low, middle)
-        return self._at(low, at, looks)
+        return low
 
-    def _at(self, rate: float, at: NDArray[np.int64], looks: Sequence[bool]) -> dict[str, Any]:
+    def _at(self, rate: float, rounds: _Rounds, looks: Sequence[bool]) -> dict[str, Any]:
         """At a load of so many requests a second; see the module."""
         samples, nodes, stages = self._samples, self._scenario.nodes, range(len(self._node))
-        lengths, requests, tokens = samples.answers, len(samples.answers), len(at)
-        mean_tokens, first_at = tokens / requests, at[self._starts]
-        asked = [float((at >= i).sum()) for i in stages]
-        last = [np.maximum.reduceat(np.where(at >= i, self._index + 1, 0), self._starts) for i in stages]
-        rows = [float(last[i].sum()) / max(1.0, asked[i]) for i in stages]
-        prompt_s = [np.where(last[i] > 0, self._prompts(i, looks[i]), 0.0) for i in stages]
-        step, wait, queue = [0.0] * len(stages), [0.0] * len(stages), [0.0] * len(nodes)
+        requests, tokens = len(samples.answers), len(self._index)
+        mean_tokens, opened = tokens / requests, rounds.last > 0
+        prompt_s = np.array([np.where(opened[i], self._prompts(i, looks[i]), 0.0) for i in stages])
+        step, wait = np.zeros(len(stages)), np.zeros(len(stages))
+        queue = np.zeros((len(stages), requests))
         joules = dollars = sent = 0.0
         for k, node in enumerate(nodes):
             mine = [i for i in stages if self._node[i] == k]
-            prompts = sum((prompt_s[i] for i in mine), np.zeros(requests))
-            here, reached = rate / node.count, max(1e-12, asked[mine[0]])
+            prompts, here = prompt_s[mine].sum(0), rate / node.count
             by_prompts = here * float(prompts.mean())
-            if by_prompts >= 1:
-                return _overloaded()
+            reach = rounds.asked[mine] / tokens
             batch, most = 1.0, float(node.limits.max_sessions)
             for _ in range(60):
-                step = [
-                    self._step(i, rows[i], max(1.0, batch * asked[i] / reached), looks[i]) if i in mine else step[i]
-                    for i in stages
-                ]
-                wanted = here * mean_tokens * sum(asked[i] / tokens * step[i] for i in mine) / (1 - by_prompts)
-                if wanted > most and batch == most:
+                sessions = np.maximum(1.0, batch * reach / max(1e-12, reach[0]))
+                step[mine] = [self._step(i, rounds, n, looks[i]) for i, n in zip(mine, sessions, strict=True)]
+                wanted = here * mean_tokens * float(reach @ step[mine]) / max(1e-12, 1 - by_prompts)
+                if by_prompts >= 1 or (wanted > most and batch == most):
                     return _overloaded()
-                batch = min(most, max(1.0, (batch + wanted) / 2 if wanted > 1 else 1.0))
-            a_token = sum(asked[i] / tokens * step[i] / max(1.0, batch * asked[i] / reached) for i in mine)
+                batch = min(most, (batch + wanted) / 2 if wanted > 1 else 1.0)
+            a_token = float(reach @ (step[mine] / sessions))
             busy = min(1.0, by_prompts + here * mean_tokens * a_token)
-            chunks = np.ceil(samples.prompts / node.limits.max_step_positions) * len(mine)
-            chunk = float(prompts.sum()) / float(chunks.sum())
-            for i in mine:
-                wait[i] = (by_prompts * chunk + (busy - by_prompts) * step[i]) / 2
-            queue[k] = here * float((prompts**2).mean()) / (2 * (1 - by_prompts))
-            seconds = a_token + float(prompts.mean()) / mean_tokens
-            alive = node.count / (rate * mean_tokens)
+            chunks = np.ceil(samples.prompts / node.limits.max_step_positions) * opened[mine]
+            chunk = float(prompts.sum()) / max(1.0, float(chunks.sum()))
+            wait[mine] = (by_prompts * chunk + (busy - by_prompts) * step[mine]) / 2
+            queue[mine[0]] = np.where(opened[mine[0]], here * float((prompts**2).mean()) / 2 / (1 - by_prompts), 0.0)
+            seconds, alive = a_token + float(prompts.mean()) / mean_tokens, node.count / (rate * mean_tokens)
             joules += seconds * (node.busy_w or 0.0) + max(0.0, alive - seconds) * (node.idle_w or 0.0)
             dollars += alive / 3600 * (node.price_per_hour or 0.0)
-        delay, delays, first = 0.0, [], np.full(requests, self._profiles[0].request_s + self._scenario.client_ms / 1000)
-        later = np.zeros(requests)
-        for i in stages:
-            opens, at_once = last[i] > 0, first_at >= i
-            extra = np.where(opens, prompt_s[i], 0.0)
-            k = self._node[i]
-            if i == 0 or k != self._node[i - 1]:
-                extra = extra + np.where(opens, queue[k], 0.0)
-            if i and k != self._node[i - 1]:
-                link, profile = self._scenario.link_after(k - 1), self._profiles[k - 1]
-                assert link is not None
-                each = link.encoding.row_bytes(profile.hidden_size) + profile.position_bytes
-                opening = np.where(opens, profile.open_bytes + samples.prompts * each, 0)
-                up = (profile.up_bytes * asked[i] + each * float(last[i].sum()) + float(opening.sum())) / tokens
-                down = (profile.down_bytes + profile.decision_bytes) * asked[i] / tokens
-                sharing = nodes[k - 1].count / nodes[k].count if link.shared else 1.0
-                carried = 0.0 if link.up_mbit is None else up / (link.up_mbit * 125_000)
-                load = rate / nodes[k - 1].count * sharing * mean_tokens * carried
-                if load >= 1:
-                    return _overloaded()
-                hop = self._hop(k - 1, rows[i], load)
-                delay += hop
-                extra = extra + opening * (profile.exchange_byte_s + _seconds(1, link.up_mbit) / (1 - load))
-                first = first + np.where(at_once, hop, 0.0)
-                sent += up
-                joules += link.joules_per_mb * (up + down) / 1e6
-                dollars += link.price_per_gb * (up + down) / 1e9
-            delay += step[i] + wait[i]
-            delays.append(delay)
-            first = first + np.where(at_once, extra + wait[i], 0.0)
-            later = later + np.where(at_once, 0.0, extra)
-        each_token = np.array(delays)[at]
-        others = np.add.reduceat(each_token, self._starts) - each_token[self._starts] + later
-        token = (others / np.maximum(1, lengths - 1))[lengths > 1]
-        total = first + np.where(lengths > 1, others, 0.0)
-        for k, node in enumerate(nodes):
-            opens = last[self._node.index(k)] > 0
-            there = rate / node.count * np.where(opens, total, 0.0)  # Little's law
-            positions = there * (samples.prompts + lengths)
-            if there.mean() > node.limits.max_sessions or positions.mean() > node.limits.max_positions:
+        deeper = np.zeros(len(stages))
+        """What a round takes at a stage but the first, and on the way to it."""
+        opening_s = prompt_s + queue
+        """What a request's prompt takes there, once."""
+        for i in stages[1:]:
+            k, deeper[i] = self._node[i], step[i] + wait[i]
+            if k == self._node[i - 1]:
+                continue
+            link, profile, before = self._scenario.link_after(k - 1), self._profiles[k - 1], nodes[k - 1]
+            assert link is not None
+            each = link.encoding.row_bytes(profile.hidden_size) + profile.position_bytes
+            opening = np.where(opened[i], profile.open_bytes + samples.prompts * each, 0)
+            positions = float(rounds.rows[i] * rounds.asked[i])
+            up = (profile.up_bytes * float(rounds.asked[i]) + each * positions + float(opening.sum())) / tokens
+            down = (profile.down_bytes + profile.decision_bytes) * float(rounds.asked[i]) / tokens
+            sharing = before.count / nodes[k].count if link.shared else 1.0
+            load = rate / before.count * sharing * mean_tokens * _seconds(up, link.up_mbit)
+            if load >= 1:
                 return _overloaded()
-        agreed = np.ones(tokens, bool)
-        for i, p in enumerate(samples.exits[:-1]):
-            agreed = np.where(at == i, samples.agrees[p], agreed)
+            deeper[i] += self._hop(k - 1, float(rounds.rows[i]), load)
+            opening_s[i] += opening * (profile.exchange_byte_s + _seconds(1, link.up_mbit) / (1 - load))
+            sent += up
+            joules += link.joules_per_mb * (up + down) / 1e6
+            dollars += link.price_per_gb * (up + down) / 1e9
+        took = rounds.drafted * (step[0] + wait[0]) + np.cumsum(deeper)[rounds.depth]
+        began, where = rounds.first, rounds.depth[rounds.first]
+        at_once = np.arange(len(stages))[:, None] <= where
+        before_s = self._profiles[0].request_s + self._scenario.client_ms / 1000
+        first = before_s + took[began] - step[0] + np.where(at_once, opening_s, 0.0).sum(0)
+        first -= np.concatenate([[0.0], np.cumsum(step[1:])])[where]  # the prompt's step is that of its last position
+        others = np.add.reduceat(took, began) - took[began] + np.where(at_once, 0.0, opening_s).sum(0)
+        total = first + others
+        for k, node in enumerate(nodes):
+            there = rate / node.count * np.where(opened[self._node.index(k)], total, 0.0)  # Little's law
+            held = there * (samples.prompts + samples.answers)
+            if there.mean() > node.limits.max_sessions or held.mean() > node.limits.max_positions:
+                return _overloaded()
+        several = samples.answers > 1
         return {
             "first_token_s": _figures(first),
-            "token_s": _figures(token),
+            "token_s": _figures(others[several] / (samples.answers[several] - 1)),
             "total_s": _figures(total),
             "tokens_per_s": rate * mean_tokens,
-            "agreement": float(agreed.mean()),
             "bytes_up_per_token": sent,
             "joules_per_token": joules,
             "usd_per_million_tokens": 1e6 * dollars,
@@ -305,12 +365,13 @@ class Estimate:
             "failed": 0,
         }
 
-    def _step(self, stage: int, rows: float, sessions: float, looks: bool) -> float:
-        """Seconds of a step of so many sessions, with so many rows each."""
-        read = max(1, round(sessions))
-        count = max(read, round(rows * sessions))
-        attended = count * self._context
-        return self._costs[stage].of(count, attended, read, count if looks else 0, attended, read)
+    def _step(self, stage: int, rounds: _Rounds, sessions: float, looks: bool) -> float:
+        """Seconds of a step of so many sessions."""
+        alike = max(1, round(sessions))
+        rows = max(alike, round(float(rounds.rows[stage]) * sessions))
+        read = min(rows, max(1, round(float(rounds.wants[stage]) * sessions))) if looks else 0
+        attended = rows * self._context
+        return self._costs[stage].of(rows, attended, alike, rows if looks else 0, attended, read)
 
     def _prompts(self, stage: int, looks: bool) -> Floats:
         """(R,) seconds of each prompt."""
@@ -359,4 +420,4 @@ def _overloaded() -> dict[str, Any]:
     times = dict.fromkeys(("mean", "p50", "p90", "p95", "p99"), math.inf)
     costs = dict.fromkeys(("bytes_up_per_token", "joules_per_token", "usd_per_million_tokens"), math.inf)
     spans = {name: times for name in ("first_token_s", "token_s", "total_s")}
-    return {**spans, **costs, "tokens_per_s": 0.0, "agreement": 0.0, "requests": 1, "failed": 1}
+    return {**spans, **costs, "tokens_per_s": 0.0, "requests": 1, "failed": 1}

@@ -25,10 +25,10 @@ from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.sim.estimate import Estimate, Samples
+from ruyi_flow.sim.parallel import play
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Progress, Simulation, profiles_of
 from ruyi_flow.sim.scenario import Scenario, SimLink
-from ruyi_flow.sim.parallel import play
 from ruyi_flow.topology import Link, Node, Topology
 from ruyi_flow.types import Mode
 
@@ -109,8 +109,15 @@ class Candidate:
     cut: Cut
     thresholds: Mapping[int, float]
     """Of every early exit; above 1 is never."""
+    draft: int
     predicted: tuple[float, ...]
-    simulated: tuple[float, ...] | None = None
+    simulated: tuple[float, ...] = ()
+    """Empty before."""
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What tells it from the others."""
+        return self.cut, self.draft, *self.thresholds.values()
 
     def order(self, bounds: Sequence[Bound], values: Sequence[float]) -> tuple[float, ...]:
         """Less is better: how far the bounds are missed, all together, then the figures that break ties."""
@@ -189,8 +196,9 @@ def plan(
             impossible.append((cut, str(error)))
             continue
         estimate = Estimate(there, [profiles[k] for k in kept], samples)
-        for thresholds in estimate.thresholds(prices):
-            candidates.append(Candidate(cut, thresholds, _values(estimate.metrics(thresholds), wanted)))
+        for thresholds, draft in itertools.product(estimate.thresholds(prices), {0, scenario.policy.draft}):
+            predicted = _values(estimate.metrics(thresholds, draft), wanted)
+            candidates.append(Candidate(cut, thresholds, draft, predicted))
     if not candidates:
         raise ConfigError(f"{where}: no cut can be: {impossible[0][1]}")
     found: list[Candidate] = []
@@ -198,7 +206,7 @@ def plan(
         for count, most in ((-(-finalists // 2), 1), (finalists // 2, 2)):
             chosen = _best(candidates, found, count, most, bounds)
             runs = [
-                (arranged(scenario, c.cut, c.thresholds, Path(folder) / f"{len(found) + i}.yaml", where=where), where)
+                (arranged(scenario, c.cut, c, Path(folder) / f"{len(found) + i}.yaml", where=where), where)
                 for i, c in enumerate(chosen)
             ]
             ended = {}
@@ -207,9 +215,9 @@ def plan(
                     ended[i] = replace(chosen[i], simulated=_values(metrics, wanted))
                     progress(len(every) + len(found) + len(ended), total)
             found += [ended[i] for i in sorted(ended)]
-    found.sort(key=lambda c: c.order(bounds, c.simulated or ()))
+    found.sort(key=lambda c: c.order(bounds, c.simulated))
     labels = [b.label for b in bounds] + [minimize, "p95 token_s"]
-    met = found[0].order(bounds, found[0].simulated or ())[0] == 0
+    met = found[0].order(bounds, found[0].simulated)[0] == 0
     return Plan(scenario, bounds, tuple(labels), tuple(found), met, len(candidates), tuple(impossible))
 
 
@@ -228,12 +236,12 @@ def cuts(exits: Sequence[int], nodes: int) -> list[Cut]:
 def arranged(
     scenario: Scenario,
     cut: Cut,
-    thresholds: Mapping[int, float] | None = None,
+    chosen: Candidate | None = None,
     policy_file: Path | None = None,
     *,
     where: str = "scenario",
 ) -> Scenario:
-    """A scenario with another cut, and other thresholds.
+    """A scenario with another cut, and the policy of what was chosen.
 
     Args:
         policy_file: written with the thresholds, where the scenario's policy is a file.
@@ -251,8 +259,8 @@ def arranged(
     ]
     hosts = {name: [n for n in host.nodes if n in names] for name, host in scenario.hosts.items()}
     data["hosts"] = {name: data["hosts"][name] | {"nodes": there} for name, there in hosts.items() if there}
-    if thresholds is not None:
-        data["policy"] = _policy(scenario, thresholds, policy_file)
+    if chosen is not None:
+        data["policy"] = _policy(scenario, chosen, policy_file)
     return Scenario.from_data(data, base=Path(), where=where)
 
 
@@ -265,7 +273,7 @@ def write(found: Plan, out: Path, base: Path) -> None:
         base: the scenario's folder, which relative paths are meant from.
     """
     best, scenario = found.finalists[0], found.scenario
-    there = arranged(scenario, best.cut, best.thresholds, out.with_suffix(".policy.yaml"))
+    there = arranged(scenario, best.cut, best, out.with_suffix(".policy.yaml"))
     taken = {node.address for node in there.nodes}
     free = (address for port in itertools.count(7101) if (address := f"127.0.0.1:{port}") not in taken)
     nodes = []
@@ -279,10 +287,15 @@ def write(found: Plan, out: Path, base: Path) -> None:
     links = [link.model_dump(mode="json", by_alias=True, include=known, exclude_defaults=True) for link in there.links]
     folder = base / Path(there.family).expanduser()
     family = str(folder.resolve()) if "/" in there.family or (folder / "config.json").exists() else there.family
-    policy = there.policy.model_dump(mode="json", exclude_defaults=True)
+    policy = _policy(scenario, best, there.policy.file)
     if there.policy.file is not None:
         policy["file"] = there.policy.file.name
-    data = {"family": family, "exits": there.exits and list(there.exits), "nodes": nodes, "links": links}
+    data: dict[str, Any] = {
+        "family": family,
+        "exits": there.exits and list(there.exits),
+        "nodes": nodes,
+        "links": links,
+    }
     data = {key: value for key, value in data.items() if value} | {"policy": policy}
     new = out.with_name(f".{out.name}.new")
     new.write_text(f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}")
@@ -299,7 +312,7 @@ def _best(
     """The best candidates that were not simulated, so many of one cut at the most while there are others."""
     ratios: dict[Cut, list[tuple[float, ...]]] = {}
     for one in found:
-        pairs = zip(one.simulated or (), one.predicted, strict=True)
+        pairs = zip(one.simulated, one.predicted, strict=True)
         ratios.setdefault(one.cut, []).append(tuple(s / p if p and math.isfinite(p) and s else 1.0 for s, p in pairs))
     every = [ratio for of_cut in ratios.values() for ratio in of_cut]
 
@@ -312,8 +325,8 @@ def _best(
         )
         return [value * factor for value, factor in zip(one.predicted, factors, strict=True)]
 
-    seen = {(one.cut, tuple(one.thresholds.values())) for one in found}
-    new = [one for one in candidates if (one.cut, tuple(one.thresholds.values())) not in seen]
+    seen = {one.setting for one in found}
+    new = [one for one in candidates if one.setting not in seen]
     new.sort(key=lambda one: one.order(bounds, corrected(one)))
     taken: dict[Cut, int] = {}
     first: list[Candidate] = []
@@ -382,14 +395,13 @@ def _in_series(links: Sequence[SimLink]) -> dict[str, Any]:
     return first | merged
 
 
-def _policy(scenario: Scenario, thresholds: Mapping[int, float], file: Path | None) -> dict[str, Any]:
-    """Thresholds as a topology's policy; those of a policy file go into a file of their own."""
-    old = scenario.policy
-    same = {"draft": old.draft, "fallback": old.fallback}
+def _policy(scenario: Scenario, chosen: Candidate, file: Path | None) -> dict[str, Any]:
+    """As a topology says it; the thresholds of a policy file go into a file of their own."""
+    old, thresholds = scenario.policy, dict(chosen.thresholds)
+    same = {"draft": chosen.draft, "fallback": old.fallback}
     if old.file is None:
-        return {"mode": "token", "thresholds": dict(thresholds), **same} if thresholds else {"mode": "exact", **same}
-    if file is not None:
-        calibrated = PolicyFile.load(old.file)
-        promise = {"note": f"thresholds by ruyi-flow plan, curves of {old.file.name}; no bound was tested"}
-        calibrated.model_copy(update={"thresholds": dict(thresholds), "promise": promise}).save(file)
-    return {"file": None if file is None else str(file), **same}
+        return {"mode": "token", "thresholds": thresholds, **same}
+    assert file is not None
+    promise = {"note": f"thresholds of ruyi-flow plan, curves of {old.file.name}; no bound was tested"}
+    PolicyFile.load(old.file).model_copy(update={"thresholds": thresholds, "promise": promise}).save(file)
+    return {"file": str(file), **same}
