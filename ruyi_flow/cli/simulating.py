@@ -112,12 +112,13 @@ def sweep(
         return
     table = Table()
     for axis in axes:
-        table.add_column(axis.key.replace(".", ".\u200b"), overflow="fold", min_width=9)
-    for column in (*_SWEPT.values(), ""):
+        table.add_column(axis.key.replace(".", ".\u200b"), overflow="fold")
+    shown = [name for name in _SWEPT if name != "failed" or any(point.figures[name].mean for point in points)]
+    for column in (*(_SWEPT[name] for name in shown), ""):
         table.add_column(column, justify="right")
     for point, is_best in zip(points, best, strict=True):
         cells = []
-        for name in _SWEPT:
+        for name in shown:
             figure = point.figures[name]
             cells.append(f"{figure.mean:.4g}" + ("" if figure.half is None else f"\n±{figure.half:.2g}"))
         table.add_row(*map(str, point.keys.values()), *cells, "*" if is_best else "", style="bold" if is_best else None)
@@ -130,7 +131,7 @@ _SWEPT = {
     "token_p95_s": "token p95, s",
     "tokens_per_s": "tokens/s",
     "bytes_up_per_token": "bytes up",
-    "agreement": "agreement",
+    "agreement": "agrees",
     "beyond_first": "beyond first",
     "joules_per_token": "J/token",
     "usd_per_million_tokens": "$/M",

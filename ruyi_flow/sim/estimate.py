@@ -37,8 +37,13 @@ links crossed. Of a request of n tokens,
             and each link crossed prompt's bytes / up more
     token = (the other rounds + the prompt's part in what they open) / (n - 1)
 
-and percentiles are over requests. Left out are: a draft's length where a policy file lets it vary, drafting while an
-answer is awaited, long prompts that go in parts, cores that nodes share, bursts and outages.
+and percentiles are over requests. Where a session opens it may wait for room: with c = limits.max_sessions, and a mean
+of a sessions there for S seconds each, for longer than t with the chance C(c, a) exp(-(c - a) t / S) (M/M/c, Erlang).
+Requests stand at random places in that distribution; those past limits.max_wait_s fail. All of it is a load that
+goes on for good: a short simulation has a beginning with fewer sessions, and an end that is paid for as well.
+
+Left out are: a draft's length where a policy file lets it vary, drafting while an answer is awaited, long prompts that
+go in parts, cores that nodes share, bursts and outages.
 """
 
 from __future__ import annotations
@@ -230,6 +235,9 @@ class Estimate:
             (samples.exits.index(d) for node in scenario.nodes if (d := node.limits.deepest) is not None),
             default=len(samples.exits) - 1,
         )
+        chances = np.random.default_rng(scenario.seed).random((len(scenario.nodes), len(ends)))
+        self._chance = 1 - chances  # 0 < chance <= 1
+        """(K, R) where a request stands in a node's waiting times."""
         self._prompt_s: dict[tuple[int, bool], Floats] = {}
 
     def thresholds(self, prices: int) -> list[dict[int, float]]:
@@ -346,23 +354,29 @@ class Estimate:
         first = before_s + took[began] - step[0] + np.where(at_once, opening_s, 0.0).sum(0)
         first -= np.concatenate([[0.0], np.cumsum(step[1:])])[where]  # the prompt's step is that of its last position
         others = np.add.reduceat(took, began) - took[began] + np.where(at_once, 0.0, opening_s).sum(0)
-        total = first + others
+        alone, failed = first + others, 0.0
         for k, node in enumerate(nodes):
-            there = rate / node.count * np.where(opened[self._node.index(k)], total, 0.0)  # Little's law
-            held = there * (samples.prompts + samples.answers)
-            if there.mean() > node.limits.max_sessions or held.mean() > node.limits.max_positions:
+            i = self._node.index(k)
+            there = rate / node.count * np.where(opened[i], alone, 0.0)  # Little's law
+            held, most = float(there.mean()), node.limits.max_sessions
+            if held >= most or float((there * (samples.prompts + samples.answers)).mean()) >= node.limits.max_positions:
                 return _overloaded()
+            queued, each_s = _erlang_c(held, most), float(alone[opened[i]].mean()) if opened[i].any() else 0.0
+            waits = np.maximum(0.0, np.log(max(1e-300, queued) / self._chance[k])) * each_s / (most - held)
+            waits = np.where(opened[i], np.minimum(waits, node.limits.max_wait_s), 0.0)
+            failed = max(failed, queued * math.exp(-(most - held) * node.limits.max_wait_s / max(1e-9, each_s)))
+            first, others = first + np.where(at_once[i], waits, 0.0), others + np.where(at_once[i], 0.0, waits)
         several = samples.answers > 1
         return {
             "first_token_s": _figures(first),
             "token_s": _figures(others[several] / (samples.answers[several] - 1)),
-            "total_s": _figures(total),
+            "total_s": _figures(first + others),
             "tokens_per_s": rate * mean_tokens,
             "bytes_up_per_token": sent,
             "joules_per_token": joules,
             "usd_per_million_tokens": 1e6 * dollars,
             "requests": 1,
-            "failed": 0,
+            "failed": failed,
         }
 
     def _step(self, stage: int, rounds: _Rounds, sessions: float, looks: bool) -> float:
@@ -403,6 +417,14 @@ class Estimate:
         moving = _seconds(size, link.up_mbit) / (1 - load) + _seconds(back, link.down_mbit)
         jitter = 2 * link.jitter_ms / 1000 * math.sqrt(2 / math.pi)
         return trip + jitter + profile.exchange_s + profile.exchange_byte_s * size + moving + lost
+
+
+def _erlang_c(offered: float, servers: int) -> float:
+    """The chance that who comes finds all servers taken (M/M/c)."""
+    blocked = 1.0
+    for n in range(1, servers + 1):
+        blocked = offered * blocked / (n + offered * blocked)
+    return blocked / (1 - offered / servers * (1 - blocked))
 
 
 def _seconds(count: float, mbit: float | None) -> float:
