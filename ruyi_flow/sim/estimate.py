@@ -192,20 +192,22 @@ class _Rounds:
         rounds = np.flatnonzero(begins)
         depth = np.maximum.reduceat(at, rounds)
         first = np.searchsorted(rounds, starts)
-        inside = every[rounds] - np.repeat(starts, lengths)[rounds] + settled[rounds]
-        wasted = width[rounds] - settled[rounds]
-        asked, rows, wants, last = np.zeros(stages), np.ones(stages), np.ones(stages), []
+        start, end = np.repeat(starts, lengths)[rounds], rounds + settled[rounds] - 1
+        asked, rows, wants, last = np.zeros(stages), np.ones(stages), np.ones(stages), [lengths]
         asked[0] = float(width[rounds].sum())
-        last.append(lengths)
         for i in range(1, stages):
             deep = depth >= i
-            seen = np.maximum.reduceat(np.where(deep, inside, 0), first)
+            # A contradiction that a shallower stage is sure of leaves what was drafted after it unasked.
+            until_here = np.where(~right[end] & (at[end] < i), end, rounds + width[rounds] - 1)
+            unsure = at >= i
+            final = np.maximum.accumulate(np.where(unsure, every, -1))[until_here]
+            seen = np.maximum.reduceat(np.where(deep, np.minimum(final, end) - start + 1, 0), first)
             last.append(seen)
             asked[i] = float(deep.sum())
             if asked[i]:
-                rows[i] = float(seen.sum() + wasted[deep].sum()) / asked[i]
-                unsure = np.concatenate([[0], np.cumsum(at >= i)])
-                wants[i] = float((unsure[rounds + width[rounds]] - unsure[rounds])[deep].sum()) / asked[i]
+                rows[i] = float(seen.sum() + np.maximum(0, final - end)[deep].sum()) / asked[i]
+                counted = np.concatenate([[0], np.cumsum(unsure)])
+                wants[i] = float((counted[until_here + 1] - counted[rounds])[deep].sum()) / asked[i]
         return cls(first, depth, width[rounds], asked, rows, wants, np.array(last))
 
 

@@ -123,7 +123,10 @@ def test_what_is_wrong_with_any_point_is_told_before_the_first_one_runs(tmp_path
         ("nodes.edge.count=1,99", "scenario.yaml at nodes.edge.count=99: nodes.1.count: 99 of 'edge' for 8 of 'phone'"),
         ("policy.treshold=0.5", "policy.treshold: 0.5: unknown key"),
         ("nodes.hedge.count=1", "no 'hedge' in nodes"),
-        ("policy.threshold=0.5,-1,-2", "it must be a number from 0 (always sure) to 1 (above it: never sure) (1 more of"),
+        (
+            "policy.threshold=0.5,-1,-2",
+            "it must be a number from 0 (always sure) to 1 (above it: never sure) (1 more of",
+        ),
     ):
         with pytest.raises(ConfigError) as error:
             sweep(path, [Axis.parse(grid)], out)
