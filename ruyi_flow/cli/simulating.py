@@ -76,14 +76,19 @@ def sweep(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Simulate a scenario at every point of a grid, and say which points nothing else beats.
+    """Simulate a scenario at every point of a grid; say which points nothing beats.
 
-    Several --grid give the product of their values. Every point runs with seeds 0, 1, …; figures are means, with the
-    half-width of their 95 % confidence interval (Student's t). The folder keeps each run that has ended, so the same
-    command goes on where it was broken off, and simulates only what is new. It has results.csv, pareto.csv (points that
-    no other one beats in p95 time per token, bytes up, agreement and cost at once; * in the table) and pareto.png.
+    Several --grid give the product of their values. Every point runs with seeds
+    0, 1, …; figures are means, with the half-width of their 95 % confidence
+    interval (Student's t). The folder keeps each run that has ended: the same
+    command goes on where it was broken off, and simulates only what is new.
 
-    Example: ruyi-flow sweep scenario.yaml --grid nodes.edge.count=1,2,4 --grid policy.threshold=0.5:0.9:0.1
+    In the folder: results.csv; pareto.csv, the points that no other one beats in
+    p95 time per token, bytes up, agreement and cost at once (* in the table);
+    pareto.png.
+
+    Example: ruyi-flow sweep scenario.yaml --grid nodes.edge.count=1,2,4
+    --grid policy.threshold=0.5:0.9:0.1
     """
     from ruyi_flow.sim import sweep as sweeps
 
@@ -162,14 +167,17 @@ def plan(
     out_file: Annotated[Path, typer.Option("--out", "-o", help="The topology file.")] = Path("topology.yaml"),
     as_json: JsonOption = False,
 ) -> None:
-    """Search where to cut the family over a scenario's nodes, and with which thresholds.
+    """Search where to cut the family over a scenario's nodes, with which thresholds.
 
-    The nodes, their links and the load are the scenario's; its nodes' exits and its policy's thresholds are what is
-    searched. All but the first node may be left out. Sums over the profile's costs rank all candidates, the
-    simulator decides among the finalists, and the best becomes a topology that ruyi-flow up takes. Where none meets the
-    objective, that is said, nothing is written, and the exit status is 1.
+    The nodes, their links and the load are the scenario's. What is searched:
+    which consecutive exits each node gets (all but the first may be left out),
+    the thresholds, and whether to draft. Equations rank all candidates, the
+    simulator decides among the finalists, and the best one becomes a topology
+    that ruyi-flow up takes. Where none meets the objective, that is said,
+    nothing is written, and the exit status is 1.
 
-    Example: ruyi-flow plan scenario.yaml --objective "p95 token_s < 0.08" --minimize cost --out topology.yaml
+    Example: ruyi-flow plan scenario.yaml --objective "p95 token_s < 0.08"
+    --minimize cost --out topology.yaml
     """
     from ruyi_flow.sim.plan import plan as search
     from ruyi_flow.sim.plan import write

@@ -378,7 +378,7 @@ class Estimate:
             "joules_per_token": joules,
             "usd_per_million_tokens": 1e6 * dollars,
             "requests": 1,
-            "failed": failed,
+            "failed": round(failed, 6),
         }
 
     def _step(self, stage: int, rounds: _Rounds, sessions: float, looks: bool) -> float:

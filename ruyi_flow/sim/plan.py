@@ -1,9 +1,9 @@
 """Plans: where to cut a family over given nodes, and which thresholds, so that an objective is met.
 
-Every cut (each node gets consecutive exits; all but the first may get none) with thresholds from timid to bold is put
-to the equations of `sim/estimate.py`. The best are simulated, in two rounds: what the first one finds, over what was
-predicted, corrects the predictions that the second is chosen by. A node that is left out is neither paid for nor asked;
-what goes past it takes its links one after the other.
+Every cut (each node gets consecutive exits; all but the first may get none), with thresholds from timid to bold, and
+with the scenario's drafts and without, is put to the equations of `sim/estimate.py`. The best are simulated, in two
+rounds: what the first one finds, over what was predicted, corrects the predictions that the second is chosen by. A node
+that is left out is neither paid for nor asked; what goes past it takes its links one after the other.
 """
 
 from __future__ import annotations
@@ -273,6 +273,7 @@ def write(found: Plan, out: Path, base: Path) -> None:
         base: the scenario's folder, which relative paths are meant from.
     """
     best, scenario = found.finalists[0], found.scenario
+    out.parent.mkdir(parents=True, exist_ok=True)
     there = arranged(scenario, best.cut, best, out.with_suffix(".policy.yaml"))
     taken = {node.address for node in there.nodes}
     free = (address for port in itertools.count(7101) if (address := f"127.0.0.1:{port}") not in taken)

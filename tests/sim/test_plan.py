@@ -157,7 +157,6 @@ def test_a_plan_with_a_policy_file_writes_another_beside_it(run, tmp_path: Path)
     load = {"requests": 10, "prompts": {"kind": "trace"}, "answers": {"kind": "trace"}}
     changes = {"behaviour": None, "trace": "trace.msgpack", "policy": {"file": "policy.yaml", "draft": 2}, "load": load}
     path, out = scenario(tmp_path, **changes), tmp_path / "made" / "t.yaml"
-    out.parent.mkdir()
     objective = ("--objective", "p95 token_s < 1 and p95 first_token_s < 5", "--minimize", "latency")
     code, printed, err = run("plan", str(path), *objective, "--finalists", "2", "--out", str(out))
     assert code == 0, printed + err
