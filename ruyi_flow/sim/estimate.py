@@ -300,31 +300,11 @@ class Estimate:
         requests, tokens = len(samples.answers), len(self._index)
         mean_tokens, opened = tokens / requests, rounds.last > 0
         prompt_s = np.array([np.where(opened[i], self._prompts(i, looks[i]), 0.0) for i in stages])
-        step, wait = np.zeros(len(stages)), np.zeros(len(stages))
-        queue = np.zeros((len(stages), requests))
-        joules = dollars = sent = 0.0
-        for k, node in enumerate(nodes):
-            mine = [i for i in stages if self._node[i] == k]
-            prompts, here = prompt_s[mine].sum(0), rate / node.count
-            by_prompts = here * float(prompts.mean())
-            reach = rounds.asked[mine] / tokens
-            batch, most = 1.0, float(node.limits.max_sessions)
-            for _ in range(60):
-                sessions = np.maximum(1.0, batch * reach / max(1e-12, reach[0]))
-                step[mine] = [self._step(i, rounds, n, looks[i]) for i, n in zip(mine, sessions, strict=True)]
-                wanted = here * mean_tokens * float(reach @ step[mine]) / max(1e-12, 1 - by_prompts)
-                if by_prompts >= 1 or (wanted > most and batch == most):
-                    return _overloaded()
-                batch = min(most, (batch + wanted) / 2 if wanted > 1 else 1.0)
-            a_token = float(reach @ (step[mine] / sessions))
-            busy = min(1.0, by_prompts + here * mean_tokens * a_token)
-            chunks = np.ceil(samples.prompts / node.limits.max_step_positions) * opened[mine]
-            chunk = float(prompts.sum()) / max(1.0, float(chunks.sum()))
-            wait[mine] = (by_prompts * chunk + (busy - by_prompts) * step[mine]) / 2
-            queue[mine[0]] = np.where(opened[mine[0]], here * float((prompts**2).mean()) / 2 / (1 - by_prompts), 0.0)
-            seconds, alive = a_token + float(prompts.mean()) / mean_tokens, node.count / (rate * mean_tokens)
-            joules += seconds * (node.busy_w or 0.0) + max(0.0, alive - seconds) * (node.idle_w or 0.0)
-            dollars += alive / 3600 * (node.price_per_hour or 0.0)
+        work = self._work(rate, rounds, looks, prompt_s)
+        if work is None:
+            return _overloaded()
+        step, wait, queue, joules, dollars = work
+        sent = 0.0
         deeper = np.zeros(len(stages))
         """What a round takes at a stage but the first, and on the way to it."""
         opening_s = prompt_s + queue
@@ -380,6 +360,43 @@ class Estimate:
             "requests": 1,
             "failed": round(failed, 6),
         }
+
+    def _work(
+        self, rate: float, rounds: _Rounds, looks: Sequence[bool], prompt_s: Floats
+    ) -> tuple[Floats, Floats, Floats, float, float] | None:
+        """What nodes do: (m,) a step's time and its wait, (m, R) a prompt's wait, joules and dollars a token.
+
+        None where it is too much for one.
+        """
+        samples, nodes, stages = self._samples, self._scenario.nodes, range(len(self._node))
+        requests, tokens, opened = len(samples.answers), len(self._index), rounds.last > 0
+        mean_tokens = tokens / requests
+        step, wait = np.zeros(len(stages)), np.zeros(len(stages))
+        queue = np.zeros((len(stages), requests))
+        joules = dollars = 0.0
+        for k, node in enumerate(nodes):
+            mine = [i for i in stages if self._node[i] == k]
+            prompts, here = prompt_s[mine].sum(0), rate / node.count
+            by_prompts = here * float(prompts.mean())
+            reach = rounds.asked[mine] / tokens
+            batch, most = 1.0, float(node.limits.max_sessions)
+            for _ in range(60):
+                sessions = np.maximum(1.0, batch * reach / max(1e-12, reach[0]))
+                step[mine] = [self._step(i, rounds, n, looks[i]) for i, n in zip(mine, sessions, strict=True)]
+                wanted = here * mean_tokens * float(reach @ step[mine]) / max(1e-12, 1 - by_prompts)
+                if by_prompts >= 1 or (wanted > most and batch == most):
+                    return None
+                batch = min(most, (batch + wanted) / 2 if wanted > 1 else 1.0)
+            a_token = float(reach @ (step[mine] / sessions))
+            busy = min(1.0, by_prompts + here * mean_tokens * a_token)
+            chunks = np.ceil(samples.prompts / node.limits.max_step_positions) * opened[mine]
+            chunk = float(prompts.sum()) / max(1.0, float(chunks.sum()))
+            wait[mine] = (by_prompts * chunk + (busy - by_prompts) * step[mine]) / 2
+            queue[mine[0]] = np.where(opened[mine[0]], here * float((prompts**2).mean()) / 2 / (1 - by_prompts), 0.0)
+            seconds, alive = a_token + float(prompts.mean()) / mean_tokens, node.count / (rate * mean_tokens)
+            joules += seconds * (node.busy_w or 0.0) + max(0.0, alive - seconds) * (node.idle_w or 0.0)
+            dollars += alive / 3600 * (node.price_per_hour or 0.0)
+        return step, wait, queue, joules, dollars
 
     def _step(self, stage: int, rounds: _Rounds, sessions: float, looks: bool) -> float:
         """Seconds of a step of so many sessions."""
