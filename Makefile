@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench protos clean
+.PHONY: demo test check bench bench-sim protos clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -19,6 +19,9 @@ check: $(READY)           ## format, lint, types, import order
 
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench
+
+bench-sim: $(READY)       ## the simulator against the running system; writes docs/fidelity.md
+	$(BIN)/ruyi-flow bench fidelity --table docs/fidelity.md
 
 protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
 	$(BIN)/python -m tests.generate_protos

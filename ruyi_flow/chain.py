@@ -11,20 +11,23 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, WireError
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, WireError
 from ruyi_flow.routing.pace import Length, Pace, gains
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.runtime.scheduler import WHOLE
 from ruyi_flow.runtime.session import Session
 from ruyi_flow.runtime.steps import Task, Worker
-from ruyi_flow.runtime.times import REAL, Time
+from ruyi_flow.runtime.times import REAL, Pending, Time
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
 __all__ = ["Chain", "Look", "Round", "Walk", "decode"]
 
 PART = 128
 """Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
+
+_LOT = 8
+"""Decided positions that go up together ahead of a question: fewer are not worth a message."""
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
@@ -133,6 +136,7 @@ class Chain:
             then; None on the deepest node.
         gate: asked before so many positions go beyond this node: why they may not. The session must stand in then.
         pace: the entry node's; one of its own when left out.
+        ahead: decided positions that may go up before anything is asked about them.
         time: where it waits.
     """
 
@@ -144,6 +148,7 @@ class Chain:
         beyond: Callable[[Policy], Stage] | None = None,
         gate: Callable[[int], Reason | None] | None = None,
         pace: Pace | None = None,
+        ahead: int = 0,
         time: Time = REAL,
     ) -> None:
         self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
@@ -151,6 +156,8 @@ class Chain:
         self._beyond: Stage | None = None
         self._lost: Reason | None = None
         """Why the stage beyond is not asked any more."""
+        self._may_upload = ahead
+        self._uploading: Pending[None] | None = None
         self._sent = 0
         """Positions that the stage beyond holds."""
         self._pace = pace or Pace()
@@ -227,12 +234,15 @@ class Chain:
         self._session.rewind(position)
         self._ahead.clear()
         if self._beyond is not None and self._sent > position:
+            await self._uploaded()
             await self._beyond.rewind(position)
         self._sent = min(self._sent, position)
 
     async def close(self) -> None:
         """See `Stage.close`; the cache is free once the step that may be running has ended."""
         self._worker.submit(self._session.close)
+        if self._uploading is not None:
+            await self._uploading.drop()
         if self._beyond is not None:
             await self._beyond.close()
 
@@ -400,6 +410,8 @@ class Chain:
                 self._ahead.clear()
                 self._session.rewind(holds + 1)
             self._sent = min(self._sent, holds + 1)
+            if self._may_upload > 0:
+                self._upload(holds + 1)
         return Verdict(decisions, (hop, *hops))
 
     async def _meanwhile(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
@@ -435,6 +447,7 @@ class Chain:
         """The answer from beyond this node; None when there is none and this node decides in its place."""
         beyond = self._next_node()
         try:
+            await self._uploaded()
             return await beyond.advance(block)
         except (NodeUnavailable, DeadlineExceeded, CapacityError):
             if not self._session.policy.fallback:
@@ -443,6 +456,37 @@ class Chain:
             walk.force(self._lost)
             await beyond.close()
             return None
+
+    def _upload(self, decided: int) -> None:
+        """Send states of decided positions up, if the link is idle and there are enough of them.
+
+        Only what the last stage here has run: no layers are run for this alone.
+        """
+        session, last = self._session, len(self._session.exits) - 1
+        if self._lost is not None or session.policy.deepest in session.exits:
+            return
+        if self._uploading is not None and not self._uploading.done():
+            return
+        start = session.unseen_start(last)
+        stop = min(decided, session.positions[last], start + self._may_upload)
+        if stop - start < _LOT or (self._gate is not None and self._gate(stop - start) is not None):
+            return
+        self._may_upload -= stop - start
+        block = Block(start, session.take_unseen(last, stop), tuple(session.token_ids[start:stop]), ())
+        self._sent = stop
+        self._uploading = self._time.start(self._feed(block))
+
+    async def _feed(self, block: Block) -> None:
+        try:
+            await self._next_node().feed(block)
+        except NodeError:  # whoever asks the next question is told, if there ever is one
+            self._may_upload = 0
+
+    async def _uploaded(self) -> None:
+        """Wait for what goes up: messages of a session stay in order."""
+        if self._uploading is not None:
+            uploading, self._uploading = self._uploading, None
+            await uploading
 
     def _next_node(self) -> Stage:
         if self._beyond is None:

@@ -55,7 +55,7 @@ class Engine:
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
         row = 0 if self._next is None else row_bytes(hidden, self._next[1].encoding) + 16  # token id, part of the frame
         way = None if self._next is None else self._way
-        self.sessions = Sessions(name, self.node.limits, shard, worker, way, row)
+        self.sessions = Sessions(name, self.node.limits, shard, worker, way, row, topology.ahead_of(name, row))
         self.max_draft = min(rows, default=2**31) - 1
         """Drafts and the position before them are asked in one message, on every link."""
 

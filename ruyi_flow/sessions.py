@@ -50,6 +50,7 @@ class Sessions:
         worker: where they run.
         way: to the node beyond; None on the deepest one.
         row_bytes: of a position on the link to it.
+        ahead: positions of a session that may go up before they are asked for.
         time: where it waits.
     """
 
@@ -61,12 +62,13 @@ class Sessions:
         worker: Worker,
         way: Way | None,
         row_bytes: int = 0,
+        ahead: int = 0,
         time: Time = REAL,
     ) -> None:
         self.draining = False
         """Whether it takes no new session."""
         self._name, self._limits, self._shard, self._worker = name, limits, shard, worker
-        self._way, self._time = way, time
+        self._way, self._ahead, self._time = way, ahead, time
         self._admission = Admission(shard.rooms, limits.max_waiting, limits.max_wait_s, time)
         self._pace = Pace()
         per_minute = None if way is None else limits.bytes_up_per_minute
@@ -105,7 +107,7 @@ class Sessions:
             raise
         beyond = None if self._way is None else self._way(opening, timeout_s)
         spend = None if gate is None else gate.spend
-        return Chain(session, self._worker, self._name, beyond, spend, self._pace, self._time)
+        return Chain(session, self._worker, self._name, beyond, spend, self._pace, self._ahead, self._time)
 
     def _check_open(self) -> None:
         if self.draining:

@@ -18,7 +18,7 @@ from ruyi_flow.config_files import did_you_mean, explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
-from ruyi_flow.types import Encoding, Mode, Weights
+from ruyi_flow.types import Encoding, Mode, Upload, Weights
 
 __all__ = ["Dtype", "Float", "Int", "Limits", "Link", "Model", "Node", "Topology"]
 
@@ -114,6 +114,10 @@ class Link(Model):
     """How boundary states are written on it."""
     address: Address | None = None
     """Dial this instead of the target's own address: a proxy, a tunnel, a relay."""
+    upload: Upload = Upload.ON_DEMAND
+    """`ahead` sends states of decided tokens up while the link is idle, so that a question finds its catch-up done."""
+    ahead_bytes: Int = Field(default=16 * 1024 * 1024, ge=0)
+    """Of a session, that may go up ahead of any question."""
     timeout_s: Float = Field(default=30.0, gt=0, le=1e6)
     """Deadline of one block's answer over this link, everything beyond it included."""
 
@@ -191,6 +195,13 @@ class Topology(Model):
             raise ConfigError(explain(error, cls, where)) from None
         topology._cross_check(where)
         return topology
+
+    def ahead_of(self, name: str, row_bytes: int) -> int:
+        """Positions of a session that a node may send up ahead of any question."""
+        hop = self.next_of(name)
+        if hop is None or hop[1].upload is Upload.ON_DEMAND:
+            return 0
+        return hop[1].ahead_bytes // row_bytes
 
     @property
     def entry(self) -> Node:

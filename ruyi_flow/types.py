@@ -28,6 +28,7 @@ __all__ = [
     "Stage",
     "Stats",
     "Token",
+    "Upload",
     "Verdict",
     "Weights",
     "is_token_id",
@@ -111,6 +112,15 @@ class Encoding(StrEnum):
         """Bytes of one boundary state, its scale included."""
         sizes = {Encoding.F32: 4 * hidden_size, Encoding.INT8: hidden_size + 4}
         return sizes.get(self, 2 * hidden_size)
+
+
+class Upload(StrEnum):
+    """When a node sends its boundary states to the next one."""
+
+    ON_DEMAND = "on-demand"
+    """With a question: nothing goes up that is not needed."""
+    AHEAD = "ahead"
+    """While the link is idle, so that a question finds its catch-up done."""
 
 
 class Weights(StrEnum):

@@ -1,5 +1,6 @@
 """The loop: every decided token is that of the shallowest sure exit given the prefix as decided, however it is cut."""
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,9 +41,13 @@ class World:
         ]
 
     async def run(
-        self, cut: int, routing: Routing, params: SamplingParams, prompt: list[int], count: int
+        self, cut: int, routing: Routing, params: SamplingParams, prompt: list[int], count: int, ahead: int = 0
     ) -> tuple[list[Decision], int]:
-        """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards."""
+        """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards.
+
+        Args:
+            ahead: positions that each node may send up before they are asked for.
+        """
         pieces = self.cuts[cut]
         policy = Policy.resolve(routing, EXITS)
         sessions: list[ShardSession] = []
@@ -50,7 +55,7 @@ class World:
         def node(i: int, policy: Policy) -> Chain:
             sessions.append(pieces[i].open(policy, params, len(prompt), len(prompt) + count))
             beyond = None if i + 1 == len(pieces) else partial(node, i + 1)
-            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond)
+            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond, ahead=ahead)
 
         chain = node(0, policy)
         decisions, escalations = [], 0
@@ -59,6 +64,7 @@ class World:
             escalations += len(settled.hops) > 1
             held = [p for s in sessions for p in s.positions[: len(s.exits)]]
             assert held == sorted(held, reverse=True), "a deeper stage never holds more than a shallower one"
+            await asyncio.sleep(0)  # what goes up ahead, goes now
         await chain.close()
         for session in sessions:
             session.close()
@@ -124,7 +130,12 @@ routings = st.one_of(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(
-    routing=Routing(Mode.CASCADE, threshold=0.0, start=Start({}, 0.5), draft=1), cut=1, prompt=[3], count=2, eos=set()
+    routing=Routing(Mode.CASCADE, threshold=0.0, start=Start({}, 0.5), draft=1),
+    cut=1,
+    prompt=[3],
+    count=2,
+    eos=set(),
+    ahead=0,
 )
 @given(
     routing=routings,
@@ -132,13 +143,14 @@ routings = st.one_of(
     prompt=st.lists(st.integers(3, 60), min_size=1, max_size=12),
     count=st.integers(1, 14),
     eos=st.sets(st.integers(3, 60), max_size=12),
+    ahead=st.sampled_from([0, 9, 100]),
 )
 async def test_any_run_is_what_the_uncached_oracle_decides(
-    world: World, routing: Routing, cut: int, prompt: list[int], count: int, eos: set[int]
+    world: World, routing: Routing, cut: int, prompt: list[int], count: int, eos: set[int], ahead: int
 ) -> None:
     params = SamplingParams(eos_token_ids=tuple(sorted(eos)))
     expected = world.oracle.decide(Policy.resolve(routing, EXITS), prompt, count, eos=tuple(eos))
-    decisions, _ = await world.run(cut, routing, params, prompt, count)
+    decisions, _ = await world.run(cut, routing, params, prompt, count, ahead)
     assert [(d.token, d.exit) for d in decisions] == expected
 
 
@@ -260,6 +272,31 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
     assert [d.reason is Reason.BUDGET for d in decided] == [True, True, False] * 4
     assert asked == [3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3]
     near.rooms.check_integrity()
+
+
+async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world: World) -> None:
+    near, far = world.cuts[1]
+    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), EXITS)
+    fed: list[tuple[int, int]] = []
+
+    class Noted(Chain):
+        async def feed(self, block: Block) -> None:
+            fed.append((block.start, len(block.token_ids)))
+            await super().feed(block)
+
+    for budget, expected in ((100, [(0, 12), (12, 8), (20, 8)]), (16, [(0, 12)]), (7, []), (0, [])):
+        fed.clear()
+        deeper = Noted(far.open(policy, SamplingParams(), 12, 40), InlineWorker(), "n1")
+        session = near.open(policy, SamplingParams(), 12, 40)
+        chain = Chain(session, InlineWorker(), "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
+        async for _ in decode(chain, list(range(3, 15)), 20):
+            await asyncio.sleep(0)
+        await chain.close()
+        await deeper.close()
+        assert fed == expected
+    for piece in (near, far):
+        piece.rooms.check_integrity()
+        assert piece.pool.used == 0
 
 
 @pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])

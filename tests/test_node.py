@@ -36,7 +36,7 @@ from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.client import METHODS
 from ruyi_flow.transport.status import error_of, error_of_call
-from ruyi_flow.types import Mode, NodeStatus, Reason
+from ruyi_flow.types import Mode, NodeStatus, Reason, Upload
 from tests.conftest import Oracle
 
 PROMPT = [5, 17, 9, 33, 21]
@@ -132,6 +132,24 @@ async def test_bytes_go_up_by_escalation_only(tiny: Path) -> None:
         assert hop.bytes_up <= hop.positions * (2 * 32 + 64)
         assert relay.bytes_up >= hop.bytes_up
         await nodes.settle()
+
+
+async def test_a_question_finds_what_went_up_ahead(tiny: Path) -> None:
+    asked = {"mode": "cascade", "threshold": 0.5, "window": 8, "draft": 0, "max_new_tokens": 60, "eos_token_ids": ()}
+    answers = []
+    for upload in ("on-demand", "ahead"):
+        topology = cut_topology(tiny, [[2], [4, 6]])
+        links = tuple(link.model_copy(update={"upload": Upload(upload)}) for link in topology.links)
+        async with (
+            cluster(topology.model_copy(update={"links": links})) as nodes,
+            AsyncClient(nodes.topology) as client,
+        ):
+            answers.append(await client.generate(PROMPT, **asked))
+            await nodes.settle()
+    on_demand, ahead = answers
+    assert on_demand.token_ids == ahead.token_ids
+    [_, late], [_, early] = on_demand.stats.hops, ahead.stats.hops
+    assert late.positions == early.positions and late.bytes_up < early.bytes_up, "the same states, in more messages"
 
 
 @pytest.mark.parametrize(("encoding", "a_position"), [("bf16", 2 * 32 + 64), ("int8", 32 + 32)])

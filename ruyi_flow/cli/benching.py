@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,7 @@ from ruyi_flow.types import Weights
 if TYPE_CHECKING:
     from ruyi_flow.bench.report import Measured, Report, Setup
 
-__all__ = ["decode", "hop", "prefill", "serve", "wan"]
+__all__ = ["decode", "fidelity", "hop", "prefill", "serve", "wan"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast a family answers on this machine.")
 app.add_typer(bench, name="bench")
@@ -168,6 +169,68 @@ def serve(
         setup = _setup(family, weights, dtype, threads, tokens, rounds)
         found = asyncio.run(serving.serve(setup, sessions=sessions, rate=rate, report=report))
     _show(found, output, as_json)
+
+
+@bench.command()
+def fidelity(
+    family: FamilyOption = "smollm2",
+    dtype: DtypeOption = "bfloat16",
+    threads: ThreadsOption = 1,
+    tokens: TokensOption = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Answers of each setting.")] = 16,
+    profile: Annotated[
+        Path | None, typer.Option(help="Of this machine (ruyi-flow profile); left out: measured first.")
+    ] = None,
+    policy: Annotated[Path, typer.Option(help="File of ruyi-flow calibrate.")] = DEMO_POLICY,
+    table: Annotated[Path | None, typer.Option(help="Write the table here, as Markdown.")] = None,
+    output: OutOption = _OUT,
+    as_json: JsonOption = False,
+) -> None:
+    """How true the simulator is: three node processes over emulated links against the same in virtual time."""
+    with _prepared(family, output, as_json) as report:
+        import torch
+
+        from ruyi_flow.bench import fidelity as bench_of
+        from ruyi_flow.bench.nodes import prompts
+        from ruyi_flow.bench.profiling import profile_family
+        from ruyi_flow.bench.report import machine
+        from ruyi_flow.evaluation.scorers import Asked
+        from ruyi_flow.evaluation.tracing import record
+        from ruyi_flow.local import load_family
+        from ruyi_flow.sim.profile import Profile
+
+        if profile is None:
+            costs = profile_family(family, dtype=dtype, threads=threads, report=report)
+            costs.save(output / "fidelity-profile.msgpack")
+        else:
+            costs = Profile.load(profile)
+        torch.set_num_threads(2)
+        whole = load_family(family, dtype=dtype)
+        asked = prompts(whole.checkpoint, bench_of.questions())
+        trace = output / "fidelity-trace.msgpack"
+        trace.unlink(missing_ok=True)
+        record(
+            whole,
+            [Asked(tuple(ids)) for ids in asked],
+            trace,
+            max_new_tokens=tokens,
+            report=lambda done, total: report("trace", done, total),
+        )
+        del whole
+        cores = float(costs.machine.get("steps_of_two_nodes") or 1)
+        found = asyncio.run(
+            bench_of.compare(
+                family, costs, trace, asked, policy, requests=requests, cores=max(1.0, cores), report=report
+            )
+        )
+    here = machine(threads)
+    text = bench_of.markdown(found, here)
+    if table is not None:
+        table.write_text(text, encoding="utf-8")
+    if not as_json:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    rows = [{**asdict(one.setting), "measured": one.measured, "simulated": one.simulated} for one in found]
+    print_json({"bench": "fidelity", "errors": bench_of.summary(found), "settings": rows, "machine": here})
 
 
 def _setup(family: str, weights: Weights | None, dtype: str, threads: int, tokens: int, rounds: int) -> Setup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,14 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
-from ruyi_flow.cli.options import JsonOption
+from ruyi_flow.cli.options import JsonOption, load_topology
 from ruyi_flow.display import counting_bar, err, join, out, print_json
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
     from ruyi_flow.sim.plan import Plan
 
-__all__ = ["plan", "simulate", "sweep"]
+__all__ = ["plan", "profile", "simulate", "sweep"]
 
 ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology with a load.")]
 SetOption = Annotated[
@@ -55,6 +57,62 @@ def simulate(
         return
     show(result.metrics)
     err.print(f"[dim]{folder}/report.html, metrics.json, requests.csv, trace.json (ui.perfetto.dev)[/]")
+
+
+@app.command()
+def profile(
+    family: Annotated[str, typer.Argument(help="A folder, or a name in the store.")] = "smollm2",
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The profile.")] = Path("profile.msgpack"),
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    weights: Annotated[Weights | None, typer.Option(help="How products hold their weights.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a node.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Of every measurement; the median counts.")] = 7,
+    nodes: Annotated[
+        Path | None, typer.Option("--nodes", help="Measure the running nodes of this topology instead, from outside.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option("--link", help="Measure the link to the node at host:port instead; writes nothing.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what a family's stages cost on this machine, for `ruyi-flow simulate`."""
+    from ruyi_flow.bench import profiling
+
+    if link is not None:
+        figures = asyncio.run(profiling.measure_link(link))
+        if as_json:
+            print_json(asdict(figures))
+        else:
+            out.print(
+                f"round_trip_ms: {figures.round_trip_ms:.2f}\njitter_ms: {figures.jitter_ms:.2f}\n"
+                f"up_mbit: {figures.up_mbit:.1f}"
+            )
+        return
+    with counting_bar(quiet=as_json) as bar:
+        if nodes is not None:
+            found = asyncio.run(profiling.profile_nodes(load_topology(nodes), rounds=rounds, report=bar))
+        else:
+            found = profiling.profile_family(
+                family, dtype=dtype, weights=weights, threads=threads, rounds=rounds, report=bar
+            )
+    found.save(out_file)
+    if as_json:
+        print_json({**asdict(found), "file": str(out_file)})
+        return
+    table = Table(title=f"{out_file}: milliseconds a step", title_justify="left")
+    table.add_column("stage")
+    for n in found.stages[0].rows:
+        table.add_column(f"{n} rows" if n > 1 else "1 row", justify="right")
+    for stage in found.stages:
+        for name, times in (("trunk", stage.trunk_s), ("branch, all read", stage.head_s)):
+            table.add_row(f"exit {stage.exit}: {name}", *(f"{1e3 * t:.2f}" for t in times))
+    out.print(table)
+    out.print(
+        f"around: {1e3 * found.round_s:.2f} ms a round, {1e3 * found.exchange_s:.2f} ms an exchange between nodes, "
+        f"{1e3 * found.step_s:.2f} ms to the compute thread and back; two nodes at once do "
+        f"{found.machine.get('steps_of_two_nodes', 0)} times the steps of one",
+        highlight=False,
+    )
 
 
 @app.command()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruyi_flow.errors import CheckpointError
+from ruyi_flow.types import Weights
 
 __all__ = ["FamilyConfig"]
 
@@ -210,10 +211,44 @@ class FamilyConfig:
         """Floating-point operations of one position's product with the vocabulary."""
         return 2.0 * self.vocab_size * self.hidden_size
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one position's keys and values in one layer, in a 16-bit format."""
+        return 4 * self.num_kv_heads * self.head_dim
+
+    @property
+    def layer_state_bytes(self) -> int:
+        """Bytes that one layer's products take in and put out for one position, in a 16-bit format."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        h, m = self.hidden_size, self.intermediate_size
+        return 2 * (h + (q + 2 * kv) + q + h + h + 2 * m + m + h)
+
+    def layer_bytes(self, weights: Weights) -> int:
+        """Bytes of one decoder layer's weights; what is not a product's matrix is in a 16-bit format."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        h, m = self.hidden_size, self.intermediate_size
+        shapes = ((q + 2 * kv, h), (h, q), (2 * m, h), (h, m))
+        others = self.layer_parameters - sum(rows * columns for rows, columns in shapes)
+        return sum(_matrix_bytes(rows, columns, weights) for rows, columns in shapes) + 2 * others
+
+    def head_bytes(self, weights: Weights) -> int:
+        """Bytes of one head, which is held in 8 bits where the layers are in 4."""
+        held = Weights.INT8 if weights is Weights.INT4 else weights
+        return _matrix_bytes(self.vocab_size, self.hidden_size, held)
+
     def num_parameters(self, exit: int) -> int:
         """Parameters of the model that ends at this exit: decoder and one head, as the published sizes count."""
         layers = exit + self.branch_layers[self.exits.index(exit)]
         return layers * self.layer_parameters + self.hidden_size + self.vocab_size * self.hidden_size
+
+
+def _matrix_bytes(rows: int, columns: int, weights: Weights) -> int:
+    """Of a product's matrix as `family/linear.py` holds it."""
+    if weights is Weights.INT8:
+        return rows * (columns + 2)
+    if weights is Weights.INT4:
+        return rows * (columns // 2 + columns // 32 * 4)  # 32 is linear.GROUP, which cannot be had without torch
+    return 2 * rows * columns
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,7 @@ class Cluster:
         self._faults = random.Random(f"{scenario.seed}/faults")
         self._tiers: list[_Tier] = []
         for i, (node, profile) in enumerate(zip(scenario.nodes, profiles, strict=True)):
-            # What a request costs beyond its steps is in the first one's own time, see `ask`.
-            costs = tuple(StepCost(profile.stage(p), profile.step_s, 1 / node.speed) for p in node.exits)
+            costs = tuple(StepCost(profile.stage(p), 1 / node.speed) for p in node.exits)
             link = scenario.link_after(i)
             row = 0 if link is None else link.encoding.row_bytes(profile.hidden_size)
             self._tiers.append(_Tier(node, profile, costs, profile.stage(node.exits[0]).first_layer, row))
@@ -112,12 +111,16 @@ class Cluster:
         rooms = Rooms(limits.max_positions, limits.max_sessions, this.profile.context)
         stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
         told = self._told(node.name, number)
-        worker = VirtualWorker(time, stages, limits.max_step_positions, self._cores.get(node.name), told)
+        step_s, round_s = this.profile.step_s, this.profile.round_s if tier == 0 else 0.0
+        cores = self._cores.get(node.name)
+        worker = VirtualWorker(time, stages, limits.max_step_positions, step_s, round_s, cores, told)
         way = up = down = None
         if self._links[tier] is not None:
             up, down = self._link(tier, number)
             way = self._way(tier, number, up, down)
-        sessions = Sessions(node.name, limits, stages, worker, way, this.row_bytes + 16, time)
+        row = this.row_bytes + 16  # its token id, its part of the frame
+        ahead = self._scenario.ahead_of(node.name, row)
+        sessions = Sessions(node.name, limits, stages, worker, way, row, ahead, time)
         return Instance(worker, sessions, self._outages(node), up, down)
 
     def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:

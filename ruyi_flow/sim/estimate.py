@@ -19,7 +19,7 @@ With `rate` requests a second of T = N / R tokens each, a node k has
                                                                        sessions of a step: what came during the last one
     V_k = U_k + rate / count_k * T * sum(reach_i step_i(b_k) / b_k)    busy, at most 1
     w_i = (U_k chunk_k + (V_k - U_k) step_i(b_k)) / 2                  wait for the rest of the step under way
-    q_k = rate / count_k * mean over r of sum(prompt_ri)^2 / (2 (1 - U_k))
+    q_k = step_s + rate / count_k * mean over r of sum(prompt_ri)^2 / (2 (1 - U_k))
                                                                        a prompt's wait for prompts: M/G/1 (Pollaczek
                                                                        and Khinchine)
 
@@ -30,8 +30,8 @@ positions open at once than the limits allow (Little's law); a link's load of 1.
     h = round trip + 2 jitter sqrt(2 / pi) + exchange_s + exchange_byte_s s + s / up / (1 - its load) + d / down
         + the chance that a segment is lost, times the retransmission timer
 
-so a round takes (its drafts + 1) (step_0 + w_0) + sum of step_i + w_i over the deeper stages asked, and of h over the
-links crossed. Of a request of n tokens,
+so a round takes round_s + (its drafts + 1) (step_0 + w_0) + the sum of step_i + w_i over the deeper stages asked and of
+h over the links crossed. Of a request of n tokens,
 
     first = request_s + client_ms + its first round, where each stage that is asked takes prompt_ri + q_k for step_i,
             and each link crossed prompt's bytes / up more
@@ -43,7 +43,8 @@ Requests stand at random places in that distribution; those past limits.max_wait
 goes on for good: a short simulation has a beginning with fewer sessions, and an end that is paid for as well.
 
 Left out are: a draft's length where a policy file lets it vary, drafting while an answer is awaited, long prompts that
-go in parts, cores that nodes share, bursts and outages.
+go in parts, states that go up ahead of a question, rounds that are not brief, cores that nodes share, bursts and
+outages.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ from ruyi_flow.routing.trace import Header, Trace
 from ruyi_flow.sim.behaviour import Recorded, Scripts
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
 from ruyi_flow.sim.profile import Profile, StepCost
+from ruyi_flow.sim.run import rates
 from ruyi_flow.sim.scenario import Scenario
 
 __all__ = ["Estimate", "Samples"]
@@ -225,7 +227,7 @@ class Estimate:
         self._node = [k for k, node in enumerate(scenario.nodes) for _ in node.exits]
         """By stage."""
         self._costs = [
-            StepCost(profile.stage(p), profile.step_s, 1 / node.speed)
+            StepCost(profile.stage(p), 1 / node.speed)
             for node, profile in zip(scenario.nodes, profiles, strict=True)
             for p in node.exits
         ]
@@ -250,11 +252,11 @@ class Estimate:
         early = exits[:-1]
         if not early:
             return [{}]
-        delay, steps = 0.0, []
+        delay, steps, held = 0.0, [], self._context
         for i in range(len(exits)):
             if i and self._node[i] != self._node[i - 1]:
                 delay += self._hop(self._node[i - 1], 1.0, 0.0)
-            delay += self._costs[i].of(1, self._context, 1, 1, self._context, 1)
+            delay += self._costs[i].of(1, held, held, 1, 1, 1, held, held)
             steps.append(delay)
         header = Header("", "", exits, 1, "", 1, "", (), ())
         prompt = np.repeat(np.arange(len(samples.answers)), samples.answers)
@@ -329,7 +331,7 @@ class Estimate:
             sent += up
             joules += link.joules_per_mb * (up + down) / 1e6
             dollars += link.price_per_gb * (up + down) / 1e9
-        took = rounds.drafted * (step[0] + wait[0]) + np.cumsum(deeper)[rounds.depth]
+        took = self._profiles[0].round_s + rounds.drafted * (step[0] + wait[0]) + np.cumsum(deeper)[rounds.depth]
         began, where = rounds.first, rounds.depth[rounds.first]
         at_once = np.arange(len(stages))[:, None] <= where
         before_s = self._profiles[0].request_s + self._scenario.client_ms / 1000
@@ -392,10 +394,12 @@ class Estimate:
             chunks = np.ceil(samples.prompts / node.limits.max_step_positions) * opened[mine]
             chunk = float(prompts.sum()) / max(1.0, float(chunks.sum()))
             wait[mine] = (by_prompts * chunk + (busy - by_prompts) * step[mine]) / 2
-            queue[mine[0]] = np.where(opened[mine[0]], here * float((prompts**2).mean()) / 2 / (1 - by_prompts), 0.0)
+            others = here * float((prompts**2).mean()) / 2 / (1 - by_prompts)
+            queue[mine[0]] = np.where(opened[mine[0]], others + self._profiles[k].step_s, 0.0)
             seconds, alive = a_token + float(prompts.mean()) / mean_tokens, node.count / (rate * mean_tokens)
-            joules += seconds * (node.busy_w or 0.0) + max(0.0, alive - seconds) * (node.idle_w or 0.0)
-            dollars += alive / 3600 * (node.price_per_hour or 0.0)
+            idle_w, busy_w, price = rates(node)
+            joules += seconds * busy_w + max(0.0, alive - seconds) * idle_w
+            dollars += alive / 3600 * price
         return step, wait, queue, joules, dollars
 
     def _step(self, stage: int, rounds: _Rounds, sessions: float, looks: bool) -> float:
@@ -403,8 +407,8 @@ class Estimate:
         alike = max(1, round(sessions))
         rows = max(alike, round(float(rounds.rows[stage]) * sessions))
         read = min(rows, max(1, round(float(rounds.wants[stage]) * sessions))) if looks else 0
-        attended = rows * self._context
-        return self._costs[stage].of(rows, attended, alike, rows if looks else 0, attended, read)
+        held, taken = self._context, rows if looks else 0
+        return self._costs[stage].of(rows, rows * held, alike * held, alike, taken, read, read * held, alike * held)
 
     def _prompts(self, stage: int, looks: bool) -> Floats:
         """(R,) seconds of each prompt."""
@@ -416,8 +420,9 @@ class Estimate:
                 total = 0.0
                 for start in range(0, length, most):
                     rows = min(most, length - start)
-                    attended = rows * (start + rows / 2)
-                    total += cost.of(rows, attended, 1, rows if looks else 0, attended, 1)
+                    held, read = start + rows, int(looks and start + rows == length)
+                    attended, taken = rows * (start + rows / 2), rows if looks else 0
+                    total += cost.of(rows, attended, held, 1, taken, read, read * held, read * held)
                 return total
 
             known = {length: of(length) for length in set(self._samples.prompts.tolist())}

@@ -86,24 +86,27 @@ class VirtualStages:
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
         """Seconds that the next rows of passes take together."""
         stage = parts[0][0].stage
+        costs = self._costs[stage]
         if len(parts) == 1:
             work, rows = parts[0]
             start = work.session.positions[stage]
-            attended = rows * (start + 0.5 * rows)
+            context, attended = start + rows, rows * (start + 0.5 * rows)
             if not work.looks:
-                return self._costs[stage].of(rows, attended, 1, 0, 0.0, 0)
+                return costs.of(rows, attended, context)
             read = len(work.session.asked(stage, start, rows, work.wants))
-            return self._costs[stage].of(rows, attended, 1, rows, attended, read)
-        rows = taken = read = 0
-        attended = branch_attended = 0.0
+            return costs.of(rows, attended, context, 1, rows, read, read * context, context)
+        rows = taken = read = context = read_context = read_attended = 0
+        attended = 0.0
         for work, count in parts:
             start = work.session.positions[stage]
-            here = count * (start + 0.5 * count)
-            rows, attended = rows + count, attended + here
+            held = start + count
+            rows, context, attended = rows + count, context + held, attended + count * (start + 0.5 * count)
             if work.looks:
-                taken, branch_attended = taken + count, branch_attended + here
-                read += len(work.session.asked(stage, start, count, work.wants))
-        return self._costs[stage].of(rows, attended, len(parts), taken, branch_attended, read)
+                asked = len(work.session.asked(stage, start, count, work.wants))
+                taken, read = taken + count, read + asked
+                if asked:
+                    read_attended, read_context = read_attended + asked * held, read_context + held
+        return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context)
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """See `Stages.run`."""
@@ -167,6 +170,8 @@ class VirtualWorker:
         time: where.
         stages: whose.
         budget: positions of a step.
+        step_s: of a task, beyond its steps, unless it is brief.
+        round_s: of every task: the entry node's rounds.
         cores: of the machine, where nodes share it.
         told: told of every step.
     """
@@ -176,9 +181,12 @@ class VirtualWorker:
         time: VirtualTime,
         stages: VirtualStages,
         budget: int,
+        step_s: float = 0.0,
+        round_s: float = 0.0,
         cores: Shared | None = None,
         told: Told | None = None,
     ) -> None:
+        self._step_s, self._round_s = step_s, round_s
         self._time, self._stages, self._cores, self._told = time, stages, cores, told
         self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
         self._busy = False
@@ -193,15 +201,18 @@ class VirtualWorker:
         self.waiting += 1
         waiter = _Waiter()
         job = Job(task, waiter, self._time.now())
+        around_s = self._round_s + (0.0 if brief else self._step_s)
         try:
             if self._busy:
                 self._steps.add(job)
                 if waiter.result is None:
                     waiter.event = self._time.env.event()
                     await until(waiter.event)
+                if around_s:
+                    await self._time.sleep(around_s)
             else:  # whoever finds the node idle takes its steps, until there is an answer for it
                 self._busy = True
-                if not await self._alone(job):
+                if not await self._alone(job, around_s):
                     while waiter.result is None:
                         await self._do(self._begin())
                 if self._steps:
@@ -219,8 +230,11 @@ class VirtualWorker:
             raise error
         return result, waited, ran
 
-    async def _alone(self, job: Job) -> bool:
-        """Run a job while there is no other, without the scheduler; whether that was all of it."""
+    async def _alone(self, job: Job, around_s: float) -> bool:
+        """Run a job while there is no other, without the scheduler; whether that was all of it.
+
+        What it takes around its steps is waited for with the first of them, which is an event less.
+        """
         work, task = job.work, job.task
         while True:
             try:
@@ -241,11 +255,12 @@ class VirtualWorker:
             rows = alone(work.rows, self._budget)
             began, cost = self._time.now(), self._stages.cost([(work, rows)])
             try:
-                await self._pass(cost)
+                await self._pass(cost + around_s)
             except BaseException:  # nobody else has a part in it
                 self._time.start(self._go_on())
                 raise
-            took = self._time.now() - began
+            took = max(0.0, self._time.now() - began - around_s)
+            around_s = 0.0
             self._count(began, took, work.stage, rows)
             self._stages.run([(work, rows)])
             job.ran_s += took

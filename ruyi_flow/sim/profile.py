@@ -2,17 +2,21 @@
 
     {"format": "ruyi-flow profile", "version": 1, "kind": "measured" | "analytic", "source": str, "family": str,
      "hidden_size": int, "context": int, "dtype": str, "weights": str, "threads": int, "machine": {…},
-     "step_s": s, "request_s": s, "exchange_s": s, "exchange_byte_s": s,
+     "step_s": s, "round_s": s, "request_s": s, "exchange_s": s, "exchange_byte_s": s,
      "open_bytes": n, "up_bytes": n, "position_bytes": n, "down_bytes": n, "decision_bytes": n,
      "stages": [{"exit": p, "first_layer": l, "rows": [1, …], "trunk_s": [s, …], "branch_s": [s, …], "head_s": [s, …],
-                 "attended_s": s, "branch_attended_s": s, "session_s": s, "weight_bytes": n, "kv_bytes": n}]}
+                 "attended_s": s, "context_s": s, "branch_attended_s": s, "branch_context_s": s, "session_s": s,
+                 "weight_bytes": n, "kv_bytes": n}]}
 
 A step of `n` rows of `k` sessions, of which the branch takes in `b` and reads `r`, takes
 
-    trunk(n) + attended_s * A + session_s * (k - 1) + [branch(b) + branch_attended_s * B + head(r) - head(1)]
+    trunk(n) + attended_s * A + context_s * C + session_s * (k - 1)
+        + branch(b) + head(r) + branch_attended_s * A' + branch_context_s * C'
 
-where A and B are sums over rows of the positions that each attends to, and the functions are straight between the
-grid's points and go on straight past them.
+where A is the sum over rows of the positions that each attends to, and C the sum over sessions of the positions that
+they hold afterwards, whose keys and values are read once; A' and C' are the same for the rows that are read. The
+functions are straight between the grid's points, go on straight past them, and are 0 at 0. `branch` is what the
+branch's keys and values take, `head` the rest of it: it is run for the rows that are read alone.
 """
 
 from __future__ import annotations
@@ -46,11 +50,13 @@ class StageCost:
     """Ascending, from 1."""
     trunk_s: tuple[float, ...]
     branch_s: tuple[float, ...]
-    """Of the branch where it reads one row, its head included."""
+    """Of the branch's keys and values."""
     head_s: tuple[float, ...]
-    """Of the head that reads so many."""
+    """Of the rest of the branch, the head included."""
     attended_s: float = 0.0
+    context_s: float = 0.0
     branch_attended_s: float = 0.0
+    branch_context_s: float = 0.0
     session_s: float = 0.0
     weight_bytes: int = 0
     """Of the stage's own tensors."""
@@ -85,7 +91,9 @@ class Profile:
     threads: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
     step_s: float = 0.0
-    """Of every step, beyond the layers: waking the thread, taking tasks on."""
+    """Of a task that goes to the compute thread and back; a lone session's brief ones do not."""
+    round_s: float = 0.0
+    """Of a round at the entry node, beyond its steps: deciding, text, the message to the user."""
     request_s: float = 0.0
     """Of a request at the entry node, before its first step."""
     exchange_s: float = 0.0
@@ -155,38 +163,52 @@ class StepCost:
 
     Args:
         stage: what it costs.
-        step_s: of every step beyond that.
         scale: factor on all of it.
     """
 
-    def __init__(self, stage: StageCost, step_s: float = 0.0, scale: float = 1.0) -> None:
-        self._trunk = _table(stage.rows, stage.trunk_s, scale)
-        self._branch = _table(stage.rows, stage.branch_s, scale)
-        self._head = _table(stage.rows, stage.head_s, scale)
-        self._attended, self._branch_attended = scale * stage.attended_s, scale * stage.branch_attended_s
-        self._session, self._step = scale * stage.session_s, scale * step_s
+    def __init__(self, stage: StageCost, scale: float = 1.0) -> None:
+        self._trunk, self._branch, self._head = (
+            _table(stage.rows, times, scale) for times in (stage.trunk_s, stage.branch_s, stage.head_s)
+        )
+        self._attended, self._context = scale * stage.attended_s, scale * stage.context_s
+        self._branch_attended, self._branch_context = scale * stage.branch_attended_s, scale * stage.branch_context_s
+        self._session = scale * stage.session_s
 
-    def of(self, rows: int, attended: float, sessions: int, taken: int, branch_attended: float, read: int) -> float:
+    def of(
+        self,
+        rows: int,
+        attended: float,
+        context: float,
+        sessions: int = 1,
+        taken: int = 0,
+        read: int = 0,
+        read_attended: float = 0.0,
+        read_context: float = 0.0,
+    ) -> float:
         """Seconds of a step.
 
         Args:
             rows: of all sessions together.
             attended: sum over rows of the positions that each attends to.
+            context: sum over sessions of the positions that they hold afterwards.
             sessions: in the step.
-            taken: rows that the branch takes in; 0 where it is not run.
-            branch_attended: as `attended`, of those.
+            taken: rows whose keys and values the branch takes in; 0 where it is not run.
             read: rows that the branch reads.
+            read_attended, read_context: as above, of those rows and their sessions.
         """
-        spent = self._step + _at(self._trunk, rows) + self._attended * attended + self._session * (sessions - 1)
+        spent = _at(self._trunk, rows) + self._attended * attended + self._context * context
+        if sessions > 1:
+            spent += self._session * (sessions - 1)
         if taken:
-            spent += _at(self._branch, taken) + self._branch_attended * branch_attended
-            if read > 1:
-                spent += _at(self._head, read) - self._head[1]
+            spent += _at(self._branch, taken)
+            if read:
+                spent += _at(self._head, read)
+                spent += self._branch_attended * read_attended + self._branch_context * read_context
         return spent
 
 
 def _table(rows: Sequence[int], times: Sequence[float], scale: float) -> list[float]:
-    """Times of 0 … _TABLE rows."""
+    """Times of 0 … _TABLE rows; 0 of none."""
     xs, ys = np.array(rows, float), np.array(times, float) * scale
     wanted = np.arange(_TABLE + 1)
     found = np.interp(wanted, xs, ys)
@@ -196,6 +218,7 @@ def _table(rows: Sequence[int], times: Sequence[float], scale: float) -> list[fl
         found[past] = ys[-1] + slope * (wanted[past] - xs[-1])
     else:
         found = ys[0] * np.maximum(1, wanted)
+    found[0] = 0.0
     out: list[float] = found.tolist()
     return out
 

@@ -13,19 +13,21 @@ from typing import Any
 import simpy
 
 from ruyi_flow.chain import decode
+from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import ConfigError, RuyiFlowError
 from ruyi_flow.routing import trace as traces
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Drawn, Recorded, Script, Scripts
 from ruyi_flow.sim.cluster import Cluster
+from ruyi_flow.sim.hardware import HARDWARE, analytic, check_fits, geometry
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.results import Answered, Recorder
-from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.sim.scenario import Scenario, SimNode
 from ruyi_flow.sim.times import VirtualTime
-from ruyi_flow.types import SamplingParams
+from ruyi_flow.types import SamplingParams, Weights
 
-__all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "simulate"]
+__all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "rates", "simulate"]
 
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
@@ -231,8 +233,7 @@ class Simulation:
         for tier, (node, profile) in enumerate(zip(self.scenario.nodes, self.profiles, strict=True)):
             there = self._cluster.instances[tier].values()
             busy, waited = sum(i.worker.busy_s for i in there), sum(i.worker.waited_s for i in there)
-            idle_w, busy_w = node.idle_w or 0.0, node.busy_w or 0.0
-            price = node.price_per_hour or 0.0
+            idle_w, busy_w, price = rates(node)
             joules = busy * busy_w + max(0.0, node.count * span - busy) * idle_w
             dollars = node.count * span / 3600 * price
             nodes[node.name] = {
@@ -290,20 +291,47 @@ def metrics_text(metrics: dict[str, Any]) -> str:
     return json.dumps(metrics, indent=2, sort_keys=True) + "\n"
 
 
+def rates(node: SimNode) -> tuple[float, float, float]:
+    """Watts of a node while no step runs and while one does, and dollars an hour."""
+    machine = HARDWARE.get(node.hardware or "")
+    idle_w, busy_w, price = (
+        float((getattr(machine, key, None) if (own := getattr(node, key)) is None else own) or 0.0)
+        for key in ("idle_w", "busy_w", "price_per_hour")
+    )
+    return idle_w, busy_w, price
+
+
 def profiles_of(scenario: Scenario, where: str) -> list[Profile]:
     """What each node's stages cost.
 
     Raises:
-        ConfigError: a profile that cannot be read.
+        ConfigError: a profile that cannot be read, a hardware that is not known, weights that do not fit in it.
     """
     known: dict[Path, Profile] = {}
-    found = []
-    for node in scenario.nodes:
+    return [_profile_of(scenario, i, known, where) for i in range(len(scenario.nodes))]
+
+
+def _profile_of(scenario: Scenario, i: int, known: dict[Path, Profile], where: str) -> Profile:
+    node = scenario.nodes[i]
+    if node.hardware is None:
         path = node.profile or scenario.profile
         assert path is not None
         if path not in known:
             known[path] = Profile.load(path)
-        found.append(known[path])
+        return known[path]
+    key = f"{where}: nodes.{i}.hardware"
+    if node.hardware not in HARDWARE:
+        raise ConfigError(
+            f"{key}: {node.hardware!r} is not known; known: {', '.join(HARDWARE)}"
+            f"{did_you_mean(node.hardware, [*HARDWARE])}"
+        )
+    hardware, shape = HARDWARE[node.hardware], geometry(scenario.family, scenario.exits, where)
+    scenario.check_family(shape.exits, where=where)
+    found = analytic(shape, hardware, weights=node.weights or Weights.BF16, name=scenario.family)
+    try:
+        check_fits([found.stage(p) for p in node.exits], hardware, node.limits.max_positions)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
     return found
 
 

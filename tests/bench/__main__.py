@@ -2,9 +2,10 @@
 
 Everything that is compared runs in turn in one run, since machines are noisy, and medians are shown.
 
-    python -m tests.bench [whole hop bytes wan start train policy drafts bound cascade] [--rounds N] [--trace FILE …]
+    python -m tests.bench [NAME …] [--rounds N] [--trace FILE …]
 
-`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one.
+`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one; `simulator-long`, which takes ten
+minutes, unless it is named. `--help` lists the names.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ruyi_flow.family import store
 from ruyi_flow.testing import free_ports
 from ruyi_flow.types import NodeStatus
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
+from tests.bench.simulator import bench_simulator, bench_simulator_long
 
 console = Console(width=110)
 
@@ -140,8 +142,13 @@ BENCHES = {
     "train": bench_train,
     "policy": bench_policy,
     "drafts": bench_drafts,
+    "simulator": bench_simulator,
+    "simulator-long": bench_simulator_long,
 }
 ON_TRACES = {"bound": bench_bound, "cascade": bench_cascade}
+
+
+LONG = "simulator-long"
 
 
 def main() -> None:
@@ -153,7 +160,10 @@ def main() -> None:
     arguments = parser.parse_args()
     store.pull(store.DEMO)
     results: dict[str, Any] = {"machine": machine(torch.get_num_threads())}
-    for name in arguments.benches or [*BENCHES, *(ON_TRACES if arguments.trace else ())]:
+    for name in arguments.benches or [
+        *(name for name in BENCHES if name != LONG),
+        *(ON_TRACES if arguments.trace else ()),
+    ]:
         bench = BENCHES.get(name) or partial(ON_TRACES[name], traces=arguments.trace)
         meaning = (ON_TRACES | BENCHES)[name].__doc__
         with console.status(f"{name}: {meaning}"):

@@ -20,9 +20,8 @@ def profile(**changes: Any) -> Profile:
     def times(seconds: float) -> tuple[float, ...]:
         return tuple(seconds * factor for factor in grows)
 
-    stages = [
-        StageCost(p, p - 2, rows, times(0.004), times(0.0012), times(0.0004), 1e-8, 1e-9, 2e-4, 1000, 10) for p in EXITS
-    ]
+    held = {"session_s": 2e-4, "weight_bytes": 1000, "kv_bytes": 10}
+    stages = [StageCost(p, p - 2, rows, times(0.004), times(0.0004), times(0.0008), 1e-8, **held) for p in EXITS]
     made = Profile("measured", "made up for tests", "fam", 64, 2048, tuple(stages), exchange_s=0.001)
     return replace(made, **changes)
 

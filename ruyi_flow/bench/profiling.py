@@ -1,0 +1,428 @@
+"""Profiles for the simulator: what a family's stages take on this machine, or on running nodes; what a link gives."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ruyi_flow.bench.nodes import ask, daemons
+from ruyi_flow.bench.report import Report, machine, unseen
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import ConfigError, NodeUnavailable
+from ruyi_flow.family import store
+from ruyi_flow.family.checkpoint import Checkpoint, load_slice, parse_dtype
+from ruyi_flow.requests import SessionOpen
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.session import Pass, Session
+from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.steps import Task
+from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.sim.profile import Profile, StageCost
+from ruyi_flow.topology import Topology
+from ruyi_flow.transport import codec
+from ruyi_flow.transport.blocks import BlockCodec
+from ruyi_flow.types import Block, Decision, Encoding, Hop, Mode, Reason, SamplingParams, Stats, Verdict, Weights
+
+__all__ = ["LinkFigures", "measure_link", "message_sizes", "profile_family", "profile_nodes"]
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_NEAR, _FAR = 64, 1024
+"""Contexts that the cost of attention is taken from."""
+_MANY = 128
+"""Rows that show what each of them attends to, beside what reading the context takes."""
+_SESSIONS = 8
+"""In a step, for what each further one costs."""
+_SPIN_S = 2.0
+"""How long steps are counted, for what cores share."""
+
+
+def profile_family(
+    family: str,
+    *,
+    dtype: str = "bfloat16",
+    weights: Weights | None = None,
+    threads: int = 1,
+    rounds: int = 7,
+    report: Report = unseen,
+) -> Profile:
+    """Measure every stage of a family in this process, and what goes on around steps with two node processes.
+
+    Stages run in turn, from the first to the last, so that each finds the caches as serving leaves them.
+
+    Args:
+        rounds: of each number of rows, the median counts.
+        threads: CPU threads of every process.
+        report: told how far it is.
+
+    Raises:
+        CheckpointError: the family cannot be read.
+        ConfigError: the machine cannot run it so.
+    """
+    checkpoint = Checkpoint(store.locate(family))
+    config = checkpoint.config
+    torch.set_num_threads(threads)
+    model = load_slice(checkpoint, config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights)
+    far = min(_FAR, config.max_positions - 2 * _ROWS[-1])
+    if far <= _NEAR:
+        raise ConfigError(f"family {family!r} has a context of {config.max_positions}; profiles need 1024 at the least")
+    room = far + 2 * _ROWS[-1] + (_SESSIONS + 1) * (_NEAR + 2 * _ROWS[-1])
+    shard = Shard(model, max_positions=room, max_sessions=_SESSIONS + 1)
+    stages = _stages(shard, far, rounds, report)
+    weight = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = Profile(
+        kind="measured",
+        source=f"ruyi-flow profile {family}",
+        family=checkpoint.fingerprint,
+        hidden_size=config.hidden_size,
+        context=config.max_positions,
+        stages=stages,
+        dtype=dtype,
+        weights="" if weights is None else str(weights),
+        threads=threads,
+        machine=machine(threads) | {"weight_bytes": weight},
+        step_s=asyncio.run(_handover(shard, threads)),
+        **message_sizes(config.hidden_size, config.vocab_size, Policy.resolve(Routing(), config.exits)),
+    )
+    del shard, model
+    report("steps at once", 0, 2)
+    one, two = (_at_once(family, dtype, weights, threads, n) for n in (1, 2))
+    report("steps at once", 2, 2)
+    found.machine["steps_of_two_nodes"] = round(two / one, 3)
+    if len(config.exits) > 1:
+        report("nodes", 0, 1)
+        around = asyncio.run(_around(checkpoint, family, dtype, weights, threads))
+        found = replace(found, **around)  # type: ignore[arg-type] # names of its numbers
+        report("nodes", 1, 1)
+    return found
+
+
+# ---- stages ----
+
+
+def _stages(shard: Shard, far: int, rounds: int, report: Report) -> tuple[StageCost, ...]:
+    """Times of every stage, by rows and by what its branch does."""
+    took: dict[tuple[str, int, int], list[list[float]]] = defaultdict(lambda: [[] for _ in shard.exits])
+    with torch.inference_mode():
+        one = _filled(shard, far)
+        kinds = [("trunk", n, _NEAR) for n in _ROWS] + [("branch", n, _NEAR) for n in _ROWS]
+        kinds += [("head", n, _NEAR) for n in _ROWS if n <= 64]
+        kinds += [("trunk", n, far) for n in (1, _MANY)] + [("head", n, far) for n in (1, 16)]
+        total = (rounds + 1) * len(kinds)
+        for done in range(total):
+            kind = kinds[done % len(kinds)]
+            what, rows, context = kind
+            one.rewind(context)
+            for stage, seconds in enumerate(_sweep([one], rows, what)):
+                if done >= len(kinds):  # the first round warms up
+                    took[kind][stage].append(seconds)
+            if done % 16 == 0:
+                report("stages", done, total)
+        report("stages", total, total)
+        several = [_filled(shard, _NEAR) for _ in range(_SESSIONS)]
+        for i in range(rounds + 1):
+            for session in several:
+                session.rewind(_NEAR)
+            for stage, seconds in enumerate(_sweep(several, 1, "trunk")):
+                if i:
+                    took["sessions", _SESSIONS, _NEAR][stage].append(seconds)
+        for session in (one, *several):
+            session.close()
+    middle = {kind: [statistics.median(times) for times in by_stage] for kind, by_stage in took.items()}
+    return tuple(_cost(shard, stage, middle, far) for stage in range(len(shard.exits)))
+
+
+def _cost(shard: Shard, stage: int, middle: Mapping[tuple[str, int, int], Sequence[float]], far: int) -> StageCost:
+    """One stage's cost from medians."""
+
+    def at(what: str, rows: int, context: int = _NEAR) -> float:
+        return middle[what, rows, context][stage]
+
+    def slopes(what: str, many: int) -> tuple[float, float]:
+        """What a row's attending to a position takes, and what reading that position's keys and values does."""
+        one, all = ((at(what, n, far) - at(what, n)) / (far - _NEAR) for n in (1, many))
+        attending = max(0.0, (all - one) / (many - 1))
+        return attending, max(0.0, one - attending)
+
+    attended, context = slopes("trunk", _MANY)
+    both = slopes("head", 16)
+    reading = max(0.0, both[0] - attended), max(0.0, both[1] - context)
+    trunk = [max(0.0, at("trunk", n) - attended * n * (_NEAR + n / 2) - context * (_NEAR + n)) for n in _ROWS]
+    branch = [max(0.0, at("branch", n) - at("trunk", n)) for n in _ROWS]
+    head = [
+        max(0.0, at("head", n) - at("branch", n) - (reading[0] * n + reading[1]) * (_NEAR + n))
+        for n in _ROWS
+        if n <= 64
+    ]
+    while len(head) < len(_ROWS):  # nobody reads more rows than a draft has, or a prompt's end
+        head.append(2 * head[-1])
+    first, exit = shard.model.stages[stage]
+    config = shard.config
+    slot = 2 * config.num_kv_heads * config.head_dim * shard.memory.element_size()
+    layers = exit - first + config.branch_layers[config.exits.index(exit)]
+    return StageCost(
+        exit=exit,
+        first_layer=first,
+        rows=_ROWS,
+        trunk_s=_ascending(trunk),
+        branch_s=_ascending(branch),
+        head_s=_ascending(head),
+        attended_s=attended,
+        context_s=context,
+        branch_attended_s=reading[0],
+        branch_context_s=reading[1],
+        session_s=max(0.0, (at("sessions", _SESSIONS) - at("trunk", _SESSIONS)) / (_SESSIONS - 1)),
+        weight_bytes=2 * layers * config.layer_parameters,
+        kv_bytes=layers * slot,
+    )
+
+
+def _ascending(times: Sequence[float]) -> tuple[float, ...]:
+    """More rows never take less; noise says so now and then."""
+    out: list[float] = []
+    for seconds in times:
+        out.append(max(seconds, out[-1] if out else 0.0))
+    return tuple(out)
+
+
+def _filled(shard: Shard, positions: int) -> Session:
+    """A session whose branches all look, with so many positions."""
+    policy = Policy.resolve(Routing(mode=Mode.TOKEN, threshold=1.0, draft=0), shard.exits)
+    params = SamplingParams(eos_token_ids=())
+    session = shard.open(policy, params, 1, min(shard.config.max_positions, positions + _ROWS[-1]))
+    while len(session.token_ids) < positions:
+        list(_sweep([session], min(256, positions - len(session.token_ids)), "branch"))
+    return session
+
+
+def _sweep(sessions: Sequence[Session], rows: int, what: str) -> Iterator[float]:
+    """Run every stage on so many rows of each session; gives what each took.
+
+    Args:
+        what: trunk: its branch does nothing; branch: takes rows in; head: and reads them all.
+    """
+    hidden = sessions[0].embed((0,)).shape[1]
+    for session in sessions:
+        session.token_ids.extend([1] * rows)
+    for stage in range(len(sessions[0].exits)):
+        parts = []
+        for session in sessions:
+            start = session.positions[stage]
+            states = torch.randn(rows, hidden).to(session.embed((0,)).dtype)
+            work = Pass(session, stage, states, range(start, start + rows) if what == "head" else ())
+            work.looks = what != "trunk"
+            parts.append((work, rows))
+        began = time.perf_counter()
+        sessions[0].shard.run(parts)
+        yield time.perf_counter() - began
+        for work, _ in parts:
+            if work.error is not None:
+                raise work.error
+
+
+# ---- around them ----
+
+
+async def _handover(shard: Shard, threads: int) -> float:
+    """What a task takes on its way to the compute thread and back."""
+    worker = ThreadWorker(threads)
+    session = shard.open(Policy.resolve(Routing(draft=0), shard.exits), SamplingParams(), 1, 256)
+    took = []
+    try:
+        for position in range(60):
+            session.token_ids.append(1)
+
+            def task(position: int = position) -> Task[None]:
+                yield Pass(session, 0, session.embed((1,)), ())
+
+            began = time.perf_counter()
+            _, _, ran = await worker.run(task())
+            took.append(time.perf_counter() - began - ran)
+    finally:
+        worker.shutdown()
+        session.close()
+    return statistics.median(took)
+
+
+def message_sizes(hidden: int, vocab: int, policy: Policy) -> dict[str, Any]:
+    """Bytes of messages beyond their states; of a token id, those of one in the middle of the vocabulary."""
+    encoding = Encoding.BF16
+    opening = SessionOpen("0" * 16, 0, hidden, encoding, 512, 64, SamplingParams(eos_token_ids=(0, 2)), policy)
+    blocks = BlockCodec(hidden, encoding)
+
+    def question(rows: int) -> int:
+        block = Block(300, torch.zeros(rows, hidden, dtype=torch.bfloat16), (vocab // 2,) * rows, (300 + rows - 1,))
+        return int(blocks.to_pb(block).ByteSize()) - rows * encoding.row_bytes(hidden)
+
+    def answer(count: int) -> int:
+        decisions = (Decision(vocab // 2, 9, 0.7, Reason.DEEPEST),) * count
+        return int(codec.verdict_to_pb(Verdict(decisions, (Hop("edge", 0.01, 0.001),)), 0.01).ByteSize())
+
+    return {
+        "open_bytes": int(codec.open_to_pb(opening).ByteSize()),
+        "position_bytes": round((question(101) - question(1)) / 100),
+        "up_bytes": question(1) - round((question(101) - question(1)) / 100),
+        "decision_bytes": answer(2) - answer(1),
+        "down_bytes": 2 * answer(1) - answer(2),
+    }
+
+
+def _at_once(family: str, dtype: str, weights: Weights | None, threads: int, count: int) -> float:
+    """Steps a second that so many processes do together."""
+    context = multiprocessing.get_context("spawn")
+    together, results = context.Barrier(count), context.Queue()
+    processes = [
+        context.Process(target=_spin, args=(family, dtype, weights, threads, together, results), daemon=True)
+        for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return float(sum(results.get(timeout=120) for _ in processes))
+    finally:
+        for process in processes:
+            process.join(10)
+
+
+def _spin(family: str, dtype: str, weights: Weights | None, threads: int, together: Any, results: Any) -> None:
+    torch.set_num_threads(threads)
+    checkpoint = Checkpoint(store.locate(family))
+    model = load_slice(
+        checkpoint, checkpoint.config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights
+    )
+    shard = Shard(model, max_positions=1024, max_sessions=1)
+    with torch.inference_mode():
+        session = _filled(shard, _NEAR)
+        together.wait(120)
+        began, steps = time.perf_counter(), 0
+        while time.perf_counter() - began < _SPIN_S:
+            session.rewind(_NEAR)
+            list(_sweep([session], 1, "trunk"))
+            steps += 1
+        results.put(steps / (time.perf_counter() - began))
+
+
+async def _around(
+    checkpoint: Checkpoint, family: str, dtype: str, weights: Weights | None, threads: int
+) -> dict[str, float]:
+    """What rounds, requests and exchanges take beyond steps: two node processes on loopback."""
+    exits = checkpoint.config.exits
+    cuts = [exits[:1], exits[1:]]
+    async with daemons(cuts, family=family, dtype=dtype, weights=weights, threads=threads) as client:
+        await _asked(client, 16, 16)
+        many = [await _asked(client, 4, 33) for _ in range(5)]
+        few = [await _asked(client, 4, 1) for _ in range(9)]
+        long = [await _asked(client, 100, 1) for _ in range(9)]
+    around = statistics.median(_rest(stats) / stats.new_tokens for stats in many)
+    exchange = statistics.median(stats.hops[1].wire_s / stats.hops[1].messages for stats in many)
+    more = statistics.median(s.hops[1].wire_s for s in long) - statistics.median(s.hops[1].wire_s for s in few)
+    size = statistics.median(s.hops[1].bytes_up for s in long) - statistics.median(s.hops[1].bytes_up for s in few)
+    return {
+        "round_s": max(0.0, around),
+        "request_s": max(0.0, statistics.median(map(_rest, few)) - around),
+        "exchange_s": max(0.0, exchange),
+        "exchange_byte_s": max(0.0, more / size),
+    }
+
+
+async def _asked(client: AsyncClient, prompt: int, tokens: int, **options: Any) -> Stats:
+    return (await ask(client, [300 + i for i in range(prompt)], tokens, **options)).stats
+
+
+def _rest(stats: Stats) -> float:
+    """Of an answer's time, what no node and no link accounts for."""
+    return stats.total_s - sum(hop.compute_s + hop.queue_s + hop.wire_s for hop in stats.hops)
+
+
+# ---- from outside ----
+
+
+async def profile_nodes(topology: Topology, *, rounds: int = 5, report: Report = unseen) -> Profile:
+    """Measure running nodes by what they say of the time that answers took them.
+
+    A node does not tell its stages apart, so their time is shared out by their layers. What attention costs, and what
+    several sessions in a step cost, is not seen from there: those figures are 0.
+
+    Raises:
+        NodeError: one of them does not answer.
+    """
+    checkpoint = Checkpoint(store.locate(topology.family), topology.exits)
+    config, nodes = checkpoint.config, topology.nodes
+    rows = tuple(n for n in _ROWS if n <= 64)
+    found: dict[tuple[bool, int], list[list[float]]] = defaultdict(lambda: [[] for _ in nodes])
+    turns = [(looks, n) for _ in range(rounds) for n in rows for looks in (False, True)]
+    async with AsyncClient(topology) as client:
+        await _asked(client, 16, 16)
+        for done, (looks, n) in enumerate(turns):
+            stats = await _asked(client, n, 1, **({"mode": "token", "threshold": 1.0} if looks else {}))
+            if len(stats.hops) == len(nodes):  # a branch that is entirely sure leaves deeper nodes out
+                for i, hop in enumerate(stats.hops):
+                    found[looks, n][i].append(hop.compute_s)
+            report("nodes", done, len(turns))
+        around = [await _asked(client, 4, 17) for _ in range(rounds)]
+        report("nodes", len(turns), len(turns))
+    stages: list[StageCost] = []
+    for i, node in enumerate(nodes):
+        first = nodes[i - 1].exits[-1] if i else 0
+        layers = [b - a for a, b in zip((first, *node.exits), node.exits, strict=False)]
+        trunk = [statistics.median(found[False, n][i]) for n in rows]
+        looking = statistics.median(found[True, 1][i] or [trunk[0]])
+        for p, depth in zip(node.exits, layers, strict=True):
+            part = depth / sum(layers)
+            head = 0.0 if i + 1 == len(nodes) else max(0.0, looking - trunk[0]) / len(node.exits)
+            spent = _ascending([part * t for t in trunk])
+            stages.append(StageCost(p, p - depth, rows, spent, (0.0,) * len(rows), (head,) * len(rows)))
+    return Profile(
+        kind="measured",
+        source=f"nodes {', '.join(node.name for node in nodes)}, from outside",
+        family=checkpoint.fingerprint,
+        hidden_size=config.hidden_size,
+        context=config.max_positions,
+        stages=tuple(stages),
+        round_s=max(0.0, statistics.median(_rest(stats) / stats.new_tokens for stats in around)),
+        **message_sizes(config.hidden_size, config.vocab_size, Policy.resolve(Routing(), config.exits)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """What a link to a node gives."""
+
+    round_trip_ms: float
+    jitter_ms: float
+    up_mbit: float
+
+
+async def measure_link(address: str, *, rounds: int = 20, payload: int = 1_000_000) -> LinkFigures:
+    """Measure a link by health checks: small ones for the round trip, a large one for the bandwidth upwards.
+
+    Raises:
+        NodeUnavailable: nobody answers there.
+    """
+    options = [("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(address, options) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+
+        async def check(size: int) -> float:
+            began = time.perf_counter()
+            try:
+                await health.Check(health_pb2.HealthCheckRequest(service="x" * size), timeout=60)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise NodeUnavailable(f"{address}: no answer: {error.details()}") from None
+            return time.perf_counter() - began
+
+        await check(1)
+        trips = [await check(1) for _ in range(rounds)]
+        large = [await check(payload) for _ in range(3)]
+    trip = statistics.median(trips)
+    return LinkFigures(1e3 * trip, 1e3 * statistics.pstdev(trips), 8e-6 * payload / max(1e-6, min(large) - trip))

@@ -1,0 +1,64 @@
+"""What the simulator itself costs: time and memory by how much it simulates."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = (10_000, 100_000, 1_000_000)
+"""Tokens, about."""
+
+SCENARIO = Path("configs/sim/three-tiers.yaml")
+_TOKENS = 50
+"""Of a request there, on average."""
+
+
+def bench_simulator(rounds: int) -> dict[str, Any]:
+    """Seconds and memory of a three-tier scenario, by tokens; each in a process of its own."""
+    return _grown(SIZES) | {"goal": "1,000,000 tokens in at most 60 s, memory that does not grow with them"}
+
+
+def bench_simulator_long(rounds: int) -> dict[str, Any]:
+    """The same up to ten million tokens."""
+    return _grown((1_000_000, 3_000_000, 10_000_000)) | {"goal": "the same time a token"}
+
+
+def _grown(sizes: tuple[int, ...]) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Any] = {}
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        for size in sizes:
+            tokens, seconds, grown = pool.apply(_simulated, (size,))
+            found |= {
+                f"{size}_tokens": tokens,
+                f"{size}_seconds": seconds,
+                f"{size}_us_a_token": 1e6 * seconds / tokens,
+            }
+            found[f"{size}_more_memory_mb"] = grown
+    slopes = [found[f"{b}_seconds"] - found[f"{a}_seconds"] for a, b in zip(sizes, sizes[1:], strict=False)]
+    counts = [found[f"{b}_tokens"] - found[f"{a}_tokens"] for a, b in zip(sizes, sizes[1:], strict=False)]
+    found["slopes_us_a_token"] = json.dumps([round(1e6 * s / n, 1) for s, n in zip(slopes, counts, strict=True)])
+    return found
+
+
+def _simulated(tokens: int) -> tuple[int, float, float]:
+    """Tokens, seconds, and MB that the process has grown by after the first tenth."""
+    import psutil
+
+    from ruyi_flow.sim.run import Simulation
+    from ruyi_flow.sim.scenario import Scenario
+
+    scenario = Scenario.read(SCENARIO, [f"load.requests={max(1, tokens // _TOKENS)}"])
+    sizes: list[int] = []
+    began = time.perf_counter()
+
+    def seen(done: int, total: int) -> None:
+        if done > total / 10:
+            sizes.append(psutil.Process().memory_info().rss)
+
+    metrics = Simulation(scenario, where=str(SCENARIO)).run(seen).metrics
+    spent = time.perf_counter() - began
+    return metrics["tokens"], spent, (max(sizes) - sizes[0]) / 1e6 if sizes else 0.0

@@ -1,0 +1,315 @@
+"""Simulations against queueing theory, against the running system, and against themselves."""
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ruyi_flow.bench.profiling import message_sizes
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation.scorers import Asked
+from ruyi_flow.evaluation.tracing import record
+from ruyi_flow.local import load_family
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.routing.trace import read
+from ruyi_flow.sim.profile import Profile, StageCost
+from ruyi_flow.sim.run import Simulation, metrics_text
+from ruyi_flow.sim.run import simulate as simulate_into
+from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.testing import cluster, cut_topology
+from tests.sim.conftest import Simulate, data, profile
+
+# ---- queueing theory ----
+
+ROW_S = 1e-4
+ONE = Profile("measured", "theory", "family", 32, 4096, (StageCost(6, 0, (1, 2), (ROW_S, 2 * ROW_S), (0, 0), (0, 0)),))
+"""A server whose steps take a time for each row."""
+
+
+def queue(tmp_path: Path, rate: float, prompts: list[int], seed: int) -> dict[str, Any]:
+    """Requests of one token that are served one after the other: Poisson arrivals, service by the prompt's length."""
+    source, now = random.Random(seed), 0.0
+    with (tmp_path / "load.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["at_s", "prompt_tokens", "answer_tokens"])
+        for prompt in prompts:
+            now += source.expovariate(rate)
+            rows.writerow([now, prompt, 1])
+    limits = {"max_sessions": 1, "max_waiting": 10**6, "max_wait_s": 1e6, "max_step_positions": 2**20}
+    return data(
+        ((6,),),
+        nodes=[{"name": "n0", "exits": [6], "limits": limits}],
+        behaviour=None,
+        policy={"mode": "fixed"},
+        load={"arrivals": {"kind": "replay", "file": "load.csv"}},
+    )
+
+
+def test_one_server_with_exponential_service_is_m_m_1(tmp_path: Path, simulate: Simulate) -> None:
+    source = random.Random(1)
+    prompts = [max(1, min(4000, round(source.expovariate(1 / 400)))) for _ in range(40_000)]
+    mean = ROW_S * sum(prompts) / len(prompts)
+    load = 0.4
+    found = simulate(queue(tmp_path, load / mean, prompts, 2), ONE).metrics
+    assert found["nodes"]["n0"]["utilisation"] == pytest.approx(load, rel=0.02)
+    assert found["total_s"]["mean"] == pytest.approx(mean / (1 - load), rel=0.02)
+    assert found["total_s"]["p90"] == pytest.approx(2.302585 * mean / (1 - load), rel=0.02)  # exponential, too
+
+
+def test_one_server_with_equal_service_is_m_d_1(tmp_path: Path, simulate: Simulate) -> None:
+    load, each = 0.5, 400 * ROW_S
+    found = simulate(queue(tmp_path, load / each, [400] * 30_000, 3), ONE).metrics
+    assert found["total_s"]["mean"] == pytest.approx(each * (1 + load / (2 * (1 - load))), rel=0.02)
+
+
+def test_a_link_at_full_load_carries_its_rate(simulate: Simulate) -> None:
+    asked = data(
+        ((2,), (4, 6)),
+        policy={"mode": "exact", "draft": 0},
+        load={"arrivals": {"kind": "closed", "users": 30}, "turns": {"think_s": 0}, "requests": 1500}
+        | {"prompts": {"tokens": 100}, "answers": {"tokens": 4}},
+    )
+    asked["links"][0] |= {"up_mbit": 0.2}
+    asked["nodes"][1]["limits"] = {"max_sessions": 64, "max_positions": 2**20}
+    asked["nodes"][0]["limits"] = {"max_sessions": 64, "max_positions": 2**20}
+    found = simulate(asked).metrics
+    assert found["links"]["n0-n1"]["up_mbit"] == pytest.approx(0.2, rel=0.02)
+
+
+# ---- the running system ----
+
+
+async def test_it_asks_what_the_running_system_asks(tmp_path: Path, tiny: Path, simulate: Simulate) -> None:
+    prompts = [tuple(3 + (7 * i + j) % 57 for j in range(4 + 9 * i)) for i in range(5)]
+    family, file = load_family(tiny, dtype="float32"), tmp_path / "trace.msgpack"
+    record(family, [Asked(prompt) for prompt in prompts], file, max_new_tokens=12)
+    _, records = read(file)
+    async with (
+        cluster(cut_topology(tiny, [[2], [4], [6]], encoding="bf16", dtype="bfloat16")) as nodes,
+        AsyncClient(nodes.topology) as client,
+    ):
+        for mode in ({"mode": "exact", "draft": 0}, {"mode": "fixed", "exit": 4, "draft": 0}):
+            real = [
+                await client.generate(prompts[r.number], max_new_tokens=len(r.answer), eos_token_ids=(), **mode)
+                for r in records
+            ]
+            asked = data(
+                trace=str(file),
+                behaviour=None,
+                policy=mode,
+                load={"requests": len(records), "prompts": {"kind": "trace"}, "answers": {"kind": "trace"}},
+            )
+            sizes = message_sizes(
+                family.config.hidden_size, family.config.vocab_size, Policy.resolve(Routing(), family.exits)
+            )
+            costs = replace(profile(**sizes), family=family.checkpoint.fingerprint)
+            found = simulate(asked, costs).metrics
+            hops = [hop for reply in real for hop in reply.stats.hops]
+            tokens = sum(reply.stats.new_tokens for reply in real)
+            assert found["tokens"] == tokens
+            assert found["escalations_per_token"] * tokens == pytest.approx(sum(r.stats.escalations for r in real))
+            sent = sum(hop.bytes_up for hop in hops)
+            assert found["bytes_up_per_token"] * tokens == pytest.approx(sent, rel=0.02)
+
+
+# ---- itself ----
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(simulate: Simulate) -> None:
+    texts = [metrics_text(simulate(data(seed=seed)).metrics) for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_every_token_is_counted_once_and_every_byte(simulate: Simulate) -> None:
+    for mode in ({"mode": "token", "threshold": 0.7}, {"mode": "cascade", "threshold": 0.6}, {"mode": "exact"}):
+        found = simulate(data(policy={**mode, "draft": 3})).metrics
+        assert found["requests"] == 40 and found["failed"] == 0 and found["tokens"] == 40 * 12
+        assert sum(found["decided"].values()) == pytest.approx(1)
+        carried = sum(link["bytes_up"] for link in found["links"].values())
+        assert found["bytes_up_per_token"] * found["tokens"] == pytest.approx(carried)
+        if mode["mode"] == "exact":
+            assert found["agreement"] == 1 and found["decided"]["6"] == 1
+
+
+def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
+    profile().save(tmp_path / "p")
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    first = simulate_into(Scenario.read(tmp_path / "s.yaml"), tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run" / "requests.csv").read_text().splitlines()))
+    assert len(rows) == 40 and sum(int(row["new_tokens"]) for row in rows) == first.metrics["tokens"]
+    assert json.loads((tmp_path / "run" / "trace.json").read_text())
+    again = simulate_into(Scenario.read(tmp_path / "run" / "scenario.yaml"), tmp_path / "again")
+    texts = [(tmp_path / name / "metrics.json").read_bytes() for name in ("run", "again")]
+    assert texts[0] == texts[1] and again.metrics == first.metrics
+
+
+def test_neither_torch_nor_grpc_is_imported(tmp_path: Path) -> None:
+    profile().save(tmp_path / "p")
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom ruyi_flow.sim.run import Simulation\n"
+        "from ruyi_flow.sim.scenario import Scenario\n"
+        f"print(Simulation(Scenario.read({str(tmp_path / 's.yaml')!r})).run().metrics['tokens'])\n"
+        "assert not {'torch', 'grpc', 'transformers'} & set(sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "480\n", ran.stderr
+
+
+# ---- what goes wrong in a deployment ----
+
+
+def test_a_node_that_is_down_fails_requests_or_leaves_them_to_shallower_ones(simulate: Simulate) -> None:
+    asked = data(policy={"mode": "exact", "draft": 0})
+    asked["nodes"][2]["down"] = [{"at_s": 5, "for_s": 5}]
+    failing = simulate(asked).metrics
+    assert 0 < failing["failed"] == failing["errors"]["NodeUnavailable"] < 40
+    asked["policy"]["fallback"] = True
+    falling = simulate(asked).metrics
+    assert falling["failed"] == 0 and 0 < falling["decided"]["4"] and falling["decided"]["2"] == 0
+
+
+def test_a_link_that_is_down_holds_messages_up_until_their_deadline(simulate: Simulate) -> None:
+    asked = data(policy={"mode": "exact", "draft": 0})
+    asked["links"][0]["down"] = [{"at_s": 5, "for_s": 4}]
+    waiting = simulate(asked).metrics
+    assert waiting["failed"] == 0 and 2.5 < waiting["total_s"]["p99"] < 6
+    asked["links"][0]["timeout_s"] = 1
+    late = simulate(asked).metrics
+    assert late["failed"] == late["errors"]["DeadlineExceeded"] > 0
+
+
+def test_nodes_that_break_by_themselves_are_down_for_their_share(simulate: Simulate) -> None:
+    asked = data(policy={"mode": "exact", "draft": 0})
+    asked["load"]["requests"] = 400
+    asked["nodes"][1] |= {"mtbf_s": 90, "mttr_s": 10}
+    found = simulate(asked).metrics
+    assert 0.03 < found["failed"] / 400 < 0.3
+
+
+def test_a_full_node_refuses_and_a_queue_lets_wait(simulate: Simulate) -> None:
+    asked = data(load={"arrivals": {"kind": "even", "rate": 50}, "requests": 40, "answers": {"tokens": 12}})
+    limits = {"max_sessions": 2, "max_waiting": 0}
+    asked["nodes"][0]["limits"] = limits
+    refused = simulate(asked).metrics
+    assert refused["errors"]["CapacityError"] > 20
+    asked["nodes"][0]["limits"] = limits | {"max_waiting": 100, "max_wait_s": 1000}
+    assert simulate(asked).metrics["failed"] == 0
+
+
+def test_nodes_on_one_machine_share_its_cores(simulate: Simulate) -> None:
+    asked = data(
+        ((2, 4, 6),) * 1,
+        load={"arrivals": {"kind": "closed", "users": 2}, "turns": {"think_s": 0}, "requests": 20},
+        policy={"mode": "fixed", "draft": 0},
+    )
+    asked["nodes"][0]["count"] = 2
+    apart = simulate(asked).metrics["token_s"]["p50"]
+    asked["hosts"] = {"box": {"cores": 1, "nodes": ["n0"]}}
+    assert simulate(asked).metrics["token_s"]["p50"] == pytest.approx(2 * apart, rel=0.05)
+
+
+def test_what_went_up_ahead_need_not_wait_for_the_question(simulate: Simulate) -> None:
+    asked = data(
+        ((2,), (4, 6)),
+        policy={"mode": "token", "threshold": 0.35, "draft": 0},
+        behaviour={"agreement": {2: 0.8, 4: 0.9}, "spread": 1.5},
+        load={"arrivals": {"rate": 0.2}, "requests": 40, "prompts": {"tokens": 300}, "answers": {"tokens": 60}},
+    )
+    asked["links"][0] |= {"up_mbit": 1}
+    late = simulate(asked).metrics
+    asked["links"][0] |= {"upload": "ahead"}
+    early = simulate(asked).metrics
+    assert early["total_s"]["mean"] < 0.97 * late["total_s"]["mean"]
+    assert early["links"]["n0-n1"]["bytes_up"] > late["links"]["n0-n1"]["bytes_up"]
+
+
+def test_populations_are_shared_out_evenly(simulate: Simulate) -> None:
+    asked = data(load={"arrivals": {"rate": 20}, "requests": 400, "answers": {"tokens": 3}})
+    for node, count in zip(asked["nodes"], (100, 10, 2), strict=True):
+        node["count"] = count
+    found = simulate(asked).metrics["nodes"]
+    assert found["n0"]["used"] > 90 and found["n1"]["used"] == 10 and found["n2"]["used"] == 2
+
+
+# ---- what is wrong in a file ----
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"load": {"arrivals": {"rate": 0}, "requests": 1}}, "load.arrivals.rate: 0: must be above 0"),
+        ({"load": {"arrivals": {"rate": float("inf")}, "requests": 1}}, "load.arrivals.rate"),
+        ({"load": {"arrivals": {"rate": 1}}}, "say when it ends"),
+        ({"load": {"arrivals": {"rte": 1}, "requests": 1}}, "did you mean 'rate'?"),
+        ({"load": None}, "load: this key is required"),
+        ({"profile": None}, "nodes.0.profile: nobody knows what 'n0' costs"),
+        ({"behaviour": {"agreement": {2: 0.5}}}, "behaviour.agreement: names exits [2]"),
+        ({"behaviour": {"agreement": {2: 0.5, 4: 1.5}}}, "behaviour.agreement"),
+        ({"trace": "t", "behaviour": {"agreement": {2: 0.5, 4: 0.6}}}, "give a trace or a behaviour, not both"),
+        ({"hosts": {"h": {"cores": 2, "nodes": ["n7"]}}}, "hosts.h.nodes: no node 'n7'"),
+        ({"links": [{"from": "n1", "to": "n0"}]}, "skips or goes back"),
+        ({"seed": "x"}, "seed: 'x'"),
+    ],
+)
+def test_a_bad_scenario_fails_with_file_key_and_fix(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as failed:
+        Scenario.from_data(data(**change), base=tmp_path, where="bad.yaml")
+    assert says in str(failed.value) and str(failed.value).startswith("bad.yaml: ")
+
+
+def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: Path) -> None:
+    def build(**change: Any) -> None:
+        Simulation(Scenario.from_data(data(**change), base=tmp_path, where="bad.yaml"), where="bad.yaml")
+
+    with pytest.raises(ConfigError, match="no such profile; make one: ruyi-flow profile"):
+        build()
+    (tmp_path / "p").write_bytes(b"\x00\x01")
+    with pytest.raises(ConfigError, match="not a profile"):
+        build()
+    profile((2, 6)).save(tmp_path / "p")
+    with pytest.raises(ConfigError, match=r"nodes.1.exits: the profile of 'n1' has no stage at exit 4"):
+        build()
+    profile().save(tmp_path / "p")
+    with pytest.raises(ConfigError, match="trace: nobody knows what the branches say"):
+        build(behaviour=None)
+    record(load_family(tiny, dtype="float32"), [Asked((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
+    with pytest.raises(ConfigError, match="is of family .* the profile of family; trace and profile the same one"):
+        build(behaviour=None, trace="t")
+    with pytest.raises(ConfigError, match="hardware: 'h10' is not known; known: snapdragon"):
+        nodes = [{"name": "n0", "exits": [2, 4, 6], "hardware": "h10"}]
+        build(profile=None, family="ruyi2", nodes=nodes, links=[])
+    with pytest.raises(ConfigError, match="family: hardware's costs need the family's shape"):
+        build(profile=None, nodes=[{"name": "n0", "exits": [2, 4, 6], "hardware": "l4"}], links=[])
+    with pytest.raises(ConfigError, match="it has 8 GB"):
+        nodes = [{"name": "n0", "exits": [2, 21, 39], "hardware": "raspberry-pi-5"}]
+        build(profile=None, family="ruyi2", behaviour={"agreement": {2: 0.5, 21: 0.9}}, nodes=nodes, links=[])
+
+
+def test_a_topology_is_a_scenario_once_a_load_is_added(tmp_path: Path) -> None:
+    (tmp_path / "topology.yaml").write_text(
+        "family: family\n"
+        "nodes:\n  - {name: a, address: '127.0.0.1:7101', exits: [2]}\n"
+        "  - {name: b, address: '127.0.0.1:7102', exits: [4, 6], threads: 2}\n"
+        "links: [{from: a, to: b, encoding: int8}]\npolicy: {mode: token, threshold: 0.5}\n"
+    )
+    (tmp_path / "what-if.yaml").write_text(
+        "topology: topology.yaml\nprofile: p\nnodes: [{name: b, count: 1, speed: 2}]\n"
+        "links: [{from: a, to: b, round_trip_ms: 30}]\n"
+        "behaviour: {agreement: {2: 0.5, 4: 0.8}}\nload: {requests: 5}\n"
+    )
+    profile().save(tmp_path / "p")
+    found = Scenario.read(tmp_path / "what-if.yaml", ["links.a-b.round_trip_ms=80", "nodes.a.count=3", "seed=4"])
+    assert [(node.name, node.count, node.threads, node.speed) for node in found.nodes] == [
+        ("a", 3, None, 1.0),
+        ("b", 1, 2, 2.0),
+    ]
+    assert found.links[0].round_trip_ms == 80 and found.links[0].encoding == "int8" and found.seed == 4
+    assert Simulation(found).run().metrics["requests"] == 5
