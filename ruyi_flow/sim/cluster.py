@@ -78,6 +78,8 @@ class Cluster:
         self._links = [scenario.link_after(i) for i in range(len(scenario.nodes))]
         self.instances: list[dict[int, Instance]] = [{} for _ in self._tiers]
         self._pipes: dict[tuple[int, int], tuple[Direction, Direction]] = {}
+        self.rooms: dict[int, dict[str, float]] = {}
+        """By the number of a request under way: seconds that it has waited for room, by node."""
         self._cores: dict[str, Shared] = {}
         for machine in scenario.hosts.values():
             shared = Shared(time, machine.cores, 1.0)
@@ -96,7 +98,20 @@ class Cluster:
             sampling=params,
             policy=policy,
         )
-        return await self.instance(0, device).sessions.open(opening, None)
+        return await self._enter(0, self.instance(0, device), opening)
+
+    async def _enter(self, tier: int, there: Instance, opening: SessionOpen) -> Chain:
+        """Open a session on a node, and note how long that waited for room."""
+        began = self._time.now()
+        try:
+            return await there.sessions.open(opening, None)
+        finally:
+            waited, number = self._time.now() - began, opening.sampling.seed or 0
+            if waited and number in self._scripts:
+                name = self._tiers[tier].node.name
+                rooms = self.rooms.setdefault(number, {})
+                rooms[name] = rooms.get(name, 0.0) + waited
+                self._recorder.timeline.add(f"room {name}", began, waited, waited)
 
     def instance(self, tier: int, number: int) -> Instance:
         """One of a tier's nodes."""
@@ -137,7 +152,7 @@ class Cluster:
                 there = self.instance(tier + 1, target)
 
                 async def open(asked: SessionOpen) -> Chain:
-                    return await there.sessions.open(asked, None)
+                    return await self._enter(tier + 1, there, asked)
 
                 return VirtualRemote(
                     self._time,
@@ -167,7 +182,7 @@ class Cluster:
         if key not in self._pipes:
             outages = Outages(_spans(link.down))
 
-            def direction(mbit: float | None) -> Direction:
+            def direction(way: str, mbit: float | None) -> Direction:
                 return Direction(
                     self._time,
                     link.round_trip_ms / 2000,
@@ -176,9 +191,10 @@ class Cluster:
                     link.loss,
                     outages,
                     self._random,
+                    self._carried(f"{link.source}-{link.target}", way, key[1]),
                 )
 
-            self._pipes[key] = direction(link.up_mbit), direction(link.down_mbit)
+            self._pipes[key] = direction("up", link.up_mbit), direction("down", link.down_mbit)
         return self._pipes[key]
 
     def _outages(self, node: SimNode) -> Outages:
@@ -198,9 +214,21 @@ class Cluster:
         busy = f"busy {name}"
 
         def told(began: float, took: float, stage: int, rows: int) -> None:
-            timeline.add(busy, began, took)
+            timeline.add(busy, began, took, took)
             if events is not None and not events.full:
-                events.slice(f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
+                events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
+
+        return told
+
+    def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, float, int], None]:
+        """See `sim.link.Told`."""
+        timeline, events = self._recorder.timeline, self._recorder.events
+        series = f"{way} {link}"
+
+        def told(began: float, sent: float, came: float, count: int) -> None:
+            timeline.add(series, began, count, sent)
+            if events is not None and not events.full:
+                events.slice(f"link {link}", f"{way} {number}", "message", began, came - began, bytes=count)
 
         return told
 

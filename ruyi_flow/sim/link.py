@@ -20,6 +20,9 @@ __all__ = ["Direction", "Outages", "VirtualRemote"]
 _SEGMENT = 1448
 """Bytes of a TCP segment's payload on Ethernet."""
 
+Told = Callable[[float, float, float, int], None]
+"""Told of a message that came over: when it set out, for how long it was being sent, when it was there, its bytes."""
+
 _LEAST_RTO_S = 0.2
 """After which TCP sends again at the earliest, when nothing later tells it of the loss (Linux)."""
 
@@ -61,6 +64,7 @@ class Direction:
         loss: share of segments that are lost.
         outages: while it is down, what is under way waits.
         random: uniform numbers in 0 … 1 and normal ones.
+        told: told of every message.
     """
 
     def __init__(
@@ -72,10 +76,11 @@ class Direction:
         loss: float = 0.0,
         outages: Outages | None = None,
         random: Any = None,
+        told: Told | None = None,
     ) -> None:
         self._time, self._latency_s, self._jitter_s, self._loss = time, latency_s, jitter_s, loss
         self._pipe = None if bytes_per_s is None else Shared(time, bytes_per_s)
-        self._outages, self._random = outages or Outages(), random
+        self._outages, self._random, self._told = outages or Outages(), random, told
         self.carried = 0
         """Bytes so far."""
 
@@ -87,8 +92,10 @@ class Direction:
     async def carry(self, count: int, extra_s: float = 0.0) -> None:
         """Bring a message over; `extra_s` is what its ends take beyond that."""
         self.carried += count
+        began = sent = self._time.now()
         if self._pipe is not None:
             await self._pipe.take(count)
+            sent = self._time.now()
         delay = self._latency_s + extra_s
         if self._jitter_s:
             delay += abs(self._random.gauss(0.0, self._jitter_s))
@@ -98,6 +105,8 @@ class Direction:
             await self._time.sleep(delay)
         while self._outages and (end := self._outages.ends(now := self._time.now())) > now:
             await self._time.sleep(end - now)
+        if self._told is not None:
+            self._told(began, sent - began, self._time.now(), count)
 
     def _again_s(self, count: int) -> float:
         """What losses add."""
@@ -209,7 +218,9 @@ class VirtualRemote:
             await until(before)  # messages of a session are taken in order
         self._check_up()
         if opens:
+            asked = self._time.now()
             self._chain = await self._open(self._opening)
+            began += self._time.now() - asked  # waiting for room there is not the wire's time
             if self._closed:
                 await self._chain.close()
         assert self._chain is not None

@@ -116,7 +116,7 @@ def _gaps(arrivals: Arrivals, source: random.Random) -> Iterator[float]:
 def _replayed(file: Path, devices: int, where: str) -> Iterator[Conversation]:
     key = f"{where}: load.arrivals.file"
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = csv.DictReader(lines)
             if "at_s" not in (rows.fieldnames or ()):
                 raise ConfigError(f"{key}: {file} has no column at_s; it has {rows.fieldnames}")
@@ -136,3 +136,5 @@ def _replayed(file: Path, devices: int, where: str) -> Iterator[Conversation]:
                 yield Conversation(at, device, 1, prompt, answer)
     except OSError as error:
         raise ConfigError(f"{key}: {file} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{key}: {file} cannot be read as CSV: {error}") from None

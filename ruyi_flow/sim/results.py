@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddsketch import DDSketch
 
-__all__ = ["Answered", "Recorder", "Spread", "Timeline"]
+from ruyi_flow.sim.scenario import Scenario
+
+__all__ = ["PARTS", "Answered", "Events", "Recorder", "Result", "Spread", "Timeline"]
+
+PARTS = ("room", "compute", "queue", "wire")
+"""What a request's time on a node goes into."""
 
 _ACCURACY = 0.002
 """Relative, of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
@@ -22,6 +27,9 @@ _BINS = 400
 
 _EVENTS = 40_000
 """Of a Chrome trace, the first ones."""
+
+_SLOWEST = 4
+"""Requests kept whole because nothing took longer."""
 
 
 @dataclass(slots=True)
@@ -45,12 +53,19 @@ class Answered:
     """Why it failed: the error's name."""
     exits: dict[int, int] = field(default_factory=dict)
     """Tokens decided at each."""
+    room_s: dict[str, float] = field(default_factory=dict)
+    """Waiting for room, by node."""
     compute_s: dict[str, float] = field(default_factory=dict)
     queue_s: dict[str, float] = field(default_factory=dict)
     wire_s: dict[str, float] = field(default_factory=dict)
-    """By node."""
+    """See `Hop`; by node."""
     bytes_up: int = 0
     bytes_down: int = 0
+
+    @property
+    def parts(self) -> dict[str, dict[str, float]]:
+        """What its time went into: seconds by node."""
+        return {"room": self.room_s, "compute": self.compute_s, "queue": self.queue_s, "wire": self.wire_s}
 
     @property
     def token_s(self) -> float:
@@ -94,19 +109,32 @@ class Timeline:
         self.width_s = 0.01
         self._sums: dict[str, list[float]] = {}
 
-    def add(self, name: str, at_s: float, amount: float) -> None:
-        """Add to the bin of that moment."""
-        bin = int(at_s / self.width_s)
-        while bin >= _BINS:
+    def add(self, name: str, at_s: float, amount: float, for_s: float = 0.0) -> None:
+        """Add an amount at a moment, or evenly over so many seconds from it."""
+        last = int((at_s + for_s) / self.width_s)
+        while last >= _BINS:
             self.width_s *= 2
-            bin //= 2
+            last //= 2
             for key, sums in self._sums.items():
                 sums = sums + [0.0] * (len(sums) % 2)
                 self._sums[key] = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
         sums = self._sums.setdefault(name, [])
-        if bin >= len(sums):
-            sums += [0.0] * (bin + 1 - len(sums))
-        sums[bin] += amount
+        if last >= len(sums):
+            sums += [0.0] * (last + 1 - len(sums))
+        width = self.width_s
+        first = int(at_s / width)
+        if first == last:
+            sums[last] += amount
+            return
+        pace = amount / for_s
+        inner = 0.0
+        if last > first + 1:
+            inner = pace * width
+            for i in range(first + 1, last):
+                sums[i] += inner
+        head = pace * ((first + 1) * width - at_s)
+        sums[first] += head
+        sums[last] += amount - head - inner * (last - first - 1)
 
     def rate(self, name: str) -> list[float]:
         """Amounts a second, by bin."""
@@ -126,7 +154,7 @@ class Recorder:
         exits: of the family.
         nodes: names, the entry's first.
         skip: so many requests, the first ones, are not counted.
-        chosen: so many requests are kept whole, for a waterfall.
+        chosen: so many requests at the most, spread over the run, are kept whole.
     """
 
     def __init__(
@@ -136,7 +164,11 @@ class Recorder:
         self.first, self.token, self.whole = Spread(), Spread(), Spread()
         self.timeline = Timeline()
         self.chosen: list[Answered] = []
-        self._most_chosen = chosen
+        self._most_chosen, self._stride = chosen, 1
+        self.slowest: list[Answered] = []
+        """The slowest one first."""
+        self.spent: dict[str, dict[str, float]] = {node: dict.fromkeys(PARTS, 0.0) for node in self.nodes}
+        """Seconds by node, of all requests that got a token."""
         self.done = self.failed = self.tokens = self.agreed = self.drafted = self.accepted = self.escalations = 0
         self.bytes_up = self.bytes_down = 0
         self.errors: dict[str, int] = {}
@@ -150,7 +182,7 @@ class Recorder:
                 ["number", "device", "at_s", "prompt_tokens", "new_tokens", "first_token_s", "token_s", "total_s"]
                 + ["agreement", "drafted", "accepted", "escalations", "bytes_up", "bytes_down", "error"]
                 + [f"exit_{p}" for p in self.exits]
-                + [f"{node}_{part}_s" for node in self.nodes for part in ("compute", "queue", "wire")]
+                + [f"{node}_{part}_s" for node in self.nodes for part in PARTS]
             )
 
     @property
@@ -167,11 +199,7 @@ class Recorder:
                 + [f"{one.agreed / max(1, one.new_tokens):.4f}", one.drafted, one.accepted, one.escalations]
                 + [one.bytes_up, one.bytes_down, one.error]
                 + [one.exits.get(p, 0) for p in self.exits]
-                + [
-                    f"{times.get(node, 0.0):.6f}"
-                    for node in self.nodes
-                    for times in (one.compute_s, one.queue_s, one.wire_s)
-                ]
+                + [f"{one.parts[part].get(node, 0.0):.6f}" for node in self.nodes for part in PARTS]
             )
         if self._events is not None:
             self._events.request(one)
@@ -185,8 +213,10 @@ class Recorder:
             self.errors[one.error] = self.errors.get(one.error, 0) + 1
         if not one.new_tokens:
             return
-        if len(self.chosen) < self._most_chosen:
-            self.chosen.append(one)
+        self._keep(one)
+        for part, times in one.parts.items():
+            for node, seconds in times.items():
+                self.spent[node][part] += seconds
         self.first.add(one.first_token_s)
         self.whole.add(one.total_s)
         if one.new_tokens > 1:
@@ -199,9 +229,21 @@ class Recorder:
         for p, count in one.exits.items():
             self.decided[p] += count
 
+    def _keep(self, one: Answered) -> None:
+        """Keep every so-manieth request, twice as few whenever there are too many; and the slowest ones."""
+        if self.whole.count % self._stride == 0:
+            self.chosen.append(one)
+            if len(self.chosen) > self._most_chosen:
+                self.chosen, self._stride = self.chosen[::2], 2 * self._stride
+        if len(self.slowest) < _SLOWEST or one.total_s > self.slowest[-1].total_s:
+            self.slowest.append(one)
+            self.slowest.sort(key=lambda a: -a.total_s)
+            del self.slowest[_SLOWEST:]
+
     def figures(self) -> dict[str, Any]:
         """Of the requests."""
         span, tokens = max(1e-9, self.ended_s - self.began_s), max(1, self.tokens)
+        answered = max(1, self.whole.count)
         return {
             "requests": self.done - min(self._skip, self.done),
             "failed": self.failed,
@@ -212,6 +254,7 @@ class Recorder:
             "first_token_s": self.first.figures(),
             "token_s": self.token.figures(),
             "total_s": self.whole.figures(),
+            "spent_s": {node: {k: s / answered for k, s in parts.items()} for node, parts in self.spent.items()},
             "decided": {str(p): count / tokens for p, count in self.decided.items()},
             "agreement": self.agreed / tokens,
             "escalations_per_token": self.escalations / tokens,
@@ -229,45 +272,97 @@ class Recorder:
             self._events.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a simulation found."""
+
+    scenario: Scenario
+    metrics: dict[str, Any]
+    """Nothing in it depends on the machine that simulated: the same seed gives the same."""
+    recorder: Recorder
+    name: str
+    """The scenario's: its file's, without the suffix."""
+
+
+@dataclass(slots=True)
+class _Thread:
+    """Of a Chrome trace."""
+
+    tid: int
+    end_s: float = 0.0
+    """Of its last slice."""
+
+
 class Events:
-    """A Chrome trace (the Trace Event Format; chrome://tracing and ui.perfetto.dev open it), written as it happens."""
+    """A Chrome trace (the Trace Event Format; chrome://tracing and ui.perfetto.dev open it), written as it happens.
+
+    A tier or a link is a process, each of its nodes or directions a thread; a request is an async event.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8")
         self._file.write("[\n")
         self._count, self._comma = 0, ""
-        self._lanes: dict[str, int] = {}
+        self._processes: dict[str, int] = {}
+        self._threads: dict[tuple[int, str], list[_Thread]] = {}
+        """Of each name, as many as were needed at once."""
+        self._num_threads = 0
 
     @property
     def full(self) -> bool:
         """Whether it takes no more."""
         return self._count >= _EVENTS
 
-    def slice(self, lane: str, name: str, at_s: float, for_s: float, **about: Any) -> None:
-        """Something that a node or a link did for a while."""
-        self._write({"ph": "X", "name": name, "ts": 1e6 * at_s, "dur": 1e6 * for_s, "tid": 1, "args": about}, lane)
+    def slice(self, process: str, thread: str, name: str, at_s: float, for_s: float, **about: Any) -> None:
+        """Something that a node or a link did for a while; to be told in the order of their ends.
 
-    def request(self, one: Answered) -> None:
-        """A request from its arrival to its end, and its first token."""
-        about = {"tokens": one.new_tokens, "prompt": one.prompt_tokens, "error": one.error}
-        row = {"name": f"request {one.number}", "cat": "request", "id": one.number, "tid": 1}
-        self._write({"ph": "b", "ts": 1e6 * one.at_s, "args": about, **row}, "requests")
-        self._write({"ph": "n", "ts": 1e6 * (one.at_s + one.first_token_s), **row, "name": "first token"}, "requests")
-        self._write({"ph": "e", "ts": 1e6 * (one.at_s + one.total_s), **row}, "requests")
-
-    def close(self) -> None:
-        """End the file."""
-        for lane, number in self._lanes.items():
-            self._line({"ph": "M", "name": "process_name", "pid": number, "args": {"name": lane}})
-        self._file.write("\n]\n")
-        self._file.close()
-
-    def _write(self, event: Mapping[str, Any], lane: str) -> None:
+        Slices of one thread that overlap are drawn wrongly, so one that does goes to another of the same name.
+        """
         if self.full:
             return
         self._count += 1
-        self._line({**event, "pid": self._lanes.setdefault(lane, len(self._lanes) + 1)})
+        pid = self._process(process)
+        threads = self._threads.setdefault((pid, thread), [])
+        for row in threads:
+            if row.end_s <= at_s + 1e-9:
+                break
+        else:
+            self._num_threads += 1
+            row = _Thread(self._num_threads)
+            threads.append(row)
+            self._line("M", pid, row.tid, name="thread_name", args={"name": thread})
+        row.end_s = at_s + for_s
+        self._line("X", pid, row.tid, name=name, ts=_us(at_s), dur=_us(for_s), args=about)
 
-    def _line(self, event: Mapping[str, Any]) -> None:
-        self._file.write(self._comma + json.dumps(event))
+    def request(self, one: Answered) -> None:
+        """A request from its arrival to its end, and its first token."""
+        if self.full:
+            return
+        self._count += 3
+        pid = self._process("requests")
+        row = {"name": f"request {one.number}", "cat": "request", "id": one.number}
+        about = {"tokens": one.new_tokens, "prompt": one.prompt_tokens, "device": one.device, "error": one.error}
+        self._line("b", pid, 0, ts=_us(one.at_s), args=about, **row)
+        if one.new_tokens:
+            self._line("n", pid, 0, ts=_us(one.at_s + one.first_token_s), **{**row, "name": "first token"})
+        self._line("e", pid, 0, ts=_us(one.at_s + one.total_s), **row)
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.write("\n]\n")
+        self._file.close()
+
+    def _process(self, name: str) -> int:
+        if name not in self._processes:
+            pid = self._processes[name] = len(self._processes) + 1
+            self._line("M", pid, 0, name="process_name", args={"name": name})
+        return self._processes[name]
+
+    def _line(self, kind: str, pid: int, tid: int, **event: Any) -> None:
+        self._file.write(self._comma + json.dumps({"ph": kind, "pid": pid, "tid": tid, **event}))
         self._comma = ",\n"
+
+
+def _us(seconds: float) -> float:
+    """Microseconds, to the nanosecond."""
+    return round(1e6 * seconds, 3)

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from ruyi_flow.sim.behaviour import Drawn, Recorded, Script, Scripts
 from ruyi_flow.sim.cluster import Cluster
 from ruyi_flow.sim.hardware import HARDWARE, analytic, check_fits, geometry
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
+from ruyi_flow.sim.plots import check_matplotlib
 from ruyi_flow.sim.profile import Profile
-from ruyi_flow.sim.results import Answered, Recorder
+from ruyi_flow.sim.report import write_report
+from ruyi_flow.sim.results import Answered, Recorder, Result
 from ruyi_flow.sim.scenario import Scenario, SimNode
 from ruyi_flow.sim.times import VirtualTime
 from ruyi_flow.types import SamplingParams, Weights
@@ -31,16 +32,6 @@ __all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "r
 
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a simulation found."""
-
-    scenario: Scenario
-    metrics: dict[str, Any]
-    """Nothing in it depends on the machine that simulated: the same seed gives the same."""
-    recorder: Recorder
 
 
 class Simulation:
@@ -101,7 +92,7 @@ class Simulation:
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         self._recorder.close()
-        return Result(self.scenario, self._metrics(), self._recorder)
+        return Result(self.scenario, self._metrics(), self._recorder, Path(self._where).stem)
 
     # ---- the load ----
 
@@ -179,7 +170,9 @@ class Simulation:
                             one.bytes_up += hop.bytes_up
                             one.bytes_down += hop.bytes_down
                             if hop.queue_s:
-                                timeline.add(f"queue {name}", self._time.now(), hop.queue_s)
+                                # It waited at some time before; the last moments are the nearest that is known.
+                                lately = min(after, hop.queue_s)
+                                timeline.add(f"queue {name}", began + after - lately, hop.queue_s, lately)
                         for decision in round_.decisions:
                             one.exits[decision.exit] = one.exits.get(decision.exit, 0) + 1
                             one.agreed += script.agrees(one.new_tokens, decision.token)
@@ -190,6 +183,7 @@ class Simulation:
         except RuyiFlowError as error:
             one.error = type(error).__name__
             one.total_s = self._time.now() - began
+        one.room_s = self._cluster.rooms.pop(number, {})
         del self._live[number]
         self._recorder.add(one)
 
@@ -251,15 +245,19 @@ class Simulation:
             energy, cost = energy + joules, cost + dollars
             link = self.scenario.link_after(tier)
             if link is not None:
-                pipes = {id(i.up): (i.up, i.down) for i in there if i.up is not None}.values()
-                up = sum(u.carried for u, _ in pipes if u is not None)
-                down = sum(d.carried for _, d in pipes if d is not None)
+                pipes = [*{id(i.up): (i.up, i.down) for i in there if i.up and i.down}.values()]
+                up, down = sum(u.carried for u, _ in pipes), sum(d.carried for _, d in pipes)
+                there_are = self.scenario.nodes[tier + 1].count if link.shared else node.count
+                most = [8e-6 / (mbit * span) if mbit else 0.0 for mbit in (link.up_mbit, link.down_mbit)]
+                full = [(u.carried * most[0], d.carried * most[1]) for u, d in pipes]
                 radio, carried = link.joules_per_mb * (up + down) / 1e6, link.price_per_gb * (up + down) / 1e9
                 links[f"{link.source}-{link.target}"] = {
                     "bytes_up": up,
                     "bytes_down": down,
                     "up_mbit": 8e-6 * up / span,
                     "down_mbit": 8e-6 * down / span,
+                    "utilisation": max(up * most[0], down * most[1]) / there_are,
+                    "highest_utilisation": max((max(one) for one in full), default=0.0),
                     "energy_j": radio,
                     "cost_usd": carried,
                 }
@@ -276,13 +274,15 @@ def simulate(
     """Run a scenario, and leave a run folder: scenario.yaml, requests.csv, trace.json, metrics.json, report.html.
 
     Raises:
-        ConfigError: see `Simulation`; nothing is written then.
+        ConfigError: see `Simulation`, or matplotlib is not installed; nothing is written then.
     """
+    check_matplotlib()
     Simulation(scenario, where=where)  # what is wrong with it is told before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
     result = Simulation(scenario, where=where, folder=folder).run(progress)
     (folder / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
+    write_report(folder, result)
     return result
 
 

@@ -136,7 +136,7 @@ class Shared:
         return len(self._takers)
 
     async def take(self, units: float) -> None:
-        """Use so many units, and wait until they are used."""
+        """Use so many units, and wait until they are used; who is interrupted uses no more of them."""
         if units <= 0:
             return
         self._go_on()
@@ -144,7 +144,14 @@ class Shared:
         self._count += 1
         heapq.heappush(self._takers, (self._served + units, self._count, event))
         self._set_alarm()
-        await until(event)
+        try:
+            await until(event)
+        except BaseException:
+            self._go_on()
+            self._takers = [taker for taker in self._takers if taker[2] is not event]
+            heapq.heapify(self._takers)
+            self._set_alarm()
+            raise
 
     @property
     def _rate(self) -> float:

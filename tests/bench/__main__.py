@@ -4,8 +4,8 @@ Everything that is compared runs in turn in one run, since machines are noisy, a
 
     python -m tests.bench [NAME …] [--rounds N] [--trace FILE …]
 
-`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one; `simulator-long`, which takes ten
-minutes, unless it is named. `--help` lists the names.
+`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one; `simulator-long`, which
+takes ten minutes, unless it is named. `--help` lists the names.
 """
 
 from __future__ import annotations

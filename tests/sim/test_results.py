@@ -1,0 +1,242 @@
+"""Figures of a run, in a memory that does not grow with it; and its Chrome trace."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ruyi_flow.sim.results import Answered, Events, Recorder, Spread, Timeline
+
+# ---- Spread ----
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=300))
+def test_percentiles_are_within_what_is_said_of_them(values: list[float]) -> None:
+    spread = Spread()
+    for value in values:
+        spread.add(value)
+    figures = spread.figures()
+    assert spread.count == len(values) and figures["mean"] == pytest.approx(np.mean(values))
+    for name, found in figures.items():
+        if name != "mean":
+            exact = np.quantile(values, int(name[1:]) / 100, method="lower")
+            assert found == pytest.approx(exact, rel=0.00201)
+    points = spread.points(20)
+    assert [share for _, share in points] == pytest.approx([i / 20 for i in range(1, 21)])
+    assert [value for value, _ in points] == sorted(value for value, _ in points)
+    assert points[-1][0] == pytest.approx(max(values), rel=0.00201)
+
+
+def test_a_spread_of_nothing_is_zero_and_has_no_curve() -> None:
+    assert Spread().figures() == {"mean": 0, "p50": 0, "p90": 0, "p95": 0, "p99": 0}
+    assert Spread().points() == []
+
+
+def test_zeros_count() -> None:
+    spread = Spread()
+    for value in (0.0, 0.0, 0.0, 8.0):
+        spread.add(value)
+    assert spread.figures() == {"mean": 2.0, "p50": 0.0, "p90": 0.0, "p95": 0.0, "p99": 0.0}
+    assert spread.points(4)[-1] == (pytest.approx(8.0, rel=0.002), 1.0)
+
+
+# ---- Timeline ----
+
+
+def test_amounts_go_where_they_belong() -> None:
+    timeline = Timeline()
+    timeline.add("a", 0.005, 3.0)
+    timeline.add("a", 0.02, 2.0)
+    timeline.add("b", 0.005, 4.0, 0.02)  # 0.005 s in the first bin, 0.01 in the second, 0.005 in the third
+    assert timeline.width_s == 0.01 and timeline.names == ["a", "b"]
+    assert timeline.rate("a") == pytest.approx([300, 0, 200])
+    assert timeline.rate("b") == pytest.approx([100, 200, 100])
+    assert timeline.rate("c") == []
+    timeline.add("b", 4.0, 7.0)
+    assert timeline.width_s == 0.02, "twice as wide, to hold more than 400"
+    assert timeline.rate("a") == pytest.approx([150, 100])
+    assert timeline.rate("b")[:3] == pytest.approx([150, 50, 0]) and timeline.rate("b")[200] == pytest.approx(350)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.floats(0, 5000), st.floats(0, 100), st.floats(0, 300)),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_nothing_is_lost_and_bins_stay_few(amounts: list[tuple[str, float, float, float]]) -> None:
+    timeline = Timeline()
+    for name, at, amount, lasts in amounts:
+        timeline.add(name, at, amount, lasts)
+    for name in timeline.names:
+        rates = timeline.rate(name)
+        assert len(rates) <= 400 and min(rates) >= -1e-9
+        mine = [row for row in amounts if row[0] == name]
+        assert sum(rates) * timeline.width_s == pytest.approx(sum(row[2] for row in mine))
+        # What began before any bin's end is not later than it, whatever the order of coming in.
+        for i in range(0, len(rates), 50):
+            start = i * timeline.width_s
+            before = sum(row[2] for row in mine if row[1] + row[3] < start)
+            assert sum(rates[:i]) * timeline.width_s >= before - 1e-6
+
+
+# ---- Recorder ----
+
+
+def answered(number: int, **about: Any) -> Answered:
+    defaults: dict[str, Any] = {"at_s": float(number), "prompt_tokens": 5, "new_tokens": 3}
+    defaults |= {"first_token_s": 0.5, "total_s": 1.5, "agreed": 2, "exits": {2: 2, 4: 1}}
+    return Answered(number, 0, **{**defaults, **about})
+
+
+def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, (2, 4), ("phone", "cloud"), skip=1)
+    recorder.add(answered(0, total_s=99.0, agreed=0))
+    recorder.add(answered(1, compute_s={"phone": 0.6, "cloud": 0.2}, wire_s={"cloud": 0.3}, bytes_up=30, escalations=2))
+    recorder.add(answered(2, total_s=2.5, compute_s={"phone": 1.0}, queue_s={"phone": 0.4}, room_s={"cloud": 0.2}))
+    recorder.add(answered(3, new_tokens=0, exits={}, first_token_s=0.0, total_s=9.0, agreed=0, error="NodeUnavailable"))
+    recorder.add(answered(4, new_tokens=1, exits={4: 1}, agreed=1, error="DeadlineExceeded", drafted=4, accepted=1))
+    recorder.close()
+    found = recorder.figures()
+    expected = {"requests": 4, "failed": 2, "errors": {"DeadlineExceeded": 1, "NodeUnavailable": 1}, "tokens": 7}
+    expected |= {"span_s": 11.0, "tokens_per_s": 7 / 11, "decided": {"2": 4 / 7, "4": 3 / 7}, "agreement": 5 / 7}
+    expected |= {"escalations_per_token": 2 / 7, "drafted": 4, "accepted": 1, "bytes_up_per_token": 30 / 7}
+    assert {key: found[key] for key in expected} == expected
+    assert found["total_s"]["mean"] == pytest.approx((1.5 + 2.5 + 1.5) / 3)
+    assert found["token_s"]["mean"] == pytest.approx((0.5 + 1.0) / 2), "of those that have a second token"
+    assert found["spent_s"]["phone"] == pytest.approx({"room": 0, "compute": 1.6 / 3, "queue": 0.4 / 3, "wire": 0})
+    assert found["spent_s"]["cloud"] == pytest.approx({"room": 0.2 / 3, "compute": 0.2 / 3, "queue": 0, "wire": 0.1})
+    with (tmp_path / "requests.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["number"] for row in rows] == ["0", "1", "2", "3", "4"], "the first too"
+    assert float(rows[1]["cloud_wire_s"]) == 0.3 and float(rows[2]["cloud_room_s"]) == 0.2
+    assert rows[1]["exit_2"] == "2" and rows[3]["error"] == "NodeUnavailable" and rows[3]["exit_4"] == "0"
+    assert float(rows[1]["agreement"]) == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_a_run_without_answers_has_figures_too() -> None:
+    recorder = Recorder(None, (2,), ("phone",))
+    assert recorder.figures()["tokens_per_s"] == 0 and recorder.figures()["total_s"]["p99"] == 0
+    recorder.add(answered(0, new_tokens=0, exits={}, agreed=0, error="CapacityError"))
+    found = recorder.figures()
+    assert (found["requests"], found["failed"], found["tokens"], found["span_s"]) == (1, 1, 0, 0)
+    assert recorder.chosen == [] and recorder.slowest == []
+
+
+@pytest.mark.parametrize("count", [1, 11, 12, 13, 500, 4097])
+def test_few_requests_are_kept_from_all_over_the_run_and_the_slowest(count: int) -> None:
+    recorder = Recorder(None, (2, 4), ("phone",), skip=3)
+    for number in range(count + 3):
+        recorder.add(answered(number, total_s=1.0 + (number * 7919) % 1009))
+    kept = [one.number for one in recorder.chosen]
+    assert min(count, 6) <= len(kept) <= 12 and kept[0] == 3
+    steps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+    assert len(steps) <= 1 and count + 3 - kept[-1] <= max(steps, default=1)
+    slowest = sorted((1.0 + (n * 7919) % 1009 for n in range(3, count + 3)), reverse=True)
+    assert [one.total_s for one in recorder.slowest] == slowest[:4]
+
+
+# ---- Events ----
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = json.loads(path.read_text())
+    for event in events:
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        assert event["ph"] in ("M", "X", "b", "n", "e")
+        assert all(math.isfinite(event[key]) and event[key] >= 0 for key in ("ts", "dur") if key in event)
+    return events
+
+
+def names(events: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, str]]:
+    """By process and thread: what both are called."""
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    return {key: (processes[key[0]], name) for key, name in threads.items()}
+
+
+def test_a_trace_names_its_processes_and_threads(tmp_path: Path) -> None:
+    events = Events(tmp_path / "t.json")
+    events.slice("phone", "phone 0", "exit 2", 0.0, 0.25, rows=3)
+    events.slice("phone", "phone 1", "exit 2", 0.0, 0.5)
+    events.slice("link phone-cloud", "up 0", "message", 0.25, 0.75, bytes=10)
+    events.request(answered(7, at_s=0.0))
+    events.close()
+    found = read(tmp_path / "t.json")
+    slices = [e for e in found if e["ph"] == "X"]
+    called = names(found)
+    assert [called[e["pid"], e["tid"]] for e in slices] == [
+        ("phone", "phone 0"),
+        ("phone", "phone 1"),
+        ("link phone-cloud", "up 0"),
+    ]
+    assert [(e["name"], e["ts"], e["dur"], e["args"]) for e in slices][0] == ("exit 2", 0.0, 250_000.0, {"rows": 3})
+    request = [e for e in found if e.get("cat") == "request"]
+    assert [(e["ph"], e["ts"]) for e in request] == [("b", 0.0), ("n", 500_000.0), ("e", 1_500_000.0)]
+    assert {e["id"] for e in request} == {7} and request[0]["args"]["tokens"] == 3
+
+
+def test_a_request_without_a_token_has_no_first_one(tmp_path: Path) -> None:
+    events = Events(tmp_path / "t.json")
+    events.request(answered(0, new_tokens=0, first_token_s=0.0, error="NodeUnavailable"))
+    events.close()
+    request = [e for e in read(tmp_path / "t.json") if e.get("cat") == "request"]
+    assert [e["ph"] for e in request] == ["b", "e"] and request[0]["args"]["error"] == "NodeUnavailable"
+
+
+def test_an_empty_trace_is_json(tmp_path: Path) -> None:
+    Events(tmp_path / "t.json").close()
+    assert read(tmp_path / "t.json") == []
+
+
+@given(spans=st.lists(st.tuples(st.floats(0, 10), st.floats(0, 3)), max_size=40))
+def test_slices_of_one_thread_never_overlap(
+    tmp_path_factory: pytest.TempPathFactory, spans: list[tuple[float, float]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "slices.json"
+    events = Events(path)
+    for at, lasts in sorted(spans, key=lambda span: span[0] + span[1]):
+        events.slice("link", "up 0", "message", at, lasts)
+    events.close()
+    slices = [e for e in read(path) if e["ph"] == "X"]
+    assert len(slices) == len(spans)
+    ends: dict[int, float] = {}
+    for e in slices:
+        assert e["ts"] >= ends.get(e["tid"], 0.0) - 0.01, "times are to the nanosecond"
+        ends[e["tid"]] = e["ts"] + e["dur"]
+
+
+def test_slices_that_overlap_are_on_threads_of_one_name(tmp_path: Path) -> None:
+    events = Events(tmp_path / "t.json")
+    for at, lasts in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.5, 1.0)):
+        events.slice("link", "up 0", "message", at, lasts)
+    events.close()
+    found = read(tmp_path / "t.json")
+    assert [e["tid"] for e in found if e["ph"] == "X"] == [1, 2, 1, 2]
+    assert set(names(found).values()) == {("link", "up 0")}
+
+
+def test_a_full_trace_takes_no_more_and_is_whole(tmp_path: Path) -> None:
+    events = Events(tmp_path / "t.json")
+    number = 0
+    while not events.full:
+        events.slice("phone", "phone 0", "exit 2", number, 1.0)
+        events.request(answered(number))
+        number += 1
+    for _ in range(5):
+        events.slice("phone", "phone 9", "exit 2", number, 1.0)
+        events.request(answered(number))
+    events.close()
+    found = read(tmp_path / "t.json")
+    assert 40_000 <= sum(e["ph"] != "M" for e in found) < 40_004
+    kinds = [e["ph"] for e in found]
+    assert kinds.count("b") == kinds.count("n") == kinds.count("e") == kinds.count("X") == number
