@@ -359,7 +359,9 @@ def _check(scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
     if scenario.policy.file is not None:
         mode = PolicyFile.load(scenario.policy.file).mode
     if mode is Mode.CASCADE:
-        raise ConfigError(f"{where}: policy: a plan chooses thresholds of mode 'token', not of 'cascade'; say mode: token")
+        raise ConfigError(
+            f"{where}: policy: a plan chooses thresholds of mode 'token'; 'cascade' has others: say token"
+        )
 
 
 def _check_fits(scenario: Scenario, k: int, profile: Profile, exits: Sequence[int]) -> None:
