@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.options import JsonOption, load_topology
-from ruyi_flow.display import counting_bar, err, out, print_json
+from ruyi_flow.display import counting_bar, err, join, out, print_json
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.types import Weights
 
-__all__ = ["profile", "simulate"]
+if TYPE_CHECKING:
+    from ruyi_flow.sim.plan import Plan
+
+__all__ = ["plan", "profile", "simulate", "sweep"]
 
 ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology with a load.")]
 SetOption = Annotated[
@@ -108,6 +113,196 @@ def profile(
         f"{found.machine.get('steps_of_two_nodes', 0)} times the steps of one",
         highlight=False,
     )
+
+
+@app.command()
+def sweep(
+    scenario: ScenarioArgument,
+    grid: Annotated[
+        list[str],
+        typer.Option("--grid", help="A key and its values: nodes.edge.count=1,2,4 or policy.threshold=0.5:0.9:0.1."),
+    ],
+    changes: SetOption = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Seeds of each point, from 0 on.")] = 5,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time; left out: as many as cores.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on this Ray cluster (extra 'ray'), where the scenario's files are at the same paths."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Sweep folder; runs/sweep/<scenario> when left out.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate a scenario at every point of a grid; say which points nothing beats.
+
+    Several --grid give the product of their values. Every point runs with seeds
+    0, 1, …; figures are means, with the half-width of their 95 % confidence
+    interval (Student's t). The folder keeps each run that has ended: the same
+    command goes on where it was broken off, and simulates only what is new.
+
+    In the folder: results.csv; pareto.csv, the points that no other one beats in
+    p95 time per token, bytes up, agreement and cost at once (* in the table);
+    pareto.png.
+
+    Example: ruyi-flow sweep scenario.yaml --grid nodes.edge.count=1,2,4
+    --grid policy.threshold=0.5:0.9:0.1
+    """
+    from ruyi_flow.sim import sweep as sweeps
+
+    folder = folder or Path("runs/sweep") / scenario.stem
+    axes = [sweeps.Axis.parse(text) for text in grid]
+    with counting_bar(quiet=as_json) as bar:
+        points = sweeps.sweep(
+            scenario,
+            axes,
+            folder,
+            overrides=changes or (),
+            repeat=repeat,
+            jobs=jobs,
+            ray=ray,
+            progress=lambda done, total: bar("runs", done, total),
+        )
+    written = sweeps.write(folder, points)
+    try:
+        written.append(sweeps.draw(folder, points))
+    except ConfigError as error:  # the figures are there without it
+        err.print(f"[dim]{escape(str(error))}[/]")
+    best = sweeps.front(points)
+    if as_json:
+        rows = [asdict(point) | {"front": is_best} for point, is_best in zip(points, best, strict=True)]
+        print_json({"folder": str(folder), "repeat": repeat, "points": rows})
+        return
+    table = Table()
+    for axis in axes:
+        table.add_column(axis.key.replace(".", ".\u200b"), overflow="fold")
+    shown = [name for name in _SWEPT if name != "failed" or any(point.figures[name].mean for point in points)]
+    for column in (*(_SWEPT[name] for name in shown), ""):
+        table.add_column(column, justify="right")
+    for point, is_best in zip(points, best, strict=True):
+        cells = []
+        for name in shown:
+            figure = point.figures[name]
+            cells.append(f"{figure.mean:.4g}" + ("" if figure.half is None else f"\n±{figure.half:.2g}"))
+        table.add_row(*map(str, point.keys.values()), *cells, "*" if is_best else "", style="bold" if is_best else None)
+    out.print(table)
+    err.print(f"[dim]{escape(', '.join(map(str, written)))}[/]", soft_wrap=True)
+
+
+_SWEPT = {
+    "first_token_p95_s": "first p95, s",
+    "token_p95_s": "token p95, s",
+    "tokens_per_s": "tokens/s",
+    "bytes_up_per_token": "bytes up",
+    "agreement": "agrees",
+    "beyond_first": "beyond first",
+    "joules_per_token": "J/token",
+    "usd_per_million_tokens": "$/M",
+    "failed": "failed",
+}
+"""Columns of a sweep's table; results.csv has the medians too."""
+
+
+@app.command()
+def plan(
+    scenario: ScenarioArgument,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What must hold: mean, p50, p90, p95 or p99 of first_token_s, token_s or total_s; or agreement, "
+            "bytes_up_per_token, joules_per_token, usd_per_million_tokens, tokens_per_s. Several with 'and' between."
+        ),
+    ],
+    minimize: Annotated[
+        str, typer.Option(help="Of what meets it, take the least bytes (upwards), cost, energy or latency.")
+    ] = "bytes",
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="At least this share of the tokens is the last exit's.")
+    ] = 0.95,
+    finalists: Annotated[int, typer.Option(min=1, help="So many candidates are simulated.")] = 6,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time; left out: as many as cores.")] = None,
+    changes: SetOption = None,
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="The topology file.")] = Path("topology.yaml"),
+    as_json: JsonOption = False,
+) -> None:
+    """Search where to cut the family over a scenario's nodes, with which thresholds.
+
+    The nodes, their links and the load are the scenario's. What is searched:
+    which consecutive exits each node gets (all but the first may be left out),
+    the thresholds, and whether to draft. Equations rank all candidates, the
+    simulator decides among the finalists, and the best one becomes a topology
+    that ruyi-flow up takes. Where none meets the objective, that is said,
+    nothing is written, and the exit status is 1.
+
+    Example: ruyi-flow plan scenario.yaml --objective "p95 token_s < 0.08"
+    --minimize cost --out topology.yaml
+    """
+    from ruyi_flow.sim.plan import plan as search
+    from ruyi_flow.sim.plan import write
+    from ruyi_flow.sim.scenario import Scenario
+
+    asked = Scenario.read(scenario, changes or ())
+    with counting_bar(quiet=as_json) as bar:
+        found = search(
+            asked,
+            objective,
+            minimize=minimize,
+            min_agreement=min_agreement,
+            finalists=finalists,
+            jobs=jobs,
+            where=str(scenario),
+            progress=lambda done, total: bar("cuts and finalists", done, total),
+        )
+    names = [node.name for node in asked.nodes]
+    if found.met:
+        write(found, out_file, scenario.parent)
+    if as_json:
+        rows = [
+            {
+                "exits": {name: exits for name, exits in zip(names, one.cut, strict=True) if exits},
+                "thresholds": one.thresholds,
+                "draft": one.draft,
+                "predicted": dict(zip(found.labels, one.predicted, strict=True)),
+                "simulated": dict(zip(found.labels, one.simulated, strict=True)),
+            }
+            for one in found.finalists
+        ]
+        print_json({"met": found.met, "file": str(out_file) if found.met else None, "finalists": rows})
+    else:
+        _show_plan(found, names, out_file)
+    if not found.met:
+        raise typer.Exit(1)
+
+
+def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
+    """A table of the finalists, and which one it is to be."""
+    columns = [*dict.fromkeys(found.labels)]
+    table = Table("exits", "thresholds", "draft", *(f"{label}\n[dim]predicted[/]" for label in columns))
+    for i, one in enumerate(found.finalists):
+        exits = "\n".join(f"{name} {join(held)}" for name, held in zip(names, one.cut, strict=True) if held)
+        thresholds = "\n".join(f"{p}: {'never' if t > 1 else f'{t:.3f}'}" for p, t in one.thresholds.items())
+        pairs = dict(zip(found.labels, zip(one.simulated, one.predicted, strict=True), strict=True))
+        cells = (f"{pairs[label][0]:.4g}\n[dim]{pairs[label][1]:.4g}[/]" for label in columns)
+        table.add_row(
+            exits, thresholds, str(one.draft), *cells, style="bold" if found.met and i == 0 else None, end_section=True
+        )
+    out.print(table)
+    best = found.finalists[0]
+    cut = ", ".join(f"{name} {join(held)}" for name, held in zip(names, best.cut, strict=True) if held)
+    asked = ", ".join(str(bound) for bound in found.bounds)
+    values = best.simulated
+    if found.met:
+        least = f"the least {found.labels[-2]} ({values[-2]:.4g})"
+        out.print(f"chosen: {cut}: of the finalists that keep {asked}, it has {least}; written: {out_file}")
+    else:
+        missed = ", ".join(
+            f"{bound.label} {value:.4g}"
+            for bound, value in zip(found.bounds, values, strict=False)
+            if bound.excess(value)
+        )
+        out.print(f"none of the finalists keeps {asked}; the nearest: {cut}, which has {missed}; nothing was written")
+    left_out = f"; {len(found.impossible)} cuts cannot be, as {found.impossible[0][1]}" if found.impossible else ""
+    err.print(f"[dim]{found.tried:,} candidates[/]{escape(left_out)}", soft_wrap=True)
 
 
 def show(metrics: dict[str, Any]) -> None:

@@ -24,11 +24,11 @@ from ruyi_flow.sim.plots import check_matplotlib
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
 from ruyi_flow.sim.results import Answered, Recorder, Result
-from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.sim.scenario import Scenario, SimNode
 from ruyi_flow.sim.times import VirtualTime
 from ruyi_flow.types import SamplingParams, Weights
 
-__all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "simulate"]
+__all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "rates", "simulate"]
 
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
@@ -61,7 +61,7 @@ class Simulation:
         self._routing = scenario.policy.routing(where)
         self._policy = Policy.resolve(self._routing, scenario.all_exits)
         self._source = random.Random(f"{scenario.seed}/load")
-        self._scripts = self._behaviour()
+        self.scripts = self._behaviour()
         load = scenario.workload
         self._prompts, self._answers = Lengthy(load.prompts, self._source), Lengthy(load.answers, self._source)
         skip = int(load.warmup * (load.requests or 0))
@@ -135,7 +135,7 @@ class Simulation:
             if self._full:
                 return
             number, self._asked = self._asked, self._asked + 1
-            recorded = self._scripts if isinstance(self._scripts, Recorded) else None
+            recorded = self.scripts if isinstance(self.scripts, Recorded) else None
             question = one.prompt_tokens or self._prompts.draw(recorded.prompt(number) if recorded else 0)
             answer = one.answer_tokens or self._answers.draw(recorded.answer(number) if recorded else 0)
             await self._ask(number, one.device, said + question, answer)
@@ -145,7 +145,7 @@ class Simulation:
         """One request, from its arrival at the device to its last token."""
         entry, began = self.profiles[0], self._time.now()
         one = Answered(number, device, began, prompt)
-        script = self._live[number] = self._scripts.script(number, answer)
+        script = self._live[number] = self.scripts.script(number, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
         timeline = self._recorder.timeline
         try:
@@ -227,11 +227,7 @@ class Simulation:
         for tier, (node, profile) in enumerate(zip(self.scenario.nodes, self.profiles, strict=True)):
             there = self._cluster.instances[tier].values()
             busy, waited = sum(i.worker.busy_s for i in there), sum(i.worker.waited_s for i in there)
-            machine = HARDWARE.get(node.hardware or "")
-            idle_w, busy_w, price = (
-                float((getattr(machine, key, None) if (own := getattr(node, key)) is None else own) or 0.0)
-                for key in ("idle_w", "busy_w", "price_per_hour")
-            )
+            idle_w, busy_w, price = rates(node)
             joules = busy * busy_w + max(0.0, node.count * span - busy) * idle_w
             dollars = node.count * span / 3600 * price
             nodes[node.name] = {
@@ -293,6 +289,16 @@ def simulate(
 def metrics_text(metrics: dict[str, Any]) -> str:
     """metrics.json."""
     return json.dumps(metrics, indent=2, sort_keys=True) + "\n"
+
+
+def rates(node: SimNode) -> tuple[float, float, float]:
+    """Watts of a node while no step runs and while one does, and dollars an hour."""
+    machine = HARDWARE.get(node.hardware or "")
+    idle_w, busy_w, price = (
+        float((getattr(machine, key, None) if (own := getattr(node, key)) is None else own) or 0.0)
+        for key in ("idle_w", "busy_w", "price_per_hour")
+    )
+    return idle_w, busy_w, price
 
 
 def profiles_of(scenario: Scenario, where: str) -> list[Profile]:
