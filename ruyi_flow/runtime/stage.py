@@ -16,7 +16,8 @@ from ruyi_flow.errors import CapacityError, ContextLengthError, RuyiFlowError
 from ruyi_flow.family.transformer import Attention, FamilySlice, Rope
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS, Reading
-from ruyi_flow.runtime.attention import BatchedAttention, CachedAttention, flash_attention
+from ruyi_flow.runtime.attention import LONG_PAGE, BatchedAttention, CachedAttention, flash_attention
+from ruyi_flow.runtime.cuda_graphs import Graphs
 from ruyi_flow.runtime.kv_cache import PagePool, Run
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.scores import Confidence, likeliest, reading
@@ -62,9 +63,11 @@ class Shard:
         model: the stages.
         max_positions: of keys and values, over all sessions. Memory is reserved, and used as positions fill.
         max_sessions: at once.
+        paged: whether short steps run padded, every row as a sequence of its own, and on CUDA as graphs; only on CUDA
+            when left out (docs/design/0003-cuda.md).
     """
 
-    def __init__(self, model: FamilySlice, *, max_positions: int, max_sessions: int) -> None:
+    def __init__(self, model: FamilySlice, *, max_positions: int, max_sessions: int, paged: bool | None = None) -> None:
         config = model.config
         weight = next(model.parameters())
         self.model, self.exits, self.config = model, model.exits, config
@@ -72,12 +75,16 @@ class Shard:
         self.max_sessions = max_sessions
         self.sessions: dict[int, ShardSession] = {}
         self.rope = Rope(config, weight.dtype, weight.device)
-        self.flash = flash_attention() if weight.device.type == "cuda" else None
+        self.flash = flash_attention(weight.device, weight.dtype)
+        if paged is None:
+            paged = weight.is_cuda
+        positions = self.pool.num_positions + (LONG_PAGE if paged else 0)
         self.memory = torch.empty(
-            (model.num_slots, 2, config.num_kv_heads, self.pool.num_positions, config.head_dim),
+            (model.num_slots, 2, config.num_kv_heads, positions, config.head_dim),
             dtype=weight.dtype,
             device=weight.device,
         )
+        self.graphs = Graphs(model, self.memory, self.pool.num_pages, self.flash) if paged else None
         self.on_release: Callable[[], None] = lambda: None
         """Called, on whatever thread, when a session has given its room back."""
         self._ids = itertools.count()
@@ -140,8 +147,10 @@ class Shard:
         one = pieces[0] if len(pieces) == 1 else None
         states = one.states if one else torch.cat([piece.states for piece in pieces])
         rope = self._rope(pieces)
-        attention = self._attention(pieces)
-        boundary = self.model.run(states, first_layer, exit, rope, attention)
+        if self.graphs is not None and self.graphs.take(pieces):
+            boundary = self.graphs.trunk(stage, pieces, states, rope)
+        else:
+            boundary = self.model.run(states, first_layer, exit, rope, self._attention(pieces))
         parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
         for piece, states in zip(pieces, parted, strict=True):
             piece.work.session.went_through(stage, states)
@@ -174,11 +183,18 @@ class Shard:
             rows += [before + row for row in piece.asked]
             before += piece.count
         chosen = None if len(rows) == before else torch.tensor(rows, dtype=torch.int64, device=boundary.device)
-        attention = self._attention(pieces, None if chosen is None else [piece.asked for piece in pieces])
-        read = self.model.reading(exit, boundary, rope, attention, chosen)
-        if read is None:
-            return
-        logits = self.model.head_at[exit].run(read)
+        if self.graphs is not None and self.graphs.take(pieces):
+            read, logits = self.graphs.branch(exit, pieces, boundary, rope)
+            if chosen is not None:
+                read, logits = read[chosen], logits[chosen]
+            if not rows:
+                return
+        else:
+            attention = self._attention(pieces, None if chosen is None else [piece.asked for piece in pieces])
+            reading = self.model.reading(exit, boundary, rope, attention, chosen)
+            if reading is None:
+                return
+            read, logits = reading, self.model.head_at[exit].run(reading)
         tokens, sure = likeliest(logits)
         start = 0
         for piece in pieces:
@@ -209,13 +225,13 @@ class Shard:
 class _Piece:
     """The next rows of a pass, in one step."""
 
-    __slots__ = ("asked", "attention", "count", "start", "states", "work")
+    __slots__ = ("asked", "count", "run", "start", "states", "work")
 
     def __init__(self, work: Pass, count: int, states: Tensor) -> None:
         session = work.session
         self.work, self.count, self.states = work, count, states
         self.start = session.positions[work.stage]
-        self.attention = session.attention(self.start, count)
+        self.run = session.run
         self.asked = session.asked(work.stage, self.start, count, work.wants) if work.looks else ()
 
     @classmethod
@@ -225,6 +241,11 @@ class _Piece:
             (work.states, work.states[:0]) if count == work.rows else (work.states[:count], work.states[count:])
         )
         return cls(work, count, states)
+
+    @property
+    def attention(self) -> CachedAttention:
+        """Of these rows alone."""
+        return self.work.session.attention(self.start, self.count)
 
 
 class ShardSession:
