@@ -154,9 +154,11 @@ class _Int8:
             (self.values, self.scales) if bias is None else (self.values, self.scales, bias)
         )
         self.biased = bias is not None
+        # CUDA has a kernel of this name too: a thread a value, in float32 whatever comes in (docs/design/0003-cuda.md).
+        self._most_rows = _INT8_ROWS if held.values.device.type == "cpu" else 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= _INT8_ROWS:
+        if x.shape[0] <= self._most_rows:
             out: Tensor = torch._weight_int8pack_mm(x, self.values, self.scales)
         else:
             blocks = [F.linear(x, block.to(x.dtype)) for block in self.values.split(_INT8_BLOCK)]

@@ -295,7 +295,10 @@ class FamilySlice(nn.Module):
         Raises:
             ConfigError: there is nothing to compile with.
         """
-        compiled = torch.compile(DecoderLayer.forward, dynamic=True, isolate_recompiles=True)
+        # torch's overloads do not have the last one, which keeps families of one process out of each other's limit.
+        compiled: Callable[..., Tensor | None] = torch.compile(  # type: ignore[call-overload]
+            DecoderLayer.forward, dynamic=True, isolate_recompiles=True
+        )
 
         def call(
             layer: DecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, slot: int
