@@ -88,13 +88,25 @@ class Engine:
         device = find_device(node.device, f"{where}: node {name!r}: device")
         try:
             model = load_slice(
-                checkpoint, node.exits, dtype=parse_dtype(node.dtype), device=device, weights=node.weights
+                checkpoint,
+                node.exits,
+                dtype=parse_dtype(node.dtype),
+                device=device,
+                weights=node.weights,
+                compiled=node.compile,
             )
         except CheckpointError as error:
             raise CheckpointError(f"{where}: node {name!r}: {error}") from None
         _ = checkpoint.fingerprint, checkpoint.eos_token_ids  # read while the files are open
         checkpoint.close()
-        limits = node.limits
+        limits, threads = node.limits, node.threads or (len(node.cores) if node.cores else None)
+        if node.compile:
+            if threads:
+                torch.set_num_threads(threads)  # as the steps will, or they would compile once more
+            try:
+                model.compile_layers()
+            except ConfigError as error:
+                raise ConfigError(f"{where}: node {name!r}: compile: {error}") from None
         try:
             shard = Shard(model, max_positions=limits.max_positions, max_sessions=limits.max_sessions)
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise the first
@@ -102,7 +114,6 @@ class Engine:
                 f"{where}: node {name!r}: limits.max_positions: no memory for the keys and values of "
                 f"{limits.max_positions} positions: {str(error).splitlines()[0]}"
             ) from None
-        threads = node.threads or (len(node.cores) if node.cores else None)
         worker = ThreadWorker(threads, limits.max_step_positions)
         return cls(topology, name, checkpoint, shard, worker)
 

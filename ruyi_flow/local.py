@@ -14,7 +14,7 @@ from torch import Tensor
 from ruyi_flow.chain import Chain, Round, decode
 from ruyi_flow.engine import find_device
 from ruyi_flow.entry import end_tokens, load_tokenizer
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
@@ -35,17 +35,28 @@ class Family:
         dtype: number format.
         device: a torch device.
         weights: how products hold their weights; None keeps them as they are.
+        compile: run the trunk's layers through `torch.compile`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", weights: Weights | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        weights: Weights | None = None,
+        compile: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: FamilyConfig = checkpoint.config
         self.exits = checkpoint.config.exits
-        self.model = load_slice(
-            checkpoint, self.exits, dtype=dtype, device=find_device(device, "device"), weights=weights
-        )
+        found = find_device(device, "device")
+        self.model = load_slice(checkpoint, self.exits, dtype=dtype, device=found, weights=weights, compiled=compile)
+        if compile:
+            try:
+                self.model.compile_layers()
+            except ConfigError as error:
+                raise ConfigError(f"compile: {error}") from None
         self.tokenizer: Any = load_tokenizer(checkpoint)
         """transformers' tokenizer, or None where the folder has no tokenizer.json."""
         self._shard: Shard | None = None
@@ -160,6 +171,7 @@ def load_family(
     exits: Sequence[int] | None = None,
     device: str = "cpu",
     weights: str | Weights | None = None,
+    compile: bool = False,
 ) -> Family:
     """Load a whole family into this process.
 
@@ -169,9 +181,11 @@ def load_family(
         exits: exits to give to an ordinary Hugging Face or GGUF checkpoint; its branches are then untrained copies.
         device: a torch device.
         weights: "int8" or "int4" holds the weights of products in few bits; "bf16", or None, as they are.
+        compile: run the trunk's layers through `torch.compile`, which takes a while here; on a CPU it does not pay.
 
     Raises:
         CheckpointError: what is wrong with the files.
+        ConfigError: a device that is not there, or nothing to compile with.
     """
     chosen = parse_dtype(dtype)
     if weights is not None and weights not in tuple(Weights):
@@ -179,12 +193,13 @@ def load_family(
     held = None if weights is None else Weights(weights)
     if exits is not None and not (isinstance(exits, Sequence) and all(map(is_token_id, exits))):
         raise RequestError(f"exits is {exits!r}; it must be whole numbers, as in [5, 11]")
+    how: dict[str, Any] = {"dtype": chosen, "device": device, "weights": held, "compile": compile}
     if str(path_or_name).endswith(".gguf"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "converted"
             convert_gguf(path_or_name, folder)
-            return Family(Checkpoint(folder, exits), dtype=chosen, device=device, weights=held)
-    return Family(Checkpoint(store.locate(path_or_name), exits), dtype=chosen, device=device, weights=held)
+            return Family(Checkpoint(folder, exits), **how)
+    return Family(Checkpoint(store.locate(path_or_name), exits), **how)
 
 
 async def _collect(rounds: AsyncIterator[Round]) -> list[Round]:

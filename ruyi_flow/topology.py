@@ -90,6 +90,8 @@ class Node(Model):
     """bf16, int8 or int4: how products hold their weights. Left out: as the shard, or else the family, has them."""
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
+    compile: bool = False
+    """Whether the trunk's layers go through `torch.compile` as the node loads; on a CPU that is slower."""
     threads: Int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the forward pass; torch's default when left out. Nodes that share cores must share them out."""
     cores: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import shutil
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -580,6 +582,17 @@ async def test_status_tells_what_a_node_holds(tiny: Path) -> None:
         whole = sum(tensor.numel() for tensor in load_file(tiny / "model.safetensors").values())
         assert first.parameters + second.parameters == whole
         assert first.sessions == 0 and first.used_positions == 0
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")  # torch's own import
+@pytest.mark.timeout(300)
+def test_a_node_whose_layers_are_compiled_decides_the_same(tiny: Path, oracle: Oracle) -> None:
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32", "threads": 1, "compile": True}
+    with Client(Topology.parse({"family": str(tiny), "nodes": [node]})) as client:
+        reply = client.generate(PROMPT, mode="exact", draft=3, max_new_tokens=12, eos_token_ids=())
+        expected = oracle.decide(Policy.resolve(Routing(), (2, 4, 6)), PROMPT, 12)
+        assert [(t.id, t.exit) for t in reply.tokens] == expected
 
 
 def test_a_topology_of_one_node_needs_no_network(tiny: Path, oracle: Oracle) -> None:

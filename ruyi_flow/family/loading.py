@@ -51,6 +51,7 @@ def load_slice(
     device: str | torch.device = "cpu",
     packed: bool = True,
     weights: Weights | None = None,
+    compiled: bool = False,
 ) -> FamilySlice:
     """Read the stages that end at these exits, and nothing else, ready to serve.
 
@@ -61,6 +62,7 @@ def load_slice(
         packed: pack the weights for the CPU where possible (`linear.pack`).
         weights: how products hold their weights, converted one by one where the checkpoint's are wide; None keeps them
             as they are in the checkpoint.
+        compiled: leave the trunk's layers as `FamilySlice.compile_layers` can take them.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than config.json says, or cannot be held like this.
@@ -147,7 +149,7 @@ def load_slice(
             read_weight(head, [f"{name}.weight"])  # type: ignore[arg-type]
     for i, layer in enumerate(model.trunk, model.first_layer):
         read_layer(layer, f"model.layers.{i}")
-        if packed:
+        if packed and not compiled:
             pack(layer)
     for p, branch in model.branch_at.items():
         index = config.exits.index(p)
@@ -164,6 +166,7 @@ def load_slice(
     if packed:
         pack(model.heads)
         if model.device.type == "cpu":
-            for norm in (m for m in model.modules() if isinstance(m, RMSNorm)):
+            frozen = model.branches if compiled else model
+            for norm in (m for m in frozen.modules() if isinstance(m, RMSNorm)):
                 norm.freeze()
     return model.eval()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.linear import Linear
 
@@ -254,7 +254,8 @@ class FamilySlice(nn.Module):
         }
         """Slot of the keys and values of each branch's first layer, never a trunk layer's; the others' follow."""
         self.call: Callable[..., Tensor | None] = DecoderLayer.forward
-        """How a layer is called; training may put a call in between that recomputes what it does not keep."""
+        """How a trunk layer is called: training may put a call in between that recomputes what it does not keep, and
+        `compile_layers` puts the compiled one."""
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(self.trunk, self.first_layer)})
         self.branches = nn.ModuleDict({str(p): branch for p, branch in self.branch_at.items()})
         self.heads = nn.ModuleList(own_heads)
@@ -285,6 +286,40 @@ class FamilySlice(nn.Module):
     def embed_with_head(self) -> None:
         """Look tokens up in the head, which is the embedding, too, and holds it in 8 bits."""
         self.embed_tokens = None
+
+    @torch.inference_mode()
+    def compile_layers(self) -> None:
+        """Run the trunk's layers through `torch.compile` from now on; inference only, of layers that are not packed.
+
+        The layers share what is compiled: for one row, and for any more. It is compiled here, for the CPU threads that
+        this thread has now. Attention stays as it is.
+
+        Raises:
+            ConfigError: there is nothing to compile with.
+        """
+        # torch's overloads do not have the last one, which keeps families of one process out of each other's limit.
+        compiled: Callable[..., Tensor | None] = torch.compile(  # type: ignore[call-overload]
+            DecoderLayer.forward, dynamic=True, isolate_recompiles=True
+        )
+
+        def call(
+            layer: DecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, slot: int
+        ) -> Tensor | None:
+            if not x.is_inference():  # made outside of inference mode: to the compiler, a tensor of another kind
+                x = x.clone()
+            return compiled(layer, x, rope, _Uncompiled(attention), slot)
+
+        layer, hidden = self.trunk[0], self.config.hidden_size
+        rope = Rope(self.config, self.dtype, self.device)
+        try:
+            for n in (1, 2, 32):  # 8-bit products have two ways, by the number of rows
+                x = torch.zeros(n, hidden, dtype=self.dtype, device=self.device)
+                call(layer, x, rope.at(0, n), CausalAttention(1), 0)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.inner_exception).strip().splitlines()[0]
+            needed = "Triton" if self.device.type == "cuda" else "a C++ compiler (g++, or what CXX names)"
+            raise ConfigError(f"torch.compile needs {needed}; leave it out. It says: {reason}") from None
+        self.call = call
 
     def run(self, x: Tensor, start: int, stop: int, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """Run trunk layers `start … stop-1`, the only way a trunk is ever run.
@@ -395,6 +430,17 @@ class CausalAttention:
         q, k, v = (t.unflatten(0, (self.batch, -1)).transpose(1, 2) for t in (q, k, v))  # (batch, heads, n, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class _Uncompiled:
+    """An attention that `torch.compile` does not look into."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        return self._attention(slot, q, k, v, rows)
 
 
 def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:

@@ -10,16 +10,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BatchedAttention", "CachedAttention", "flash_attention"]
+from ruyi_flow.runtime.kv_cache import PAGE_SIZE
+
+__all__ = [
+    "LONG_PAGE",
+    "BatchedAttention",
+    "CachedAttention",
+    "PagedAttention",
+    "flash_attention",
+    "long_pages",
+    "page_table",
+]
+
+LONG_PAGE = 256
+"""Positions of a page as flash-attn's kernel sees the memory: it takes multiples of 256 only."""
 
 
-def flash_attention() -> Any:
-    """flash-attn's kernel where the package is installed, else None."""
-    if find_spec("flash_attn") is None:
+def flash_attention(device: torch.device, dtype: torch.dtype) -> Any:
+    """flash-attn, where it is installed and has kernels for this, else None."""
+    if device.type != "cuda" or dtype is torch.float32 or find_spec("flash_attn") is None:
         return None
-    from flash_attn import flash_attn_func
+    import flash_attn
 
-    return flash_attn_func
+    return flash_attn
+
+
+def page_table(first: int, positions: int, num_pages: int) -> list[int]:
+    """The long pages of a run that begins at a page: one begins at each page, so the run's are every fourth.
+
+    Args:
+        first: the run's first page.
+        positions: how far the table reaches, a multiple of LONG_PAGE; past the pool it names the long page after it.
+        num_pages: in the pool.
+    """
+    step = LONG_PAGE // PAGE_SIZE
+    return [min(first + i * step, num_pages) for i in range(positions // LONG_PAGE)]
 
 
 class CachedAttention:
@@ -29,7 +54,7 @@ class CachedAttention:
         memory: (slots, 2, kv_heads, positions, head_dim), the session's own pages of the node's pool.
         start: position of the block's first row.
         count: rows of the block.
-        flash: flash-attn's kernel, or None for SDPA.
+        flash: flash-attn, or None for SDPA.
     """
 
     def __init__(self, memory: Tensor, start: int, count: int, flash: Any = None) -> None:
@@ -52,9 +77,10 @@ class CachedAttention:
         m, heads, d = q.shape
         if m == 0:
             return q.view(0, heads * d)
-        if self.flash is not None and rows is None and q.dtype is not torch.float32:
+        if self.flash is not None and rows is None:
             # Its causal mask is aligned to the end, which is what a block after cached positions needs.
-            flash: Tensor = self.flash(q[None], keys.transpose(1, 2), values.transpose(1, 2), causal=True)
+            k, v = keys.transpose(1, 2), values.transpose(1, 2)
+            flash: Tensor = self.flash.flash_attn_func(q[None], k, v, causal=True)
             return flash.view(m, heads * d)
         # The query heads that share a key head become rows of one product, so that keys are read once, not copied.
         kv_heads = keys.shape[1]
@@ -118,3 +144,51 @@ class BatchedAttention:
         memory[1].index_copy_(1, self._at, v.transpose(0, 1))
         parts = zip(self._blocks, q.split(sizes), asked, strict=True)
         return torch.cat([block.attend(slot, *part) for block, *part in parts])
+
+
+class PagedAttention:
+    """Any rows of any sessions, each a sequence of its own that sees its session's positions up to its own.
+
+    All that differs from step to step is in the tensors, so a CUDA graph can hold it (docs/design/0003-cuda.md).
+
+    Args:
+        memory: (slots, 2, kv_heads, positions, head_dim), all of the node's pool and LONG_PAGE positions more.
+        at: (n,) positions of the memory that the rows' keys and values go to.
+        lengths: (n,) int32, how many positions each row sees, its own the last.
+        tables: (n, long pages) int32, each row's `page_table`.
+        flash: flash-attn, or None for SDPA over copies.
+    """
+
+    def __init__(self, memory: Tensor, at: Tensor, lengths: Tensor, tables: Tensor, flash: Any = None) -> None:
+        self._memory, self._at, self._lengths, self._tables, self._flash = memory, at.long(), lengths, tables, flash
+        if flash is None:
+            within = torch.arange(LONG_PAGE, device=memory.device)
+            where = (tables[:, :, None] * PAGE_SIZE + within).flatten(1)
+            seen = torch.arange(where.shape[1], device=memory.device) < lengths[:, None]
+            # A hidden position must hold a number all the same, and only the row's own surely does.
+            self._where = torch.where(seen, where, self._at[:, None]).flatten()
+            self._mask = seen[:, None, None]
+
+    def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        assert rows is None, "every row asks"
+        keys, values = self._memory[slot].unbind(0)
+        keys.index_copy_(1, self._at, k.transpose(0, 1))
+        values.index_copy_(1, self._at, v.transpose(0, 1))
+        n, heads, d = q.shape
+        if self._flash is not None:
+            pages = long_pages(keys), long_pages(values)
+            flash: Tensor = self._flash.flash_attn_with_kvcache(
+                q[:, None], *pages, cache_seqlens=self._lengths, block_table=self._tables
+            )
+            return flash.view(n, heads * d)
+        kv_heads = keys.shape[0]
+        keys, values = (t.index_select(1, self._where).view(kv_heads, n, -1, d).transpose(0, 1) for t in (keys, values))
+        grouped = q.reshape(n, kv_heads, heads // kv_heads, d)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask)
+        return out.reshape(n, heads * d)
+
+
+def long_pages(held: Tensor) -> Tensor:
+    """(kv_heads, positions, head_dim) as flash-attn's paged kernel wants it, a view: (long pages, LONG_PAGE, kv_heads,
+    head_dim), of which one begins at each of our pages. The kernel asks for nothing but a dense last dimension."""
+    return held.unfold(1, LONG_PAGE, PAGE_SIZE).permute(1, 3, 0, 2)

@@ -84,12 +84,12 @@ class Pass:
 class Piece:
     """The next rows of a pass, in one step."""
 
-    __slots__ = ("asked", "count", "start", "states", "work")
+    __slots__ = ("asked", "count", "run", "start", "states", "work")
 
     def __init__(self, work: Pass, count: int, states: States) -> None:
         session = work.session
         self.work, self.count, self.states = work, count, states
-        self.start = session.positions[work.stage]
+        self.start, self.run = session.positions[work.stage], session.run
         self.asked = session.asked(work.stage, self.start, count, work.wants) if work.looks else ()
         """The rows that the branch is read at."""
 

@@ -14,7 +14,8 @@ from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family.transformer import Attention, FamilySlice, Rope
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.start import Reading
-from ruyi_flow.runtime.attention import BatchedAttention, CachedAttention, flash_attention
+from ruyi_flow.runtime.attention import LONG_PAGE, BatchedAttention, CachedAttention, flash_attention
+from ruyi_flow.runtime.cuda_graphs import Graphs
 from ruyi_flow.runtime.kv_cache import Run
 from ruyi_flow.runtime.rooms import Rooms
 from ruyi_flow.runtime.sampling import Sampler
@@ -32,21 +33,27 @@ class Shard:
         model: the stages.
         max_positions: of keys and values, over all sessions. Memory is reserved, and used as positions fill.
         max_sessions: at once.
+        paged: whether short steps run padded, every row as a sequence of its own, and on CUDA as graphs; only on CUDA
+            when left out (docs/design/0003-cuda.md).
     """
 
-    def __init__(self, model: FamilySlice, *, max_positions: int, max_sessions: int) -> None:
+    def __init__(self, model: FamilySlice, *, max_positions: int, max_sessions: int, paged: bool | None = None) -> None:
         config = model.config
         weight = next(model.parameters())
         self.model, self.exits, self.config = model, model.exits, config
         self.rooms = Rooms(max_positions, max_sessions, config.max_positions)
         self.pool, self.sessions = self.rooms.pool, self.rooms.sessions
         self.rope = Rope(config, weight.dtype, weight.device)
-        self.flash = flash_attention() if weight.device.type == "cuda" else None
+        self.flash = flash_attention(weight.device, weight.dtype)
+        if paged is None:
+            paged = weight.is_cuda
+        positions = self.pool.num_positions + (LONG_PAGE if paged else 0)
         self.memory = torch.empty(
-            (model.num_slots, 2, config.num_kv_heads, self.pool.num_positions, config.head_dim),
+            (model.num_slots, 2, config.num_kv_heads, positions, config.head_dim),
             dtype=weight.dtype,
             device=weight.device,
         )
+        self.graphs = Graphs(model, self.memory, self.pool.num_pages, self.flash) if paged else None
 
     @property
     def is_entry(self) -> bool:
@@ -92,8 +99,10 @@ class Shard:
         one = pieces[0] if len(pieces) == 1 else None
         states = one.states if one else torch.cat([piece.states for piece in pieces])
         rope = self._rope(pieces)
-        attention = self._attention(pieces)
-        boundary = self.model.run(states, first_layer, exit, rope, attention)
+        if self.graphs is not None and self.graphs.take(pieces):
+            boundary = self.graphs.trunk(stage, pieces, states, rope)
+        else:
+            boundary = self.model.run(states, first_layer, exit, rope, self._attention(pieces))
         parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
         for piece, states in zip(pieces, parted, strict=True):
             piece.work.session.went_through(stage, states)
@@ -128,11 +137,18 @@ class Shard:
             rows += [before + row for row in piece.asked]
             before += piece.count
         chosen = None if len(rows) == before else torch.tensor(rows, dtype=torch.int64, device=boundary.device)
-        attention = self._attention(pieces, None if chosen is None else [piece.asked for piece in pieces])
-        read = self.model.reading(exit, boundary, rope, attention, chosen)
-        if read is None:
-            return
-        logits = self.model.head_at[exit].run(read)
+        if self.graphs is not None and self.graphs.take(pieces):
+            read, logits = self.graphs.branch(exit, pieces, boundary, rope)
+            if chosen is not None:
+                read, logits = read[chosen], logits[chosen]
+            if not rows:
+                return
+        else:
+            attention = self._attention(pieces, None if chosen is None else [piece.asked for piece in pieces])
+            reading = self.model.reading(exit, boundary, rope, attention, chosen)
+            if reading is None:
+                return
+            read, logits = reading, self.model.head_at[exit].run(reading)
         tokens, sure = likeliest(logits)
         start = 0
         for piece in pieces:

@@ -1,10 +1,15 @@
 """The layers against transformers' own models, on random weights in float32."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from ruyi_flow.bench.engines import as_transformers
@@ -96,9 +101,42 @@ def test_half_precision_stays_close(tiny: Path, dtype: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_computes_the_same(tiny: Path) -> None:
     ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
     cpu, gpu = load_family(tiny, dtype="float32"), load_family(tiny, dtype="float32", device="cuda")
     assert (cpu.logits(ids) - gpu.logits(ids).cpu()).abs().max() < 1e-3
     assert cpu.generate(ids, max_new_tokens=12).tolist() == gpu.generate(ids, max_new_tokens=12).tolist()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_cuda_computes_the_same_in_few_bits(tmp_path: Path, weights: str) -> None:
+    folder = tiny_family(tmp_path / "f", vocab_size=64, hidden_size=64, intermediate_size=64)
+    ids = torch.randint(3, 61, (1, 40), generator=torch.Generator().manual_seed(1))
+    cpu, gpu = (load_family(folder, weights=weights, device=device).logits(ids).cpu() for device in ("cpu", "cuda"))
+    assert (cpu - gpu).abs().max() < 0.1 * cpu.abs().max()
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")  # torch's own import
+@pytest.mark.timeout(300)
+def test_compiled_layers_give_the_same_tokens_and_compile_once(tiny: Path) -> None:
+    plain, compiled = load_family(tiny, dtype="float32"), load_family(tiny, dtype="float32", compile=True)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for length in (1, 2, 40):
+        ids = torch.randint(3, 61, (1, length), generator=torch.Generator().manual_seed(length))
+        for options in ({"exit": 4}, {"exit": 6}, {"mode": "exact", "draft": 3}):
+            ours, theirs = (f.generate(ids, max_new_tokens=12, **options) for f in (compiled, plain))
+            assert ours.tolist() == theirs.tolist()
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.timeout(300)
+def test_without_a_compiler_it_is_said(tiny: Path, tmp_path: Path) -> None:
+    code = f"from ruyi_flow import load_family; load_family({str(tiny)!r}, compile=True)"
+    nothing = os.environ | {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=nothing)
+    assert "ConfigError: compile: torch.compile needs a C++ compiler" in done.stderr

@@ -30,14 +30,21 @@ class Recorder:
         self, logits: Tensor, positions: Sequence[int], history: Sequence[int], *_: object
     ) -> tuple[list[int], list[float]]:
         for row, position in zip(logits, positions, strict=True):
-            self.logits[position] = row.float()
+            self.logits[position] = row.float().cpu()
         return [0] * len(positions), [0.0] * len(positions)
 
 
-def shards(folder: Path, cuts: Sequence[Sequence[int]], max_positions: int = 2048) -> list[Shard]:
+def shards(
+    folder: Path, cuts: Sequence[Sequence[int]], max_positions: int = 2048, *, device: str = "cpu", paged: bool = False
+) -> list[Shard]:
     checkpoint = Checkpoint(folder)
     return [
-        Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=max_positions, max_sessions=4)
+        Shard(
+            load_slice(checkpoint, cut, dtype=torch.float32, device=device),
+            max_positions=max_positions,
+            max_sessions=4,
+            paged=paged,
+        )
         for cut in cuts
     ]
 
@@ -98,12 +105,20 @@ def test_sharded_is_whole(tmp_path: Path, cuts: list[tuple[int, ...]], length: i
         assert piece.pool.used == 0
 
 
+def padded(device: str) -> list[object]:
+    """Short steps as they come and as padded rows, on a device."""
+    cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    marks = cuda if device == "cuda" else []
+    return [pytest.param(device, paged, marks=marks, id=f"{device}{'-padded' * paged}") for paged in (False, True)]
+
+
+@pytest.mark.parametrize(("device", "paged"), padded("cpu") + padded("cuda"))
 @pytest.mark.parametrize("seed", range(12))
-def test_cached_is_uncached_after_any_interleaving(seed: int, five: Path) -> None:
+def test_cached_is_uncached_after_any_interleaving(seed: int, device: str, paged: bool, five: Path) -> None:
     rng = random.Random(seed)
     family: Family = load_family(five, dtype="float32")
     cuts = rng.choice([[(1, 3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3, 4, 6), (7,)]])
-    pipeline = Pipeline(shards(five, cuts))
+    pipeline = Pipeline(shards(five, cuts, device=device, paged=paged))
     ids: list[int] = []
     held = [0] * len(family.exits)
     for _ in range(40):

@@ -1,0 +1,187 @@
+"""Short steps as padded rows: what of CUDA's way can be told on a CPU, and the rest where there is a GPU."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.loading import load_slice
+from ruyi_flow.runtime.attention import (
+    LONG_PAGE,
+    BatchedAttention,
+    CachedAttention,
+    PagedAttention,
+    flash_attention,
+    long_pages,
+    page_table,
+)
+from ruyi_flow.runtime.cuda_graphs import MAX_ROWS, padded_positions, padded_rows, plan
+from ruyi_flow.runtime.kv_cache import PAGE_SIZE, PagePool, Run
+from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.types import SamplingParams
+from tests.runtime.test_stage import Pipeline
+from tests.runtime.test_worker import POLICY, decoding
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A block of a step."""
+
+    run: Run
+    start: int
+    count: int
+
+
+def test_steps_are_padded_to_powers_of_two() -> None:
+    assert [padded_rows(n) for n in (1, 2, 3, 4, 5, 16, 17, MAX_ROWS)] == [1, 2, 4, 4, 8, 16, 32, 64]
+    assert [padded_positions(n) for n in (1, 256, 257, 512, 513, 5000)] == [256, 256, 512, 512, 1024, 8192]
+
+
+def test_a_plan_places_every_row_and_leaves_the_padding_outside_the_pool() -> None:
+    num_pages, pages = 20, 2
+    blocks = [Rows(Run(0, 3, 5), 300, 2), Rows(Run(1, 18, 2), 0, 1)]
+    told = plan(blocks, 4, pages * LONG_PAGE, num_pages)
+    at, lengths, tables = told[:4], told[4:8], told[8:]
+    assert at == [3 * PAGE_SIZE + 300, 3 * PAGE_SIZE + 301, 18 * PAGE_SIZE, num_pages * PAGE_SIZE]
+    assert lengths == [301, 302, 1, 1]
+    assert tables == [3, 7, 3, 7, 18, 20, 20, 20]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_page_table_finds_all_of_any_run_in_the_memory_as_it_lies(seed: int) -> None:
+    rng, num_pages = random.Random(seed), 40
+    pool, held = PagePool(num_pages * PAGE_SIZE), torch.arange(2 * (num_pages * PAGE_SIZE + LONG_PAGE) * 3)
+    held = held.view(2, -1, 3)
+    pages = long_pages(held)
+    assert pages.data_ptr() == held.data_ptr(), "a view"
+    assert pages.shape == (num_pages + 1, LONG_PAGE, 2, 3) and pages.stride(-1) == 1
+    for owner in range(6):
+        run = pool.allocate(owner, rng.randint(1, 6 * PAGE_SIZE))
+        length = run.count * PAGE_SIZE
+        table = page_table(run.first, padded_positions(length), num_pages)
+        found = pages[torch.tensor(table)].flatten(0, 1)[:length]
+        assert torch.equal(found, held[:, run.positions].transpose(0, 1))
+
+
+def written(blocks: Sequence[Rows], num_pages: int, heads: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """(2, 2, heads, positions, 16) memory with numbers where the blocks' sessions have been, and none elsewhere."""
+    torch.manual_seed(0)
+    memory = torch.full((2, 2, heads, num_pages * PAGE_SIZE + LONG_PAGE, 16), torch.nan, device=device, dtype=dtype)
+    for block in blocks:
+        past = memory[:, :, :, block.run.positions][:, :, :, : block.start]
+        past.copy_(torch.randn_like(past))
+    return memory
+
+
+def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
+    """Rows as sequences of their own give what each session's block gives, padding and unwritten pages or not."""
+    num_pages, heads, kv_heads, d = 24, 6, 2, 16
+    blocks = [
+        Rows(Run(0, 2, 3), 150, 3),
+        Rows(Run(1, 5, 1), 0, 1),
+        Rows(Run(2, 7, 10), 299, 1),
+        Rows(Run(3, 23, 1), 9, 5),
+    ]
+    memory, n = written(blocks, num_pages, kv_heads, device, dtype), 10
+    q, k, v = (torch.randn(n, h, d, device=device, dtype=dtype) for h in (heads, kv_heads, kv_heads))
+    ours = memory.clone()
+    told = torch.tensor(plan(blocks, 16, 512, num_pages), dtype=torch.int32, device=device)
+    at, lengths, tables = told.split((16, 16, 32))
+    flash = flash_attention(torch.device(device), dtype)
+    padded = [torch.cat([t, torch.full_like(t[:6], torch.nan)]) for t in (q, k, v)]
+    found = PagedAttention(ours, at, lengths, tables.view(16, 2), flash)(1, *padded, None)[:n]
+    each = [CachedAttention(memory[:, :, :, b.run.positions], b.start, b.count) for b in blocks]
+    expected = BatchedAttention(each, memory, at[:n].long())(1, q, k, v, None)
+    assert found.isfinite().all() and (found - expected).abs().max() <= within
+    pool = slice(0, num_pages * PAGE_SIZE)
+    assert torch.equal(ours[:, :, :, pool].nan_to_num(7), memory[:, :, :, pool].nan_to_num(7)), "the same is kept"
+
+
+def test_rows_as_sequences_give_what_each_sessions_block_gives() -> None:
+    check_paged("cpu", torch.float32, 1e-5)
+
+
+@pytest.mark.cuda
+@on_cuda
+def test_rows_as_sequences_give_the_same_on_cuda() -> None:
+    check_paged("cuda", torch.float32, 1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_attns_pages_give_what_sdpa_gives_session_by_session(dtype: torch.dtype) -> None:
+    check_paged("cuda", dtype, 2e-2)
+
+
+PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90, 7)]
+
+
+async def together(shard: Shard) -> list[list[tuple[int, float]]]:
+    """What several sessions at once are answered."""
+    worker = ThreadWorker(1, budget=128)
+    sessions = [shard.open(POLICY, SamplingParams(), len(prompt), 400) for prompt in PROMPTS]
+    tasks = (worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, PROMPTS, strict=True))
+    found = [answer for answer, _, _ in await asyncio.gather(*tasks)]
+    for session in sessions:
+        session.close()
+    worker.shutdown()
+    shard.rooms.check_integrity()
+    return found
+
+
+def shard(folder: Path, device: str, *, paged: bool, dtype: torch.dtype = torch.float32) -> Shard:
+    model = load_slice(Checkpoint(folder), (2, 4, 6), dtype=dtype, device=device)
+    return Shard(model, max_positions=4096, max_sessions=16, paged=paged)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, on_cuda])])
+async def test_sessions_are_answered_the_same_in_padded_steps(tiny: Path, device: str) -> None:
+    expected = await together(shard(tiny, "cpu", paged=False))
+    ours = shard(tiny, device, paged=True)
+    for _ in range(2):  # on CUDA, the second time of graphs
+        found = await together(ours)
+        assert [[token for token, _ in answer] for answer in found] == [
+            [token for token, _ in answer] for answer in expected
+        ]
+        for (_, sure), (_, expected_sure) in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            assert abs(sure - expected_sure) < 1e-4
+    assert ours.graphs is not None and (ours.graphs.num_captured > 0) == (device == "cuda")
+
+
+def test_what_a_step_gives_outlives_the_next_of_its_shape(tiny: Path) -> None:
+    ours, plain = Pipeline([shard(tiny, "cpu", paged=True)]), Pipeline([shard(tiny, "cpu", paged=False)])
+    for pipeline in (ours, plain):
+        for position, token in enumerate((5, 17, 40, 11)):  # four steps of one shape, whose states wait
+            pipeline.feed([token], [position])
+        pipeline.escalate(1, 4, [0, 3])
+    for depth, position in itertools.product((0, 1), (0, 3)):
+        assert (ours.logits(depth)[position] - plain.logits(depth)[position]).abs().max() < 1e-5
+
+
+@pytest.mark.cuda
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_replayed_step_gives_what_the_same_step_gives_without_a_graph(tiny: Path, dtype: torch.dtype) -> None:
+    with_graphs, without = (shard(tiny, "cuda", paged=True, dtype=dtype) for _ in range(2))
+    assert with_graphs.graphs is not None and without.graphs is not None
+    without.graphs.captures = False
+    pipelines = [Pipeline([piece]) for piece in (with_graphs, without)]
+    for pipeline in pipelines:
+        for position in range(300):  # past the first long page, too
+            pipeline.feed([3 + position % 50], [position])
+    for position in range(300):
+        one, other = (pipeline.logits(0)[position] for pipeline in pipelines)
+        assert (one - other).abs().max() < (1e-4 if dtype is torch.float32 else 5e-2)
+    assert with_graphs.graphs.num_captured == 4 and without.graphs.num_captured == 0, "two parts, two reaches"
