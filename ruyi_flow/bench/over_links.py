@@ -19,13 +19,16 @@ from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, tur
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.testing import Relay
+from ruyi_flow.types import Token
 
-__all__ = ["hop", "wan"]
+__all__ = ["exits", "hop", "wan"]
 
 _WARM_TOKENS = 16
+_TEXTS = ("Why is the {0} blue?", "Write two sentences about the {0}.", "List three facts about the {0}.")
 _LONGEST_DRAFT = 16
 """Of adaptive drafts, which end where they do not pay."""
 
@@ -83,6 +86,66 @@ async def hop(setup: Setup, *, report: Report = unseen) -> Measured:
     results["three"] |= {f"{part}_ms_per_token": 1e3 * statistics.median(values) for part, values in parts.items()}
     samples = {"ms a token": {name: [1e3 * t for t in times] for name, times in spent.items()}}
     return Measured("hop", settings(setup, cuts=cuts, cores=cores), results, samples)
+
+
+async def exits(setup: Setup, *, policy: Path, report: Report = unseen) -> Measured:
+    """Mode token at a policy, three node processes on loopback, against the whole family's last exit in one process.
+
+    Every process may use all threads, so all of the work is counted on the same cores. `compute` is the share of the
+    whole family's operations that answers took, by the exits that decided: catch-up, drafts and branches included.
+
+    Raises:
+        ConfigError: a family with fewer than three exits, or a file that is no policy.
+    """
+    PolicyFile.load(policy)
+    family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights)
+    config = family.config
+    if len(family.exits) < 3:
+        raise ConfigError(f"family {setup.family!r} has exits {list(family.exits)}; three nodes need three")
+    texts = [text.format(thing) for text in _TEXTS for thing in ("sky", "sea")]
+    asked, engine = prompts(family.checkpoint, texts), ours(family)
+    torch.set_num_threads(setup.threads)
+    cuts = [part.tolist() for part in np.array_split(family.exits, 3)]
+    spent: dict[str, list[float]] = {"process": [], "three": []}
+    decided = dict.fromkeys(family.exits, 0)
+    computed = 0.0
+    report("starting nodes", 0, 1)
+    async with daemons(
+        cuts, family=setup.family, dtype=setup.dtype, weights=setup.weights, threads=setup.threads
+    ) as client:
+        report("starting nodes", 1, 1)
+        for name, counts in turns([*spent], setup.rounds, report):
+            took = 0.0
+            for ids in asked:
+                if name == "process":
+                    took += per_token(engine, ids, setup.tokens)
+                    continue
+                reply = await ask(client, ids, setup.tokens, mode="token", draft=0, policy=policy)
+                took += reply.stats.token_s
+                if counts:
+                    for token in reply.tokens:
+                        decided[token.exit] += 1
+                    computed += _computed(config, reply.tokens)
+            if counts:
+                spent[name].append(took / len(asked))
+    tokens = sum(decided.values())
+    whole = tokens * (config.num_layers * config.layer_flops(0) + config.head_flops)
+    results = {name: {"ms_per_token": 1e3 * statistics.median(times)} for name, times in spent.items()}
+    results["three"] |= ratio("speedup", spent["process"], spent["three"])
+    results["three"] |= {f"exit_{p}": n / tokens for p, n in decided.items()} | {"compute": computed / whole}
+    samples = {"ms a token": {name: [1e3 * t for t in times] for name, times in spent.items()}}
+    return Measured("exits", settings(setup, cuts=cuts, policy=str(policy)), results, samples)
+
+
+def _computed(config: FamilyConfig, tokens: Sequence[Token]) -> float:
+    """Operations of an answer after its prompt: layers run for every position up to the last one asked, branches for
+    those that are asked."""
+    layer, spent = config.layer_flops(0), 0.0
+    for (first, exit), depth in zip(config.stages(config.exits), config.branch_layers, strict=True):
+        asked = [i for i, token in enumerate(tokens) if token.exit >= exit]
+        if asked:
+            spent += (asked[-1] + 1) * (exit - first) * layer + len(asked) * (depth * layer + config.head_flops)
+    return spent
 
 
 async def wan(

@@ -23,7 +23,7 @@ from ruyi_flow.types import Weights
 if TYPE_CHECKING:
     from ruyi_flow.bench.report import Measured, Report, Setup
 
-__all__ = ["decode", "fidelity", "hop", "prefill", "serve", "wan"]
+__all__ = ["decode", "exits", "fidelity", "hop", "prefill", "serve", "wan"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast a family answers on this machine.")
 app.add_typer(bench, name="bench")
@@ -143,6 +143,27 @@ def wan(
             say(as_json)("no --policy, so there are no adaptive drafts")
         setup = _setup(family, weights, dtype, threads, tokens, rounds)
         found = asyncio.run(over_links.wan(setup, round_trip_ms=round_trip, policy=policy, report=report))
+    _show(found, output, as_json)
+
+
+@bench.command()
+def exits(
+    family: FamilyOption = "smollm2",
+    weights: WeightsOption = None,
+    dtype: DtypeOption = "bfloat16",
+    threads: ThreadsOption = 2,
+    tokens: TokensOption = 48,
+    rounds: RoundsOption = 5,
+    policy: Annotated[Path, typer.Option(help="File of ruyi-flow calibrate.")] = DEMO_POLICY,
+    output: OutOption = _OUT,
+    as_json: JsonOption = False,
+) -> None:
+    """What early exits gain where all nodes share this machine: mode token at a policy against the whole family."""
+    with _prepared(family, output, as_json) as report:
+        from ruyi_flow.bench import over_links
+
+        setup = _setup(family, weights, dtype, threads, tokens, rounds)
+        found = asyncio.run(over_links.exits(setup, policy=policy, report=report))
     _show(found, output, as_json)
 
 

@@ -103,18 +103,18 @@ class Samples:
             ConfigError: nobody asks anything, or the file to replay is not one.
         """
         load, source = scenario.workload, random.Random(f"{scenario.seed}/plan")
-        prompts, answers = Lengthy(load.prompts, source), Lengthy(load.answers, source)
+        prompts, answers = Lengthy(load.prompts), Lengthy(load.answers)
         recorded = scripts if isinstance(scripts, Recorded) else None
         closed = load.arrivals.kind == "closed"
-        users = (Conversation(0.0, 0, turns(load, source)) for _ in itertools.count())
+        users = (Conversation(0.0, 0, 0) for _ in itertools.count())
         asked: list[tuple[int, int]] = []
         tokens, last = 0, 0.0
         for one in users if closed else conversations(load, scenario.nodes[0].count, source, where):
             said, last = 0, one.at_s
-            for _ in range(one.turns):
+            for _ in range(one.turns or turns(load, source)):
                 number = len(asked)
-                question = one.prompt_tokens or prompts.draw(recorded.prompt(number) if recorded else 0)
-                answer = one.answer_tokens or answers.draw(recorded.answer(number) if recorded else 0)
+                question = one.prompt_tokens or prompts.draw(recorded.prompt(number) if recorded else 0, source)
+                answer = one.answer_tokens or answers.draw(recorded.answer(number) if recorded else 0, source)
                 asked.append((said + question, answer))
                 said, tokens = said + question + answer, tokens + answer
             if len(asked) >= _REQUESTS or tokens >= _TOKENS:

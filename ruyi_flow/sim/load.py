@@ -22,26 +22,26 @@ class Conversation:
     at_s: float
     device: int
     turns: int
+    """0 where they are still to be drawn, as what follows."""
     prompt_tokens: int = 0
-    """0 where they are still to be drawn, as the next one."""
     answer_tokens: int = 0
 
 
 class Lengthy:
     """Draws numbers of tokens."""
 
-    def __init__(self, lengths: Lengths, source: random.Random) -> None:
-        self._lengths, self._source = lengths, source
+    def __init__(self, lengths: Lengths) -> None:
+        self._lengths = lengths
 
-    def draw(self, recorded: int) -> int:
+    def draw(self, recorded: int, source: random.Random) -> int:
         """A number of tokens; `recorded` is the trace's."""
         lengths = self._lengths
         if lengths.kind == "constant":
             return lengths.tokens
         if lengths.kind == "uniform":
-            return self._source.randint(lengths.low, lengths.high)
+            return source.randint(lengths.low, lengths.high)
         if lengths.kind == "lognormal":
-            drawn = self._source.lognormvariate(math.log(lengths.median), lengths.sigma)
+            drawn = source.lognormvariate(math.log(lengths.median), lengths.sigma)
             return max(1, min(lengths.most, round(drawn)))
         return max(1, min(lengths.most, recorded))
 
@@ -67,7 +67,7 @@ def conversations(load: Load, devices: int, source: random.Random, where: str) -
         now += gap
         if load.duration_s is not None and now > load.duration_s:
             return
-        yield Conversation(now, source.randrange(devices), turns(load, source))
+        yield Conversation(now, source.randrange(devices), 0)
 
 
 def turns(load: Load, source: random.Random) -> int:

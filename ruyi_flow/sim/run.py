@@ -30,6 +30,9 @@ from ruyi_flow.types import SamplingParams, Weights
 
 __all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "rates", "simulate"]
 
+_TURN = 1_000_003
+"""Between the numbers of scripts of one conversation's turns."""
+
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
 
@@ -63,13 +66,13 @@ class Simulation:
         self._source = random.Random(f"{scenario.seed}/load")
         self.scripts = self._behaviour()
         load = scenario.workload
-        self._prompts, self._answers = Lengthy(load.prompts, self._source), Lengthy(load.answers, self._source)
+        self._prompts, self._answers = Lengthy(load.prompts), Lengthy(load.answers)
         skip = int(load.warmup * (load.requests or 0))
         self._recorder = Recorder(folder, scenario.all_exits, [node.name for node in scenario.nodes], skip)
         self._time = VirtualTime()
         self._live: dict[int, Script] = {}
         self._cluster = Cluster(scenario, self.profiles, self._time, self._live, self._recorder)
-        self._asked = 0
+        self._begun = self._asked = 0
         self._over = self._time.env.event()
 
     def run(self, progress: Progress = lambda done, total: None) -> Result:
@@ -122,30 +125,36 @@ class Simulation:
         """A user who asks as soon as there is an answer, over and over."""
         load = self.scenario.workload
         while not self._full and (load.duration_s is None or self._time.now() < load.duration_s):
-            await self._talk(Conversation(self._time.now(), device, turns(load, self._source)))
+            await self._talk(Conversation(self._time.now(), device, 0))
             if load.turns.think_s:
                 await self._time.sleep(self._source.expovariate(1 / load.turns.think_s))
 
     async def _talk(self, one: Conversation) -> None:
-        """A conversation: each turn's prompt is all that was said before it, and a question more."""
-        think_s, said = self.scenario.workload.turns.think_s, 0
-        for turn in range(one.turns):
-            if turn and think_s:
-                await self._time.sleep(self._source.expovariate(1 / think_s))
+        """A conversation: each turn's prompt is all that was said before it, and a question more.
+
+        It has its own source of randomness, so that scenarios with another policy or other nodes are asked the same.
+        """
+        load, said = self.scenario.workload, 0
+        begun, self._begun = self._begun, self._begun + 1
+        source = random.Random(f"{self.scenario.seed}/{begun}")
+        for turn in range(one.turns or turns(load, source)):
+            if turn and load.turns.think_s:
+                await self._time.sleep(source.expovariate(1 / load.turns.think_s))
             if self._full:
                 return
             number, self._asked = self._asked, self._asked + 1
             recorded = self.scripts if isinstance(self.scripts, Recorded) else None
-            question = one.prompt_tokens or self._prompts.draw(recorded.prompt(number) if recorded else 0)
-            answer = one.answer_tokens or self._answers.draw(recorded.answer(number) if recorded else 0)
-            await self._ask(number, one.device, said + question, answer)
+            script = begun + _TURN * turn
+            question = one.prompt_tokens or self._prompts.draw(recorded.prompt(script) if recorded else 0, source)
+            answer = one.answer_tokens or self._answers.draw(recorded.answer(script) if recorded else 0, source)
+            await self._ask(number, script, one.device, said + question, answer)
             said += question + answer
 
-    async def _ask(self, number: int, device: int, prompt: int, answer: int) -> None:
+    async def _ask(self, number: int, which: int, device: int, prompt: int, answer: int) -> None:
         """One request, from its arrival at the device to its last token."""
         entry, began = self.profiles[0], self._time.now()
         one = Answered(number, device, began, prompt)
-        script = self._live[number] = self.scripts.script(number, answer)
+        script = self._live[number] = self.scripts.script(which, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
         timeline = self._recorder.timeline
         try:

@@ -101,8 +101,8 @@ def test_turns_are_geometric(mean: float) -> None:
 
 def test_lengths_are_of_their_distribution() -> None:
     def draw(**lengths: object) -> list[int]:
-        source = Lengthy(Lengths.model_validate(lengths), random.Random(3))
-        return [source.draw(77) for _ in range(5000)]
+        lengthy, source = Lengthy(Lengths.model_validate(lengths)), random.Random(3)
+        return [lengthy.draw(77, source) for _ in range(5000)]
 
     assert set(draw(kind="constant", tokens=9)) == {9}
     assert set(draw(kind="uniform", low=3, high=6)) == {3, 4, 5, 6}
