@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from ruyi_flow.bench.nodes import daemons
+from ruyi_flow.bench.profiling import measure_link
 from ruyi_flow.bench.report import Report, unseen
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
@@ -116,14 +118,34 @@ async def compare(
     ):
         raise ConfigError(f"{trace}: not a trace of these prompts")
     cuts = [part.tolist() for part in np.array_split(header.exits, _CUTS)]
+    relay = await _relay_costs(family, profile, cuts)
     found = []
     for i, setting in enumerate(settings):
         report("settings", i, len(settings))
         measured = await _measured(family, profile, cuts, setting, records, prompts, policy, requests)
-        simulated = _simulated(header, cuts, setting, profile, trace, policy, requests, cores)
+        simulated = _simulated(header, cuts, setting, profile, trace, policy, requests, cores, relay)
         found.append(Compared(setting, measured, simulated))
     report("settings", len(settings), len(settings))
     return found
+
+
+async def _relay_costs(family: str, profile: Profile, cuts: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """What a relay itself adds to a round trip, and its processor time, in ms: health checks with and without one.
+
+    A link's figures are measured before they are used, as `ruyi-flow profile --link` would.
+    """
+    async with daemons(cuts, family=family, dtype=profile.dtype, threads=1, relay_to={1: Relay()}) as client:
+        found: dict[str, list[tuple[float, float]]] = {"direct": [], "relayed": []}
+        addresses = {"direct": client.topology.nodes[1].address, "relayed": client.topology.links[0].address}
+        for name in (*addresses, *addresses, *addresses):
+            before = sum(psutil.Process().cpu_times()[:2])
+            link = await measure_link(str(addresses[name]), rounds=300, payload=1000)
+            found[name].append((link.round_trip_ms, 1e3 * (sum(psutil.Process().cpu_times()[:2]) - before) / 300))
+    trip, busy = (
+        statistics.median(pair[i] for pair in found["relayed"]) - statistics.median(pair[i] for pair in found["direct"])
+        for i in (0, 1)
+    )
+    return max(0.0, trip), max(0.0, busy)
 
 
 def _routing(setting: Setting, policy: Path) -> dict[str, Any]:
@@ -189,17 +211,19 @@ def _simulated(
     policy: Path,
     requests: int,
     cores: float,
+    relay: tuple[float, float],
 ) -> dict[str, float]:
     names = [f"n{i}" for i in range(len(cuts))]
     routing = _routing(setting, policy)
     if "policy" in routing:
         routing["file"] = str(routing.pop("policy").resolve())
-    speed = {"round_trip_ms": setting.round_trip_ms, "up_mbit": setting.mbit, "down_mbit": setting.mbit}
+    more_ms, message_ms = relay
+    speed = {"round_trip_ms": setting.round_trip_ms + more_ms, "up_mbit": setting.mbit, "down_mbit": setting.mbit}
     data: dict[str, Any] = {
         "family": header.name,
         "nodes": [{"name": n, "exits": [*e], "profile": "measured"} for n, e in zip(names, cuts, strict=True)],
         "links": [{"from": a, "to": b, "encoding": "bf16", **speed} for a, b in itertools.pairwise(names)],
-        "hosts": {"here": {"cores": cores, "nodes": names}},
+        "hosts": {"here": {"cores": cores, "nodes": names, "message_ms": message_ms}},
         "policy": routing,
         "trace": str(trace.resolve()),
         "load": {

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
+import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -317,9 +318,13 @@ async def _around(
 ) -> dict[str, float]:
     """What rounds, requests and exchanges take beyond steps: two node processes on loopback."""
     exits = checkpoint.config.exits
-    cuts = [exits[:1], exits[1:]]
-    async with daemons(cuts, family=family, dtype=dtype, weights=weights, threads=threads) as client:
+    nodes: dict[str, Any] = {"family": family, "dtype": dtype, "weights": weights, "threads": threads}
+    async with daemons([exits], **nodes) as client:
         await _asked(client, 16, 16)
+        round_cpu = await _processor_time(client, 0.0)
+    async with daemons([exits[:1], exits[1:]], **nodes) as client:
+        await _asked(client, 16, 16)
+        exchange_cpu = await _processor_time(client, round_cpu)
         many = [await _asked(client, 4, 33) for _ in range(5)]
         few = [await _asked(client, 4, 1) for _ in range(9)]
         long = [await _asked(client, 100, 1) for _ in range(9)]
@@ -332,7 +337,23 @@ async def _around(
         "request_s": max(0.0, statistics.median(map(_rest, few)) - around),
         "exchange_s": max(0.0, exchange),
         "exchange_byte_s": max(0.0, more / size),
+        "round_cpu_s": round_cpu,
+        "exchange_cpu_s": exchange_cpu,
     }
+
+
+async def _processor_time(client: AsyncClient, round_s: float) -> float:
+    """Of a round, or beyond that of an exchange: all that nodes and this process take but for steps, of one thread."""
+    status = [answer for answer in (await client.status()).values() if not isinstance(answer, Exception)]
+    processes = [psutil.Process(), *(psutil.Process(answer.process_id) for answer in status)]
+    took = []
+    for _ in range(5):
+        before = sum(sum(process.cpu_times()[:2]) for process in processes)
+        stats = await _asked(client, 4, 65)
+        spent = sum(sum(process.cpu_times()[:2]) for process in processes) - before
+        spent -= sum(hop.compute_s for hop in stats.hops)
+        took.append(spent / 65 - round_s)
+    return max(0.0, statistics.median(took))
 
 
 async def _asked(client: AsyncClient, prompt: int, tokens: int, **options: Any) -> Stats:

@@ -81,9 +81,11 @@ class Cluster:
         self.rooms: dict[int, dict[str, float]] = {}
         """By the number of a request under way: seconds that it has waited for room, by node."""
         self._cores: dict[str, Shared] = {}
+        self._message_s: dict[str, float] = {}
         for machine in scenario.hosts.values():
             shared = Shared(time, machine.cores, 1.0)
             self._cores |= dict.fromkeys(machine.nodes, shared)
+            self._message_s |= dict.fromkeys(machine.nodes, machine.message_ms / 1000)
 
     async def open(self, device: int, policy: Policy, params: SamplingParams, prompt: int) -> Chain:
         """A session on a device; see `Sessions.open`. The request's number is the sampling's seed."""
@@ -126,9 +128,9 @@ class Cluster:
         rooms = Rooms(limits.max_positions, limits.max_sessions, this.profile.context)
         stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
         told = self._told(node.name, number)
-        step_s, round_s = this.profile.step_s, this.profile.round_s if tier == 0 else 0.0
-        cores = self._cores.get(node.name)
-        worker = VirtualWorker(time, stages, limits.max_step_positions, step_s, round_s, cores, told)
+        costs, cores = this.profile, self._cores.get(node.name)
+        rounds = (costs.round_s, costs.round_cpu_s) if tier == 0 else (0.0, 0.0)
+        worker = VirtualWorker(time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, told)
         way = up = down = None
         if self._links[tier] is not None:
             up, down = self._link(tier, number)
@@ -165,6 +167,8 @@ class Cluster:
                     this.profile,
                     link.timeout_s,
                     there.outages,
+                    self._cores.get(this.node.name),
+                    self._message_s.get(this.node.name, 0.0),
                 )
 
             return beyond

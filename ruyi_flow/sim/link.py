@@ -130,6 +130,8 @@ class VirtualRemote:
         profile: of the sending node: what messages weigh and cost.
         timeout_s: deadline of one answer.
         outages: of the node.
+        cores: of the sending node's machine, where nodes share it: both ends' work is done on them then.
+        message_s: processor time there of an exchange beyond the profile's.
     """
 
     def __init__(
@@ -144,7 +146,10 @@ class VirtualRemote:
         profile: Profile,
         timeout_s: float,
         outages: Outages,
+        cores: Shared | None = None,
+        message_s: float = 0.0,
     ) -> None:
+        self._cores, self._message_s = cores, message_s
         self._time, self._name, self._opening, self._open = time, name, opening, open
         self._up, self._down, self._profile = up, down, profile
         self._row_bytes, self._timeout_s, self._outages = row_bytes + profile.position_bytes, timeout_s, outages
@@ -213,6 +218,10 @@ class VirtualRemote:
             self._opened = True
             size += profile.open_bytes
         began = self._time.now()
+        if self._cores is not None:
+            self._time.start(self._cores.take(max(0.0, profile.exchange_cpu_s - extra) + self._message_s))
+            await self._cores.take(extra)
+            extra = 0.0
         await self._up.carry(size, extra)
         if before is not None and not before.processed:
             await until(before)  # messages of a session are taken in order

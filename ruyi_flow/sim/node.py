@@ -172,6 +172,7 @@ class VirtualWorker:
         budget: positions of a step.
         step_s: of a task, beyond its steps, unless it is brief.
         round_s: of every task: the entry node's rounds.
+        round_cpu_s: processor time of one, where there are cores.
         cores: of the machine, where nodes share it.
         told: told of every step.
     """
@@ -183,10 +184,11 @@ class VirtualWorker:
         budget: int,
         step_s: float = 0.0,
         round_s: float = 0.0,
+        round_cpu_s: float = 0.0,
         cores: Shared | None = None,
         told: Told | None = None,
     ) -> None:
-        self._step_s, self._round_s = step_s, round_s
+        self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores, self._told = time, stages, cores, told
         self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
         self._busy = False
@@ -202,6 +204,8 @@ class VirtualWorker:
         waiter = _Waiter()
         job = Job(task, waiter, self._time.now())
         around_s = self._round_s + (0.0 if brief else self._step_s)
+        if self._cores is not None and self._round_cpu_s:
+            self._time.start(self._cores.take(self._round_cpu_s))
         try:
             if self._busy:
                 self._steps.add(job)

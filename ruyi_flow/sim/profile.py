@@ -3,6 +3,7 @@
     {"format": "ruyi-flow profile", "version": 1, "kind": "measured" | "analytic", "source": str, "family": str,
      "hidden_size": int, "context": int, "dtype": str, "weights": str, "threads": int, "machine": {…},
      "step_s": s, "round_s": s, "request_s": s, "exchange_s": s, "exchange_byte_s": s,
+     "round_cpu_s": s, "exchange_cpu_s": s,
      "open_bytes": n, "up_bytes": n, "position_bytes": n, "down_bytes": n, "decision_bytes": n,
      "stages": [{"exit": p, "first_layer": l, "rows": [1, …], "trunk_s": [s, …], "branch_s": [s, …], "head_s": [s, …],
                  "attended_s": s, "context_s": s, "branch_attended_s": s, "branch_context_s": s, "session_s": s,
@@ -100,6 +101,9 @@ class Profile:
     """Of a question and its answer between nodes, beyond the link: both ends' messages."""
     exchange_byte_s: float = 0.0
     """The same for each byte."""
+    round_cpu_s: float = 0.0
+    exchange_cpu_s: float = 0.0
+    """Processor time of a round and of an exchange beyond steps, all over the machine: where nodes share its cores."""
     open_bytes: int = 320
     """Of the handshake."""
     up_bytes: int = 24

@@ -155,6 +155,8 @@ class Host(Model):
     """A machine whose cores several nodes share."""
 
     cores: Positive
+    message_ms: Weight = 0.0
+    """Processor time that a question between nodes takes on it beyond the profile's: of a proxy, a tunnel, a relay."""
     nodes: tuple[str, ...] = Field(min_length=1)
 
 
