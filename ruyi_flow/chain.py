@@ -212,7 +212,7 @@ class Chain:
         token_ids = await self._begin(hop, token_ids)
         began, brief = self._time.now(), len(token_ids) == 1
         weighed = brief and draft > 0 and self._may_be_quiet()
-        quiet = weighed and not self._pace.drafts()
+        quiet = weighed and not self._ahead and not self._pace.drafts()  # drafts that are there cost nothing more
         if quiet:
             descent, drafting_s = await self._step(hop, 1, self._do_not_draft(token_ids[0])), 0.0
         else:

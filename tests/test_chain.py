@@ -1,6 +1,7 @@
 """The loop: every decided token is that of the shallowest sure exit given the prefix as decided, however it is cut."""
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
+from ruyi_flow.routing.pace import Pace
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.runtime.sampling import Sampler
@@ -42,12 +44,20 @@ class World:
         ]
 
     async def run(
-        self, cut: int, routing: Routing, params: SamplingParams, prompt: list[int], count: int, ahead: int = 0
+        self,
+        cut: int,
+        routing: Routing,
+        params: SamplingParams,
+        prompt: list[int],
+        count: int,
+        ahead: int = 0,
+        pace: Pace | None = None,
     ) -> tuple[list[Decision], int]:
         """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards.
 
         Args:
             ahead: positions that each node may send up before they are asked for.
+            pace: the entry node's.
         """
         pieces = self.cuts[cut]
         policy = Policy.resolve(routing, EXITS)
@@ -56,7 +66,7 @@ class World:
         def node(i: int, policy: Policy) -> Chain:
             sessions.append(pieces[i].open(policy, params, len(prompt), len(prompt) + count))
             beyond = None if i + 1 == len(pieces) else partial(node, i + 1)
-            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond, ahead=ahead)
+            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond, None, None if i else pace, ahead)
 
         chain = node(0, policy)
         decisions, escalations = [], 0
@@ -73,6 +83,17 @@ class World:
             piece.rooms.check_integrity()
             assert piece.pool.used == 0
         return decisions, escalations
+
+
+class Whims(Pace):
+    """A pace that drafts or not as it is told, over and over."""
+
+    def __init__(self, whims: Sequence[bool]) -> None:
+        super().__init__()
+        self._whims = itertools.cycle(whims)
+
+    def drafts(self) -> bool:
+        return next(self._whims)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +158,7 @@ routings = st.one_of(
     count=2,
     eos=set(),
     ahead=0,
+    whims=[True],
 )
 @given(
     routing=routings,
@@ -145,13 +167,21 @@ routings = st.one_of(
     count=st.integers(1, 14),
     eos=st.sets(st.integers(3, 60), max_size=12),
     ahead=st.sampled_from([0, 9, 100]),
+    whims=st.lists(st.booleans(), min_size=1, max_size=5),
 )
 async def test_any_run_is_what_the_uncached_oracle_decides(
-    world: World, routing: Routing, cut: int, prompt: list[int], count: int, eos: set[int], ahead: int
+    world: World,
+    routing: Routing,
+    cut: int,
+    prompt: list[int],
+    count: int,
+    eos: set[int],
+    ahead: int,
+    whims: list[bool],
 ) -> None:
     params = SamplingParams(eos_token_ids=tuple(sorted(eos)))
     expected = world.oracle.decide(Policy.resolve(routing, EXITS), prompt, count, eos=tuple(eos))
-    decisions, _ = await world.run(cut, routing, params, prompt, count, ahead)
+    decisions, _ = await world.run(cut, routing, params, prompt, count, ahead, Whims(whims))
     assert [(d.token, d.exit) for d in decisions] == expected
 
 
@@ -216,6 +246,38 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
     assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
     assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
     shard.rooms.check_integrity()
+
+
+@pytest.mark.parametrize("whims", [[True], [False], [True, False], [True, True, False]])
+async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not_draft(
+    world: World, whims: list[bool]
+) -> None:
+    prompt, count = [5, 6, 7], 24
+    first = Policy.resolve(Routing(Mode.FIXED, exit=1), EXITS)
+    said = [*prompt, *(token for token, _ in world.oracle.decide(first, prompt, count + 1))]
+    scale = Scale(Score.MAX_PROBABILITY, {1: Curve(1.0, (0.0, 1.0), (0.99, 1.0))})
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=4, scale=scale), EXITS)
+
+    class Slow:
+        """Says what the first branch says, after a while."""
+
+        async def advance(self, block: Block) -> Verdict:
+            assert list(block.token_ids) == said[block.start : block.start + len(block.token_ids)]
+            for _ in range(6):
+                await asyncio.sleep(0)
+            return Verdict(tuple(Decision(said[p + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
+
+        async def rewind(self, position: int) -> None: ...
+
+        async def close(self) -> None: ...
+
+    session = world.cuts[3][0].open(policy, SamplingParams(), len(prompt), len(prompt) + count)
+    chain = Chain(session, InlineWorker(), "n0", lambda policy: Slow(), pace=Whims(whims))  # type: ignore[arg-type, return-value]
+    try:
+        decided = [d.token async for settled in decode(chain, prompt, count) for d in settled.decisions]
+    finally:
+        await chain.close()
+    assert decided == said[len(prompt) : len(prompt) + count]
 
 
 @pytest.mark.parametrize("draft", [0, 3])

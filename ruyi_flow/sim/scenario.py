@@ -39,7 +39,7 @@ class SimNode(Node):
     profile: Path | None = None
     """What its stages cost (`ruyi-flow profile`)."""
     hardware: str | None = None
-    """Compute the costs for this instead: a name of `ruyi-flow simulate --hardware`."""
+    """Compute the costs for this instead: a machine of docs/simulation-costs.md."""
     speed: Positive = 1.0
     """Steps go so many times as fast as the profile says."""
     idle_w: Weight | None = None
