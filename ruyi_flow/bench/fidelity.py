@@ -250,8 +250,14 @@ def summary(found: Sequence[Compared]) -> dict[str, dict[str, float]]:
 
 
 def markdown(found: Sequence[Compared], machine: Mapping[str, Any]) -> str:
-    """The table of docs/fidelity.md."""
+    """docs/fidelity.md."""
     lines = [
+        "# How true the simulator is",
+        "",
+        "Written by `make bench-sim` (`ruyi-flow bench fidelity`): three node processes on one machine with relays between",
+        "them, and the same simulated with a profile that was measured beforehand ([how](benchmarks.md#fidelity)). Medians of",
+        "answers: time to the first token, time a token after it; bytes up a token. Round trips and rates are of both links.",
+        "",
         "| mode | round trip | Mbit/s | sessions | first token, ms | simulated | a token, ms | simulated | "
         "bytes a token | simulated |",
         "|---|---|---|---|---|---|---|---|---|---|",
