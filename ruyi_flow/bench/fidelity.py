@@ -33,6 +33,13 @@ FIGURES = ("first_token_ms", "token_ms", "bytes_per_token")
 
 _CUTS = 3
 
+_ABOUT = """# How true the simulator is
+
+Written by `make bench-sim` (`ruyi-flow bench fidelity`): three node processes on one machine with relays between them,
+and the same simulated with a profile that was measured beforehand ([how](benchmarks.md#fidelity)). Medians of answers:
+time to the first token, time a token after it; bytes up a token. Round trips and rates are of both links.
+""".splitlines()
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -252,11 +259,7 @@ def summary(found: Sequence[Compared]) -> dict[str, dict[str, float]]:
 def markdown(found: Sequence[Compared], machine: Mapping[str, Any]) -> str:
     """docs/fidelity.md."""
     lines = [
-        "# How true the simulator is",
-        "",
-        "Written by `make bench-sim` (`ruyi-flow bench fidelity`): three node processes on one machine with relays between",
-        "them, and the same simulated with a profile that was measured beforehand ([how](benchmarks.md#fidelity)). Medians of",
-        "answers: time to the first token, time a token after it; bytes up a token. Round trips and rates are of both links.",
+        *_ABOUT,
         "",
         "| mode | round trip | Mbit/s | sessions | first token, ms | simulated | a token, ms | simulated | "
         "bytes a token | simulated |",
