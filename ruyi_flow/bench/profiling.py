@@ -24,6 +24,7 @@ from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.requests import SessionOpen
+from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.session import Pass, Session
 from ruyi_flow.runtime.stage import Shard
@@ -77,8 +78,8 @@ def profile_family(
     far = min(_FAR, config.max_positions - 2 * _ROWS[-1])
     if far <= _NEAR:
         raise ConfigError(f"family {family!r} has a context of {config.max_positions}; profiles need 1024 at the least")
-    room = far + 2 * _ROWS[-1] + (_SESSIONS + 1) * (_NEAR + 2 * _ROWS[-1])
-    shard = Shard(model, max_positions=room, max_sessions=_SESSIONS + 1)
+    room = far + 2 * _ROWS[-1] + (_SESSIONS + 2) * (_NEAR + 2 * _ROWS[-1])
+    shard = Shard(model, max_positions=room, max_sessions=_SESSIONS + 2)
     stages = _stages(shard, far, rounds, report)
     weight = sum(p.numel() * p.element_size() for p in model.parameters())
     found = Profile(
@@ -115,16 +116,18 @@ def _stages(shard: Shard, far: int, rounds: int, report: Report) -> tuple[StageC
     """Times of every stage, by rows and by what its branch does."""
     took: dict[tuple[str, int, int], list[list[float]]] = defaultdict(lambda: [[] for _ in shard.exits])
     with torch.inference_mode():
-        one = _filled(shard, far)
+        one, scaled = _filled(shard, far), _filled(shard, _NEAR, _scale(shard))
         kinds = [("trunk", n, _NEAR) for n in _ROWS] + [("branch", n, _NEAR) for n in _ROWS]
         kinds += [("head", n, _NEAR) for n in _ROWS if n <= 64]
+        kinds += [("scaled", 1, _NEAR), ("head", 1, _NEAR)] * 3  # a small difference, seen more often
         kinds += [("trunk", n, far) for n in (1, _MANY)] + [("head", n, far) for n in (1, 16)]
         total = (rounds + 1) * len(kinds)
         for done in range(total):
             kind = kinds[done % len(kinds)]
             what, rows, context = kind
-            one.rewind(context)
-            for stage, seconds in enumerate(_sweep([one], rows, what)):
+            session = scaled if what == "scaled" else one
+            session.rewind(context)
+            for stage, seconds in enumerate(_sweep([session], rows, "head" if what == "scaled" else what)):
                 if done >= len(kinds):  # the first round warms up
                     took[kind][stage].append(seconds)
             if done % 16 == 0:
@@ -137,7 +140,7 @@ def _stages(shard: Shard, far: int, rounds: int, report: Report) -> tuple[StageC
             for stage, seconds in enumerate(_sweep(several, 1, "trunk")):
                 if i:
                     took["sessions", _SESSIONS, _NEAR][stage].append(seconds)
-        for session in (one, *several):
+        for session in (one, scaled, *several):
             session.close()
     middle = {kind: [statistics.median(times) for times in by_stage] for kind, by_stage in took.items()}
     return tuple(_cost(shard, stage, middle, far) for stage in range(len(shard.exits)))
@@ -183,6 +186,7 @@ def _cost(shard: Shard, stage: int, middle: Mapping[tuple[str, int, int], Sequen
         branch_attended_s=reading[0],
         branch_context_s=reading[1],
         session_s=max(0.0, (at("sessions", _SESSIONS) - at("trunk", _SESSIONS)) / (_SESSIONS - 1)),
+        scale_s=max(0.0, at("scaled", 1) - at("head", 1)),
         weight_bytes=2 * layers * config.layer_parameters,
         kv_bytes=layers * slot,
     )
@@ -196,9 +200,16 @@ def _ascending(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(out)
 
 
-def _filled(shard: Shard, positions: int) -> Session:
+def _scale(shard: Shard) -> Scale:
+    """Calibrated confidence of the dearest kind that the family has."""
+    score = Score.PROBE if shard.config.probe_size else Score.NEGATIVE_ENTROPY
+    curve = Curve(1.2, tuple(i / 20 for i in range(20)), tuple(i / 20 for i in range(20)))
+    return Scale(score, {p: curve for p in shard.config.exits[:-1]})
+
+
+def _filled(shard: Shard, positions: int, scale: Scale | None = None) -> Session:
     """A session whose branches all look, with so many positions."""
-    policy = Policy.resolve(Routing(mode=Mode.TOKEN, threshold=1.0, draft=0), shard.exits)
+    policy = Policy.resolve(Routing(mode=Mode.TOKEN, threshold=1.0, draft=0, scale=scale), shard.exits)
     params = SamplingParams(eos_token_ids=())
     session = shard.open(policy, params, 1, min(shard.config.max_positions, positions + _ROWS[-1]))
     while len(session.token_ids) < positions:
@@ -212,18 +223,19 @@ def _sweep(sessions: Sequence[Session], rows: int, what: str) -> Iterator[float]
     Args:
         what: trunk: its branch does nothing; branch: takes rows in; head: and reads them all.
     """
-    hidden = sessions[0].embed((0,)).shape[1]
+    like = sessions[0].embed((0,))
     for session in sessions:
         session.token_ids.extend([1] * rows)
     for stage in range(len(sessions[0].exits)):
+        states = torch.randn(rows, like.shape[1]).to(like.dtype)
         parts = []
+        began = time.perf_counter()
         for session in sessions:
             start = session.positions[stage]
-            states = torch.randn(rows, hidden).to(session.embed((0,)).dtype)
-            work = Pass(session, stage, states, range(start, start + rows) if what == "head" else ())
+            entering = states if stage else session.embed([1] * rows)
+            work = Pass(session, stage, entering, range(start, start + rows) if what == "head" else ())
             work.looks = what != "trunk"
             parts.append((work, rows))
-        began = time.perf_counter()
         sessions[0].shard.run(parts)
         yield time.perf_counter() - began
         for work, _ in parts:

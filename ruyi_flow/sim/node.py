@@ -94,8 +94,9 @@ class VirtualStages:
             if not work.looks:
                 return costs.of(rows, attended, context)
             read = len(work.session.asked(stage, start, rows, work.wants))
-            return costs.of(rows, attended, context, 1, rows, read, read * context, context)
-        rows = taken = read = context = read_context = read_attended = 0
+            scaled = 0 if work.session.policy.scale is None else read
+            return costs.of(rows, attended, context, 1, rows, read, read * context, context, scaled)
+        rows = taken = read = scaled = context = read_context = read_attended = 0
         attended = 0.0
         for work, count in parts:
             start = work.session.positions[stage]
@@ -106,7 +107,8 @@ class VirtualStages:
                 taken, read = taken + count, read + asked
                 if asked:
                     read_attended, read_context = read_attended + asked * held, read_context + held
-        return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context)
+                    scaled += 0 if work.session.policy.scale is None else asked
+        return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context, scaled)
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """See `Stages.run`."""

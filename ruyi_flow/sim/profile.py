@@ -7,17 +7,18 @@
      "open_bytes": n, "up_bytes": n, "position_bytes": n, "down_bytes": n, "decision_bytes": n,
      "stages": [{"exit": p, "first_layer": l, "rows": [1, …], "trunk_s": [s, …], "branch_s": [s, …], "head_s": [s, …],
                  "attended_s": s, "context_s": s, "branch_attended_s": s, "branch_context_s": s, "session_s": s,
-                 "weight_bytes": n, "kv_bytes": n}]}
+                 "scale_s": s, "weight_bytes": n, "kv_bytes": n}]}
 
 A step of `n` rows of `k` sessions, of which the branch takes in `b` and reads `r`, takes
 
     trunk(n) + attended_s * A + context_s * C + session_s * (k - 1)
-        + branch(b) + head(r) + branch_attended_s * A' + branch_context_s * C'
+        + branch(b) + head(r) + branch_attended_s * A' + branch_context_s * C' + scale_s * r'
 
 where A is the sum over rows of the positions that each attends to, and C the sum over sessions of the positions that
 they hold afterwards, whose keys and values are read once; A' and C' are the same for the rows that are read. The
 functions are straight between the grid's points, go on straight past them, and are 0 at 0. `branch` is what the
-branch's keys and values take, `head` the rest of it: it is run for the rows that are read alone.
+branch's keys and values take, `head` the rest of it: it is run for the rows that are read alone, r' of which have
+calibrated confidence.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class StageCost:
     branch_attended_s: float = 0.0
     branch_context_s: float = 0.0
     session_s: float = 0.0
+    scale_s: float = 0.0
+    """Of calibrated confidence, for each row that is read: the probe, its curve."""
     weight_bytes: int = 0
     """Of the stage's own tensors."""
     kv_bytes: int = 0
@@ -176,7 +179,7 @@ class StepCost:
         )
         self._attended, self._context = scale * stage.attended_s, scale * stage.context_s
         self._branch_attended, self._branch_context = scale * stage.branch_attended_s, scale * stage.branch_context_s
-        self._session = scale * stage.session_s
+        self._session, self._scale = scale * stage.session_s, scale * stage.scale_s
 
     def of(
         self,
@@ -188,6 +191,7 @@ class StepCost:
         read: int = 0,
         read_attended: float = 0.0,
         read_context: float = 0.0,
+        scaled: int = 0,
     ) -> float:
         """Seconds of a step.
 
@@ -199,6 +203,7 @@ class StepCost:
             taken: rows whose keys and values the branch takes in; 0 where it is not run.
             read: rows that the branch reads.
             read_attended, read_context: as above, of those rows and their sessions.
+            scaled: of those rows, the ones whose confidence is calibrated.
         """
         spent = _at(self._trunk, rows) + self._attended * attended + self._context * context
         if sessions > 1:
@@ -208,6 +213,7 @@ class StepCost:
             if read:
                 spent += _at(self._head, read)
                 spent += self._branch_attended * read_attended + self._branch_context * read_context
+                spent += self._scale * scaled
         return spent
 
 
