@@ -302,12 +302,22 @@ class FamilySlice(nn.Module):
             DecoderLayer.forward, dynamic=True, isolate_recompiles=True
         )
 
+        class Uncompiled:
+            """An attention that `torch.compile` does not look into; here, since the decorator imports the compiler."""
+
+            def __init__(self, attention: Attention) -> None:
+                self._attention = attention
+
+            @torch.compiler.disable  # type: ignore[untyped-decorator]
+            def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+                return self._attention(slot, q, k, v, rows)
+
         def call(
             layer: DecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, slot: int
         ) -> Tensor | None:
             if not x.is_inference():  # made outside of inference mode: to the compiler, a tensor of another kind
                 x = x.clone()
-            return compiled(layer, x, rope, _Uncompiled(attention), slot)
+            return compiled(layer, x, rope, Uncompiled(attention), slot)
 
         layer, hidden = self.trunk[0], self.config.hidden_size
         rope = Rope(self.config, self.dtype, self.device)
@@ -430,17 +440,6 @@ class CausalAttention:
         q, k, v = (t.unflatten(0, (self.batch, -1)).transpose(1, 2) for t in (q, k, v))  # (batch, heads, n, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-class _Uncompiled:
-    """An attention that `torch.compile` does not look into."""
-
-    def __init__(self, attention: Attention) -> None:
-        self._attention = attention
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        return self._attention(slot, q, k, v, rows)
 
 
 def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
