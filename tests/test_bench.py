@@ -111,6 +111,14 @@ def test_wan_compares_drafts(measured, spoken: Path, tmp_path: Path) -> None:  #
         assert set(rows[name]) == {"ms_per_token", "speedup", "speedup_lowest", "held"} and 0 <= rows[name]["held"] <= 1
 
 
+def test_exits_compares_a_policy_with_the_whole_family(measured, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    policy = write(tmp_path / "policy.yaml", family=Checkpoint(spoken).fingerprint)
+    rows = measured("exits", "--policy", str(policy))["results"]
+    assert set(rows["process"]) == {"ms_per_token"}
+    assert sum(rows["three"][f"exit_{p}"] for p in Checkpoint(spoken).config.exits) == pytest.approx(1, abs=1e-3)
+    assert rows["three"]["compute"] > 0
+
+
 def test_serve_compares_many_with_one(measured) -> None:  # type: ignore[no-untyped-def]
     found = measured("serve", "--sessions", "3", "--rate", "50")
     rows = found["results"]

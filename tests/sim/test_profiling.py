@@ -1,0 +1,83 @@
+"""What is measured for the simulator: stages, running nodes, links; and the simulator beside real processes."""
+
+from pathlib import Path
+
+import pytest
+
+from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
+from ruyi_flow.bench.profiling import measure_link, profile_family, profile_nodes
+from ruyi_flow.bench.report import machine
+from ruyi_flow.errors import ConfigError, NodeUnavailable
+from ruyi_flow.evaluation.scorers import Asked
+from ruyi_flow.evaluation.tracing import record
+from ruyi_flow.local import load_family
+from ruyi_flow.sim.profile import Profile
+from ruyi_flow.sim.run import Simulation
+from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.testing import cluster, cut_topology, free_ports, tiny_family
+from tests.sim.conftest import data
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_family(tmp_path_factory.mktemp("long") / "family", max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="module")
+def measured(family: Path) -> Profile:
+    return profile_family(str(family), dtype="float32", rounds=1)
+
+
+def test_a_profile_has_every_stage_and_comes_back_from_its_file(
+    family: Path, measured: Profile, tmp_path: Path
+) -> None:
+    assert measured.exits == (2, 4, 6) and [stage.first_layer for stage in measured.stages] == [0, 2, 4]
+    assert measured.kind == "measured" and measured.hidden_size == 32 and measured.context == 2048
+    assert all(stage.trunk_s[0] > 0 and stage.rows[-1] == 256 for stage in measured.stages)
+    assert measured.exchange_s > 0 and measured.round_s > 0 and measured.machine["steps_of_two_nodes"] > 0
+    measured.save(tmp_path / "p")
+    assert Profile.load(tmp_path / "p") == measured
+    scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
+    assert Simulation(scenario).run().metrics["failed"] == 0
+
+
+def test_a_context_that_is_too_short_is_refused(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="has a context of 512; profiles need 1024 at the least"):
+        profile_family(str(tiny), dtype="float32", rounds=1)
+
+
+async def test_running_nodes_and_links_are_measured_from_outside(family: Path) -> None:
+    async with cluster(cut_topology(family, [[2], [4, 6]])) as nodes:
+        found = await profile_nodes(nodes.topology, rounds=1)
+        link = await measure_link(str(nodes.topology.nodes[1].address), rounds=3, payload=100_000)
+    assert found.exits == (2, 4, 6) and [stage.first_layer for stage in found.stages] == [0, 2, 4]
+    assert all(stage.trunk_s[0] > 0 for stage in found.stages)
+    assert 0 < link.round_trip_ms < 10_000 and link.up_mbit > 0
+    with pytest.raises(NodeUnavailable, match="no answer"):
+        await measure_link(f"127.0.0.1:{free_ports(1)[0]}")
+
+
+async def test_real_nodes_and_simulated_ones_are_compared(family: Path, measured: Profile, tmp_path: Path) -> None:
+    prompts = [[3 + (5 * i + j) % 57 for j in range(8 + 6 * i)] for i in range(4)]
+    record(load_family(family, dtype="float32"), [Asked(tuple(p)) for p in prompts], tmp_path / "t", max_new_tokens=8)
+    setting = Setting("cascade", 4.0, 100.0, 2)
+    policy = tmp_path / "none.yaml"  # cascade has its own thresholds
+    found = await compare(
+        str(family), measured, tmp_path / "t", prompts, policy, settings=[setting], requests=6, cores=2
+    )
+    [one] = found
+    assert set(one.measured) == set(one.simulated) == set(summary(found))
+    assert one.measured["bytes_per_token"] > 0 and one.simulated["token_ms"] > 0
+    assert "| cascade | 4 ms | 100 | 2 |" in markdown(found, machine(1))
+    with pytest.raises(ConfigError, match="not a trace of these prompts"):
+        await compare(str(family), measured, tmp_path / "t", [*prompts, [3]], policy, settings=[setting])
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs" / "sim").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_every_scenario_that_is_here_runs(file: Path) -> None:
+    found = Simulation(Scenario.read(file, ["load.requests=6"]), where=str(file)).run().metrics
+    assert found["requests"] == 6 and found["failed"] == 0 and found["tokens"] > 6
