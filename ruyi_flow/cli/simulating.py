@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,8 +51,12 @@ def simulate(
     seeds = [] if seed is None else [f"seed={seed}"]
     asked = Scenario.read(scenario, [*(changes or ()), *seeds])
     folder = folder or Path("runs/sim") / scenario.stem
-    with counting_bar(quiet=as_json) as bar:
-        result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
+    try:
+        with counting_bar(quiet=as_json) as bar:
+            result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        os._exit(130)  # thousands of coroutines that wait in virtual time have nothing to clean up, and would say so
     if as_json:
         print_json(result.metrics)
         return

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import simpy
 
+from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.runtime.times import Event, Pending
 
 __all__ = ["Shared", "VirtualTime", "until"]
@@ -68,8 +69,21 @@ class _Process:
 
 
 def _forgive(event: simpy.Event) -> None:
-    """A failure is told to who awaits it; SimPy would end everything where nobody does at that moment."""
+    """A failure of the simulated system is told to who awaits it, if anybody does at that moment.
+
+    Ctrl-C ends the simulation, whoever awaits what it hit.
+    """
+    if not event.ok and not isinstance(event.value, Exception):
+        raise event.value
     event.defused = True
+
+
+def _forgive_ours(event: simpy.Event) -> None:
+    """The same of the simulated system's own failures; any other is a mistake in this program, and ends it."""
+    if event.ok or isinstance(event.value, (RuyiFlowError, simpy.Interrupt)):
+        event.defused = True
+    else:
+        raise event.value
 
 
 class VirtualTime:
@@ -96,12 +110,14 @@ class VirtualTime:
         return bool(happened.triggered)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
-        return _Process(self.process(coroutine))
-
-    def process(self, coroutine: Coroutine[Any, Any, Any]) -> simpy.Process:
-        """Run a coroutine as a SimPy process."""
         process = self.env.process(coroutine)  # a coroutine is a generator to SimPy
         process.callbacks.append(_forgive)
+        return _Process(process)
+
+    def process(self, coroutine: Coroutine[Any, Any, Any]) -> simpy.Process:
+        """Run a coroutine as a SimPy process that nobody need await."""
+        process = self.env.process(coroutine)
+        process.callbacks.append(_forgive_ours)
         return process
 
     async def pause(self) -> None:

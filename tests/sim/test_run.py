@@ -19,6 +19,7 @@ from ruyi_flow.evaluation.tracing import record
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.trace import read
+from ruyi_flow.sim.node import VirtualSession
 from ruyi_flow.sim.profile import Profile, StageCost
 from ruyi_flow.sim.run import Simulation, metrics_text
 from ruyi_flow.sim.run import simulate as simulate_into
@@ -161,6 +162,18 @@ def test_neither_torch_nor_grpc_is_imported(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout == "480\n", ran.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, AssertionError])
+def test_what_is_not_the_deployments_fault_ends_the_simulation(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(VirtualSession, "look", fail)
+    with pytest.raises(error):
+        simulate(data())
 
 
 # ---- what goes wrong in a deployment ----
