@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, WireError
 from ruyi_flow.routing.pace import Length, Pace, gains
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
+from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.scheduler import WHOLE
 from ruyi_flow.runtime.session import Session
 from ruyi_flow.runtime.steps import Task, Worker
 from ruyi_flow.runtime.times import REAL, Pending, Time
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
-__all__ = ["Chain", "Look", "Round", "Walk", "decode"]
+__all__ = ["Chain", "Round", "decode"]
 
 PART = 128
 """Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
@@ -33,76 +34,6 @@ _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What one branch says of one wanted position."""
-
-    position: int
-    draft: int | None
-    """The token at position + 1 in the block, if there is one."""
-    token: int | None = None
-    """The branch's own; None where this stage does not look."""
-    confidence: float = 0.0
-    reason: Reason | None = None
-    """Why the branch may decide; None means that the position must be asked deeper."""
-
-
-@dataclass(slots=True)
-class Walk:
-    """One stage's way through the wanted positions of a block. Pure."""
-
-    exit: int
-    looks: list[Look] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        judge: Judge,
-        wants: Sequence[int],
-        drafts: Sequence[int | None],
-        found: Sequence[tuple[int, float]] | None,
-    ) -> Walk:
-        """Walk in order, up to the first sure token that contradicts its draft: everything after it is void."""
-        walk = cls(judge.exit)
-        for i, (position, draft) in enumerate(zip(wants, drafts, strict=True)):
-            if found is None:
-                walk.looks.append(Look(position, draft))
-                continue
-            token, confidence = found[i]
-            reason = judge.sure(position, confidence)
-            walk.looks.append(Look(position, draft, token, confidence, reason))
-            if reason is not None and token != draft:
-                break
-        return walk
-
-    @property
-    def unsure(self) -> tuple[int, ...]:
-        """Positions that must be asked deeper."""
-        return tuple(look.position for look in self.looks if look.reason is None)
-
-    def force(self, reason: Reason) -> None:
-        """Decide here what is unsure, since nothing deeper may be asked."""
-        self.looks = [look if look.reason is not None else replace(look, reason=reason) for look in self.looks]
-
-    def settle(self, deeper: Sequence[Decision]) -> tuple[Decision, ...]:
-        """Merge the deeper stage's decisions for the unsure positions, up to the first that contradicts its draft."""
-        answers = iter(deeper)
-        decisions = []
-        for look in self.looks:
-            if look.reason is not None:
-                assert look.token is not None
-                decision = Decision(look.token, self.exit, look.confidence, look.reason)
-            else:
-                answer = next(answers, None)
-                if answer is None:
-                    break
-                decision = answer
-            decisions.append(decision)
-            if decision.token != look.draft:
-                break
-        return tuple(decisions)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.chain import PART, Chain, Look, Walk, decode
+from ruyi_flow.chain import PART, Chain, decode
 from ruyi_flow.errors import NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
@@ -21,6 +21,7 @@ from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.pace import Pace
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.start import Start
+from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import InlineWorker

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ruyi_flow.bench.nodes import daemons
-from ruyi_flow.chain import Walk
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.bets import split
@@ -22,6 +21,7 @@ from ruyi_flow.routing.curves import Floats, confidences, ece, fit, raw_confiden
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Scorer, Trace
+from ruyi_flow.routing.walk import Walk
 from ruyi_flow.testing import Relay
 from ruyi_flow.types import Mode
 
