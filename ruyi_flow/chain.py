@@ -172,10 +172,12 @@ class Chain:
     async def close(self) -> None:
         """See `Stage.close`; the cache is free once the step that may be running has ended."""
         self._worker.submit(self._session.close)
-        if self._uploading is not None:
-            await self._uploading.drop()
-        if self._beyond is not None:
-            await self._beyond.close()
+        try:
+            if self._uploading is not None:
+                await self._uploading.drop()
+        finally:  # this one may be cancelled meanwhile; the deeper caches must be freed all the same
+            if self._beyond is not None:
+                await self._beyond.close()
 
     async def _step(self, hop: Hop, rows: int, task: Task[T]) -> T:
         """Run a task of so many positions, and count its time."""
