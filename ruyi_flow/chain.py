@@ -87,6 +87,8 @@ class Chain:
         self._beyond: Stage | None = None
         self._lost: Reason | None = None
         """Why the stage beyond is not asked any more."""
+        self._since = time.now()
+        """When what this node does for the session now came to it; all of a prompt's parts came with the first."""
         self._may_upload = ahead
         self._uploading: Pending[None] | None = None
         self._sent = 0
@@ -118,6 +120,8 @@ class Chain:
         if held + count > session.max_positions:
             raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
         session.token_ids.extend(block.token_ids)
+        if held >= session.prompt_length:
+            self._since = self._time.now()
         hop = Hop(self._node)
         if not block.wants and self._passes_on:
             await self._pass_on(hop, block)
@@ -140,6 +144,7 @@ class Chain:
             At least one decision, for the positions from the last given one on.
         """
         hop = Hop(self._node)
+        self._since = self._time.now()
         token_ids = await self._begin(hop, token_ids)
         began, brief = self._time.now(), len(token_ids) == 1
         weighed = brief and draft > 0 and self._may_be_quiet()
@@ -182,7 +187,7 @@ class Chain:
     async def _step(self, hop: Hop, rows: int, task: Task[T]) -> T:
         """Run a task of so many positions, and count its time."""
         brief = rows <= _BRIEF_ROWS and self._session.alone
-        result, queue_s, compute_s = await self._worker.run(task, brief=brief)
+        result, queue_s, compute_s = await self._worker.run(task, brief=brief, since=self._since)
         hop.queue_s += queue_s
         hop.compute_s += compute_s
         return result

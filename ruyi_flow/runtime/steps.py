@@ -26,11 +26,12 @@ Parts = Sequence[tuple["Job", int]]
 class Worker(Protocol):
     """Runs tasks."""
 
-    async def run(self, task: Task[T], *, brief: bool = False) -> tuple[T, float, float]:
+    async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         """The task's result, the seconds it waited and the seconds that steps ran in which it had a part.
 
         Args:
             brief: it has few positions, and no other session would wait for it.
+            since: when what it is part of came to this node; now, when left out.
         """
         ...
 
@@ -67,11 +68,15 @@ class Waiter(Protocol):
 class Job:
     """A task, and who waits for it."""
 
-    __slots__ = ("asked", "brief", "ran_s", "task", "waiter", "work")
+    __slots__ = ("asked", "brief", "key", "ran_s", "since", "task", "waiter", "work")
 
-    def __init__(self, task: Task[Any], waiter: Waiter, now: float, brief: bool = False) -> None:
+    def __init__(
+        self, task: Task[Any], waiter: Waiter, now: float, brief: bool = False, since: float | None = None
+    ) -> None:
         self.task, self.waiter, self.brief = task, waiter, brief
         self.asked, self.ran_s = now, 0.0
+        self.since = now if since is None else since
+        self.key = -1
         self.work: Pass | None = None
 
     @property
@@ -104,13 +109,13 @@ class Steps:
 
     def add(self, job: Job) -> None:
         """Let a task run up to its first pass."""
-        self._go_on(next(self._keys), job)
+        job.key = next(self._keys)
+        self._go_on(job)
 
     def join(self, job: Job) -> None:
         """Let a job in that has a pass already."""
-        key = next(self._keys)
-        self._jobs[key] = job
-        self._scheduler.add(key, job.running.stage, job.running.rows)
+        job.key = next(self._keys)
+        self._wait(job)
 
     def next(self) -> Parts:
         """The next step, to be told `ran` afterwards; empty when nothing waits."""
@@ -126,7 +131,7 @@ class Steps:
             work = job.running
             if work.error is not None or not work.rows:
                 self._scheduler.drop(key)
-                self._go_on(key, job)
+                self._go_on(job)
 
     def forget_cancelled(self) -> None:
         """Drop the jobs that nobody waits for any more."""
@@ -134,23 +139,27 @@ class Steps:
             del self._jobs[key]
             self._scheduler.drop(key)
 
-    def _go_on(self, key: int, job: Job) -> None:
+    def _go_on(self, job: Job) -> None:
         """Let a task run up to its next pass, or to its end."""
         if job.waiter.cancelled():
-            self._jobs.pop(key, None)
+            self._jobs.pop(job.key, None)
             return
         error = None if job.work is None else job.work.error
         try:
             work = job.task.send(None) if error is None else job.task.throw(error)
         except StopIteration as ended:
-            self._jobs.pop(key, None)
+            self._jobs.pop(job.key, None)
             self._ended(job, ended.value)
         except Exception as failure:  # whatever a task raises belongs to the caller that waits for it
-            self._jobs.pop(key, None)
+            self._jobs.pop(job.key, None)
             self._failed(job, failure)
         else:
-            job.work, self._jobs[key] = work, job
-            self._scheduler.add(key, work.stage, work.rows)
+            job.work = work
+            self._wait(job)
+
+    def _wait(self, job: Job) -> None:
+        self._jobs[job.key] = job
+        self._scheduler.add(job.key, job.running.stage, job.running.rows, job.since)
 
 
 def run(parts: Parts) -> None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class InlineWorker:
     """A worker that computes on the caller's thread: for a family that runs in one process without an event loop."""
 
-    async def run(self, task: Task[T], *, brief: bool = False) -> tuple[T, float, float]:
+    async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         began = time.perf_counter()
         return drive(task), 0.0, time.perf_counter() - began
 
@@ -72,7 +72,7 @@ class ThreadWorker:
         if self._threads:
             torch.set_num_threads(self._threads)
 
-    async def run(self, task: Task[T], *, brief: bool = False) -> tuple[T, float, float]:
+    async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         if self._closed:
             raise NodeUnavailable("the node is closed")
         if brief and self._brief_s < _BRIEF_S:
@@ -81,7 +81,7 @@ class ThreadWorker:
             self._brief_s = time.perf_counter() - began
             return result, 0.0, self._brief_s
         done: asyncio.Future[tuple[T, float, float]] = asyncio.get_running_loop().create_future()
-        self._inbox.put(Job(task, done, time.perf_counter(), brief))
+        self._inbox.put(Job(task, done, time.perf_counter(), brief, since))
         return await done
 
     def submit(self, call: Callable[[], object]) -> None:

@@ -201,10 +201,10 @@ class VirtualWorker:
         self.waited_s = 0.0
         """That tasks have waited, all together."""
 
-    async def run(self, task: Task[T], *, brief: bool = False) -> tuple[T, float, float]:
+    async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         self.waiting += 1
         waiter = _Waiter()
-        job = Job(task, waiter, self._time.now())
+        job = Job(task, waiter, self._time.now(), since=since)
         around_s = self._round_s + (0.0 if brief else self._step_s)
         if self._cores is not None and self._round_cpu_s:
             self._time.start(self._cores.take(self._round_cpu_s))
