@@ -174,7 +174,7 @@ async def _measured(
     relays = {
         i: Relay(delay_s=setting.round_trip_ms / 2000, bytes_per_s=setting.mbit * 125_000) for i in range(1, len(cuts))
     }
-    routing, coming, stats = _routing(setting, policy), iter(range(requests)), []
+    routing, coming, stats = _routing(setting, policy), iter(range(requests + 1)), []
     async with AsyncExitStack() as stack:
         client: AsyncClient = await stack.enter_async_context(
             daemons(
@@ -186,16 +186,19 @@ async def _measured(
                 relay_to=relays,
             )
         )
-        await client.generate(prompts[0], max_new_tokens=8, eos_token_ids=(), **routing)  # connections, caches
+
+        async def answer(number: int) -> Stats:
+            record = records[number % len(records)]
+            reply = await client.generate(
+                prompts[record.number], max_new_tokens=len(record.answer), eos_token_ids=(), **routing
+            )
+            return reply.stats
 
         async def user() -> None:
             for number in coming:
-                record = records[number % len(records)]
-                reply = await client.generate(
-                    prompts[record.number], max_new_tokens=len(record.answer), eos_token_ids=(), **routing
-                )
-                stats.append(reply.stats)
+                stats.append(await answer(number))
 
+        await answer(next(coming))  # connections, caches, what rounds take
         await asyncio.gather(*(user() for _ in range(setting.sessions)))
     return _figures(stats)
 
@@ -238,6 +241,7 @@ def _simulated(
             "turns": {"think_s": 0},
             "prompts": {"kind": "trace"},
             "answers": {"kind": "trace"},
+            "before": 1,
             "requests": requests,
         },
     }

@@ -21,7 +21,7 @@ _SEGMENT = 1448
 """Bytes of a TCP segment's payload on Ethernet."""
 
 Told = Callable[[float, float, float, int], None]
-"""Told of a message that came over: when it set out, for how long it was being sent, when it was there, its bytes."""
+"""Told of a message that came over: from when and for how long it was being sent, when it was there, its bytes."""
 
 _LEAST_RTO_S = 0.2
 """After which TCP sends again at the earliest, when nothing later tells it of the loss (Linux)."""
@@ -53,14 +53,16 @@ class Outages:
 class Direction:
     """One direction of a link.
 
-    A message waits for its share of the bandwidth, then takes the latency with jitter; a lost segment costs one round
-    trip more, or the retransmission timer where too few segments follow it to tell the sender (RFC 5681, 6298).
+    Messages of one flow, a connection between two nodes, go one after the other, as they are written to its socket;
+    flows share the bandwidth. A message then takes the latency with jitter; a lost segment costs one round trip more,
+    or the retransmission timer where too few segments follow it to tell the sender (RFC 5681, 6298).
 
     Args:
         time: where.
         latency_s: one way.
         jitter_s: standard deviation of what is added to it, an absolute normal value.
-        bytes_per_s: shared by its flows; None is no limit.
+        bytes_per_s: None is no limit.
+        shared: whether there is more than one flow.
         loss: share of segments that are lost.
         outages: while it is down, what is under way waits.
         random: uniform numbers in 0 … 1 and normal ones.
@@ -73,13 +75,20 @@ class Direction:
         latency_s: float,
         jitter_s: float = 0.0,
         bytes_per_s: float | None = None,
+        shared: bool = False,
         loss: float = 0.0,
         outages: Outages | None = None,
         random: Any = None,
         told: Told | None = None,
     ) -> None:
         self._time, self._latency_s, self._jitter_s, self._loss = time, latency_s, jitter_s, loss
-        self._pipe = None if bytes_per_s is None else Shared(time, bytes_per_s)
+        self._bytes_per_s, self._pipe = bytes_per_s, None
+        if shared and bytes_per_s is not None:
+            self._pipe = Shared(time, bytes_per_s)
+        self._last: dict[int, simpy.Event] = {}
+        """By flow: happens when its last message is sent."""
+        self._free_s = 0.0
+        """When the only flow's last message is sent."""
         self._outages, self._random, self._told = outages or Outages(), random, told
         self.carried = 0
         """Bytes so far."""
@@ -89,14 +98,18 @@ class Direction:
         """Whether it is ever down."""
         return bool(self._outages)
 
-    async def carry(self, count: int, extra_s: float = 0.0) -> None:
+    async def carry(self, count: int, extra_s: float = 0.0, flow: int = 0) -> None:
         """Bring a message over; `extra_s` is what its ends take beyond that."""
         self.carried += count
-        began = sent = self._time.now()
+        began, sending, delay = self._time.now(), 0.0, self._latency_s + extra_s
         if self._pipe is not None:
-            await self._pipe.take(count)
-            sent = self._time.now()
-        delay = self._latency_s + extra_s
+            await self._in_turn(self._pipe, count, flow)
+            sending = self._time.now() - began
+        elif self._bytes_per_s is not None:
+            sending = count / self._bytes_per_s
+            began = max(self._free_s, began)
+            self._free_s = began + sending
+            delay += self._free_s - self._time.now()
         if self._jitter_s:
             delay += abs(self._random.gauss(0.0, self._jitter_s))
         if self._loss:
@@ -106,7 +119,17 @@ class Direction:
         while self._outages and (end := self._outages.ends(now := self._time.now())) > now:
             await self._time.sleep(end - now)
         if self._told is not None:
-            self._told(began, sent - began, self._time.now(), count)
+            self._told(began, sending, self._time.now(), count)
+
+    async def _in_turn(self, pipe: Shared, count: int, flow: int) -> None:
+        before, sent = self._last.get(flow), self._time.env.event()
+        self._last[flow] = sent
+        try:
+            if before is not None and not before.processed:
+                await until(before)
+            await pipe.take(count)
+        finally:
+            sent.succeed()
 
     def _again_s(self, count: int) -> float:
         """What losses add."""
@@ -126,6 +149,7 @@ class VirtualRemote:
         opening: the handshake.
         open: opens the session there.
         up, down: the link.
+        flow: which of the link's.
         row_bytes: of a position's state.
         profile: of the sending node: what messages weigh and cost.
         timeout_s: deadline of one answer.
@@ -142,6 +166,7 @@ class VirtualRemote:
         open: Callable[[SessionOpen], Awaitable[Chain]],
         up: Direction,
         down: Direction,
+        flow: int,
         row_bytes: int,
         profile: Profile,
         timeout_s: float,
@@ -151,7 +176,7 @@ class VirtualRemote:
     ) -> None:
         self._cores, self._message_s = cores, message_s
         self._time, self._name, self._opening, self._open = time, name, opening, open
-        self._up, self._down, self._profile = up, down, profile
+        self._up, self._down, self._flow, self._profile = up, down, flow, profile
         self._row_bytes, self._timeout_s, self._outages = row_bytes + profile.position_bytes, timeout_s, outages
         self._chain: Chain | None = None
         self._opened = self._closed = False
@@ -198,9 +223,9 @@ class VirtualRemote:
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
         if self._chain is not None:
-            await self._up.carry(self._profile.up_bytes)
+            await self._up.carry(self._profile.up_bytes, flow=self._flow)
             await self._chain.rewind(position)
-            await self._down.carry(self._profile.down_bytes)
+            await self._down.carry(self._profile.down_bytes, flow=self._flow)
 
     async def close(self) -> None:
         """See `Stage.close`."""
@@ -222,7 +247,7 @@ class VirtualRemote:
             self._time.start(self._cores.take(max(0.0, profile.exchange_cpu_s - extra) + self._message_s))
             await self._cores.take(extra)
             extra = 0.0
-        await self._up.carry(size, extra)
+        await self._up.carry(size, extra, self._flow)
         if before is not None and not before.processed:
             await until(before)  # messages of a session are taken in order
         self._check_up()
@@ -238,7 +263,7 @@ class VirtualRemote:
         took = self._time.now() - came
         self._check_up()
         back = profile.down_bytes + profile.decision_bytes * len(verdict.decisions)
-        await self._down.carry(back)
+        await self._down.carry(back, flow=self._flow)
         mine = verdict.hops[0]
         mine.messages += 1
         mine.positions += positions

@@ -67,12 +67,13 @@ class Simulation:
         self.scripts = self._behaviour()
         load = scenario.workload
         self._prompts, self._answers = Lengthy(load.prompts), Lengthy(load.answers)
-        skip = int(load.warmup * (load.requests or 0))
+        skip = load.before + int(load.warmup * (load.requests or 0))
         self._recorder = Recorder(folder, scenario.all_exits, [node.name for node in scenario.nodes], skip)
         self._time = VirtualTime()
         self._live: dict[int, Script] = {}
         self._cluster = Cluster(scenario, self.profiles, self._time, self._live, self._recorder)
         self._begun = self._asked = 0
+        self._began_s = 0.0
         self._over = self._time.env.event()
 
     def run(self, progress: Progress = lambda done, total: None) -> Result:
@@ -80,7 +81,7 @@ class Simulation:
         load = self.scenario.workload
         env = self._time.env
         arriving = self._time.process(self._arrive())
-        total = load.requests or 0
+        total = (load.requests or -load.before) + load.before
         while not arriving.triggered or self._recorder.done < self._asked:
             try:
                 for _ in range(20_000):
@@ -103,6 +104,9 @@ class Simulation:
         """Let conversations begin."""
         load = self.scenario.workload
         devices = self.scenario.nodes[0].count
+        for i in range(load.before):
+            await self._talk(Conversation(self._time.now(), i % devices, 1))
+        self._began_s = began = self._time.now()
         if load.arrivals.kind == "closed":
             for user in range(load.arrivals.users):
                 self._time.process(self._converse(user % devices))
@@ -110,7 +114,7 @@ class Simulation:
         for one in conversations(load, devices, self._source, self._where):
             if self._full:
                 return
-            wait = one.at_s - self._time.now()
+            wait = began + one.at_s - self._time.now()
             if wait > 0:
                 await self._time.sleep(wait)
             self._time.process(self._talk(one))
@@ -118,13 +122,13 @@ class Simulation:
     @property
     def _full(self) -> bool:
         """Whether nobody may ask any more."""
-        requests = self.scenario.workload.requests
-        return requests is not None and self._asked >= requests
+        load = self.scenario.workload
+        return load.requests is not None and self._asked >= load.requests + load.before
 
     async def _converse(self, device: int) -> None:
         """A user who asks as soon as there is an answer, over and over."""
         load = self.scenario.workload
-        while not self._full and (load.duration_s is None or self._time.now() < load.duration_s):
+        while not self._full and (load.duration_s is None or self._time.now() - self._began_s < load.duration_s):
             await self._talk(Conversation(self._time.now(), device, 0))
             if load.turns.think_s:
                 await self._time.sleep(self._source.expovariate(1 / load.turns.think_s))

@@ -131,6 +131,9 @@ class Load(Model):
     """The run ends with so many answers."""
     duration_s: Positive | None = None
     """Or conversations begin for so long, and what runs then ends."""
+    before: Int = Field(default=0, ge=0)
+    """So many requests are asked one by one before the load begins, and not counted: a system that has been running has
+    measured what its rounds take."""
     warmup: Share = 0.0
     """This share of the requests, the first ones, is not counted."""
 
