@@ -46,10 +46,10 @@ class Scheduler:
     where both fill half of the budget at the most: past that a step is bound by arithmetic, and whoever is first
     would only wait for the other.
 
-    Where the oldest is short, short work of a shallower stage goes first, alone, PATIENCE times at the most: sessions that
-    decode at different depths so come to the same one, and share its steps from then on. Work with k others before it
-    is therefore in one of the next (k + 1) * (PATIENCE + 1) steps. Whoever goes on at a further stage keeps its time and
-    so its turn: what came first ends first. For those behind it, it counts once more.
+    Where the oldest is short, short work of a shallower stage goes first, alone, PATIENCE times at the most: sessions
+    that decode at different depths so come to the same one, and share its steps from then on. Work with k others before
+    it is therefore in one of the next (k + 1) * (PATIENCE + 1) steps. Whoever goes on at a further stage keeps its time
+    and so its turn: what came first ends first. For those behind it, it counts once more.
 
     Args:
         budget: rows of a step; short work that comes first is taken whole even where it is more.
