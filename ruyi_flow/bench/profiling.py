@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
+import numpy as np
 import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -31,6 +32,7 @@ from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.steps import Task
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.sim.profile import Profile, StageCost
+from ruyi_flow.testing import Relay
 from ruyi_flow.topology import Topology
 from ruyi_flow.transport import codec
 from ruyi_flow.transport.blocks import BlockCodec
@@ -45,6 +47,8 @@ _MANY = 128
 """Rows that show what each of them attends to, beside what reading the context takes."""
 _SESSIONS = 8
 """In a step, for what each further one costs."""
+_DELAYS_S = (0.0, 0.01, 0.04)
+"""Of links, for what steps take after pauses of different lengths."""
 _SPIN_S = 2.0
 """How long steps are counted, for what cores share."""
 
@@ -102,10 +106,12 @@ def profile_family(
     report("steps at once", 2, 2)
     found.machine["steps_of_two_nodes"] = round(two / one, 3)
     if len(config.exits) > 1:
-        report("nodes", 0, 1)
-        around = asyncio.run(_around(checkpoint, family, dtype, weights, threads))
-        found = replace(found, **around)  # type: ignore[arg-type] # names of its numbers
-        report("nodes", 1, 1)
+        nodes: dict[str, Any] = {"family": family, "dtype": dtype, "weights": weights, "threads": threads}
+        report("nodes", 0, 2)
+        around = asyncio.run(_around(config.exits, nodes))
+        report("nodes", 1, 2)
+        found = replace(found, **around, **asyncio.run(_pauses(stages, nodes)))
+        report("nodes", 2, 2)
     return found
 
 
@@ -325,12 +331,8 @@ def _spin(family: str, dtype: str, weights: Weights | None, threads: int, togeth
         results.put(steps / (time.perf_counter() - began))
 
 
-async def _around(
-    checkpoint: Checkpoint, family: str, dtype: str, weights: Weights | None, threads: int
-) -> dict[str, float]:
+async def _around(exits: Sequence[int], nodes: Mapping[str, Any]) -> dict[str, Any]:
     """What rounds, requests and exchanges take beyond steps: two node processes on loopback."""
-    exits = checkpoint.config.exits
-    nodes: dict[str, Any] = {"family": family, "dtype": dtype, "weights": weights, "threads": threads}
     async with daemons([exits], **nodes) as client:
         await _asked(client, 16, 16)
         round_cpu = await _processor_time(client, 0.0)
@@ -352,6 +354,26 @@ async def _around(
         "round_cpu_s": round_cpu,
         "exchange_cpu_s": exchange_cpu,
     }
+
+
+async def _pauses(stages: Sequence[StageCost], nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """What steps take more after pauses: nodes behind links of some delays, whose steps wait for one another."""
+    cuts = [part.tolist() for part in np.array_split([s.exit for s in stages], min(3, len(stages)))]
+    known = []
+    for part in cuts:
+        of = [next(s for s in stages if s.exit == p) for p in part]
+        known.append(sum(s.trunk_s[0] for s in of) + (part is cuts[-1]) * (of[-1].branch_s[0] + of[-1].head_s[0]))
+    pauses, cold = [], []
+    for delay in _DELAYS_S:
+        relays = {i: Relay(delay_s=delay) for i in range(1, len(cuts))} if delay else None
+        async with daemons(cuts, **nodes, relay_to=relays) as client:
+            await _asked(client, 16, 16)
+            found = [await _asked(client, 4, 33) for _ in range(3 if delay else 7)]
+        token = statistics.median(stats.token_s for stats in found)
+        took = [statistics.median(s.hops[i].compute_s / s.new_tokens for s in found) for i in range(len(cuts))]
+        pauses.append(token - statistics.mean(took))
+        cold.append(max(0.0, statistics.mean(a - b for a, b in zip(took, known, strict=True))))
+    return {"pauses_s": tuple(pauses), "cold_s": _ascending(cold)}
 
 
 async def _processor_time(client: AsyncClient, round_s: float) -> float:

@@ -129,8 +129,9 @@ class Cluster:
         stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
         told = self._told(node.name, number)
         costs, cores = this.profile, self._cores.get(node.name)
+        cold = costs.cold if costs.pauses_s else None
         rounds = (costs.round_s, costs.round_cpu_s) if tier == 0 else (0.0, 0.0)
-        worker = VirtualWorker(time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, told)
+        worker = VirtualWorker(time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, cold, told)
         way = up = down = None
         if self._links[tier] is not None:
             up, down = self._link(tier, number)

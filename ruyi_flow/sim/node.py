@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -176,6 +177,7 @@ class VirtualWorker:
         round_s: of every task: the entry node's rounds.
         round_cpu_s: processor time of one, where there are cores.
         cores: of the machine, where nodes share it.
+        cold: what the first step after a pause takes more, by the pause; None for nothing.
         told: told of every step.
     """
 
@@ -188,8 +190,10 @@ class VirtualWorker:
         round_s: float = 0.0,
         round_cpu_s: float = 0.0,
         cores: Shared | None = None,
+        cold: Callable[[float], float] | None = None,
         told: Told | None = None,
     ) -> None:
+        self._cold, self._idle_since = cold, -math.inf
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores, self._told = time, stages, cores, told
         self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
@@ -224,7 +228,7 @@ class VirtualWorker:
                 if self._steps:
                     self._time.start(self._go_on())
                 else:
-                    self._busy = False
+                    self._rest()
         except BaseException:
             waiter.gone = True
             raise
@@ -242,6 +246,7 @@ class VirtualWorker:
         What it takes around its steps is waited for with the first of them, which is an event less.
         """
         work, task = job.work, job.task
+        cold_s = self._cold(self._time.now() - self._idle_since) if self._cold is not None else 0.0
         while True:
             try:
                 if work is None or work.error is None:
@@ -259,7 +264,8 @@ class VirtualWorker:
                 self._steps.join(job)
                 return False
             rows = alone(work.rows, self._budget)
-            began, cost = self._time.now(), self._stages.cost([(work, rows)])
+            began, cost = self._time.now(), self._stages.cost([(work, rows)]) + cold_s
+            cold_s = 0.0
             try:
                 await self._pass(cost + around_s)
             except BaseException:  # nobody else has a part in it
@@ -315,7 +321,10 @@ class VirtualWorker:
     async def _go_on(self) -> None:
         while self._steps:
             await self._do(self._begin())
-        self._busy = False
+        self._rest()
+
+    def _rest(self) -> None:
+        self._busy, self._idle_since = False, self._time.now()
 
     def _ended(self, job: Job, result: object) -> None:
         self._tell(job, result, None)

@@ -3,7 +3,7 @@
     {"format": "ruyi-flow profile", "version": 1, "kind": "measured" | "analytic", "source": str, "family": str,
      "hidden_size": int, "context": int, "dtype": str, "weights": str, "threads": int, "machine": {…},
      "step_s": s, "round_s": s, "request_s": s, "exchange_s": s, "exchange_byte_s": s,
-     "round_cpu_s": s, "exchange_cpu_s": s,
+     "round_cpu_s": s, "exchange_cpu_s": s, "pauses_s": [s, …], "cold_s": [s, …],
      "open_bytes": n, "up_bytes": n, "position_bytes": n, "down_bytes": n, "decision_bytes": n,
      "stages": [{"exit": p, "first_layer": l, "rows": [1, …], "trunk_s": [s, …], "branch_s": [s, …], "head_s": [s, …],
                  "attended_s": s, "context_s": s, "branch_attended_s": s, "branch_context_s": s, "session_s": s,
@@ -18,7 +18,8 @@ where A is the sum over rows of the positions that each attends to, and C the su
 they hold afterwards, whose keys and values are read once; A' and C' are the same for the rows that are read. The
 functions are straight between the grid's points, go on straight past them, and are 0 at 0. `branch` is what the
 branch's keys and values take, `head` the rest of it: it is run for the rows that are read alone, r' of which have
-calibrated confidence.
+calibrated confidence. The first step after a pause takes `cold` of its length more: straight between the points, from
+0 at none, and no more past the last.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ class Profile:
     round_cpu_s: float = 0.0
     exchange_cpu_s: float = 0.0
     """Processor time of a round and of an exchange beyond steps, all over the machine: where nodes share its cores."""
+    pauses_s: tuple[float, ...] = ()
+    cold_s: tuple[float, ...] = ()
+    """What a node's first step after so long a pause takes more: caches have lost its code and data, the core slept."""
     open_bytes: int = 320
     """Of the handshake."""
     up_bytes: int = 24
@@ -116,6 +120,17 @@ class Profile:
     down_bytes: int = 48
     """Of an answer, beyond its decisions."""
     decision_bytes: int = 12
+
+    def __post_init__(self) -> None:
+        """Refuse pauses without what follows them with a ValueError."""
+        if len(self.pauses_s) != len(self.cold_s) or any(
+            a >= b for a, b in zip((0.0, *self.pauses_s), self.pauses_s, strict=False)
+        ):
+            raise ValueError("pauses must ascend from above 0, with a time for each")
+
+    def cold(self, pause_s: float) -> float:
+        """Seconds that the first step after a pause takes more."""
+        return float(np.interp(pause_s, (0.0, *self.pauses_s), (0.0, *self.cold_s))) if self.pauses_s else 0.0
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -159,7 +174,7 @@ class Profile:
                 raise ConfigError(f"{path}: a profile of version {version}, not {_VERSION}: {todo}")
             listed: list[dict[str, Any]] = raw.pop("stages")
             stages = tuple(StageCost(**{k: _frozen(v) for k, v in stage.items()}) for stage in listed)
-            return cls(stages=stages, **raw)
+            return cls(stages=stages, **{k: _frozen(v) for k, v in raw.items()})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = f": {error}" if isinstance(error, ValueError) and str(error) else ""
             raise ConfigError(f"{path}: not a profile (ruyi-flow profile writes one){why}") from None
