@@ -103,7 +103,7 @@ async def compare(
     policy: Path,
     *,
     settings: Sequence[Setting] = SETTINGS,
-    requests: int = 16,
+    requests: int = 24,
     cores: float = 2.0,
     report: Report = unseen,
 ) -> list[Compared]:
@@ -125,34 +125,42 @@ async def compare(
     ):
         raise ConfigError(f"{trace}: not a trace of these prompts")
     cuts = [part.tolist() for part in np.array_split(header.exits, _CUTS)]
-    relay = await _relay_costs(family, profile, cuts)
+    relays = await _relay_costs(family, profile, cuts, sorted({setting.round_trip_ms for setting in settings}))
     found = []
     for i, setting in enumerate(settings):
         report("settings", i, len(settings))
         measured = await _measured(family, profile, cuts, setting, records, prompts, policy, requests)
-        simulated = _simulated(header, cuts, setting, profile, trace, policy, requests, cores, relay)
+        simulated = _simulated(
+            header, cuts, setting, profile, trace, policy, requests, cores, relays[setting.round_trip_ms]
+        )
         found.append(Compared(setting, measured, simulated))
     report("settings", len(settings), len(settings))
     return found
 
 
-async def _relay_costs(family: str, profile: Profile, cuts: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """What a relay itself adds to a round trip, and its processor time, in ms: health checks with and without one.
+async def _relay_costs(
+    family: str, profile: Profile, cuts: Sequence[Sequence[int]], trips_ms: Sequence[float]
+) -> dict[float, tuple[float, float]]:
+    """By its nominal round trip: what a relay's really is beyond that of no relay, and its processor time, in ms.
 
-    A link's figures are measured before they are used, as `ruyi-flow profile --link` would.
+    A link's figures are measured before they are used, as `ruyi-flow profile --link` would: timers are late by a
+    millisecond or so.
     """
-    async with daemons(cuts, family=family, dtype=profile.dtype, threads=1, relay_to={1: Relay()}) as client:
-        found: dict[str, list[tuple[float, float]]] = {"direct": [], "relayed": []}
-        addresses = {"direct": client.topology.nodes[1].address, "relayed": client.topology.links[0].address}
-        for name in (*addresses, *addresses, *addresses):
-            before = sum(psutil.Process().cpu_times()[:2])
-            link = await measure_link(str(addresses[name]), rounds=300, payload=1000)
-            found[name].append((link.round_trip_ms, 1e3 * (sum(psutil.Process().cpu_times()[:2]) - before) / 300))
-    trip, busy = (
-        statistics.median(pair[i] for pair in found["relayed"]) - statistics.median(pair[i] for pair in found["direct"])
-        for i in (0, 1)
-    )
-    return max(0.0, trip), max(0.0, busy)
+    relays = {i: Relay(delay_s=trip / 2000) for i, trip in enumerate((0.0, *trips_ms), 1)}
+    async with daemons(cuts, family=family, dtype=profile.dtype, threads=1) as client, AsyncExitStack() as stack:
+        node = str(client.topology.nodes[1].address)
+        dialled = {i: await stack.enter_async_context(relay.run(node)) for i, relay in relays.items()}
+        found: dict[int, list[tuple[float, float]]] = {i: [] for i in (0, *dialled)}
+        for i, address in {0: node, **dialled}.items():
+            rounds = 300 if i < 2 else 60  # processor time is counted in hundredths of a second
+            for _ in range(3):
+                before = sum(psutil.Process().cpu_times()[:2])
+                link = await measure_link(address, rounds=rounds, payload=1000)
+                found[i].append((link.round_trip_ms, 1e3 * (sum(psutil.Process().cpu_times()[:2]) - before) / rounds))
+    middle = {i: [statistics.median(pair[k] for pair in pairs) for k in (0, 1)] for i, pairs in found.items()}
+    return {
+        trip: (middle[i][0] - middle[0][0], max(0.0, middle[1][1] - middle[0][1])) for i, trip in enumerate(trips_ms, 2)
+    }
 
 
 def _routing(setting: Setting, policy: Path) -> dict[str, Any]:
@@ -227,8 +235,8 @@ def _simulated(
     routing = _routing(setting, policy)
     if "policy" in routing:
         routing["file"] = str(routing.pop("policy").resolve())
-    more_ms, message_ms = relay
-    speed = {"round_trip_ms": setting.round_trip_ms + more_ms, "up_mbit": setting.mbit, "down_mbit": setting.mbit}
+    trip_ms, message_ms = relay
+    speed = {"round_trip_ms": trip_ms, "up_mbit": setting.mbit, "down_mbit": setting.mbit}
     data: dict[str, Any] = {
         "family": header.name,
         "nodes": [{"name": n, "exits": [*e], "profile": "measured"} for n, e in zip(names, cuts, strict=True)],

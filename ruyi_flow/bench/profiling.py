@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -49,8 +50,10 @@ _SESSIONS = 8
 """In a step, for what each further one costs."""
 _DELAYS_S = (0.0, 0.01, 0.04)
 """Of links, for what steps take after pauses of different lengths."""
-_SPIN_S = 2.0
-"""How long steps are counted, for what cores share."""
+_AT_ONCE = 3
+"""Processes that show how nodes share a machine's cores."""
+_TURNS_S = 12.0
+"""How long their steps are counted."""
 
 
 def profile_family(
@@ -102,9 +105,10 @@ def profile_family(
     )
     del shard, model
     report("steps at once", 0, 2)
-    one, two = (_at_once(family, dtype, weights, threads, n) for n in (1, 2))
+    alone = _at_once(family, dtype, weights, threads, 1)
+    report("steps at once", 1, 2)
+    found.machine["cores_for_nodes"] = round(_cores(alone, _at_once(family, dtype, weights, threads, _AT_ONCE)[0]), 3)
     report("steps at once", 2, 2)
-    found.machine["steps_of_two_nodes"] = round(two / one, 3)
     if len(config.exits) > 1:
         nodes: dict[str, Any] = {"family": family, "dtype": dtype, "weights": weights, "threads": threads}
         report("nodes", 0, 2)
@@ -296,39 +300,67 @@ def message_sizes(hidden: int, vocab: int, policy: Policy) -> dict[str, Any]:
     }
 
 
-def _at_once(family: str, dtype: str, weights: Weights | None, threads: int, count: int) -> float:
-    """Steps a second that so many processes do together."""
+def _at_once(family: str, dtype: str, weights: Weights | None, threads: int, count: int) -> tuple[float, float]:
+    """What a step takes where so many processes do steps with pauses, and a pause; means."""
     context = multiprocessing.get_context("spawn")
     together, results = context.Barrier(count), context.Queue()
     processes = [
-        context.Process(target=_spin, args=(family, dtype, weights, threads, together, results), daemon=True)
-        for _ in range(count)
+        context.Process(target=_take_turns, args=(family, dtype, weights, threads, i, together, results), daemon=True)
+        for i in range(count)
     ]
     for process in processes:
         process.start()
     try:
-        return float(sum(results.get(timeout=120) for _ in processes))
+        steps, pauses = zip(*(results.get(timeout=120) for _ in processes), strict=True)
+        return statistics.mean(steps), statistics.mean(pauses)
     finally:
         for process in processes:
             process.join(10)
 
 
-def _spin(family: str, dtype: str, weights: Weights | None, threads: int, together: Any, results: Any) -> None:
+def _take_turns(
+    family: str, dtype: str, weights: Weights | None, threads: int, seed: int, together: Any, results: Any
+) -> None:
+    """Steps with pauses between them that are about as long, as a node has them whose sessions are elsewhere."""
     torch.set_num_threads(threads)
-    checkpoint = Checkpoint(store.locate(family))
+    checkpoint, pause = Checkpoint(store.locate(family)), random.Random(seed).expovariate
     model = load_slice(
         checkpoint, checkpoint.config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights
     )
     shard = Shard(model, max_positions=1024, max_sessions=1)
     with torch.inference_mode():
         session = _filled(shard, _NEAR)
+        length = sum(_sweep([session], 1, "trunk"))
         together.wait(120)
-        began, steps = time.perf_counter(), 0
-        while time.perf_counter() - began < _SPIN_S:
+        end, steps, paused, count = time.perf_counter() + _TURNS_S, 0.0, 0.0, 0
+        while time.perf_counter() < end:
             session.rewind(_NEAR)
-            list(_sweep([session], 1, "trunk"))
-            steps += 1
-        results.put(steps / (time.perf_counter() - began))
+            steps += sum(_sweep([session], 1, "trunk"))
+            began = time.perf_counter()
+            time.sleep(pause(1 / length))
+            paused, count = paused + time.perf_counter() - began, count + 1
+        results.put((steps / count, paused / count))
+
+
+def _cores(alone: tuple[float, float], together_s: float) -> float:
+    """How many cores it looks like to processes that do steps with pauses, by how much longer steps take at once.
+
+    With n of them in a step each is served at min(1, cores / n): the closed queue with one server of that rate (as for
+    machines and their repairmen; Kleinrock 1975, 3.8), whose response time grows as the cores become fewer.
+    """
+    step_s, pause_s = alone
+
+    def response(cores: float) -> float:
+        share, shares, rates = 1.0, [1.0], [0.0]
+        for n in range(1, _AT_ONCE + 1):
+            rates.append(min(n, cores) / step_s)
+            share *= (_AT_ONCE - n + 1) / pause_s / rates[n]
+            shares.append(share)
+        inside = sum(n * share for n, share in enumerate(shares))
+        return inside / sum(share * rate for share, rate in zip(shares, rates, strict=True))
+
+    tried = np.linspace(0.5, _AT_ONCE, 251)
+    return float(min(tried, key=lambda cores: abs(response(cores) - together_s)))
 
 
 async def _around(exits: Sequence[int], nodes: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def fidelity(
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 1,
     tokens: TokensOption = 32,
-    requests: Annotated[int, typer.Option(min=1, help="Answers of each setting.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Answers of each setting.")] = 24,
     profile: Annotated[
         Path | None, typer.Option(help="Of this machine (ruyi-flow profile); left out: measured first.")
     ] = None,
@@ -238,7 +238,7 @@ def fidelity(
             report=lambda done, total: report("trace", done, total),
         )
         del whole
-        cores = float(costs.machine.get("steps_of_two_nodes") or 1)
+        cores = float(costs.machine.get("cores_for_nodes") or 1)
         found = asyncio.run(
             bench_of.compare(
                 family, costs, trace, asked, policy, requests=requests, cores=max(1.0, cores), report=report

@@ -114,8 +114,8 @@ def profile(
     out.print(table)
     out.print(
         f"around: {1e3 * found.round_s:.2f} ms a round, {1e3 * found.exchange_s:.2f} ms an exchange between nodes, "
-        f"{1e3 * found.step_s:.2f} ms to the compute thread and back; two nodes at once do "
-        f"{found.machine.get('steps_of_two_nodes', 0)} times the steps of one",
+        f"{1e3 * found.step_s:.2f} ms to the compute thread and back; nodes share "
+        f"{found.machine.get('cores_for_nodes', 1)} cores",
         highlight=False,
     )
 

@@ -36,7 +36,7 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
     assert measured.exits == (2, 4, 6) and [stage.first_layer for stage in measured.stages] == [0, 2, 4]
     assert measured.kind == "measured" and measured.hidden_size == 32 and measured.context == 2048
     assert all(stage.trunk_s[0] > 0 and stage.rows[-1] == 256 for stage in measured.stages)
-    assert measured.exchange_s > 0 and measured.round_s > 0 and measured.machine["steps_of_two_nodes"] > 0
+    assert measured.exchange_s > 0 and measured.round_s > 0 and measured.machine["cores_for_nodes"] > 0
     measured.save(tmp_path / "p")
     assert Profile.load(tmp_path / "p") == measured
     scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
