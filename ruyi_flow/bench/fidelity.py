@@ -113,7 +113,7 @@ async def compare(
         profile: of this machine, measured before; nothing is fitted to what is measured here.
         trace: of the family's answers to the prompts.
         policy: calibrated, for modes `exact` and `token`.
-        requests: of each setting.
+        requests: of each setting, and a third of them for each of its sessions at the least.
         cores: of this machine, which the nodes share.
 
     Raises:
@@ -129,9 +129,10 @@ async def compare(
     found = []
     for i, setting in enumerate(settings):
         report("settings", i, len(settings))
-        measured = await _measured(family, profile, cuts, setting, records, prompts, policy, requests)
+        count = max(requests, requests * setting.sessions // 3)
+        measured = await _measured(family, profile, cuts, setting, records, prompts, policy, count)
         simulated = _simulated(
-            header, cuts, setting, profile, trace, policy, requests, cores, relays[setting.round_trip_ms]
+            header, cuts, setting, profile, trace, policy, count, cores, relays[setting.round_trip_ms]
         )
         found.append(Compared(setting, measured, simulated))
     report("settings", len(settings), len(settings))

@@ -198,7 +198,9 @@ def fidelity(
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 1,
     tokens: TokensOption = 32,
-    requests: Annotated[int, typer.Option(min=1, help="Answers of each setting.")] = 24,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Answers of each setting; a third for each session at the least.")
+    ] = 24,
     profile: Annotated[
         Path | None, typer.Option(help="Of this machine (ruyi-flow profile); left out: measured first.")
     ] = None,
