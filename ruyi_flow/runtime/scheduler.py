@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -24,14 +23,13 @@ WHOLE = 80
 """Work of so many rows is never cut: drafts under verification, and what is read of a prompt."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
 class _Work:
     key: int
     stage: int
     rows: int
     turn: tuple[float, int, int]
     """Whoever has the smallest goes first."""
-    added: int
     passed: int = 0
 
     @property
@@ -51,8 +49,7 @@ class Scheduler:
     Where the oldest is short, short work of a shallower stage goes first, alone, PATIENCE times at the most: sessions
     that decode at different depths so come to the same one, and share its steps from then on. Work with k others before
     it is therefore in one of the next (k + 1) * (PATIENCE + 1) steps. Whoever goes on at a further stage keeps its time
-    and so its turn: what came first ends first. For those behind it, it counts once more. Between two stages of long
-    work comes, alone, the short work that has waited meanwhile: no next token waits until a prompt is through.
+    and so its turn: what came first ends first. For those behind it, it counts once more.
 
     Args:
         budget: rows of a step; short work that comes first is taken whole even where it is more.
@@ -63,7 +60,7 @@ class Scheduler:
             raise ConfigError(f"a step of {budget} positions does nothing; it must have room for 1 at the least")
         self.budget = budget
         self._waiting: dict[int, _Work] = {}
-        self._latest, self._count = -math.inf, itertools.count(1)
+        self._latest, self._behind = -math.inf, itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -79,7 +76,7 @@ class Scheduler:
             since: when it came.
         """
         assert key not in self._waiting and rows > 0
-        self._waiting[key] = _Work(key, stage, rows, (since, 0, key), next(self._count))
+        self._waiting[key] = _Work(key, stage, rows, (since, 0, key))
         self._latest = max(self._latest, since)
 
     def drop(self, key: int) -> None:
@@ -91,16 +88,13 @@ class Scheduler:
         if not self._waiting:
             return []
         waiting = sorted(self._waiting.values(), key=_turn)
-        oldest = self._first(waiting)
+        oldest = waiting[0]
         stage = oldest.stage
         if len(waiting) > 1 and not oldest.long and oldest.passed < PATIENCE:
             stage = min(work.stage for work in waiting if not work.long)
-        oldest.passed += stage != oldest.stage
-        before = stage != oldest.stage or oldest is not waiting[0]
-        mates = [work for work in waiting if work.stage == stage and not (before and work.long)]
-        if oldest.stage == stage:
-            mates.remove(oldest)
-            mates.insert(0, oldest)
+        waits = stage != oldest.stage
+        oldest.passed += waits
+        mates = [work for work in waiting if work.stage == stage and not (waits and work.long)]
         oldest = mates[0]
         if len(mates) == 1:
             return [self._take(oldest, alone(oldest.rows, self.budget))]
@@ -118,20 +112,10 @@ class Scheduler:
                 count, long = count + rows, work.long
         return [self._take(work, rows) for work, rows in step]
 
-    def _first(self, waiting: Sequence[_Work]) -> _Work:
-        """Which work the next step is for, of all by turn."""
-        first = waiting[0]
-        if first.long:
-            short = [work for work in waiting if not work.long]
-            if short and min(work.added for work in short) < first.added:
-                return short[0]
-        return first
-
     def _take(self, work: _Work, rows: int) -> tuple[int, int]:
         work.rows -= rows
         if work.rows:
-            work.added = next(self._count)
-            work.turn = (self._latest, work.added, 0)  # behind everything that waits now
+            work.turn = (self._latest, next(self._behind), 0)  # behind everything that waits now
         else:
             del self._waiting[work.key]
         return work.key, rows
