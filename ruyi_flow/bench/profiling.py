@@ -343,7 +343,8 @@ def _take_turns(
 
 
 def _cores(alone: tuple[float, float], together_s: float) -> float:
-    """How many cores it looks like to processes that do steps with pauses, by how much longer steps take at once.
+    """How many cores it looks like to processes that do steps with pauses, by how much longer steps take at once; as
+    many as there are processes at the most.
 
     With n of them in a step each is served at min(1, cores / n): the closed queue with one server of that rate (as for
     machines and their repairmen; Kleinrock 1975, 3.8), whose response time grows as the cores become fewer.

@@ -81,7 +81,7 @@ class Simulation:
         load = self.scenario.workload
         env = self._time.env
         arriving = self._time.process(self._arrive())
-        total = (load.requests or -load.before) + load.before
+        total = load.requests + load.before if load.requests else 0
         while not arriving.triggered or self._recorder.done < self._asked:
             try:
                 for _ in range(20_000):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
-from ruyi_flow.bench.profiling import measure_link, profile_family, profile_nodes
+from ruyi_flow.bench.profiling import _cores, measure_link, profile_family, profile_nodes
 from ruyi_flow.bench.report import machine
 from ruyi_flow.errors import ConfigError, NodeUnavailable
 from ruyi_flow.evaluation.scorers import Asked
@@ -41,6 +41,12 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
     assert Profile.load(tmp_path / "p") == measured
     scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
     assert Simulation(scenario).run().metrics["failed"] == 0
+
+
+def test_cores_are_seen_by_how_much_longer_steps_take_at_once() -> None:
+    assert _cores((0.01, 0.01), 0.01) == 3.0, "nobody waits for anybody"
+    assert _cores((0.01, 1e-6), 0.03) == pytest.approx(1.0, abs=0.02), "three without pauses on one core"
+    assert _cores((0.01, 1e-6), 0.015) == pytest.approx(2.0, abs=0.02)
 
 
 def test_a_context_that_is_too_short_is_refused(tiny: Path) -> None:

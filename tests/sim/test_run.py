@@ -176,6 +176,22 @@ def test_what_is_not_the_deployments_fault_ends_the_simulation(
         simulate(data())
 
 
+def test_what_is_asked_before_is_not_counted_and_comes_first(simulate: Simulate) -> None:
+    load = {"arrivals": {"kind": "closed", "users": 3}, "turns": {"think_s": 0}, "requests": 9}
+    plain = simulate(data(load=load)).metrics
+    found = simulate(data(load=load | {"before": 2})).metrics
+    assert found["requests"] == plain["requests"] == 9
+    assert found["simulated_s"] > plain["simulated_s"]
+
+
+def test_a_step_after_a_pause_takes_longer(simulate: Simulate) -> None:
+    warm, cold = profile(), profile(pauses_s=(0.01, 1.0), cold_s=(0.2, 0.5))
+    assert (cold.cold(0.005), cold.cold(60.0), warm.cold(9.0)) == pytest.approx((0.1, 0.5, 0.0))
+    asked = data(load={"arrivals": {"kind": "even", "rate": 0.01}, "requests": 4})
+    took = [simulate(asked, costs).metrics["first_token_s"]["p50"] for costs in (warm, cold)]
+    assert took[1] - took[0] >= 0.5 * 0.98
+
+
 # ---- what goes wrong in a deployment ----
 
 
