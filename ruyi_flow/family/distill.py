@@ -1,7 +1,7 @@
 """Answers of a family's own exit to many prompts at once: what its other branches learn from (self-distillation).
 
-Sequences of any length run side by side, each in a row of one padded cache; a row whose answer ended takes the next
-prompt at once, so that short answers do not wait for long ones.
+Sequences of any length run side by side, each in a row of one padded cache; where an answer ended the next prompt
+begins at once, so that short answers do not wait for long ones.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def answers(
     generator = torch.Generator(weight.device).manual_seed(seed)
     cache = _RowCache(model.config, batch, max_positions, weight)
     waiting = ((i, p) for i, p in enumerate(prompts) if 0 < len(p) < max_positions)
-    running: dict[int, tuple[int, tuple[int, ...], list[int]]] = {}  # row -> index, prompt, answer
+    running: list[tuple[int, tuple[int, ...], list[int]]] = []  # by row: index, prompt, answer
     ends = frozenset(eos_token_ids)
 
     def pick(logits: Tensor) -> list[int]:
@@ -85,42 +85,43 @@ def answers(
         chances = (logits.float() / temperature).softmax(-1)
         return [int(t) for t in torch.multinomial(chances, 1, generator=generator)[:, 0]]
 
-    def finished(row: int) -> Answer | None:
-        """What a row's last token means for it."""
-        index, prompt, said = running[row]
+    def finished(prompt: tuple[int, ...], said: list[int]) -> bool:
         room = len(said) < max_new_tokens and len(prompt) + len(said) < max_positions
-        if room and said[-1] not in ends and not ended(said):
-            return None
-        del running[row]
-        return Answer(index, prompt, tuple(said))
+        return not room or said[-1] in ends or ended(said)
 
     while True:
-        for row in range(batch):
-            while row not in running and (following := next(waiting, None)) is not None:
-                index, prompt = following[0], tuple(following[1])
-                cache.start(row, len(prompt))
-                states = model.embed(torch.tensor(prompt, device=weight.device))
-                states = model.run(states, 0, exit, rope.at(0, len(prompt)), cache)
-                logits = model.branch(exit, states, rope.at(0, len(prompt)), cache, cache.last)
-                assert logits is not None
-                running[row] = index, prompt, pick(logits)
-                if (answer := finished(row)) is not None:
-                    yield answer
+        while len(running) < batch and (following := next(waiting, None)) is not None:
+            index, prompt = following[0], tuple(following[1])
+            cache.start(len(running), len(prompt))
+            states = model.embed(torch.tensor(prompt, device=weight.device))
+            states = model.run(states, 0, exit, rope.at(0, len(prompt)), cache)
+            logits = model.branch(exit, states, rope.at(0, len(prompt)), cache, cache.last)
+            assert logits is not None
+            said = pick(logits)
+            if finished(prompt, said):
+                yield Answer(index, prompt, tuple(said))
+            else:
+                running.append((index, prompt, said))
         if not running:
             return
-        rows = sorted(running)
-        positions = [len(running[row][1]) + len(running[row][2]) - 1 for row in rows]
+        positions = [len(prompt) + len(said) - 1 for _, prompt, said in running]
         cos, sin = rope.at(0, max(positions) + 1)
         where = torch.tensor(positions, device=weight.device)
         turned = cos[where], sin[where]
-        cache.go_on(rows, positions)
-        states = model.embed(torch.tensor([running[row][2][-1] for row in rows], device=weight.device))
+        cache.go_on(positions)
+        states = model.embed(torch.tensor([said[-1] for _, _, said in running], device=weight.device))
         logits = model.branch(exit, model.run(states, 0, exit, turned, cache), turned, cache)
         assert logits is not None
-        for row, token in zip(rows, pick(logits), strict=True):
-            running[row][2].append(token)
-            if (answer := finished(row)) is not None:
-                yield answer
+        for (_, _, said), token in zip(running, pick(logits), strict=True):
+            said.append(token)
+        over = [row for row, (_, prompt, said) in enumerate(running) if finished(prompt, said)]
+        for index, prompt, said in sorted(running[row] for row in over):
+            yield Answer(index, prompt, tuple(said))
+        for row in reversed(over):
+            last = running.pop()
+            if row < len(running):  # rows stay side by side, so that attention reads them in place
+                running[row] = last
+                cache.move(len(running), row)
 
 
 def distill(
@@ -200,17 +201,21 @@ class _RowCache:
         self._prompt_row, self._count = row, count
         self.last = torch.tensor([count - 1], device=self._like.device)
 
-    def go_on(self, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """What follows is one token at a position of each of these rows."""
+    def go_on(self, positions: Sequence[int]) -> None:
+        """What follows is one token at a position of each of the first rows."""
         device = self._like.device
         self._prompt_row, self._stop = None, max(positions) + 1
-        self._rows = torch.tensor(rows, device=device)
+        self._rows = torch.arange(len(positions), device=device)
         self._positions = torch.tensor(positions, device=device)
-        self._whole = len(rows) == self._shape[1]
         seen = torch.arange(self._stop, device=device) <= self._positions[:, None]
         self._mask = torch.zeros(seen.shape, dtype=self._like.dtype, device=device)
         self._mask.masked_fill_(~seen, float("-inf"))
         self._mask = self._mask[:, None, None].expand(-1, 1, self._group, -1)
+
+    def move(self, row: int, to: int) -> None:
+        """Give a sequence another row."""
+        for memory in self._memory.values():
+            memory[:, to, :, : self._stop] = memory[:, row, :, : self._stop]
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         """See `transformer.Attention`."""
@@ -229,10 +234,8 @@ class _RowCache:
             return out[0].transpose(0, 1).flatten(1)
         keys[self._rows, :, self._positions] = k
         values[self._rows, :, self._positions] = v
-        keys, values = keys[:, :, : self._stop], values[:, :, : self._stop]
-        if not self._whole:
-            keys, values = keys[self._rows], values[self._rows]
         count, heads, d = q.shape
+        keys, values = keys[:count, :, : self._stop], values[:count, :, : self._stop]
         grouped = q.view(count, heads // self._group, self._group, d)  # heads that share a key head: its rows
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask)
         return out.reshape(count, heads * d)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import CheckpointError, RuyiFlowError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
-from ruyi_flow.family.linear import GROUP, Linear, Quantized
+from ruyi_flow.family.linear import GROUP, Linear, Quantized, pack
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import cluster, cut_topology, tiny_family
 from ruyi_flow.types import Weights
@@ -92,6 +92,34 @@ def test_any_number_of_rows_can_be_held(weights: Weights, rows: int) -> None:
     for n in (1, 60):
         x = random(n, 32)
         assert torch.allclose(linear.run(x), x @ held.wide().T, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out_features", [96, 1200])  # one block; one and a part
+def test_a_processor_without_bfloat16_widens_weights(
+    out_features: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ruyi_flow.family.linear._multiplies_one_by_one", lambda dtype, device: dtype is torch.bfloat16)
+    module = Linear(64, (32, out_features - 32), bias).bfloat16()
+    w, b = random(out_features, 64).bfloat16(), random(out_features, 1)[:, 0].bfloat16()
+    module.weight = torch.nn.Parameter(w)
+    if module.bias is not None:
+        module.bias = torch.nn.Parameter(b)
+    pack(module, apart=[module] if bias else [])
+    assert module.weight is None
+    for rows in (1, 2, 3, 40):
+        x = random(rows, 64).bfloat16()
+        expected = x.float() @ w.float().T + (b.float() if bias else 0.0)
+        out = module.run(x)
+        assert out.dtype is torch.bfloat16 and (out.float() - expected).norm() < 5e-3 * expected.norm()
+        if bias:
+            assert torch.equal(module.part(x, 1), out[:, 32:])
+    for weights in FEW:
+        few, held = Linear(64, (out_features,), False), Quantized.of(w.float(), weights)
+        few.hold(held, torch.bfloat16)
+        x = random(60, 64).bfloat16()
+        expected = x.float() @ held.wide().T
+        assert (few.run(x).float() - expected).norm() < 5e-3 * expected.norm()
 
 
 OTHER_VECTORS = """
