@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from ruyi_flow.bench.nodes import daemons
-from ruyi_flow.bench.profiling import measure_link
+from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.report import Report, unseen
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError

@@ -215,7 +215,7 @@ def fidelity(
 
         from ruyi_flow.bench import fidelity as bench_of
         from ruyi_flow.bench.nodes import prompts
-        from ruyi_flow.bench.profiling import profile_family
+        from ruyi_flow.bench.profile.family import profile_family
         from ruyi_flow.bench.report import machine
         from ruyi_flow.evaluation.scorers import Asked
         from ruyi_flow.evaluation.tracing import record

@@ -81,10 +81,12 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what a family's stages cost on this machine, for `ruyi-flow simulate`."""
-    from ruyi_flow.bench import profiling
+    from ruyi_flow.bench.profile.family import profile_family
+    from ruyi_flow.bench.profile.link import measure_link
+    from ruyi_flow.bench.profile.nodes import profile_nodes
 
     if link is not None:
-        figures = asyncio.run(profiling.measure_link(link))
+        figures = asyncio.run(measure_link(link))
         if as_json:
             print_json(asdict(figures))
         else:
@@ -95,11 +97,9 @@ def profile(
         return
     with counting_bar(quiet=as_json) as bar:
         if nodes is not None:
-            found = asyncio.run(profiling.profile_nodes(load_topology(nodes), rounds=rounds, report=bar))
+            found = asyncio.run(profile_nodes(load_topology(nodes), rounds=rounds, report=bar))
         else:
-            found = profiling.profile_family(
-                family, dtype=dtype, weights=weights, threads=threads, rounds=rounds, report=bar
-            )
+            found = profile_family(family, dtype=dtype, weights=weights, threads=threads, rounds=rounds, report=bar)
     found.save(out_file)
     if as_json:
         print_json({**asdict(found), "file": str(out_file)})

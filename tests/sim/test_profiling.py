@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
-from ruyi_flow.bench.profiling import _cores, measure_link, profile_family, profile_nodes
+from ruyi_flow.bench.profile.cores import cores_for
+from ruyi_flow.bench.profile.family import profile_family
+from ruyi_flow.bench.profile.link import measure_link
+from ruyi_flow.bench.profile.nodes import profile_nodes
 from ruyi_flow.bench.report import machine
 from ruyi_flow.errors import ConfigError, NodeUnavailable
 from ruyi_flow.evaluation.scorers import Asked
@@ -44,9 +47,9 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
 
 
 def test_cores_are_seen_by_how_much_longer_steps_take_at_once() -> None:
-    assert _cores((0.01, 0.01), 0.01) == 3.0, "nobody waits for anybody"
-    assert _cores((0.01, 1e-6), 0.03) == pytest.approx(1.0, abs=0.02), "three without pauses on one core"
-    assert _cores((0.01, 1e-6), 0.015) == pytest.approx(2.0, abs=0.02)
+    assert cores_for((0.01, 0.01), 0.01) == 3.0, "nobody waits for anybody"
+    assert cores_for((0.01, 1e-6), 0.03) == pytest.approx(1.0, abs=0.02), "three without pauses on one core"
+    assert cores_for((0.01, 1e-6), 0.015) == pytest.approx(2.0, abs=0.02)
 
 
 def test_a_context_that_is_too_short_is_refused(tiny: Path) -> None:

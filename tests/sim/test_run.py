@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ruyi_flow.bench.profiling import message_sizes
+from ruyi_flow.bench.profile.messages import message_sizes
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked
