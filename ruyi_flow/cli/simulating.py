@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +32,20 @@ SetOption = Annotated[
 ]
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process here: what is left has nothing to clean up.
+
+    Thousands of coroutines that wait in virtual time would say so, and a pool's thread may wait for a process that was
+    killed while it wrote.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        os._exit(130)
+
+
 @app.command()
 def simulate(
     scenario: ScenarioArgument,
@@ -51,12 +67,8 @@ def simulate(
     seeds = [] if seed is None else [f"seed={seed}"]
     asked = Scenario.read(scenario, [*(changes or ()), *seeds])
     folder = folder or Path("runs/sim") / scenario.stem
-    try:
-        with counting_bar(quiet=as_json) as bar:
-            result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        os._exit(130)  # thousands of coroutines that wait in virtual time have nothing to clean up, and would say so
+    with _interruptible(), counting_bar(quiet=as_json) as bar:
+        result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
     if as_json:
         print_json(result.metrics)
         return
@@ -157,7 +169,7 @@ def sweep(
 
     folder = folder or Path("runs/sweep") / scenario.stem
     axes = [sweeps.Axis.parse(text) for text in grid]
-    with counting_bar(quiet=as_json) as bar:
+    with _interruptible(), counting_bar(quiet=as_json) as bar:
         points = sweeps.sweep(
             scenario,
             axes,
@@ -247,7 +259,7 @@ def plan(
     from ruyi_flow.sim.scenario import Scenario
 
     asked = Scenario.read(scenario, changes or ())
-    with counting_bar(quiet=as_json) as bar:
+    with _interruptible(), counting_bar(quiet=as_json) as bar:
         found = search(
             asked,
             objective,

@@ -52,10 +52,16 @@ def play(
             "a process that simulated has ended (out of memory?); take fewer at a time (--jobs) and run it again"
         ) from None
     finally:
-        if not whole:
-            for process in set(multiprocessing.active_children()) - before:
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
+        if whole:
+            pool.shutdown()
+        else:
+            processes = set(multiprocessing.active_children()) - before
+            for process in processes:
+                process.kill()
+            # Nor is the pool waited for: it may wait for what a process did not send to its end.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.join()
 
 
 def _run(scenario: Scenario, where: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -201,6 +202,7 @@ def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
     command = [*COMMAND, "demo", "-t", str(path), "--max-new-tokens", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
-    assert "The sky is blue" in done.stdout and "cloud" in done.stdout and "deepest" in done.stdout
+    # "sky" or "answer": a near tie in bfloat16, which falls by the order in which a processor's kernels add.
+    assert re.search("The (sky|answer)", done.stdout) and "cloud" in done.stdout and "deepest" in done.stdout
     assert "Deeper branches confirmed" in done.stdout
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]

@@ -43,7 +43,7 @@ def same(ours: Evaluation, exit: int, expected: Any) -> None:
         for metric, value in metrics.values.items():
             found = row.all_values[task][metric]
             # Shares of questions are equal; likelihoods are sums of floats in another order.
-            assert found == value if "acc" in metric or "match" in metric else found == pytest.approx(value, rel=1e-5)
+            assert found == value if "acc" in metric or "match" in metric else found == pytest.approx(value, rel=1e-4)
 
 
 def test_every_exit_scores_as_the_harness_scores_transformers(family: Family, data: Path, tmp_path: Path) -> None:
