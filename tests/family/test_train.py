@@ -22,6 +22,7 @@ from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
 from ruyi_flow.family.corpus import Document, pack_documents
+from ruyi_flow.family.distill import answers
 from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.family.train import Step, train
 from ruyi_flow.family.trainees import cross_entropy
@@ -275,6 +276,21 @@ def test_the_command_distills_trains_and_says_what_to_do_next(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plan | {"learning_rate": 0.1}))
     code, _, said = run()
     assert code == 2 and "is of a run with another recipe, family or data" in said
+
+
+def test_answers_side_by_side_are_those_given_one_by_one(spoken: Path) -> None:
+    model = load_family(spoken, dtype="float32").model
+    prompts = [[3 + (7 * i + j) % 200 for j in range(2 + i % 5)] for i in range(9)]
+
+    def said(batch: int) -> dict[int, tuple[int, ...]]:
+        found = answers(
+            model, prompts, max_new_tokens=24, max_positions=64, batch=batch, ended=lambda ids: sum(ids) % 7 == 0
+        )
+        return {answer.index: answer.token_ids for answer in found}
+
+    alone = said(1)
+    assert len({len(ids) for ids in alone.values()}) > 3, "answers end at different times, so rows change places"
+    assert said(4) == alone
 
 
 def test_probes_learn_where_a_branch_agrees(folder: Path, tiny: Path, home: Path) -> None:
