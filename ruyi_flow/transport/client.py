@@ -10,11 +10,12 @@ from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.status import error_of_call
+from ruyi_flow.transport.together import Together
 from ruyi_flow.types import Final, NodeStatus, Token
 
 __all__ = ["METHODS", "Peer"]
 
-METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Generate", "Status")}
+METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Status")}
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
 
 _CHANNEL_OPTIONS = [
@@ -43,6 +44,10 @@ class Peer:
         self.name, self.address, self.max_message_bytes = name, address, max_message_bytes
         self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
         self.session_call = self._channel.stream_stream(METHODS["Session"])
+        self.sessions = 0
+        """Open over this connection."""
+        batches = self._channel.stream_stream(METHODS["Together"])
+        self.together = Together(name, address, batches, max_message_bytes)
         self._generate = self._channel.unary_stream(METHODS["Generate"])
         self._status = self._channel.unary_unary(METHODS["Status"])
 
@@ -81,4 +86,5 @@ class Peer:
 
     async def close(self) -> None:
         """Close the connection."""
+        await self.together.close()
         await self._channel.close()

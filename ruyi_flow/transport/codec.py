@@ -45,7 +45,7 @@ __all__ = [
     "verdict_to_pb",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the wire; both sides of a hop must speak the same."""
 
 M = TypeVar("M", bound=Message)

@@ -29,6 +29,8 @@ class RemoteStage:
     """The next node's stages, over one bidirectional stream: a `Stage`.
 
     The stream opens with the first block, and the handshake travels with it, so a session costs no extra round trip.
+    While other sessions are open with that node, short blocks go together with theirs, and this stream only keeps the
+    session.
 
     Args:
         peer: the node.
@@ -45,13 +47,17 @@ class RemoteStage:
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
         self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
         self._call: Any = None
+        self._number = 0
+        """Of the session in batches; 0 while it is not known, or of no use there."""
+        self._answer: asyncio.Future[Any] | None = None
+        """To what has gone with others'."""
         self._owed = 0
         """Messages that were written and whose replies have not been read."""
         self._fed_positions = self._fed_bytes = 0
         """What `feed` has sent since the last `advance`."""
         self._waiting_since: float | None = None
         """When the node last gave a sign of life, while an answer of it is awaited."""
-        self._late = False
+        self._late = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
 
     async def advance(self, block: Block) -> Verdict:
@@ -97,6 +103,8 @@ class RemoteStage:
         messages = [self._blocks.to_bytes(b) for b in self._split(block)]
         if self._call is None:
             self._call = self._peer.session_call(timeout=self._session_timeout_s)
+            self._call.add_done_callback(self._ended)
+            self._peer.sessions += 1
             self._watch()
             messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
         return messages
@@ -108,7 +116,9 @@ class RemoteStage:
 
     async def close(self) -> None:
         """See `Stage.close`: the stream's end is the session's end."""
-        if self._call is not None:
+        if self._call is not None and not self._closed:
+            self._closed = True
+            self._peer.sessions -= 1
             self._call.cancel()
         if self._timer is not None:
             self._timer.cancel()
@@ -118,17 +128,13 @@ class RemoteStage:
         call, replies = self._call, []
         self._waiting_since = time.monotonic()
         try:
+            if wait and self._number and len(messages) == 1 and (data := await self._ask_together(messages[0])):
+                return [await self._reply(data)]
             for message in messages:
                 await call.write(message)
             self._owed += len(messages)
             while wait and self._owed:
-                data = await call.read()
-                if data is grpc.aio.EOF:
-                    await self._fail()
-                reply = codec.parse(pb.SessionReply, data)
-                if reply.HasField("failure"):
-                    raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
-                replies.append((reply, len(data)))
+                replies.append(await self._reply(await call.read()))
                 self._owed -= 1
                 self._waiting_since = time.monotonic()  # it is alive
             return replies
@@ -136,16 +142,42 @@ class RemoteStage:
             task = asyncio.current_task()
             if not self._late or (task is not None and task.cancelling()):
                 raise
-            peer = self._peer
-            raise DeadlineExceeded(
-                f"node {peer.name!r} at {peer.address} gave no answer within {self._timeout_s:g} s; "
-                "it, or a node beyond it, hangs",
-                node=peer.name,
-            ) from None
+            self._fail_late()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: written to a stream that has ended
             await self._fail()
         finally:
             self._waiting_since = None
+
+    async def _ask_together(self, message: bytes) -> Any:
+        """The reply to a block that goes with other sessions'; nothing where it must go on this session's stream."""
+        peer = self._peer
+        if peer.sessions < 2 or self._owed or not peer.together.takes(message):
+            return None
+        self._answer = peer.together.ask(self._number, message)
+        try:
+            data = await self._answer
+        finally:
+            self._answer = None
+            peer.together.forget(self._number)
+        if not data:
+            self._number = 0  # something in between sends streams different ways
+        return data
+
+    def _ended(self, _: Any) -> None:
+        """This session's stream is over; an answer among others' will not come then."""
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(grpc.aio.EOF)
+
+    async def _reply(self, data: Any) -> tuple[pb.SessionReply, int]:
+        """What the node has sent, and its size."""
+        if data is grpc.aio.EOF:
+            await self._fail()
+        reply = codec.parse(pb.SessionReply, data)
+        if reply.HasField("failure"):
+            raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
+        if reply.HasField("opened"):
+            self._number = reply.opened.session
+        return reply, len(data)
 
     def _watch(self) -> None:
         """End the call when an answer is late. One timer a session: arming one a token costs 0.08 ms (docs/log.md)."""
@@ -160,11 +192,21 @@ class RemoteStage:
     async def _fail(self) -> NoReturn:
         """Raise what the stream's final status means."""
         call, peer = self._call, self._peer
+        if self._late:
+            self._fail_late()
         code, details = await call.code(), await call.details()
         if code is grpc.StatusCode.OK:
             raise NodeUnavailable(f"node {peer.name!r} ended the session", node=peer.name)
         failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), await call.trailing_metadata(), details)
         raise error_of_call(failure, peer.name, peer.address)
+
+    def _fail_late(self) -> NoReturn:
+        peer = self._peer
+        raise DeadlineExceeded(
+            f"node {peer.name!r} at {peer.address} gave no answer within {self._timeout_s:g} s; "
+            "it, or a node beyond it, hangs",
+            node=peer.name,
+        ) from None
 
     def _split(self, block: Block) -> Iterator[Block]:
         """A long block as several, whose wanted positions are all in the last one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -20,7 +21,8 @@ from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.client import METHODS
 from ruyi_flow.transport.status import NODE_KEY, status_of
-from ruyi_flow.types import Final, NodeStatus, Stage, Token, Verdict
+from ruyi_flow.transport.together import Outbox
+from ruyi_flow.types import Final, NodeStatus, Stage, Token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +70,9 @@ class Server:
 
     def __init__(self, service: Service, address: str, *, max_message_bytes: int) -> None:
         self._service = service
+        self._sessions: dict[tuple[str, int], _Session] = {}
+        """By connection and number."""
+        self._numbers = itertools.count(1)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
@@ -81,6 +86,7 @@ class Server:
         )
         handlers = {
             "Session": grpc.stream_stream_rpc_method_handler(self._session),
+            "Together": grpc.stream_stream_rpc_method_handler(self._together),
             "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
             "Status": grpc.unary_unary_rpc_method_handler(self._status),
         }
@@ -120,8 +126,7 @@ class Server:
                 await self._converse(context)
             except Exception as error:
                 known = _known(error, name)
-                failure = pb.Failure(status=status_of(known).value[0], message=_text(known), node=_about(known, name))
-                await context.write(pb.SessionReply(failure=failure).SerializeToString())
+                await context.write(_failure(known, name).SerializeToString())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PARTING_S):
                         while await context.read() is not grpc.aio.EOF:
@@ -130,31 +135,57 @@ class Server:
 
     async def _converse(self, context: Any) -> None:
         """A session from its handshake to the stream's end."""
-        stage: Stage | None = None
+        session: _Session | None = None
+        key = context.peer(), next(self._numbers)
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
                 began = time.perf_counter()
                 message = codec.parse(pb.SessionRequest, data)
-                kind = message.WhichOneof("message")
-                if stage is None:
-                    if kind != "open":
-                        raise WireError(f"a session starts with open, not with {kind}")
+                if session is not None:
+                    reply = await session.answer(message, began)
+                elif message.HasField("open"):
                     opening = codec.open_from_pb(_checked_version(message.open, self._service.name))
                     stage, like = await self._service.open_session(opening, context.time_remaining())
-                    blocks = BlockCodec(opening.hidden_size, opening.encoding, like)
-                    reply = pb.SessionReply(opened=pb.Opened(node=self._service.name))
-                elif kind == "block":
-                    verdict: Verdict = await stage.advance(blocks.from_pb(message.block))
-                    reply = codec.verdict_to_pb(verdict, time.perf_counter() - began)
-                elif kind == "rewind":
-                    await stage.rewind(message.rewind.position)
-                    reply = pb.SessionReply(rewound=pb.Rewound())
+                    session = _Session(stage, BlockCodec(opening.hidden_size, opening.encoding, like))
+                    self._sessions[key] = session
+                    reply = pb.SessionReply(opened=pb.Opened(node=self._service.name, session=key[1]))
                 else:
-                    raise WireError(f"{kind or 'an empty message'} in the middle of a session")
+                    raise WireError(f"a session starts with open, not with {message.WhichOneof('message')}")
                 await context.write(reply.SerializeToString())
         finally:
-            if stage is not None:
-                await stage.close()
+            if session is not None:
+                del self._sessions[key]
+                await session.close()
+
+    async def _together(self, _: Any, context: Any) -> None:
+        """Blocks of many sessions, each answered as soon as it can be."""
+        async with _Statuses(self._service.name, context):
+            peer, outbox = context.peer(), Outbox()
+            writing = asyncio.create_task(outbox.empty_into(context.write))
+            answering: set[asyncio.Task[None]] = set()
+            try:
+                while (data := await context.read()) is not grpc.aio.EOF:
+                    began = time.perf_counter()
+                    for item in codec.parse(pb.Batch, data).items:
+                        session = self._sessions.get((peer, item.session))
+                        if session is None:
+                            outbox.put(item.session, b"")
+                            continue
+                        task = asyncio.create_task(self._answer(session, item, began, outbox))
+                        session.answering = task
+                        answering.add(task)
+                        task.add_done_callback(answering.discard)
+            finally:
+                for task in (writing, *answering):
+                    task.cancel()
+
+    async def _answer(self, session: _Session, item: pb.Item, began: float, outbox: Outbox) -> None:
+        """One session's block among others'; what it fails with is that session's alone."""
+        try:
+            reply = await session.answer(codec.parse(pb.SessionRequest, item.message), began)
+        except Exception as error:
+            reply = _failure(_known(error, self._service.name), self._service.name)
+        outbox.put(item.session, reply.SerializeToString())
 
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
@@ -167,6 +198,48 @@ class Server:
         async with _Statuses(self._service.name, context):
             return codec.status_to_pb(self._service.status()).SerializeToString()
         raise AssertionError("abort has raised")
+
+
+class _Session:
+    """An open session.
+
+    Args:
+        stage: where its blocks go.
+        blocks: how they are written.
+    """
+
+    def __init__(self, stage: Stage, blocks: BlockCodec) -> None:
+        self._stage, self._blocks, self._busy = stage, blocks, False
+        self.answering: asyncio.Task[None] | None = None
+        """Of its last block that came with other sessions'."""
+
+    async def answer(self, message: pb.SessionRequest, began: float) -> pb.SessionReply:
+        """The reply to a message that came at that time.
+
+        Raises:
+            WireError: it makes no sense now.
+            NodeError: as the stage says.
+        """
+        kind = message.WhichOneof("message")
+        if self._busy:
+            raise WireError(f"{kind or 'an empty message'} before the last message was answered")
+        self._busy = True
+        try:
+            if kind == "block":
+                verdict = await self._stage.advance(self._blocks.from_pb(message.block))
+                return codec.verdict_to_pb(verdict, time.perf_counter() - began)
+            if kind == "rewind":
+                await self._stage.rewind(message.rewind.position)
+                return pb.SessionReply(rewound=pb.Rewound())
+        finally:
+            self._busy = False
+        raise WireError(f"{kind or 'an empty message'} in the middle of a session")
+
+    async def close(self) -> None:
+        """End it, with what it is still doing; that is not waited for, since the caller may be cancelled meanwhile."""
+        if self.answering is not None:
+            self.answering.cancel()
+        await self._stage.close()
 
 
 class _Statuses:
@@ -192,6 +265,12 @@ def _known(error: Exception, node: str) -> RuyiFlowError:
         return error
     logger.error("a call failed", exc_info=error)
     return NodeFault(f"node {node!r} failed on this request: {type(error).__name__}; its log says where", node=node)
+
+
+def _failure(error: RuyiFlowError, node: str) -> pb.SessionReply:
+    """Why a session ends."""
+    failure = pb.Failure(status=status_of(error).value[0], message=_text(error), node=_about(error, node))
+    return pb.SessionReply(failure=failure)
 
 
 def _text(error: RuyiFlowError) -> str:

@@ -37,6 +37,7 @@ from ruyi_flow.bench.report import Measured, Setup, machine
 from ruyi_flow.family import store
 from ruyi_flow.testing import free_ports
 from ruyi_flow.types import NodeStatus
+from tests.bench.messages import bench_messages
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
 from tests.bench.simulator import bench_simulator, bench_simulator_long
 
@@ -138,6 +139,7 @@ BENCHES = {
     "hop": bench_hop,
     "bytes": bench_bytes,
     "wan": bench_wan,
+    "messages": bench_messages,
     "start": bench_start,
     "train": bench_train,
     "policy": bench_policy,

@@ -1,0 +1,120 @@
+"""What messages cost where many sessions share a link: each on its session's stream, and together."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import statistics
+import time
+from collections.abc import AsyncGenerator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.transport.client import Peer
+from ruyi_flow.transport.remote import RemoteStage
+from ruyi_flow.transport.server import Server
+from ruyi_flow.types import (
+    Block,
+    Decision,
+    Encoding,
+    Final,
+    Hop,
+    NodeStatus,
+    Reason,
+    SamplingParams,
+    Stage,
+    Token,
+    Verdict,
+)
+
+_HIDDEN, _MOST, _ROUNDS = 576, 4 * 1024 * 1024, 60
+
+
+class _Step:
+    """A shared step that takes no time: answers `sessions` blocks as soon as all of them are there."""
+
+    def __init__(self, sessions: int) -> None:
+        self.name, self._sessions, self._waiting = "deep", sessions, list[asyncio.Future[None]]()
+
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, torch.Tensor]:
+        return self, torch.empty(0, dtype=torch.bfloat16)
+
+    async def advance(self, block: Block) -> Verdict:
+        if block.wants:
+            self._waiting.append(asyncio.get_running_loop().create_future())
+            mine = self._waiting[-1]
+            if len(self._waiting) == self._sessions:
+                for future in self._waiting:
+                    future.set_result(None)
+                self._waiting.clear()
+            await mine
+        return Verdict((Decision(5, 29, 0.5, Reason.DEEPEST),), (Hop("deep", 0.01, 0.001),))
+
+    async def feed(self, block: Block) -> None: ...
+
+    async def rewind(self, position: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
+        raise NotImplementedError
+
+    def status(self) -> NodeStatus:
+        raise NotImplementedError
+
+
+def _serve(sessions: int, told: Connection) -> None:
+    async def serve() -> None:
+        server = Server(_Step(sessions), "127.0.0.1:0", max_message_bytes=_MOST)
+        await server.start()
+        told.send(server.address)
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+async def _round_ms(address: str, sessions: int, together: bool) -> float:
+    """Milliseconds of a round in which every session sends a state and gets its verdict."""
+    peer = Peer("deep", address, max_message_bytes=_MOST)
+    if not together:
+        peer.together.takes = lambda message: False  # type: ignore[method-assign]
+    policy = Policy.resolve(Routing(), (5, 29))
+    opening = SessionOpen("family", 6, _HIDDEN, Encoding.BF16, 4096, 1, SamplingParams(), policy)
+    stages = [RemoteStage(peer, opening, timeout_s=30) for _ in range(sessions)]
+    states = torch.zeros(1, _HIDDEN, dtype=torch.bfloat16)
+
+    async def go(stage: RemoteStage, start: int, count: int) -> None:
+        for position in range(start, start + count):
+            await stage.advance(Block(position, states, (5,), (position,)))
+
+    await asyncio.gather(*(go(stage, 0, 10) for stage in stages))
+    began = time.perf_counter()
+    await asyncio.gather(*(go(stage, 10, _ROUNDS) for stage in stages))
+    spent = time.perf_counter() - began
+    for stage in stages:
+        await stage.close()
+    await peer.close()
+    return 1e3 * spent / _ROUNDS
+
+
+async def bench_messages(rounds: int) -> dict[str, Any]:
+    """Blocks of one bf16 state of n sessions, and their verdicts: a round in ms, on own streams and together."""
+    found: dict[str, Any] = {}
+    context = multiprocessing.get_context("spawn")
+    for sessions in (2, 4, 16, 64):
+        mine, its = context.Pipe()
+        process = context.Process(target=_serve, args=(sessions, its), daemon=True)
+        process.start()
+        address = await asyncio.to_thread(mine.recv)
+        spent: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(rounds):
+            for together in spent:
+                spent[together].append(await _round_ms(address, sessions, together))
+        process.terminate()
+        found[f"{sessions}_own_ms"], found[f"{sessions}_together_ms"] = map(statistics.median, spent.values())
+        found[f"{sessions}_ratio"] = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
+    return found
