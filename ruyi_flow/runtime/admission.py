@@ -54,6 +54,8 @@ class Admission:
             raise CapacityError(f"{len(self._queue)} sessions wait for room already")
         turn, until = self._time.event(), self._time.now() + self._wait_s
         self._queue.append(turn)
+        if self._queue[0] is turn:
+            turn.set()  # room may have been given back before it stood here to be told
         try:
             while await self._time.wait(turn, until - self._time.now()):
                 turn.clear()

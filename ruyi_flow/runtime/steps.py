@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from ruyi_flow.runtime.scheduler import Scheduler
 from ruyi_flow.runtime.session import CHUNK, Pass
 
-__all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "run"]
+__all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "passes", "run"]
 
 T = TypeVar("T")
 Task = Generator[Pass, None, T]
@@ -44,14 +44,26 @@ class Worker(Protocol):
         ...
 
 
-def drive(task: Task[T]) -> T:
-    """Run a task alone, on the caller's thread."""
+def passes(task: Task[T]) -> Task[T]:
+    """Run a task alone, on the caller's thread; its passes, each of which has been run."""
     try:
         work = next(task)
         while True:
             while work.rows and work.error is None:
                 work.session.shard.run([(work, min(work.rows, CHUNK))])
+            yield work
             work = task.throw(work.error) if work.error is not None else task.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+
+
+def drive(task: Task[T]) -> T:
+    """The result of a task that is run alone, on the caller's thread."""
+    running = passes(task)
+    try:
+        while True:
+            next(running)
     except StopIteration as done:
         result: T = done.value
         return result

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 
 from ruyi_flow.errors import NodeUnavailable
-from ruyi_flow.runtime.steps import Job, Steps, Task, drive, run
+from ruyi_flow.runtime.steps import Job, Steps, Task, drive, passes, run
 
 __all__ = ["InlineWorker", "ThreadWorker"]
 
 _BRIEF_S = 0.02
-"""The longest that a step may hold up the event loop."""
+"""How long steps may hold up the event loop, but for the last of them."""
 
 T = TypeVar("T")
 
@@ -63,7 +63,8 @@ class ThreadWorker:
         self._thread.start()
 
     def lend(self) -> None:
-        """Let brief tasks run on the event loop, whose thread calls this, when they take less than `_BRIEF_S`.
+        """Let brief tasks run on the event loop, whose thread calls this, when they take less than `_BRIEF_S`; what has
+        taken that long goes on in the thread.
 
         A lone session's next token then needs no thread to wake on its way in or out, which saves 0.2 ms a node; the
         price is a loop that pauses for that long. For a loop that serves nothing but this node.
@@ -75,13 +76,20 @@ class ThreadWorker:
     async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         if self._closed:
             raise NodeUnavailable("the node is closed")
+        began, work, spent = time.perf_counter(), None, 0.0
         if brief and self._brief_s < _BRIEF_S:
-            began = time.perf_counter()
-            result = drive(task)
-            self._brief_s = time.perf_counter() - began
-            return result, 0.0, self._brief_s
+            running = passes(task)
+            try:
+                while spent < _BRIEF_S:
+                    work = next(running)
+                    spent = time.perf_counter() - began
+            except StopIteration as ended:
+                self._brief_s = time.perf_counter() - began
+                return ended.value, 0.0, self._brief_s
         done: asyncio.Future[tuple[T, float, float]] = asyncio.get_running_loop().create_future()
-        self._inbox.put(Job(task, done, time.perf_counter(), brief, since))
+        job = Job(task, done, began, brief, since)
+        job.work, job.ran_s = work, spent
+        self._inbox.put(job)
         return await done
 
     def submit(self, call: Callable[[], object]) -> None:

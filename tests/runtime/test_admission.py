@@ -53,6 +53,27 @@ async def test_sessions_wait_in_order_until_there_is_room_for_the_first(shard: S
     assert shard.pool.used == 0
 
 
+async def test_room_that_is_given_back_while_one_comes_to_the_queue_is_not_missed(shard: Shard) -> None:
+    admission = Admission(shard.rooms, 3, 10)
+    running = [await admission.admit(*opening(shard, 64)) for _ in range(2)]
+    tried = 0
+
+    def open() -> ShardSession:
+        """The others end, on another thread, as soon as this one has been refused."""
+        nonlocal tried
+        tried += 1
+        try:
+            return opening(shard, 64)[0]()
+        except CapacityError:
+            while running:
+                running.pop().close()
+            raise
+
+    async with asyncio.timeout(2):
+        (await admission.admit(open, 64)).close()
+    assert tried == 2
+
+
 async def test_what_never_fits_what_is_too_many_and_what_is_too_late_is_refused(shard: Shard) -> None:
     admission = Admission(shard.rooms, 1, 0.05)
     with pytest.raises(CapacityError, match="no room for 600 positions"):

@@ -165,6 +165,27 @@ async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(
     assert not await on_the_loop()  # measured first
     assert await on_the_loop() and await on_the_loop()
     assert not await on_the_loop(brief=False)
-    assert await on_the_loop(pause_s=0.03)  # nobody could know
+    assert not await on_the_loop(pause_s=0.03)  # nobody could know; it goes on in the thread
     assert not await on_the_loop(pause_s=0.03) and not await on_the_loop() and await on_the_loop()
+    worker.shutdown()
+
+
+async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing(shard: Shard) -> None:
+    worker = ThreadWorker(1)
+    worker.lend()
+    alone = drive(decoding(shard.open(POLICY, SamplingParams(), 3, 100), (5, 6, 7), 8))
+    await worker.run(decoding(shard.open(POLICY, SamplingParams(), 3, 100), (5, 6, 7), 1), brief=True)  # measured
+    run, on = shard.run, []
+
+    def slow(parts: Sequence[tuple[Pass, int]]) -> None:
+        on.append(here())
+        time.sleep(0.004)
+        run(parts)
+
+    shard.run = slow  # type: ignore[method-assign]
+    session = shard.open(POLICY, SamplingParams(), 3, 100)
+    found, queue_s, compute_s = await worker.run(decoding(session, (5, 6, 7), 8), brief=True)
+    assert found == alone and len(on) == 24
+    mine = on.count(here())
+    assert 0 < mine < 10 and on[:mine] == [here()] * mine and compute_s > 24 * 0.004 > queue_s
     worker.shutdown()
