@@ -17,18 +17,19 @@ from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.scheduler import WHOLE
-from ruyi_flow.runtime.session import Session
+from ruyi_flow.runtime.session import Session, States
 from ruyi_flow.runtime.steps import Task, Worker
 from ruyi_flow.runtime.times import REAL, Pending, Time
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
-__all__ = ["Chain", "Round", "decode"]
+__all__ = ["Chain", "Round", "Uplink", "decode"]
 
 PART = 128
 """Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
 
-_LOT = 8
-"""Decided positions that go up together ahead of a question: fewer are not worth a message."""
+_LOT, _MOST_AHEAD = 8, 32
+"""Decided positions that go up together ahead of a question: fewer are not worth a message, more would hold up the
+question that comes right after them."""
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
@@ -56,6 +57,20 @@ class Round:
     """Those of them that hold."""
 
 
+@dataclass(slots=True)
+class Uplink:
+    """What all sessions of a node have under way to the node beyond it."""
+
+    questions: int = 0
+    uploading: bool = False
+    """Whether one of them sends states ahead, or has not been told yet that they arrived."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether states may go up that nobody asked about."""
+        return not self.questions and not self.uploading
+
+
 class Chain:
     """A node's stages for one session, and the stage beyond.
 
@@ -69,6 +84,7 @@ class Chain:
         pace: the entry node's; one of its own when left out.
         ahead: decided positions that may go up before anything is asked about them.
         time: where it waits.
+        uplink: to the stage beyond, which other sessions use too; one of its own when left out.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class Chain:
         pace: Pace | None = None,
         ahead: int = 0,
         time: Time = REAL,
+        uplink: Uplink | None = None,
     ) -> None:
         self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
         self._gate, self._time = gate, time
@@ -89,8 +106,12 @@ class Chain:
         """Why the stage beyond is not asked any more."""
         self._since = time.now()
         """When what this node does for the session now came to it; all of a prompt's parts came with the first."""
-        self._may_upload = ahead
+        self._may_upload, self._uplink = ahead, uplink or Uplink()
         self._uploading: Pending[None] | None = None
+        self._arriving: Pending[None] | None = None
+        """What waits for the word that it has arrived."""
+        self._unasked: list[States] = []
+        """What went up before the stage beyond has answered anything, to go up once more if that session is lost."""
         self._sent = 0
         """Positions that the stage beyond holds."""
         self._pace = pace or Pace()
@@ -133,6 +154,9 @@ class Chain:
         """See `Stage.feed`; in one process there is nothing to gain from not waiting."""
         await self.advance(block)
 
+    async def arrived(self) -> None:
+        """See `Stage.arrived`."""
+
     async def propose(self, token_ids: Sequence[int], draft: int) -> Round:
         """Entry node: take in decided tokens, and settle what comes next.
 
@@ -172,6 +196,8 @@ class Chain:
         if self._beyond is not None and self._sent > position:
             await self._uploaded()
             await self._beyond.rewind(position)
+        if self._unasked:
+            self._unasked = [self._session.join(self._unasked)[:position]]
         self._sent = min(self._sent, position)
 
     async def close(self) -> None:
@@ -180,6 +206,8 @@ class Chain:
         try:
             if self._uploading is not None:
                 await self._uploading.drop()
+            if self._arriving is not None:
+                await self._arriving.drop()
         finally:  # this one may be cancelled meanwhile; the deeper caches must be freed all the same
             if self._beyond is not None:
                 await self._beyond.close()
@@ -383,17 +411,30 @@ class Chain:
 
     async def _ask(self, block: Block, walk: Walk) -> Verdict | None:
         """The answer from beyond this node; None when there is none and this node decides in its place."""
-        beyond = self._next_node()
+        self._uplink.questions += 1
         try:
             await self._uploaded()
-            return await beyond.advance(block)
+            if self._unasked and self._beyond is None:  # the session that was for them alone is lost
+                states = self._session.join([*self._unasked, block.states])
+                stop = block.start + len(block.token_ids)
+                block = Block(0, states, tuple(self._session.token_ids[:stop]), block.wants)
+                self._unasked.clear()
+            beyond = self._next_node()
+            verdict = await beyond.advance(block)
+            self._unasked.clear()
+            return verdict
         except (NodeUnavailable, DeadlineExceeded, CapacityError):
-            if not self._session.policy.fallback:
+            if not self._unasked and not self._session.policy.fallback:
                 raise
-            self._beyond, self._lost = None, Reason.UNREACHABLE
-            walk.force(self._lost)
+            self._beyond = None
             await beyond.close()
-            return None
+        finally:
+            self._uplink.questions -= 1
+        if self._unasked:
+            return await self._ask(block, walk)
+        self._lost = Reason.UNREACHABLE
+        walk.force(self._lost)
+        return None
 
     def _upload(self, decided: int) -> None:
         """Send states of decided positions up, if the link is idle and there are enough of them.
@@ -401,30 +442,58 @@ class Chain:
         Only what the last stage here has run: no layers are run for this alone.
         """
         session, last = self._session, len(self._session.exits) - 1
-        if self._lost is not None or session.policy.deepest in session.exits:
-            return
-        if self._uploading is not None and not self._uploading.done():
+        if self._lost is not None or session.policy.deepest in session.exits or not self._uplink.idle:
             return
         start = session.unseen_start(last)
-        stop = min(decided, session.positions[last], start + self._may_upload)
+        stop = min(decided, session.positions[last], start + min(self._may_upload, _MOST_AHEAD))
         if stop - start < _LOT or (self._gate is not None and self._gate(stop - start) is not None):
             return
         self._may_upload -= stop - start
-        block = Block(start, session.take_unseen(last, stop), tuple(session.token_ids[start:stop]), ())
-        self._sent = stop
-        self._uploading = self._time.start(self._feed(block))
+        states = session.take_unseen(last, stop)
+        if self._unasked or not start:
+            self._unasked.append(states)
+        self._sent, self._uplink.uploading = stop, True
+        self._uploading = self._time.start(self._feed(Block(start, states, tuple(session.token_ids[start:stop]), ())))
 
     async def _feed(self, block: Block) -> None:
+        """Send states ahead; see `_quietly`."""
+        stage, sent = self._next_node(), False
         try:
-            await self._next_node().feed(block)
-        except NodeError:  # whoever asks the next question is told, if there ever is one
+            sent = await self._quietly(stage.feed(block), stage)
+        finally:
+            self._uplink.uploading = sent
+        if sent:
+            self._arriving = self._time.start(self._arrive(stage))
+
+    async def _arrive(self, stage: Stage) -> None:
+        try:
+            await self._quietly(stage.arrived(), stage)
+        finally:
+            self._uplink.uploading = False
+
+    async def _quietly(self, doing: Coroutine[None, None, None], stage: Stage) -> bool:
+        """Do something ahead of any question, which must not fail for it; whether it went well.
+
+        Where nothing has been answered yet, the next question begins a new session. Else it is told.
+        """
+        try:
+            await doing
+        except NodeError:
             self._may_upload = 0
+            if self._unasked:
+                self._beyond = None
+                await stage.close()
+            return False
+        return True
 
     async def _uploaded(self) -> None:
-        """Wait for what goes up: messages of a session stay in order."""
+        """Wait for what goes up: messages of a session stay in order. Whether it has arrived, the next answer tells."""
         if self._uploading is not None:
             uploading, self._uploading = self._uploading, None
             await uploading
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            await arriving.drop()
 
     def _next_node(self) -> Stage:
         if self._beyond is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ruyi_flow.chain import Chain
+from ruyi_flow.chain import Chain, Uplink
 from ruyi_flow.errors import CapacityError, NodeUnavailable
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.pace import Pace
@@ -70,7 +70,7 @@ class Sessions:
         self._name, self._limits, self._shard, self._worker = name, limits, shard, worker
         self._way, self._ahead, self._time = way, ahead, time
         self._admission = Admission(shard.rooms, limits.max_waiting, limits.max_wait_s, time)
-        self._pace = Pace()
+        self._pace, self._uplink = Pace(), Uplink()
         per_minute = None if way is None else limits.bytes_up_per_minute
         self._allowance = None if per_minute is None else _Allowance(per_minute, row_bytes, time)
 
@@ -107,7 +107,9 @@ class Sessions:
             raise
         beyond = None if self._way is None else self._way(opening, timeout_s)
         spend = None if gate is None else gate.spend
-        return Chain(session, self._worker, self._name, beyond, spend, self._pace, self._ahead, self._time)
+        return Chain(
+            session, self._worker, self._name, beyond, spend, self._pace, self._ahead, self._time, self._uplink
+        )
 
     def _check_open(self) -> None:
         if self.draining:

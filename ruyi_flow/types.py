@@ -368,6 +368,14 @@ class Stage(Protocol):
         """
         ...
 
+    async def arrived(self) -> None:
+        """Wait until everything that was fed has been taken in; may be cancelled.
+
+        Raises:
+            NodeError: it was not.
+        """
+        ...
+
     async def rewind(self, position: int) -> None:
         """Forget every position from `position` on, here and deeper."""
         ...

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.chain import PART, Chain, decode
-from ruyi_flow.errors import NodeUnavailable, WireError
+from ruyi_flow.chain import PART, Chain, Uplink, decode
+from ruyi_flow.errors import CapacityError, NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
@@ -76,7 +76,7 @@ class World:
             escalations += len(settled.hops) > 1
             held = [p for s in sessions for p in s.positions[: len(s.exits)]]
             assert held == sorted(held, reverse=True), "a deeper stage never holds more than a shallower one"
-            await asyncio.sleep(0)  # what goes up ahead, goes now
+            await turns()
         await chain.close()
         for session in sessions:
             session.close()
@@ -354,13 +354,103 @@ async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world:
         session = near.open(policy, SamplingParams(), 12, 40)
         chain = Chain(session, InlineWorker(), "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
         async for _ in decode(chain, list(range(3, 15)), 20):
-            await asyncio.sleep(0)
+            await turns()
         await chain.close()
         await deeper.close()
         assert fed == expected
     for piece in (near, far):
         piece.rooms.check_integrity()
         assert piece.pool.used == 0
+
+
+async def turns() -> None:
+    """Let what goes up ahead go, and arrive."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("when", ["feed", "arrived", "advance"])
+async def test_what_goes_up_ahead_never_ends_an_answer(world: World, when: str) -> None:
+    near, far = world.cuts[1]
+    source, opened = random.Random(5), 0
+    prompt, routing = [source.randrange(3, 61) for _ in range(12)], Routing(Mode.TOKEN, threshold=0.2)
+    expected = world.oracle.decide(Policy.resolve(routing, EXITS), prompt, 30)
+    exits = [exit for _, exit in expected]
+    first = next(i for i, p in enumerate(exits) if p > near.exits[-1])
+    assert 10 < first < 28, "some tokens are decided near, then one is asked about"
+
+    class Full(Chain):
+        """Turns the first session away, which is opened for states that nobody asked about."""
+
+        async def feed(self, block: Block) -> None:
+            if when == "feed":
+                raise CapacityError("full", node="n1")
+            if when == "advance":
+                return
+            await super().feed(block)
+
+        async def arrived(self) -> None:
+            if when == "arrived":
+                raise CapacityError("full", node="n1")
+
+        async def advance(self, block: Block) -> Verdict:
+            raise CapacityError("full", node="n1")
+
+    def beyond(policy: Policy) -> Chain:
+        nonlocal opened
+        opened += 1
+        kind = Full if opened == 1 else Chain
+        return kind(far.open(policy, SamplingParams(), len(prompt), 60), InlineWorker(), "n1")
+
+    policy = Policy.resolve(routing, EXITS)
+    chain = Chain(near.open(policy, SamplingParams(), 12, 60), InlineWorker(), "n0", beyond, ahead=100)
+    found = []
+    async for settled in decode(chain, prompt, 30):
+        found += [(d.token, d.exit) for d in settled.decisions]
+        await turns()
+    await chain.close()
+    assert found == expected and opened == 2
+    for piece in (near, far):
+        piece.rooms.check_integrity()
+        assert piece.pool.used == 0
+
+
+async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> None:
+    near, far = world.cuts[1]
+    policy, uplink = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), EXITS), Uplink()
+    fed: list[int] = []
+    arrives = asyncio.Event()
+
+    class Slow(Chain):
+        async def feed(self, block: Block) -> None:
+            fed.append(len(block.token_ids))
+            await super().feed(block)
+
+        async def arrived(self) -> None:
+            await arrives.wait()
+
+    def chain() -> Chain:
+        deeper = Slow(far.open(policy, SamplingParams(), 100, 130), InlineWorker(), "n1")
+        session = near.open(policy, SamplingParams(), 100, 130)
+        return Chain(session, InlineWorker(), "n0", lambda _: deeper, ahead=1000, uplink=uplink)
+
+    async def go(chain: Chain) -> None:
+        async for _ in decode(chain, [5] * 100, 10):
+            await turns()
+
+    one, other = chain(), chain()
+    uplink.questions = 1
+    await go(one)
+    assert fed == [], "somebody waits for an answer"
+    uplink.questions = 0
+    await go(other)
+    assert fed == [32] and uplink.uploading, "one part, until it has arrived"
+    arrives.set()
+    await turns()
+    assert uplink.idle
+    for each in (one, other):
+        await each.close()
+    near.rooms.check_integrity()
 
 
 @pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])

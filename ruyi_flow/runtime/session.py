@@ -15,7 +15,7 @@ from ruyi_flow.types import SamplingParams
 if TYPE_CHECKING:
     from ruyi_flow.runtime.rooms import Rooms
 
-__all__ = ["CHUNK", "Pass", "Piece", "Session", "Stages"]
+__all__ = ["CHUNK", "Pass", "Piece", "Session", "Stages", "States"]
 
 CHUNK = 512
 """Positions that go through the layers at once where a session is alone; that bounds a prompt's memory."""

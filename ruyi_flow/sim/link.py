@@ -201,6 +201,11 @@ class VirtualRemote:
         """See `Stage.feed`."""
         self._fed = self._time.process(self._owe(block, self._fed))
 
+    async def arrived(self) -> None:
+        """See `Stage.arrived`."""
+        if self._fed is not None and not self._fed.processed:
+            await until(self._fed)
+
     async def _owe(self, block: Block, before: simpy.Process | None) -> None:
         self._owed += (await self._ask(block, before)).hops
 

@@ -51,6 +51,10 @@ class RemoteStage:
         """Of the session in batches; 0 while it is not known, or of no use there."""
         self._answer: asyncio.Future[Any] | None = None
         """To what has gone with others'."""
+        self._reading: asyncio.Future[Any] | None = None
+        """A read that `arrived` has begun, and left when it was cancelled."""
+        self._replies: list[tuple[pb.SessionReply, int]] = []
+        """That were read and have not been told."""
         self._owed = 0
         """Messages that were written and whose replies have not been read."""
         self._fed_positions = self._fed_bytes = 0
@@ -65,16 +69,16 @@ class RemoteStage:
         began = time.perf_counter()
         messages = self._messages(block)
         verdicts: list[Verdict] = []
-        bytes_down, elapsed_s = 0, 0.0
+        early, bytes_down, elapsed_s = len(self._replies), 0, 0.0
         try:
-            for reply, size in await self._exchange(messages):
+            for i, (reply, size) in enumerate(await self._exchange(messages)):
                 if reply.HasField("verdict"):
                     verdict = codec.verdict_from_pb(reply.verdict)
                     if not verdict.hops:
                         raise WireError("a verdict of no node")
                     verdicts.append(verdict)
                     bytes_down += size
-                    elapsed_s += reply.verdict.elapsed_s
+                    elapsed_s += reply.verdict.elapsed_s if i >= early else 0.0
             if not verdicts:
                 raise WireError("no verdict on a block")
         except WireError as error:
@@ -109,6 +113,11 @@ class RemoteStage:
             messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
         return messages
 
+    async def arrived(self) -> None:
+        """See `Stage.arrived`: what the node has to say of it is told with the next answer."""
+        if self._owed:
+            await self._exchange((), keep=True)
+
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
         if self._call is not None:
@@ -123,20 +132,27 @@ class RemoteStage:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def _exchange(self, messages: Sequence[bytes], *, wait: bool = True) -> list[tuple[pb.SessionReply, int]]:
-        """Write messages and, unless not to wait, read every reply that is owed, with its size."""
-        call, replies = self._call, []
+    async def _exchange(
+        self, messages: Sequence[bytes], *, wait: bool = True, keep: bool = False
+    ) -> list[tuple[pb.SessionReply, int]]:
+        """Write messages and, unless not to wait, read every reply that is owed, with its size; or keep them."""
+        call = self._call
         self._waiting_since = time.monotonic()
         try:
             if wait and self._number and len(messages) == 1 and (data := await self._ask_together(messages[0])):
-                return [await self._reply(data)]
+                self._replies.append(await self._reply(data))
+                messages = ()
             for message in messages:
                 await call.write(message)
             self._owed += len(messages)
             while wait and self._owed:
-                replies.append(await self._reply(await call.read()))
+                data = await (self._read() if keep or self._reading is not None else call.read())
+                self._replies.append(await self._reply(data))
                 self._owed -= 1
                 self._waiting_since = time.monotonic()  # it is alive
+            replies: list[tuple[pb.SessionReply, int]] = []
+            if wait and not keep:
+                replies, self._replies = self._replies, replies
             return replies
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -147,6 +163,15 @@ class RemoteStage:
             await self._fail()
         finally:
             self._waiting_since = None
+
+    async def _read(self) -> Any:
+        """What the node sends next. When this is cancelled the read goes on: a cancelled one would end the stream."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._call.read())
+            self._reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may ask again
+        await asyncio.wait([self._reading])
+        reading, self._reading = self._reading, None
+        return reading.result()
 
     async def _ask_together(self, message: bytes) -> Any:
         """The reply to a block that goes with other sessions'; nothing where it must go on this session's stream."""
