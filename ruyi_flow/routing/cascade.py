@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.bets import best_bet, check_shares, grown, more_prompts, split
+from ruyi_flow.routing.bets import best_bet, check_shares, grown, lacking, split
 from ruyi_flow.routing.confidence import Calibration, Score
 from ruyi_flow.routing.curves import Floats, apply, best_score, fit
 from ruyi_flow.routing.policy import NEVER, WINDOW
@@ -176,17 +176,17 @@ def calibrate_cascade(
     tried = [best_bet(*tuning.lost(setting, weights, max_loss)) for setting in path]
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
     first = max(range(len(path)), key=lambda i: tried[i][1])
-    best, most = None, 0.0
+    best = None
     for setting, (bet, _) in zip(path[first:], tried[first:], strict=True):
-        capital = grown(bet, *testing.lost(setting, weights, max_loss))
-        most = max(most, capital)
-        if capital < -math.log(1 - sureness):
+        x, null = testing.lost(setting, weights, max_loss)
+        if grown(bet, x, null, seed) < -math.log(1 - sureness):
             break
         best = setting
     if best is None:
+        known = np.concatenate([part.lost(path[first], weights, max_loss)[0] for part in (tuning, testing)])
         raise ConfigError(
             f"{count} prompts cannot show that at most {max_loss:.1%} of the last exit's worth is lost with a sureness "
-            f"of {sureness:g}: trace {more_prompts(count, most, sureness)} more of the same kind, or allow more"
+            f"of {sureness:g}: {lacking(known, null, sureness)}"
         )
     tested = testing.worth(best, weights)
     policy = PolicyFile(
