@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.bets import best_bet, check_shares, grown, lacking, split
-from ruyi_flow.routing.budget import Budget, Deployment, Spent, spent
+from ruyi_flow.routing.budget import Budget, Deployment, Spent, frame, spent
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.curves import Bools, Floats, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy_file import PolicyFile, curve_points
-from ruyi_flow.routing.trace import Trace
+from ruyi_flow.routing.trace import Scorer, Trace
 from ruyi_flow.types import Encoding
 
 __all__ = ["Calibrated", "Choice", "Outcome", "Point", "calibrate", "choose", "frontier", "outcome", "path"]
@@ -98,15 +98,17 @@ def calibrate(
         seed: of the split.
 
     Raises:
-        ConfigError: see `choose`; or no thresholds stay within the budget.
+        ConfigError: see `choose`; or no thresholds stay within the budget; or a trace of options.
     """
+    if trace.header.scorer == Scorer.CHOICE:
+        raise ConfigError("the trace compares options (scorer choice), not tokens; mode cascade can be judged by it")
     if max_disagreement is None and (budget is None or budget == Budget()):
         raise ConfigError("there is neither a bound on disagreement nor a budget to calibrate for")
     if max_disagreement is not None:
         check_shares({"the bound on disagreement": max_disagreement, "the sureness": sureness})
     header, count = trace.header, len(trace.records)
     deployment = deployment or Deployment(
-        (header.exits[0], header.exits[-1]), (header.boundary_bytes[Encoding.BF16] + 16,)
+        (header.exits[0], header.exits[-1]), (frame(header.boundary_bytes[Encoding.BF16]),)
     )
     tune, test = (trace.of_prompts(part) for part in split(count, seed))
     fitted = fit(tune)
