@@ -241,7 +241,9 @@ def _cascade(
     as_json: bool,
 ) -> None:
     from ruyi_flow.routing.cascade import calibrate_cascade
+    from ruyi_flow.routing.trace import Scorer
 
+    options = trace.header.scorer == Scorer.CHOICE
     with counting_bar(quiet=as_json) as progress:
         found = calibrate_cascade(
             trace,
@@ -252,15 +254,17 @@ def _cascade(
             seed=seed,
             report=lambda done, total: progress("trying settings", done, total),
         )
-    written = [out_file]
+    written: list[Path] = []
     if report is not None:
         from ruyi_flow.evaluation import frontier
 
-        written += frontier.write_cascade(report, found.frontier)
-    found.policy.save(out_file)
+        written += frontier.write_cascade(report, found)
+    if not options:
+        found.policy.save(out_file)
+        written.insert(0, out_file)
     if as_json:
-        frontier_rows = [asdict(worth) for worth in found.frontier]
-        print_json({"file": str(out_file), **found.policy.model_dump(mode="json"), "frontier": frontier_rows})
+        facts = {"file": None if options else str(out_file), **found.policy.model_dump(mode="json")}
+        print_json({**facts, "errors": found.errors, "frontier": [asdict(worth) for worth in found.frontier]})
         return
     table = Table(
         "begins where as good with", "stays while as sure as", "worth", "compute", *map(str, trace.header.exits)
@@ -280,4 +284,7 @@ def _cascade(
         f"On new ones at most {max_loss:.1%} of it will be lost, with a sureness of {sureness:.0%}",
         soft_wrap=True,
     )
-    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+    if options:
+        out.print("no policy is written: a node decides by tokens, and this trace compares options", soft_wrap=True)
+    if written:
+        out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)

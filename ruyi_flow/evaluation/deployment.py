@@ -6,7 +6,7 @@ import statistics
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.budget import Deployment
+from ruyi_flow.routing.budget import Deployment, frame
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Mode
 
@@ -21,7 +21,7 @@ def deployment_of(topology: Topology, hidden_size: int) -> Deployment:
     encodings = [hop[1].encoding for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
     return Deployment(
         tuple(node.exits[-1] for node in topology.nodes),
-        tuple(encoding.row_bytes(hidden_size) + 16 for encoding in encodings),  # token id, part of the frame
+        tuple(frame(encoding.row_bytes(hidden_size)) for encoding in encodings),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.calibration import Point
-from ruyi_flow.routing.cascade import Worth
+from ruyi_flow.routing.cascade import CascadeChoice
 from ruyi_flow.routing.curves import Floats, raw_confidences, reliability
 from ruyi_flow.routing.trace import Trace
 
@@ -18,8 +18,8 @@ __all__ = ["write", "write_cascade"]
 _STYLES = {"calibrated": "o-", "uncalibrated": "s--", "random": ":", "always": "x"}
 
 
-def write_cascade(out: Path, frontier: Sequence[Worth]) -> list[Path]:
-    """Write `cascade.csv` and `cascade.png`: what answers are worth against the compute they take.
+def write_cascade(out: Path, found: CascadeChoice) -> list[Path]:
+    """Write `cascade.csv`, `cascade.png` and `reliability.png`: what answers are worth against what they take.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -27,28 +27,43 @@ def write_cascade(out: Path, frontier: Sequence[Worth]) -> list[Path]:
     pyplot = _pyplot()
     out.mkdir(parents=True, exist_ok=True)
     table, drawn = out / "cascade.csv", out / "cascade.png"
+    exits = list(found.tested.decided)
+    policies = {"calibrated": found.frontier, **found.baselines}
     with table.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(
-            ["chance", "bound", "first", "score", "last_score", "compute", *(f"at_{p}" for p in frontier[0].decided)]
+        columns = ["score", "last_score", "compute", "escalated", "bytes_per_token", *(f"at_{p}" for p in exits)]
+        rows.writerow(["policy", "chance", "bound", "first", *columns])
+        for policy, worths in policies.items():
+            for w in worths:
+                numbers = (w.score, w.last, w.compute, 1 - w.decided[exits[0]], w.bytes_per_token, *w.decided.values())
+                setting = (w.setting.chance, w.setting.bound, w.setting.first)
+                rows.writerow([policy, *setting, *(f"{n:.5f}" for n in numbers)])
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
+    for policy, worths in policies.items():
+        mine = sorted(worths, key=lambda w: w.compute)
+        worth = [w.score / max(1e-9, w.last) for w in mine]
+        costs = (
+            [w.compute for w in mine],
+            [1 - w.decided[exits[0]] for w in mine],
+            [w.bytes_per_token for w in mine],
         )
-        for w in frontier:
-            numbers = (w.score, w.last, w.compute, *w.decided.values())
-            rows.writerow([w.setting.chance, w.setting.bound, w.setting.first, *(f"{n:.5f}" for n in numbers)])
-    figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    points = sorted((w.compute, w.score / max(1e-9, w.last)) for w in frontier)
-    axis.plot([x for x, _ in points], [y for _, y in points], "o-", markersize=4)
-    axis.set(xlabel="compute, over the last exit's", ylabel="worth of the answers, over the last exit's")
+        for axis, cost in zip(axes, costs, strict=True):
+            axis.plot(cost, worth, _STYLES[policy], label=policy, markersize=4)
+    axes[0].set(xlabel="compute, over the last exit's", ylabel="worth of the answers, over the last exit's")
+    axes[1].set(xlabel="share of tokens decided beyond the first exit")
+    axes[2].set(xlabel="bytes upwards a token")
+    axes[0].legend()
     figure.savefig(drawn, dpi=120)
     pyplot.close(figure)
-    return [table, drawn]
+    return [table, drawn, _write_reliability(out, *found.unseen)]
 
 
 def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[int, Floats]) -> list[Path]:
     """Write `frontier.csv`, `frontier.png` and `reliability.png`.
 
     Args:
-        points: of the frontier.
+        points: of the frontier. With a scorer, what each exit's own answers are worth stands beside its `always`; what
+            answers of several exits are worth together, a trace does not know.
         trace, confidence: prompts that the curves have not seen, and by early exit what the curves say of them.
 
     Raises:
@@ -56,8 +71,8 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
     """
     pyplot = _pyplot()
     out.mkdir(parents=True, exist_ok=True)
-    table, drawn, meaning = out / "frontier.csv", out / "frontier.png", out / "reliability.png"
-    exits = trace.header.exits
+    table, drawn = out / "frontier.csv", out / "frontier.png"
+    exits, right = trace.header.exits, trace.right
     with table.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(
@@ -70,6 +85,7 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
                 "escalated",
                 "bytes_per_token",
                 *(f"at_{p}" for p in exits),
+                "score",
             ]
         )
         for point in points:
@@ -77,7 +93,9 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
             x = point.spent
             numbers = [o.agreement, o.disagreement, o.cost, x.escalation, x.bytes_per_token]
             numbers += [o.decided[p] for p in exits]
-            rows.writerow([point.policy, point.setting, *(f"{n:.5f}" for n in numbers)])
+            alone = right.get(int(point.setting)) if point.policy == "always" else None
+            score = "" if alone is None else f"{alone:.5f}"
+            rows.writerow([point.policy, point.setting, *(f"{n:.5f}" for n in numbers), score])
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for policy, style in _STYLES.items():
         mine = sorted((p for p in points if p.policy == policy), key=lambda p: p.outcome.cost)
@@ -95,6 +113,12 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
     axes[0].legend()
     figure.savefig(drawn, dpi=120)
     pyplot.close(figure)
+    return [table, drawn, _write_reliability(out, trace, confidence)]
+
+
+def _write_reliability(out: Path, trace: Trace, confidence: Mapping[int, Floats]) -> Path:
+    """Write `reliability.png`: how often a branch agrees, by how sure it is."""
+    pyplot, drawn = _pyplot(), out / "reliability.png"
     figure, panels = pyplot.subplots(
         1, len(confidence), figsize=(3 * len(confidence), 3), squeeze=False, layout="constrained"
     )
@@ -106,9 +130,9 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
             axis.plot([said for said, _, _ in bins], [was for _, was, _ in bins], "o-", label=name, markersize=3)
         axis.set(title=f"exit {p}", xlabel="confidence", ylabel="agrees")
     panels[0][0].legend(fontsize=7)
-    figure.savefig(meaning, dpi=120)
+    figure.savefig(drawn, dpi=120)
     pyplot.close(figure)
-    return [table, drawn, meaning]
+    return drawn
 
 
 def _pyplot() -> Any:

@@ -23,6 +23,7 @@ from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.trace import ExitRecord, Header, Own, Record, Scorer, Writer
 from ruyi_flow.runtime.scores import measure_all, reading
+from ruyi_flow.types import Encoding
 
 __all__ = ["TEMPERATURES", "record"]
 
@@ -43,7 +44,7 @@ def record(
     """Write a trace of a family's answers to prompts, or go on with one.
 
     Args:
-        asked: a prompt that leaves no room for an answer is left out.
+        asked: a prompt that leaves no room for an answer is left out; one that is there twice is asked once.
         scorer: what answers are worth.
         max_new_tokens: of an answer.
         batch: prompts that are answered side by side.
@@ -63,9 +64,9 @@ def record(
         name=checkpoint.folder.name,
         exits=family.exits,
         hidden_size=config.hidden_size,
+        boundary_bytes={encoding.value: encoding.row_bytes(config.hidden_size) for encoding in Encoding},
         dtype=str(model.dtype).removeprefix("torch."),
         max_new_tokens=1 if scorer is Scorer.CHOICE else max_new_tokens,
-        prompts=hashlib.sha256(json.dumps([asdict(a) for a in asked]).encode()).hexdigest(),
         scores=tuple(s for s in scores_of(family) if s is not Score.PROBE or scorer is not Scorer.CHOICE),
         temperatures=TEMPERATURES,
         scorer=scorer,
@@ -75,15 +76,23 @@ def record(
         head_flops=config.head_flops,
     )
     answering = _Answering(family, scorer, header, batch_tokens)
+    first_of = {_digits(asked[i]): i for i in reversed(numbers)}
     with Writer(out, header) as writer:
-        report(len(writer.done), len(numbers))
-        left = [i for i in numbers if i not in writer.done]
+        left = sorted(i for digits, i in first_of.items() if digits not in writer.done)
+        done = len(first_of) - len(left)
+        report(done, len(first_of))
         for first in range(0, len(left), batch):
             group = left[first : first + batch]
             for made in answering.records(group, [asked[i] for i in group]):
                 writer.add(made)
-                report(len(writer.done), len(numbers))
+                done += 1
+                report(done, len(first_of))
     return header
+
+
+def _digits(asked: Asked) -> str:
+    """See `Record.prompt`."""
+    return hashlib.sha256(json.dumps(asdict(asked)).encode()).hexdigest()[:16]
 
 
 def scores_of(family: Family) -> tuple[Score, ...]:
@@ -122,7 +131,7 @@ class _Answering:
             exits = {p: replace(e, own=own[p].get(i)) for p, e in found.items()}
             # The last exit's reading of its own answer: in bfloat16 a near tie may fall otherwise in a pass of many
             # rows, and what it says there is what the others are compared with.
-            yield Record(numbers[i], len(asked[i].prompt), found[last].tokens, exits)
+            yield Record(numbers[i], _digits(asked[i]), len(asked[i].prompt), found[last].tokens, exits)
 
     def _answers(self, asked: Sequence[Asked], exit: int) -> list[Answer]:
         longest = max(len(a.prompt) for a in asked) + self.header.max_new_tokens
@@ -182,7 +191,7 @@ class _Answering:
             said, scores = int(likely.argmax()), self._scores(p, likely, None)
             tokens = np.array([said], np.int32)
             exits[p] = ExitRecord(tokens, scores, *means, Own(scores, float(said == asked.right)))
-        return Record(index, n, exits[self.family.exits[-1]].tokens, exits)
+        return Record(index, _digits(asked), n, exits[self.family.exits[-1]].tokens, exits)
 
     def _scores(self, exit: int, logits: Tensor, read: Tensor | None) -> NDArray[np.float32]:
         """(n, vocab) -> (n, scores, temperatures); the last exit, which has no probe, is sure by that score."""

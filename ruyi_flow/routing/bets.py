@@ -10,7 +10,7 @@ import numpy as np
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.curves import Floats
 
-__all__ = ["best_bet", "check_shares", "grown", "more_prompts", "split"]
+__all__ = ["best_bet", "check_shares", "grown", "lacking", "split"]
 
 _TUNING = 0.3
 """Share of the prompts that choose curves and thresholds."""
@@ -21,18 +21,25 @@ def split(count: int, seed: int) -> tuple[list[int], list[int]]:
 
     Testing takes more of them: how far below the bound a rate must be to pass falls with the root of their number, and
     curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
+
+    Raises:
+        ConfigError: there is one prompt only.
     """
+    if count < 2:
+        raise ConfigError("one prompt cannot both choose thresholds and test them; trace some hundreds")
     order = np.random.default_rng(seed).permutation(count).tolist()
     first = max(1, round(_TUNING * count))
     return sorted(order[:first]), sorted(order[first:])
 
 
-def grown(bet: float, x: Floats, null: float) -> float:
+def grown(bet: float, x: Floats, null: float, seed: int) -> float:
     """The logarithm of the most that betting on a mean below `null` has grown 1 to, prompt by prompt.
 
-    By Ville's inequality exp(-grown) is a p-value of the mean being `null` or more.
+    By Ville's inequality exp(-grown) is a p-value of the mean being `null` or more, for prompts in an order that says
+    nothing about them. A file may have the easy ones first, so they come in a random one.
     """
-    return max(0.0, float(np.cumsum(np.log1p(bet * (null - x))).max(initial=0.0)))
+    x = np.random.default_rng(seed).permutation(x)
+    return float(np.cumsum(np.log1p(bet * (null - x))).max(initial=0.0))
 
 
 def best_bet(x: Floats, null: float) -> tuple[float, float]:
@@ -52,7 +59,10 @@ def check_shares(given: Mapping[str, float]) -> None:
             raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
 
 
-def more_prompts(count: int, grown: float, sureness: float) -> str:
-    """Prompts that a test lacks: the logarithm of the capital grows with their number."""
-    need = -math.log(1 - sureness)
-    return "many" if grown < 0.05 else f"about {math.ceil(count * (need / grown - 1)) + 1:,}"
+def lacking(x: Floats, null: float, sureness: float) -> str:
+    """What a test that failed lacks, by all prompts that there are: the capital's logarithm grows with their number."""
+    growth = best_bet(x, null)[1] / len(x)
+    if growth <= 0:
+        return "these speak against it, so more of the same kind will not help; allow more"
+    need = math.ceil(-math.log(1 - sureness) / growth / (1 - _TUNING))
+    return f"trace about {max(need - len(x), math.ceil(len(x) / 10)):,} more of the same kind, or allow more"

@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.trace import Trace
 
-__all__ = ["Budget", "Deployment", "Spent", "spent"]
+__all__ = ["Budget", "Deployment", "Spent", "frame", "spent"]
+
+
+def frame(state_bytes: int) -> int:
+    """Bytes of a position on a link: its state, its token id and its part of the message."""
+    return state_bytes + 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.bets import best_bet, check_shares, grown, more_prompts, split
-from ruyi_flow.routing.budget import Budget, Deployment, Spent, spent
+from ruyi_flow.routing.bets import best_bet, check_shares, grown, lacking, split
+from ruyi_flow.routing.budget import Budget, Deployment, Spent, frame, spent
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.curves import Bools, Floats, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy_file import PolicyFile, curve_points
-from ruyi_flow.routing.trace import Trace
+from ruyi_flow.routing.trace import Scorer, Trace
+from ruyi_flow.types import Encoding
 
 __all__ = ["Calibrated", "Choice", "Outcome", "Point", "calibrate", "choose", "frontier", "outcome", "path"]
 
@@ -97,14 +98,18 @@ def calibrate(
         seed: of the split.
 
     Raises:
-        ConfigError: see `choose`; or no thresholds stay within the budget.
+        ConfigError: see `choose`; or no thresholds stay within the budget; or a trace of options.
     """
+    if trace.header.scorer == Scorer.CHOICE:
+        raise ConfigError("the trace compares options (scorer choice), not tokens; mode cascade can be judged by it")
     if max_disagreement is None and (budget is None or budget == Budget()):
         raise ConfigError("there is neither a bound on disagreement nor a budget to calibrate for")
     if max_disagreement is not None:
         check_shares({"the bound on disagreement": max_disagreement, "the sureness": sureness})
     header, count = trace.header, len(trace.records)
-    deployment = deployment or Deployment((header.exits[0], header.exits[-1]), (2 * header.hidden_size + 16,))
+    deployment = deployment or Deployment(
+        (header.exits[0], header.exits[-1]), (frame(header.boundary_bytes[Encoding.BF16]),)
+    )
     tune, test = (trace.of_prompts(part) for part in split(count, seed))
     fitted = fit(tune)
     costs = {p: float(p + 1) for p in header.exits}  # trunk layers and a branch
@@ -267,17 +272,16 @@ def choose(
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
     start = max(range(len(choices)), key=lambda i: tried[i][1])
     best: dict[int, float] | None = None
-    most = 0.0
     for thresholds, (bet, _) in zip(choices[start:], tried[start:], strict=True):
-        capital = grown(bet, *_bounded(thresholds, confidence, trace, test, max_disagreement))
-        most = max(most, capital)
-        if capital < -math.log(1 - sureness):
+        x, null = _bounded(thresholds, confidence, trace, test, max_disagreement)
+        if grown(bet, x, null, seed) < -math.log(1 - sureness):
             break
         best = dict(thresholds)
     if best is None:
+        known = _bounded(choices[start], confidence, trace, tune | test, max_disagreement)
         raise ConfigError(
             f"{count} prompts cannot show a disagreement of at most {max_disagreement:g} with a sureness of "
-            f"{sureness:g}: trace {more_prompts(count, most, sureness)} more of the same kind, or allow more"
+            f"{sureness:g}: {lacking(*known, sureness)}"
         )
     tested = trace.of_prompts(testing)
     inside = {p: c[test] for p, c in confidence.items()}

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.bets import best_bet, check_shares, grown, more_prompts, split
-from ruyi_flow.routing.confidence import Calibration, Score
-from ruyi_flow.routing.curves import Floats, apply, best_score, fit
+from ruyi_flow.routing.bets import best_bet, check_shares, grown, lacking, split
+from ruyi_flow.routing.budget import frame
+from ruyi_flow.routing.confidence import Calibration, Curve, Score
+from ruyi_flow.routing.curves import Floats, apply, best_score, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy import NEVER, WINDOW
 from ruyi_flow.routing.policy_file import PolicyFile, StartRule, curve_points
 from ruyi_flow.routing.start import READ_TOKENS, Reading, Start
 from ruyi_flow.routing.trace import Header, Record, Scorer, Trace
-from ruyi_flow.types import Mode
+from ruyi_flow.types import Encoding, Mode
 
 __all__ = ["CascadeChoice", "Part", "Setting", "Worth", "calibrate_cascade", "flops", "follow"]
 
@@ -61,6 +62,8 @@ class Worth:
     """Its floating-point operations, over those of answering with the last exit."""
     decided: Mapping[int, float]
     """Share of the tokens that each exit decides."""
+    bytes_per_token: float
+    """Upwards, in bfloat16, where a first node has the first exit and another one all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,12 @@ class CascadeChoice:
     """In the test."""
     frontier: list[Worth]
     """Settings from timid to bold on these prompts, which did not choose them; the policy's own is among them."""
+    baselines: dict[str, list[Worth]]
+    """What they must beat there: `always` the same exit; `random`, each prompt by the first or the last exit;
+    `uncalibrated`, from the first exit on by the mean of the likeliest token's own probability."""
+    errors: dict[int, tuple[float, float]]
+    unseen: tuple[Trace, dict[int, Floats]]
+    """See `Calibrated`."""
 
 
 def follow(header: Header, sure: Mapping[int, Floats], bound: float, window: int, first: int) -> list[Part]:
@@ -176,17 +185,17 @@ def calibrate_cascade(
     tried = [best_bet(*tuning.lost(setting, weights, max_loss)) for setting in path]
     # The first to be tested is the one that is likeliest to pass; after it come the bolder ones.
     first = max(range(len(path)), key=lambda i: tried[i][1])
-    best, most = None, 0.0
+    best = None
     for setting, (bet, _) in zip(path[first:], tried[first:], strict=True):
-        capital = grown(bet, *testing.lost(setting, weights, max_loss))
-        most = max(most, capital)
-        if capital < -math.log(1 - sureness):
+        x, null = testing.lost(setting, weights, max_loss)
+        if grown(bet, x, null, seed) < -math.log(1 - sureness):
             break
         best = setting
     if best is None:
+        known = np.concatenate([part.lost(path[first], weights, max_loss)[0] for part in (tuning, testing)])
         raise ConfigError(
             f"{count} prompts cannot show that at most {max_loss:.1%} of the last exit's worth is lost with a sureness "
-            f"of {sureness:g}: trace {more_prompts(count, most, sureness)} more of the same kind, or allow more"
+            f"of {sureness:g}: {lacking(known, null, sureness)}"
         )
     tested = testing.worth(best, weights)
     policy = PolicyFile(
@@ -210,7 +219,43 @@ def calibrate_cascade(
             "max_new_tokens": header.max_new_tokens,
         },
     )
-    return CascadeChoice(policy, tested, len(tested_on), [testing.worth(setting, weights) for setting in path])
+    test = trace.of_prompts(tested_on)
+    said, raw = confidences(test, curves, score), raw_confidences(test)
+    errors = {p: (ece(raw[p], agrees), ece(said[p], agrees)) for p, agrees in test.agrees.items()}
+    frontier = [testing.worth(setting, weights) for setting in path]
+    return CascadeChoice(
+        policy, tested, len(tested_on), frontier, _baselines(trace, tested_on, testing), errors, (test, said)
+    )
+
+
+def _baselines(trace: Trace, numbers: Sequence[int], testing: _Prompts) -> dict[str, list[Worth]]:
+    """See `CascadeChoice.baselines`."""
+    early, score = trace.header.exits[:-1], Score.MAX_PROBABILITY
+    always = [testing.worth(Setting(0.0, 0.0, p), {}) for p in early] + [testing.worth(Setting(NEVER, 0.0), {})]
+    curves = {score: {p: Curve(1.0, (0.0, 1.0), (0.0, 1.0)) for p in early}}
+    own = _Prompts(trace, numbers, Calibration(trace.header.family, curves), score, testing.window)
+    shares = [i / 10 for i in range(11)]
+    return {
+        "always": always,
+        "random": [_mixed(always[0], always[-1], share) for share in shares],
+        "uncalibrated": [own.worth(Setting(0.0, bound, early[0]), {}) for bound in _BOUNDS],
+    }
+
+
+def _mixed(one: Worth, other: Worth, share: float) -> Worth:
+    """The mean of what both do, where this share of the prompts is for the other."""
+
+    def mean(a: float, b: float) -> float:
+        return (1 - share) * a + share * b
+
+    return Worth(
+        Setting(share, 0.0),
+        mean(one.score, other.score),
+        one.last,
+        mean(one.compute, other.compute),
+        {p: mean(one.decided[p], other.decided[p]) for p in one.decided},
+        mean(one.bytes_per_token, other.bytes_per_token),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +266,7 @@ class _Answer:
     score: float
     last: float
     flops: float
+    bytes: int
 
 
 class _Prompts:
@@ -228,6 +274,7 @@ class _Prompts:
 
     def __init__(self, trace: Trace, numbers: Sequence[int], curves: Calibration, score: Score, window: int) -> None:
         self.header, self.window = trace.header, window
+        self._row_bytes = frame(trace.header.boundary_bytes[Encoding.BF16])
         self.records = [trace.records[i] for i in numbers]
         s = trace.header.scores.index(score)
         at = {p: trace.header.temperatures.index(c.temperature) for p, c in curves.curves[score].items()}
@@ -272,6 +319,7 @@ class _Prompts:
             float(np.mean([a.last for a in answers])),
             sum(a.flops for a in answers) / whole,
             {p: n / tokens for p, n in decided.items()},
+            sum(a.bytes for a in answers) / tokens,
         )
 
     def lost(self, setting: Setting, weights: Mapping[int, tuple[float, ...]], most: float) -> tuple[Floats, float]:
@@ -293,7 +341,8 @@ class _Prompts:
         if key not in self._known:
             parts = follow(self.header, self.sure[i], setting.bound, self.window, first)
             spent = flops(self.header, record.prompt_tokens, parts, reads=reads)
-            self._known[key] = _Answer(parts, *_worth(record, parts), spent)
+            up = 0 if parts[-1].exit == exits[0] else self._row_bytes * (record.prompt_tokens + parts[-1].stop - 1)
+            self._known[key] = _Answer(parts, *_worth(record, parts), spent, up)
         return self._known[key]
 
 

@@ -1,18 +1,20 @@
 """Traces: what every exit said at every position of the last exit's answers. Calibration and the simulator read them.
 
-A file is a stream of msgpack objects: a header, then a record for each prompt. Version 2:
+A file is a stream of msgpack objects: a header, then a record for each prompt. Version 3:
 
-    header  {"format": "ruyi-flow trace", "version": 2, "family": fingerprint, "name": str, "exits": [p, …],
-             "hidden_size": int, "dtype": str, "max_new_tokens": int, "prompts": SHA-256 of the prompts' token ids,
+    header  {"format": "ruyi-flow trace", "version": 3, "family": fingerprint, "name": str, "exits": [p, …],
+             "hidden_size": int, "boundary_bytes": {encoding: int}, "dtype": str, "max_new_tokens": int,
              "scores": [name, …], "temperatures": [T, …], "scorer": name, "branch_layers": [n, …],
              "layer_flops": float, "attention_flops": float, "head_flops": float}
-    record  {"number": int, "prompt_tokens": int, "answer": int32[n],
+    record  {"number": int, "prompt": of what was asked, the first 16 digits of its SHA-256, "prompt_tokens": int,
+             "answer": int32[n],
              "exits": {p: {"tokens": int32[n], "scores": float32[n, scores, temperatures],
                            "prompt_loss": float, "prompt_entropy": float, "own": None, or
                            {"scores": float32[m, scores, temperatures], "right": float}}}}
 
 Arrays are little-endian bytes in row-major order. `answer` is what the last exit said, greedily; `tokens` is what an
-exit says there, teacher-forced on that answer; `prompt_loss` and `prompt_entropy` are means over the last 64 of the
+exit says there, teacher-forced on that answer; a position costs `boundary_bytes` on each link that it goes beyond,
+whatever the exit; `prompt_loss` and `prompt_entropy` are means over the last 64 of the
 prompt's tokens, in nats. With a scorer, `own` is what the exit does by itself: the scores along its own answer, and
 whether that is right, 0 to 1. For scorer `choice` the answers are one option each, and "tokens" are options' numbers.
 A reader refuses versions other than its own.
@@ -35,7 +37,7 @@ from ruyi_flow.errors import ConfigError
 __all__ = ["ExitRecord", "Header", "Own", "Record", "Scorer", "Trace", "Writer", "read"]
 
 _FORMAT = "ruyi-flow trace"
-_VERSION = 2
+_VERSION = 3
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -61,9 +63,10 @@ class Header:
     name: str
     exits: tuple[int, ...]
     hidden_size: int
+    boundary_bytes: dict[str, int]
+    """Of one position's state, by the encoding of a link."""
     dtype: str
     max_new_tokens: int
-    prompts: str
     scores: tuple[str, ...]
     temperatures: tuple[float, ...]
     scorer: str = Scorer.AGREEMENT
@@ -107,6 +110,8 @@ class Record:
 
     number: int
     """Of the prompt in its file."""
+    prompt: str
+    """Digits of a hash of what was asked, which tell prompts apart."""
     prompt_tokens: int
     answer: Ints
     """(n,) what the last exit said."""
@@ -114,7 +119,7 @@ class Record:
 
 
 class Writer:
-    """Writes a trace, or goes on with one that was cut off.
+    """Writes a trace, or goes on with one that was cut off or is to have more prompts.
 
     Args:
         path: the file.
@@ -125,8 +130,8 @@ class Writer:
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self.done: set[int] = set()
-        """Numbers of the prompts that are there."""
+        self.done: set[str] = set()
+        """The prompts that are there; see `Record.prompt`."""
         whole = 0
         if path.exists() and path.stat().st_size:
             there, records = _open(path)
@@ -136,13 +141,13 @@ class Writer:
                     f"{path}: a trace of something else (another {', '.join(changed)}); remove it, or name another file"
                 )
             for record, stop in records:
-                self.done.add(record.number)
+                self.done.add(record.prompt)
                 whole = stop
         self._file: BinaryIO = path.open("r+b" if whole else "wb")
         self._file.truncate(whole)
         self._file.seek(whole)
-        if not whole:
-            self._write({"format": _FORMAT, "version": _VERSION, **asdict(header)})
+        self._header = None if whole else {"format": _FORMAT, "version": _VERSION, **asdict(header)}
+        """To be written before the first record: without one, a file is of nothing."""
 
     def add(self, record: Record) -> None:
         """Write a record; it is on its way to the disk afterwards."""
@@ -156,13 +161,13 @@ class Writer:
             }
             for p, e in record.exits.items()
         }
-        answer = record.answer.astype("<i4").tobytes()
-        self._write({"number": record.number, "prompt_tokens": record.prompt_tokens, "answer": answer, "exits": exits})
-        self.done.add(record.number)
-
-    def _write(self, value: Any) -> None:
-        self._file.write(msgpack.packb(value))
+        asked = {"number": record.number, "prompt": record.prompt, "prompt_tokens": record.prompt_tokens}
+        made = msgpack.packb({**asked, "answer": record.answer.astype("<i4").tobytes(), "exits": exits})
+        if self._header is not None:
+            made, self._header = msgpack.packb(self._header) + made, None
+        self._file.write(made)
         self._file.flush()
+        self.done.add(record.prompt)
 
     def __enter__(self) -> Writer:
         return self
@@ -223,7 +228,7 @@ class Trace:
 
     @classmethod
     def load(cls, *paths: Path) -> Trace:
-        """Of one whole file or several, whose prompts are taken together.
+        """Of one whole file or several, whose prompts are taken together; one that is there twice counts once.
 
         Raises:
             ConfigError: one is not a trace, or an empty one, or they are of different things.
@@ -231,7 +236,7 @@ class Trace:
         header, records = read(paths[0])
         for path in paths[1:]:
             other, more = read(path)
-            if replace(other, max_new_tokens=header.max_new_tokens, prompts=header.prompts) != header:
+            if replace(other, max_new_tokens=header.max_new_tokens) != header:
                 raise ConfigError(
                     f"{path}: of another family, format or scorer than {paths[0]}; they do not go together"
                 )
@@ -239,7 +244,7 @@ class Trace:
             header = replace(header, max_new_tokens=longest)
             records += more
         try:
-            return cls.of(header, records)
+            return cls.of(header, list({record.prompt: record for record in reversed(records)}.values())[::-1])
         except ConfigError as error:
             raise ConfigError(f"{paths[0]}: {error}") from None
 
@@ -276,8 +281,8 @@ def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
                 record = _record(raw, header)
             except msgpack.OutOfData:
                 return  # the last one may be cut off
-            except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}: damaged after {unpacker.tell()} bytes: {error}") from None
+            except (msgpack.UnpackException, ValueError, KeyError, TypeError):
+                raise ConfigError(f"{path}: damaged after {unpacker.tell()} bytes; trace again") from None
             yield record, unpacker.tell()
 
     return header, records()
@@ -298,4 +303,4 @@ def _record(raw: dict[str, Any], header: Header) -> Record:
     }
     if set(exits) != set(header.exits) or any(len(e.tokens) != len(answer) for e in exits.values()):
         raise ValueError("a record's exits or lengths do not fit")
-    return Record(raw["number"], raw["prompt_tokens"], answer, exits)
+    return Record(raw["number"], raw["prompt"], raw["prompt_tokens"], answer, exits)

@@ -258,7 +258,7 @@ class Estimate:
                 delay += self._hop(self._node[i - 1], 1.0, 0.0)
             delay += self._costs[i].of(1, held, held, 1, 1, 1, held, held)
             steps.append(delay)
-        header = Header("", "", exits, 1, "", 1, "", (), ())
+        header = Header("", "", exits, 1, {}, "", 1, (), ())
         prompt = np.repeat(np.arange(len(samples.answers)), samples.answers)
         trace = Trace(header, prompt, dict(samples.agrees), {}, ())
         found = path(trace, samples.sure, dict(zip(exits, steps, strict=True)), prices=prices)

@@ -164,11 +164,37 @@ def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Asked], 
     assert broken.read_bytes() == whole.read_bytes()
     with pytest.raises(ConfigError, match="a trace of something else .another max_new_tokens"):
         record(family, prompts, whole, max_new_tokens=13)
-    with pytest.raises(ConfigError, match="another prompts"):
-        record(family, prompts[:2], whole, max_new_tokens=12)
     broken.write_bytes(b"")
     record(family, prompts, broken, max_new_tokens=12, batch=1)
     assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_a_trace_can_have_more_prompts_later_and_none_twice(
+    family: Family, prompts: list[Asked], tmp_path: Path
+) -> None:
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    record(family, prompts, whole, max_new_tokens=12, batch=1)
+    record(family, [prompts[0], prompts[1], prompts[0]], grown, max_new_tokens=12, batch=1)
+    assert len(read(grown)[1]) == 2
+    record(family, prompts, grown, max_new_tokens=12, batch=1)
+    assert grown.read_bytes() == whole.read_bytes()
+    record(family, prompts[1:], tmp_path / "again", max_new_tokens=12)
+    both = Trace.load(tmp_path / "again", whole)
+    assert len(both.records) == len({r.prompt for r in both.records}) == len(prompts)
+
+
+def test_a_trace_that_has_no_record_yet_is_of_nothing(
+    family: Family, prompts: list[Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ruyi_flow.evaluation.tracing.answers", interrupted)
+        record(family, prompts, tmp_path / "t", max_new_tokens=12)
+    record(family, prompts, tmp_path / "t", max_new_tokens=13)
+    assert read(tmp_path / "t")[0].max_new_tokens == 13
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_traces_of_one_kind_go_together(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
@@ -187,8 +213,8 @@ def test_traces_of_one_kind_go_together(family: Family, prompts: list[Asked], tm
     [
         (b"", "not a trace"),
         (b"hello", "not a trace"),
-        (msgpack.packb({"format": "ruyi-flow trace", "version": 9}), "of version 9, not 2: update this program"),
-        (msgpack.packb({"format": "ruyi-flow trace", "version": 1}), "of version 1, not 2: trace again"),
+        (msgpack.packb({"format": "ruyi-flow trace", "version": 9}), "of version 9, not 3: update this program"),
+        (msgpack.packb({"format": "ruyi-flow trace", "version": 1}), "of version 1, not 3: trace again"),
         (msgpack.packb([1, 2]), "not a trace"),
     ],
 )
@@ -210,7 +236,7 @@ def test_the_command(
     assert not stop.value.code
     facts = json.loads(capsys.readouterr().out)
     assert facts["prompts"] == 3 and set(facts["agreement"]) == {"2", "4"} and out.exists()
-    monkeypatch.setattr(sys, "argv", [*command, "--limit", "2"])
+    monkeypatch.setattr(sys, "argv", [*command, "--dtype", "float32"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "a trace of something else" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.bets import grown, lacking, split
 from ruyi_flow.routing.calibration import choose, outcome
 from ruyi_flow.routing.confidence import Calibration, Curve, Score
 from ruyi_flow.routing.curves import confidences, ece, fit, raw_confidences, reliability
@@ -18,7 +19,7 @@ HEADER = Header(
     hidden_size=8,
     dtype="float32",
     max_new_tokens=64,
-    prompts="p",
+    boundary_bytes={"bf16": 16},
     scores=tuple(Score),
     temperatures=(0.7, 1.0, 1.5),
 )
@@ -39,7 +40,7 @@ def made(prompts: int, seed: int) -> Trace:
             said = [1 / (1 + np.exp(-(known + 1) * 1.5 / t)) for t in HEADER.temperatures]
             scores = np.stack([np.stack(said, -1)] * len(Score), 1).astype(np.float32)
             exits[p] = ExitRecord(np.where(right, 0, 1).astype(np.int32), scores, 1.0, 1.0)
-        records.append(Record(number, 5, np.zeros(n, np.int32), exits))
+        records.append(Record(number, f"{seed}/{number}", 5, np.zeros(n, np.int32), exits))
     return Trace.of(HEADER, records)
 
 
@@ -81,6 +82,22 @@ def test_the_bound_holds_on_new_prompts_and_is_used(world: Trace, bound: float) 
     assert np.mean(used) > 0.5
 
 
+def test_prompts_in_an_order_prove_no_more_than_shuffled_ones() -> None:
+    """First the easy ones, then the hard ones; the mean is twice the bound."""
+    x, bound = np.repeat([0.0, 0.2], 200), 0.05
+    assert np.cumsum(np.log1p(0.5 * (bound - x))).max() > -np.log(0.05)
+    assert sum(grown(0.5, x, bound, seed) > -np.log(0.05) for seed in range(200)) <= 10
+
+
+def test_a_failed_test_says_what_it_lacks() -> None:
+    rare = np.zeros(100)
+    rare[:3] = 1.0
+    assert lacking(rare, 0.05, 0.95).startswith("trace about ")
+    assert "will not help" in lacking(np.full(100, 0.2), 0.05, 0.95)
+    with pytest.raises(ConfigError, match="one prompt cannot both"):
+        split(1, 0)
+
+
 def test_calibrated_thresholds_beat_one_uncalibrated_one(world: Trace) -> None:
     trace = made(1200, 5)
     calibration = fit(trace)
@@ -112,7 +129,10 @@ def test_an_outcome_is_what_a_walk_token_by_token_gives() -> None:
     [
         ({"max_disagreement": 0.0}, "bound on disagreement is 0.0; it must lie between 0 and 1"),
         ({"sureness": 1.0}, "sureness is 1.0"),
-        ({"max_disagreement": 0.01}, r"30 prompts cannot show .* at most 0.01 .*: trace (many|about [\d,]+) more"),
+        (
+            {"max_disagreement": 0.01},
+            r"30 prompts cannot show .* at most 0.01 .*: (trace about [\d,]+ more|these speak)",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused(changes: dict[str, Any], message: str) -> None:

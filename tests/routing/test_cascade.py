@@ -23,7 +23,7 @@ HEADER = Header(
     hidden_size=8,
     dtype="float32",
     max_new_tokens=40,
-    prompts="p",
+    boundary_bytes={"bf16": 16},
     scores=(Score.MAX_PROBABILITY, Score.MARGIN),
     temperatures=(1.0,),
     branch_layers=(1, 2, 1),
@@ -48,7 +48,7 @@ def made(prompts: int, seed: int, *, scored: bool = False) -> Trace:
             own = Own(scores, float(generator.random() < (0.95 if easy else 0.1 + 0.5 * skill))) if scored else None
             loss = float((1.0 if easy else 2.0) + generator.normal(0, 0.2))
             exits[p] = ExitRecord(tokens, scores, loss, 2 * loss, own)
-        records.append(Record(number, int(generator.integers(5, 30)), np.zeros(n, np.int32), exits))
+        records.append(Record(number, f"{seed}/{number}", int(generator.integers(5, 30)), np.zeros(n, np.int32), exits))
     header = replace(HEADER, scorer=Scorer.NUMBER) if scored else HEADER
     return Trace.of(header, records)
 

@@ -14,7 +14,7 @@ from ruyi_flow.client import Client
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.routing.policy_file import PolicyFile
-from ruyi_flow.routing.trace import Writer
+from ruyi_flow.routing.trace import Scorer, Writer
 from ruyi_flow.topology import Topology
 from ruyi_flow.types import Mode
 from tests.routing.test_calibration import HEADER, made
@@ -150,7 +150,12 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     assert code == 0 and "asked beyond the first node" in said
     code, said, _ = run("--mode", "cascade", "--max-loss", "0.4", "--report", str(tmp_path / "r"))
     assert code == 0 and "of its compute" in said
-    assert {file.name for file in (tmp_path / "r").iterdir()} == {"cascade.csv", "cascade.png"}
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {"cascade.csv", "cascade.png", "reliability.png"}
+    rows = list(csv.DictReader((tmp_path / "r/cascade.csv").read_text().splitlines()))
+    assert {row["policy"] for row in rows} == {"calibrated", "always", "random", "uncalibrated"}
+    deep, shallow = ([r for r in rows if r["policy"] == "always" and float(r[at]) == 1] for at in ("at_6", "at_2"))
+    assert float(deep[0]["escalated"]) == float(deep[0]["compute"]) == 1 and float(deep[0]["bytes_per_token"]) > 16
+    assert float(shallow[0]["escalated"]) == float(shallow[0]["bytes_per_token"]) == 0
     assert PolicyFile.load(out).mode is Mode.CASCADE
     kept = out.read_bytes()
     for arguments, message in (
@@ -171,4 +176,12 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     topology.write_text(yaml.safe_dump({"family": "x", "nodes": nodes, "links": links}))
     code, _, said = run("--max-escalation", "0.5", *given)
     assert code == 2 and "has exits [1, 2, 4, 6], the trace [2, 4, 6]" in said
+    trace.unlink()
+    with Writer(trace, replace(HEADER, branch_layers=(1, 1, 1), layer_flops=1.0, scorer=Scorer.CHOICE)) as writer:
+        for made_record in made(400, 8).records:
+            writer.add(made_record)
+    code, _, said = run("--max-disagreement", "0.2")
+    assert code == 2 and "the trace compares options" in said
+    code, said, _ = run("--mode", "cascade", "--max-loss", "0.4")
+    assert code == 0 and "no policy is written" in said
     assert out.read_bytes() == kept

@@ -148,7 +148,7 @@ def test_a_plan_with_a_policy_file_writes_another_beside_it(run, tmp_path: Path)
                 chance = np.ones(30) if p == EXITS[-1] else random.random(30)
                 tokens = np.where(random.random(30) < chance, said, 0).astype(np.int32)
                 exits[p] = ExitRecord(tokens, chance.astype(np.float32).reshape(30, 1, 1), 1.0, 1.0)
-            writer.add(Record(number, 40, said, exits))
+            writer.add(Record(number, str(number), 40, said, exits))
     straight = CurvePoints(temperature=1.0, scores=(0.0, 1.0), chances=(0.0, 1.0))
     old = PolicyFile(
         family="fam", score=Score.MAX_PROBABILITY, thresholds={2: 0.5, 4: 0.5}, curves={2: straight, 4: straight}
