@@ -11,9 +11,9 @@ import torch
 
 from ruyi_flow.bench import Against
 from ruyi_flow.bench.engines import OURS, Engine, as_transformers, llama_cpp, ours, transformers
-from ruyi_flow.bench.nodes import PROMPT, prompts
+from ruyi_flow.bench.nodes import PROMPT, check_whole, prompts
 from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
-from ruyi_flow.errors import ConfigError, RuyiFlowError
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import parse_dtype
 from ruyi_flow.local import Family, load_family
@@ -88,8 +88,7 @@ def per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
         began = time.perf_counter()
         made = engine.generate(ids, n)
         took.append(time.perf_counter() - began)
-        if made != n:
-            raise RuyiFlowError(f"{engine.name} ended after {made} of {n} tokens; is its context too short?")
+        check_whole(engine.name, made, n)
     return (took[1] - took[0]) / (tokens - 1)
 
 
