@@ -158,6 +158,13 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
         (("hop", "--family", "{tiny}"), "has no tokenizer.json"),
         (("decode", "--against", "llama.cpp"), "needs --gguf FILE"),
         (("decode", "--against", "transformers-early-exit", "--early-exit", "7"), "layers 1 … 6"),
+        (("decode", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (("prefill", "--against", "transformers", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (
+            ("decode", "--against", "transformers", "--early-exit", "2"),
+            "--early-exit is for --against transformers-early-",
+        ),
+        (("decode", "--threads", "5000"), "Invalid value for '--threads'"),
         (("prefill", "--against", "transformers-early-exit"), "for decode only"),
         (("prefill", "--prompt-tokens", "1000"), "1001 positions"),
         (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),

@@ -36,7 +36,7 @@ def decode(
         gguf: the file for llama.cpp; the demo family's is fetched when left out.
 
     Raises:
-        ConfigError: an engine that is not installed, or that cannot run this.
+        ConfigError: an engine that is not installed, or cannot run this, or an option of one that is not asked for.
     """
     family = _load(setup, report)
     ids = prompts(family.checkpoint, [PROMPT])[0]
@@ -110,6 +110,11 @@ def _engines(
     report: Report,
 ) -> dict[str, Engine]:
     """Ours and those it is compared with, by name."""
+    for option, given, kind in (("--gguf", gguf, Against.LLAMA_CPP), ("--early-exit", early_exit, Against.EARLY_EXIT)):
+        if given is not None and kind not in against:
+            raise ConfigError(
+                f"{option} is for --against {kind}, which is not asked for; add it, or leave {option} out"
+            )
     engines, model = [ours(family)], None
     for kind in dict.fromkeys(against):
         report(f"loading {kind}", 0, 1)
