@@ -183,6 +183,7 @@ class Engine:
             device=node.device,
             sessions=len(self.shard.sessions),
             max_sessions=node.limits.max_sessions,
+            waiting=self.sessions.waiting,
             used_positions=pool.num_positions - pool.free_positions,
             max_positions=pool.num_positions,
             uptime_s=time.monotonic() - self._started,

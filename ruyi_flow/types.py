@@ -340,6 +340,8 @@ class NodeStatus:
     device: str
     sessions: int
     max_sessions: int
+    waiting: int
+    """Sessions that wait for room."""
     used_positions: int
     max_positions: int
     uptime_s: float
