@@ -20,6 +20,7 @@ from ruyi_flow.runtime.scheduler import WHOLE
 from ruyi_flow.runtime.session import Session, States
 from ruyi_flow.runtime.steps import Task, Worker
 from ruyi_flow.runtime.times import REAL, Pending, Time
+from ruyi_flow.topology import LEAST_AHEAD
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
 __all__ = ["Chain", "Round", "Uplink", "decode"]
@@ -27,9 +28,8 @@ __all__ = ["Chain", "Round", "Uplink", "decode"]
 PART = 128
 """Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
 
-_LOT, _MOST_AHEAD = 8, 32
-"""Decided positions that go up together ahead of a question: fewer are not worth a message, more would hold up the
-question that comes right after them."""
+_MOST_AHEAD = 32
+"""Decided positions that go up together ahead of a question: more would hold up the question that comes after them."""
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
@@ -446,7 +446,7 @@ class Chain:
             return
         start = session.unseen_start(last)
         stop = min(decided, session.positions[last], start + min(self._may_upload, _MOST_AHEAD))
-        if stop - start < _LOT or (self._gate is not None and self._gate(stop - start) is not None):
+        if stop - start < LEAST_AHEAD or (self._gate is not None and self._gate(stop - start) is not None):
             return
         self._may_upload -= stop - start
         states = session.take_unseen(last, stop)

@@ -162,7 +162,7 @@ def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
             f"{s.first_layer}-{s.last_layer - 1}",
             f"{s.parameters / 1e6:,.1f}M",
             f"{s.resident_bytes / 1e6:,.0f} ({s.tensor_bytes / 1e6:,.0f})",
-            f"{s.sessions}/{s.max_sessions}",
+            f"{s.sessions}/{s.max_sessions}" + (f" + {s.waiting} waiting" if s.waiting else ""),
             f"{s.used_positions}/{s.max_positions}",
             f"{s.next_node} {s.next_state}",
         )

@@ -54,7 +54,7 @@ class Engine:
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
-        row = 0 if self._next is None else self._next[1].encoding.row_bytes(hidden) + 16  # token id, part of the frame
+        row = 0 if self._next is None else self._next[1].row_bytes(hidden)
         way = None if self._next is None else self._way
         self.sessions = Sessions(name, self.node.limits, shard, worker, way, row, topology.ahead_of(name, row))
         self.max_draft = min(rows, default=2**31) - 1
@@ -79,6 +79,7 @@ class Engine:
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: node {name!r}: shard: {error}") from None
         topology.check_family(checkpoint.config.exits, where=where)
+        topology.check_bytes(checkpoint.config.hidden_size, where=where)
         missing = [p for p in node.exits if p not in checkpoint.exits]
         if missing:
             raise ConfigError(
@@ -183,6 +184,7 @@ class Engine:
             device=node.device,
             sessions=len(self.shard.sessions),
             max_sessions=node.limits.max_sessions,
+            waiting=self.sessions.waiting,
             used_positions=pool.num_positions - pool.free_positions,
             max_positions=pool.num_positions,
             uptime_s=time.monotonic() - self._started,

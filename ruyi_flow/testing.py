@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ruyi_flow.engine import Engine
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.node import serve
@@ -42,9 +43,14 @@ def tiny_family(
         base: llama, qwen2 or qwen3.
         ordinary: write a plain Hugging Face checkpoint, to which exits are given when it is opened.
         changes: keys of config.json to set or replace.
+
+    Raises:
+        ConfigError: the folder has a family already.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True)
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder}: has a family already; remove it or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     num_layers = exits[-1] + 1
     raw: dict[str, Any] = {
         "model_type": base if ordinary else f"ruyi_{base}",

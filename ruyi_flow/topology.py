@@ -20,9 +20,12 @@ from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.types import Encoding, Mode, Upload, Weights
 
-__all__ = ["Dtype", "Float", "Int", "Limits", "Link", "Model", "Node", "Topology"]
+__all__ = ["LEAST_AHEAD", "Dtype", "Float", "Int", "Limits", "Link", "Model", "Node", "Topology"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+LEAST_AHEAD = 8
+"""Positions that go up together at the least where nothing is asked about them (`chain.py`)."""
 
 
 def _address(value: str) -> str:
@@ -118,10 +121,14 @@ class Link(Model):
     """Dial this instead of the target's own address: a proxy, a tunnel, a relay."""
     upload: Upload = Upload.ON_DEMAND
     """`ahead` sends states of decided tokens up while the link is idle, so that a question finds its catch-up done."""
-    ahead_bytes: Int = Field(default=16 * 1024 * 1024, ge=0)
+    ahead_bytes: Int = Field(default=16 * 1024 * 1024, ge=1)
     """Of a session, that may go up ahead of any question."""
     timeout_s: Float = Field(default=30.0, gt=0, le=1e6)
     """Deadline of one block's answer over this link, everything beyond it included."""
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """Bytes of one position on it: its boundary state, its token id, and its part of the frame."""
+        return self.encoding.row_bytes(hidden_size) + 16
 
 
 class PolicyDefaults(Model):
@@ -262,6 +269,27 @@ class Topology(Model):
                 "every stage of the trunk needs a node: add it to a node's exits"
             )
 
+    def check_bytes(self, hidden_size: int, *, where: str = "topology") -> None:
+        """Check the bytes that may go up on each link against the size of the family's boundary states.
+
+        Raises:
+            ConfigError: so few that nothing would ever go up.
+        """
+        for i, link in enumerate(self.links):
+            row, node = link.row_bytes(hidden_size), self.node(link.source)
+            if link.upload is Upload.AHEAD and link.ahead_bytes < LEAST_AHEAD * row:
+                raise ConfigError(
+                    f"{where}: links.{i}.ahead_bytes: {link.ahead_bytes} are less than the {LEAST_AHEAD * row} of "
+                    f"{LEAST_AHEAD} positions, and fewer never go up ahead; allow more, or leave upload out"
+                )
+            allowed = node.limits.bytes_up_per_minute
+            if allowed is not None and allowed < row:
+                raise ConfigError(
+                    f"{where}: nodes.{self.nodes.index(node)}.limits.bytes_up_per_minute: {allowed} are less than the "
+                    f"{row} of one position, so nothing would ever go up; allow more, or say limits.deepest: "
+                    f"{node.exits[-1]}"
+                )
+
     def _cross_check(self, where: str) -> None:
         def fail(key: str, message: str) -> None:
             raise ConfigError(f"{where}: {key}: {message}")
@@ -293,6 +321,8 @@ class Topology(Model):
                 )
             if any((link.source, link.target) == (other.source, other.target) for other in self.links[:i]):
                 fail(f"links.{i}", f"{link.source} → {link.target} is there twice; keep one")
+            if link.upload is not Upload.AHEAD and link.ahead_bytes != Link.model_fields["ahead_bytes"].default:
+                fail(f"links.{i}.ahead_bytes", "goes with upload: ahead; add that, or leave it out")
         for i, node in enumerate(self.nodes):
             deepest = node.limits.deepest
             if deepest is not None and (deepest not in self.all_exits or deepest < node.exits[0]):

@@ -129,7 +129,7 @@ class Weights(StrEnum):
     BF16 = "bf16"
     """As they are, in bfloat16."""
     INT8 = "int8"
-    """8 bits and a scale a row."""
+    """8 bits, a scale and a zero for 32 values."""
     INT4 = "int4"
     """4 bits, a scale and a zero for 32 values; heads, which are worth more, in 8 bits."""
 
@@ -340,6 +340,8 @@ class NodeStatus:
     device: str
     sessions: int
     max_sessions: int
+    waiting: int
+    """Sessions that wait for room."""
     used_positions: int
     max_positions: int
     uptime_s: float

@@ -1,6 +1,7 @@
 """`ruyi-flow bench`: what it prints, and what it refuses. Nothing here looks at how long anything took."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -128,6 +129,16 @@ def test_serve_compares_many_with_one(measured) -> None:  # type: ignore[no-unty
     assert found["settings"]["sessions"] == 3 and found["settings"]["rate"] == 50
 
 
+@pytest.mark.parametrize("bench", ["serve", "wan"])
+def test_tokens_that_do_not_come_are_not_counted(run, spoken: Path, tmp_path: Path, bench: str) -> None:  # type: ignore[no-untyped-def]
+    short = shutil.copytree(spoken, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    sizes = ("--tokens", "60", "--rounds", "1", "--threads", "1")
+    code, out, err = run("bench", bench, "--family", str(short), "--out", str(tmp_path), *sizes)
+    assert code == 2 and out == "" and "ended after" in err and "of 60 tokens; is its context too short?" in err
+
+
 def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
     assert list(turns(["a", "b"], 1, unseen)) == [("a", False), ("b", False), ("a", True), ("b", True)]
 
@@ -147,6 +158,13 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
         (("hop", "--family", "{tiny}"), "has no tokenizer.json"),
         (("decode", "--against", "llama.cpp"), "needs --gguf FILE"),
         (("decode", "--against", "transformers-early-exit", "--early-exit", "7"), "layers 1 … 6"),
+        (("decode", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (("prefill", "--against", "transformers", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (
+            ("decode", "--against", "transformers", "--early-exit", "2"),
+            "--early-exit is for --against transformers-early-",
+        ),
+        (("decode", "--threads", "5000"), "Invalid value for '--threads'"),
         (("prefill", "--against", "transformers-early-exit"), "for decode only"),
         (("prefill", "--prompt-tokens", "1000"), "1001 positions"),
         (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),

@@ -1,6 +1,7 @@
 """The command line: what commands print, and that every user error is one line and exit status 2."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,65 @@ def test_pull_and_shard_report_in_json(run, tmp_path: Path, home: Path) -> None:
     assert code == 2 and "exists already" in err
 
 
+@pytest.fixture
+def rounded(tmp_path: Path, spoken: Path) -> Path:
+    """One node in 4 bits of a family with a tokenizer, as a file."""
+    family = tiny_family(tmp_path / "family", vocab_size=261, eos_token_id=258, intermediate_size=64)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(spoken / name, family / name)
+    file, node = tmp_path / "rounded.yaml", {"name": "whole", "exits": [2, 4, 6], "weights": "int4"}
+    file.write_text(yaml.safe_dump({"family": str(family), "nodes": [node]}))
+    return file
+
+
+def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(  # type: ignore[no-untyped-def]
+    run, rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    asked, text = tmp_path / "asked.jsonl", tmp_path / "text.txt"
+    asked.write_text('{"prompt": "hi"}\n')
+    text.write_text("some text")
+    call = ("shard", "-t", str(rounded), "--prompts", str(asked), "--threads", "3")
+    code, out, _ = run(*call, "-o", str(tmp_path / "a"))
+    assert code == 0 and "what few bits cost" in out and "perplexity: over the beginning of a text, --text FILE" in out
+    assert threads == [3]
+    code, out, _ = run(*call, "-o", str(tmp_path / "b"), "--text", str(text), "--json")
+    assert code == 0 and all(row["perplexity"] > 1 for row in json.loads(out)["quality"])
+    (tmp_path / "family" / "tokenizer.json").unlink()
+    code, out, _ = run("shard", "-t", str(rounded), "-o", str(tmp_path / "c"))
+    assert code == 0 and "not measured: the family has no tokenizer.json" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("--prompts", None, "asked: cannot be read"),
+        ("--prompts", b"{", "asked, line 1: neither a chat nor an answer"),
+        ("--prompts", b"", "asked: has no prompts"),
+        ("--text", None, "asked: cannot be read as text"),
+        ("--text", b"\xff", "asked: cannot be read as text"),
+    ],
+)
+def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-untyped-def]
+    run, rounded: Path, tmp_path: Path, option: str, content: bytes | None, message: str
+) -> None:
+    file, folder = tmp_path / "asked", tmp_path / "shards"
+    if content is not None:
+        file.write_bytes(content)
+    code, out, err = run("shard", "-t", str(rounded), "-o", str(folder), option, str(file))
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1 and not folder.exists()
+    (tmp_path / "family" / "tokenizer.json").unlink()
+    code, out, err = run("shard", "-t", str(rounded), "-o", str(folder), option, str(file))
+    assert code == 2 and "has no tokenizer.json, so what few bits cost" in err and not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("generate", "-t", "none.yaml", "-p", "x"), "none.yaml: no such topology file"),
         (("shard", "-t", "{topology}", "-o", "{topology}"), "cannot be written"),
+        (("shard", "-t", "{topology}", "-o", "x", "--text", "y"), "nothing is rounded here"),
         (("up", "-t", "{topology}"), "runs inside its clients"),
         (("generate", "-t", "{topology}", "-p", "x"), "has no tokenizer.json"),
         (("generate", "-t", "{topology}", "-p", ""), "prompt is empty"),

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import load_file
 
 from ruyi_flow.client import AsyncClient, Client, Reply
+from ruyi_flow.display import status_table
 from ruyi_flow.engine import Engine
 from ruyi_flow.errors import (
     CapacityError,
@@ -582,6 +583,26 @@ async def test_status_tells_what_a_node_holds(tiny: Path) -> None:
         whole = sum(tensor.numel() for tensor in load_file(tiny / "model.safetensors").values())
         assert first.parameters + second.parameters == whole
         assert first.sessions == 0 and first.used_positions == 0
+
+
+async def test_status_tells_how_many_sessions_wait_for_room(tiny: Path) -> None:
+    limits = {"max_sessions": 1, "max_positions": 512, "grace_s": 1}
+    topology = cut_topology(tiny, [[2, 4, 6]], limits=limits)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        stream = client.stream([5, 6, 7], max_new_tokens=200, eos_token_ids=())
+        await anext(stream)
+        late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))
+        async with asyncio.timeout(10):
+            while not nodes.engines["n0"].sessions.waiting:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        status = (await client.status())["n0"]
+        assert isinstance(status, NodeStatus) and (status.sessions, status.waiting) == (1, 1)
+        assert [*status_table({"n0": status}).columns[6].cells] == ["1/1 + 1 waiting"]
+        await stream.aclose()
+        await late
+        status = (await client.status())["n0"]
+        assert isinstance(status, NodeStatus) and status.waiting == 0
+        await nodes.settle()
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
+from ruyi_flow.engine import Engine
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.topology import Limits, Link, Node, PolicyDefaults, Topology
-from ruyi_flow.types import Encoding, Mode
+from ruyi_flow.testing import cut_topology
+from ruyi_flow.topology import LEAST_AHEAD, Limits, Link, Node, PolicyDefaults, Topology
+from ruyi_flow.types import Encoding, Mode, Upload
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -104,6 +106,12 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("links.-", {"from": "edge", "to": "cloud"}, ["links.2", "is there twice"]),
         ("links.0.encoding", "int4", ["links.0.encoding", "'int4'"]),
         ("links.0.timeout_s", -1, ["links.0.timeout_s", "-1"]),
+        ("links.0.ahead_bytes", 4096, ["links.0.ahead_bytes", "goes with upload: ahead"]),
+        (
+            "links.0",
+            {"from": "device", "to": "edge", "upload": "ahead", "ahead_bytes": 0},
+            ["links.0.ahead_bytes", "0: must be 1 or more"],
+        ),
         ("family", None, ["family", "required"]),
         ("policy", {"mode": "token"}, ["policy", "needs a threshold"]),
         ("policy", {"mode": "fixed", "exit": 6}, ["policy", "exit 6 is not one of"]),
@@ -145,6 +153,30 @@ def test_exits_are_checked_against_the_family() -> None:
         topology.check_family((7, 11, 17, 23, 29))
     with pytest.raises(ConfigError, match="no node holds exit 3"):
         topology.check_family((3, 5, 11, 17, 23, 29))
+
+
+def test_bytes_that_let_nothing_up_are_refused_where_the_familys_size_is_known() -> None:
+    data = three()
+    data["links"][0] |= {"encoding": "int8", "upload": "ahead", "ahead_bytes": 8 * (32 + 4 + 16)}
+    data["nodes"][1]["limits"] = {"bytes_up_per_minute": 2 * 32 + 16}
+    topology = Topology.parse(data)
+    topology.check_bytes(32)
+    assert topology.ahead_of("device", 32 + 4 + 16) == LEAST_AHEAD
+    data["links"][0]["ahead_bytes"] -= 1
+    with pytest.raises(ConfigError, match=r"links\.0\.ahead_bytes: 415 are less than the 416 of 8 positions"):
+        Topology.parse(data).check_bytes(32)
+    data["links"][0] |= {"ahead_bytes": 416}
+    data["nodes"][1]["limits"]["bytes_up_per_minute"] -= 1
+    with pytest.raises(ConfigError, match=r"nodes\.1\.limits\.bytes_up_per_minute: 79 are less than the 80 of one pos"):
+        Topology.parse(data).check_bytes(32)
+
+
+def test_a_node_refuses_bytes_that_let_nothing_up(tiny: Path) -> None:
+    [link] = cut_topology(tiny, [[2], [4, 6]]).links
+    few = link.model_copy(update={"upload": Upload.AHEAD, "ahead_bytes": 100})
+    topology = cut_topology(tiny, [[2], [4, 6]]).model_copy(update={"links": (few,)})
+    with pytest.raises(ConfigError, match=r"t\.yaml: links\.0\.ahead_bytes: 100 are less than"):
+        Engine.load(topology, "n0", where="t.yaml")
 
 
 def test_an_unknown_node_gets_a_suggestion() -> None:

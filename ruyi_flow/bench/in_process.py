@@ -11,9 +11,9 @@ import torch
 
 from ruyi_flow.bench import Against
 from ruyi_flow.bench.engines import OURS, Engine, as_transformers, llama_cpp, ours, transformers
-from ruyi_flow.bench.nodes import PROMPT, prompts
+from ruyi_flow.bench.nodes import PROMPT, check_whole, prompts
 from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
-from ruyi_flow.errors import ConfigError, RuyiFlowError
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import parse_dtype
 from ruyi_flow.local import Family, load_family
@@ -36,7 +36,7 @@ def decode(
         gguf: the file for llama.cpp; the demo family's is fetched when left out.
 
     Raises:
-        ConfigError: an engine that is not installed, or that cannot run this.
+        ConfigError: an engine that is not installed, or cannot run this, or an option of one that is not asked for.
     """
     family = _load(setup, report)
     ids = prompts(family.checkpoint, [PROMPT])[0]
@@ -88,8 +88,7 @@ def per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
         began = time.perf_counter()
         made = engine.generate(ids, n)
         took.append(time.perf_counter() - began)
-        if made != n:
-            raise RuyiFlowError(f"{engine.name} ended after {made} of {n} tokens; is its context too short?")
+        check_whole(engine.name, made, n)
     return (took[1] - took[0]) / (tokens - 1)
 
 
@@ -111,6 +110,11 @@ def _engines(
     report: Report,
 ) -> dict[str, Engine]:
     """Ours and those it is compared with, by name."""
+    for option, given, kind in (("--gguf", gguf, Against.LLAMA_CPP), ("--early-exit", early_exit, Against.EARLY_EXIT)):
+        if given is not None and kind not in against:
+            raise ConfigError(
+                f"{option} is for --against {kind}, which is not asked for; add it, or leave {option} out"
+            )
     engines, model = [ours(family)], None
     for kind in dict.fromkeys(against):
         report(f"loading {kind}", 0, 1)

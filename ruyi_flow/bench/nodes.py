@@ -12,6 +12,7 @@ import yaml
 
 from ruyi_flow.client import AsyncClient, Prompt, Reply
 from ruyi_flow.entry import load_tokenizer, prompt_ids
+from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.requests import GenerateRequest
@@ -19,7 +20,7 @@ from ruyi_flow.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
 from ruyi_flow.topology import Topology
 
-__all__ = ["PROMPT", "ask", "daemons", "prompts"]
+__all__ = ["PROMPT", "ask", "check_whole", "daemons", "prompts"]
 
 PROMPT = "Why is the sky blue?"
 
@@ -35,10 +36,22 @@ def prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
 
 
 async def ask(client: AsyncClient, prompt: Prompt, tokens: int, **options: Any) -> Reply:
-    """An answer of exactly so many tokens, all of them the last exit's; without drafts, unless options say so."""
-    return await client.generate(
+    """An answer of exactly so many tokens, all of them the last exit's; without drafts, unless options say so.
+
+    Raises:
+        RuyiFlowError: it ended early.
+    """
+    reply = await client.generate(
         prompt, **{"mode": "exact", "draft": 0} | options, max_new_tokens=tokens, eos_token_ids=()
     )
+    check_whole("an answer", len(reply.tokens), tokens)
+    return reply
+
+
+def check_whole(what: str, came: int, asked: int) -> None:
+    """Raise RuyiFlowError unless as many tokens came as were asked for: figures a token would be of others."""
+    if came != asked:
+        raise RuyiFlowError(f"{what} ended after {came} of {asked} tokens; is its context too short?")
 
 
 @asynccontextmanager

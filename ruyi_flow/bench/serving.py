@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ruyi_flow.bench.nodes import daemons, prompts
+from ruyi_flow.bench.nodes import check_whole, daemons, prompts
 from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.family import store
@@ -29,6 +29,9 @@ async def serve(setup: Setup, *, sessions: int = 16, rate: float = 0.0, report: 
     Args:
         sessions: how many.
         rate: of them that come in a second, on average, as a Poisson process; 0 for all at once.
+
+    Raises:
+        RuyiFlowError: an answer ended early.
     """
     checkpoint = Checkpoint(store.locate(setup.family))
     texts = [f"Question {i + 1}: why is the {_THINGS[i % len(_THINGS)]}?" for i in range(sessions)]
@@ -81,4 +84,5 @@ async def _session(client: AsyncClient, ids: Sequence[int], tokens: int, wait_s:
         async for event in events:
             if isinstance(event, Token):
                 times.append(time.perf_counter())
+    check_whole("an answer", len(times) - 1, tokens)
     return times

@@ -33,7 +33,7 @@ DEMO_POLICY = Path("configs/policies/smollm2-5-percent.yaml")
 FamilyOption = Annotated[str, typer.Option(help="A folder, or a name in the store; smollm2 is fetched when missing.")]
 WeightsOption = Annotated[Weights | None, typer.Option(help="How products hold their weights; left out: as they are.")]
 DtypeOption = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
-ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads of every process that computes.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of every process that computes.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="New tokens an answer.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds that count; one more warms up.")]
 AgainstOption = Annotated[

@@ -23,6 +23,7 @@ from ruyi_flow.types import NodeStatus, Weights
 
 if TYPE_CHECKING:
     from ruyi_flow.evaluation.quality import Quality
+    from ruyi_flow.family.checkpoint import Checkpoint
 
 __all__ = ["LogLevel", "node", "shard", "start_nodes", "status", "up"]
 
@@ -44,6 +45,7 @@ def shard(
         Path | None, typer.Option(help="JSON lines as for trace; what few bits cost is measured on these prompts.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A text file; the perplexity on its beginning is measured.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of torch; left out, all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Cut a family into one shard a node: one safetensors file, config.json, and for the entry node the tokenizer.
@@ -54,12 +56,24 @@ def shard(
     whole family is measured and shown: how often its last exit still says the
     same as in bfloat16, along bfloat16's answers, and its perplexity.
     """
+    import torch
+
+    from ruyi_flow.entry import load_tokenizer
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint, cut
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     loaded = load_topology(topology)
     checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
     loaded.check_family(checkpoint.config.exits, where=str(topology))
+    rounded = {node.weights for node in loaded.nodes} if checkpoint.weights is None else set()
+    formats = tuple(w for w in (Weights.INT8, Weights.INT4) if w in rounded)
+    tokenizer = load_tokenizer(checkpoint) if formats else None
+    if prompts is not None or text is not None:
+        if not formats:
+            raise ConfigError("--prompts and --text measure what rounding to few bits costs; nothing is rounded here")
+        _check_questions(checkpoint, tokenizer, prompts, text)
     shards = []
     with progress_bar("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
         for i, node in enumerate(loaded.nodes):
@@ -67,9 +81,8 @@ def shard(
             size = (folder / "model.safetensors").stat().st_size
             shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
             progress(i + 1)
-    formats = tuple(w for w in (Weights.INT8, Weights.INT4) if any(node.weights is w for node in loaded.nodes))
     cost: list[Quality] = []
-    if formats and checkpoint.weights is None:
+    if tokenizer is not None:
         from ruyi_flow.evaluation.quality import measure_quality
 
         with counting_bar(quiet=as_json) as report:
@@ -88,6 +101,30 @@ def shard(
             shown = "-" if q.perplexity is None else f"{q.perplexity:.2f}"
             table.add_row(q.weights, f"{q.agreement:.3f}", str(q.tokens), shown)
         out.print(table)
+        if text is None:
+            out.print("perplexity: over the beginning of a text, --text FILE")
+    elif formats:
+        out.print("what few bits cost is not measured: the family has no tokenizer.json")
+
+
+def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | None, text: Path | None) -> None:
+    """What the cost of few bits is measured on can be read; told before anything is cut, which is not done twice.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a family without a tokenizer.
+    """
+    from ruyi_flow.evaluation.scorers import read_asked
+    from ruyi_flow.routing.trace import Scorer
+
+    if tokenizer is None:
+        raise ConfigError(f"{checkpoint.folder}: it has no tokenizer.json, so what few bits cost cannot be measured")
+    if prompts is not None and not list(read_asked(prompts, tokenizer, Scorer.AGREEMENT)):
+        raise ConfigError(f"{prompts}: has no prompts")
+    if text is not None:
+        try:
+            text.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{text}: cannot be read as text: {error}") from None
 
 
 @app.command()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint, format_of
 from ruyi_flow.family.linear import Linear, Quantized, pack
 from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, RMSNorm
@@ -66,6 +66,7 @@ def load_slice(
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than config.json says, or cannot be held like this.
+        ConfigError: a GPU that has no kernel for weights in few bits.
     """
     config, held = checkpoint.config, checkpoint.weights
     if held is not None and weights not in (None, held):
@@ -75,6 +76,13 @@ def load_slice(
     if weights is Weights.BF16 and dtype is not torch.bfloat16:
         raise CheckpointError(f"weights: bf16 goes with dtype: bfloat16, not with {dtype}; leave weights out")
     few_bits = held or (weights if weights is not Weights.BF16 else None)
+    if few_bits and torch.device(device).type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:  # torch's 4-bit kernel
+            raise ConfigError(
+                f"weights: {few_bits} needs a GPU of compute capability 8.0, {device} has {major}.{minor}; "
+                "take device: cpu, or weights as the family has them"
+            )
     with torch.device("meta"):
         model = FamilySlice(config, exits)
     model.requires_grad_(False)

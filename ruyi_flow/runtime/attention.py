@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -25,14 +26,27 @@ __all__ = [
 LONG_PAGE = 256
 """Positions of a page as flash-attn's kernel sees the memory: it takes multiples of 256 only."""
 
+logger = logging.getLogger(__name__)
 
-def flash_attention(device: torch.device, dtype: torch.dtype) -> Any:
-    """flash-attn, where it is installed and has kernels for this, else None."""
+
+def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+    """flash-attn, where it is installed and has kernels for this, else None for SDPA; the log says why not."""
     if device.type != "cuda" or dtype is torch.float32 or find_spec("flash_attn") is None:
         return None
-    import flash_attn
-
-    return flash_attn
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        why = f"it needs compute capability 8.0, {device} has {major}.{minor}"
+    elif head_dim > 256:
+        why = f"it has heads of up to 256 values, the family's have {head_dim}"
+    else:
+        try:
+            import flash_attn
+        except (ImportError, OSError) as error:  # built for another torch, or another CUDA
+            why = f"it cannot be loaded: {error}"
+        else:
+            return flash_attn
+    logger.warning("flash-attn is left out, torch's own attention runs instead: %s", why)
+    return None
 
 
 def page_table(first: int, positions: int, num_pages: int) -> list[int]:

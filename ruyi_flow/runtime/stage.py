@@ -44,7 +44,7 @@ class Shard:
         self.rooms = Rooms(max_positions, max_sessions, config.max_positions)
         self.pool, self.sessions = self.rooms.pool, self.rooms.sessions
         self.rope = Rope(config, weight.dtype, weight.device)
-        self.flash = flash_attention(weight.device, weight.dtype)
+        self.flash = flash_attention(weight.device, weight.dtype, config.head_dim)
         if paged is None:
             paged = weight.is_cuda
         positions = self.pool.num_positions + (LONG_PAGE if paged else 0)

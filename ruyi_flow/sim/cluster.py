@@ -136,7 +136,8 @@ class Cluster:
         if self._links[tier] is not None:
             up, down = self._link(tier, number)
             way = self._way(tier, number, up, down)
-        row = this.row_bytes + 16  # its token id, its part of the frame
+        link = self._links[tier]
+        row = 0 if link is None else link.row_bytes(this.profile.hidden_size)
         ahead = self._scenario.ahead_of(node.name, row)
         sessions = Sessions(node.name, limits, stages, worker, way, row, ahead, time)
         return Instance(worker, sessions, self._outages(node), up, down)

@@ -61,6 +61,7 @@ class Simulation:
         self.scenario, self._where = scenario, where
         self.profiles = tuple(profiles or profiles_of(scenario, where))
         _check_stages(scenario, self.profiles, where)
+        scenario.check_bytes(self.profiles[0].hidden_size, where=where)
         self._routing = scenario.policy.routing(where)
         self._policy = Policy.resolve(self._routing, scenario.all_exits)
         self._source = random.Random(f"{scenario.seed}/load")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
@@ -195,3 +195,12 @@ def test_load_family_says_what_is_wrong(tiny: Path, tmp_path: Path, home: Path) 
     (tmp_path / "y.gguf").write_bytes(b"GGUF" + b"\0" * 20)
     with pytest.raises(CheckpointError, match="truncated, or not a model"):
         load_family(tmp_path / "y.gguf")
+
+
+def test_a_tiny_family_takes_an_empty_folder_and_leaves_a_family_alone(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path)
+    assert Checkpoint(folder).exits == (2, 4, 6)
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="has a family already"):
+        tiny_family(folder, seed=1)
+    assert (folder / "model.safetensors").read_bytes() == before

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.errors import CheckpointError, RuyiFlowError
+from ruyi_flow.errors import CheckpointError, ConfigError, RuyiFlowError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.family.linear import GROUP, Linear, Quantized, pack
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import cluster, cut_topology, tiny_family
 from ruyi_flow.types import Weights
@@ -205,6 +206,15 @@ def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
     narrow = tiny_family(tmp_path / "narrow", intermediate_size=48)
     with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 32 columns; take weights: bf16"):
         load_family(narrow, weights="int4")
+
+
+@pytest.mark.parametrize("weights", FEW)
+def test_a_gpu_without_the_kernel_for_few_bits_is_refused(
+    family: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ConfigError, match=f"weights: {weights} needs a GPU of compute capability 8.0, cuda:1 has 7.5"):
+        load_slice(Checkpoint(family), (2, 4, 6), dtype=torch.bfloat16, device="cuda:1", weights=weights)
 
 
 def test_a_shard_whose_tensors_do_not_fit_is_refused(family: Path, tmp_path: Path) -> None:

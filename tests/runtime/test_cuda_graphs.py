@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -97,7 +98,7 @@ def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
     ours = memory.clone()
     told = torch.tensor(plan(blocks, 16, 512, num_pages), dtype=torch.int32, device=device)
     at, lengths, tables = told.split((16, 16, 32))
-    flash = flash_attention(torch.device(device), dtype)
+    flash = flash_attention(torch.device(device), dtype, d)
     padded = [torch.cat([t, torch.full_like(t[:6], torch.nan)]) for t in (q, k, v)]
     found = PagedAttention(ours, at, lengths, tables.view(16, 2), flash)(1, *padded, None)[:n]
     each = [CachedAttention(memory[:, :, :, b.run.positions], b.start, b.count) for b in blocks]
@@ -123,6 +124,37 @@ def test_rows_as_sequences_give_the_same_on_cuda() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_flash_attns_pages_give_what_sdpa_gives_session_by_session(dtype: torch.dtype) -> None:
     check_paged("cuda", dtype, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("source", "capability", "head_dim", "message"),
+    [
+        ("", (8, 0), 256, None),
+        ("", (7, 5), 64, "it needs compute capability 8.0, cuda has 7.5"),
+        ("", (9, 0), 288, "it has heads of up to 256 values, the family's have 288"),
+        ("import flash_attn_2_cuda_that_is_not_there", (8, 0), 64, "it cannot be loaded: No module named"),
+        ("raise OSError('libcudart.so.11.0: no such file')", (8, 0), 64, "it cannot be loaded: libcudart"),
+    ],
+)
+def test_flash_attn_that_cannot_run_is_left_out_and_the_log_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    source: str,
+    capability: tuple[int, int],
+    head_dim: int,
+    message: str | None,
+) -> None:
+    (tmp_path / "flash_attn.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = flash_attention(torch.device("cuda"), torch.bfloat16, head_dim)
+    sys.modules.pop("flash_attn", None)
+    if message is None:
+        assert found.__name__ == "flash_attn" and not caplog.records
+    else:
+        assert found is None and len(caplog.records) == 1 and message in caplog.text
 
 
 PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90, 7)]

@@ -322,6 +322,13 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
         build(profile=None, family="ruyi2", behaviour={"agreement": {2: 0.5, 21: 0.9}}, nodes=nodes, links=[])
 
 
+def test_bytes_that_let_nothing_up_are_refused(simulate: Simulate) -> None:
+    asked = data(((2,), (4, 6)))
+    asked["links"][0] |= {"upload": "ahead", "ahead_bytes": 8}
+    with pytest.raises(ConfigError, match=r"test.yaml: links.0.ahead_bytes: 8 are less than"):
+        simulate(asked)
+
+
 def test_a_topology_is_a_scenario_once_a_load_is_added(tmp_path: Path) -> None:
     (tmp_path / "topology.yaml").write_text(
         "family: family\n"

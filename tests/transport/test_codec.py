@@ -111,6 +111,7 @@ def test_statuses_come_back() -> None:
         "cpu",
         1,
         2,
+        10,
         3,
         4,
         5.5,

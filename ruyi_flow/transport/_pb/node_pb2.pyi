@@ -463,7 +463,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id")
+    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -484,6 +484,7 @@ class StatusReply(_message.Message):
     NEXT_NODE_FIELD_NUMBER: _ClassVar[int]
     NEXT_STATE_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     node: str
     tier: str
     state: str
@@ -504,4 +505,5 @@ class StatusReply(_message.Message):
     next_node: str
     next_state: str
     process_id: int
-    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ...) -> None: ...
+    waiting: int
+    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
