@@ -13,6 +13,7 @@ from ruyi_flow import cli
 from ruyi_flow.client import Client
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Writer
 from ruyi_flow.topology import Topology
@@ -42,11 +43,32 @@ def test_a_policy_comes_back(tmp_path: Path) -> None:
         ({"treshold": 1}, "unknown key.*did you mean"),
         ({"thresholds": {2: -1.0}}, "a threshold is -1.0"),
         ({"curves": {2: {"temperature": 1.0, "scores": [1.0, 0.0], "chances": [0.0, 1.0]}}}, "its points must ascend"),
+        ({"thresholds": {2: 0.5, 3: 0.4}}, "p.yaml: curves: exit 3 has none, and its threshold of 0.4"),
+        ({"back": 0.9}, "p.yaml: back: goes with mode 'cascade', this is for mode 'token'"),
+        ({"window": 3}, "p.yaml: window: goes with mode 'cascade'"),
+        ({"start": {"weights": {2: [0.0] * 5}, "chance": 0.5}}, "p.yaml: start: goes with mode 'cascade'"),
     ],
 )
 def test_files_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PolicyFile.load(write(tmp_path / "p.yaml", **changes))
+
+
+def test_an_exit_that_is_never_sure_needs_no_curve(tmp_path: Path) -> None:
+    policy = PolicyFile.load(write(tmp_path / "p.yaml", thresholds={2: 0.5, 3: 1.1}))
+    assert policy.thresholds[3] == 1.1 and 3 not in policy.curves
+
+
+@pytest.mark.parametrize("mode", [None, Mode.EXACT])
+@pytest.mark.parametrize("curved", [(7,), (2, 7)], ids=["only exit 7", "a curve too many"])
+def test_a_policy_of_other_exits_is_refused_in_every_mode(
+    tmp_path: Path, mode: Mode | None, curved: tuple[int, ...]
+) -> None:
+    curve = {"temperature": 1.0, "scores": [0.0, 1.0], "chances": [0.0, 1.0]}
+    path = write(tmp_path / "p.yaml", thresholds={curved[0]: 0.5}, curves=dict.fromkeys(curved, curve))
+    routing = PolicyFile.load(path).routing(mode)
+    with pytest.raises(RequestError, match="exit 7 is not one of the family's exits"):
+        Policy.resolve(routing, (2, 4, 6))
 
 
 def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path: Path) -> None:
