@@ -177,12 +177,16 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     kept = out.read_bytes()
     for arguments, message in (
         (("--max-latency", "1"), "needs --topology"),
-        (("--max-escalation", "0"), "must be above 0"),
-        (("--max-escalation", "2"), "it is a share"),
+        (("--max-escalation", "0"), "--max-escalation is 0; it must be above 0"),
+        (("--max-escalation", "2"), "--max-escalation is 2; it is a share"),
+        (("--max-bytes-per-token", "-3"), "--max-bytes-per-token is -3; it must be above 0"),
+        (("--confidence", "1"), "--confidence is 1; it must lie between 0 and 1"),
         (("--max-bytes-per-token", "1", "--max-disagreement", "0.01"), "cannot show"),
-        (("--mode", "exact"), "has nothing to calibrate"),
-        (("--mode", "cascade", "--max-escalation", "0.5"), "mode cascade takes --max-loss"),
-        (("--score", "probe", "--mode", "cascade", "--max-loss", "2"), "between 0 and 1"),
+        (("--mode", "cascade", "--max-escalation", "0.5"), "--max-escalation goes with mode token, not with cascade"),
+        (("--mode", "cascade", "--topology", str(topology)), "--topology goes with mode token"),
+        (("--max-loss", "0.1"), "--max-loss goes with mode cascade, not with token"),
+        (("--window", "4"), "--window goes with mode cascade"),
+        (("--score", "probe", "--mode", "cascade", "--max-loss", "2"), "--max-loss is 2; it must lie between 0 and 1"),
     ):
         code, _, said = run(*arguments)
         assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
@@ -194,3 +198,26 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     code, _, said = run("--max-escalation", "0.5", *given)
     assert code == 2 and "has exits [1, 2, 4, 6], the trace [2, 4, 6]" in said
     assert out.read_bytes() == kept
+
+
+def test_calibrate_checks_where_it_writes_before_it_computes(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    trace, other, folder = tmp_path / "t.msgpack", tmp_path / "notes.yaml", tmp_path / "report"
+    with Writer(trace, HEADER) as writer:
+        writer.add(made(1, 8).records[0])
+    other.write_text("note: keep me\n")
+    kept = trace.read_bytes()
+    for arguments, message in (
+        (("--out", str(trace)), "t.msgpack: is there and is not a policy file; name another one, or remove it"),
+        (("--out", str(other)), "notes.yaml: is there and is not a policy file"),
+        (("--out", "."), "--out .: is a folder; name a file"),
+        (("--out", str(tmp_path / "none/p.yaml"), "--report", str(folder)), "there is no folder"),
+        (("--out", str(tmp_path / "p.yaml"), "--report", str(other)), "notes.yaml is a file; name a folder"),
+        (("--out", str(tmp_path / "p.yaml"), "--report", str(other / "r")), "notes.yaml is a file; name a folder"),
+    ):
+        code, _, said = run("calibrate", str(trace), *arguments)
+        assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert trace.read_bytes() == kept and other.read_text() == "note: keep me\n" and not folder.exists()
+    code, _, said = run("calibrate", str(trace), "--seed", "-1")
+    assert code == 2 and "than or equal to 0" in said and "Traceback" not in said
+    code, _, said = run("calibrate", str(trace), "--mode", "exact")
+    assert code == 2 and "'exact' is not one of 'token'" in said
