@@ -50,6 +50,7 @@ class Family:
         self.checkpoint = checkpoint
         self.config: FamilyConfig = checkpoint.config
         self.exits = checkpoint.config.exits
+        self.weights = checkpoint.weights or weights
         found = find_device(device, "device")
         self.model = load_slice(checkpoint, self.exits, dtype=dtype, device=found, weights=weights, compiled=compile)
         if compile:

@@ -49,7 +49,17 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny family whose tokenizer knows single bytes."""
-    folder = tiny_family(tmp_path_factory.mktemp("spoken") / "spoken", vocab_size=261, eos_token_id=258)
+    return _spoken(tmp_path_factory.mktemp("spoken") / "spoken")
+
+
+@pytest.fixture(scope="session")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, in a shape whose weights can be held in 8 and 4 bits."""
+    return _spoken(tmp_path_factory.mktemp("spoken") / "even", intermediate_size=64)
+
+
+def _spoken(folder: Path, **changes: int) -> Path:
+    tiny_family(folder, vocab_size=261, eos_token_id=258, **changes)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))

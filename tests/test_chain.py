@@ -294,7 +294,9 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
         async def close(self) -> None: ...
 
     shard = world.cuts[2][0]
-    routing = Routing(mode, threshold=None if mode is Mode.EXACT else 0.05, draft=draft, window=2, fallback=True)
+    given = {} if mode is Mode.EXACT else {"threshold": 0.05}
+    given |= {"window": 2} if mode is Mode.CASCADE else {}
+    routing = Routing(mode, draft=draft, fallback=True, **given)
     policy = Policy.resolve(routing, EXITS)
     session = shard.open(policy, SamplingParams(), 3, 20, stands_in=True)
     chain = Chain(session, InlineWorker(), "n0", lambda policy: Lost())

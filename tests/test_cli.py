@@ -10,6 +10,7 @@ import yaml
 
 from ruyi_flow.client import Client
 from ruyi_flow.local import load_family
+from ruyi_flow.routing.confidence import Curve
 from ruyi_flow.testing import tiny_family
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,16 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
         (("generate", "-t", "{topology}", "-p", "x", "--exit", "3"), "exit 3 is not one"),
         (("generate", "-t", "{topology}", "-p", "x", "--threshold", "high"), "--threshold is 'high'; write 0.8"),
         (("generate", "-t", "{topology}", "-p", "x", "--threshold", "2=a"), "--threshold is '2=a'"),
+        (
+            ("generate", "-t", "{topology}", "-p", "x", "--threshold", "2=0.9,2=0.1"),
+            "--threshold is '2=0.9,2=0.1'; it names an exit twice",
+        ),
+        (
+            ("generate", "-t", "{topology}", "-p", "x", "--threshold", "0.5", "--window", "3"),
+            "window goes with mode 'cascade', not with 'token'",
+        ),
+        (("explain", "-t", "{topology}", "-p", "x", "--html", "none/e.html"), "there is no folder none"),
+        (("explain", "-t", "{topology}", "-p", "x", "--html", "."), "--html .: is a folder"),
         (("generate", "-t", "{topology}", "-p", "x", "--temperature", "-1"), "temperature is -1"),
         (("up", "{topology}"), "runs inside its clients"),
         (("node", "whole", "-t", "{topology}"), "no address to listen on"),
@@ -131,6 +142,25 @@ def test_a_user_error_is_one_line(run, topology: Path, home: Path, arguments: tu
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message in err
     assert "Traceback" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "explain", "chat", "demo"])
+def test_an_answer_has_a_token_at_least(run, topology: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run(command, "-t", str(topology), "--max-new-tokens", "0")
+    assert code == 2 and "greater than or equal" in err
+
+
+def test_help_teaches_tracing_and_calibrating(run) -> None:  # type: ignore[no-untyped-def]
+    for command, words in (
+        ("trace", ("{PROMPTS}", "Example: ruyi-flow trace", "hundreds to thousands")),
+        (
+            "calibrate",
+            ("{TRACE}...", "Example: ruyi-flow calibrate", "Learn then Test", "<token|cascade>", "thousands"),
+        ),
+        ("explain", ("Example: ruyi-flow explain",)),
+    ):
+        out = run(command, "--help")[1]
+        assert all(word in out for word in words), command
 
 
 def test_an_unknown_option_is_refused(run) -> None:  # type: ignore[no-untyped-def]
@@ -200,3 +230,78 @@ def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have
     assert html.count("<tr") == 1 + len(told)
     code, out, _ = run(*asked, "--mode", "exact")
     assert code == 0 and f"{len(told) and 8} of 8 tokens are what the last branch would have said" in out
+
+
+def test_explain_shows_the_mean_that_decides_in_cascade(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file, page = tmp_path / "one.yaml", tmp_path / "answer.html"
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
+    file.write_text(yaml.safe_dump({"family": str(spoken), "nodes": [node]}))
+    family, bounds = load_family(spoken, dtype="float32"), {2: 0.52, 4: 0.4}
+    cascade = ["--mode", "cascade", "--threshold", "2=0.52,4=0.4", "--window", "3", "--draft", "2"]
+    asked = ["explain", "-t", str(file), "-p", "hi", "--max-new-tokens", "12", "--html", str(page), *cascade]
+    for back in (None, 0.02):
+        code, out, err = run(*asked, "--json", *([] if back is None else ["--back", str(back)]))
+        assert code == 0, err
+        told = json.loads(out)["tokens"]
+        prompt = list(family.tokenizer("<user>hi|", add_special_tokens=False)["input_ids"])
+        options = {"mode": "cascade", "thresholds": bounds, "window": 3, "back": back, "max_new_tokens": 12}
+        with Client(file) as client:
+            reply = client.generate("hi", **options)
+        seen: dict[int, list[float]] = {2: [], 4: []}
+        for row, token in zip(told, reply.tokens, strict=True):
+            for p in (2, 4):
+                if p <= row["exit"]:
+                    sure = family.logits(torch.tensor([prompt]), p)[0, -1].softmax(-1).max()
+                    seen[p].append(float(sure))
+            recent = seen.get(row["exit"], [])[-3:]
+            expected = None if row["exit"] == 6 else (sum(recent) + 3 - len(recent)) / 3
+            assert row["mean"] == (expected if expected is None else pytest.approx(expected, abs=1e-4))
+            assert row["threshold"] == bounds.get(row["exit"])
+            assert back is not None or row["mean"] is None or row["mean"] >= row["threshold"]
+            prompt.append(token.id)
+        exits = [row["exit"] for row in told]
+        assert {2, 6} <= set(exits) and (exits == sorted(exits)) == (back is None)
+    assert "<th>mean" in page.read_text() and "by its mean over 3 tokens" in page.read_text()
+    assert " mean " in run(*asked)[1]
+    assert " mean " not in run(*asked[:7], "--threshold", "0.5")[1]
+
+
+def test_explain_shows_the_score_that_confidence_is_made_of(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file, policy = tmp_path / "one.yaml", tmp_path / "p.yaml"
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
+    family = load_family(spoken, dtype="float32")
+    curve = {"temperature": 1.5, "scores": [0.0, 0.01, 1.0], "chances": [0.1, 0.4, 0.9]}
+    made = {"family": family.checkpoint.fingerprint, "score": "margin", "thresholds": {2: 0.35}, "curves": {2: curve}}
+    file.write_text(yaml.safe_dump({"family": str(spoken), "nodes": [node]}))
+    policy.write_text(yaml.safe_dump(made))
+    asked = ["explain", "-t", str(file), "-p", "hi", "--max-new-tokens", "12", "--policy", str(policy)]
+    told = json.loads(run(*asked, "--json")[1])["tokens"]
+    assert {row["exit"] for row in told} == {2, 6}
+    prompt = list(family.tokenizer("<user>hi|", add_special_tokens=False)["input_ids"])
+    with Client(file) as client:
+        reply = client.generate("hi", policy=policy, max_new_tokens=12)
+    for row, token in zip(told, reply.tokens, strict=True):
+        if row["exit"] == 2:
+            two = (family.logits(torch.tensor([prompt]), 2)[0, -1] / 1.5).softmax(-1).topk(2).values
+            assert row["own"] == pytest.approx(float(two[0] - two[1]), abs=1e-4)
+            assert row["confidence"] == pytest.approx(Curve(1.5, (0, 0.01, 1), (0.1, 0.4, 0.9))(row["own"]), abs=1e-3)
+        else:
+            assert row["own"] is None
+        prompt.append(token.id)
+    assert " margin " in run(*asked)[1]
+
+
+def test_explain_holds_the_family_as_the_last_node_does(run, even: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "one.yaml"
+    node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32", "weights": "int8"}
+    file.write_text(yaml.safe_dump({"family": str(even), "nodes": [node]}))
+    told = json.loads(run("explain", "-t", str(file), "-p", "hi", "--max-new-tokens", "6", "--json")[1])["tokens"]
+    with Client(file) as client:
+        ids = client.generate("hi", max_new_tokens=6).token_ids
+    prompt = load_family(even).tokenizer("<user>hi|", add_special_tokens=False)["input_ids"]
+    own = {}
+    for weights in (None, "int8"):
+        logits = load_family(even, dtype="float32", weights=weights).logits(torch.tensor([[*prompt, *ids[:-1]]]))
+        own[weights] = logits[0, len(prompt) - 1 :].softmax(-1).amax(-1).tolist()
+    assert [row["own"] for row in told] == pytest.approx(own["int8"], abs=1e-5)
+    assert own[None] != pytest.approx(own["int8"], abs=1e-5) and all(row["agrees"] for row in told)

@@ -37,6 +37,7 @@ from ruyi_flow.cli.options import (
     TopologyOption,
     TopPOption,
     WindowOption,
+    check_target,
     keywords,
     load_topology,
     networked,
@@ -59,7 +60,7 @@ from ruyi_flow.display import (
 )
 from ruyi_flow.errors import NodeError, RuyiFlowError
 from ruyi_flow.topology import Topology
-from ruyi_flow.types import Final, Token
+from ruyi_flow.types import Final, Mode, Token
 
 __all__ = ["chat", "demo", "explain_", "generate", "show"]
 
@@ -177,20 +178,26 @@ def explain_(
     """Explain one answer of running nodes, token by token: who decided it, why, and what the last branch says.
 
     What the last branch would have said is computed here, so the whole family
-    must be in this machine's store.
+    must be in this machine's store; it is held as the last node holds it. What
+    confidence is made of, before calibration, is computed with it too. In mode
+    cascade the mean over the window decides, so that is shown beside it.
+
+    Example: ruyi-flow explain -t configs/local.yaml --policy policy.yaml
+    --prompt "Why is the sky blue?" --html answer.html
     """
     given = keywords(locals())
+    if html is not None:
+        check_target(html, "--html")
     loaded, text = load_topology(topology), prompt_text(prompt)
 
     from ruyi_flow.client import Client, make_request
     from ruyi_flow.evaluation import explaining
-    from ruyi_flow.local import load_family
     from ruyi_flow.routing.policy import Policy
 
     request = make_request(text, dict(given))
     resolved = Policy.resolve(request.routing or loaded.policy.routing(str(topology)), loaded.all_exits)
     with progress_bar("asking, and loading the family", quiet=as_json):
-        family = load_family(loaded.family, exits=loaded.exits, dtype=loaded.entry.dtype)
+        family = explaining.like_the_last_node(loaded)
         with Client(loaded, timeout_s=timeout_s) as client:
             reply = client.generate(text, **given)
         rows = explaining.explain(family, loaded, request, resolved, reply.tokens)
@@ -199,11 +206,14 @@ def explain_(
     if as_json:
         print_json({"text": reply.text, "tokens": [asdict(row) for row in rows], "stats": asdict(reply.stats)})
         return
-    table = Table("#", "token", "node", "exit", "own", "confidence", "needs", "why", "last branch", "bytes up", "ms")
+    cascade = resolved.mode is Mode.CASCADE
+    sure = ("confidence", "mean", "needs") if cascade else ("confidence", "needs")
+    own = explaining.score_name(resolved)
+    table = Table("#", "token", "node", "exit", own, *sure, "why", "last branch", "bytes up", "ms")
     for i, row in enumerate(rows):
-        needs = "" if row.threshold is None else f"{row.threshold:.3f}"
         last = "the same" if row.agrees else repr(row.last)
-        numbers = (f"{row.own:.3f}", f"{row.confidence:.3f}", needs)
+        values = (row.own, row.confidence, *([row.mean] if cascade else []), row.threshold)
+        numbers = ["" if value is None else f"{value:.3f}" for value in values]
         cells = (repr(row.text), row.node, str(row.exit), *numbers, row.reason, last, f"{row.bytes_up:,}")
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
-from ruyi_flow.cli.options import JsonOption, MaxOption
-from ruyi_flow.display import counting_bar, out, print_json, progress_bar
+from ruyi_flow.cli.options import JsonOption, MaxOption, check_target
+from ruyi_flow.display import counting_bar, err, out, print_json, progress_bar
 from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.routing.confidence import Score
+from ruyi_flow.routing.policy import WINDOW
+from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Scorer
-from ruyi_flow.types import Mode
+from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
     from ruyi_flow.routing.budget import Deployment
@@ -30,7 +33,10 @@ __all__ = ["calibrate", "trace"]
 
 @app.command()
 def trace(
-    prompts: Annotated[Path, typer.Argument(help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.')],
+    prompts: Annotated[
+        Path,
+        typer.Argument(metavar="PROMPTS", help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.'),
+    ],
     family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
     out_file: Annotated[Path, typer.Option("--out", "-o", help="The trace; an interrupted one goes on.")] = Path(
         "trace.msgpack"
@@ -45,10 +51,22 @@ def trace(
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts, at most.")] = None,
     max_new_tokens: MaxOption = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    weights: Annotated[
+        Weights | None, typer.Option(help="How products hold their weights, as the nodes do; left out: as they are.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record what every exit says, and how sure it is, along the last exit's answers: for calibration."""
+    """Record what every exit says, and how sure it is, along the last exit's answers: for calibration.
+
+    Take prompts of the kind that is to come, hundreds to thousands of them, and
+    the number format and weights that the nodes have. Each prompt is written as
+    its answer ends; the same command goes on where it was broken off.
+
+    Example: ruyi-flow trace prompts.jsonl --family smollm2 --limit 2000
+    --out trace.msgpack
+    """
+    check_target(out_file, "--out")
     import torch
 
     from ruyi_flow.evaluation.scorers import read_asked
@@ -58,18 +76,27 @@ def trace(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_family(family, dtype=dtype, device=device, weights=weights)
     if loaded.tokenizer is None:
         raise ConfigError(f"family {family!r} has no tokenizer.json, so there is no asking it anything")
     asked = list(islice(read_asked(prompts, loaded.tokenizer, scorer), limit))
+    if not asked:
+        raise ConfigError(f"{prompts}: there are no prompts in it")
     with counting_bar(quiet=as_json) as progress:
-        record(
+        left_out = record(
             loaded,
             asked,
             out_file,
             scorer=scorer,
             max_new_tokens=max_new_tokens,
             report=lambda done, total: progress("tracing", done, total),
+        )
+    if left_out:
+        err.print(
+            f"{left_out} of {len(asked)} prompts leave no room for an answer in the family's context of "
+            f"{loaded.config.max_positions:,} tokens: left out",
+            soft_wrap=True,
         )
     made = Trace.load(out_file)
     agreement = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}
@@ -88,9 +115,9 @@ def trace(
 def calibrate(
     trace_files: Annotated[
         list[Path],
-        typer.Argument(metavar="TRACE…", help="What ruyi-flow trace wrote; the prompts of several together."),
+        typer.Argument(metavar="TRACE", help="What ruyi-flow trace wrote; the prompts of several together."),
     ],
-    mode: Annotated[Mode, typer.Option(help="token or cascade: what the policy is for.")] = Mode.TOKEN,
+    mode: Annotated[Literal["token", "cascade"], typer.Option(help="What the policy is for.")] = "token",
     max_disagreement: Annotated[
         float | None,
         typer.Option(
@@ -99,9 +126,12 @@ def calibrate(
         ),
     ] = None,
     max_loss: Annotated[
-        float,
-        typer.Option(help="Mode cascade: at most this share of what the last exit's answers are worth is lost."),
-    ] = 0.03,
+        float | None,
+        typer.Option(
+            help="Mode cascade: at most this share of what the last exit's answers are worth is lost; 0.03 when left "
+            "out."
+        ),
+    ] = None,
     sureness: Annotated[
         float, typer.Option("--confidence", help="How sure either must be on new prompts of the same kind.")
     ] = 0.95,
@@ -117,17 +147,22 @@ def calibrate(
     ] = None,
     topology: Annotated[
         Path | None,
-        typer.Option("--topology", "-t", help="Where the family is cut; left out: one node has the first exit alone."),
+        typer.Option(
+            "--topology", "-t", help="Mode token: where the family is cut; left out: one node has the first exit alone."
+        ),
     ] = None,
     score: Annotated[
         Score | None, typer.Option(help="What confidence is made of; left out: what serves the bound best.")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged.")] = 8,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged; 8 when left out."),
+    ] = None,
     out_file: Annotated[Path, typer.Option("--out", "-o", help="The policy file.")] = Path("policy.yaml"),
     report: Annotated[
         Path | None, typer.Option(help="Folder for a CSV and plots: what agreement costs, what confidence means.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split into prompts that choose and prompts that test.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into prompts that choose and prompts that test.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Choose thresholds that keep a bound on new prompts, and write them as a policy.
@@ -135,24 +170,51 @@ def calibrate(
     Mode token bounds the tokens that differ, or what they cost; mode cascade
     what the answers lose in worth. A topology names the file (policy: {file:
     policy.yaml}), or a request does (--policy).
+
+    Three tenths of the prompts choose thresholds; the others test them, from
+    timid to bold, until one fails (Learn then Test), by bets against a rate
+    above the bound. That takes hundreds to thousands of prompts, the more the
+    smaller the bound: where they are too few, it is said about how many are
+    missing, and nothing is written. docs/calibration.md has what is promised.
+
+    Example: ruyi-flow calibrate trace.msgpack --max-disagreement 0.05
+    --out policy.yaml
     """
+    budgeted = {
+        "--max-escalation": max_escalation,
+        "--max-bytes-per-token": max_bytes_per_token,
+        "--max-latency": max_latency,
+    }
+    of_cascade = {"--max-loss": max_loss, "--window": window}
+    of_token = {"--max-disagreement": max_disagreement, "--topology": topology, **budgeted}
+    for option, value in (of_token if mode == "cascade" else of_cascade).items():
+        if value is not None:
+            raise ConfigError(f"{option} goes with mode {'token' if mode == 'cascade' else 'cascade'}, not with {mode}")
+    shares = {"--max-disagreement": max_disagreement, "--max-loss": max_loss, "--confidence": sureness}
+    for option, share in shares.items():
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"{option} is {share:g}; it must lie between 0 and 1")
+    for option, most in budgeted.items():
+        if most is not None and not most > 0:
+            raise ConfigError(f"{option} is {most:g}; it must be above 0")
+    if max_escalation is not None and max_escalation > 1:
+        raise ConfigError(f"--max-escalation is {max_escalation:g}; it is a share, at most 1")
+    _check_targets(out_file, report)
+
     from ruyi_flow.routing.trace import Trace
 
     read = Trace.load(*trace_files)
     if score is not None and score not in read.header.scores:
         raise ConfigError(f"--score: the trace has no {score}; it has {', '.join(read.header.scores)}")
-    budgeted = [max_escalation, max_bytes_per_token, max_latency]
-    if mode is Mode.CASCADE:
-        if max_disagreement is not None or any(value is not None for value in budgeted):
-            raise ConfigError("mode cascade takes --max-loss; disagreement and budgets go with mode token")
-        _cascade(read, max_loss, sureness, score, window, seed, out_file, report, as_json)
+    if mode == "cascade":
+        loss = 0.03 if max_loss is None else max_loss
+        _cascade(read, loss, sureness, score, window or WINDOW, seed, out_file, report, as_json)
         return
-    if mode is not Mode.TOKEN:
-        raise ConfigError(f"--mode: {mode} has nothing to calibrate; token and cascade do")
     from ruyi_flow.routing import calibration
     from ruyi_flow.routing.budget import Budget
 
-    budget = Budget(*budgeted) if any(value is not None for value in budgeted) else None
+    spends = tuple(budgeted.values())
+    budget = Budget(*spends) if any(value is not None for value in spends) else None
     if budget is None and max_disagreement is None:
         max_disagreement = 0.05
     deployment = _deployment(topology, read, measured=max_latency is not None)
@@ -203,6 +265,24 @@ def calibrate(
         soft_wrap=True,
     )
     out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+
+
+def _check_targets(out_file: Path, report: Path | None) -> None:
+    """Check that a policy and a report can be written there, and that the policy replaces nothing but a policy."""
+    check_target(out_file, "--out")
+    if out_file.exists():
+        try:
+            PolicyFile.load(out_file)
+        except ConfigError:
+            raise ConfigError(
+                f"--out {out_file}: is there and is not a policy file; name another one, or remove it"
+            ) from None
+    if report is not None:
+        there = next(path for path in (report, *report.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"--report {report}: {there} is a file; name a folder")
+        if not os.access(there, os.W_OK):
+            raise ConfigError(f"--report {report}: {there} cannot be written in")
 
 
 def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deployment | None:

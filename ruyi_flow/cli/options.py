@@ -39,6 +39,7 @@ __all__ = [
     "WindowOption",
     "BackOption",
     "FallbackOption",
+    "check_target",
     "integers",
     "keywords",
     "load_topology",
@@ -78,7 +79,7 @@ FallbackOption = Annotated[
 DraftOption = Annotated[
     int | None, typer.Option(help="Tokens drafted past an unsure position before it is asked deeper; 0 asks at once.")
 ]
-MaxOption = Annotated[int, typer.Option(help="The answer ends after this many tokens at the latest.")]
+MaxOption = Annotated[int, typer.Option(min=1, help="The answer ends after this many tokens at the latest.")]
 MinOption = Annotated[int, typer.Option(help="No end of sequence before this many tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
@@ -115,8 +116,10 @@ def keywords(given: dict[str, Any]) -> dict[str, Any]:
     if (threshold := given["threshold"]) is not None:
         try:
             if "=" in threshold:
-                pairs = (pair.split("=") for pair in threshold.split(","))
-                options["thresholds"] = {int(p): float(value) for p, value in pairs}
+                pairs = [(int(p), float(value)) for p, value in (pair.split("=") for pair in threshold.split(","))]
+                options["thresholds"] = dict(pairs)
+                if len(options["thresholds"]) < len(pairs):
+                    raise RequestError(f"--threshold is {threshold!r}; it names an exit twice")
             else:
                 options["threshold"] = float(threshold)
         except ValueError:
@@ -129,6 +132,20 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RequestError(f"{option} is {text!r}; write whole numbers with commas, for instance 5,11,17") from None
+
+
+def check_target(path: Path, option: str) -> None:
+    """Check that a file can be written there, before what takes its time.
+
+    Raises:
+        ConfigError: it is a folder, or there is no folder for it, or one that may not be written in.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: cannot be written")
 
 
 def prompt_text(text: str) -> str:

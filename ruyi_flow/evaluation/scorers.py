@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruyi_flow.family.corpus import chat_prompt, each_line
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.family.corpus import CHAT, chat_prompt, each_line
 from ruyi_flow.routing.trace import Scorer
 
 __all__ = ["Asked", "number", "read_asked"]
@@ -24,6 +25,9 @@ class Asked:
     """Scorer `choice`: token ids of each."""
     right: int = 0
     """Which of them."""
+
+
+_CHOICE = '{"question": …, "choices": {"text": […], "label": […]}, "answerKey": …}'
 
 
 def read_asked(path: Path, tokenizer: Any, scorer: Scorer) -> Iterator[Asked]:
@@ -44,14 +48,19 @@ def read_asked(path: Path, tokenizer: Any, scorer: Scorer) -> Iterator[Asked]:
             whole = [encode(f"Question: {item['question']}\nAnswer: {text}") for text in choices["text"]]
             options = tuple(tuple(ids[len(context) :]) for ids in whole)
             if not all(options):
-                raise ValueError("one of its choices is empty")
-            return Asked(tuple(context), "", options, choices["label"].index(item["answerKey"]))
+                raise ConfigError("one of its choices is empty")
+            labels, key = choices["label"], item["answerKey"]
+            if len(labels) != len(options) or key not in labels:
+                raise ConfigError(
+                    f'its "answerKey" is {key!r}; it must be one of its labels {labels}, one a choice ({len(options)})'
+                )
+            return Asked(tuple(context), "", options, labels.index(key))
         prompt, answer = chat_prompt(item, tokenizer)
         if scorer is Scorer.NUMBER and _last_number(answer) is None:
-            raise ValueError("its answer has no number to compare with")
+            raise ConfigError("its answer has no number to compare with")
         return Asked(tuple(prompt), answer)
 
-    return each_line(path, read)
+    return each_line(path, read, _CHOICE if scorer is Scorer.CHOICE else CHAT)
 
 
 def number(text: str, reference: str) -> float:

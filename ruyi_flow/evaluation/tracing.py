@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.trace import ExitRecord, Header, Own, Record, Scorer, Writer
 from ruyi_flow.runtime.scores import measure_all, reading
-from ruyi_flow.types import Encoding
+from ruyi_flow.types import Encoding, Weights
 
 __all__ = ["TEMPERATURES", "record"]
 
@@ -38,34 +39,41 @@ def record(
     scorer: Scorer = Scorer.AGREEMENT,
     max_new_tokens: int = 128,
     batch: int = 32,
-    batch_tokens: int = 2048,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Header:
-    """Write a trace of a family's answers to prompts, or go on with one.
+) -> int:
+    """Write a trace of a family's answers to prompts, or go on with one; each record as its answers end.
 
     Args:
         asked: a prompt that leaves no room for an answer is left out; one that is there twice is asked once.
         scorer: what answers are worth.
         max_new_tokens: of an answer.
-        batch: prompts that are answered side by side.
-        batch_tokens: tokens that are read in one pass.
+        batch: prompts that an exit answers side by side.
         report: told how many prompts are done, and of how many.
+
+    Returns:
+        How many prompts were left out.
 
     Raises:
         ConfigError: no prompts, or a file of something else.
     """
-    checkpoint, model, config = family.checkpoint, family.model, family.config
+    if not asked:
+        raise ConfigError("there are no prompts to trace")
+    checkpoint, config = family.checkpoint, family.config
     longest = [max(map(len, a.options), default=0) if scorer is Scorer.CHOICE else max_new_tokens for a in asked]
     numbers = [i for i, a in enumerate(asked) if 0 < len(a.prompt) <= config.max_positions - longest[i]]
     if not numbers:
-        raise ConfigError(f"there is no prompt that leaves room for an answer of {max_new_tokens} tokens")
+        raise ConfigError(
+            f"none of the {len(asked)} prompts leaves room for an answer of {max(longest)} tokens in the family's "
+            f"context of {config.max_positions}"
+        )
+    few_bits = "" if family.weights in (None, Weights.BF16) else f", {family.weights} weights"
     header = Header(
         family=checkpoint.fingerprint,
         name=checkpoint.folder.name,
         exits=family.exits,
         hidden_size=config.hidden_size,
         boundary_bytes={encoding.value: encoding.row_bytes(config.hidden_size) for encoding in Encoding},
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(family.model.dtype).removeprefix("torch.") + few_bits,
         max_new_tokens=1 if scorer is Scorer.CHOICE else max_new_tokens,
         scores=tuple(s for s in scores_of(family) if s is not Score.PROBE or scorer is not Scorer.CHOICE),
         temperatures=TEMPERATURES,
@@ -75,19 +83,17 @@ def record(
         attention_flops=config.layer_flops(1) - config.layer_flops(0),
         head_flops=config.head_flops,
     )
-    answering = _Answering(family, scorer, header, batch_tokens)
+    answering = _Answering(family, scorer, header, batch)
     first_of = {_digits(asked[i]): i for i in reversed(numbers)}
     with Writer(out, header) as writer:
         left = sorted(i for digits, i in first_of.items() if digits not in writer.done)
         done = len(first_of) - len(left)
         report(done, len(first_of))
-        for first in range(0, len(left), batch):
-            group = left[first : first + batch]
-            for made in answering.records(group, [asked[i] for i in group]):
-                writer.add(made)
-                done += 1
-                report(done, len(first_of))
-    return header
+        for made in answering.records(left, [asked[i] for i in left]):
+            writer.add(made)
+            done += 1
+            report(done, len(first_of))
+    return len(asked) - len(numbers)
 
 
 def _digits(asked: Asked) -> str:
@@ -105,72 +111,69 @@ class _Answering:
 
     Args:
         family, scorer, header: of the trace.
-        batch_tokens: tokens that are read in one pass.
+        batch: prompts that an exit answers side by side.
     """
 
-    def __init__(self, family: Family, scorer: Scorer, header: Header, batch_tokens: int) -> None:
-        self.family, self.scorer, self.header, self.batch_tokens = family, scorer, header, batch_tokens
+    def __init__(self, family: Family, scorer: Scorer, header: Header, batch: int) -> None:
+        self.family, self.scorer, self.header, self.batch = family, scorer, header, batch
         self.names = [Score(name) for name in header.scores]
         self.ends = end_tokens(family.checkpoint, family.tokenizer)
 
     def records(self, numbers: Sequence[int], asked: Sequence[Asked]) -> Iterator[Record]:
-        """Of some prompts, with their numbers."""
+        """Of some prompts, with their numbers, as their answers end."""
         if self.scorer is Scorer.CHOICE:
             yield from map(self._choice, numbers, asked)
             return
-        last = self.family.exits[-1]
-        read = dict(self._along(self._answers(asked, last), self.family.exits))
-        own: dict[int, dict[int, Own]] = {p: {} for p in self.family.exits}
-        if self.scorer is Scorer.NUMBER:
-            for p in self.family.exits:
-                mine = self._answers(asked, p)
-                said = {a.index: number(self._text(a.token_ids), asked[a.index].reference) for a in mine}
-                along = self._along(mine, (p,)) if p != last else iter(read.items())
-                own[p] = {i: Own(found[p].scores, said[i]) for i, found in along}
-        for i, found in read.items():
-            exits = {p: replace(e, own=own[p].get(i)) for p, e in found.items()}
-            # The last exit's reading of its own answer: in bfloat16 a near tie may fall otherwise in a pass of many
-            # rows, and what it says there is what the others are compared with.
-            yield Record(numbers[i], _digits(asked[i]), len(asked[i].prompt), found[last].tokens, exits)
+        exits = self.family.exits
+        asking = exits if self.scorer is Scorer.NUMBER else exits[-1:]
+        answered: dict[int, dict[int, Answer]] = defaultdict(dict)
+        for ended in zip(*(self._answers(asked, p) for p in asking), strict=True):
+            for p, answer in zip(asking, ended, strict=True):
+                i = answer.index
+                answered[i][p] = answer
+                if len(answered[i]) == len(asking):
+                    yield self._record(numbers[i], asked[i], answered.pop(i))
 
-    def _answers(self, asked: Sequence[Asked], exit: int) -> list[Answer]:
-        longest = max(len(a.prompt) for a in asked) + self.header.max_new_tokens
-        return list(
-            answers(
-                self.family.model,
-                [a.prompt for a in asked],
-                exit=exit,
-                max_new_tokens=self.header.max_new_tokens,
-                max_positions=longest,
-                batch=len(asked),
-                eos_token_ids=self.ends,
-            )
+    def _record(self, at: int, asked: Asked, answered: Mapping[int, Answer]) -> Record:
+        """Of one prompt and the answers of those exits that gave one."""
+        last = self.family.exits[-1]
+        found = self._along(answered[last], self.family.exits)
+        if self.scorer is Scorer.NUMBER:
+            for p, answer in answered.items():
+                scores = found[p].scores if p == last else self._along(answer, (p,))[p].scores
+                own = Own(scores, number(self._text(answer.token_ids), asked.reference))
+                found[p] = replace(found[p], own=own)
+        # The last exit's reading of its own answer: in bfloat16 a near tie may fall otherwise in a pass of many
+        # rows, and what it says there is what the others are compared with.
+        return Record(at, _digits(asked), len(asked.prompt), found[last].tokens, found)
+
+    def _answers(self, asked: Sequence[Asked], exit: int) -> Iterator[Answer]:
+        longest = max((len(a.prompt) for a in asked), default=0) + self.header.max_new_tokens
+        return answers(
+            self.family.model,
+            [a.prompt for a in asked],
+            exit=exit,
+            max_new_tokens=self.header.max_new_tokens,
+            max_positions=longest,
+            batch=max(1, min(self.batch, len(asked))),
+            eos_token_ids=self.ends,
         )
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return str(self.family.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def _along(self, given: Sequence[Answer], exits: Sequence[int]) -> Iterator[tuple[int, dict[int, ExitRecord]]]:
-        """What some exits say along answers, by the answers' index."""
-        waiting = sorted(given, key=lambda a: -len(a.prompt) - len(a.token_ids))
-        while waiting:
-            count = max(1, self.batch_tokens // (len(waiting[0].prompt) + len(waiting[0].token_ids)))
-            batch, waiting = waiting[:count], waiting[count:]
-            trees = [Tree((*a.prompt, *a.token_ids[:-1]), ()) for a in batch]
-            first = [max(0, len(a.prompt) - 1 - READ_TOKENS) for a in batch]
-            chosen = [torch.arange(f, len(tree)) for f, tree in zip(first, trees, strict=True)]
-            parts: list[dict[int, ExitRecord]] = [{} for _ in batch]
-            for p, logits, read in each_exit(self.family.model, exits, trees, chosen):
-                at = 0
-                for part, answer, begin in zip(parts, batch, first, strict=True):
-                    middle = at + len(answer.prompt) - 1 - begin
-                    stop = middle + len(answer.token_ids)
-                    following = torch.tensor(answer.prompt[begin + 1 :], device=logits.device)
-                    means = reading(logits[at:middle], following)
-                    said = logits[middle:stop].argmax(-1).int().cpu().numpy()
-                    part[p] = ExitRecord(said, self._scores(p, logits[middle:stop], read[middle:stop]), *means)
-                    at = stop
-            yield from ((a.index, part) for a, part in zip(batch, parts, strict=True))
+    def _along(self, answer: Answer, exits: Sequence[int]) -> dict[int, ExitRecord]:
+        """What some exits say along an answer."""
+        tree = Tree((*answer.prompt, *answer.token_ids[:-1]), ())
+        begin = max(0, len(answer.prompt) - 1 - READ_TOKENS)
+        middle = len(answer.prompt) - 1 - begin
+        found: dict[int, ExitRecord] = {}
+        for p, logits, read in each_exit(self.family.model, exits, [tree], [torch.arange(begin, len(tree))]):
+            following = torch.tensor(answer.prompt[begin + 1 :], device=logits.device)
+            means = reading(logits[:middle], following)
+            said = logits[middle:].argmax(-1).int().cpu().numpy()
+            found[p] = ExitRecord(said, self._scores(p, logits[middle:], read[middle:]), *means)
+        return found
 
     def _choice(self, index: int, asked: Asked) -> Record:
         """Of a question with options, whose likelihoods are the distribution of an answer of one option."""

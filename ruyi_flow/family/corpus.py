@@ -22,7 +22,16 @@ from torch import Tensor
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["Document", "Packed", "chat_prompt", "each_line", "pack_documents", "read_documents", "read_prompts"]
+__all__ = [
+    "CHAT",
+    "Document",
+    "Packed",
+    "chat_prompt",
+    "each_line",
+    "pack_documents",
+    "read_documents",
+    "read_prompts",
+]
 
 T = TypeVar("T")
 
@@ -67,7 +76,7 @@ def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Docum
             ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
         yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
         return
-    for document in each_line(path, partial(_document, tokenizer=tokenizer)):
+    for document in each_line(path, partial(_document, tokenizer=tokenizer), f"{CHAT}, or {_IDS}"):
         if document.answer < length:  # else nothing of the answer would be left
             yield Document(document.token_ids[:length], document.answer)
 
@@ -78,7 +87,7 @@ def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
     Raises:
         ConfigError: the file, and the line that is wrong.
     """
-    return each_line(path, lambda item: chat_prompt(item, tokenizer)[0])
+    return each_line(path, lambda item: chat_prompt(item, tokenizer)[0], CHAT)
 
 
 def chat_prompt(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
@@ -87,8 +96,19 @@ def chat_prompt(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
     return _chat_prompt(messages[:-1], tokenizer), messages[-1]["content"]
 
 
-def each_line(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
+CHAT = '{"messages": [{"role": …, "content": …}, …]}, {"prompt": …} or {"question": …, "answer": …}'
+"""What a line of chats can be."""
+
+_IDS = '{"prompt": [ids], "answer": [ids]}'
+
+
+def each_line(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T]:
     """What `read` makes of each line of a file of JSON; its errors become one that names the line.
+
+    Args:
+        path: the file.
+        read: may raise a `ConfigError` that says what is wrong with its line, or anything on one of another form.
+        expected: what a line can be, for messages.
 
     Raises:
         ConfigError: the file, and the line that is wrong.
@@ -97,8 +117,14 @@ def each_line(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
         for number, line in enumerate(file, 1):
             try:
                 yield read(json.loads(line))
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
-                raise ConfigError(f"{path}, line {number}: neither a chat nor an answer: {error}") from None
+            except ConfigError as error:
+                raise ConfigError(f"{path}, line {number}: {error}") from None
+            except TemplateError as error:
+                raise ConfigError(f"{path}, line {number}: the family's chat template refuses it: {error}") from None
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+                there = line.strip() or "an empty line"
+                there = there if len(there) <= 80 else f"{there[:79]}…"
+                raise ConfigError(f"{path}, line {number}: expected {expected}; there is {there}") from None
 
 
 @contextmanager
@@ -118,9 +144,13 @@ def _chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int
 def _messages(item: dict[str, Any]) -> list[dict[str, str]]:
     """A line's turns; the last one is the answer."""
     if "messages" in item:
-        return list(item["messages"])
-    question = item["question"] if "question" in item else item["prompt"]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": item.get("answer", "")}]
+        messages = list(item["messages"])
+    else:
+        question = item["question"] if "question" in item else item["prompt"]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": item.get("answer", "")}]
+    if not all(isinstance(message["content"], str) for message in messages):
+        raise TypeError
+    return messages
 
 
 def _document(item: dict[str, Any], tokenizer: Any) -> Document:

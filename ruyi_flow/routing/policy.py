@@ -114,6 +114,10 @@ class Policy:
             raise RequestError(f"thresholds go with modes 'token' and 'cascade', not with '{mode}'")
         if mode is not Mode.CASCADE and (routing.back is not None or routing.start is not None):
             raise RequestError(f"back and start go with mode 'cascade', not with '{mode}'")
+        if mode is not Mode.CASCADE and routing.window != WINDOW:
+            raise RequestError(f"window goes with mode 'cascade', not with '{mode}'")
+        for p in () if routing.scale is None else routing.scale.curves:
+            _check_exit(p, exits)
         deepest = exits[-1]
         if mode is Mode.FIXED and routing.exit is not None:
             deepest = routing.exit

@@ -79,10 +79,24 @@ class PolicyFile(_Model):
             raise ConfigError(explain(error, cls, str(path))) from None
         if policy.mode not in (Mode.TOKEN, Mode.CASCADE):
             raise ConfigError(f"{path}: mode: {policy.mode}: a policy file is for mode 'token' or 'cascade'")
+        if policy.mode is Mode.TOKEN:
+            for key, given in (
+                ("window", policy.window != WINDOW),
+                ("back", policy.back is not None),
+                ("start", policy.start is not None),
+            ):
+                if given:
+                    raise ConfigError(f"{path}: {key}: goes with mode 'cascade', this is for mode 'token'; remove it")
         try:
             policy.routing()
         except (ValueError, RequestError) as error:
             raise ConfigError(f"{path}: {error}") from None
+        for p, threshold in policy.thresholds.items():
+            if threshold <= 1 and p not in policy.curves:
+                raise ConfigError(
+                    f"{path}: curves: exit {p} has none, and its threshold of {threshold:g} is on calibrated "
+                    "confidence; add its curve, or a threshold above 1, which is never"
+                )
         return policy
 
     def save(self, path: Path) -> None:

@@ -143,11 +143,13 @@ class Writer:
             for record, stop in records:
                 self.done.add(record.prompt)
                 whole = stop
-        self._file: BinaryIO = path.open("r+b" if whole else "wb")
-        self._file.truncate(whole)
-        self._file.seek(whole)
-        self._header = None if whole else {"format": _FORMAT, "version": _VERSION, **asdict(header)}
-        """To be written before the first record: without one, a file is of nothing."""
+        self._path, self._header = path, header
+        self._file: BinaryIO | None = None
+        """A new one is there from its first record on."""
+        if whole:
+            self._file = path.open("r+b")
+            self._file.truncate(whole)
+            self._file.seek(whole)
 
     def add(self, record: Record) -> None:
         """Write a record; it is on its way to the disk afterwards."""
@@ -163,8 +165,9 @@ class Writer:
         }
         asked = {"number": record.number, "prompt": record.prompt, "prompt_tokens": record.prompt_tokens}
         made = msgpack.packb({**asked, "answer": record.answer.astype("<i4").tobytes(), "exits": exits})
-        if self._header is not None:
-            made, self._header = msgpack.packb(self._header) + made, None
+        if self._file is None:
+            self._file = self._path.open("wb")
+            made = msgpack.packb({"format": _FORMAT, "version": _VERSION, **asdict(self._header)}) + made
         self._file.write(made)
         self._file.flush()
         self.done.add(record.prompt)
@@ -173,7 +176,8 @@ class Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read(path: Path) -> tuple[Header, list[Record]]:

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from ruyi_flow import cli
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation import tracing
 from ruyi_flow.evaluation.scorers import Asked, number, read_asked
 from ruyi_flow.evaluation.tracing import TEMPERATURES, record
 from ruyi_flow.local import Family, load_family
@@ -31,7 +34,7 @@ def prompts(family: Family, chats: Path) -> list[Asked]:
 
 
 def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
-    record(family, prompts, tmp_path / "t.msgpack", max_new_tokens=20, batch=2, batch_tokens=64)
+    record(family, prompts, tmp_path / "t.msgpack", max_new_tokens=20, batch=2)
     header, records = read(tmp_path / "t.msgpack")
     assert header.exits == (2, 4, 6) and header.family == family.checkpoint.fingerprint
     assert sorted(r.number for r in records) == list(range(len(prompts)))
@@ -125,6 +128,51 @@ def test_a_choice_is_the_likeliest_option(family: Family, tmp_path: Path) -> Non
     assert Trace.load(tmp_path / "t").right == {p: e.own.right for p, e in made.exits.items() if e.own}
 
 
+@pytest.mark.parametrize("scorer", [Scorer.AGREEMENT, Scorer.NUMBER])
+def test_a_record_is_written_when_its_answers_end(
+    family: Family, prompts: list[Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scorer: Scorer
+) -> None:
+    ended = 0
+    original = tracing.answers
+
+    def counted(*given: Any, **options: Any) -> Iterator[Any]:
+        nonlocal ended
+        for answer in original(*given, **options):
+            ended += 1
+            yield answer
+
+    def report(done: int, total: int) -> None:
+        told.append((done, ended))
+        if done:
+            assert len(read(tmp_path / "t")[1]) == done
+
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(tracing, "answers", counted)
+    record(family, prompts, tmp_path / "t", scorer=scorer, max_new_tokens=12, report=report)
+    exits = 3 if scorer is Scorer.NUMBER else 1
+    assert [done for done, _ in told] == list(range(len(prompts) + 1))
+    assert told[1][1] < exits * len(prompts) and told[-1][1] == exits * len(prompts)
+
+
+def test_nothing_is_written_before_the_first_answer(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(family, prompts, tmp_path / "t", max_new_tokens=12, report=interrupt)
+    assert not (tmp_path / "t").exists()
+    record(family, prompts, tmp_path / "t", max_new_tokens=4)
+    assert len(read(tmp_path / "t")[1]) == len(prompts)
+
+
+def test_a_trace_says_how_its_weights_were_held(even: Path, prompts: list[Asked], tmp_path: Path) -> None:
+    record(load_family(even, dtype="float32"), prompts, tmp_path / "wide", max_new_tokens=4)
+    record(load_family(even, dtype="float32", weights="int8"), prompts, tmp_path / "few", max_new_tokens=4)
+    assert [read(tmp_path / name)[0].dtype for name in ("wide", "few")] == ["float32", "float32, int8 weights"]
+    with pytest.raises(ConfigError, match="they do not go together"):
+        Trace.load(tmp_path / "wide", tmp_path / "few")
+
+
 @pytest.mark.parametrize(
     ("said", "reference", "right"),
     [("so 1,200.", "#### 1200", 1.0), ("12 and 13", "12", 0.0), ("-3.5", "-3.50", 1.0), ("none", "3", 0.0)],
@@ -154,6 +202,33 @@ def test_an_empty_choice_is_refused(tmp_path: Path) -> None:
         list(read_asked(file, Stripping(), Scorer.CHOICE))
 
 
+@pytest.mark.parametrize(
+    ("scorer", "line", "message"),
+    [
+        (Scorer.AGREEMENT, "hello", 'expected {"messages": .* there is hello'),
+        (Scorer.AGREEMENT, "", "there is an empty line"),
+        (Scorer.AGREEMENT, '{"promt": "x"}', 'expected .*{"prompt": …} or .* there is {"promt": "x"}'),
+        (Scorer.AGREEMENT, '["x"]', 'there is ."x".$'),
+        (Scorer.AGREEMENT, '{"prompt": 5}', 'there is {"prompt": 5}'),
+        (Scorer.AGREEMENT, '{"promt": "%s"}' % ("x" * 200), "there is .{79}…$"),
+        (Scorer.CHOICE, '{"prompt": "x"}', 'expected {"question": …, "choices": '),
+        (
+            Scorer.CHOICE,
+            '{"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}',
+            "its \"answerKey\" is 'C'; it must be one of its labels .'A', 'B'., one a choice .2.",
+        ),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_said_with_what_is_expected(
+    family: Family, tmp_path: Path, scorer: Scorer, line: str, message: str
+) -> None:
+    file = tmp_path / "q.jsonl"
+    good = '{"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}'
+    file.write_text(f"{good}\n{line}\n")
+    with pytest.raises(ConfigError, match=f"q.jsonl, line 2: .*{message}"):
+        list(read_asked(file, family.tokenizer, scorer))
+
+
 def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record(family, prompts, whole, max_new_tokens=12, batch=1)
@@ -181,20 +256,6 @@ def test_a_trace_can_have_more_prompts_later_and_none_twice(
     record(family, prompts[1:], tmp_path / "again", max_new_tokens=12)
     both = Trace.load(tmp_path / "again", whole)
     assert len(both.records) == len({r.prompt for r in both.records}) == len(prompts)
-
-
-def test_a_trace_that_has_no_record_yet_is_of_nothing(
-    family: Family, prompts: list[Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ruyi_flow.evaluation.tracing.answers", interrupted)
-        record(family, prompts, tmp_path / "t", max_new_tokens=12)
-    record(family, prompts, tmp_path / "t", max_new_tokens=13)
-    assert read(tmp_path / "t")[0].max_new_tokens == 13
-
-
-def interrupted(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_traces_of_one_kind_go_together(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
@@ -240,3 +301,22 @@ def test_the_command(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "a trace of something else" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_leaves_out_and_what_cannot_be(  # type: ignore[no-untyped-def]
+    run, even: Path, family: Family, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "t.msgpack"
+    file.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in (3, family.config.max_positions, 5)))
+    command = ["trace", str(file), "--family", str(even), "--out", str(out), "--max-new-tokens"]
+    code, said, error = run(*command, "4", "--weights", "int8", "--json")
+    assert code == 0 and json.loads(said)["prompts"] == 2 and read(out)[0].dtype == "bfloat16, int8 weights"
+    assert error.startswith("1 of 3 prompts leave no room for an answer in the family's context of ")
+    out.unlink()
+    code, _, error = run(*command, "-5")
+    assert code == 2 and "greater than or equal" in error and not out.exists()
+    file.write_text("")
+    code, _, error = run(*command, "4")
+    assert code == 2 and error == f"error: {file}: there are no prompts in it\n"
+    code, _, error = run(*command, "4", "--out", str(tmp_path / "none/t"))
+    assert code == 2 and error.startswith("error: --out ") and "there is no folder" in error

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ruyi_flow.errors import RequestError
+from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import NEVER, Judge, Policy, Routing, pays
 from ruyi_flow.routing.start import Reading, Start
 from ruyi_flow.types import Mode, Reason
@@ -59,6 +60,8 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
         ({"mode": Mode.TOKEN, "threshold": math.nan}, "must be a number from 0"),
         ({"mode": Mode.TOKEN, "threshold": 10**400}, "must be a number from 0"),
         ({"mode": Mode.TOKEN, "threshold": 0.5, "back": 0.9}, "back and start go with mode 'cascade'"),
+        ({"mode": Mode.TOKEN, "threshold": 0.5, "window": 3}, "window goes with mode 'cascade', not with 'token'"),
+        ({"mode": Mode.EXACT, "scale": Scale(Score.MARGIN, {3: Curve(1.0, (0.5,), (0.5,))})}, "exit 3 is not one"),
         ({"mode": Mode.CASCADE}, "mode 'cascade' needs a threshold"),
         ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 0}, "window is 0"),
         ({"mode": Mode.CASCADE, "threshold": 0.5, "back": -1}, "must be a number from 0"),

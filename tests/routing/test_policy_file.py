@@ -13,6 +13,7 @@ from ruyi_flow import cli
 from ruyi_flow.client import Client
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Scorer, Writer
 from ruyi_flow.topology import Topology
@@ -42,11 +43,32 @@ def test_a_policy_comes_back(tmp_path: Path) -> None:
         ({"treshold": 1}, "unknown key.*did you mean"),
         ({"thresholds": {2: -1.0}}, "a threshold is -1.0"),
         ({"curves": {2: {"temperature": 1.0, "scores": [1.0, 0.0], "chances": [0.0, 1.0]}}}, "its points must ascend"),
+        ({"thresholds": {2: 0.5, 3: 0.4}}, "p.yaml: curves: exit 3 has none, and its threshold of 0.4"),
+        ({"back": 0.9}, "p.yaml: back: goes with mode 'cascade', this is for mode 'token'"),
+        ({"window": 3}, "p.yaml: window: goes with mode 'cascade'"),
+        ({"start": {"weights": {2: [0.0] * 5}, "chance": 0.5}}, "p.yaml: start: goes with mode 'cascade'"),
     ],
 )
 def test_files_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PolicyFile.load(write(tmp_path / "p.yaml", **changes))
+
+
+def test_an_exit_that_is_never_sure_needs_no_curve(tmp_path: Path) -> None:
+    policy = PolicyFile.load(write(tmp_path / "p.yaml", thresholds={2: 0.5, 3: 1.1}))
+    assert policy.thresholds[3] == 1.1 and 3 not in policy.curves
+
+
+@pytest.mark.parametrize("mode", [None, Mode.EXACT])
+@pytest.mark.parametrize("curved", [(7,), (2, 7)], ids=["only exit 7", "a curve too many"])
+def test_a_policy_of_other_exits_is_refused_in_every_mode(
+    tmp_path: Path, mode: Mode | None, curved: tuple[int, ...]
+) -> None:
+    curve = {"temperature": 1.0, "scores": [0.0, 1.0], "chances": [0.0, 1.0]}
+    path = write(tmp_path / "p.yaml", thresholds={curved[0]: 0.5}, curves=dict.fromkeys(curved, curve))
+    routing = PolicyFile.load(path).routing(mode)
+    with pytest.raises(RequestError, match="exit 7 is not one of the family's exits"):
+        Policy.resolve(routing, (2, 4, 6))
 
 
 def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path: Path) -> None:
@@ -160,12 +182,16 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     kept = out.read_bytes()
     for arguments, message in (
         (("--max-latency", "1"), "needs --topology"),
-        (("--max-escalation", "0"), "must be above 0"),
-        (("--max-escalation", "2"), "it is a share"),
+        (("--max-escalation", "0"), "--max-escalation is 0; it must be above 0"),
+        (("--max-escalation", "2"), "--max-escalation is 2; it is a share"),
+        (("--max-bytes-per-token", "-3"), "--max-bytes-per-token is -3; it must be above 0"),
+        (("--confidence", "1"), "--confidence is 1; it must lie between 0 and 1"),
         (("--max-bytes-per-token", "1", "--max-disagreement", "0.01"), "cannot show"),
-        (("--mode", "exact"), "has nothing to calibrate"),
-        (("--mode", "cascade", "--max-escalation", "0.5"), "mode cascade takes --max-loss"),
-        (("--score", "probe", "--mode", "cascade", "--max-loss", "2"), "between 0 and 1"),
+        (("--mode", "cascade", "--max-escalation", "0.5"), "--max-escalation goes with mode token, not with cascade"),
+        (("--mode", "cascade", "--topology", str(topology)), "--topology goes with mode token"),
+        (("--max-loss", "0.1"), "--max-loss goes with mode cascade, not with token"),
+        (("--window", "4"), "--window goes with mode cascade"),
+        (("--score", "probe", "--mode", "cascade", "--max-loss", "2"), "--max-loss is 2; it must lie between 0 and 1"),
     ):
         code, _, said = run(*arguments)
         assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
@@ -185,3 +211,26 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     code, said, _ = run("--mode", "cascade", "--max-loss", "0.4")
     assert code == 0 and "no policy is written" in said
     assert out.read_bytes() == kept
+
+
+def test_calibrate_checks_where_it_writes_before_it_computes(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    trace, other, folder = tmp_path / "t.msgpack", tmp_path / "notes.yaml", tmp_path / "report"
+    with Writer(trace, HEADER) as writer:
+        writer.add(made(1, 8).records[0])
+    other.write_text("note: keep me\n")
+    kept = trace.read_bytes()
+    for arguments, message in (
+        (("--out", str(trace)), "t.msgpack: is there and is not a policy file; name another one, or remove it"),
+        (("--out", str(other)), "notes.yaml: is there and is not a policy file"),
+        (("--out", "."), "--out .: is a folder; name a file"),
+        (("--out", str(tmp_path / "none/p.yaml"), "--report", str(folder)), "there is no folder"),
+        (("--out", str(tmp_path / "p.yaml"), "--report", str(other)), "notes.yaml is a file; name a folder"),
+        (("--out", str(tmp_path / "p.yaml"), "--report", str(other / "r")), "notes.yaml is a file; name a folder"),
+    ):
+        code, _, said = run("calibrate", str(trace), *arguments)
+        assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert trace.read_bytes() == kept and other.read_text() == "note: keep me\n" and not folder.exists()
+    code, _, said = run("calibrate", str(trace), "--seed", "-1")
+    assert code == 2 and "than or equal to 0" in said and "Traceback" not in said
+    code, _, said = run("calibrate", str(trace), "--mode", "exact")
+    assert code == 2 and "'exact' is not one of 'token'" in said
