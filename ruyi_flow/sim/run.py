@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -292,10 +293,14 @@ def simulate(
     check_matplotlib()
     Simulation(scenario, where=where)  # what is wrong with it is told before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
-    result = Simulation(scenario, where=where, folder=folder).run(progress)
-    (folder / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
-    write_report(folder, result)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as made:  # a run that breaks off leaves the last one
+        new = Path(made)
+        (new / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
+        result = Simulation(scenario, where=where, folder=new).run(progress)
+        (new / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
+        write_report(new, result)
+        for file in [*new.iterdir()]:
+            file.replace(folder / file.name)
     return result
 
 

@@ -151,6 +151,25 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert texts[0] == texts[1] and again.metrics == first.metrics
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_that_breaks_off_leaves_the_last_one_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    profile().save(tmp_path / "p")
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    simulate_into(Scenario.read(tmp_path / "s.yaml"), tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert set(before) == {"scenario.yaml", "requests.csv", "trace.json", "metrics.json", "report.html"}
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ruyi_flow.sim.run.write_report", fail)  # when all else is written
+    with pytest.raises(error):
+        simulate_into(Scenario.read(tmp_path / "s.yaml", ["seed=5"]), tmp_path / "run")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
 def test_neither_torch_nor_grpc_is_imported(tmp_path: Path) -> None:
     profile().save(tmp_path / "p")
     (tmp_path / "s.yaml").write_text(json.dumps(data()))
