@@ -206,7 +206,10 @@ class Simulation:
     def _behaviour(self) -> Scripts:
         scenario, where = self.scenario, self._where
         if scenario.trace is not None:
-            header, records = traces.read(scenario.trace)
+            try:
+                header, records = traces.read(scenario.trace)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: trace: {error}") from None
             if header.exits != scenario.all_exits:
                 raise ConfigError(
                     f"{where}: trace: {scenario.trace} is of a family with exits {list(header.exits)}, "
@@ -335,7 +338,10 @@ def _profile_of(scenario: Scenario, i: int, known: dict[Path, Profile], where: s
         path = node.profile or scenario.profile
         assert path is not None
         if path not in known:
-            known[path] = Profile.load(path)
+            try:
+                known[path] = Profile.load(path)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {f'nodes.{i}.profile' if node.profile else 'profile'}: {error}") from None
         return known[path]
     key = f"{where}: nodes.{i}.hardware"
     if node.hardware not in HARDWARE:
