@@ -29,6 +29,7 @@ from ruyi_flow.sim.parallel import play
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Progress, Simulation, profiles_of
 from ruyi_flow.sim.scenario import Scenario, SimLink
+from ruyi_flow.sim.sweep import MOST_FAILED
 from ruyi_flow.topology import Link, Node, Topology
 from ruyi_flow.types import Mode
 
@@ -48,8 +49,6 @@ MINIMIZE: Mapping[str, tuple[str, str]] = {
     "latency": ("token_s", "mean"),
 }
 """What may be minimized, and where metrics.json has it."""
-
-_MOST_FAILED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,7 @@ def plan(
     bounds = (
         *Bound.parse(objective),
         Bound("agreement", "", False, min_agreement),
-        Bound("failed", "", True, _MOST_FAILED),
+        Bound("failed", "", True, MOST_FAILED),
     )
     wanted = [(b.figure, b.part) for b in bounds] + [MINIMIZE[minimize], ("token_s", "p95")]
     profiles = profiles_of(scenario, where)
