@@ -40,10 +40,33 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
     assert measured.kind == "measured" and measured.hidden_size == 32 and measured.context == 2048
     assert all(stage.trunk_s[0] > 0 and stage.rows[-1] == 256 for stage in measured.stages)
     assert measured.exchange_s > 0 and measured.round_s > 0 and measured.machine["cores_for_nodes"] > 0
-    measured.save(tmp_path / "p")
+    measured.save(tmp_path / "made" / "p")
+    (tmp_path / "made" / "p").rename(tmp_path / "p")
     assert Profile.load(tmp_path / "p") == measured
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        measured.save(tmp_path / "folder")
+    assert not list(tmp_path.glob(".*"))
     scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
     assert Simulation(scenario).run().metrics["failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--link", "localhost:99999"), "--link localhost:99999: write it as host:port"),
+        (("--link", "localhost"), "--link localhost: write it as host:port"),
+        (("--out", "{folder}"), "is a folder; --out names a file"),
+        (("--out", "{folder}/file/p"), "/file is a file; --out names a file in a folder"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused_before_anything_is_measured(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("ruyi_flow.bench.profile.family.profile_family", lambda *_, **__: pytest.fail("it measured"))
+    code, _, err = run("profile", *(a.format(folder=tmp_path) for a in arguments))
+    assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1
 
 
 def test_cores_are_seen_by_how_much_longer_steps_take_at_once() -> None:

@@ -416,3 +416,11 @@ def test_what_cannot_be_set_is_said(tmp_path: Path, change: str, says: str) -> N
     with pytest.raises(ConfigError) as failed:
         Scenario.read(tmp_path / "s.yaml", [change])
     assert says in str(failed.value)
+
+
+def test_a_run_needs_a_folder(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    profile().save(tmp_path / "p")
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    for out in ("s.yaml", "s.yaml/below"):
+        code, _, err = run("simulate", str(tmp_path / "s.yaml"), "--out", str(tmp_path / out))
+        assert code == 2 and err == f"error: --out: {tmp_path / 's.yaml'} is a file; --out names a folder\n"
