@@ -18,7 +18,7 @@ from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import cluster, cut_topology, free_ports, tiny_family
-from tests.sim.conftest import data
+from tests.sim.conftest import data, profile
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -40,15 +40,18 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
     assert measured.kind == "measured" and measured.hidden_size == 32 and measured.context == 2048
     assert all(stage.trunk_s[0] > 0 and stage.rows[-1] == 256 for stage in measured.stages)
     assert measured.exchange_s > 0 and measured.round_s > 0 and measured.machine["cores_for_nodes"] > 0
-    measured.save(tmp_path / "made" / "p")
-    (tmp_path / "made" / "p").rename(tmp_path / "p")
+    measured.save(tmp_path / "p")
     assert Profile.load(tmp_path / "p") == measured
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        measured.save(tmp_path / "folder")
-    assert not list(tmp_path.glob(".*"))
     scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
     assert Simulation(scenario).run().metrics["failed"] == 0
+
+
+def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    profile().save(tmp_path / "new" / "p")
+    assert Profile.load(tmp_path / "new" / "p") == profile()
+    with pytest.raises(OSError, match="new"):
+        profile().save(tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize(
