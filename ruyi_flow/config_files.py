@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["did_you_mean", "explain", "read_yaml"]
+__all__ = ["did_you_mean", "explain", "parse_value", "read_yaml"]
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -35,22 +35,43 @@ def read_yaml(path: Path, what: str) -> object:
         raise ConfigError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the latter: a date that is none
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
+def parse_value(text: str, where: str) -> Any:
+    """A YAML value of a command line; `where` names it in messages.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{where}: {text!r} is not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings name no key twice: the last one would win silently."""
+    """YAML whose mappings name no key twice, the last one would win silently; and without numbers in base 60."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _wrong(key, "a key must be a text or a number, not a list or a mapping")
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
+                raise _wrong(key, f"the key {key.value!r} is there twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in node.value:
+            raise _wrong(node, f"YAML takes {node.value} for a number in base 60; put a text in quotes")
+        return super().construct_scalar(node)
+
+
+def _wrong(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
@@ -91,16 +112,21 @@ _KINDS = {
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
     "string_type": "must be a text; put it in quotes if it looks like a number",
     "path_type": "must be a text",
     "tuple_type": "must be a list, as in [5, 11]",
     "dict_type": "must be a mapping",
+    "invalid_key": "a key must be a text; put it in quotes if it looks like a number",
     "model_type": "must be a mapping of keys to values",
     "model_attributes_type": "must be a mapping of keys to values",
     "too_short": "must name at least one",
     "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first one a letter or a digit",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} at the most",
 }
 """pydantic's kinds of errors, in this package's words."""

@@ -20,7 +20,19 @@ from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.types import Encoding, Mode, Upload, Weights
 
-__all__ = ["LEAST_AHEAD", "Dtype", "Float", "Int", "Limits", "Link", "Model", "Node", "Topology"]
+__all__ = [
+    "LEAST_AHEAD",
+    "Dtype",
+    "Float",
+    "Int",
+    "Limits",
+    "Link",
+    "Model",
+    "Node",
+    "Topology",
+    "check_address",
+    "resolve_folder",
+]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -28,7 +40,8 @@ LEAST_AHEAD = 8
 """Positions that go up together at the least where nothing is asked about them (`chain.py`)."""
 
 
-def _address(value: str) -> str:
+def check_address(value: str) -> str:
+    """host:port, or a ValueError that says how to write it."""
     match = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
     if match is None or int(match[1]) > 65535:
         raise ValueError("write it as host:port, for instance 127.0.0.1:7101 or [::1]:7101")
@@ -41,7 +54,7 @@ def _not_bool(value: object) -> object:
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(check_address)]
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 
@@ -188,7 +201,7 @@ class Topology(Model):
         topology = cls.parse(data, where=str(path))
         return topology.model_copy(
             update={
-                "family": _resolve_folder(topology.family, base, str(path)),
+                "family": resolve_folder(topology.family, base, str(path)),
                 "nodes": tuple(n.model_copy(update={"shard": n.shard and (base / n.shard)}) for n in topology.nodes),
             }
         )
@@ -359,7 +372,7 @@ class Topology(Model):
             seen[node.address] = i
 
 
-def _resolve_folder(family: str, base: Path, where: str) -> str:
+def resolve_folder(family: str, base: Path, where: str) -> str:
     """A relative folder is meant from the topology's own folder; a name stays a name."""
     try:
         folder = base / Path(family).expanduser()

@@ -33,6 +33,18 @@ def test_help_teaches_every_command(run) -> None:  # type: ignore[no-untyped-def
         assert run(command, "--help")[0] == 0
 
 
+def test_help_of_the_simulator_has_examples(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, words in (
+        ("simulate", ("Example: ruyi-flow simulate", "YAML value", "configs/sim", "docs/simulation.md", "own folder")),
+        ("profile", ("Example", "--nodes topology.yaml", "--link 192.168", "not downwards")),
+        ("sweep", ("Example", "'auto'", "'local'")),
+        ("plan", ("Example",)),
+    ):
+        shown = " ".join(run(command, "--help")[1].replace("│", " ").split())
+        assert [word for word in words if word not in shown] == []
+
+
 def test_pull_and_shard_report_in_json(run, tmp_path: Path, home: Path) -> None:  # type: ignore[no-untyped-def]
     plain = tiny_family(tmp_path / "plain", base="llama", ordinary=True)
     code, out, _ = run("pull", str(plain), "--name", "mine", "--exits", "2,4", "--json")

@@ -128,7 +128,22 @@ def test_a_mistake_names_file_key_and_fix(tmp_path: Path, path: str, value: Any,
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "just text", "- a\n- b", "a: [", "\x00", "[" * 5000, "a: 1\na: 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "just text",
+        "- a\n- b",
+        "a: [",
+        "\x00",
+        "[" * 5000,
+        "a: 1\na: 2",
+        "? [a]\n: 1",
+        "? {a: 1}\n: 1",
+        "a: 2020-13-45",
+        "a: 1:05",
+    ],
+)
 def test_a_file_that_is_no_topology_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)

@@ -18,6 +18,7 @@ from ruyi_flow.cli.app import app
 from ruyi_flow.cli.options import JsonOption, load_topology
 from ruyi_flow.display import counting_bar, err, join, out, print_json
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.topology import check_address
 from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
@@ -28,8 +29,24 @@ __all__ = ["plan", "profile", "simulate", "sweep"]
 ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology with a load.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Replace a key, as in nodes.edge.count=4 or links.phone-edge.round_trip_ms=80."),
+    typer.Option(
+        "--set",
+        help="Replace a key by a YAML value: nodes.edge.count=4, links.phone-edge.round_trip_ms=80, "
+        "nodes.edge.hardware=l4, behaviour=null, 'policy.thresholds={5: 0.9}'. May be given several times.",
+    ),
 ]
+
+
+def _check_out(path: Path, *, folder: bool) -> None:
+    """Refuse a place that cannot be written to before anything is computed for it."""
+    if not folder and path.is_dir():
+        raise ConfigError(f"--out: {path} is a folder; --out names a file")
+    inside = path if folder else path.parent
+    there = next(one for one in (inside, *inside.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--out: {there} is a file; --out names {'a folder' if folder else 'a file in a folder'}")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--out: {there} may not be written to; name another")
 
 
 @contextmanager
@@ -58,8 +75,14 @@ def simulate(
 ) -> None:
     """Play a deployment in virtual time: latency, traffic, energy, cost and quality, before it is bought.
 
-    The run folder has the resolved scenario, requests.csv (every request's timeline), metrics.json, trace.json (open it
-    in ui.perfetto.dev) and report.html.
+    A scenario is a topology with a load; relative paths in it are meant from its
+    own folder. configs/sim has three, docs/simulation.md all keys.
+
+    The run folder has the resolved scenario, requests.csv (every request's
+    timeline), metrics.json, trace.json (open it in ui.perfetto.dev) and report.html.
+
+    Example: ruyi-flow simulate configs/sim/factory.yaml --set load.requests=200
+    --set nodes.box.hardware=l4 --out runs/sim/l4
     """
     from ruyi_flow.sim.run import simulate as run
     from ruyi_flow.sim.scenario import Scenario
@@ -67,6 +90,7 @@ def simulate(
     seeds = [] if seed is None else [f"seed={seed}"]
     asked = Scenario.read(scenario, [*(changes or ()), *seeds])
     folder = folder or Path("runs/sim") / scenario.stem
+    _check_out(folder, folder=True)
     with _interruptible(), counting_bar(quiet=as_json) as bar:
         result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
     if as_json:
@@ -85,19 +109,39 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of a node.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Of every measurement; the median counts.")] = 7,
     nodes: Annotated[
-        Path | None, typer.Option("--nodes", help="Measure the running nodes of this topology instead, from outside.")
+        Path | None,
+        typer.Option("--nodes", help="Measure the running nodes of this topology file instead, from outside."),
     ] = None,
     link: Annotated[
-        str | None, typer.Option("--link", help="Measure the link to the node at host:port instead; writes nothing.")
+        str | None,
+        typer.Option(
+            "--link",
+            help="Measure the link to the node at host:port instead: round trip, jitter and the bandwidth "
+            "upwards (not downwards, nor losses); writes nothing.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what a family's stages cost on this machine, for `ruyi-flow simulate`."""
+    """Measure what a family's stages cost on this machine, for `ruyi-flow simulate`.
+
+    A scenario names the file as its profile, or as that of one node. docs/simulation.md
+    goes on from there.
+
+    Examples: ruyi-flow profile smollm2 --weights int8 --out here.msgpack
+
+    ruyi-flow profile --nodes topology.yaml --out nodes.msgpack
+
+    ruyi-flow profile --link 192.168.1.20:7102
+    """
     from ruyi_flow.bench.profile.family import profile_family
     from ruyi_flow.bench.profile.link import measure_link
     from ruyi_flow.bench.profile.nodes import profile_nodes
 
     if link is not None:
+        try:
+            check_address(link)
+        except ValueError as error:
+            raise ConfigError(f"--link {link}: {error}") from None
         figures = asyncio.run(measure_link(link))
         if as_json:
             print_json(asdict(figures))
@@ -107,6 +151,7 @@ def profile(
                 f"up_mbit: {figures.up_mbit:.1f}"
             )
         return
+    _check_out(out_file, folder=False)
     with counting_bar(quiet=as_json) as bar:
         if nodes is not None:
             found = asyncio.run(profile_nodes(load_topology(nodes), rounds=rounds, report=bar))
@@ -144,7 +189,10 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time; left out: as many as cores.")] = None,
     ray: Annotated[
         str | None,
-        typer.Option(help="Run on this Ray cluster (extra 'ray'), where the scenario's files are at the same paths."),
+        typer.Option(
+            help="Run on a Ray cluster (extra 'ray') where the scenario's files are at the same paths: its address, "
+            "'auto' to find one, 'local' to start one here."
+        ),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="Sweep folder; runs/sweep/<scenario> when left out.")
@@ -160,7 +208,7 @@ def sweep(
 
     In the folder: results.csv; pareto.csv, the points that no other one beats in
     p95 time per token, bytes up, agreement and cost at once (* in the table);
-    pareto.png.
+    pareto.png. Points where more than 1 % of the requests failed are not compared.
 
     Example: ruyi-flow sweep scenario.yaml --grid nodes.edge.count=1,2,4
     --grid policy.threshold=0.5:0.9:0.1
@@ -168,6 +216,7 @@ def sweep(
     from ruyi_flow.sim import sweep as sweeps
 
     folder = folder or Path("runs/sweep") / scenario.stem
+    _check_out(folder, folder=True)
     axes = [sweeps.Axis.parse(text) for text in grid]
     with _interruptible(), counting_bar(quiet=as_json) as bar:
         points = sweeps.sweep(
@@ -259,6 +308,7 @@ def plan(
     from ruyi_flow.sim.scenario import Scenario
 
     asked = Scenario.read(scenario, changes or ())
+    _check_out(out_file, folder=False)
     with _interruptible(), counting_bar(quiet=as_json) as bar:
         found = search(
             asked,

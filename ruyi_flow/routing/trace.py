@@ -262,7 +262,7 @@ def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; ruyi-flow trace records one") from None
     unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=len(data) or 1)
     unpacker.feed(data)
     try:

@@ -29,6 +29,7 @@ from ruyi_flow.sim.parallel import play
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Progress, Simulation, profiles_of
 from ruyi_flow.sim.scenario import Scenario, SimLink
+from ruyi_flow.sim.sweep import MOST_FAILED
 from ruyi_flow.topology import Link, Node, Topology
 from ruyi_flow.types import Mode
 
@@ -48,8 +49,6 @@ MINIMIZE: Mapping[str, tuple[str, str]] = {
     "latency": ("token_s", "mean"),
 }
 """What may be minimized, and where metrics.json has it."""
-
-_MOST_FAILED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,7 @@ def plan(
     bounds = (
         *Bound.parse(objective),
         Bound("agreement", "", False, min_agreement),
-        Bound("failed", "", True, _MOST_FAILED),
+        Bound("failed", "", True, MOST_FAILED),
     )
     wanted = [(b.figure, b.part) for b in bounds] + [MINIMIZE[minimize], ("token_s", "p95")]
     profiles = profiles_of(scenario, where)
@@ -261,7 +260,8 @@ def arranged(
     data["hosts"] = {name: data["hosts"][name] | {"nodes": there} for name, there in hosts.items() if there}
     if chosen is not None:
         data["policy"] = _policy(scenario, chosen, policy_file)
-    return Scenario.from_data(data, base=Path(), where=where)
+    made = Scenario.from_data(data, base=Path(), where=where)
+    return made.model_copy(update={"family": scenario.family})  # a name, whatever folder of that name is here
 
 
 def write(found: Plan, out: Path, base: Path) -> None:
@@ -286,22 +286,23 @@ def write(found: Plan, out: Path, base: Path) -> None:
         nodes.append(row)
     known = {*Link.model_fields}
     links = [link.model_dump(mode="json", by_alias=True, include=known, exclude_defaults=True) for link in there.links]
-    folder = base / Path(there.family).expanduser()
-    family = str(folder.resolve()) if "/" in there.family or (folder / "config.json").exists() else there.family
     policy = _policy(scenario, best, there.policy.file)
     if there.policy.file is not None:
         policy["file"] = there.policy.file.name
     data: dict[str, Any] = {
-        "family": family,
+        "family": there.family,
         "exits": there.exits and list(there.exits),
         "nodes": nodes,
         "links": links,
     }
     data = {key: value for key, value in data.items() if value} | {"policy": policy}
     new = out.with_name(f".{out.name}.new")
-    new.write_text(f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}")
-    Topology.load(new)
-    new.replace(out)
+    try:
+        new.write_text(f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}")
+        Topology.load(new)
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ---- the search ----

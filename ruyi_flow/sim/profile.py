@@ -146,9 +146,13 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
-        new.write_bytes(msgpack.packb({"format": _FORMAT, "version": _VERSION, **asdict(self)}))
-        new.replace(path)
+        try:
+            new.write_bytes(msgpack.packb({"format": _FORMAT, "version": _VERSION, **asdict(self)}))
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Profile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -206,7 +207,10 @@ class Simulation:
     def _behaviour(self) -> Scripts:
         scenario, where = self.scenario, self._where
         if scenario.trace is not None:
-            header, records = traces.read(scenario.trace)
+            try:
+                header, records = traces.read(scenario.trace)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: trace: {error}") from None
             if header.exits != scenario.all_exits:
                 raise ConfigError(
                     f"{where}: trace: {scenario.trace} is of a family with exits {list(header.exits)}, "
@@ -293,10 +297,14 @@ def simulate(
     check_matplotlib()
     Simulation(scenario, where=where)  # what is wrong with it is told before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
-    result = Simulation(scenario, where=where, folder=folder).run(progress)
-    (folder / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
-    write_report(folder, result)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as made:  # a run that breaks off leaves the last one
+        new = Path(made)
+        (new / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
+        result = Simulation(scenario, where=where, folder=new).run(progress)
+        (new / "metrics.json").write_text(metrics_text(result.metrics), encoding="utf-8")
+        write_report(new, result)
+        for file in [*new.iterdir()]:
+            file.replace(folder / file.name)
     return result
 
 
@@ -331,7 +339,10 @@ def _profile_of(scenario: Scenario, i: int, known: dict[Path, Profile], where: s
         path = node.profile or scenario.profile
         assert path is not None
         if path not in known:
-            known[path] = Profile.load(path)
+            try:
+                known[path] = Profile.load(path)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {f'nodes.{i}.profile' if node.profile else 'profile'}: {error}") from None
         return known[path]
     key = f"{where}: nodes.{i}.hardware"
     if node.hardware not in HARDWARE:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ruyi_flow.config_files import did_you_mean, explain, read_yaml
+from ruyi_flow.config_files import did_you_mean, explain, parse_value, read_yaml
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.topology import Float, Int, Link, Model, Node, Topology
+from ruyi_flow.topology import Float, Int, Link, Model, Node, Topology, resolve_folder
 
 __all__ = ["Arrivals", "Behaviour", "Host", "Lengths", "Load", "Scenario", "SimLink", "SimNode", "Span", "Turns"]
 
@@ -84,8 +84,8 @@ class Lengths(Model):
     low: Int = Field(default=1, ge=1)
     high: Int = Field(default=128, ge=1, le=2**20)
     """`uniform`, both included"""
-    median: Positive = 64.0
-    sigma: Weight = 0.7
+    median: Annotated[Float, Field(gt=0, le=2**20)] = 64.0
+    sigma: Annotated[Float, Field(ge=0, le=10)] = 0.7
     """`lognormal`: of its logarithm"""
     most: Int = Field(default=2048, ge=1, le=2**20)
     """No more than that, whatever the distribution says."""
@@ -177,7 +177,7 @@ class Scenario(Topology):
     hosts: dict[str, Host] = {}
     client_ms: Weight = 0.0
     """What a user's request takes on the entry node before its first step, beyond the profile's."""
-    seed: Int = 0
+    seed: Int = Field(default=0, ge=0)
 
     @classmethod
     def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> Scenario:
@@ -202,6 +202,8 @@ class Scenario(Topology):
     def from_data(cls, data: dict[str, Any], *, base: Path, where: str) -> Scenario:
         """Check a scenario that is a mapping already; relative paths are meant from `base`."""
         data = copy.deepcopy(data)
+        if isinstance(data.get("family"), str):
+            data["family"] = resolve_folder(data["family"], base.resolve(), where)
         places: list[tuple[Any, str]] = [(data, "trace"), (data, "profile"), (data.get("policy"), "file")]
         load = data.get("load")
         places += [(node, "profile") for node in data.get("nodes") or ()] if isinstance(data.get("nodes"), list) else []
@@ -264,8 +266,10 @@ class Scenario(Topology):
                 raise ConfigError(f"{where}: load.{what}.kind: there is no trace to take them from; name one")
             if lengths.kind == "uniform" and lengths.low > lengths.high:
                 raise ConfigError(f"{where}: load.{what}: low is above high")
-        if self.workload.arrivals.kind == "replay" and self.workload.arrivals.file is None:
-            raise ConfigError(f"{where}: load.arrivals.file: what to replay is missing; name a CSV file")
+        arrivals = self.workload.arrivals
+        if arrivals.kind == "replay" and (arrivals.file is None or not arrivals.file.exists()):
+            missing = "what to replay is missing" if arrivals.file is None else f"{arrivals.file} is not there"
+            raise ConfigError(f"{where}: load.arrivals.file: {missing}; name a CSV file")
 
 
 def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -279,6 +283,11 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
     below = read_yaml(file, "topology")
     if not isinstance(below, dict):
         raise ConfigError(f"{file}: a topology is a mapping with the keys family, nodes, links and policy")
+    if isinstance(below.get("family"), str):
+        below["family"] = resolve_folder(below["family"], file.parent.resolve(), str(file))
+    for node in below["nodes"] if isinstance(below.get("nodes"), list) else ():
+        if isinstance(node, dict) and isinstance(node.get("shard"), str):
+            node["shard"] = str((file.parent / node["shard"]).resolve())
     policy = below.get("policy")
     if isinstance(policy, dict) and isinstance(policy.get("file"), str):
         policy["file"] = str((file.parent / policy["file"]).resolve())
@@ -309,10 +318,7 @@ def replace_key(data: dict[str, Any], override: str, where: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: write key=value, as in nodes.edge.count=4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+    value = parse_value(text, f"--set {key}")
     *path, last = key.split(".")
     here: Any = data
     for i, part in enumerate([*path, last]):
@@ -320,7 +326,11 @@ def replace_key(data: dict[str, Any], override: str, where: str) -> None:
         if isinstance(here, list):
             index = _index(here, part)
             if index is None:
-                raise ConfigError(f"{where}: --set {key}: no {part!r} in {'.'.join(path[:i]) or 'it'}")
+                names = [name for row in here if (name := _name(row))] or [str(i) for i in range(len(here))]
+                raise ConfigError(
+                    f"{where}: --set {key}: no {part!r} in {'.'.join(path[:i])}; "
+                    f"it has {', '.join(names) or 'nothing'}{did_you_mean(part, names)}"
+                )
             if final:
                 here[index] = value
             else:
@@ -338,7 +348,11 @@ def replace_key(data: dict[str, Any], override: str, where: str) -> None:
 def _index(rows: list[Any], part: str) -> int | None:
     if part.isdigit() and int(part) < len(rows):
         return int(part)
-    for i, row in enumerate(rows):
-        if isinstance(row, dict) and part in (row.get("name"), f"{row.get('from')}-{row.get('to')}"):
-            return i
-    return None
+    return next((i for i, row in enumerate(rows) if part and part == _name(row)), None)
+
+
+def _name(row: Any) -> str:
+    """What a node or a link is called; nothing where it has no name."""
+    if not isinstance(row, dict):
+        return ""
+    return str(row.get("name") or "-".join(str(row[end]) for end in ("from", "to") if end in row))

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from ruyi_flow import __version__
+from ruyi_flow.config_files import parse_value
 from ruyi_flow.errors import ConfigError, RuyiFlowError
 from ruyi_flow.sim.parallel import play
 from ruyi_flow.sim.run import Progress, Simulation, metrics_text
@@ -30,6 +31,7 @@ from ruyi_flow.sim.scenario import Scenario
 
 __all__ = [
     "FIGURES",
+    "MOST_FAILED",
     "Axis",
     "Figure",
     "Point",
@@ -40,6 +42,9 @@ __all__ = [
     "sweep",
     "write",
 ]
+
+MOST_FAILED = 0.01
+"""Share of the requests that may fail: where more do, the other figures say nothing of what users get."""
 
 _MOST_RUNS = 100_000
 
@@ -98,10 +103,9 @@ class Axis:
             whole = all(part.strip().lstrip("+-").isdigit() for part in match.groups())
             found = [round(low + i * step, 12) for i in range(count)]
             return cls(key, tuple(int(value) for value in found) if whole else tuple(found))
-        try:
-            values = yaml.safe_load(f"[{listed}]")  # commas inside of brackets belong to a value
-        except yaml.YAMLError:
-            raise ConfigError(f"--grid {text!r}: {listed!r} is not a list of YAML values") from None
+        if re.fullmatch(f"{number}:{number}", listed):
+            raise ConfigError(f"--grid {text!r}: a range is low:high:step, as in {listed.strip()}:1")
+        values = parse_value(f"[{listed}]", f"--grid {key}")  # commas inside of brackets belong to a value
         return cls(key, tuple(values))
 
 
@@ -123,6 +127,11 @@ class Point:
     """By `FIGURES`."""
     answered: bool
     """Whether every run gave tokens; else its figures say nothing."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is compared with others: every run gave tokens, and hardly a request failed."""
+        return self.answered and self.figures["failed"].mean <= MOST_FAILED
 
 
 def sweep(
@@ -154,7 +163,7 @@ def sweep(
     names: list[list[str]] = []
     digests: dict[Path, str] = {}
     for _, seeds, where in points:
-        hashed = [(_hash(one, digests), one) for one in seeds]
+        hashed = [(_hash(one, digests, where), one) for one in seeds]
         names.append([name for name, _ in hashed])
         runs.update((name, (one, where)) for name, one in hashed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,18 +184,19 @@ def sweep(
 def front(points: Sequence[Point]) -> list[bool]:
     """Whether no other point is as good in everything that counts and better in something.
 
-    What counts: p95 time per token, bytes up per token, 1 - agreement, dollars per million tokens.
+    What counts: p95 time per token, bytes up per token, 1 - agreement, dollars per million tokens. A point where more
+    than 1 % of the requests failed is none of the best and beats none.
     """
     costs = [_costs(point) for point in points]
 
     def beaten(i: int) -> bool:
         mine = costs[i]
         return any(
-            points[j].answered and other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
+            points[j].counts and other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
             for j, other in enumerate(costs)
         )
 
-    return [point.answered and not beaten(i) for i, point in enumerate(points)]
+    return [point.counts and not beaten(i) for i, point in enumerate(points)]
 
 
 def write(folder: Path, points: Sequence[Point]) -> list[Path]:
@@ -218,7 +228,7 @@ def draw(folder: Path, points: Sequence[Point]) -> Path:
         from matplotlib.figure import Figure as Drawing
     except ImportError:
         raise ConfigError("pareto.png needs the extra: pip install 'ruyi-flow[sim]'") from None
-    shown = [(point, best) for point, best in zip(points, front(points), strict=True) if point.answered]
+    shown = [(point, best) for point, best in zip(points, front(points), strict=True) if point.counts]
     drawing = Drawing(figsize=(13, 4.2), layout="constrained")
     (x_name, x_label), *others = _COSTS.items()
     for panel, (name, label) in zip(drawing.subplots(1, 3), others, strict=True):
@@ -256,6 +266,9 @@ def _points(
     if repeat < 1:
         raise ConfigError(f"--repeat is {repeat}; it must be 1 or more")
     keys = [axis.key for axis in axes]
+    for override in overrides:
+        if override.partition("=")[0] == "seed":
+            raise ConfigError(f"--set {override}: every point has seeds of its own; --repeat 5 takes seeds 0 to 4")
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ConfigError(f"--grid: {twice[0]} is there twice; give all of its values in one")
     count = math.prod(len(axis.values) for axis in axes)
@@ -264,7 +277,7 @@ def _points(
     found, wrong = [], []
     for values in itertools.product(*(axis.values for axis in axes)):
         point = dict(zip(keys, values, strict=True))
-        set_here = [f"{key}={json.dumps(value)}" for key, value in point.items()]  # JSON is YAML
+        set_here = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in point.items()]
         where = f"{scenario} at {', '.join(f'{key}={value}' for key, value in point.items())}"
         try:
             first = Scenario.read(scenario, [*overrides, *set_here, "seed=0"])
@@ -280,15 +293,28 @@ def _points(
     return found
 
 
-def _hash(scenario: Scenario, digests: dict[Path, str]) -> str:
+def _hash(scenario: Scenario, digests: dict[Path, str], where: str) -> str:
     """Of what determines a run's figures: the scenario with its seed, the files that it names, and this program."""
-    files = [scenario.trace, scenario.profile, scenario.policy.file, scenario.workload.arrivals.file]
-    files += [node.profile for node in scenario.nodes]
+    files = {
+        "trace": scenario.trace,
+        "profile": scenario.profile,
+        "policy.file": scenario.policy.file,
+        "load.arrivals.file": scenario.workload.arrivals.file,
+        **{f"nodes.{i}.profile": node.profile for i, node in enumerate(scenario.nodes)},
+    }
+    shape = Path(scenario.family) / "config.json"
+    if shape.exists():
+        files["family"] = shape
     whole = hashlib.sha256(f"{__version__}\n{scenario.seed}\n{scenario.text()}".encode())
-    for file in files:
+    for key, file in files.items():
         if file is not None:
             if file not in digests:
-                digests[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+                try:
+                    digests[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+                except OSError as error:
+                    raise ConfigError(
+                        f"{where}: {key}: {file} cannot be read: {error.strerror}; name another"
+                    ) from None
             whole.update(digests[file].encode())
     return whole.hexdigest()[:24]
 

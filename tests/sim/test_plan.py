@@ -184,3 +184,26 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
             Scenario.read(tmp_path / "scenario.yaml", [f"nodes.phone.profile={tmp_path / 'half.msgpack'}"]),
             "mean token_s < 1",
         )
+
+
+def test_a_plan_needs_a_file_before_it_searches(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = scenario(tmp_path)
+    monkeypatch.setattr("ruyi_flow.sim.plan.plan", lambda *_, **__: pytest.fail("it searched"))
+    for out, says in (
+        (tmp_path, "is a folder; --out names a file"),
+        (path / "x", "is a file; --out names a file in a"),
+    ):
+        code, _, err = run("plan", str(path), "--objective", "p95 token_s < 1", "--out", str(out))
+        assert code == 2 and err.startswith("error: --out: ") and says in err and err.count("\n") == 1
+    assert not list(tmp_path.parent.glob(".*.new"))
+
+
+def test_a_name_stays_a_name_where_a_folder_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, elsewhere = scenario(tmp_path), tmp_path / "elsewhere"
+    (elsewhere / "fam").mkdir(parents=True)
+    (elsewhere / "fam" / "config.json").write_text("{}")
+    monkeypatch.chdir(elsewhere)
+    asked = Scenario.read(path)
+    assert asked.family == "fam" and arranged(asked, ((2, 4), (), (6,))).family == "fam"

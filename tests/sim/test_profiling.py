@@ -18,7 +18,7 @@ from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import cluster, cut_topology, free_ports, tiny_family
-from tests.sim.conftest import data
+from tests.sim.conftest import data, profile
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -44,6 +44,32 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
     assert Profile.load(tmp_path / "p") == measured
     scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
     assert Simulation(scenario).run().metrics["failed"] == 0
+
+
+def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    profile().save(tmp_path / "new" / "p")
+    assert Profile.load(tmp_path / "new" / "p") == profile()
+    with pytest.raises(OSError, match="new"):
+        profile().save(tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--link", "localhost:99999"), "--link localhost:99999: write it as host:port"),
+        (("--link", "localhost"), "--link localhost: write it as host:port"),
+        (("--out", "{folder}"), "is a folder; --out names a file"),
+        (("--out", "{folder}/file/p"), "/file is a file; --out names a file in a folder"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused_before_anything_is_measured(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("ruyi_flow.bench.profile.family.profile_family", lambda *_, **__: pytest.fail("it measured"))
+    code, _, err = run("profile", *(a.format(folder=tmp_path) for a in arguments))
+    assert code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1
 
 
 def test_cores_are_seen_by_how_much_longer_steps_take_at_once() -> None:

@@ -151,6 +151,25 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert texts[0] == texts[1] and again.metrics == first.metrics
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_that_breaks_off_leaves_the_last_one_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    profile().save(tmp_path / "p")
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    simulate_into(Scenario.read(tmp_path / "s.yaml"), tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert set(before) == {"scenario.yaml", "requests.csv", "trace.json", "metrics.json", "report.html"}
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ruyi_flow.sim.run.write_report", fail)  # when all else is written
+    with pytest.raises(error):
+        simulate_into(Scenario.read(tmp_path / "s.yaml", ["seed=5"]), tmp_path / "run")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
 def test_neither_torch_nor_grpc_is_imported(tmp_path: Path) -> None:
     profile().save(tmp_path / "p")
     (tmp_path / "s.yaml").write_text(json.dumps(data()))
@@ -286,6 +305,20 @@ def test_populations_are_shared_out_evenly(simulate: Simulate) -> None:
         ({"hosts": {"h": {"cores": 2, "nodes": ["n7"]}}}, "hosts.h.nodes: no node 'n7'"),
         ({"links": [{"from": "n1", "to": "n0"}]}, "skips or goes back"),
         ({"seed": "x"}, "seed: 'x'"),
+        ({"seed": -1}, "seed: -1: must be 0 or more"),
+        (
+            {"load": {"requests": 1, "prompts": {"kind": "lognormal", "sigma": 1e300}}},
+            "load.prompts.sigma: 1e+300: must be 10 at the most",
+        ),
+        ({"load": {"requests": 1, "prompts": {"kind": "lognormal", "median": 1e300}}}, "load.prompts.median: 1e+300"),
+        ({"load": {"requests": 1, 5: 4}}, "load.5: 5: a key must be a text"),
+        ({"client_ms": float("inf")}, "client_ms: inf: must be a finite number"),
+        ({"links": [{"from": "n0", "to": "n1", "loss": 0.5}]}, "links.0.loss: 0.5: must be below 0.5"),
+        ({"links": [{"from": "n0", "to": "n1", "shared": 5}]}, "links.0.shared: 5: must be true or false"),
+        (
+            {"load": {"requests": 1, "arrivals": {"kind": "replay", "file": "none.csv"}}},
+            "none.csv is not there; name a CSV file",
+        ),
     ],
 )
 def test_a_bad_scenario_fails_with_file_key_and_fix(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -298,8 +331,10 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
     def build(**change: Any) -> None:
         Simulation(Scenario.from_data(data(**change), base=tmp_path, where="bad.yaml"), where="bad.yaml")
 
-    with pytest.raises(ConfigError, match="no such profile; make one: ruyi-flow profile"):
+    with pytest.raises(ConfigError, match="bad.yaml: profile: .*no such profile; make one: ruyi-flow profile"):
         build()
+    with pytest.raises(ConfigError, match="bad.yaml: nodes.0.profile: .*q: no such profile"):
+        build(nodes=[{"name": "n0", "exits": [2, 4, 6], "profile": "q"}], links=[])
     (tmp_path / "p").write_bytes(b"\x00\x01")
     with pytest.raises(ConfigError, match="not a profile"):
         build()
@@ -309,6 +344,8 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
     profile().save(tmp_path / "p")
     with pytest.raises(ConfigError, match="trace: nobody knows what the branches say"):
         build(behaviour=None)
+    with pytest.raises(ConfigError, match="bad.yaml: trace: .*t: cannot be read: No such.*; ruyi-flow trace records"):
+        build(behaviour=None, trace="t")
     record(load_family(tiny, dtype="float32"), [Asked((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
     with pytest.raises(ConfigError, match="is of family .* the profile of family; trace and profile the same one"):
         build(behaviour=None, trace="t")
@@ -349,3 +386,48 @@ def test_a_topology_is_a_scenario_once_a_load_is_added(tmp_path: Path) -> None:
     ]
     assert found.links[0].round_trip_ms == 80 and found.links[0].encoding == "int8" and found.seed == 4
     assert Simulation(found).run().metrics["requests"] == 5
+
+
+def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile().save(tmp_path / "p")
+    for folder in ("here", "there", "there/below"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "s.yaml").write_text(json.dumps(data(family="here")))
+    monkeypatch.chdir(tmp_path / "there")
+    assert Scenario.read(tmp_path / "s.yaml").family == str(tmp_path / "here")
+    assert Scenario.read("../s.yaml", ["family=./here"]).family == str(tmp_path / "here")
+    assert Scenario.read(tmp_path / "s.yaml", ["family=below"]).family == "below", "a name: it is not there"
+    nodes = [{"name": "n0", "exits": [2, 4, 6], "shard": "below/shard"}]
+    (tmp_path / "there" / "topology.yaml").write_text(json.dumps({"family": "./below", "nodes": nodes}))
+    scenario = {key: value for key, value in data().items() if key not in ("family", "nodes", "links")}
+    (tmp_path / "s.yaml").write_text(json.dumps({"topology": "there/topology.yaml", **scenario}))
+    found = Scenario.read(tmp_path / "s.yaml")
+    assert found.family == str(tmp_path / "there" / "below")
+    assert found.nodes[0].shard == tmp_path / "there" / "below" / "shard"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("nodes.nx.count=5", "no 'nx' in nodes; it has n0, n1, n2"),
+        ("links.n0-n2.loss=0.1", "no 'n0-n2' in links; it has n0-n1, n1-n2; did you mean"),
+        ("nodes.n0.exits.7=3", "no '7' in nodes.n0.exits; it has 0"),
+        ("seed=2020-13-45", "--set seed: '2020-13-45' is not valid YAML: month must be in 1..12"),
+        ("load.requests=1:5", "YAML takes 1:5 for a number in base 60"),
+        ("policy.thresholds={2: 0.5, 2: 0.6}", "the key '2' is there twice"),
+    ],
+)
+def test_what_cannot_be_set_is_said(tmp_path: Path, change: str, says: str) -> None:
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    with pytest.raises(ConfigError) as failed:
+        Scenario.read(tmp_path / "s.yaml", [change])
+    assert says in str(failed.value)
+
+
+def test_a_run_needs_a_folder(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    profile().save(tmp_path / "p")
+    (tmp_path / "s.yaml").write_text(json.dumps(data()))
+    for out in ("s.yaml", "s.yaml/below"):
+        code, _, err = run("simulate", str(tmp_path / "s.yaml"), "--out", str(tmp_path / out))
+        assert code == 2 and err == f"error: --out: {tmp_path / 's.yaml'} is a file; --out names a folder\n"

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.sim.hardware import SMOLLM2
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.sim.sweep import FIGURES, Axis, Figure, Point, draw, front, half_width, sweep, write
@@ -44,7 +45,10 @@ def test_a_grid_is_a_list_or_a_range_with_both_ends(text: str, values: tuple[obj
         ("a=2:1:1", "low <= high"),
         ("a=1:2:0", "a step above 0"),
         ("a=0:1:1e-9", "take a larger step"),
-        ("a=[1", "not a list of YAML values"),
+        ("a=[1", "is not valid YAML: expected ',' or ']'"),
+        ("a=1:5", "a range is low:high:step, as in 1:5:1"),
+        ("a=1,1:05", "YAML takes 1:05 for a number in base 60"),
+        ("a=2020-13-45", "month must be in 1..12"),
         ("seed=1,2", "--repeat"),
     ],
 )
@@ -74,6 +78,7 @@ def test_the_front_is_what_nothing_else_beats() -> None:
         point("as slim", token_p95_s=2, bytes_up_per_token=5, agreement=0.9),
         point("right", token_p95_s=3, bytes_up_per_token=9, agreement=1.0),
         point("silent", answered=False, agreement=1.0),
+        point("refusing", token_p95_s=0.5, agreement=1.0, failed=0.02),
     ]
     best = [p.keys["name"] for p, is_best in zip(points, front(points), strict=True) if is_best]
     assert best == ["fast", "slim", "as slim", "right"]
@@ -117,12 +122,30 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert other[1].figures["token_p95_s"].mean > first[1].figures["token_p95_s"].mean
 
 
+def test_another_shape_of_the_family_is_another_run(tmp_path: Path) -> None:
+    family, out = tmp_path / "mine", tmp_path / "out"
+    family.mkdir()
+    nodes = [{"name": "whole", "exits": [5, 11, 17, 23, 29], "hardware": "l4"}]
+    agreement = {5: 0.4, 11: 0.5, 17: 0.7, 23: 0.8}
+    changes = {"family": "mine", "profile": None, "nodes": nodes, "links": None, "behaviour": {"agreement": agreement}}
+    path = scenario(tmp_path, **changes)
+    found = []
+    for size in (1536, 3072, 1536):
+        (family / "config.json").write_text(json.dumps({**SMOLLM2, "intermediate_size": size}))
+        [one] = sweep(path, [Axis.parse("load.requests=2")], out, repeat=1, jobs=1)
+        found.append(one.figures["token_p95_s"].mean)
+    assert found[0] < found[1] and found[0] == found[2]
+    assert len(list(out.glob("*.json"))) == 2
+
+
 def test_what_is_wrong_with_any_point_is_told_before_the_first_one_runs(tmp_path: Path) -> None:
     path, out = scenario(tmp_path), tmp_path / "out"
     for grid, message in (
         ("nodes.edge.count=1,99", "scenario.yaml at nodes.edge.count=99: nodes.1.count: 99 of 'edge' for 8 of 'phone'"),
         ("policy.treshold=0.5", "policy.treshold: 0.5: unknown key"),
-        ("nodes.hedge.count=1", "no 'hedge' in nodes"),
+        ("nodes.hedge.count=1", "no 'hedge' in nodes; it has phone, edge, cloud; did you mean 'edge'?"),
+        ("client_ms=2020-12-25", "client_ms: datetime.date(2020, 12, 25): must be a number"),
+        ("client_ms=.nan", "client_ms: must be"),
         (
             "policy.threshold=0.5,-1,-2",
             "it must be a number from 0 (always sure) to 1 (above it: never sure) (1 more of",
@@ -134,6 +157,12 @@ def test_what_is_wrong_with_any_point_is_told_before_the_first_one_runs(tmp_path
     assert not out.exists()
     with pytest.raises(ConfigError, match="is there twice"):
         sweep(path, [Axis.parse("seeds=1"), Axis.parse("seeds=2")], out)
+    with pytest.raises(ConfigError, match="--set seed=7: .*--repeat 5 takes seeds 0 to 4"):
+        sweep(path, [Axis.parse("policy.threshold=0.5")], out, overrides=["seed=7"])
+    with pytest.raises(ConfigError, match=r"at policy.threshold=0.5: profile: .*none.msgpack cannot be read: No such"):
+        every = [f"nodes.{name}.profile=costs.msgpack" for name in ("phone", "edge", "cloud")]
+        sweep(path, [Axis.parse("policy.threshold=0.5")], out, overrides=[*every, "profile=none.msgpack"])
+    assert not out.exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
