@@ -215,10 +215,84 @@ def test_a_link_that_is_down_holds_messages_up_until_their_deadline(simulate: Si
     assert late["failed"] == late["errors"]["DeadlineExceeded"] > 0
 
 
+@pytest.mark.parametrize("far", [None, [{"at_s": 1e6, "for_s": 1}]])
+def test_an_answer_that_is_late_fails_at_its_deadline(simulate: Simulate, far: list[dict[str, float]] | None) -> None:
+    asked = data(((2,), (4, 6)), policy={"mode": "exact", "draft": 0})
+    asked["load"] |= {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 10, "prompts": {"tokens": 120}}
+    asked["links"][0] |= {"up_mbit": 0.00125, "down": far or []}
+    late = simulate(asked).metrics
+    assert late["failed"] == late["errors"]["DeadlineExceeded"] == 10, "a prompt takes 54 s; there are 30"
+    assert 1030 < late["simulated_s"] < 1031
+    asked["policy"]["fallback"] = True
+    instead = simulate(asked).metrics
+    assert instead["failed"] == 0 and 30 < instead["first_token_s"]["p50"] < 32
+    asked["links"][0]["timeout_s"] = 60
+    assert 54 < simulate(asked).metrics["first_token_s"]["p50"] < 55
+
+
+def test_a_deadline_starts_anew_when_a_part_of_the_prompt_has_been_taken(simulate: Simulate) -> None:
+    asked = data(((2,), (4, 6)), policy={"mode": "exact", "draft": 0})
+    asked["load"] |= {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 10, "prompts": {"tokens": 4 * 128}}
+    asked["links"][0] |= {"up_mbit": 0.005, "timeout_s": 20}  # each part takes 14 s
+    found = simulate(asked).metrics
+    assert found["failed"] == 0 and found["first_token_s"]["p50"] > 50
+
+
+def test_a_node_whose_answer_was_given_up_serves_the_others(simulate: Simulate) -> None:
+    asked = data(
+        ((2,), (4, 6)),
+        policy={"mode": "exact", "draft": 0},
+        load={"arrivals": {"kind": "closed", "users": 8}, "turns": {"think_s": 0}, "requests": 60}
+        | {"prompts": {"kind": "uniform", "low": 1, "high": 1200}, "answers": {"tokens": 8}},
+    )
+    asked["nodes"][0]["count"] = 8
+    asked["nodes"][1]["limits"] = {"max_step_positions": 16}
+    asked["links"][0]["timeout_s"] = 1.2
+    scenario = Scenario.from_data(asked, base=Path(), where="test.yaml")
+    simulation = Simulation(scenario, profiles=[profile()] * 2)
+    found = simulation.run().metrics
+    assert found["requests"] == 60 and 10 < found["failed"] < 55
+    there = simulation._cluster.instances[1][0]
+    simulation._time.env.run(until=simulation._time.now() + 60)
+    assert there.worker.waiting == 0 and not there.worker._busy
+
+
+def test_a_full_node_fails_prompts_that_come_in_parts(simulate: Simulate) -> None:
+    asked = data(((2,), (4, 6)), policy={"mode": "exact", "draft": 0})
+    asked["load"] |= {"prompts": {"tokens": 600}, "arrivals": {"rate": 10}}
+    asked["nodes"][0]["count"] = 40
+    asked["nodes"][1]["limits"] = {"max_sessions": 1, "max_waiting": 0}
+    found = simulate(asked).metrics
+    assert found["errors"].keys() == {"CapacityError"} and 20 < found["failed"] < 40
+
+
+def test_a_links_outages_need_no_order_and_may_overlap(simulate: Simulate) -> None:
+    found = []
+    for down in (
+        [{"at_s": 5, "for_s": 9}],
+        [{"at_s": 8, "for_s": 6}, {"at_s": 5, "for_s": 4}],
+        [{"at_s": 5, "for_s": 9}, {"at_s": 6, "for_s": 1}],
+    ):
+        asked = data(policy={"mode": "exact", "draft": 0})
+        asked["links"][0]["down"] = down
+        found.append(simulate(asked).metrics)
+    assert found[0] == found[1] == found[2] and found[0]["total_s"]["p99"] > 8
+
+
+def test_nodes_that_break_by_themselves_go_on_doing_so(simulate: Simulate) -> None:
+    load = {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 400, "answers": {"tokens": 1}}
+    asked = data(load=load, policy={"mode": "exact", "draft": 0})
+    asked["nodes"][1] |= {"mtbf_s": 2, "mttr_s": 2}  # 10,000 outages
+    found = simulate(asked, folder=None)
+    failed = found.metrics["failed"]
+    assert 150 < failed < 260
+    assert sum(found.recorder.timeline.rate("tokens")[-100:]) < 0.75 * 100 * 0.01, "at the end, too"
+
+
 def test_nodes_that_break_by_themselves_are_down_for_their_share(simulate: Simulate) -> None:
     asked = data(policy={"mode": "exact", "draft": 0})
     asked["load"]["requests"] = 400
-    asked["nodes"][1] |= {"mtbf_s": 90, "mttr_s": 10}
+    asked["nodes"][1] |= {"mtbf_s": 9, "mttr_s": 1}
     found = simulate(asked).metrics
     assert 0.03 < found["failed"] / 400 < 0.3
 
