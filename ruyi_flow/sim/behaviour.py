@@ -88,6 +88,10 @@ class Recorded:
         """Tokens of a request's answer."""
         return len(self._records[number % len(self._records)].answer)
 
+    def least(self) -> tuple[int, int]:
+        """The fewest tokens of a prompt, and of an answer."""
+        return min(r.prompt_tokens for r in self._records), min(len(r.answer) for r in self._records)
+
     def script(self, number: int, length: int) -> Script:
         """See `Scripts`; an answer longer than recorded goes round."""
         i = number % len(self._records)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ruyi_flow.chain import Chain
@@ -68,7 +69,6 @@ class Cluster:
     ) -> None:
         self._scenario, self._time, self._scripts, self._recorder = scenario, time, scripts, recorder
         self._random = random.Random(f"{scenario.seed}/links")
-        self._faults = random.Random(f"{scenario.seed}/faults")
         self._tiers: list[_Tier] = []
         for i, (node, profile) in enumerate(zip(scenario.nodes, profiles, strict=True)):
             costs = tuple(StepCost(profile.stage(p), 1 / node.speed) for p in node.exits)
@@ -115,6 +115,14 @@ class Cluster:
                 rooms[name] = rooms.get(name, 0.0) + waited
                 self._recorder.timeline.add(f"room {name}", began, waited, waited)
 
+    def forget_what_was_done(self) -> None:
+        """Count the nodes' times and the links' bytes from this moment on."""
+        for there in self.instances:
+            for instance in there.values():
+                instance.worker.busy_s = instance.worker.waited_s = 0.0
+        for up, down in self._pipes.values():
+            up.carried = down.carried = 0
+
     def instance(self, tier: int, number: int) -> Instance:
         """One of a tier's nodes."""
         found = self.instances[tier].get(number)
@@ -140,7 +148,7 @@ class Cluster:
         row = 0 if link is None else link.row_bytes(this.profile.hidden_size)
         ahead = self._scenario.ahead_of(node.name, row)
         sessions = Sessions(node.name, limits, stages, worker, way, row, ahead, time)
-        return Instance(worker, sessions, self._outages(node), up, down)
+        return Instance(worker, sessions, self._outages(node, number), up, down)
 
     def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:
         """See `sessions.Way`."""
@@ -205,15 +213,12 @@ class Cluster:
             self._pipes[key] = direction("up", link.up_mbit), direction("down", link.down_mbit)
         return self._pipes[key]
 
-    def _outages(self, node: SimNode) -> Outages:
-        spans = _spans(node.down)
+    def _outages(self, node: SimNode, number: int) -> Outages:
+        spans: Iterator[tuple[float, float]] = iter(_spans(node.down))
         if node.mtbf_s is not None:
-            now, random = 0.0, self._faults
-            while len(spans) < 1000:
-                now += random.expovariate(1 / node.mtbf_s)
-                spans.append((now, now + node.mttr_s))
-                now += node.mttr_s
-        return Outages(_merged(spans))
+            source = random.Random(f"{self._scenario.seed}/faults/{node.name}/{number}")
+            spans = heapq.merge(spans, _breaks(node.mtbf_s, node.mttr_s, source))
+        return Outages(spans)
 
     def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None]:
         """See `sim.node.Told`."""
@@ -242,15 +247,13 @@ class Cluster:
 
 
 def _spans(down: tuple[Span, ...]) -> list[tuple[float, float]]:
-    return [(span.at_s, span.at_s + span.for_s) for span in down]
+    return sorted((span.at_s, span.at_s + span.for_s) for span in down)
 
 
-def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Ascending, and those that touch as one."""
-    out: list[tuple[float, float]] = []
-    for start, stop in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], stop))
-        else:
-            out.append((start, stop))
-    return out
+def _breaks(mtbf_s: float, mttr_s: float, source: random.Random) -> Iterator[tuple[float, float]]:
+    """When a node that breaks by itself is down, without end."""
+    now = 0.0
+    while True:
+        now += source.expovariate(1 / mtbf_s)
+        yield now, now + mttr_s
+        now += mttr_s

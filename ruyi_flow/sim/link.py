@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import simpy
@@ -31,23 +31,41 @@ class Outages:
     """When something is down.
 
     Args:
-        spans: (from, to) in seconds, ascending and apart.
+        spans: (from, to) in seconds, by their beginnings; they may overlap, and there may be no end of them: they are
+            read as time goes on.
     """
 
-    def __init__(self, spans: Sequence[tuple[float, float]] = ()) -> None:
-        self._starts, self._stops = [a for a, _ in spans], [b for _, b in spans]
+    def __init__(self, spans: Iterable[tuple[float, float]] = ()) -> None:
+        self._spans = iter(spans)
+        self._next = next(self._spans, None)
+        self._starts: list[float] = []
+        self._stops: list[float] = []
 
     def __bool__(self) -> bool:
-        return bool(self._starts)
+        return self._next is not None or bool(self._starts)
 
     def ends(self, now: float) -> float:
         """When the outage of this moment ends; now, when there is none."""
+        self._read(now)
         i = bisect_right(self._starts, now) - 1
         return self._stops[i] if i >= 0 and now < self._stops[i] else now
 
-    def begins(self, start: float, stop: float) -> bool:
-        """Whether one begins in between."""
-        return bisect_right(self._starts, stop) > bisect_right(self._starts, start)
+    def hit(self, since: float, now: float) -> bool:
+        """Whether it is down at this moment, or went down since another."""
+        return self.ends(now) > now or bisect_right(self._starts, now) > bisect_right(self._starts, since)
+
+    def _read(self, now: float) -> None:
+        """Take in what has begun, and what touches it."""
+        while self._next is not None:
+            start, stop = self._next
+            if self._stops and start <= self._stops[-1]:
+                self._stops[-1] = max(self._stops[-1], stop)
+            elif start <= now:
+                self._starts.append(start)
+                self._stops.append(stop)
+            else:
+                return
+            self._next = next(self._spans, None)
 
 
 class Direction:
@@ -93,11 +111,6 @@ class Direction:
         self.carried = 0
         """Bytes so far."""
 
-    @property
-    def may_fail(self) -> bool:
-        """Whether it is ever down."""
-        return bool(self._outages)
-
     async def carry(self, count: int, extra_s: float = 0.0, flow: int = 0) -> None:
         """Bring a message over; `extra_s` is what its ends take beyond that."""
         self.carried += count
@@ -115,7 +128,11 @@ class Direction:
         if self._loss:
             delay += self._again_s(count)
         if delay:
-            await self._time.sleep(delay)
+            try:
+                await self._time.sleep(delay)
+            except BaseException:  # what is not sent by now is given up
+                self._free_s -= max(0.0, min(sending, began + sending - self._time.now()))
+                raise
         while self._outages and (end := self._outages.ends(now := self._time.now())) > now:
             await self._time.sleep(end - now)
         if self._told is not None:
@@ -152,7 +169,8 @@ class VirtualRemote:
         flow: which of the link's.
         row_bytes: of a position's state.
         profile: of the sending node: what messages weigh and cost.
-        timeout_s: deadline of one answer.
+        timeout_s: deadline of one answer, from when it is asked or, if that is later, from when the node had taken in
+            what was fed before.
         outages: of the node.
         cores: of the sending node's machine, where nodes share it: both ends' work is done on them then.
         message_s: processor time there of an exchange beyond the profile's.
@@ -179,16 +197,38 @@ class VirtualRemote:
         self._up, self._down, self._flow, self._profile = up, down, flow, profile
         self._row_bytes, self._timeout_s, self._outages = row_bytes + profile.position_bytes, timeout_s, outages
         self._chain: Chain | None = None
-        self._opened = self._closed = False
-        self._fed: simpy.Process | None = None
-        """The last message that nobody waits for."""
+        self._opened = False
+        self._fed: list[simpy.Process] = []
+        """Messages under way that nobody waits for, and the last one of all."""
         self._owed: list[Hop] = []
         """What such messages took, to be told with the next answer."""
         self._since = time.now()
+        self._asker: simpy.Process | None = None
+        """Who waits for an answer."""
+        self._waiting_since = 0.0
+        self._alarm: simpy.Event | None = None
 
     async def advance(self, block: Block) -> Verdict:
-        """See `Stage.advance`."""
-        verdict = await (self._watched(block) if self._outages or self._up.may_fail else self._ask(block, self._fed))
+        """See `Stage.advance`.
+
+        Raises:
+            DeadlineExceeded: no answer in time; raised at that time, and what is under way for it is given up.
+            NodeUnavailable: the node went down; raised when a message comes there, or its answer would leave.
+        """
+        env = self._time.env
+        self._asker, self._waiting_since = env.active_process, self._time.now()
+        if self._alarm is None:
+            self._set_alarm(self._timeout_s)
+        try:
+            verdict = await self._ask(block, self._fed[-1] if self._fed else None)
+        except simpy.Interrupt as interrupt:
+            if interrupt.cause is not self:
+                raise
+            raise DeadlineExceeded(
+                f"node {self._name!r} gave no answer within {self._timeout_s:g} s", node=self._name
+            ) from None
+        finally:
+            self._asker = None
         if not self._owed:
             return verdict
         hops = {hop.node: hop for hop in verdict.hops}
@@ -197,33 +237,35 @@ class VirtualRemote:
         self._owed = []
         return Verdict(verdict.decisions, tuple(hops.values()))
 
+    def _set_alarm(self, after_s: float) -> None:
+        """One a session, as in `RemoteStage`: an event for each question would cost as much as the question."""
+        self._alarm = self._time.env.timeout(after_s)
+        self._alarm.callbacks.append(self._rings)
+
+    def _rings(self, _: simpy.Event) -> None:
+        """Give an answer up that is late; look again when the next one may be."""
+        since = self._time.now() if self._asker is None else self._waiting_since
+        left = since + self._timeout_s - self._time.now()
+        if left > 0:
+            self._set_alarm(left)
+        elif self._asker is not None:
+            self._alarm = None
+            self._asker.interrupt(self)
+
     async def feed(self, block: Block) -> None:
         """See `Stage.feed`."""
-        self._fed = self._time.process(self._owe(block, self._fed))
+        before = self._fed[-1] if self._fed else None
+        self._fed = [process for process in self._fed if process.is_alive]
+        self._fed.append(self._time.process(self._owe(block, before)))
 
     async def arrived(self) -> None:
         """See `Stage.arrived`."""
-        if self._fed is not None and not self._fed.processed:
-            await until(self._fed)
+        if self._fed:
+            await until(self._fed[-1])
 
     async def _owe(self, block: Block, before: simpy.Process | None) -> None:
         self._owed += (await self._ask(block, before)).hops
-
-    async def _watched(self, block: Block) -> Verdict:
-        """The answer of a node, or over a link, that may go down meanwhile."""
-        asking = self._time.process(self._ask(block, self._fed))
-        try:
-            await until(asking | self._time.env.timeout(self._timeout_s))
-        except BaseException:
-            if asking.is_alive:
-                asking.interrupt()
-            raise
-        if not asking.triggered:
-            asking.interrupt()
-            raise DeadlineExceeded(f"node {self._name!r} gave no answer within {self._timeout_s:g} s", node=self._name)
-        verdict = asking.value
-        assert isinstance(verdict, Verdict)
-        return verdict
+        self._waiting_since = self._time.now()  # it is alive
 
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
@@ -234,7 +276,13 @@ class VirtualRemote:
 
     async def close(self) -> None:
         """See `Stage.close`."""
-        self._closed = True
+        if self._alarm is not None and self._alarm.callbacks is not None:
+            self._alarm.callbacks.clear()
+        under_way = [process for process in self._fed if process.is_alive]
+        for process in under_way:
+            process.interrupt()
+        if under_way:
+            await self._time.pause()  # they end in this moment
         if self._chain is not None:
             await self._chain.close()
 
@@ -253,15 +301,13 @@ class VirtualRemote:
             await self._cores.take(extra)
             extra = 0.0
         await self._up.carry(size, extra, self._flow)
-        if before is not None and not before.processed:
-            await until(before)  # messages of a session are taken in order
+        if before is not None:
+            await until(before)  # messages of a session are taken in order, and fail with the first that does
         self._check_up()
         if opens:
             asked = self._time.now()
             self._chain = await self._open(self._opening)
             began += self._time.now() - asked  # waiting for room there is not the wire's time
-            if self._closed:
-                await self._chain.close()
         assert self._chain is not None
         came = self._time.now()
         verdict = await self._chain.advance(block)
@@ -279,6 +325,5 @@ class VirtualRemote:
 
     def _check_up(self) -> None:
         """A node that went down has lost its sessions, though it may be there again."""
-        now = self._time.now()
-        if self._outages and (self._outages.ends(now) > now or self._outages.begins(self._since, now)):
+        if self._outages and self._outages.hit(self._since, self._time.now()):
             raise NodeUnavailable(f"node {self._name!r} went away", node=self._name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.scenario import Arrivals, Lengths, Load
@@ -45,9 +44,15 @@ class Lengthy:
             return max(1, min(lengths.most, round(drawn)))
         return max(1, min(lengths.most, recorded))
 
+    def least(self, recorded: int) -> int:
+        """The fewest tokens that it draws; `recorded` are the trace's fewest."""
+        lengths = self._lengths
+        fewest = {"constant": lengths.tokens, "uniform": lengths.low, "lognormal": 1}
+        return fewest.get(lengths.kind, max(1, min(lengths.most, recorded)))
 
-def conversations(load: Load, devices: int, source: random.Random, where: str) -> Iterator[Conversation]:
-    """Conversations in the order that they begin, without end but for `duration_s` and a replay's.
+
+def conversations(load: Load, devices: int, source: random.Random, where: str) -> Iterable[Conversation]:
+    """Conversations in the order that they begin: a list for a replay, else without end but for `duration_s`.
 
     Args:
         devices: how many there are; each conversation is on one of them, drawn evenly.
@@ -55,15 +60,14 @@ def conversations(load: Load, devices: int, source: random.Random, where: str) -
         where: the scenario's name, for messages.
 
     Raises:
-        ConfigError: the file to replay is not one.
+        ConfigError: the file to replay is not one, or has nothing to replay.
     """
-    arrivals = load.arrivals
-    if arrivals.kind == "replay":
-        assert arrivals.file is not None
-        yield from _replayed(arrivals.file, devices, where)
-        return
+    return _replayed(load, devices, where) if load.arrivals.kind == "replay" else _drawn(load, devices, source)
+
+
+def _drawn(load: Load, devices: int, source: random.Random) -> Iterator[Conversation]:
     now = 0.0
-    for gap in _gaps(arrivals, source):
+    for gap in _gaps(load.arrivals, source):
         now += gap
         if load.duration_s is not None and now > load.duration_s:
             return
@@ -113,8 +117,11 @@ def _gaps(arrivals: Arrivals, source: random.Random) -> Iterator[float]:
             left = source.expovariate(1 / stays[state])
 
 
-def _replayed(file: Path, devices: int, where: str) -> Iterator[Conversation]:
+def _replayed(load: Load, devices: int, where: str) -> list[Conversation]:
+    file, found = load.arrivals.file, list[Conversation]()
+    assert file is not None
     key = f"{where}: load.arrivals.file"
+    most_s = math.inf if load.duration_s is None else load.duration_s
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = csv.DictReader(lines)
@@ -122,19 +129,26 @@ def _replayed(file: Path, devices: int, where: str) -> Iterator[Conversation]:
                 raise ConfigError(f"{key}: {file} has no column at_s; it has {rows.fieldnames}")
             last = 0.0
             for number, row in enumerate(rows):
+                here = f"{key}: {file}, line {rows.line_num}"
                 try:
                     at = float(row["at_s"])
                     prompt, answer = int(row.get("prompt_tokens") or 0), int(row.get("answer_tokens") or 0)
-                    device = int(row.get("device") or number) % devices
+                    device = int(row.get("device") or number % devices)
                 except (TypeError, ValueError) as error:
-                    raise ConfigError(f"{key}: {file}, row {number + 1}: {error}") from None
+                    raise ConfigError(f"{here}: {error}") from None
                 if not last <= at < math.inf or prompt < 0 or answer < 0:
-                    raise ConfigError(
-                        f"{key}: {file}, row {number + 1}: times must ascend from 0, lengths be 0 or more"
-                    )
+                    raise ConfigError(f"{here}: times must ascend from 0, lengths be 0 or more")
+                if not 0 <= device < devices:
+                    raise ConfigError(f"{here}: device {device}, but nodes.0.count is {devices}; they count from 0")
                 last = at
-                yield Conversation(at, device, 1, prompt, answer)
+                if at <= most_s:
+                    found.append(Conversation(at, device, 1, prompt, answer))
     except OSError as error:
         raise ConfigError(f"{key}: {file} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{key}: {file} cannot be read as CSV: {error}") from None
+    if not found:
+        raise ConfigError(
+            f"{key}: {file} has nothing to replay{'' if most_s == math.inf else ' within load.duration_s'}"
+        )
+    return found

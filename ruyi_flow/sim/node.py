@@ -197,7 +197,9 @@ class VirtualWorker:
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores, self._told = time, stages, cores, told
         self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
-        self._busy = False
+        self._busy = self._in_step = False
+        self._later: list[Callable[[], object]] = []
+        """What is to be run after the step that is under way, in which jobs have a part that may be forgotten."""
         self.busy_s = 0.0
         """Seconds of steps so far."""
         self.waiting = 0
@@ -278,13 +280,21 @@ class VirtualWorker:
             job.ran_s += took
 
     def submit(self, call: Callable[[], object]) -> None:
+        self._later.append(call)
+        if not self._in_step:
+            self._run_later()
+
+    def _run_later(self) -> None:
         self._steps.forget_cancelled()
-        call()
+        later, self._later = self._later, []
+        for call in later:
+            call()
 
     def shutdown(self) -> None:
         pass
 
     def _begin(self) -> _Step:
+        self._in_step = True
         parts = self._steps.next()
         return _Step(parts, self._time.now(), self._stages.cost([(job.running, rows) for job, rows in parts]))
 
@@ -307,6 +317,9 @@ class VirtualWorker:
         self._count(step.began, took, step.parts[0][0].running.stage, sum(rows for _, rows in step.parts))
         run(step.parts)
         self._steps.ran(took)
+        self._in_step = False
+        if self._later:
+            self._run_later()
 
     def _count(self, began: float, took: float, stage: int, rows: int) -> None:
         self.busy_s += took

@@ -40,13 +40,13 @@ def check_matplotlib() -> None:
 
 
 def plots(result: Result) -> list[str]:
-    """As HTML, each with its title and legend; none where no request got a token.
+    """As HTML, each with its title and legend; none where no request was answered.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     check_matplotlib()
-    if not result.metrics["tokens"]:
+    if result.metrics["failed"] == result.metrics["requests"]:
         return []
     import matplotlib
 

@@ -49,8 +49,8 @@ def write_report(folder: Path, result: Result) -> None:
 
 def bottleneck(metrics: Mapping[str, Any]) -> str:
     """Where a run's mean request spends its time, and what is nearest to being full, in a sentence."""
-    if not metrics["tokens"]:
-        return "No request got a token, so nothing is known of where their time goes."
+    if metrics["failed"] == metrics["requests"]:
+        return "No request was answered, so nothing is known of where their time goes."
     spent: dict[str, dict[str, float]] = metrics["spent_s"]
     total = max(metrics["total_s"]["mean"], sum(sum(parts.values()) for parts in spent.values()))
     if not total:
@@ -160,7 +160,7 @@ def _tables(result: Result) -> list[str]:
             ],
         ),
     ]
-    return tables if metrics["tokens"] else tables[1:]
+    return tables if metrics["failed"] < metrics["requests"] else tables[1:]
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -153,14 +153,14 @@ class Recorder:
         folder: requests.csv and trace.json go there while it runs; None keeps the figures only.
         exits: of the family.
         nodes: names, the entry's first.
-        skip: so many requests, the first ones, are not counted.
+        skip: requests whose numbers are lower are not counted.
         chosen: so many requests at the most, spread over the run, are kept whole.
     """
 
     def __init__(
-        self, folder: Path | None, exits: Sequence[int], nodes: Sequence[str], skip: int = 0, chosen: int = 12
+        self, folder: Path | None, exits: Sequence[int], nodes: Sequence[str], skip: float = 0, chosen: int = 12
     ) -> None:
-        self.exits, self.nodes, self._skip = tuple(exits), tuple(nodes), skip
+        self.exits, self.nodes, self.skip = tuple(exits), tuple(nodes), skip
         self.first, self.token, self.whole = Spread(), Spread(), Spread()
         self.timeline = Timeline()
         self.chosen: list[Answered] = []
@@ -168,8 +168,9 @@ class Recorder:
         self.slowest: list[Answered] = []
         """The slowest one first."""
         self.spent: dict[str, dict[str, float]] = {node: dict.fromkeys(PARTS, 0.0) for node in self.nodes}
-        """Seconds by node, of all requests that got a token."""
-        self.done = self.failed = self.tokens = self.agreed = self.drafted = self.accepted = self.escalations = 0
+        """Seconds by node, of all requests that were answered."""
+        self.done = self.counted = self.failed = 0
+        self.tokens = self.agreed = self.drafted = self.accepted = self.escalations = 0
         self.bytes_up = self.bytes_down = 0
         self.errors: dict[str, int] = {}
         self.decided = dict.fromkeys(self.exits, 0)
@@ -204,23 +205,22 @@ class Recorder:
         if self._events is not None:
             self._events.request(one)
         self.done += 1
-        if self.done <= self._skip:
+        if one.number < self.skip:
             return
-        end = one.at_s + one.total_s
-        self.began_s, self.ended_s = min(self.began_s, one.at_s), max(self.ended_s, end)
+        self.counted += 1
+        self.began_s, self.ended_s = min(self.began_s, one.at_s), max(self.ended_s, one.at_s + one.total_s)
         if one.error:
             self.failed += 1
             self.errors[one.error] = self.errors.get(one.error, 0) + 1
-        if not one.new_tokens:
-            return
-        self._keep(one)
-        for part, times in one.parts.items():
-            for node, seconds in times.items():
-                self.spent[node][part] += seconds
-        self.first.add(one.first_token_s)
-        self.whole.add(one.total_s)
-        if one.new_tokens > 1:
-            self.token.add(one.token_s)
+        else:
+            self._keep(one)
+            for part, times in one.parts.items():
+                for node, seconds in times.items():
+                    self.spent[node][part] += seconds
+            self.first.add(one.first_token_s)
+            self.whole.add(one.total_s)
+            if one.new_tokens > 1:
+                self.token.add(one.token_s)
         self.tokens += one.new_tokens
         self.agreed += one.agreed
         self.drafted, self.accepted = self.drafted + one.drafted, self.accepted + one.accepted
@@ -241,11 +241,11 @@ class Recorder:
             del self.slowest[_SLOWEST:]
 
     def figures(self) -> dict[str, Any]:
-        """Of the requests."""
+        """Of the requests that count; latencies are those of the answers that are whole."""
         span, tokens = max(1e-9, self.ended_s - self.began_s), max(1, self.tokens)
         answered = max(1, self.whole.count)
         return {
-            "requests": self.done - min(self._skip, self.done),
+            "requests": self.counted,
             "failed": self.failed,
             "errors": dict(sorted(self.errors.items())),
             "tokens": self.tokens,

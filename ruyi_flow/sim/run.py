@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import simpy
 
 from ruyi_flow.chain import decode
 from ruyi_flow.config_files import did_you_mean
-from ruyi_flow.errors import ConfigError, RuyiFlowError
+from ruyi_flow.errors import ConfigError, NodeUnavailable, RuyiFlowError
 from ruyi_flow.routing import trace as traces
 from ruyi_flow.routing.policy import Policy
+from ruyi_flow.runtime.kv_cache import PagePool
 from ruyi_flow.sim.behaviour import Drawn, Recorded, Script, Scripts
 from ruyi_flow.sim.cluster import Cluster
 from ruyi_flow.sim.hardware import HARDWARE, analytic, check_fits, geometry
@@ -34,6 +36,12 @@ __all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "r
 _TURN = 1_000_003
 """Between the numbers of scripts of one conversation's turns."""
 
+_AGAIN_S = 1.0
+"""After which a user who does not think asks again, when refused at once."""
+
+_EVENTS = 20_000
+"""Between two looks at how far it is."""
+
 Progress = Callable[[int, int], None]
 """Told now and then how many requests are done, of how many; 0 where that is not known."""
 
@@ -48,7 +56,8 @@ class Simulation:
         profiles: of the nodes, where they are known already.
 
     Raises:
-        ConfigError: profiles or a trace that cannot be read, or that are of another family.
+        ConfigError: profiles, a trace or a file to replay that cannot be read, costs or a trace of another family, or
+            a load of which nothing fits.
     """
 
     def __init__(
@@ -68,15 +77,19 @@ class Simulation:
         self._source = random.Random(f"{scenario.seed}/load")
         self.scripts = self._behaviour()
         load = scenario.workload
+        self._conversations = conversations(load, scenario.nodes[0].count, self._source, where)
         self._prompts, self._answers = Lengthy(load.prompts), Lengthy(load.answers)
-        skip = load.before + int(load.warmup * (load.requests or 0))
-        self._recorder = Recorder(folder, scenario.all_exits, [node.name for node in scenario.nodes], skip)
+        self._check_lengths()
+        self._recorder = Recorder(folder, scenario.all_exits, [node.name for node in scenario.nodes], math.inf)
         self._time = VirtualTime()
         self._live: dict[int, Script] = {}
         self._cluster = Cluster(scenario, self.profiles, self._time, self._live, self._recorder)
-        self._begun = self._asked = 0
-        self._began_s = 0.0
-        self._over = self._time.env.event()
+        self._begun = self._asked = self._under_way = 0
+        self._began_s = self._counts_from_s = 0.0
+        known = [len(self._conversations)] if isinstance(self._conversations, list) else []
+        known += [] if load.requests is None else [load.requests]
+        self._uncounted = load.before + int(load.warmup * min(known)) if known else None
+        """Requests before counting begins; None where only time says when."""
 
     def run(self, progress: Progress = lambda done, total: None) -> Result:
         """Simulate until the load has ended and every answer is there."""
@@ -84,9 +97,9 @@ class Simulation:
         env = self._time.env
         arriving = self._time.process(self._arrive())
         total = load.requests + load.before if load.requests else 0
-        while not arriving.triggered or self._recorder.done < self._asked:
+        while not arriving.triggered or self._under_way:
             try:
-                for _ in range(20_000):
+                for _ in range(_EVENTS):
                     env.step()
                     if total and self._recorder.done >= total:
                         break
@@ -109,17 +122,38 @@ class Simulation:
         for i in range(load.before):
             await self._talk(Conversation(self._time.now(), i % devices, 1))
         self._began_s = began = self._time.now()
+        if not load.warmup:
+            self._count_from_now()
+        elif load.duration_s is not None and load.arrivals.kind != "replay":
+            self._time.process(self._count_after(load.warmup * load.duration_s))
         if load.arrivals.kind == "closed":
             for user in range(load.arrivals.users):
-                self._time.process(self._converse(user % devices))
+                self._start(self._converse(user % devices))
             return
-        for one in conversations(load, devices, self._source, self._where):
+        for one in self._conversations:
             if self._full:
                 return
             wait = began + one.at_s - self._time.now()
             if wait > 0:
                 await self._time.sleep(wait)
-            self._time.process(self._talk(one))
+            self._start(self._talk(one))
+
+    def _start(self, conversation: Coroutine[Any, Any, None]) -> None:
+        self._under_way += 1
+        self._time.process(conversation).callbacks.append(self._ended)
+
+    def _ended(self, _: simpy.Event) -> None:
+        self._under_way -= 1
+
+    async def _count_after(self, seconds: float) -> None:
+        await self._time.sleep(seconds)
+        self._count_from_now()
+
+    def _count_from_now(self) -> None:
+        """Requests that come, and what nodes and links do, count from this moment on."""
+        if math.isinf(self._recorder.skip):
+            self._recorder.skip, self._counts_from_s = self._asked, self._time.now()
+            self._cluster.forget_what_was_done()
 
     @property
     def _full(self) -> bool:
@@ -131,9 +165,12 @@ class Simulation:
         """A user who asks as soon as there is an answer, over and over."""
         load = self.scenario.workload
         while not self._full and (load.duration_s is None or self._time.now() - self._began_s < load.duration_s):
-            await self._talk(Conversation(self._time.now(), device, 0))
+            asked_s = self._time.now()
+            await self._talk(Conversation(asked_s, device, 0))
             if load.turns.think_s:
                 await self._time.sleep(self._source.expovariate(1 / load.turns.think_s))
+            elif self._time.now() == asked_s:
+                await self._time.sleep(_AGAIN_S)
 
     async def _talk(self, one: Conversation) -> None:
         """A conversation: each turn's prompt is all that was said before it, and a question more.
@@ -148,6 +185,8 @@ class Simulation:
                 await self._time.sleep(source.expovariate(1 / load.turns.think_s))
             if self._full:
                 return
+            if self._asked == self._uncounted:
+                self._count_from_now()
             number, self._asked = self._asked, self._asked + 1
             recorded = self.scripts if isinstance(self.scripts, Recorded) else None
             script = begun + _TURN * turn
@@ -159,11 +198,15 @@ class Simulation:
     async def _ask(self, number: int, which: int, device: int, prompt: int, answer: int) -> None:
         """One request, from its arrival at the device to its last token."""
         entry, began = self.profiles[0], self._time.now()
+        outages = self._cluster.instance(0, device).outages
+        may_fail = bool(outages)
         one = Answered(number, device, began, prompt)
         script = self._live[number] = self.scripts.script(which, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
         timeline = self._recorder.timeline
         try:
+            if may_fail and outages.hit(began, began):
+                raise NodeUnavailable("the entry node is down")
             before = entry.request_s + self.scenario.client_ms / 1000
             if before:
                 await self._time.sleep(before)
@@ -172,6 +215,8 @@ class Simulation:
                 async with aclosing(decode(chain, [0] * prompt, answer)) as rounds:
                     async for round_ in rounds:
                         after = self._time.now() - began
+                        if may_fail and outages.hit(began, began + after):
+                            raise NodeUnavailable("the entry node went down, and lost its sessions")
                         one.first_token_s = one.first_token_s or after
                         one.total_s = after
                         one.drafted += round_.drafted
@@ -204,6 +249,21 @@ class Simulation:
 
     # ---- what it is made of ----
 
+    def _check_lengths(self) -> None:
+        """Refuse a load of which not even the shortest request fits the entry node."""
+        recorded = self.scripts.least() if isinstance(self.scripts, Recorded) else (1, 1)
+        prompt, answer = self._prompts.least(recorded[0]), self._answers.least(recorded[1])
+        least = prompt + answer
+        if isinstance(self._conversations, list):
+            least = min((one.prompt_tokens or prompt) + (one.answer_tokens or answer) for one in self._conversations)
+        context, room = self.profiles[0].context, self.scenario.nodes[0].limits.max_positions
+        if least > min(context, PagePool(room).num_positions):
+            limit = "nodes.0.limits.max_positions" if room < context else "the family's context"
+            raise ConfigError(
+                f"{self._where}: load: no request fits: the shortest prompt with its answer has {least} tokens, "
+                f"{limit} is {min(context, room)}; ask for fewer{', or raise that' if room < context else ''}"
+            )
+
     def _behaviour(self) -> Scripts:
         scenario, where = self.scenario, self._where
         if scenario.trace is not None:
@@ -216,7 +276,19 @@ class Simulation:
                     f"{where}: trace: {scenario.trace} is of a family with exits {list(header.exits)}, "
                     f"this one has {list(scenario.all_exits)}; trace this family (ruyi-flow trace)"
                 )
-            for profile in self.profiles:
+            for node, profile in zip(scenario.nodes, self.profiles, strict=True):
+                if header.hidden_size != profile.hidden_size:
+                    raise ConfigError(
+                        f"{where}: trace: {scenario.trace} is of a family whose states have {header.hidden_size} "
+                        f"values, the costs of {node.name!r} of one with {profile.hidden_size}; trace this family"
+                    )
+                if node.hardware is not None and header.branch_layers:
+                    shape = geometry(scenario.family, scenario.exits, where)
+                    if header.branch_layers != shape.branch_layers:
+                        raise ConfigError(
+                            f"{where}: trace: {scenario.trace} is of a family with {list(header.branch_layers)} layers "
+                            f"in its branches, {scenario.family} has {list(shape.branch_layers)}; trace this family"
+                        )
                 if profile.kind == "measured" and profile.family != header.family:
                     raise ConfigError(
                         f"{where}: trace: {scenario.trace} is of family {header.family[:12]}, the profile of "
@@ -237,9 +309,10 @@ class Simulation:
         return Drawn({**agreement, last: 1.0}, seed=scenario.seed, **options)
 
     def _metrics(self) -> dict[str, Any]:
-        """Everything in numbers; what a node's time and bytes cost included."""
+        """Everything in numbers, from when counting began; what a node's time and bytes cost included."""
         found, recorder = self._recorder.figures(), self._recorder
-        span = max(1e-9, recorder.ended_s)
+        end = recorder.ended_s if recorder.counted else self._time.now()
+        span = max(1e-9, end - self._counts_from_s)
         nodes, links = {}, {}
         energy = cost = 0.0
         for tier, (node, profile) in enumerate(zip(self.scenario.nodes, self.profiles, strict=True)):
@@ -283,7 +356,8 @@ class Simulation:
         tokens = max(1, found["tokens"])
         found |= {"energy_j": energy, "joules_per_token": energy / tokens}
         found |= {"cost_usd": cost, "usd_per_million_tokens": 1e6 * cost / tokens}
-        return {**found, "nodes": nodes, "links": links, "simulated_s": span, "seed": self.scenario.seed}
+        simulated = {"simulated_s": end, "seed": self.scenario.seed}
+        return {**found, "nodes": nodes, "links": links, **simulated}
 
 
 def simulate(

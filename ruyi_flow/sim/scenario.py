@@ -49,7 +49,7 @@ class SimNode(Node):
     """Of one of them, in dollars; the hardware's own when left out."""
     down: tuple[Span, ...] = ()
     """When all of them are down; their sessions are lost."""
-    mtbf_s: Positive | None = None
+    mtbf_s: Annotated[Float, Field(ge=1, allow_inf_nan=False)] | None = None
     """Each goes down by itself after such a time on average, and is back after `mttr_s`."""
     mttr_s: Positive = 60.0
 
@@ -88,14 +88,14 @@ class Lengths(Model):
     sigma: Annotated[Float, Field(ge=0, le=10)] = 0.7
     """`lognormal`: of its logarithm"""
     most: Int = Field(default=2048, ge=1, le=2**20)
-    """No more than that, whatever the distribution says."""
+    """`lognormal` and `trace`: no more than that."""
 
 
 class Arrivals(Model):
     """When conversations begin."""
 
     kind: Literal["poisson", "even", "bursty", "diurnal", "closed", "replay"] = "poisson"
-    rate: Positive = 1.0
+    rate: Annotated[Float, Field(ge=1e-6, allow_inf_nan=False)] = 1.0
     """A second, over all devices, on average."""
     busy_factor: Annotated[Float, Field(ge=1)] = 4.0
     """`bursty`: how much higher the rate is in a burst than between bursts."""
@@ -108,7 +108,7 @@ class Arrivals(Model):
     users: Int = Field(default=1, ge=1)
     """`closed`: each asks again as soon as it has an answer and has thought."""
     file: Path | None = None
-    """`replay`: a CSV with a column at_s, and prompt_tokens, answer_tokens and device where it has them."""
+    """`replay`: a CSV with a column at_s, and prompt_tokens, answer_tokens and device (from 0) where it has them."""
 
 
 class Turns(Model):
@@ -134,8 +134,9 @@ class Load(Model):
     before: Int = Field(default=0, ge=0)
     """So many requests are asked one by one before the load begins, and not counted: a system that has been running has
     measured what its rounds take."""
-    warmup: Share = 0.0
-    """This share of the requests, the first ones, is not counted."""
+    warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """This share of `requests`, or of a replay's, the first ones, is not counted; nor are those that come in this share
+    of `duration_s`. Nodes and links are counted from then on, too."""
 
     @model_validator(mode="after")
     def _ends(self) -> Load:

@@ -1,8 +1,10 @@
-"""Links in virtual time: whose messages wait for whose."""
+"""Links in virtual time: whose messages wait for whose, and when they are down."""
+
+import itertools
 
 import pytest
 
-from ruyi_flow.sim.link import Direction
+from ruyi_flow.sim.link import Direction, Outages
 from ruyi_flow.sim.times import VirtualTime
 
 
@@ -32,3 +34,31 @@ def test_messages_of_one_connection_go_in_order() -> None:
 def test_connections_share_a_link_evenly() -> None:
     assert _arrivals((0.0, 4000, 0), (0.0, 1000, 1), shared=True) == pytest.approx([5.5, 2.5])
     assert _arrivals((0.0, 2000, 0), (0.0, 2000, 0), (0.0, 2000, 1), shared=True) == pytest.approx([4.5, 6.5, 4.5])
+
+
+def test_what_is_given_up_leaves_the_link_to_the_next() -> None:
+    for shared in (False, True):
+        time = VirtualTime()
+        link = Direction(time, 0.5, bytes_per_s=1000.0, shared=shared)
+        long = time.process(link.carry(9000))
+        time.env.run(until=2.0)
+        long.interrupt()
+        time.env.run(until=3.0)
+        time.env.run(until=time.process(link.carry(1000)))
+        assert time.now() == pytest.approx(4.5)
+
+
+def test_outages_may_overlap() -> None:
+    down = Outages([(1.0, 11.0), (2.0, 3.0), (10.0, 12.0), (12.0, 13.0), (20.0, 21.0)])
+    assert down and not Outages()
+    assert [down.ends(at) > at for at in (0.5, 1.0, 3.5, 11.5, 12.5, 13.0, 19.0, 20.5, 21.0)] == [
+        *(False, True, True, True, True),
+        *(False, False, True, False),
+    ]
+    assert down.hit(0.0, 15.0) and down.hit(13.0, 20.0) and not down.hit(13.0, 19.0) and not down.hit(21.0, 30.0)
+
+
+def test_outages_without_end_go_on() -> None:
+    down = Outages((10.0 * i, 10.0 * i + 1) for i in itertools.count())
+    assert down.ends(50_000.5) == 50_001.0 and down.ends(50_002.0) == 50_002.0
+    assert down.hit(49_995.0, 50_005.0) and not down.hit(50_001.0, 50_005.0)

@@ -116,14 +116,14 @@ def test_lengths_are_of_their_distribution() -> None:
     assert set(draw(kind="lognormal", median=1, sigma=0)) == {1}
 
 
-def replay(file: Path, devices: int = 3) -> list[Conversation]:
-    load = Load(arrivals=Arrivals(kind="replay", file=file))
+def replay(file: Path, devices: int = 3, duration_s: float | None = None) -> list[Conversation]:
+    load = Load(arrivals=Arrivals(kind="replay", file=file), duration_s=duration_s)
     return list(conversations(load, devices, random.Random(0), "x.yaml"))
 
 
 def test_a_replay_is_what_its_file_says(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
-    file.write_text("user,at_s,prompt_tokens,answer_tokens,device\nann,0.5,12,30,4\nbob,0.5,,,\nann,2,7,0,1\n")
+    file.write_text("user,at_s,prompt_tokens,answer_tokens,device\nann,0.5,12,30,1\nbob,0.5,,,\nann,2,7,0,1\n")
     assert replay(file) == [
         Conversation(0.5, 1, 1, 12, 30),
         Conversation(0.5, 1, 1, 0, 0),
@@ -131,8 +131,7 @@ def test_a_replay_is_what_its_file_says(tmp_path: Path) -> None:
     ]
     file.write_text("at_s\n1\n2\n3\n4\n")
     assert [(c.at_s, c.device) for c in replay(file)] == [(1, 0), (2, 1), (3, 2), (4, 0)]
-    file.write_text("at_s\n")
-    assert replay(file) == []
+    assert [c.at_s for c in replay(file, duration_s=2.5)] == [1, 2]
     file.write_text("at_s\n7\n", encoding="utf-8-sig")  # as spreadsheets write it
     assert replay(file) == [Conversation(7.0, 0, 1)]
 
@@ -142,13 +141,16 @@ def test_a_replay_is_what_its_file_says(tmp_path: Path) -> None:
     [
         ("", "no column at_s"),
         ("time\n1\n", "no column at_s; it has ['time']"),
-        ("at_s\nsoon\n", "row 1: could not convert"),
-        ("at_s,prompt_tokens\n1,3\n2,many\n", "row 2: invalid literal"),
-        ("at_s\n3\n2\n", "row 2: times must ascend"),
-        ("at_s\n-1\n", "row 1: times must ascend"),
-        ("at_s\ninf\n", "row 1: times must ascend"),
-        ("at_s\nnan\n", "row 1: times must ascend"),
-        ("at_s,answer_tokens\n1,-4\n", "row 1: times must ascend from 0, lengths be 0 or more"),
+        ("at_s\nsoon\n", "line 2: could not convert"),
+        ("at_s,prompt_tokens\n1,3\n2,many\n", "line 3: invalid literal"),
+        ("at_s\n3\n2\n", "line 3: times must ascend"),
+        ("at_s\n-1\n", "line 2: times must ascend"),
+        ("at_s\ninf\n", "line 2: times must ascend"),
+        ("at_s\nnan\n", "line 2: times must ascend"),
+        ("at_s,device\n1,0\n1,2\n2,3\n", "line 4: device 3, but nodes.0.count is 3"),
+        ("at_s,device\n1,-1\n", "line 2: device -1, but"),
+        ("at_s\n", "has nothing to replay"),
+        ("at_s,answer_tokens\n1,-4\n", "line 2: times must ascend from 0, lengths be 0 or more"),
     ],
 )
 def test_a_file_that_cannot_be_replayed_is_refused(tmp_path: Path, text: str, told: str) -> None:

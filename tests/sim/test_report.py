@@ -190,7 +190,15 @@ def test_failures_alone_are_told_and_not_plotted(tmp_path: Path) -> None:
     assert result.metrics["failed"] == 25 and result.metrics["tokens"] == 0
     assert page.plots == [] and page.headings == ["Nodes", "Links"] and page.open == []
     assert "25 of 25 requests failed: 25 NodeUnavailable" in page.words
-    assert "No request got a token" in page.words
+    assert "No request was answered" in page.words
+
+
+def test_answers_that_all_broke_off_are_not_plotted_either(tmp_path: Path) -> None:
+    nodes = [{"name": "phone", "exits": [2, 4, 6, 8], "count": 25, "down": [{"at_s": 0.5, "for_s": 1e6}]}]
+    load = {"arrivals": {"kind": "closed", "users": 25}, "requests": 25, "answers": {"tokens": 200}}
+    result, page = run(tmp_path, nodes=nodes, links=[], load=load)
+    assert result.metrics["failed"] == 25 and result.metrics["tokens"] > 25
+    assert page.plots == [] and "No request was answered" in page.words
 
 
 def test_what_people_write_is_no_html(tmp_path: Path) -> None:
@@ -242,7 +250,8 @@ def figures(busy: tuple[float, float], link: float, **spent: tuple[float, float]
         for i, name in enumerate(("phone", "cloud"))
     }
     return {
-        "tokens": 10,
+        "requests": 10,
+        "failed": 0,
         "total_s": {"mean": 4.0},
         "spent_s": parts,
         "nodes": {"phone": {"utilisation": busy[0]}, "cloud": {"utilisation": busy[1]}},

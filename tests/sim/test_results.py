@@ -104,17 +104,19 @@ def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
     recorder.add(answered(1, compute_s={"phone": 0.6, "cloud": 0.2}, wire_s={"cloud": 0.3}, bytes_up=30, escalations=2))
     recorder.add(answered(2, total_s=2.5, compute_s={"phone": 1.0}, queue_s={"phone": 0.4}, room_s={"cloud": 0.2}))
     recorder.add(answered(3, new_tokens=0, exits={}, first_token_s=0.0, total_s=9.0, agreed=0, error="NodeUnavailable"))
-    recorder.add(answered(4, new_tokens=1, exits={4: 1}, agreed=1, error="DeadlineExceeded", drafted=4, accepted=1))
+    recorder.add(
+        answered(4, new_tokens=1, exits={4: 1}, agreed=1, error="DeadlineExceeded", drafted=4, total_s=0.1, bytes_up=5)
+    )
     recorder.close()
     found = recorder.figures()
     expected = {"requests": 4, "failed": 2, "errors": {"DeadlineExceeded": 1, "NodeUnavailable": 1}, "tokens": 7}
     expected |= {"span_s": 11.0, "tokens_per_s": 7 / 11, "decided": {"2": 4 / 7, "4": 3 / 7}, "agreement": 5 / 7}
-    expected |= {"escalations_per_token": 2 / 7, "drafted": 4, "accepted": 1, "bytes_up_per_token": 30 / 7}
+    expected |= {"escalations_per_token": 2 / 7, "drafted": 4, "accepted": 0, "bytes_up_per_token": 35 / 7}
     assert {key: found[key] for key in expected} == expected
-    assert found["total_s"]["mean"] == pytest.approx((1.5 + 2.5 + 1.5) / 3)
-    assert found["token_s"]["mean"] == pytest.approx((0.5 + 1.0) / 2), "of those that have a second token"
-    assert found["spent_s"]["phone"] == pytest.approx({"room": 0, "compute": 1.6 / 3, "queue": 0.4 / 3, "wire": 0})
-    assert found["spent_s"]["cloud"] == pytest.approx({"room": 0.2 / 3, "compute": 0.2 / 3, "queue": 0, "wire": 0.1})
+    assert found["total_s"]["mean"] == pytest.approx((1.5 + 2.5) / 2), "of those that were answered"
+    assert found["token_s"]["mean"] == pytest.approx((0.5 + 1.0) / 2)
+    assert found["spent_s"]["phone"] == pytest.approx({"room": 0, "compute": 0.8, "queue": 0.2, "wire": 0})
+    assert found["spent_s"]["cloud"] == pytest.approx({"room": 0.1, "compute": 0.1, "queue": 0, "wire": 0.15})
     with (tmp_path / "requests.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["number"] for row in rows] == ["0", "1", "2", "3", "4"], "the first too"

@@ -203,6 +203,49 @@ def test_what_is_asked_before_is_not_counted_and_comes_first(simulate: Simulate)
     assert found["simulated_s"] > plain["simulated_s"]
 
 
+def test_what_does_not_count_costs_the_counted_tokens_nothing(simulate: Simulate) -> None:
+    load = {"arrivals": {"kind": "closed"}, "turns": {"think_s": 0}, "answers": {"tokens": 20}, "requests": 10}
+    asked = data(
+        load=load, behaviour={"agreement": {2: 0.5, 4: 0.7}, "spread": 0.0}, policy={"mode": "exact", "draft": 0}
+    )
+    for node in asked["nodes"]:
+        node |= {"idle_w": 1, "busy_w": 5, "price_per_hour": 1}
+    plain = simulate(asked).metrics
+    for more in ({"before": 30}, {"requests": 40, "warmup": 0.75}):
+        asked["load"] = load | more
+        found = simulate(asked).metrics
+        assert found["requests"] == 10 and found["simulated_s"] > 3 * plain["simulated_s"]
+        for key in ("joules_per_token", "usd_per_million_tokens", "tokens_per_s", "energy_j"):
+            assert found[key] == pytest.approx(plain[key], rel=0.01), key
+        for kind in ("nodes", "links"):
+            for name, figures in plain[kind].items():
+                wanted = {key: value for key, value in figures.items() if not isinstance(value, str)}
+                assert {key: found[kind][name][key] for key in wanted} == pytest.approx(wanted, rel=0.01, abs=1e-9)
+        carried = sum(link["bytes_up"] for link in found["links"].values())
+        assert found["bytes_up_per_token"] * found["tokens"] == pytest.approx(carried)
+
+
+def test_a_share_of_the_time_or_of_a_replay_is_not_counted(tmp_path: Path, simulate: Simulate) -> None:
+    even = {"arrivals": {"kind": "even", "rate": 1}, "answers": {"tokens": 3}, "duration_s": 40}
+    assert simulate(data(load=even)).metrics["requests"] == 40
+    assert simulate(data(load=even | {"warmup": 0.495})).metrics["requests"] == 21
+    (tmp_path / "log.csv").write_text("at_s\n" + "".join(f"{i}\n" for i in range(30)))
+    replay = {"arrivals": {"kind": "replay", "file": "log.csv"}, "answers": {"tokens": 3}, "warmup": 0.2}
+    assert simulate(data(load=replay)).metrics["requests"] == 24
+    assert simulate(data(load=replay | {"requests": 10})).metrics["requests"] == 8
+
+
+@pytest.mark.parametrize("arrivals", [{"kind": "closed", "users": 2}, {"kind": "even", "rate": 0.01}])
+def test_a_run_lasts_as_long_as_it_says_though_nobody_waits_for_an_answer(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch, arrivals: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("ruyi_flow.sim.run._EVENTS", 1)
+    load = {"arrivals": arrivals, "turns": {"mean": 8, "think_s": 100}, "answers": {"tokens": 1}, "duration_s": 3000}
+    found = simulate(data(((2, 4, 6),), load=load, policy={"mode": "fixed"})).metrics
+    assert found["simulated_s"] > 2900
+    assert 40 < found["requests"] < 400
+
+
 def test_a_step_after_a_pause_takes_longer(simulate: Simulate) -> None:
     warm, cold = profile(), profile(pauses_s=(0.01, 1.0), cold_s=(0.2, 0.5))
     assert (cold.cold(0.005), cold.cold(60.0), warm.cold(9.0)) == pytest.approx((0.1, 0.5, 0.0))
@@ -234,10 +277,103 @@ def test_a_link_that_is_down_holds_messages_up_until_their_deadline(simulate: Si
     assert late["failed"] == late["errors"]["DeadlineExceeded"] > 0
 
 
+@pytest.mark.parametrize("far", [None, [{"at_s": 1e6, "for_s": 1}]])
+def test_an_answer_that_is_late_fails_at_its_deadline(simulate: Simulate, far: list[dict[str, float]] | None) -> None:
+    asked = data(((2,), (4, 6)), policy={"mode": "exact", "draft": 0})
+    asked["load"] |= {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 10, "prompts": {"tokens": 120}}
+    asked["links"][0] |= {"up_mbit": 0.00125, "down": far or []}
+    late = simulate(asked).metrics
+    assert late["failed"] == late["errors"]["DeadlineExceeded"] == 10, "a prompt takes 54 s; there are 30"
+    assert late["total_s"]["mean"] == 0 and 1030 < late["simulated_s"] < 1031
+    asked["policy"]["fallback"] = True
+    instead = simulate(asked).metrics
+    assert instead["failed"] == 0 and 30 < instead["first_token_s"]["p50"] < 32
+    asked["links"][0]["timeout_s"] = 60
+    assert 54 < simulate(asked).metrics["first_token_s"]["p50"] < 55
+
+
+def test_a_deadline_starts_anew_when_a_part_of_the_prompt_has_been_taken(simulate: Simulate) -> None:
+    asked = data(((2,), (4, 6)), policy={"mode": "exact", "draft": 0})
+    asked["load"] |= {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 10, "prompts": {"tokens": 4 * 128}}
+    asked["links"][0] |= {"up_mbit": 0.005, "timeout_s": 20}  # each part takes 14 s
+    found = simulate(asked).metrics
+    assert found["failed"] == 0 and found["first_token_s"]["p50"] > 50
+
+
+def test_a_node_whose_answer_was_given_up_serves_the_others(simulate: Simulate) -> None:
+    asked = data(
+        ((2,), (4, 6)),
+        policy={"mode": "exact", "draft": 0},
+        load={"arrivals": {"kind": "closed", "users": 8}, "turns": {"think_s": 0}, "requests": 60}
+        | {"prompts": {"kind": "uniform", "low": 1, "high": 1200}, "answers": {"tokens": 8}},
+    )
+    asked["nodes"][0]["count"] = 8
+    asked["nodes"][1]["limits"] = {"max_step_positions": 16}
+    asked["links"][0]["timeout_s"] = 1.2
+    scenario = Scenario.from_data(asked, base=Path(), where="test.yaml")
+    simulation = Simulation(scenario, profiles=[profile()] * 2)
+    found = simulation.run().metrics
+    assert found["requests"] == 60 and 10 < found["failed"] < 55
+    there = simulation._cluster.instances[1][0]
+    simulation._time.env.run(until=simulation._time.now() + 60)
+    assert there.worker.waiting == 0 and not there.worker._busy
+
+
+def test_a_full_node_fails_prompts_that_come_in_parts(simulate: Simulate) -> None:
+    asked = data(((2,), (4, 6)), policy={"mode": "exact", "draft": 0})
+    asked["load"] |= {"prompts": {"tokens": 600}, "arrivals": {"rate": 10}}
+    asked["nodes"][0]["count"] = 40
+    asked["nodes"][1]["limits"] = {"max_sessions": 1, "max_waiting": 0}
+    found = simulate(asked).metrics
+    assert found["errors"].keys() == {"CapacityError"} and 20 < found["failed"] < 40
+
+
+def test_an_entry_that_is_down_refuses_and_loses_its_sessions(simulate: Simulate) -> None:
+    asked = data(load={"arrivals": {"kind": "even", "rate": 2}, "requests": 40, "answers": {"tokens": 12}})
+    asked["nodes"][0]["down"] = [{"at_s": 5.3, "for_s": 5}]
+    found = simulate(asked).metrics
+    # Ten come while it is down; the one of second 5 is lost after some tokens.
+    assert found["failed"] == found["errors"]["NodeUnavailable"] == 11
+    assert 29 * 12 < found["tokens"] < 30 * 12
+    asked["nodes"][0] |= {"down": [], "mtbf_s": 2, "mttr_s": 2}
+    assert 5 < simulate(asked).metrics["failed"] < 35
+
+
+def test_users_of_an_entry_that_is_down_ask_again_later(simulate: Simulate) -> None:
+    load = {"arrivals": {"kind": "closed", "users": 2}, "turns": {"think_s": 0}, "duration_s": 30}
+    asked = data(load=load)
+    asked["nodes"][0]["down"] = [{"at_s": 10, "for_s": 10}]
+    found = simulate(asked).metrics
+    assert 20 <= found["failed"] <= 22 and found["requests"] > found["failed"] and found["simulated_s"] > 29
+
+
+def test_a_links_outages_need_no_order_and_may_overlap(simulate: Simulate) -> None:
+    found = []
+    for down in (
+        [{"at_s": 5, "for_s": 9}],
+        [{"at_s": 8, "for_s": 6}, {"at_s": 5, "for_s": 4}],
+        [{"at_s": 5, "for_s": 9}, {"at_s": 6, "for_s": 1}],
+    ):
+        asked = data(policy={"mode": "exact", "draft": 0})
+        asked["links"][0]["down"] = down
+        found.append(simulate(asked).metrics)
+    assert found[0] == found[1] == found[2] and found[0]["total_s"]["p99"] > 8
+
+
+def test_nodes_that_break_by_themselves_go_on_doing_so(simulate: Simulate) -> None:
+    load = {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 400, "answers": {"tokens": 1}}
+    asked = data(load=load, policy={"mode": "exact", "draft": 0})
+    asked["nodes"][1] |= {"mtbf_s": 2, "mttr_s": 2}  # 10,000 outages
+    found = simulate(asked, folder=None)
+    failed = found.metrics["failed"]
+    assert 150 < failed < 260
+    assert sum(found.recorder.timeline.rate("tokens")[-100:]) < 0.75 * 100 * 0.01, "at the end, too"
+
+
 def test_nodes_that_break_by_themselves_are_down_for_their_share(simulate: Simulate) -> None:
     asked = data(policy={"mode": "exact", "draft": 0})
     asked["load"]["requests"] = 400
-    asked["nodes"][1] |= {"mtbf_s": 90, "mttr_s": 10}
+    asked["nodes"][1] |= {"mtbf_s": 9, "mttr_s": 1}
     found = simulate(asked).metrics
     assert 0.03 < found["failed"] / 400 < 0.3
 
@@ -293,8 +429,10 @@ def test_populations_are_shared_out_evenly(simulate: Simulate) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"load": {"arrivals": {"rate": 0}, "requests": 1}}, "load.arrivals.rate: 0: must be above 0"),
+        ({"load": {"arrivals": {"rate": 0}, "requests": 1}}, "load.arrivals.rate: 0: must be 1e-06 or more"),
         ({"load": {"arrivals": {"rate": float("inf")}, "requests": 1}}, "load.arrivals.rate"),
+        ({"load": {"arrivals": {"rate": 5e-324}, "requests": 1}}, "load.arrivals.rate: 5e-324: must be 1e-06 or more"),
+        ({"load": {"warmup": 1, "requests": 1}}, "load.warmup: 1: "),
         ({"load": {"arrivals": {"rate": 1}}}, "say when it ends"),
         ({"load": {"arrivals": {"rte": 1}, "requests": 1}}, "did you mean 'rate'?"),
         ({"load": None}, "load: this key is required"),
@@ -364,6 +502,53 @@ def test_bytes_that_let_nothing_up_are_refused(simulate: Simulate) -> None:
     asked["links"][0] |= {"upload": "ahead", "ahead_bytes": 8}
     with pytest.raises(ConfigError, match=r"test.yaml: links.0.ahead_bytes: 8 are less than"):
         simulate(asked)
+
+
+def test_what_is_asked_must_fit_somewhere(tmp_path: Path, simulate: Simulate) -> None:
+    asked = data(load={"requests": 3, "prompts": {"tokens": 5000}, "answers": {"tokens": 12}})
+    with pytest.raises(ConfigError, match=r"test.yaml: load: no request fits: .* 5012 tokens, the family's context is"):
+        simulate(asked)
+    asked["load"]["prompts"] = {"kind": "uniform", "low": 20, "high": 5000}
+    assert simulate(asked).metrics["failed"] < 3
+    asked["nodes"][0]["limits"] = {"max_positions": 64}
+    asked["load"] |= {"prompts": {"kind": "constant", "tokens": 60}}
+    with pytest.raises(ConfigError, match=r"has 72 tokens, nodes.0.limits.max_positions is 64; ask for fewer, or"):
+        simulate(asked)
+    (tmp_path / "log.csv").write_text("at_s,prompt_tokens,answer_tokens\n1,70,3\n2,60,4\n3,60,\n")
+    asked["load"] = {"arrivals": {"kind": "replay", "file": "log.csv"}, "answers": {"tokens": 9}}
+    assert simulate(asked).metrics["errors"] == {"CapacityError": 2}
+
+
+def test_a_replay_is_read_before_anything_is_written(tmp_path: Path) -> None:
+    profile().save(tmp_path / "p")
+    (tmp_path / "log.csv").write_text("at_s\n1\n2\nsoon\n")
+    load = {"arrivals": {"kind": "replay", "file": "log.csv"}}
+    scenario = Scenario.from_data(data(load=load), base=tmp_path, where="bad.yaml")
+    with pytest.raises(ConfigError, match=r"bad.yaml: load.arrivals.file: .*log.csv, line 4: could not convert"):
+        simulate_into(scenario, tmp_path / "run", where="bad.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_of_another_family_is_refused(tmp_path: Path, tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    record(load_family(tiny, dtype="float32"), [Asked((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
+
+    def build(**change: Any) -> None:
+        (tmp_path / "fam").mkdir(exist_ok=True)
+        (tmp_path / "fam" / "config.json").write_text(json.dumps(config | change))
+        nodes = [{"name": "n0", "exits": [2, 4, 6], "hardware": "l4"}]
+        asked = data(profile=None, family=str(tmp_path / "fam"), nodes=nodes, links=[], behaviour=None, trace="t")
+        Simulation(Scenario.from_data(asked, base=tmp_path, where="bad.yaml"), where="bad.yaml")
+
+    build()
+    with pytest.raises(
+        ConfigError, match=r"bad.yaml: trace: .* states have 32 values, the costs of 'n0' .* 128; trace"
+    ):
+        build(hidden_size=128)
+    with pytest.raises(
+        ConfigError, match=r"bad.yaml: trace: .* layers in its branches, .* has \[1, 2, 1\]; trace this"
+    ):
+        build(early_exit_branch_layers=[1, 2, 1])
 
 
 def test_a_topology_is_a_scenario_once_a_load_is_added(tmp_path: Path) -> None:
