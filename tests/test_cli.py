@@ -99,7 +99,7 @@ def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(  # typ
     ("option", "content", "message"),
     [
         ("--prompts", None, "asked: cannot be read"),
-        ("--prompts", b"{", "asked, line 1: neither a chat nor an answer"),
+        ("--prompts", b"{", "asked, line 1: expected {"),
         ("--prompts", b"", "asked: has no prompts"),
         ("--text", None, "asked: cannot be read as text"),
         ("--text", b"\xff", "asked: cannot be read as text"),
