@@ -138,7 +138,10 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
             ("generate", "-t", "{topology}", "-p", "x", "--threshold", "0.5", "--window", "3"),
             "window goes with mode 'cascade', not with 'token'",
         ),
-        (("explain", "-t", "{topology}", "-p", "x", "--html", "none/e.html"), "there is no folder none"),
+        (
+            ("explain", "-t", "{topology}", "-p", "x", "--html", "{topology}/e.html"),
+            "is a file; name a file in a folder",
+        ),
         (("explain", "-t", "{topology}", "-p", "x", "--html", "."), "--html .: is a folder"),
         (("generate", "-t", "{topology}", "-p", "x", "--temperature", "-1"), "temperature is -1"),
         (("up", "{topology}"), "runs inside its clients"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
@@ -278,11 +277,7 @@ def _check_targets(out_file: Path, report: Path | None) -> None:
                 f"--out {out_file}: is there and is not a policy file; name another one, or remove it"
             ) from None
     if report is not None:
-        there = next(path for path in (report, *report.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise ConfigError(f"--report {report}: {there} is a file; name a folder")
-        if not os.access(there, os.W_OK):
-            raise ConfigError(f"--report {report}: {there} cannot be written in")
+        check_target(report, "--report", folder=True)
 
 
 def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deployment | None:

@@ -134,17 +134,20 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
         raise RequestError(f"{option} is {text!r}; write whole numbers with commas, for instance 5,11,17") from None
 
 
-def check_target(path: Path, option: str) -> None:
-    """Check that a file can be written there, before what takes its time.
+def check_target(path: Path, option: str, *, folder: bool = False) -> None:
+    """Check that a file can be written there, or files in a folder, before what takes its time.
 
     Raises:
-        ConfigError: it is a folder, or there is no folder for it, or one that may not be written in.
+        ConfigError: what is there already is something else, or nothing may be written there.
     """
-    if path.is_dir():
-        raise ConfigError(f"{option} {path}: is a folder; name a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    kind = "a folder" if folder else "a file"
+    if path.is_dir() and not folder:
+        raise ConfigError(f"{option} {path}: is a folder; name {kind}")
+    inside = path if folder else path.parent
+    there = next(one for one in (inside, *inside.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option} {path}: {there} is a file; name {kind}{'' if folder else ' in a folder'}")
+    if not os.access(path if path.exists() else there, os.W_OK):
         raise ConfigError(f"{option} {path}: cannot be written")
 
 

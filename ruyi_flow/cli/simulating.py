@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
-from ruyi_flow.cli.options import JsonOption, load_topology
+from ruyi_flow.cli.options import JsonOption, check_target, load_topology
 from ruyi_flow.display import counting_bar, err, join, out, print_json
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.topology import check_address
@@ -35,18 +35,6 @@ SetOption = Annotated[
         "nodes.edge.hardware=l4, behaviour=null, 'policy.thresholds={5: 0.9}'. May be given several times.",
     ),
 ]
-
-
-def _check_out(path: Path, *, folder: bool) -> None:
-    """Refuse a place that cannot be written to before anything is computed for it."""
-    if not folder and path.is_dir():
-        raise ConfigError(f"--out: {path} is a folder; --out names a file")
-    inside = path if folder else path.parent
-    there = next(one for one in (inside, *inside.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise ConfigError(f"--out: {there} is a file; --out names {'a folder' if folder else 'a file in a folder'}")
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"--out: {there} may not be written to; name another")
 
 
 @contextmanager
@@ -90,7 +78,7 @@ def simulate(
     seeds = [] if seed is None else [f"seed={seed}"]
     asked = Scenario.read(scenario, [*(changes or ()), *seeds])
     folder = folder or Path("runs/sim") / scenario.stem
-    _check_out(folder, folder=True)
+    check_target(folder, "--out", folder=True)
     with _interruptible(), counting_bar(quiet=as_json) as bar:
         result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
     if as_json:
@@ -151,7 +139,7 @@ def profile(
                 f"up_mbit: {figures.up_mbit:.1f}"
             )
         return
-    _check_out(out_file, folder=False)
+    check_target(out_file, "--out")
     with counting_bar(quiet=as_json) as bar:
         if nodes is not None:
             found = asyncio.run(profile_nodes(load_topology(nodes), rounds=rounds, report=bar))
@@ -216,7 +204,7 @@ def sweep(
     from ruyi_flow.sim import sweep as sweeps
 
     folder = folder or Path("runs/sweep") / scenario.stem
-    _check_out(folder, folder=True)
+    check_target(folder, "--out", folder=True)
     axes = [sweeps.Axis.parse(text) for text in grid]
     with _interruptible(), counting_bar(quiet=as_json) as bar:
         points = sweeps.sweep(
@@ -308,7 +296,7 @@ def plan(
     from ruyi_flow.sim.scenario import Scenario
 
     asked = Scenario.read(scenario, changes or ())
-    _check_out(out_file, folder=False)
+    check_target(out_file, "--out")
     with _interruptible(), counting_bar(quiet=as_json) as bar:
         found = search(
             asked,

@@ -138,6 +138,7 @@ def write_html(out: Path, prompt: str, rows: Sequence[Explained], stats: Stats, 
     colours = {node: _COLOURS[i % len(_COLOURS)] for i, node in enumerate(nodes)}
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(prompt=prompt, rows=rows, stats=asdict(stats), policy=_described(policy), colours=colours)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
 
 

@@ -100,7 +100,8 @@ class PolicyFile(_Model):
         return policy
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it, whole or not at all; its folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
         text = yaml.safe_dump(
             self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=110

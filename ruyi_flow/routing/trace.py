@@ -166,6 +166,7 @@ class Writer:
         asked = {"number": record.number, "prompt": record.prompt, "prompt_tokens": record.prompt_tokens}
         made = msgpack.packb({**asked, "answer": record.answer.astype("<i4").tobytes(), "exits": exits})
         if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("wb")
             made = msgpack.packb({"format": _FORMAT, "version": _VERSION, **asdict(self._header)}) + made
         self._file.write(made)

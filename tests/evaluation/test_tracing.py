@@ -318,5 +318,5 @@ def test_the_command_says_what_it_leaves_out_and_what_cannot_be(  # type: ignore
     file.write_text("")
     code, _, error = run(*command, "4")
     assert code == 2 and error == f"error: {file}: there are no prompts in it\n"
-    code, _, error = run(*command, "4", "--out", str(tmp_path / "none/t"))
-    assert code == 2 and error.startswith("error: --out ") and "there is no folder" in error
+    code, _, error = run(*command, "4", "--out", str(file / "t"))
+    assert code == 2 and error.startswith("error: --out ") and "is a file; name a file in a folder" in error

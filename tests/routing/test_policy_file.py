@@ -223,7 +223,7 @@ def test_calibrate_checks_where_it_writes_before_it_computes(run, tmp_path: Path
         (("--out", str(trace)), "t.msgpack: is there and is not a policy file; name another one, or remove it"),
         (("--out", str(other)), "notes.yaml: is there and is not a policy file"),
         (("--out", "."), "--out .: is a folder; name a file"),
-        (("--out", str(tmp_path / "none/p.yaml"), "--report", str(folder)), "there is no folder"),
+        (("--out", str(other / "p.yaml"), "--report", str(folder)), "is a file; name a file in a folder"),
         (("--out", str(tmp_path / "p.yaml"), "--report", str(other)), "notes.yaml is a file; name a folder"),
         (("--out", str(tmp_path / "p.yaml"), "--report", str(other / "r")), "notes.yaml is a file; name a folder"),
     ):

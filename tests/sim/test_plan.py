@@ -192,11 +192,11 @@ def test_a_plan_needs_a_file_before_it_searches(  # type: ignore[no-untyped-def]
     path = scenario(tmp_path)
     monkeypatch.setattr("ruyi_flow.sim.plan.plan", lambda *_, **__: pytest.fail("it searched"))
     for out, says in (
-        (tmp_path, "is a folder; --out names a file"),
-        (path / "x", "is a file; --out names a file in a"),
+        (tmp_path, "is a folder; name a file"),
+        (path / "x", "is a file; name a file in a"),
     ):
         code, _, err = run("plan", str(path), "--objective", "p95 token_s < 1", "--out", str(out))
-        assert code == 2 and err.startswith("error: --out: ") and says in err and err.count("\n") == 1
+        assert code == 2 and err.startswith("error: --out ") and says in err and err.count("\n") == 1
     assert not list(tmp_path.parent.glob(".*.new"))
 
 

@@ -59,8 +59,8 @@ def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     [
         (("--link", "localhost:99999"), "--link localhost:99999: write it as host:port"),
         (("--link", "localhost"), "--link localhost: write it as host:port"),
-        (("--out", "{folder}"), "is a folder; --out names a file"),
-        (("--out", "{folder}/file/p"), "/file is a file; --out names a file in a folder"),
+        (("--out", "{folder}"), "is a folder; name a file"),
+        (("--out", "{folder}/file/p"), "/file is a file; name a file in a folder"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_anything_is_measured(  # type: ignore[no-untyped-def]

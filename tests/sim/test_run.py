@@ -615,4 +615,4 @@ def test_a_run_needs_a_folder(run, tmp_path: Path) -> None:  # type: ignore[no-u
     (tmp_path / "s.yaml").write_text(json.dumps(data()))
     for out in ("s.yaml", "s.yaml/below"):
         code, _, err = run("simulate", str(tmp_path / "s.yaml"), "--out", str(tmp_path / out))
-        assert code == 2 and err == f"error: --out: {tmp_path / 's.yaml'} is a file; --out names a folder\n"
+        assert code == 2 and err == f"error: --out {tmp_path / out}: {tmp_path / 's.yaml'} is a file; name a folder\n"
