@@ -139,9 +139,11 @@ class RemoteStage:
         call = self._call
         self._waiting_since = time.monotonic()
         try:
-            if wait and self._number and len(messages) == 1 and (data := await self._ask_together(messages[0])):
-                self._replies.append(await self._reply(data))
-                messages = ()
+            if self._peer.sessions > 1 and wait and self._number and len(messages) == 1 and not self._owed:
+                data = await self._ask_together(messages[0])
+                if data:
+                    self._replies.append(await self._reply(data))
+                    messages = ()
             for message in messages:
                 await call.write(message)
             self._owed += len(messages)
@@ -174,9 +176,9 @@ class RemoteStage:
         return reading.result()
 
     async def _ask_together(self, message: bytes) -> Any:
-        """The reply to a block that goes with other sessions'; nothing where it must go on this session's stream."""
+        """The reply to a message that goes with other sessions'; nothing where it must go on this session's stream."""
         peer = self._peer
-        if peer.sessions < 2 or self._owed or not peer.together.takes(message):
+        if not peer.together.takes(message):
             return None
         self._answer = peer.together.ask(self._number, message)
         try:
