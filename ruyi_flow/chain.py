@@ -62,13 +62,18 @@ class Uplink:
     """What all sessions of a node have under way to the node beyond it."""
 
     questions: int = 0
-    uploading: bool = False
-    """Whether one of them sends states ahead, or has not been told yet that they arrived."""
+    uploader: Chain | None = None
+    """Whose states go up ahead, or have not been told to have arrived."""
 
     @property
     def idle(self) -> bool:
         """Whether states may go up that nobody asked about."""
-        return not self.questions and not self.uploading
+        return not self.questions and self.uploader is None
+
+    def free(self, chain: Chain) -> None:
+        """What a session sent ahead is there, or is given up."""
+        if self.uploader is chain:
+            self.uploader = None
 
 
 class Chain:
@@ -209,6 +214,7 @@ class Chain:
             if self._arriving is not None:
                 await self._arriving.drop()
         finally:  # this one may be cancelled meanwhile; the deeper caches must be freed all the same
+            self._uplink.free(self)
             if self._beyond is not None:
                 await self._beyond.close()
 
@@ -452,24 +458,20 @@ class Chain:
         states = session.take_unseen(last, stop)
         if self._unasked or not start:
             self._unasked.append(states)
-        self._sent, self._uplink.uploading = stop, True
+        self._sent, self._uplink.uploader = stop, self
         self._uploading = self._time.start(self._feed(Block(start, states, tuple(session.token_ids[start:stop]), ())))
 
     async def _feed(self, block: Block) -> None:
         """Send states ahead; see `_quietly`."""
-        stage, sent = self._next_node(), False
-        try:
-            sent = await self._quietly(stage.feed(block), stage)
-        finally:
-            self._uplink.uploading = sent
-        if sent:
+        stage = self._next_node()
+        if await self._quietly(stage.feed(block), stage):
             self._arriving = self._time.start(self._arrive(stage))
+        else:
+            self._uplink.free(self)
 
     async def _arrive(self, stage: Stage) -> None:
-        try:
-            await self._quietly(stage.arrived(), stage)
-        finally:
-            self._uplink.uploading = False
+        await self._quietly(stage.arrived(), stage)
+        self._uplink.free(self)
 
     async def _quietly(self, doing: Coroutine[None, None, None], stage: Stage) -> bool:
         """Do something ahead of any question, which must not fail for it; whether it went well.
@@ -494,6 +496,7 @@ class Chain:
         if self._arriving is not None:
             arriving, self._arriving = self._arriving, None
             await arriving.drop()
+            self._uplink.free(self)
 
     def _next_node(self) -> Stage:
         if self._beyond is None:

@@ -431,10 +431,12 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
         async def arrived(self) -> None:
             await arrives.wait()
 
+    def beyond(policy: Policy) -> Chain:
+        return Slow(far.open(policy, SamplingParams(), 100, 130), InlineWorker(), "n1")
+
     def chain() -> Chain:
-        deeper = Slow(far.open(policy, SamplingParams(), 100, 130), InlineWorker(), "n1")
         session = near.open(policy, SamplingParams(), 100, 130)
-        return Chain(session, InlineWorker(), "n0", lambda _: deeper, ahead=1000, uplink=uplink)
+        return Chain(session, InlineWorker(), "n0", beyond, ahead=1000, uplink=uplink)
 
     async def go(chain: Chain) -> None:
         async for _ in decode(chain, [5] * 100, 10):
@@ -446,12 +448,18 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
     assert fed == [], "somebody waits for an answer"
     uplink.questions = 0
     await go(other)
-    assert fed == [32] and uplink.uploading, "one part, until it has arrived"
+    assert fed == [32] and uplink.uploader is other, "one part, until it has arrived"
     arrives.set()
     await turns()
     assert uplink.idle
     for each in (one, other):
         await each.close()
+    hasty = chain()
+    async for _ in decode(hasty, [5] * 100, 1):
+        assert uplink.uploader is hasty
+        break  # before what goes up has begun to
+    await hasty.close()
+    assert uplink.idle and len(fed) == 1
     near.rooms.check_integrity()
 
 
