@@ -55,7 +55,7 @@ def transformers(model: Any, early_exit: int | None = None) -> Engine:
     drafting = {} if early_exit is None else {"assistant_early_exit": early_exit}
 
     def generate(ids: Sequence[int], tokens: int) -> int:
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=model.device)
         asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False}
         return int(model.generate(prompt, **asked, **drafting).shape[1]) - len(ids)
 

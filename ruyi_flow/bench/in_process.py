@@ -95,7 +95,7 @@ def per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
 def _load(setup: Setup, report: Report) -> Family:
     torch.set_num_threads(setup.threads)
     report("loading", 0, 1)
-    family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights)
+    family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights, device=setup.device)
     report("loading", 1, 1)
     return family
 
@@ -123,7 +123,7 @@ def _engines(
                 raise ConfigError(f"--against {kind} needs --gguf FILE, of the same model as {setup.family!r}")
             engines.append(llama_cpp(gguf, threads=setup.threads, positions=positions))
         else:
-            model = model or as_transformers(family.checkpoint, dtype=parse_dtype(setup.dtype))
+            model = model or as_transformers(family.checkpoint, dtype=parse_dtype(setup.dtype)).to(setup.device)
             engines.append(transformers(model, _drafting(family, early_exit) if kind is Against.EARLY_EXIT else None))
         report(f"loading {kind}", 1, 1)
     return {engine.name: engine for engine in engines}

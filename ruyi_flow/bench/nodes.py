@@ -63,6 +63,7 @@ async def daemons(
     dtype: str = "bfloat16",
     weights: Sequence[str | None] | str | None = None,
     threads: int = 1,
+    device: str = "cpu",
     limits: Mapping[str, Any] | None = None,
     relay_to: Mapping[int, Relay] | None = None,
     cores: Sequence[int] | None = None,
@@ -74,6 +75,7 @@ async def daemons(
         family: a folder, or a name in the store.
         weights: how each node holds its products, or how all of them do.
         threads: of each node.
+        device: that they compute on.
         limits: of each node, as in a topology.
         relay_to: by a node's number, a relay in front of it.
         cores: that all nodes stay on.
@@ -87,7 +89,13 @@ async def daemons(
         names = [f"n{i}" for i in range(len(cuts))]
         dialled = {i: await stack.enter_async_context(relay.run(addresses[i])) for i, relay in (relay_to or {}).items()}
         held = [weights] * len(cuts) if weights is None or isinstance(weights, str) else weights
-        common = {"dtype": dtype, "threads": threads, "cores": cores and [*cores], "limits": dict(limits or {})}
+        common = {
+            "dtype": dtype,
+            "threads": threads,
+            "device": device,
+            "cores": cores and [*cores],
+            "limits": dict(limits or {}),
+        }
         data = {
             "family": str(store.locate(family).resolve()),
             "nodes": [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from ruyi_flow.types import Weights
 
@@ -41,6 +42,8 @@ class Setup:
     """New tokens an answer, 2 or more."""
     rounds: int = 5
     """That count; one more warms up."""
+    device: str = "cpu"
+    """A torch device, of benches that have all of the family in one place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def settings(setup: Setup, **more: Any) -> dict[str, Any]:
     return asdict(setup) | more
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on beside the program."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -93,6 +96,7 @@ def machine(threads: int) -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "python": platform.python_version(),
         "torch": version("torch"),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}),
         "ruyi_flow": version("ruyi-flow"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

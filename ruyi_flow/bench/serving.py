@@ -48,6 +48,7 @@ async def serve(setup: Setup, *, sessions: int = 16, rate: float = 0.0, report: 
         family=setup.family,
         dtype=setup.dtype,
         weights=setup.weights,
+        device=setup.device,
         threads=setup.threads,
         limits=limits,
     ) as client:

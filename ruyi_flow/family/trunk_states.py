@@ -65,7 +65,9 @@ class TrunkStates:
         for part in missing.split(self.batch) if len(missing) else ():
             self._states[part], self._top[part], self._chances[part] = (t.cpu() for t in self._compute(part))
             self._there[part] = 1
-        if bool(keepable.all()):
+        if not keepable.any():
+            found = self._compute(indices)  # stays where it was computed
+        elif keepable.all():
             found = self._states[indices], self._top[indices], self._chances[indices]
         else:
             states, top, chances = self._compute(indices[~keepable])

@@ -101,7 +101,7 @@ class CachedAttention:
         group = heads // kv_heads
         if m == 1 and rows is None:
             out = F.scaled_dot_product_attention(q.reshape(1, kv_heads, group, d), keys, values)
-            return out.view(1, heads * d)
+            return out.reshape(1, heads * d)
         if rows is None and self.start == 0:
             out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, is_causal=True, enable_gqa=True)
             return out[0].transpose(0, 1).reshape(m, heads * d)

@@ -109,7 +109,7 @@ def test_the_demo_family_is_smollm2_in_bfloat16(smollm2: Path) -> None:
 @pytest.mark.model
 def test_the_demo_familys_branches_are_the_packages(smollm2: Path, home: Path) -> None:
     checkpoint = Checkpoint(smollm2)
-    assert checkpoint.config.branch_layers == (1, 1, 2, 2, 1)
+    assert checkpoint.config.branch_layers == (1, 2, 2, 2, 1)
     with safe_open(store._DEMO_FOLDER / "branches.safetensors", "pt") as handle:
         described = json.loads(handle.metadata()["ruyi_flow.recipe"])
         for name in handle.keys():

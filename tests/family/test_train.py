@@ -18,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ruyi_flow import cli
+from ruyi_flow.entry import load_tokenizer
 from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
-from ruyi_flow.family.corpus import Document, pack_documents
-from ruyi_flow.family.distill import answers
-from ruyi_flow.family.recipe import Recipe
+from ruyi_flow.family.corpus import Document, chat_prompt, pack_documents
+from ruyi_flow.family.distill import answers, distill
+from ruyi_flow.family.recipe import Recipe, SelfDistill
 from ruyi_flow.family.train import Step, train
 from ruyi_flow.family.trainees import cross_entropy
 from ruyi_flow.local import Family, load_family
@@ -276,6 +277,25 @@ def test_the_command_distills_trains_and_says_what_to_do_next(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plan | {"learning_rate": 0.1}))
     code, _, said = run()
     assert code == 2 and "is of a run with another recipe, family or data" in said
+
+
+def test_the_family_writes_prompts_itself_and_answers_them(folder: Path, spoken: Path) -> None:
+    checkpoint = Checkpoint(spoken)
+    tokenizer, ends = load_tokenizer(checkpoint), tuple(range(3, 30))  # so many ends, or it would never stop
+    own = {"own_prompts": 40, "max_new_tokens": 12, "batch": 16}
+    asked = recipe(folder, self_distill=SelfDistill(**own), length=64)
+    told: list[tuple[int, int]] = []
+    file = distill(asked, checkpoint, tokenizer, ends, report=lambda done, of, _: told.append((done, of)))
+    written = (asked.out / "prompts.jsonl").read_text()
+    texts = [json.loads(line)["prompt"] for line in written.splitlines()]
+    assert 5 < len(texts) < 40 and len(set(texts)) == len(texts) and all(text == text.strip() != "" for text in texts)
+    items = {item["prompt_number"]: item for item in map(json.loads, file.read_text().splitlines())}
+    assert told[39] == (40, 40) and told[-1] == (len(texts), len(texts)) == (len(items), len(items))
+    for number, text in enumerate(texts):
+        assert items[number]["prompt"] == chat_prompt({"prompt": text}, tokenizer)[0]
+    file.unlink()
+    assert distill(asked, checkpoint, tokenizer, ends).exists()
+    assert (asked.out / "prompts.jsonl").read_text() == written, "they are not made again"
 
 
 def test_answers_side_by_side_are_those_given_one_by_one(spoken: Path) -> None:

@@ -123,6 +123,7 @@ def test_rows_as_sequences_give_the_same_on_cuda() -> None:
 @on_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_flash_attns_pages_give_what_sdpa_gives_session_by_session(dtype: torch.dtype) -> None:
+    assert flash_attention(torch.device("cuda"), dtype, 16) is not None, "it is installed, and cannot be loaded"
     check_paged("cuda", dtype, 2e-2)
 
 
