@@ -20,9 +20,12 @@ from ruyi_flow.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
 from ruyi_flow.topology import Topology
 
-__all__ = ["PROMPT", "ask", "check_whole", "daemons", "prompts"]
+__all__ = ["PROMPT", "PROMPTS", "ask", "check_whole", "daemons", "prompts"]
 
 PROMPT = "Why is the sky blue?"
+
+PROMPTS = (PROMPT, "Write a short note to a friend who moved to another city.", "How do plants make food?")
+"""Where much depends on how often branches agree, which they do more along some answers than along others."""
 
 
 def prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:

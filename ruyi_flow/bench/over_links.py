@@ -14,7 +14,7 @@ import torch
 
 from ruyi_flow.bench.engines import ours
 from ruyi_flow.bench.in_process import per_token
-from ruyi_flow.bench.nodes import PROMPT, ask, daemons, prompts
+from ruyi_flow.bench.nodes import PROMPT, PROMPTS, ask, daemons, prompts
 from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
@@ -158,6 +158,8 @@ async def wan(
 ) -> Measured:
     """Two nodes with a slow link between them, mode exact: no drafts, drafts of constant length, adaptive ones.
 
+    Each answers a few prompts, of which the mean counts.
+
     Args:
         round_trip_ms: of the link.
         policy: a file of `ruyi-flow calibrate`, by which adaptive drafts know where to end; without it there are none.
@@ -166,7 +168,7 @@ async def wan(
         ConfigError: a family with one exit, or a file that is no policy.
     """
     checkpoint = Checkpoint(store.locate(setup.family))
-    exits, ids = checkpoint.config.exits, prompts(checkpoint, [PROMPT])[0]
+    exits, asked = checkpoint.config.exits, prompts(checkpoint, PROMPTS)
     if len(exits) < 2:
         raise ConfigError(f"family {setup.family!r} has exits {list(exits)}; two nodes need two")
     cuts = [[*exits[: len(exits) // 2]], [*exits[len(exits) // 2 :]]]
@@ -188,11 +190,11 @@ async def wan(
     ) as client:
         report("starting nodes", 1, 1)
         for name, counts in turns([*kinds], setup.rounds, report):
-            stats = (await ask(client, ids, setup.tokens, **kinds[name])).stats
+            made = [(await ask(client, ids, setup.tokens, **kinds[name])).stats for ids in asked]
             if counts:
-                spent[name].append(stats.token_s)
-                drafted[name] += stats.drafted
-                held[name] += stats.accepted
+                spent[name].append(statistics.mean(stats.token_s for stats in made))
+                drafted[name] += sum(stats.drafted for stats in made)
+                held[name] += sum(stats.accepted for stats in made)
     results = {name: {"ms_per_token": 1e3 * statistics.median(times)} for name, times in spent.items()}
     for name in kinds:
         if name != "draft_0":

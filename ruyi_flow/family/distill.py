@@ -132,8 +132,8 @@ def answers(
                 if longest * (len(group) + 1) > _PADDED_TOKENS:
                     break
                 group.append(waiting.popleft())
-            for (index, prompt), token in zip(group, read([prompt for _, prompt in group]), strict=True):
-                running.append((index, prompt, [token]))
+            said = read([prompt for _, prompt in group])
+            running += [(index, prompt, [token]) for (index, prompt), token in zip(group, said, strict=True)]
             yield from over()
             free = batch - len(running)
         if not running:
@@ -146,8 +146,8 @@ def answers(
         states = model.embed(torch.tensor([said[-1] for _, _, said in running], device=weight.device))
         logits = model.branch(exit, model.run(states, 0, exit, turned, cache), turned, cache)
         assert logits is not None
-        for (_, _, said), token in zip(running, pick(logits), strict=True):
-            said.append(token)
+        for (_, _, answer), token in zip(running, pick(logits), strict=True):
+            answer.append(token)
         yield from over()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ruyi_flow.config_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError
@@ -40,6 +40,12 @@ class SelfDistill(_Model):
     """Of an answer."""
     batch: int = Field(default=64, ge=1)
     """Prompts at once."""
+
+    @model_validator(mode="after")
+    def _asks(self) -> SelfDistill:
+        if not self.prompts and not self.own_prompts:
+            raise ValueError("say what is to be answered: prompts: [{path: chats.jsonl}], or own_prompts: 5000")
+        return self
 
 
 class Losses(_Model):

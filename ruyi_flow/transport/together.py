@@ -91,7 +91,7 @@ class Together:
         A session must not ask again before it is answered, or has `forget` its question.
         """
         if self._running is None:
-            self._running = asyncio.create_task(self._run(), name=f"batches to {self._peer}")
+            self._running = asyncio.create_task(self._run(self._call()), name=f"batches to {self._peer}")
         answer = self._answers[session] = asyncio.get_running_loop().create_future()
         self._outbox.put(session, message)
         return answer
@@ -106,8 +106,7 @@ class Together:
             self._running.cancel()
             await asyncio.wait([self._running])
 
-    async def _run(self) -> None:
-        call = self._call()
+    async def _run(self, call: Any) -> None:
         writing = asyncio.create_task(self._outbox.empty_into(call.write))
         error: RuyiFlowError = NodeUnavailable(f"node {self._peer!r} ended its stream of batches", node=self._peer)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ruyi_flow.bench.nodes import daemons
+from ruyi_flow.bench.nodes import PROMPTS, daemons
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.bets import split
@@ -28,11 +28,6 @@ from ruyi_flow.types import Mode
 __all__ = ["bench_bound", "bench_cascade", "bench_drafts", "bench_policy"]
 
 POLICY = Path("configs/policies/smollm2-5-percent.yaml")
-PROMPTS = (
-    "Why is the sky blue?",
-    "Write a short note to a friend who moved to another city.",
-    "How do plants make food?",
-)
 
 
 def bench_policy(rounds: int) -> dict[str, Any]:

@@ -202,6 +202,9 @@ def test_a_recipe_file_is_checked_like_a_topology(tmp_path: Path) -> None:
     path.write_text("family: x\nout: o\nsteps: 1\ndata: [{path: a}]\nlosses: {kll: 1}\n")
     with pytest.raises(ConfigError, match=r"losses\.kll: 1: unknown key; known here: kl, .*did you mean 'kl'"):
         Recipe.load(path)
+    path.write_text("family: x\nout: o\nsteps: 1\nself_distill: {batch: 4}\n")
+    with pytest.raises(ConfigError, match="self_distill: .*: say what is to be answered: prompts: "):
+        Recipe.load(path)
     path.write_text("family: x\nout: o\nsteps: 5\ndata: [{path: a.txt}]\n")
     assert Recipe.load(path).data[0].path == tmp_path / "a.txt" and Recipe.load(path).out == tmp_path / "o"
 
