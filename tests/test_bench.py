@@ -154,6 +154,7 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
         (("decode", "--weights", "int3"), "'int3' is not one of"),
         (("decode", "--against", "vllm"), "'vllm' is not one of"),
         (("decode", "--dtype", "int8"), "dtype is 'int8'"),
+        (("decode", "--device", "cuda:99"), "device: 'cuda:99' cannot be used here"),
         (("decode", "--family", "nothing"), "no family 'nothing'"),
         (("hop", "--family", "{tiny}"), "has no tokenizer.json"),
         (("decode", "--against", "llama.cpp"), "needs --gguf FILE"),

@@ -202,7 +202,7 @@ SMOLLM2: Mapping[str, Any] = {
     # The demo family: SmolLM2-135M-Instruct with the branches of family/demo/recipe.yaml, its probes left out.
     "model_type": "ruyi_llama",
     "early_exit_points": [5, 11, 17, 23, 29],
-    "early_exit_branch_layers": [1, 1, 2, 2, 1],
+    "early_exit_branch_layers": [1, 2, 2, 2, 1],
     "shared_heads": True,
     "hidden_size": 576,
     "intermediate_size": 1536,
