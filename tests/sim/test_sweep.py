@@ -207,3 +207,16 @@ def test_no_process_is_left_behind(tmp_path: Path, number: signal.Signals) -> No
     assert b"Traceback" not in err
     for file in out.glob("*.json"):
         assert json.loads(file.read_text())["tokens"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_the_process_even_where_its_exception_is_lost() -> None:
+    code = (
+        "import os, signal, time\nfrom ruyi_flow.cli import simulating\nsimulating._CLEANUP_S = 0.2\n"
+        "with simulating._interruptible():\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(50)\n"
+        "    except KeyboardInterrupt:\n        pass\n"  # as in a finalizer, or a callback
+        "    time.sleep(50)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
