@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,37 +37,18 @@ SetOption = Annotated[
 ]
 
 
-_CLEANUP_S = 5.0
-"""Ctrl-C ends the process after so long, whatever it is doing."""
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C ends the process here: what is left has nothing to clean up.
 
     Thousands of coroutines that wait in virtual time would say so, and a pool's thread may wait for a process that was
-    killed while it wrote. An exception is lost where it comes up in a finalizer, so there is a clock beside it.
+    killed while it wrote.
     """
-
-    def end() -> None:
-        err.print("interrupted")
-        os._exit(130)
-
-    def on_signal(number: int, frame: object) -> None:
-        clock = threading.Timer(_CLEANUP_S, end)
-        clock.daemon = True
-        clock.start()
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else whoever started this wants it to be ignored
-        signal.signal(signal.SIGINT, on_signal)
     try:
         yield
     except KeyboardInterrupt:
-        end()
-    finally:
-        signal.signal(signal.SIGINT, before)
+        err.print("interrupted")
+        os._exit(130)
 
 
 @app.command()
