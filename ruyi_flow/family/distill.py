@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 
 from ruyi_flow.errors import ConfigError
@@ -169,23 +170,24 @@ def distill(
         The file of answers, which `train` reads with the recipe's data.
 
     Raises:
-        ConfigError: the recipe has no prompts, or they cannot be read.
+        ConfigError: the recipe has no prompts, they cannot be read, or the family cannot write any.
     """
     plan = recipe.self_distill
     if plan is None:
         raise ConfigError("the recipe has no self_distill: name the chats whose prompts are to be answered there")
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
     prompts: list[list[int]] = []
     for source in plan.prompts:
         prompts += [
             p for _, p in zip(range(source.documents or 2**62), read_prompts(source.path, tokenizer), strict=False)
         ]
+    opening = _opening(tokenizer) if plan.own_prompts else []
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
     if plan.own_prompts:
         file = recipe.out / "prompts.jsonl"
         if not file.exists():
-            own = _own_prompts(model, plan, recipe.seed, tokenizer, eos_token_ids, report)
+            own = _own_prompts(model, plan, opening, recipe.seed, tokenizer, eos_token_ids, report)
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(".part")
             part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own))
@@ -220,26 +222,46 @@ def distill(
     return file
 
 
+def _opening(tokenizer: Any) -> list[int]:
+    """What a user's turn begins with, in the family's chat template, as token ids.
+
+    Raises:
+        ConfigError: there is no template, or none that shows what users say.
+    """
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    except (ValueError, TemplateError) as error:
+        raise ConfigError(f"own_prompts: the family's chat template cannot be used: {error}") from None
+    opening, found, _ = text.partition(mark)
+    token_ids = list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    if not found or not token_ids:
+        raise ConfigError("own_prompts: the family's chat template puts nothing before what a user says; leave it out")
+    return token_ids
+
+
 def _own_prompts(
     model: FamilySlice,
     plan: SelfDistill,
+    opening: list[int],
     seed: int,
     tokenizer: Any,
     eos_token_ids: tuple[int, ...],
     report: Callable[[int, int, float], None],
 ) -> list[str]:
-    """What the family says where its chat template opens a user's turn; see `SelfDistill.own_prompts`."""
-    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-    opening = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False).partition(mark)[0]
-    token_ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
+    """What the family says where its chat template opens a user's turn; see `SelfDistill.own_prompts`.
+
+    Raises:
+        ConfigError: none of it ended.
+    """
     found: dict[str, None] = {}  # each once, in the order in which they ended
     began, tokens = time.perf_counter(), 0
     for done, answer in enumerate(
         answers(
             model,
-            [token_ids] * plan.own_prompts,
+            [opening] * plan.own_prompts,
             max_new_tokens=plan.max_new_tokens,
-            max_positions=len(token_ids) + plan.max_new_tokens,
+            max_positions=len(opening) + plan.max_new_tokens,
             batch=plan.batch,
             temperature=1.0,
             eos_token_ids=eos_token_ids,
@@ -252,6 +274,10 @@ def _own_prompts(
         tokens += len(answer.token_ids)
         report(done, plan.own_prompts, tokens / (time.perf_counter() - began))
     found.pop("", None)
+    if not found:
+        raise ConfigError(
+            f"own_prompts: none of {plan.own_prompts} ended within max_new_tokens, {plan.max_new_tokens}; allow more"
+        )
     return list(found)
 
 

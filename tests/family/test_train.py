@@ -299,6 +299,12 @@ def test_the_family_writes_prompts_itself_and_answers_them(folder: Path, spoken:
     file.unlink()
     assert distill(asked, checkpoint, tokenizer, ends).exists()
     assert (asked.out / "prompts.jsonl").read_text() == written, "they are not made again"
+    with pytest.raises(ConfigError, match="none of 40 ended within max_new_tokens, 12; allow more"):
+        distill(asked.model_copy(update={"out": folder / "endless"}), checkpoint, tokenizer, ())
+    for template, message in ((None, "cannot be used"), ("{{ 'a' }}", "puts nothing before")):
+        tokenizer.chat_template = template
+        with pytest.raises(ConfigError, match=message):
+            distill(asked, checkpoint, tokenizer, ends)
 
 
 def test_answers_side_by_side_are_those_given_one_by_one(spoken: Path) -> None:
