@@ -9,27 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, WireError
+from ruyi_flow.beyond import Beyond, Uplink
+from ruyi_flow.errors import WireError
 from ruyi_flow.routing.pace import Length, Pace, gains
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.scheduler import WHOLE
-from ruyi_flow.runtime.session import Session, States
+from ruyi_flow.runtime.session import Pass, Session
 from ruyi_flow.runtime.steps import Task, Worker
-from ruyi_flow.runtime.times import REAL, Pending, Time
-from ruyi_flow.topology import LEAST_AHEAD
+from ruyi_flow.runtime.times import REAL, Time
 from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
 
-__all__ = ["Chain", "Round", "Uplink", "decode"]
+__all__ = ["Chain", "Round", "decode"]
 
 PART = 128
 """Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
-
-_MOST_AHEAD = 32
-"""Decided positions that go up together ahead of a question: more would hold up the question that comes after them."""
 
 _BRIEF_ROWS = 16
 """Positions in a step that may be brief."""
@@ -45,8 +42,7 @@ class _Descent:
     left: Block | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """What one proposal of the entry node settled."""
 
     decisions: tuple[Decision, ...]
@@ -55,25 +51,6 @@ class Round:
     """Tokens drafted past the first position that was asked deeper."""
     accepted: int = 0
     """Those of them that hold."""
-
-
-@dataclass(slots=True)
-class Uplink:
-    """What all sessions of a node have under way to the node beyond it."""
-
-    questions: int = 0
-    uploader: Chain | None = None
-    """Whose states go up ahead, or have not been told to have arrived."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether states may go up that nobody asked about."""
-        return not self.questions and self.uploader is None
-
-    def free(self, chain: Chain) -> None:
-        """What a session sent ahead is there, or is given up."""
-        if self.uploader is chain:
-            self.uploader = None
 
 
 class Chain:
@@ -104,21 +81,10 @@ class Chain:
         time: Time = REAL,
         uplink: Uplink | None = None,
     ) -> None:
-        self._session, self._worker, self._node, self._make_beyond = session, worker, node, beyond
-        self._gate, self._time = gate, time
-        self._beyond: Stage | None = None
-        self._lost: Reason | None = None
-        """Why the stage beyond is not asked any more."""
+        self._session, self._worker, self._node, self._time = session, worker, node, time
+        self._beyond = Beyond(session, beyond, gate, ahead, time, uplink or Uplink())
         self._since = time.now()
         """When what this node does for the session now came to it; all of a prompt's parts came with the first."""
-        self._may_upload, self._uplink = ahead, uplink or Uplink()
-        self._uploading: Pending[None] | None = None
-        self._arriving: Pending[None] | None = None
-        """What waits for the word that it has arrived."""
-        self._unasked: list[States] = []
-        """What went up before the stage beyond has answered anything, to go up once more if that session is lost."""
-        self._sent = 0
-        """Positions that the stage beyond holds."""
         self._pace = pace or Pace()
         self._ahead: list[tuple[int, float]] = []
         """The first branch's token and confidence at the last positions that it has run: drafted past what was asked,
@@ -174,7 +140,11 @@ class Chain:
         """
         hop = Hop(self._node)
         self._since = self._time.now()
-        token_ids = await self._begin(hop, token_ids)
+        if len(token_ids) > WHOLE:
+            token_ids = await self._begin(hop, token_ids)
+        if not draft and not self._ahead:
+            descent = await self._step(hop, len(token_ids), self._ask_first(token_ids))
+            return Round(*await self._conclude(descent, hop))
         began, brief = self._time.now(), len(token_ids) == 1
         weighed = brief and draft > 0 and self._may_be_quiet()
         quiet = weighed and not self._ahead and not self._pace.drafts()  # drafts that are there cost nothing more
@@ -198,25 +168,12 @@ class Chain:
         """See `Stage.rewind`."""
         self._session.rewind(position)
         self._ahead.clear()
-        if self._beyond is not None and self._sent > position:
-            await self._uploaded()
-            await self._beyond.rewind(position)
-        if self._unasked:
-            self._unasked = [self._session.join(self._unasked)[:position]]
-        self._sent = min(self._sent, position)
+        await self._beyond.rewind(position)
 
     async def close(self) -> None:
         """See `Stage.close`; the cache is free once the step that may be running has ended."""
         self._worker.submit(self._session.close)
-        try:
-            if self._uploading is not None:
-                await self._uploading.drop()
-            if self._arriving is not None:
-                await self._arriving.drop()
-        finally:  # this one may be cancelled meanwhile; the deeper caches must be freed all the same
-            self._uplink.free(self)
-            if self._beyond is not None:
-                await self._beyond.close()
+        await self._beyond.close()
 
     async def _step(self, hop: Hop, rows: int, task: Task[T]) -> T:
         """Run a task of so many positions, and count its time."""
@@ -239,7 +196,7 @@ class Chain:
                 start = len(session.token_ids)
                 session.token_ids.extend(part)
                 await self._pass_on(hop, Block(start, session.embed(part), tuple(part), ()))
-        elif session.policy.start is not None and len(token_ids) > WHOLE:
+        elif session.policy.start is not None:
             count = len(token_ids) - READ_TOKENS - 1
             await self._step(hop, count, self._take(token_ids[:count]))
             token_ids = token_ids[count:]
@@ -249,21 +206,23 @@ class Chain:
     def _passes_on(self) -> bool:
         """Whether the next node will be asked about every position, whatever the branches here say of it."""
         session = self._session
-        may = self._make_beyond is not None and self._gate is None and not session.stands_in
-        return may and session.policy.deepest not in session.exits and all(judge.silent for judge in session.judges)
+        return (
+            self._beyond.always
+            and session.policy.deepest not in session.exits
+            and all(judge.silent for judge in session.judges)
+        )
 
     async def _pass_on(self, hop: Hop, block: Block) -> None:
         """Run this node's layers on a part of a prompt, and feed it to the next node."""
         onward = await self._step(hop, len(block.token_ids), self._fill(block))
-        await self._next_node().feed(onward)
-        self._sent = onward.start + len(onward.token_ids)
+        await self._beyond.feed(onward)
 
     def _fill(self, block: Block) -> Task[Block]:
         """Fill the caches of all stages here; gives what the next node gets."""
         session, stop = self._session, block.start + len(block.token_ids)
         states = block.states
         for stage in range(len(session.exits)):
-            yield from session.through(stage, states, ())
+            yield Pass(session, stage, states, ())
             start, states = session.unseen_start(stage), session.take_unseen(stage, stop)
         return Block(start, states, tuple(session.token_ids[start:stop]), ())
 
@@ -271,7 +230,7 @@ class Chain:
         """Fill the first stage's caches with a part of the prompt."""
         session = self._session
         session.token_ids.extend(token_ids)
-        yield from session.through(0, session.embed(token_ids), ())
+        yield Pass(session, 0, session.embed(token_ids), ())
 
     def _may_be_quiet(self) -> bool:
         """Whether the first branch is here for its drafts alone, whose worth is measured."""
@@ -283,9 +242,18 @@ class Chain:
         """Ask deeper at once: the first branch keeps its keys and values, and is not looked at."""
         session = self._session
         session.token_ids.append(token_id)
-        yield from session.through(0, session.embed((token_id,)), ())
-        walk = Walk(session.exits[0], [Look(len(session.token_ids) - 1, None)])
+        yield Pass(session, 0, session.embed((token_id,)), ())
+        walk = Walk(session.exits[0])
+        walk.add(Look(len(session.token_ids) - 1, None))
         return (yield from self._descend([walk], 1, self._question(0, walk)))
+
+    def _ask_first(self, token_ids: Sequence[int]) -> Task[_Descent]:
+        """Ask the first stage what comes next, and deeper ones if it is unsure."""
+        session = self._session
+        start = len(session.token_ids)
+        session.token_ids.extend(token_ids)
+        block = Block(start, session.embed(token_ids), tuple(token_ids), (len(session.token_ids) - 1,))
+        return (yield from self._descend([], 0, block))
 
     def _draft(self, token_ids: Sequence[int], draft: int) -> Task[tuple[_Descent, float]]:
         """The first stage's walk, position by position: its own tokens are the drafts. And what that took."""
@@ -301,7 +269,7 @@ class Chain:
             else:
                 session.token_ids.extend(ids)
                 position = len(session.token_ids) - 1
-                found = yield from session.through(0, session.embed(ids), (position,))
+                found = yield Pass(session, 0, session.embed(ids), (position,))
                 now = self._time.now()
                 length.stepped(now - then)
                 then = now
@@ -311,10 +279,10 @@ class Chain:
             if asked and not enough and policy.scale is not None:
                 enough = not length.goes_on(look.confidence)
             if not asked or enough:
-                walk.looks.append(look)
+                walk.add(look)
                 break
             assert look.token is not None
-            walk.looks.append(Look(position, look.token, look.token, look.confidence, look.reason))
+            walk.add(Look(position, look.token, look.token, look.confidence, look.reason))
             draft, ids = draft - 1, (look.token,)
         if not walk.unsure or self._held_back(0, walk):
             return _Descent([walk]), length.drafting_s
@@ -324,10 +292,8 @@ class Chain:
         """Run stage after stage, until all is sure or the next one is beyond this node."""
         session = self._session
         while stage < len(session.exits):
-            stop = block.start + len(block.token_ids)
-            found = yield from session.through(stage, block.states, block.wants)
-            drafts = [session.token_ids[p + 1] if p + 1 < stop else None for p in block.wants]
-            walk = Walk.of(session.judges[stage], block.wants, drafts, found)
+            found = yield Pass(session, stage, block.states, block.wants)
+            walk = Walk.of(session.judges[stage], block, found)
             walks.append(walk)
             if not walk.unsure or self._held_back(stage, walk):
                 return _Descent(walks)
@@ -340,9 +306,7 @@ class Chain:
         session = self._session
         if stage + 1 < len(session.exits) or not session.stands_in:
             return False
-        reason = self._lost
-        if reason is None and self._gate is not None:
-            reason = self._gate(walk.unsure[-1] + 1 - session.unseen_start(stage))
+        reason = self._beyond.refuses(walk.unsure[-1] + 1 - session.unseen_start(stage))
         if reason is None:
             return False
         walk.force(reason)
@@ -350,41 +314,46 @@ class Chain:
 
     def _question(self, stage: int, walk: Walk) -> Block:
         """What the stage after this one is asked: its unsure positions, with every state that it has not seen."""
-        session, unsure = self._session, walk.unsure
+        session, unsure = self._session, tuple(walk.unsure)
         start, stop = session.unseen_start(stage), unsure[-1] + 1
         return Block(start, session.take_unseen(stage, stop), tuple(session.token_ids[start:stop]), unsure)
 
     async def _conclude(self, descent: _Descent, hop: Hop, *, ahead: bool = False) -> Verdict:
         """Ask what is left beyond this node, drafting ahead meanwhile; settle upwards, and rewind to what holds."""
         decisions: tuple[Decision, ...] = ()
-        hops: tuple[Hop, ...] = ()
-        verdict = None
-        if descent.left is not None:
-            asking = self._ask(descent.left, descent.walks[-1])
-            verdict = await (self._meanwhile(asking, descent.walks[0], hop) if ahead else asking)
-        if descent.left is not None and verdict is not None:
-            decisions, hops = verdict.decisions, verdict.hops
-            if any(d.token >= self._session.vocab_size for d in decisions):
-                raise WireError(f"the stage beyond decided a token past {self._session.vocab_size - 1}", node=hop.node)
-            policy = self._session.policy
-            if any(d.exit != policy.deepest and d.exit not in policy.thresholds for d in decisions):
-                raise WireError("the stage beyond decided at an exit that the policy does not have", node=hop.node)
-            self._sent = descent.left.start + len(descent.left.token_ids)
-        walks = descent.walks
+        hops: tuple[Hop, ...] = (hop,)
+        walks, left = descent.walks, descent.left
+        if left is not None:
+            asking = self._beyond.ask(left)
+            verdict = await (self._meanwhile(asking, walks[0], hop) if ahead else asking)
+            if verdict is not None:
+                self._check(verdict)
+                decisions, hops = verdict.decisions, (hop, *verdict.hops)
+            else:
+                assert self._beyond.lost is not None
+                walks[-1].force(self._beyond.lost)
         for walk in reversed(walks):
             decisions = walk.settle(decisions)
-        if walks[0].looks:
+        looks = walks[0].looks
+        if looks:
             if not decisions:
                 raise WireError("the stage beyond answered none of the positions it was asked for", node=hop.node)
-            last = walks[0].looks[len(decisions) - 1]
-            holds = last.position
-            if not self._ahead or last is not walks[0].looks[-1] or decisions[-1].token != last.token:
+            last = looks[len(decisions) - 1]
+            holds = last.position + 1
+            if not self._ahead or last is not looks[-1] or decisions[-1].token != last.token:
                 self._ahead.clear()
-                self._session.rewind(holds + 1)
-            self._sent = min(self._sent, holds + 1)
-            if self._may_upload > 0:
-                self._upload(holds + 1)
-        return Verdict(decisions, (hop, *hops))
+                self._session.rewind(holds)
+            self._beyond.decided(holds)
+        return Verdict(decisions, hops)
+
+    def _check(self, verdict: Verdict) -> None:
+        """Refuse an answer from beyond that cannot be."""
+        size, policy = self._session.vocab_size, self._session.policy
+        for decision in verdict.decisions:
+            if decision.token >= size:
+                raise WireError(f"the stage beyond decided a token past {size - 1}", node=self._node)
+            if decision.exit != policy.deepest and decision.exit not in policy.thresholds:
+                raise WireError("the stage beyond decided at an exit that the policy does not have", node=self._node)
 
     async def _meanwhile(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
         """The answer; until it is there, the first branch drafts past what is asked, as long as that should gain."""
@@ -411,98 +380,9 @@ class Chain:
         """The first branch's token and confidence after one more."""
         session = self._session
         session.token_ids.append(token)
-        found = yield from session.through(0, session.embed((token,)), (len(session.token_ids) - 1,))
+        found = yield Pass(session, 0, session.embed((token,)), (len(session.token_ids) - 1,))
         assert found is not None
         return found[0]
-
-    async def _ask(self, block: Block, walk: Walk) -> Verdict | None:
-        """The answer from beyond this node; None when there is none and this node decides in its place."""
-        self._uplink.questions += 1
-        try:
-            await self._uploaded()
-            if self._unasked and self._beyond is None:  # the session that was for them alone is lost
-                states = self._session.join([*self._unasked, block.states])
-                stop = block.start + len(block.token_ids)
-                block = Block(0, states, tuple(self._session.token_ids[:stop]), block.wants)
-                self._unasked.clear()
-            beyond = self._next_node()
-            verdict = await beyond.advance(block)
-            self._unasked.clear()
-            return verdict
-        except (NodeUnavailable, DeadlineExceeded, CapacityError):
-            if not self._unasked and not self._session.policy.fallback:
-                raise
-            self._beyond = None
-            await beyond.close()
-        finally:
-            self._uplink.questions -= 1
-        if self._unasked:
-            return await self._ask(block, walk)
-        self._lost = Reason.UNREACHABLE
-        walk.force(self._lost)
-        return None
-
-    def _upload(self, decided: int) -> None:
-        """Send states of decided positions up, if the link is idle and there are enough of them.
-
-        Only what the last stage here has run: no layers are run for this alone.
-        """
-        session, last = self._session, len(self._session.exits) - 1
-        if self._lost is not None or session.policy.deepest in session.exits or not self._uplink.idle:
-            return
-        start = session.unseen_start(last)
-        stop = min(decided, session.positions[last], start + min(self._may_upload, _MOST_AHEAD))
-        if stop - start < LEAST_AHEAD or (self._gate is not None and self._gate(stop - start) is not None):
-            return
-        self._may_upload -= stop - start
-        states = session.take_unseen(last, stop)
-        if self._unasked or not start:
-            self._unasked.append(states)
-        self._sent, self._uplink.uploader = stop, self
-        self._uploading = self._time.start(self._feed(Block(start, states, tuple(session.token_ids[start:stop]), ())))
-
-    async def _feed(self, block: Block) -> None:
-        """Send states ahead; see `_quietly`."""
-        stage = self._next_node()
-        if await self._quietly(stage.feed(block), stage):
-            self._arriving = self._time.start(self._arrive(stage))
-        else:
-            self._uplink.free(self)
-
-    async def _arrive(self, stage: Stage) -> None:
-        await self._quietly(stage.arrived(), stage)
-        self._uplink.free(self)
-
-    async def _quietly(self, doing: Coroutine[None, None, None], stage: Stage) -> bool:
-        """Do something ahead of any question, which must not fail for it; whether it went well.
-
-        Where nothing has been answered yet, the next question begins a new session. Else it is told.
-        """
-        try:
-            await doing
-        except NodeError:
-            self._may_upload = 0
-            if self._unasked:
-                self._beyond = None
-                await stage.close()
-            return False
-        return True
-
-    async def _uploaded(self) -> None:
-        """Wait for what goes up: messages of a session stay in order. Whether it has arrived, the next answer tells."""
-        if self._uploading is not None:
-            uploading, self._uploading = self._uploading, None
-            await uploading
-        if self._arriving is not None:
-            arriving, self._arriving = self._arriving, None
-            await arriving.drop()
-            self._uplink.free(self)
-
-    def _next_node(self) -> Stage:
-        if self._beyond is None:
-            assert self._make_beyond is not None, "the policy's deepest exit is beyond the deepest node"
-            self._beyond = self._make_beyond(self._session.policy)
-        return self._beyond
 
 
 def _look(judge: Judge, position: int, found: Sequence[tuple[int, float]] | None) -> Look:
@@ -530,11 +410,11 @@ async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> As
         left = max_new_tokens - count
         settled = await chain.propose(new, min(draft, left - 1))
         decisions = settled.decisions[:left]
-        end = next((i for i, d in enumerate(decisions) if d.token in eos), None)
-        if end is not None:
+        if eos:
+            end = next((i for i, d in enumerate(decisions) if d.token in eos), left)
             decisions = decisions[: end + 1]
         count += len(decisions)
         new = (decisions[-1].token,)
-        yield Round(decisions, settled.hops, settled.drafted, settled.accepted)
-        if end is not None or count == max_new_tokens:
+        yield settled if decisions is settled.decisions else settled._replace(decisions=decisions)
+        if new[0] in eos or count == max_new_tokens:
             return

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ruyi_flow.chain import Chain, Uplink
+from ruyi_flow.beyond import Uplink
+from ruyi_flow.chain import Chain
 from ruyi_flow.errors import CapacityError, NodeUnavailable
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.pace import Pace

@@ -5,9 +5,9 @@ Nothing here imports torch or grpc; tensors are only named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ruyi_flow.errors import RequestError
 
@@ -198,8 +198,7 @@ class SamplingParams:
             object.__setattr__(self, "eos_token_ids", tuple(eos))
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """New boundary states for the next stage, and the question about them."""
 
     start: int
@@ -212,8 +211,7 @@ class Block:
     """Positions, ascending, whose next token is asked for; may be empty (only fill caches)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """One decided token."""
 
     token: int
@@ -255,13 +253,12 @@ class Hop:
         self.bytes_down += other.bytes_down
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A stage's answer to a block."""
 
     decisions: tuple[Decision, ...]
     """For the wanted positions in order, up to the first that contradicts its draft (or all of them)."""
-    hops: tuple[Hop, ...] = field(default=())
+    hops: tuple[Hop, ...] = ()
     """What every node on the way spent, the answering stage's node first."""
 
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.chain import PART, Chain, Uplink, decode
+from ruyi_flow.beyond import Uplink
+from ruyi_flow.chain import PART, Chain, decode
 from ruyi_flow.errors import CapacityError, NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
@@ -448,7 +449,7 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
     assert fed == [], "somebody waits for an answer"
     uplink.questions = 0
     await go(other)
-    assert fed == [32] and uplink.uploader is other, "one part, until it has arrived"
+    assert fed == [32] and uplink.uploader is other._beyond, "one part, until it has arrived"
     arrives.set()
     await turns()
     assert uplink.idle
@@ -456,7 +457,7 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
         await each.close()
     hasty = chain()
     async for _ in decode(hasty, [5] * 100, 1):
-        assert uplink.uploader is hasty
+        assert uplink.uploader is hasty._beyond
         break  # before what goes up has begun to
     await hasty.close()
     assert uplink.idle and len(fed) == 1
@@ -556,22 +557,23 @@ def decision(token: int) -> Decision:
 
 def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
     policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS)
-    walk = Walk.of(Judge(policy, 1), [4, 5, 6, 7], [10, 11, 12, None], [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
+    block = Block(3, None, (8, 9, 10, 11, 12), (4, 5, 6, 7))
+    walk = Walk.of(Judge(policy, 1), block, [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
     assert [seen.position for seen in walk.looks] == [4, 5, 6]
-    assert walk.unsure == (5,)
+    assert walk.unsure == [5]
     assert [d.token for d in walk.settle([decision(11)])] == [10, 11, 77]
     assert [d.token for d in walk.settle([decision(44)])] == [10, 44]
 
 
 def test_a_walk_without_looks_asks_everything() -> None:
-    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), [4, 5], [10, None], None)
-    assert walk.unsure == (4, 5)
+    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), Block(4, None, (9, 10), (4, 5)), None)
+    assert walk.unsure == [4, 5]
     assert [d.token for d in walk.settle([decision(10), decision(3)])] == [10, 3]
     assert [d.token for d in walk.settle([decision(9)])] == [9]
 
 
 def test_settling_takes_decisions_only_as_far_as_they_go() -> None:
-    walk = Walk(1, [look(0, 5, 5, False), look(1, 6, 6, True), look(2, None, 7, False)])
+    walk = Walk(1, [look(0, 5, 5, False), look(1, 6, 6, True), look(2, None, 7, False)], [0, 2])
     assert [d.token for d in walk.settle([decision(5), decision(8)])] == [5, 6, 8]
     assert [d.token for d in walk.settle([decision(4)])] == [4]
     assert walk.settle([]) == ()

@@ -172,7 +172,7 @@ class Judge:
         exit: one that the policy may ask.
     """
 
-    __slots__ = ("_always", "_back", "_moves", "_seen", "_threshold", "_window", "exit")
+    __slots__ = ("_always", "_back", "_moves", "_seen", "_threshold", "_window", "exit", "retired")
 
     def __init__(self, policy: Policy, exit: int) -> None:
         self.exit = exit
@@ -186,6 +186,8 @@ class Judge:
         self._seen: list[tuple[int, float]] = []
         self._moves: list[int] = []
         """Positions where it left the answer to deeper exits, took it back, left it again, …"""
+        self.retired = False
+        """Whether it will never be sure again, unless it is rewound."""
 
     def sure(self, position: int, confidence: float) -> Reason | None:
         """Why the branch may decide the token after a position, or None when it must be asked deeper.
@@ -203,14 +205,10 @@ class Judge:
         if len(self._moves) % 2 == 0:
             if running < self._threshold:
                 self._moves.append(position)
+                self.retired = self._back is None
         elif self._back is not None and not missing and running >= self._back:
             self._moves.append(position)
         return Reason.CONFIDENT if len(self._moves) % 2 == 0 else None
-
-    @property
-    def retired(self) -> bool:
-        """Whether it will never be sure again, unless it is rewound."""
-        return self._back is None and len(self._moves) % 2 == 1
 
     @property
     def silent(self) -> bool:
@@ -223,6 +221,7 @@ class Judge:
             self._seen.pop()
         while self._moves and self._moves[-1] >= position:
             self._moves.pop()
+            self.retired = False  # who has a way back never was
 
 
 def pays(kept: float, expected: float, spent_s: float, likely: float, step_s: float) -> bool:

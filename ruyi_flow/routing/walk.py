@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ruyi_flow.routing.policy import Judge
-from ruyi_flow.types import Decision, Reason
+from ruyi_flow.types import Block, Decision, Reason
 
 __all__ = ["Look", "Walk"]
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """What one branch says of one wanted position."""
 
     position: int
@@ -31,36 +31,42 @@ class Walk:
 
     exit: int
     looks: list[Look] = field(default_factory=list)
+    unsure: list[int] = field(default_factory=list)
+    """Positions that must be asked deeper."""
 
     @classmethod
-    def of(
-        cls,
-        judge: Judge,
-        wants: Sequence[int],
-        drafts: Sequence[int | None],
-        found: Sequence[tuple[int, float]] | None,
-    ) -> Walk:
-        """Walk in order, up to the first sure token that contradicts its draft: everything after it is void."""
+    def of(cls, judge: Judge, block: Block, found: Sequence[tuple[int, float]] | None) -> Walk:
+        """Walk in order, up to the first sure token that contradicts its draft: everything after it is void.
+
+        Args:
+            judge: the branch's.
+            block: with the wanted positions, and drafts for them.
+            found: what the branch says at each of them; None where this stage does not look.
+        """
         walk = cls(judge.exit)
-        for i, (position, draft) in enumerate(zip(wants, drafts, strict=True)):
+        ids, end = block.token_ids, block.start + len(block.token_ids) - 1
+        for i, position in enumerate(block.wants):
+            draft = ids[position - end] if position < end else None
             if found is None:
-                walk.looks.append(Look(position, draft))
+                walk.add(Look(position, draft))
                 continue
             token, confidence = found[i]
             reason = judge.sure(position, confidence)
-            walk.looks.append(Look(position, draft, token, confidence, reason))
+            walk.add(Look(position, draft, token, confidence, reason))
             if reason is not None and token != draft:
                 break
         return walk
 
-    @property
-    def unsure(self) -> tuple[int, ...]:
-        """Positions that must be asked deeper."""
-        return tuple(look.position for look in self.looks if look.reason is None)
+    def add(self, look: Look) -> None:
+        """One more, after those that are there."""
+        self.looks.append(look)
+        if look.reason is None:
+            self.unsure.append(look.position)
 
     def force(self, reason: Reason) -> None:
         """Decide here what is unsure, since nothing deeper may be asked."""
-        self.looks = [look if look.reason is not None else replace(look, reason=reason) for look in self.looks]
+        self.looks = [look if look.reason is not None else look._replace(reason=reason) for look in self.looks]
+        self.unsure.clear()
 
     def settle(self, deeper: Sequence[Decision]) -> tuple[Decision, ...]:
         """Merge the deeper stage's decisions for the unsure positions, up to the first that contradicts its draft."""

@@ -4,7 +4,7 @@ computes, tensors on a real node and bare counts in the simulator."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ruyi_flow.routing.policy import Judge, Policy
@@ -15,13 +15,16 @@ from ruyi_flow.types import SamplingParams
 if TYPE_CHECKING:
     from ruyi_flow.runtime.rooms import Rooms
 
-__all__ = ["CHUNK", "Pass", "Piece", "Session", "Stages", "States"]
+__all__ = ["CHUNK", "Found", "Pass", "Piece", "Session", "Stages", "States"]
 
 CHUNK = 512
 """Positions that go through the layers at once where a session is alone; that bounds a prompt's memory."""
 
 States = Any
 """(n, hidden) rows: a tensor, or what stands for one; it has a `shape` and can be sliced."""
+
+Found = list[tuple[int, float]]
+"""What a branch says at some positions: its token, and how sure it is of it."""
 
 
 class Stages(Protocol):
@@ -56,29 +59,27 @@ class Pass:
         wants: the positions among them whose next token is wanted, ascending.
     """
 
-    __slots__ = ("error", "found", "looks", "session", "stage", "states", "wants")
+    __slots__ = ("error", "found", "looks", "rows", "session", "stage", "states", "wants")
 
     def __init__(self, session: Session, stage: int, states: States, wants: Sequence[int]) -> None:
         self.session, self.stage, self.states, self.wants = session, stage, states, wants
+        self.rows = int(states.shape[0])
+        """That are still to be run."""
         self.looks = session.looks(stage)
-        self.found: list[tuple[int, float]] = []
-        """A token and a confidence for each wanted position that has been run, where the stage looks."""
+        self.found: Found | None = [] if self.looks else None
+        """A token and a confidence for each wanted position that has been run; None where the stage does not look."""
         self.error: Exception | None = None
         """Why it cannot go on."""
 
-    @property
-    def rows(self) -> int:
-        """Rows that are still to be run."""
-        return int(self.states.shape[0])
-
-    def take(self, count: int) -> Piece:
-        """Take the next rows off it."""
+    def take(self, count: int) -> States:
+        """Take the states of the next rows off it."""
         states = self.states
-        if count == states.shape[0]:
-            self.states = states[:0]
-        else:
-            states, self.states = states[:count], states[count:]
-        return Piece(self, count, states)
+        self.rows -= count
+        if not self.rows:
+            self.states = None
+            return states
+        self.states = states[count:]
+        return states[:count]
 
 
 class Piece:
@@ -86,9 +87,9 @@ class Piece:
 
     __slots__ = ("asked", "count", "run", "start", "states", "work")
 
-    def __init__(self, work: Pass, count: int, states: States) -> None:
+    def __init__(self, work: Pass, count: int) -> None:
         session = work.session
-        self.work, self.count, self.states = work, count, states
+        self.work, self.count, self.states = work, count, work.take(count)
         self.start, self.run = session.positions[work.stage], session.run
         self.asked = session.asked(work.stage, self.start, count, work.wants) if work.looks else ()
         """The rows that the branch is read at."""
@@ -176,7 +177,7 @@ class Session(ABC):
         """Whether a stage's branch is run; where not, it keeps no branch keys and values, and is not run later."""
         return self._looking[stage] and (self._always_looking[stage] or not self.judges[stage].retired)
 
-    def advance(self, stage: int, states: States, wants: Sequence[int]) -> list[tuple[int, float]] | None:
+    def advance(self, stage: int, states: States, wants: Sequence[int]) -> Found | None:
         """Run a stage on the states of the next positions, alone; see `Pass`.
 
         Returns:
@@ -187,15 +188,7 @@ class Session(ABC):
             self.shard.run([(work, min(work.rows, CHUNK))])
             if work.error is not None:
                 raise work.error
-        return work.found if work.looks else None
-
-    def through(
-        self, stage: int, states: States, wants: Sequence[int]
-    ) -> Generator[Pass, None, list[tuple[int, float]] | None]:
-        """The same as a part of a task: whoever runs the task runs the pass."""
-        work = Pass(self, stage, states, wants)
-        yield work
-        return work.found if work.looks else None
+        return work.found
 
     def asked(self, stage: int, start: int, count: int, wants: Sequence[int]) -> Sequence[int]:
         """The rows of a block that the branch is read at: the wanted ones, or what is read of a prompt at its end."""
@@ -211,7 +204,7 @@ class Session(ABC):
 
     def begins(self, stage: int, stop: int) -> bool:
         """Whether a block that ends before this position ends the prompt, of which the answering exit is chosen."""
-        return stage == 0 and self.policy.start is not None and stop == self.prompt_length
+        return self.policy.start is not None and stage == 0 and stop == self.prompt_length
 
     def begin(self, reading: Reading) -> None:
         """Choose the exit that answers, now that the first branch has read the prompt."""
@@ -228,12 +221,17 @@ class Session(ABC):
         states = self._unseen[stage]
         joined = states[0] if len(states) == 1 else self.join(states)
         count = stop - self._unseen_start[stage]
-        self._unseen[stage] = [joined[count:]] if count < joined.shape[0] else []
         self._unseen_start[stage] = stop
+        if count == joined.shape[0]:
+            self._unseen[stage] = []
+            return joined
+        self._unseen[stage] = [joined[count:]]
         return joined[:count]
 
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
+        if position >= len(self.token_ids):
+            return
         del self.token_ids[position:]
         for judge in self.judges:
             judge.rewind(position)

@@ -95,7 +95,7 @@ class Shard:
         """
         stage = parts[0][0].stage
         first_layer, exit = self.model.stages[stage]
-        pieces = [work.take(count) for work, count in parts]
+        pieces = [Piece(work, count) for work, count in parts]
         one = pieces[0] if len(pieces) == 1 else None
         states = one.states if one else torch.cat([piece.states for piece in pieces])
         rope = self._rope(pieces)
@@ -217,4 +217,5 @@ class ShardSession(Session):
         tokens, sure = self.sampler.pick(logits, piece.wants, self.token_ids, self._confidence[exit], read, known)
         if begins:
             self.begin(Reading(self.prompt_length, loss, entropy, sure[0]))
+        assert work.found is not None
         work.found += zip(tokens, sure, strict=True)

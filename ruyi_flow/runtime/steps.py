@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ruyi_flow.runtime.scheduler import Scheduler
-from ruyi_flow.runtime.session import CHUNK, Pass
+from ruyi_flow.runtime.session import CHUNK, Found, Pass
 
 __all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "passes", "run"]
 
 T = TypeVar("T")
-Task = Generator[Pass, None, T]
-"""What a worker runs."""
+Task = Generator[Pass, Found | None, T]
+"""What a worker runs; a pass that it yields is answered with what was found."""
 
 Parts = Sequence[tuple["Job", int]]
 """A step: jobs whose passes are at one stage, and how many rows of each."""
@@ -44,7 +44,7 @@ class Worker(Protocol):
         ...
 
 
-def passes(task: Task[T]) -> Task[T]:
+def passes(task: Task[T]) -> Generator[Pass, None, T]:
     """Run a task alone, on the caller's thread; its passes, each of which has been run."""
     try:
         work = next(task)
@@ -52,7 +52,7 @@ def passes(task: Task[T]) -> Task[T]:
             while work.rows and work.error is None:
                 work.session.shard.run([(work, min(work.rows, CHUNK))])
             yield work
-            work = task.throw(work.error) if work.error is not None else task.send(None)
+            work = task.throw(work.error) if work.error is not None else task.send(work.found)
     except StopIteration as done:
         result: T = done.value
         return result
@@ -117,7 +117,7 @@ class Steps:
         self._ended, self._failed = ended, failed
 
     def __bool__(self) -> bool:
-        return bool(self._scheduler)
+        return bool(self._jobs)
 
     def add(self, job: Job) -> None:
         """Let a task run up to its first pass."""
@@ -156,9 +156,12 @@ class Steps:
         if job.waiter.cancelled():
             self._jobs.pop(job.key, None)
             return
-        error = None if job.work is None else job.work.error
+        last = job.work
         try:
-            work = job.task.send(None) if error is None else job.task.throw(error)
+            if last is None:
+                work = next(job.task)
+            else:
+                work = job.task.throw(last.error) if last.error is not None else job.task.send(last.found)
         except StopIteration as ended:
             self._jobs.pop(job.key, None)
             self._ended(job, ended.value)

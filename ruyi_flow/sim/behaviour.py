@@ -32,10 +32,10 @@ class Script:
     """What the first branch makes of the prompt."""
     vocab_size: int
 
-    def agrees(self, index: int, token: int) -> bool:
-        """Whether a token of the answer is the last exit's."""
-        last = self.looks[max(self.looks)]
-        return last[index % len(last)][0] == token
+    @property
+    def last(self) -> Sequence[tuple[int, float]]:
+        """The last exit's."""
+        return self.looks[max(self.looks)]
 
 
 class Scripts(Protocol):
@@ -129,8 +129,10 @@ class Drawn:
     def __init__(
         self, agreement: Mapping[int, float], *, spread: float = 0.9, correlation: float = 0.55, seed: int = 0
     ) -> None:
-        self._agreement, self._spread, self._seed = dict(sorted(agreement.items())), spread, seed
+        self._exits, self._spread, self._seed = sorted(agreement), spread, seed
         self._shared = math.sqrt(correlation), math.sqrt(1 - correlation)
+        early = [_quantile(agreement[p]) * math.sqrt(1 + spread**2) for p in self._exits[:-1]]
+        self._middles = np.array(early)[:, None]
 
     def prompt(self, number: int) -> int:
         """See `Scripts`."""
@@ -141,19 +143,14 @@ class Drawn:
         length = max(1, length)
         random = np.random.default_rng((self._seed, number))
         shared = random.standard_normal(length)
-        said = np.arange(length) % 1000 + _SAID
-        looks: dict[int, list[tuple[int, float]]] = {}
-        exits = list(self._agreement)
-        for p in exits:
-            if p == exits[-1]:
-                tokens, sure = said, np.ones(length)
-            else:
-                value = self._shared[0] * shared + self._shared[1] * random.standard_normal(length)
-                middle = _quantile(self._agreement[p]) * math.sqrt(1 + self._spread**2)
-                sure = _cdf(middle + self._spread * value)
-                tokens = np.where(random.random(length) < sure, said, 0)
-            looks[p] = list(zip(tokens.tolist(), sure.tolist(), strict=True))
-        first = looks[exits[0]]
+        said = (np.arange(length) % 1000 + _SAID).tolist()
+        size = len(self._exits) - 1, length
+        values = self._shared[0] * shared + self._shared[1] * random.standard_normal(size)
+        sure = _cdf(self._middles + self._spread * values)
+        tokens = np.where(random.random(size) < sure, said, 0).tolist()
+        looks = {p: list(zip(t, c, strict=True)) for p, t, c in zip(self._exits, tokens, sure.tolist(), strict=False)}
+        looks[self._exits[-1]] = [(token, 1.0) for token in said]
+        first = looks[self._exits[0]]
         mean = sum(c for _, c in first) / length
         loss = -math.log(max(1e-3, mean))
         return Script(looks, Reading(1, loss, loss, first[0][1]), 2**31 - 1)

@@ -113,7 +113,7 @@ class Cluster:
                 name = self._tiers[tier].node.name
                 rooms = self.rooms.setdefault(number, {})
                 rooms[name] = rooms.get(name, 0.0) + waited
-                self._recorder.timeline.add(f"room {name}", began, waited, waited)
+                self._recorder.timeline.series(f"room {name}").add(began, waited, waited)
 
     def forget_what_was_done(self) -> None:
         """Count the nodes' times and the links' bytes from this moment on."""
@@ -222,12 +222,11 @@ class Cluster:
 
     def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None]:
         """See `sim.node.Told`."""
-        timeline, events = self._recorder.timeline, self._recorder.events
+        busy, events = self._recorder.timeline.series(f"busy {name}"), self._recorder.events
         exits = self._scenario.node(name).exits
-        busy = f"busy {name}"
 
         def told(began: float, took: float, stage: int, rows: int) -> None:
-            timeline.add(busy, began, took, took)
+            busy.add(began, took, took)
             if events is not None and not events.full:
                 events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
 
@@ -235,11 +234,10 @@ class Cluster:
 
     def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, float, int], None]:
         """See `sim.link.Told`."""
-        timeline, events = self._recorder.timeline, self._recorder.events
-        series = f"{way} {link}"
+        bytes_over, events = self._recorder.timeline.series(f"{way} {link}"), self._recorder.events
 
         def told(began: float, sent: float, came: float, count: int) -> None:
-            timeline.add(series, began, count, sent)
+            bytes_over.add(began, count, sent)
             if events is not None and not events.full:
                 events.slice(f"link {link}", f"{way} {number}", "message", began, came - began, bytes=count)
 

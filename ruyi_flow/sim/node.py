@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.kv_cache import Run
 from ruyi_flow.runtime.rooms import Rooms
 from ruyi_flow.runtime.scheduler import alone
-from ruyi_flow.runtime.session import Pass, Piece, Session
+from ruyi_flow.runtime.session import Pass, Session
 from ruyi_flow.runtime.steps import Job, Parts, Steps, Task, run
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.profile import StepCost
@@ -90,13 +90,14 @@ class VirtualStages:
         costs = self._costs[stage]
         if len(parts) == 1:
             work, rows = parts[0]
-            start = work.session.positions[stage]
-            context, attended = start + rows, rows * (start + 0.5 * rows)
-            if not work.looks:
-                return costs.of(rows, attended, context)
-            read = len(work.session.asked(stage, start, rows, work.wants))
-            scaled = 0 if work.session.policy.scale is None else read
-            return costs.of(rows, attended, context, 1, rows, read, read * context, context, scaled)
+            session = work.session
+            start = session.positions[stage]
+            read = len(session.asked(stage, start, rows, work.wants)) if work.looks else 0
+            scaled, context = 0 if session.policy.scale is None else read, start + rows
+            if rows == 1:
+                return costs.of_one(context, work.looks, read, scaled)
+            attended, taken = rows * (start + 0.5 * rows), rows if work.looks else 0
+            return costs.of(rows, attended, context, 1, taken, read, read * context, context, scaled)
         rows = taken = read = scaled = context = read_context = read_attended = 0
         attended = 0.0
         for work, count in parts:
@@ -114,12 +115,12 @@ class VirtualStages:
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """See `Stages.run`."""
         for work, count in parts:
-            piece = work.take(count)
             session = work.session
-            session.went_through(work.stage, piece.states)
+            start = session.positions[work.stage]
+            session.went_through(work.stage, work.take(count))
             if work.looks:
                 assert isinstance(session, VirtualSession)
-                session.look(piece)
+                session.look(work, start, start + count)
 
 
 class VirtualSession(Session):
@@ -127,7 +128,7 @@ class VirtualSession(Session):
 
     def __init__(self, shard: VirtualStages, session_id: int, run: Run, script: Script, *rest: Any) -> None:
         super().__init__(shard, session_id, run, script.vocab_size, *rest)
-        self._script = script
+        self._script, self._looks = script, [script.looks[p] for p in shard.exits]
 
     def embed(self, token_ids: Sequence[int]) -> Rows:
         return Rows(len(token_ids))
@@ -135,14 +136,15 @@ class VirtualSession(Session):
     def join(self, states: Sequence[Rows]) -> Rows:
         return Rows(sum(s.shape[0] for s in states))
 
-    def look(self, piece: Piece) -> None:
-        """What the branch says at the wanted positions of a piece."""
-        work, script = piece.work, self._script
-        looks = script.looks[self.shard.exits[work.stage]]
-        first, count = self.prompt_length - 1, len(looks)
-        if self.begins(work.stage, piece.stop):
-            self.begin(script.reading)
-        work.found += [looks[(p - first) % count] for p in piece.wants]
+    def look(self, work: Pass, start: int, stop: int) -> None:
+        """What the branch says at the wanted ones of some positions."""
+        looks, found, first = self._looks[work.stage], work.found, self.prompt_length - 1
+        assert found is not None
+        if self.begins(work.stage, stop):
+            self.begin(self._script.reading)
+        for position in work.wants:
+            if start <= position < stop:
+                found.append(looks[(position - first) % len(looks)])
 
 
 class _Waiter:
@@ -202,82 +204,97 @@ class VirtualWorker:
         """What is to be run after the step that is under way, in which jobs have a part that may be forgotten."""
         self.busy_s = 0.0
         """Seconds of steps so far."""
-        self.waiting = 0
-        """Tasks that are not done."""
         self.waited_s = 0.0
         """That tasks have waited, all together."""
 
-    async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
-        self.waiting += 1
-        waiter = _Waiter()
-        job = Job(task, waiter, self._time.now(), since=since)
-        around_s = self._round_s + (0.0 if brief else self._step_s)
+    def run(
+        self, task: Task[T], *, brief: bool = False, since: float | None = None
+    ) -> Coroutine[Any, Any, tuple[T, float, float]]:
+        around_s = self._round_s if brief else self._round_s + self._step_s
         if self._cores is not None and self._round_cpu_s:
             self._time.start(self._cores.take(self._round_cpu_s))
+        return (self._with_others if self._busy else self._alone)(task, around_s, since)
+
+    async def _with_others(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+        waiter = _Waiter()
         try:
-            if self._busy:
-                self._steps.add(job)
-                if waiter.result is None:
-                    waiter.event = self._time.env.event()
-                    await until(waiter.event)
-                if around_s:
-                    await self._time.sleep(around_s)
-            else:  # whoever finds the node idle takes its steps, until there is an answer for it
-                self._busy = True
-                if not await self._alone(job, around_s):
-                    while waiter.result is None:
-                        await self._do(self._begin())
-                if self._steps:
-                    self._time.start(self._go_on())
-                else:
-                    self._rest()
+            self._steps.add(Job(task, waiter, self._time.now(), since=since))
+            if waiter.result is None:
+                waiter.event = self._time.env.event()
+                await until(waiter.event)
+            if around_s:
+                await self._time.sleep(around_s)
         except BaseException:
             waiter.gone = True
             raise
-        finally:
-            self.waiting -= 1
-        result, error, waited, ran = waiter.result
-        self.waited_s += waited
-        if error is not None:
-            raise error
-        return result, waited, ran
+        return self._given(waiter)
 
-    async def _alone(self, job: Job, around_s: float) -> bool:
-        """Run a job while there is no other, without the scheduler; whether that was all of it.
+    async def _alone(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+        """Run a task on the idle node: without the scheduler, until there is another one.
 
         What it takes around its steps is waited for with the first of them, which is an event less.
         """
-        work, task = job.work, job.task
-        cold_s = self._cold(self._time.now() - self._idle_since) if self._cold is not None else 0.0
-        while True:
-            try:
-                if work is None or work.error is None:
-                    work = task.send(None) if work is None or not work.rows else work
-                else:
-                    work = task.throw(work.error)
-            except StopIteration as ended:
-                self._ended(job, ended.value)
-                return True
-            except Exception as error:
-                self._failed(job, error)
-                return True
-            job.work = work
-            if self._steps:
-                self._steps.join(job)
-                return False
-            rows = alone(work.rows, self._budget)
-            began, cost = self._time.now(), self._stages.cost([(work, rows)]) + cold_s
-            cold_s = 0.0
-            try:
-                await self._pass(cost + around_s)
-            except BaseException:  # nobody else has a part in it
-                self._time.start(self._go_on())
-                raise
-            took = max(0.0, self._time.now() - began - around_s)
-            around_s = 0.0
-            self._count(began, took, work.stage, rows)
-            self._stages.run([(work, rows)])
-            job.ran_s += took
+        time, stages = self._time, self._stages
+        self._busy, asked, ran_s = True, time.now(), 0.0
+        cold_s = self._cold(asked - self._idle_since) if self._cold is not None else 0.0
+        try:
+            work = next(task)
+            while not self._steps:
+                rows = alone(work.rows, self._budget)
+                parts = ((work, rows),)
+                began, cost = time.now(), stages.cost(parts) + cold_s + around_s
+                await (time.sleep(cost) if self._cores is None else self._cores.take(cost))
+                took = max(0.0, time.now() - began - around_s)
+                self.busy_s += took
+                if self._told is not None:
+                    self._told(began, took, work.stage, rows)
+                stages.run(parts)
+                ran_s += took
+                cold_s = around_s = 0.0
+                if not work.rows:
+                    work = task.send(work.found)
+        except StopIteration as ended:
+            result: T = ended.value
+        except BaseException:
+            self._leave()
+            raise
+        else:
+            return await self._joined(task, work, asked, since, ran_s)
+        self._leave()
+        waited = time.now() - asked - ran_s
+        self.waited_s += waited
+        return result, waited, ran_s
+
+    async def _joined(
+        self, task: Task[T], work: Pass, asked: float, since: float | None, ran_s: float
+    ) -> tuple[T, float, float]:
+        """Go on with a task together with others, and take the node's steps until it is done."""
+        waiter = _Waiter()
+        job = Job(task, waiter, asked, since=since)
+        job.work, job.ran_s = work, ran_s
+        self._steps.join(job)
+        try:
+            while waiter.result is None:
+                await self._do(self._begin())
+        except BaseException:
+            waiter.gone = True
+            raise
+        self._leave()
+        return self._given(waiter)
+
+    def _given(self, waiter: _Waiter) -> tuple[Any, float, float]:
+        result, error, waited, ran_s = waiter.result
+        self.waited_s += waited
+        if error is not None:
+            raise error
+        return result, waited, ran_s
+
+    def _leave(self) -> None:
+        """Who took the node's steps is done; those who are there go on."""
+        if self._steps:
+            self._time.start(self._go_on())
+        else:
+            self._busy, self._idle_since = False, self._time.now()
 
     def submit(self, call: Callable[[], object]) -> None:
         self._later.append(call)
@@ -314,17 +331,15 @@ class VirtualWorker:
 
     def _end(self, step: _Step) -> None:
         took = self._time.now() - step.began
-        self._count(step.began, took, step.parts[0][0].running.stage, sum(rows for _, rows in step.parts))
+        self.busy_s += took
+        if self._told is not None:
+            rows = sum(rows for _, rows in step.parts)
+            self._told(step.began, took, step.parts[0][0].running.stage, rows)
         run(step.parts)
         self._steps.ran(took)
         self._in_step = False
         if self._later:
             self._run_later()
-
-    def _count(self, began: float, took: float, stage: int, rows: int) -> None:
-        self.busy_s += took
-        if self._told is not None:
-            self._told(began, took, stage, rows)
 
     async def _take_over(self, step: _Step) -> None:
         await self._pass(max(0.0, step.began + step.cost - self._time.now()))
@@ -334,10 +349,7 @@ class VirtualWorker:
     async def _go_on(self) -> None:
         while self._steps:
             await self._do(self._begin())
-        self._rest()
-
-    def _rest(self) -> None:
-        self._busy, self._idle_since = False, self._time.now()
+        self._leave()
 
     def _ended(self, job: Job, result: object) -> None:
         self._tell(job, result, None)

@@ -199,6 +199,15 @@ class StepCost:
         self._attended, self._context = scale * stage.attended_s, scale * stage.context_s
         self._branch_attended, self._branch_context = scale * stage.branch_attended_s, scale * stage.branch_context_s
         self._session, self._scale = scale * stage.session_s, scale * stage.scale_s
+        self._lines = []
+        for taken, read, scaled in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)):
+            none, one = (self.of(1, x - 0.5, x, 1, taken, read, read * x, x, scaled) for x in (0.0, 1.0))
+            self._lines.append((none, one - none))
+
+    def of_one(self, context: int, taken: bool, read: int, scaled: int) -> float:
+        """Seconds of a step of one row alone; `of` is linear in the positions held, so that its line says it."""
+        at_none, each = self._lines[taken + read + scaled]
+        return at_none + each * context
 
     def of(
         self,
@@ -224,13 +233,17 @@ class StepCost:
             read_attended, read_context: as above, of those rows and their sessions.
             scaled: of those rows, the ones whose confidence is calibrated.
         """
-        spent = _at(self._trunk, rows) + self._attended * attended + self._context * context
+        spent = (
+            (self._trunk[rows] if rows <= _TABLE else _past(self._trunk, rows))
+            + self._attended * attended
+            + self._context * context
+        )
         if sessions > 1:
             spent += self._session * (sessions - 1)
         if taken:
-            spent += _at(self._branch, taken)
+            spent += self._branch[taken] if taken <= _TABLE else _past(self._branch, taken)
             if read:
-                spent += _at(self._head, read)
+                spent += self._head[read] if read <= _TABLE else _past(self._head, read)
                 spent += self._branch_attended * read_attended + self._branch_context * read_context
                 spent += self._scale * scaled
         return spent
@@ -256,7 +269,6 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _at(table: list[float], rows: int) -> float:
-    if rows <= _TABLE:
-        return table[rows]
+def _past(table: list[float], rows: int) -> float:
+    """Of more rows than the table has."""
     return table[_TABLE] + (rows - _TABLE) * (table[_TABLE] - table[_TABLE - 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from ddsketch import DDSketch
 
 from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.types import Hop
 
-__all__ = ["PARTS", "Answered", "Events", "Recorder", "Result", "Spread", "Timeline"]
+__all__ = ["PARTS", "Answered", "Events", "Recorder", "Result", "Series", "Spread", "Timeline"]
 
 PARTS = ("room", "compute", "queue", "wire")
 """What a request's time on a node goes into."""
@@ -51,21 +53,40 @@ class Answered:
     escalations: int = 0
     error: str = ""
     """Why it failed: the error's name."""
-    exits: dict[int, int] = field(default_factory=dict)
+    exits: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     """Tokens decided at each."""
     room_s: dict[str, float] = field(default_factory=dict)
     """Waiting for room, by node."""
-    compute_s: dict[str, float] = field(default_factory=dict)
-    queue_s: dict[str, float] = field(default_factory=dict)
-    wire_s: dict[str, float] = field(default_factory=dict)
-    """See `Hop`; by node."""
-    bytes_up: int = 0
-    bytes_down: int = 0
+    hops: dict[str, Hop] = field(default_factory=dict)
+    """What each node spent."""
+
+    def add(self, hop: Hop) -> None:
+        """What a node spent on one more round."""
+        if hop.node in self.hops:
+            self.hops[hop.node].add(hop)
+        else:
+            self.hops[hop.node] = hop
 
     @property
     def parts(self) -> dict[str, dict[str, float]]:
         """What its time went into: seconds by node."""
-        return {"room": self.room_s, "compute": self.compute_s, "queue": self.queue_s, "wire": self.wire_s}
+        hops = self.hops.items()
+        return {
+            "room": self.room_s,
+            "compute": {node: hop.compute_s for node, hop in hops},
+            "queue": {node: hop.queue_s for node, hop in hops},
+            "wire": {node: hop.wire_s for node, hop in hops},
+        }
+
+    @property
+    def bytes_up(self) -> int:
+        """Of all links."""
+        return sum(hop.bytes_up for hop in self.hops.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """Of all links."""
+        return sum(hop.bytes_down for hop in self.hops.values())
 
     @property
     def token_s(self) -> float:
@@ -102,26 +123,26 @@ class Spread:
         return [(self.at(i / count), i / count) for i in range(1, count + 1)] if self.count else []
 
 
-class Timeline:
-    """Amounts over time, in bins that widen as time goes on."""
+class Series:
+    """An amount over time, in the bins of its timeline."""
 
-    def __init__(self) -> None:
-        self.width_s = 0.01
-        self._sums: dict[str, list[float]] = {}
+    __slots__ = ("_timeline", "sums")
 
-    def add(self, name: str, at_s: float, amount: float, for_s: float = 0.0) -> None:
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self.sums: list[float] = []
+        """By bin; those after the last one are 0."""
+
+    def add(self, at_s: float, amount: float, for_s: float = 0.0) -> None:
         """Add an amount at a moment, or evenly over so many seconds from it."""
-        last = int((at_s + for_s) / self.width_s)
-        while last >= _BINS:
-            self.width_s *= 2
-            last //= 2
-            for key, sums in self._sums.items():
-                sums = sums + [0.0] * (len(sums) % 2)
-                self._sums[key] = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-        sums = self._sums.setdefault(name, [])
+        width = self._timeline.width_s
+        last = int((at_s + for_s) / width)
+        if last >= _BINS:
+            width = self._timeline.widen(at_s + for_s)
+            last = int((at_s + for_s) / width)
+        sums = self.sums
         if last >= len(sums):
             sums += [0.0] * (last + 1 - len(sums))
-        width = self.width_s
         first = int(at_s / width)
         if first == last:
             sums[last] += amount
@@ -136,14 +157,37 @@ class Timeline:
         sums[first] += head
         sums[last] += amount - head - inner * (last - first - 1)
 
+
+class Timeline:
+    """Amounts over time, in bins that widen as time goes on."""
+
+    def __init__(self) -> None:
+        self.width_s = 0.01
+        self._series: dict[str, Series] = {}
+
+    def series(self, name: str) -> Series:
+        """One amount."""
+        if name not in self._series:
+            self._series[name] = Series(self)
+        return self._series[name]
+
+    def widen(self, until_s: float) -> float:
+        """Make room for a moment; the width of a bin then."""
+        while until_s / self.width_s >= _BINS:
+            self.width_s *= 2
+            for series in self._series.values():
+                sums = series.sums + [0.0] * (len(series.sums) % 2)
+                series.sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        return self.width_s
+
     def rate(self, name: str) -> list[float]:
         """Amounts a second, by bin."""
-        return [amount / self.width_s for amount in self._sums.get(name, ())]
+        return [amount / self.width_s for amount in self.series(name).sums]
 
     @property
     def names(self) -> list[str]:
         """What is in it."""
-        return [*self._sums]
+        return [name for name, series in self._series.items() if series.sums]
 
 
 class Recorder:

@@ -94,24 +94,25 @@ class Simulation:
     def run(self, progress: Progress = lambda done, total: None) -> Result:
         """Simulate until the load has ended and every answer is there."""
         load = self.scenario.workload
-        env = self._time.env
+        step, recorder = self._time.env.step, self._recorder
         arriving = self._time.process(self._arrive())
         total = load.requests + load.before if load.requests else 0
+        most = total or math.inf
         while not arriving.triggered or self._under_way:
             try:
                 for _ in range(_EVENTS):
-                    env.step()
-                    if total and self._recorder.done >= total:
+                    step()
+                    if recorder.done >= most:
                         break
             except simpy.core.EmptySchedule:
                 break
-            progress(self._recorder.done, total)
-            if total and self._recorder.done >= total:
+            progress(recorder.done, total)
+            if recorder.done >= most:
                 break
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
-        self._recorder.close()
-        return Result(self.scenario, self._metrics(), self._recorder, Path(self._where).stem)
+        recorder.close()
+        return Result(self.scenario, self._metrics(), recorder, Path(self._where).stem)
 
     # ---- the load ----
 
@@ -203,7 +204,7 @@ class Simulation:
         one = Answered(number, device, began, prompt)
         script = self._live[number] = self.scripts.script(which, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
-        timeline = self._recorder.timeline
+        last, tokens = script.last, self._recorder.timeline.series("tokens")
         try:
             if may_fail and outages.hit(began, began):
                 raise NodeUnavailable("the entry node is down")
@@ -223,21 +224,17 @@ class Simulation:
                         one.accepted += round_.accepted
                         one.escalations += len(round_.hops) > 1
                         for hop in round_.hops:
-                            name = hop.node
-                            one.compute_s[name] = one.compute_s.get(name, 0.0) + hop.compute_s
-                            one.queue_s[name] = one.queue_s.get(name, 0.0) + hop.queue_s
-                            one.wire_s[name] = one.wire_s.get(name, 0.0) + hop.wire_s
-                            one.bytes_up += hop.bytes_up
-                            one.bytes_down += hop.bytes_down
+                            one.add(hop)
                             if hop.queue_s:
                                 # It waited at some time before; the last moments are the nearest that is known.
                                 lately = min(after, hop.queue_s)
-                                timeline.add(f"queue {name}", began + after - lately, hop.queue_s, lately)
+                                queue = self._recorder.timeline.series(f"queue {hop.node}")
+                                queue.add(began + after - lately, hop.queue_s, lately)
                         for decision in round_.decisions:
-                            one.exits[decision.exit] = one.exits.get(decision.exit, 0) + 1
-                            one.agreed += script.agrees(one.new_tokens, decision.token)
+                            one.exits[decision.exit] += 1
+                            one.agreed += last[one.new_tokens % len(last)][0] == decision.token
                             one.new_tokens += 1
-                        timeline.add("tokens", self._time.now(), len(round_.decisions))
+                        tokens.add(began + after, len(round_.decisions))
             finally:
                 await chain.close()
         except RuyiFlowError as error:

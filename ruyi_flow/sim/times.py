@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import simpy
@@ -26,6 +27,13 @@ class until:  # noqa: N801 (reads as a word: `await until(event)`)
 
     def __await__(self) -> Generator[simpy.Event, Any, Any]:
         return (yield self._event)
+
+
+class _Sleep(simpy.Timeout):  # type: ignore[misc]  # SimPy has no types
+    """A time-out that can be awaited; by an iterator in C, since nobody wants what it is worth."""
+
+    def __await__(self) -> Iterator[simpy.Event]:
+        return iter((self,))
 
 
 class _Event:
@@ -94,10 +102,8 @@ class VirtualTime:
 
     def __init__(self) -> None:
         self.env = simpy.Environment()
-
-    def now(self) -> float:
-        now: float = self.env._now  # `now` is a property, which costs as much again
-        return now
+        self.now: Callable[[], float] = partial(getattr, self.env, "_now")
+        """See `Time`; what runs no Python costs a quarter, and nothing is called more often."""
 
     def event(self) -> Event:
         return _Event(self.env)
@@ -121,11 +127,11 @@ class VirtualTime:
         return process
 
     async def pause(self) -> None:
-        await until(self.env.timeout(0))
+        await self.sleep(0)
 
-    def sleep(self, seconds: float) -> until:
+    def sleep(self, seconds: float) -> Awaitable[None]:
         """Await it to wait for so long."""
-        return until(self.env.timeout(seconds))
+        return _Sleep(self.env, seconds)
 
 
 class Shared:

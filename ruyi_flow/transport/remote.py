@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -242,8 +241,7 @@ class RemoteStage:
         start = 0
         while n - start > self._rows and start < first_wanted:
             stop = min(start + self._rows, first_wanted)
-            yield replace(
-                block,
+            yield block._replace(
                 start=block.start + start,
                 states=block.states[start:stop],
                 token_ids=block.token_ids[start:stop],
@@ -251,8 +249,8 @@ class RemoteStage:
             )
             start = stop
         if start:
-            block = replace(
-                block, start=block.start + start, states=block.states[start:], token_ids=block.token_ids[start:]
+            block = block._replace(
+                start=block.start + start, states=block.states[start:], token_ids=block.token_ids[start:]
             )
         yield block
 

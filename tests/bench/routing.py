@@ -23,7 +23,7 @@ from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.routing.trace import Scorer, Trace
 from ruyi_flow.routing.walk import Walk
 from ruyi_flow.testing import Relay
-from ruyi_flow.types import Mode
+from ruyi_flow.types import Block, Mode
 
 __all__ = ["bench_bound", "bench_cascade", "bench_drafts", "bench_policy"]
 
@@ -44,7 +44,7 @@ def bench_policy(rounds: int) -> dict[str, Any]:
             judge = Judge(policy, first)
             began = time.perf_counter()
             for position, score in enumerate(numbers):
-                Walk.of(judge, (position,), (None,), ((7, curve(score)),))
+                Walk.of(judge, Block(position, None, (0,), (position,)), ((7, curve(score)),))
             spent.append((time.perf_counter() - began) / n)
         found[f"{name}_us_a_token"] = 1e6 * statistics.median(spent)
     return found | {"goal": "<= 20"}

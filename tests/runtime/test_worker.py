@@ -45,7 +45,7 @@ def decoding(session: ShardSession, ids: Sequence[int], count: int) -> Task[list
         session.token_ids.extend(ids)
         states = session.embed(ids)
         for stage in range(3):
-            picked = yield from session.through(stage, states, (stop - 1,))
+            picked = yield Pass(session, stage, states, (stop - 1,))
             if stage < 2:
                 states = session.take_unseen(stage, stop)
         assert picked is not None and session.positions == [stop] * 3 and start < stop
@@ -150,7 +150,7 @@ async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(
         def task() -> Task[int]:
             position = len(session.token_ids)
             session.token_ids.append(5)
-            yield from session.through(0, session.embed((5,)), (position,))
+            yield Pass(session, 0, session.embed((5,)), (position,))
             return here()
 
         run = shard.run

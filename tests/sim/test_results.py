@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ruyi_flow.sim.results import Answered, Events, Recorder, Spread, Timeline
+from ruyi_flow.types import Hop
 
 # ---- Spread ----
 
@@ -53,14 +54,14 @@ def test_zeros_count() -> None:
 
 def test_amounts_go_where_they_belong() -> None:
     timeline = Timeline()
-    timeline.add("a", 0.005, 3.0)
-    timeline.add("a", 0.02, 2.0)
-    timeline.add("b", 0.005, 4.0, 0.02)  # 0.005 s in the first bin, 0.01 in the second, 0.005 in the third
+    timeline.series("a").add(0.005, 3.0)
+    timeline.series("a").add(0.02, 2.0)
+    timeline.series("b").add(0.005, 4.0, 0.02)  # 0.005 s in the first bin, 0.01 in the second, 0.005 in the third
     assert timeline.width_s == 0.01 and timeline.names == ["a", "b"]
     assert timeline.rate("a") == pytest.approx([300, 0, 200])
     assert timeline.rate("b") == pytest.approx([100, 200, 100])
     assert timeline.rate("c") == []
-    timeline.add("b", 4.0, 7.0)
+    timeline.series("b").add(4.0, 7.0)
     assert timeline.width_s == 0.02, "twice as wide, to hold more than 400"
     assert timeline.rate("a") == pytest.approx([150, 100])
     assert timeline.rate("b")[:3] == pytest.approx([150, 50, 0]) and timeline.rate("b")[200] == pytest.approx(350)
@@ -76,7 +77,7 @@ def test_amounts_go_where_they_belong() -> None:
 def test_nothing_is_lost_and_bins_stay_few(amounts: list[tuple[str, float, float, float]]) -> None:
     timeline = Timeline()
     for name, at, amount, lasts in amounts:
-        timeline.add(name, at, amount, lasts)
+        timeline.series(name).add(at, amount, lasts)
     for name in timeline.names:
         rates = timeline.rate(name)
         assert len(rates) <= 400 and min(rates) >= -1e-9
@@ -98,14 +99,33 @@ def answered(number: int, **about: Any) -> Answered:
     return Answered(number, 0, **{**defaults, **about})
 
 
+def hops(**spent: dict[str, Any]) -> dict[str, Hop]:
+    return {node: Hop(node, **parts) for node, parts in spent.items()}
+
+
 def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, (2, 4), ("phone", "cloud"), skip=1)
     recorder.add(answered(0, total_s=99.0, agreed=0))
-    recorder.add(answered(1, compute_s={"phone": 0.6, "cloud": 0.2}, wire_s={"cloud": 0.3}, bytes_up=30, escalations=2))
-    recorder.add(answered(2, total_s=2.5, compute_s={"phone": 1.0}, queue_s={"phone": 0.4}, room_s={"cloud": 0.2}))
+    recorder.add(
+        answered(
+            1,
+            hops=hops(phone={"compute_s": 0.6}, cloud={"compute_s": 0.2, "wire_s": 0.3, "bytes_up": 30}),
+            escalations=2,
+        )
+    )
+    recorder.add(answered(2, total_s=2.5, hops=hops(phone={"compute_s": 1.0, "queue_s": 0.4}), room_s={"cloud": 0.2}))
     recorder.add(answered(3, new_tokens=0, exits={}, first_token_s=0.0, total_s=9.0, agreed=0, error="NodeUnavailable"))
     recorder.add(
-        answered(4, new_tokens=1, exits={4: 1}, agreed=1, error="DeadlineExceeded", drafted=4, total_s=0.1, bytes_up=5)
+        answered(
+            4,
+            new_tokens=1,
+            exits={4: 1},
+            agreed=1,
+            error="DeadlineExceeded",
+            drafted=4,
+            total_s=0.1,
+            hops=hops(phone={"bytes_up": 5}),
+        )
     )
     recorder.close()
     found = recorder.figures()
