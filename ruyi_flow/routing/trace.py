@@ -23,7 +23,7 @@ A reader refuses versions other than its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,7 +60,8 @@ class Header:
 
     family: str
     """Fingerprint."""
-    name: str
+    name: str = field(compare=False)
+    """What the family is called where it was traced; the fingerprint says which it is."""
     exits: tuple[int, ...]
     hidden_size: int
     boundary_bytes: dict[str, int]
@@ -136,7 +137,8 @@ class Writer:
         if path.exists() and path.stat().st_size:
             there, records = _open(path)
             if there != header:
-                changed = [name for name, value in asdict(there).items() if value != asdict(header)[name]]
+                compared = (f.name for f in fields(Header) if f.compare)
+                changed = [name for name in compared if getattr(there, name) != getattr(header, name)]
                 raise ConfigError(
                     f"{path}: a trace of something else (another {', '.join(changed)}); remove it, or name another file"
                 )

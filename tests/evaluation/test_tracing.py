@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ruyi_flow.evaluation.tracing import TEMPERATURES, record
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.routing.trace import Scorer, Trace, read
+from ruyi_flow.routing.trace import Scorer, Trace, Writer, read
 from tests.conftest import confidence
 
 
@@ -256,6 +257,16 @@ def test_a_trace_can_have_more_prompts_later_and_none_twice(
     record(family, prompts[1:], tmp_path / "again", max_new_tokens=12)
     both = Trace.load(tmp_path / "again", whole)
     assert len(both.records) == len({r.prompt for r in both.records}) == len(prompts)
+
+
+def test_the_same_family_by_another_name_goes_on(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    record(family, prompts[:2], path, max_new_tokens=8)
+    header, _ = read(path)
+    with Writer(path, replace(header, name="renamed")) as writer:
+        assert len(writer.done) == 2
+    with pytest.raises(ConfigError, match=r"another family\)"):
+        Writer(path, replace(header, name="renamed", family="other"))
 
 
 def test_traces_of_one_kind_go_together(family: Family, prompts: list[Asked], tmp_path: Path) -> None:
