@@ -88,16 +88,12 @@ class VirtualStages:
         """Seconds that the next rows of passes take together."""
         stage = parts[0][0].stage
         costs = self._costs[stage]
-        if len(parts) == 1:
-            work, rows = parts[0]
+        if len(parts) == 1 and parts[0][1] == 1:  # a token, which is nearly always
+            work = parts[0][0]
             session = work.session
             start = session.positions[stage]
-            read = len(session.asked(stage, start, rows, work.wants)) if work.looks else 0
-            scaled, context = 0 if session.policy.scale is None else read, start + rows
-            if rows == 1:
-                return costs.of_one(context, work.looks, read, scaled)
-            attended, taken = rows * (start + 0.5 * rows), rows if work.looks else 0
-            return costs.of(rows, attended, context, 1, taken, read, read * context, context, scaled)
+            read = len(session.asked(stage, start, 1, work.wants)) if work.looks else 0
+            return costs.of_one(start + 1, work.looks, read, 0 if session.policy.scale is None else read)
         rows = taken = read = scaled = context = read_context = read_attended = 0
         attended = 0.0
         for work, count in parts:

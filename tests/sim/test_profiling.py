@@ -14,11 +14,11 @@ from ruyi_flow.errors import ConfigError, NodeUnavailable
 from ruyi_flow.evaluation.scorers import Asked
 from ruyi_flow.evaluation.tracing import record
 from ruyi_flow.local import load_family
-from ruyi_flow.sim.profile import Profile
+from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import cluster, cut_topology, free_ports, tiny_family
-from tests.sim.conftest import data, profile
+from tests.sim.conftest import data, profile, stage
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -44,6 +44,15 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
     assert Profile.load(tmp_path / "p") == measured
     scenario = Scenario.from_data(data(), base=tmp_path, where="x.yaml")
     assert Simulation(scenario).run().metrics["failed"] == 0
+
+
+def test_a_tokens_line_is_what_steps_cost() -> None:
+    by_position = {"attended_s": 1e-6, "context_s": 2e-6, "branch_attended_s": 3e-6, "branch_context_s": 5e-6}
+    costs = StepCost(stage(2, 0, **by_position, scale_s=7e-4), 0.7)
+    for held in (1, 17, 900):
+        for taken, read, scaled in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)):
+            whole = costs.of(1, held - 0.5, held, 1, taken, read, read * held, held, scaled)
+            assert costs.of_one(held, bool(taken), read, scaled) == pytest.approx(whole, rel=1e-12) and whole > 0
 
 
 def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
