@@ -120,7 +120,8 @@ class Beyond:
         Their states go up ahead, if the link is idle and there are enough of them: only what the last stage here has
         run, since no layers are run for this alone.
         """
-        self._sent = min(self._sent, position)
+        if self._sent > position:
+            self._sent = position
         if self._ahead <= 0:
             return
         session, last = self._session, len(self._session.exits) - 1

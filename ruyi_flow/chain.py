@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from ruyi_flow.beyond import Beyond, Uplink
@@ -33,13 +32,8 @@ _BRIEF_ROWS = 16
 
 T = TypeVar("T")
 
-
-@dataclass(slots=True)
-class _Descent:
-    """How far down this node's stages a block went, and what is left to ask beyond them."""
-
-    walks: list[Walk]
-    left: Block | None = None
+_Descent = tuple[list[Walk], Block | None]
+"""A block's walks down this node's stages, and what is left to ask beyond them."""
 
 
 class Round(NamedTuple):
@@ -101,25 +95,26 @@ class Chain:
         Raises:
             WireError: the block does not continue what this session holds.
         """
-        session, count = self._session, len(block.token_ids)
+        start, states, token_ids, wants = block
+        session, count = self._session, len(token_ids)
         held = session.positions[0]
-        if block.start != held:
-            raise WireError(f"a block starts at position {block.start}, but this session holds {held}")
-        if block.states.shape[0] != count or any(not held <= p < held + count for p in block.wants):
-            raise WireError(f"a block of {count} positions has {block.states.shape[0]} states, wants {block.wants}")
-        if max(block.token_ids) >= session.vocab_size:
-            raise WireError(f"a block has token ids up to {max(block.token_ids)}, past {session.vocab_size - 1}")
+        if start != held:
+            raise WireError(f"a block starts at position {start}, but this session holds {held}")
+        if states.shape[0] != count or any(not held <= p < held + count for p in wants):
+            raise WireError(f"a block of {count} positions has {states.shape[0]} states, wants {wants}")
+        if max(token_ids) >= session.vocab_size:
+            raise WireError(f"a block has token ids up to {max(token_ids)}, past {session.vocab_size - 1}")
         if held + count > session.max_positions:
             raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
-        session.token_ids.extend(block.token_ids)
+        session.token_ids.extend(token_ids)
         if held >= session.prompt_length:
             self._since = self._time.now()
         hop = Hop(self._node)
-        if not block.wants and self._passes_on:
+        if not wants and self._passes_on:
             await self._pass_on(hop, block)
             return Verdict((), (hop,))
         descent = await self._step(hop, count, self._descend([], 0, block))
-        return await self._conclude(descent, hop)
+        return Verdict(*await self._conclude(descent, hop))
 
     async def feed(self, block: Block) -> None:
         """See `Stage.feed`; in one process there is nothing to gain from not waiting."""
@@ -144,7 +139,8 @@ class Chain:
             token_ids = await self._begin(hop, token_ids)
         if not draft and not self._ahead:
             descent = await self._step(hop, len(token_ids), self._ask_first(token_ids))
-            return Round(*await self._conclude(descent, hop))
+            decisions, hops = await self._conclude(descent, hop)
+            return Round(decisions, hops)
         began, brief = self._time.now(), len(token_ids) == 1
         weighed = brief and draft > 0 and self._may_be_quiet()
         quiet = weighed and not self._ahead and not self._pace.drafts()  # drafts that are there cost nothing more
@@ -152,17 +148,17 @@ class Chain:
             descent, drafting_s = await self._step(hop, 1, self._do_not_draft(token_ids[0])), 0.0
         else:
             descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft(token_ids, draft))
-        verdict = await self._conclude(descent, hop, ahead=draft > 0 and not quiet)
-        walk = descent.walks[0]
+        decisions, hops = await self._conclude(descent, hop, ahead=draft > 0 and not quiet)
+        walk = descent[0][0]
         took = self._time.now() - began
         if weighed:
-            self._pace.settled(not quiet, took, len(verdict.decisions))
+            self._pace.settled(not quiet, took, len(decisions))
         if brief and walk.unsure and not quiet:
             self._pace.asked(max(0.0, took - drafting_s))
         if not walk.unsure:
-            return Round(verdict.decisions, verdict.hops)
+            return Round(decisions, hops)
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
-        return Round(verdict.decisions, verdict.hops, len(walk.looks) - past, len(verdict.decisions) - past)
+        return Round(decisions, hops, len(walk.looks) - past, len(decisions) - past)
 
     async def rewind(self, position: int) -> None:
         """See `Stage.rewind`."""
@@ -285,7 +281,7 @@ class Chain:
             walk.add(Look(position, look.token, look.token, look.confidence, look.reason))
             draft, ids = draft - 1, (look.token,)
         if not walk.unsure or self._held_back(0, walk):
-            return _Descent([walk]), length.drafting_s
+            return ([walk], None), length.drafting_s
         return (yield from self._descend([walk], 1, self._question(0, walk))), length.drafting_s
 
     def _descend(self, walks: list[Walk], stage: int, block: Block) -> Task[_Descent]:
@@ -296,10 +292,10 @@ class Chain:
             walk = Walk.of(session.judges[stage], block, found)
             walks.append(walk)
             if not walk.unsure or self._held_back(stage, walk):
-                return _Descent(walks)
+                return walks, None
             block = self._question(stage, walk)
             stage += 1
-        return _Descent(walks, block)
+        return walks, block
 
     def _held_back(self, stage: int, walk: Walk) -> bool:
         """Whether the stage beyond this node may not be asked what is unsure, which is decided here then."""
@@ -318,11 +314,13 @@ class Chain:
         start, stop = session.unseen_start(stage), unsure[-1] + 1
         return Block(start, session.take_unseen(stage, stop), tuple(session.token_ids[start:stop]), unsure)
 
-    async def _conclude(self, descent: _Descent, hop: Hop, *, ahead: bool = False) -> Verdict:
+    async def _conclude(
+        self, descent: _Descent, hop: Hop, *, ahead: bool = False
+    ) -> tuple[tuple[Decision, ...], tuple[Hop, ...]]:
         """Ask what is left beyond this node, drafting ahead meanwhile; settle upwards, and rewind to what holds."""
         decisions: tuple[Decision, ...] = ()
         hops: tuple[Hop, ...] = (hop,)
-        walks, left = descent.walks, descent.left
+        walks, left = descent
         if left is not None:
             asking = self._beyond.ask(left)
             verdict = await (self._meanwhile(asking, walks[0], hop) if ahead else asking)
@@ -344,7 +342,7 @@ class Chain:
                 self._ahead.clear()
                 self._session.rewind(holds)
             self._beyond.decided(holds)
-        return Verdict(decisions, hops)
+        return decisions, hops
 
     def _check(self, verdict: Verdict) -> None:
         """Refuse an answer from beyond that cannot be."""
@@ -409,12 +407,13 @@ async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> As
     while True:
         left = max_new_tokens - count
         settled = await chain.propose(new, min(draft, left - 1))
-        decisions = settled.decisions[:left]
+        decided = settled[0]
+        decisions = decided[:left]
         if eos:
             end = next((i for i, d in enumerate(decisions) if d.token in eos), left)
             decisions = decisions[: end + 1]
         count += len(decisions)
         new = (decisions[-1].token,)
-        yield settled if decisions is settled.decisions else settled._replace(decisions=decisions)
+        yield settled if decisions is decided else settled._replace(decisions=decisions)
         if new[0] in eos or count == max_new_tokens:
             return

@@ -43,19 +43,24 @@ class Walk:
             block: with the wanted positions, and drafts for them.
             found: what the branch says at each of them; None where this stage does not look.
         """
-        walk = cls(judge.exit)
-        ids, end = block.token_ids, block.start + len(block.token_ids) - 1
-        for i, position in enumerate(block.wants):
+        looks: list[Look] = []
+        unsure: list[int] = []
+        start, _, ids, wants = block  # Python 3.11 unpacks a named tuple in the time of one of its attributes
+        end = start + len(ids) - 1
+        for i, position in enumerate(wants):
             draft = ids[position - end] if position < end else None
             if found is None:
-                walk.add(Look(position, draft))
+                looks.append(Look(position, draft))
+                unsure.append(position)
                 continue
             token, confidence = found[i]
             reason = judge.sure(position, confidence)
-            walk.add(Look(position, draft, token, confidence, reason))
-            if reason is not None and token != draft:
+            looks.append(Look(position, draft, token, confidence, reason))
+            if reason is None:
+                unsure.append(position)
+            elif token != draft:
                 break
-        return walk
+        return cls(judge.exit, looks, unsure)
 
     def add(self, look: Look) -> None:
         """One more, after those that are there."""
@@ -72,16 +77,16 @@ class Walk:
         """Merge the deeper stage's decisions for the unsure positions, up to the first that contradicts its draft."""
         answers = iter(deeper)
         decisions = []
-        for look in self.looks:
-            if look.reason is not None:
-                assert look.token is not None
-                decision = Decision(look.token, self.exit, look.confidence, look.reason)
+        for _, draft, token, confidence, reason in self.looks:
+            if reason is not None:
+                assert token is not None
+                decisions.append(Decision(token, self.exit, confidence, reason))
             else:
                 answer = next(answers, None)
                 if answer is None:
                     break
-                decision = answer
-            decisions.append(decision)
-            if decision.token != look.draft:
+                decisions.append(answer)
+                token = answer.token
+            if token != draft:
                 break
         return tuple(decisions)

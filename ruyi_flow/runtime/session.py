@@ -63,7 +63,7 @@ class Pass:
 
     def __init__(self, session: Session, stage: int, states: States, wants: Sequence[int]) -> None:
         self.session, self.stage, self.states, self.wants = session, stage, states, wants
-        self.rows = int(states.shape[0])
+        self.rows: int = states.shape[0]
         """That are still to be run."""
         self.looks = session.looks(stage)
         self.found: Found | None = [] if self.looks else None
@@ -194,6 +194,8 @@ class Session(ABC):
         """The rows of a block that the branch is read at: the wanted ones, or what is read of a prompt at its end."""
         if self.begins(stage, start + count):
             return range(max(0, count - READ_TOKENS - 1), count)
+        if count == 1:
+            return (0,) if start in wants else ()
         return [p - start for p in wants if start <= p < start + count]
 
     def went_through(self, stage: int, boundary: States) -> None:

@@ -111,13 +111,11 @@ class Steps:
         self, budget: int, ended: Callable[[Job, Any], None], failed: Callable[[Job, Exception], None]
     ) -> None:
         self._scheduler = Scheduler(budget)
-        self._jobs: dict[int, Job] = {}
+        self.jobs: dict[int, Job] = {}
+        """Those that are there, by their keys."""
         self._keys = itertools.count()
         self._step: list[int] = []
         self._ended, self._failed = ended, failed
-
-    def __bool__(self) -> bool:
-        return bool(self._jobs)
 
     def add(self, job: Job) -> None:
         """Let a task run up to its first pass."""
@@ -133,12 +131,12 @@ class Steps:
         """The next step, to be told `ran` afterwards; empty when nothing waits."""
         step = self._scheduler.next()
         self._step = [key for key, _ in step]
-        return [(self._jobs[key], rows) for key, rows in step]
+        return [(self.jobs[key], rows) for key, rows in step]
 
     def ran(self, spent_s: float) -> None:
         """The step has run: let the tasks go on whose pass is done with it."""
         for key in self._step:
-            job = self._jobs[key]
+            job = self.jobs[key]
             job.ran_s += spent_s
             work = job.running
             if work.error is not None or not work.rows:
@@ -147,14 +145,14 @@ class Steps:
 
     def forget_cancelled(self) -> None:
         """Drop the jobs that nobody waits for any more."""
-        for key in [key for key, job in self._jobs.items() if job.waiter.cancelled()]:
-            del self._jobs[key]
+        for key in [key for key, job in self.jobs.items() if job.waiter.cancelled()]:
+            del self.jobs[key]
             self._scheduler.drop(key)
 
     def _go_on(self, job: Job) -> None:
         """Let a task run up to its next pass, or to its end."""
         if job.waiter.cancelled():
-            self._jobs.pop(job.key, None)
+            self.jobs.pop(job.key, None)
             return
         last = job.work
         try:
@@ -163,17 +161,17 @@ class Steps:
             else:
                 work = job.task.throw(last.error) if last.error is not None else job.task.send(last.found)
         except StopIteration as ended:
-            self._jobs.pop(job.key, None)
+            self.jobs.pop(job.key, None)
             self._ended(job, ended.value)
         except Exception as failure:  # whatever a task raises belongs to the caller that waits for it
-            self._jobs.pop(job.key, None)
+            self.jobs.pop(job.key, None)
             self._failed(job, failure)
         else:
             job.work = work
             self._wait(job)
 
     def _wait(self, job: Job) -> None:
-        self._jobs[job.key] = job
+        self.jobs[job.key] = job
         self._scheduler.add(job.key, job.running.stage, job.running.rows, job.since)
 
 

@@ -104,8 +104,8 @@ class ThreadWorker:
         if threads:
             torch.set_num_threads(threads)
         inbox, steps, ending = self._inbox, self._steps, False
-        while not (ending and not steps):
-            while not ending and (not steps or not inbox.empty()):
+        while not (ending and not steps.jobs):
+            while not ending and (not steps.jobs or not inbox.empty()):
                 entry = inbox.get()
                 if entry is None:
                     ending = True

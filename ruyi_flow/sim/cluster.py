@@ -113,7 +113,7 @@ class Cluster:
                 name = self._tiers[tier].node.name
                 rooms = self.rooms.setdefault(number, {})
                 rooms[name] = rooms.get(name, 0.0) + waited
-                self._recorder.timeline.series(f"room {name}").add(began, waited, waited)
+                self._recorder.timeline.series(f"room {name}").add((began, waited, waited))
 
     def forget_what_was_done(self) -> None:
         """Count the nodes' times and the links' bytes from this moment on."""
@@ -135,11 +135,13 @@ class Cluster:
         node, limits = this.node, this.node.limits
         rooms = Rooms(limits.max_positions, limits.max_sessions, this.profile.context)
         stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
-        told = self._told(node.name, number)
+        busy, told = self._recorder.timeline.series(f"busy {node.name}"), self._told(node.name, number)
         costs, cores = this.profile, self._cores.get(node.name)
         cold = costs.cold if costs.pauses_s else None
         rounds = (costs.round_s, costs.round_cpu_s) if tier == 0 else (0.0, 0.0)
-        worker = VirtualWorker(time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, cold, told)
+        worker = VirtualWorker(
+            time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, cold, busy.add, told
+        )
         way = up = down = None
         if self._links[tier] is not None:
             up, down = self._link(tier, number)
@@ -207,6 +209,7 @@ class Cluster:
                     link.loss,
                     outages,
                     self._random,
+                    self._recorder.timeline.series(f"{way} {link.source}-{link.target}").add,
                     self._carried(f"{link.source}-{link.target}", way, key[1]),
                 )
 
@@ -220,25 +223,26 @@ class Cluster:
             spans = heapq.merge(spans, _breaks(node.mtbf_s, node.mttr_s, source))
         return Outages(spans)
 
-    def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None]:
-        """See `sim.node.Told`."""
-        busy, events = self._recorder.timeline.series(f"busy {name}"), self._recorder.events
-        exits = self._scenario.node(name).exits
+    def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None] | None:
+        """See `sim.node.Told`; None where nobody wants to know."""
+        events, exits = self._recorder.events, self._scenario.node(name).exits
+        if events is None:
+            return None
 
         def told(began: float, took: float, stage: int, rows: int) -> None:
-            busy.add(began, took, took)
-            if events is not None and not events.full:
+            if not events.full:
                 events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
 
         return told
 
-    def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, float, int], None]:
-        """See `sim.link.Told`."""
-        bytes_over, events = self._recorder.timeline.series(f"{way} {link}"), self._recorder.events
+    def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, int], None] | None:
+        """See `sim.link.Told`; None where nobody wants to know."""
+        events = self._recorder.events
+        if events is None:
+            return None
 
-        def told(began: float, sent: float, came: float, count: int) -> None:
-            bytes_over.add(began, count, sent)
-            if events is not None and not events.full:
+        def told(began: float, came: float, count: int) -> None:
+            if not events.full:
                 events.slice(f"link {link}", f"{way} {number}", "message", began, came - began, bytes=count)
 
         return told

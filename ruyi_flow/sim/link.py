@@ -12,6 +12,7 @@ from ruyi_flow.chain import Chain
 from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.profile import Profile
+from ruyi_flow.sim.results import Amount
 from ruyi_flow.sim.times import Shared, VirtualTime, until
 from ruyi_flow.types import Block, Hop, Verdict
 
@@ -20,8 +21,8 @@ __all__ = ["Direction", "Outages", "VirtualRemote"]
 _SEGMENT = 1448
 """Bytes of a TCP segment's payload on Ethernet."""
 
-Told = Callable[[float, float, float, int], None]
-"""Told of a message that came over: from when and for how long it was being sent, when it was there, its bytes."""
+Told = Callable[[float, float, int], None]
+"""Told of a message that came over: from when it was being sent, when it was there, its bytes."""
 
 _LEAST_RTO_S = 0.2
 """After which TCP sends again at the earliest, when nothing later tells it of the loss (Linux)."""
@@ -84,6 +85,7 @@ class Direction:
         loss: share of segments that are lost.
         outages: while it is down, what is under way waits.
         random: uniform numbers in 0 … 1 and normal ones.
+        over: takes in the bytes of every message, from when and for how long it was being sent.
         told: told of every message.
     """
 
@@ -97,6 +99,7 @@ class Direction:
         loss: float = 0.0,
         outages: Outages | None = None,
         random: Any = None,
+        over: Callable[[Amount], None] | None = None,
         told: Told | None = None,
     ) -> None:
         self._time, self._latency_s, self._jitter_s, self._loss = time, latency_s, jitter_s, loss
@@ -108,6 +111,7 @@ class Direction:
         self._free_s = 0.0
         """When the only flow's last message is sent."""
         self._outages, self._random, self._told = outages or Outages(), random, told
+        self._over = over
         self.carried = 0
         """Bytes so far."""
 
@@ -135,8 +139,10 @@ class Direction:
                 raise
         while self._outages and (end := self._outages.ends(now := self._time.now())) > now:
             await self._time.sleep(end - now)
+        if self._over is not None:
+            self._over((began, count, sending))
         if self._told is not None:
-            self._told(began, sending, self._time.now(), count)
+            self._told(began, self._time.now(), count)
 
     async def _in_turn(self, pipe: Shared, count: int, flow: int) -> None:
         before, sent = self._last.get(flow), self._time.env.event()

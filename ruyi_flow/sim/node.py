@@ -15,6 +15,7 @@ from ruyi_flow.runtime.session import Pass, Session
 from ruyi_flow.runtime.steps import Job, Parts, Steps, Task, run
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.profile import StepCost
+from ruyi_flow.sim.results import Amount
 from ruyi_flow.sim.times import Shared, VirtualTime, until
 from ruyi_flow.types import SamplingParams
 
@@ -37,6 +38,10 @@ class Rows:
     def __getitem__(self, rows: slice) -> Rows:
         start, stop, _ = rows.indices(self.shape[0])
         return Rows(max(0, stop - start))
+
+
+_ONE = Rows(1)
+"""Of a token, which is nearly always."""
 
 
 class VirtualStages:
@@ -86,10 +91,10 @@ class VirtualStages:
 
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
         """Seconds that the next rows of passes take together."""
-        stage = parts[0][0].stage
+        work, count = parts[0]
+        stage = work.stage
         costs = self._costs[stage]
-        if len(parts) == 1 and parts[0][1] == 1:  # a token, which is nearly always
-            work = parts[0][0]
+        if count == 1 and len(parts) == 1:  # a token, which is nearly always
             session = work.session
             start = session.positions[stage]
             read = len(session.asked(stage, start, 1, work.wants)) if work.looks else 0
@@ -127,7 +132,7 @@ class VirtualSession(Session):
         self._script, self._looks = script, [script.looks[p] for p in shard.exits]
 
     def embed(self, token_ids: Sequence[int]) -> Rows:
-        return Rows(len(token_ids))
+        return _ONE if len(token_ids) == 1 else Rows(len(token_ids))
 
     def join(self, states: Sequence[Rows]) -> Rows:
         return Rows(sum(s.shape[0] for s in states))
@@ -176,6 +181,7 @@ class VirtualWorker:
         round_cpu_s: processor time of one, where there are cores.
         cores: of the machine, where nodes share it.
         cold: what the first step after a pause takes more, by the pause; None for nothing.
+        busy: takes in the seconds of every step, from when it began.
         told: told of every step.
     """
 
@@ -189,11 +195,13 @@ class VirtualWorker:
         round_cpu_s: float = 0.0,
         cores: Shared | None = None,
         cold: Callable[[float], float] | None = None,
+        busy: Callable[[Amount], None] = lambda amount: None,
         told: Told | None = None,
     ) -> None:
         self._cold, self._idle_since = cold, -math.inf
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
-        self._time, self._stages, self._cores, self._told = time, stages, cores, told
+        self._time, self._stages, self._cores = time, stages, cores
+        self._busy_over, self._told = busy, told
         self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
         self._busy = self._in_step = False
         self._later: list[Callable[[], object]] = []
@@ -230,23 +238,27 @@ class VirtualWorker:
 
         What it takes around its steps is waited for with the first of them, which is an event less.
         """
-        time, stages = self._time, self._stages
-        self._busy, asked, ran_s = True, time.now(), 0.0
-        cold_s = self._cold(asked - self._idle_since) if self._cold is not None else 0.0
+        time, now, stages, others = self._time, self._time.now, self._stages, self._steps.jobs
+        self._busy, asked, ran_s = True, now(), 0.0
+        before_s, began = around_s, asked
+        if self._cold is not None:
+            before_s += self._cold(asked - self._idle_since)
         try:
             work = next(task)
-            while not self._steps:
+            while not others:
                 rows = alone(work.rows, self._budget)
                 parts = ((work, rows),)
-                began, cost = time.now(), stages.cost(parts) + cold_s + around_s
+                cost = before_s + stages.cost(parts)
                 await (time.sleep(cost) if self._cores is None else self._cores.take(cost))
-                took = max(0.0, time.now() - began - around_s)
+                ended = now()
+                took = max(0.0, ended - began - around_s)
                 self.busy_s += took
+                self._busy_over((began, took, took))
                 if self._told is not None:
                     self._told(began, took, work.stage, rows)
                 stages.run(parts)
                 ran_s += took
-                cold_s = around_s = 0.0
+                began, before_s, around_s = ended, 0.0, 0.0
                 if not work.rows:
                     work = task.send(work.found)
         except StopIteration as ended:
@@ -257,7 +269,7 @@ class VirtualWorker:
         else:
             return await self._joined(task, work, asked, since, ran_s)
         self._leave()
-        waited = time.now() - asked - ran_s
+        waited = began - asked - ran_s
         self.waited_s += waited
         return result, waited, ran_s
 
@@ -287,7 +299,7 @@ class VirtualWorker:
 
     def _leave(self) -> None:
         """Who took the node's steps is done; those who are there go on."""
-        if self._steps:
+        if self._steps.jobs:
             self._time.start(self._go_on())
         else:
             self._busy, self._idle_since = False, self._time.now()
@@ -328,6 +340,7 @@ class VirtualWorker:
     def _end(self, step: _Step) -> None:
         took = self._time.now() - step.began
         self.busy_s += took
+        self._busy_over((step.began, took, took))
         if self._told is not None:
             rows = sum(rows for _, rows in step.parts)
             self._told(step.began, took, step.parts[0][0].running.stage, rows)
@@ -343,7 +356,7 @@ class VirtualWorker:
         await self._go_on()
 
     async def _go_on(self) -> None:
-        while self._steps:
+        while self._steps.jobs:
             await self._do(self._begin())
         self._leave()
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import math
+from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ddsketch import DDSketch
 
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.types import Hop
 
-__all__ = ["PARTS", "Answered", "Events", "Recorder", "Result", "Series", "Spread", "Timeline"]
+__all__ = ["PARTS", "Amount", "Answered", "Events", "Recorder", "Result", "Series", "Spread", "Timeline"]
 
 PARTS = ("room", "compute", "queue", "wire")
 """What a request's time on a node goes into."""
+
+Amount = tuple[float, float, float]
+"""When, how much, and evenly over how many seconds from then."""
 
 _ACCURACY = 0.002
 """Relative, of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
@@ -126,43 +131,45 @@ class Spread:
 class Series:
     """An amount over time, in the bins of its timeline."""
 
-    __slots__ = ("_timeline", "sums")
+    __slots__ = ("_noted", "_timeline", "add", "sums")
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
-        self.sums: list[float] = []
+        self._noted = array("d")
+        self.add: Callable[[Amount], None] = self._noted.extend
+        """Take an amount in; in C, since a token has several. They go into their bins together, see `Timeline.fold`."""
+        self.sums = np.zeros(0)
         """By bin; those after the last one are 0."""
 
-    def add(self, at_s: float, amount: float, for_s: float = 0.0) -> None:
-        """Add an amount at a moment, or evenly over so many seconds from it."""
-        width = self._timeline.width_s
-        last = int((at_s + for_s) / width)
-        if last >= _BINS:
-            width = self._timeline.widen(at_s + for_s)
-            last = int((at_s + for_s) / width)
-        sums = self.sums
-        if last >= len(sums):
-            sums += [0.0] * (last + 1 - len(sums))
-        first = int(at_s / width)
-        if first == last:
-            sums[last] += amount
+    def fold(self) -> None:
+        """Put what was taken in into its bins."""
+        if not self._noted:
             return
-        pace = amount / for_s
-        inner = 0.0
-        if last > first + 1:
-            inner = pace * width
-            for i in range(first + 1, last):
-                sums[i] += inner
-        head = pace * ((first + 1) * width - at_s)
-        sums[first] += head
-        sums[last] += amount - head - inner * (last - first - 1)
+        at_s, amount, for_s = np.array(self._noted).reshape(-1, 3).T
+        del self._noted[:]
+        until_s = at_s + for_s
+        width = self._timeline.widened(until_s.max())
+        first, last = (at_s / width).astype(int), (until_s / width).astype(int)
+        count = max(len(self.sums), last.max() + 1)
+        over = last > first
+        pace = np.divide(amount, for_s, out=np.zeros_like(amount), where=over)
+        head = np.where(over, pace * ((first + 1) * width - at_s), amount)
+        inner = np.where(over, pace * width, 0.0)
+        sums = np.zeros(count)
+        sums[: len(self.sums)] = self.sums
+        np.add.at(sums, first, head)
+        np.add.at(sums, last, np.where(over, amount - head - inner * (last - first - 1), 0.0))
+        steps = np.zeros(count)  # those in between get the same: it begins after the first and ends before the last
+        np.add.at(steps, np.minimum(first + 1, last), inner)
+        np.subtract.at(steps, last, inner)
+        self.sums = sums + np.cumsum(steps)
 
 
 class Timeline:
     """Amounts over time, in bins that widen as time goes on."""
 
     def __init__(self) -> None:
-        self.width_s = 0.01
+        self._width_s = 0.01
         self._series: dict[str, Series] = {}
 
     def series(self, name: str) -> Series:
@@ -171,23 +178,37 @@ class Timeline:
             self._series[name] = Series(self)
         return self._series[name]
 
-    def widen(self, until_s: float) -> float:
+    def fold(self) -> None:
+        """Put everything into its bins; to be called now and then, so that what was taken in stays short."""
+        for series in self._series.values():
+            series.fold()
+
+    def widened(self, until_s: float) -> float:
         """Make room for a moment; the width of a bin then."""
-        while until_s / self.width_s >= _BINS:
-            self.width_s *= 2
+        while until_s / self._width_s >= _BINS:
+            self._width_s *= 2
             for series in self._series.values():
-                sums = series.sums + [0.0] * (len(series.sums) % 2)
-                series.sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-        return self.width_s
+                sums = np.append(series.sums, np.zeros(len(series.sums) % 2))
+                series.sums = sums[::2] + sums[1::2]
+        return self._width_s
+
+    @property
+    def width_s(self) -> float:
+        """Of a bin."""
+        self.fold()
+        return self._width_s
 
     def rate(self, name: str) -> list[float]:
         """Amounts a second, by bin."""
-        return [amount / self.width_s for amount in self.series(name).sums]
+        self.fold()
+        rates: list[float] = (self.series(name).sums / self.width_s).tolist()
+        return rates
 
     @property
     def names(self) -> list[str]:
         """What is in it."""
-        return [name for name, series in self._series.items() if series.sums]
+        self.fold()
+        return [name for name, series in self._series.items() if len(series.sums)]
 
 
 class Recorder:

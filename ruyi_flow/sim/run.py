@@ -40,7 +40,7 @@ _TURN = 1_000_003
 _AGAIN_S = 1.0
 """After which a user who does not think asks again, when refused at once."""
 
-_EVENTS = 20_000
+_EVENTS = 4_000
 """Between two looks at how far it is."""
 
 _COLLECTED = 20_000
@@ -111,6 +111,7 @@ class Simulation:
                             break
                 except simpy.core.EmptySchedule:
                     break
+                recorder.timeline.fold()
                 progress(recorder.done, total)
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
@@ -207,7 +208,7 @@ class Simulation:
         one = Answered(number, device, began, prompt)
         script = self._live[number] = self.scripts.script(which, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
-        last, tokens = script.last, self._recorder.timeline.series("tokens")
+        last, exits, tokens = script.last, one.exits, self._recorder.timeline.series("tokens")
         try:
             if may_fail and outages.hit(began, began):
                 raise NodeUnavailable("the entry node is down")
@@ -218,26 +219,27 @@ class Simulation:
             try:
                 async with aclosing(decode(chain, [0] * prompt, answer)) as rounds:
                     async for round_ in rounds:
-                        after = self._time.now() - began
-                        if may_fail and outages.hit(began, began + after):
+                        decisions, hops, drafted, accepted = round_
+                        now = self._time.now()
+                        if may_fail and outages.hit(began, now):
                             raise NodeUnavailable("the entry node went down, and lost its sessions")
+                        one.total_s = after = now - began
                         one.first_token_s = one.first_token_s or after
-                        one.total_s = after
-                        one.drafted += round_.drafted
-                        one.accepted += round_.accepted
-                        one.escalations += len(round_.hops) > 1
-                        for hop in round_.hops:
+                        one.drafted += drafted
+                        one.accepted += accepted
+                        one.escalations += len(hops) > 1
+                        for hop in hops:
                             one.add(hop)
                             if hop.queue_s:
                                 # It waited at some time before; the last moments are the nearest that is known.
                                 lately = min(after, hop.queue_s)
                                 queue = self._recorder.timeline.series(f"queue {hop.node}")
-                                queue.add(began + after - lately, hop.queue_s, lately)
-                        for decision in round_.decisions:
-                            one.exits[decision.exit] += 1
-                            one.agreed += last[one.new_tokens % len(last)][0] == decision.token
+                                queue.add((now - lately, hop.queue_s, lately))
+                        for token, exit, _, _ in decisions:
+                            exits[exit] += 1
+                            one.agreed += last[one.new_tokens % len(last)][0] == token
                             one.new_tokens += 1
-                        tokens.add(began + after, len(round_.decisions))
+                        tokens.add((now, len(decisions), 0.0))
             finally:
                 await chain.close()
         except RuyiFlowError as error:

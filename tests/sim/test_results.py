@@ -54,14 +54,14 @@ def test_zeros_count() -> None:
 
 def test_amounts_go_where_they_belong() -> None:
     timeline = Timeline()
-    timeline.series("a").add(0.005, 3.0)
-    timeline.series("a").add(0.02, 2.0)
-    timeline.series("b").add(0.005, 4.0, 0.02)  # 0.005 s in the first bin, 0.01 in the second, 0.005 in the third
+    timeline.series("a").add((0.005, 3.0, 0.0))
+    timeline.series("a").add((0.02, 2.0, 0.0))
+    timeline.series("b").add((0.005, 4.0, 0.02))  # 0.005 s in the first bin, 0.01 in the second, 0.005 in the third
     assert timeline.width_s == 0.01 and timeline.names == ["a", "b"]
     assert timeline.rate("a") == pytest.approx([300, 0, 200])
     assert timeline.rate("b") == pytest.approx([100, 200, 100])
     assert timeline.rate("c") == []
-    timeline.series("b").add(4.0, 7.0)
+    timeline.series("b").add((4.0, 7.0, 0.0))
     assert timeline.width_s == 0.02, "twice as wide, to hold more than 400"
     assert timeline.rate("a") == pytest.approx([150, 100])
     assert timeline.rate("b")[:3] == pytest.approx([150, 50, 0]) and timeline.rate("b")[200] == pytest.approx(350)
@@ -77,7 +77,7 @@ def test_amounts_go_where_they_belong() -> None:
 def test_nothing_is_lost_and_bins_stay_few(amounts: list[tuple[str, float, float, float]]) -> None:
     timeline = Timeline()
     for name, at, amount, lasts in amounts:
-        timeline.series(name).add(at, amount, lasts)
+        timeline.series(name).add((at, amount, lasts))
     for name in timeline.names:
         rates = timeline.rate(name)
         assert len(rates) <= 400 and min(rates) >= -1e-9
