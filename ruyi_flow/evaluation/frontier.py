@@ -15,7 +15,7 @@ from ruyi_flow.routing.trace import Trace
 
 __all__ = ["write", "write_cascade"]
 
-_STYLES = {"calibrated": "o-", "uncalibrated": "s--", "random": ":", "always": "x"}
+_STYLES = {"calibrated": "o-", "uncalibrated": "s--", "random": ":", "always": "x", "oracle": "^:"}
 
 
 def write_cascade(out: Path, found: CascadeChoice) -> list[Path]:
@@ -97,7 +97,7 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
             score = "" if alone is None else f"{alone:.5f}"
             rows.writerow([point.policy, point.setting, *(f"{n:.5f}" for n in numbers), score])
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for policy, style in _STYLES.items():
+    for policy in dict.fromkeys(p.policy for p in points):
         mine = sorted((p for p in points if p.policy == policy), key=lambda p: p.outcome.cost)
         agreement = [p.outcome.agreement for p in mine]
         costs = (
@@ -106,7 +106,7 @@ def write(out: Path, points: Sequence[Point], trace: Trace, confidence: Mapping[
             [p.spent.bytes_per_token for p in mine],
         )
         for axis, cost in zip(axes, costs, strict=True):
-            axis.plot(cost, agreement, style, label=policy, markersize=4)
+            axis.plot(cost, agreement, _STYLES[policy], label=policy, markersize=4)
     axes[0].set(xlabel="trunk layers and a branch, mean of tokens", ylabel="tokens that are the last exit's")
     axes[1].set(xlabel="share of tokens asked beyond the first node")
     axes[2].set(xlabel="bytes upwards a token, on all links")

@@ -26,6 +26,9 @@ from ruyi_flow.types import Encoding, Mode
 __all__ = ["CascadeChoice", "Part", "Setting", "Worth", "calibrate_cascade", "flops", "follow"]
 
 _CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+_PRICES = tuple(0.02 * 1.5**i for i in range(16))
+"""Of all the last exit's compute, in worth."""
+
 _BOUNDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
 
 
@@ -79,7 +82,8 @@ class CascadeChoice:
     """Settings from timid to bold on these prompts, which did not choose them; the policy's own is among them."""
     baselines: dict[str, list[Worth]]
     """What they must beat there: `always` the same exit; `random`, each prompt by the first or the last exit;
-    `uncalibrated`, from the first exit on by the mean of the likeliest token's own probability."""
+    `uncalibrated`, from the first exit on by the mean of the likeliest token's own probability. And what they could
+    reach at best: `oracle`, see `_Prompts.oracle`."""
     errors: dict[int, tuple[float, float]]
     unseen: tuple[Trace, dict[int, Floats]]
     """See `Calibrated`."""
@@ -239,6 +243,7 @@ def _baselines(trace: Trace, numbers: Sequence[int], testing: _Prompts) -> dict[
         "always": always,
         "random": [_mixed(always[0], always[-1], share) for share in shares],
         "uncalibrated": [own.worth(Setting(0.0, bound, early[0]), {}) for bound in _BOUNDS],
+        "oracle": testing.oracle(),
     }
 
 
@@ -307,8 +312,26 @@ class _Prompts:
 
     def worth(self, setting: Setting, weights: Mapping[int, tuple[float, ...]]) -> Worth:
         """What a setting does on these prompts."""
-        answers = [self._answer(i, setting, weights) for i in range(len(self.records))]
-        whole = sum(self._answer(i, Setting(NEVER, 0.0), weights).flops for i in range(len(self.records)))
+        return self._mean(setting, [self._answer(i, setting, weights) for i in range(len(self.records))])
+
+    def oracle(self) -> list[Worth]:
+        """What one exit a prompt gives at best, to who knows beforehand what each will say, at some prices of compute.
+
+        It bounds what any router can reach with this family: an answer that moves on takes at least what the exit that
+        ends it would have taken for all of it. (Moves can still pick the better of two exits token by token.)
+        """
+        count, exits = len(self.records), self.header.exits
+        alone = [[self._answer(i, Setting(0.0, 0.0, p), {}) for p in exits] for i in range(count)]
+        mean = sum(answers[-1].flops for answers in alone) / count
+
+        def at(price: float) -> Worth:
+            best = [max(answers, key=lambda a: a.score - price * a.flops / mean) for answers in alone]
+            return self._mean(Setting(price, 0.0), best)
+
+        return [at(price) for price in _PRICES]
+
+    def _mean(self, setting: Setting, answers: Sequence[_Answer]) -> Worth:
+        whole = sum(self._answer(i, Setting(NEVER, 0.0), {}).flops for i in range(len(self.records)))
         decided = dict.fromkeys(self.header.exits, 0)
         for part in (part for answer in answers for part in answer.parts):
             decided[part.exit] += part.stop - part.start

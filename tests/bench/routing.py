@@ -15,7 +15,7 @@ from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.bets import split
 from ruyi_flow.routing.calibration import choose, outcome, path
-from ruyi_flow.routing.cascade import calibrate_cascade
+from ruyi_flow.routing.cascade import Worth, calibrate_cascade
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.curves import Floats, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy import Judge, Policy, Routing
@@ -119,9 +119,13 @@ def bench_cascade(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
             t = made.tested
             found[f"{name}_{loss:g}"] = f"{t.score:.3f} of {t.last:.3f} at {t.compute:.1%} of the compute"
             if loss == 0.03 or f"{name}_frontier" not in found:
-                points = [f"{w.score / max(w.last, 1e-9):.3f} at {w.compute:.3f}" for w in made.frontier]
-                found[f"{name}_frontier"] = "; ".join(points)
+                found[f"{name}_frontier"] = _points(made.frontier)
+                found[f"{name}_oracle"] = _points(made.baselines["oracle"])
     return found
+
+
+def _points(worths: Sequence[Worth]) -> str:
+    return "; ".join(f"{w.score / max(w.last, 1e-9):.3f} at {w.compute:.3f}" for w in worths)
 
 
 async def bench_drafts(rounds: int) -> dict[str, Any]:

@@ -139,3 +139,14 @@ def test_a_policy_file_carries_a_cascade(tmp_path: Path) -> None:
     assert routing.mode is Mode.CASCADE and routing.window == 8 and dict(routing.thresholds or {}) == read.thresholds
     assert read.start is None or isinstance(routing.start, Start)
     assert found.tested in found.frontier
+
+
+def test_an_oracle_is_never_beaten_at_its_price_of_compute() -> None:
+    found = calibrate_cascade(made(600, 4, scored=True), max_loss=0.2)
+    others = [*found.frontier, *found.baselines["always"], *found.baselines["random"]]
+    for oracle in found.baselines["oracle"]:
+        price = oracle.setting.chance
+        most = max(worth.score - price * worth.compute for worth in others)
+        assert oracle.score - price * oracle.compute >= most - 1e-9
+    cheap = [oracle.compute for oracle in found.baselines["oracle"]]
+    assert cheap == sorted(cheap, reverse=True) and cheap[-1] < 0.6, "the dearer compute is, the less of it"

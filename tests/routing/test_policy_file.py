@@ -174,7 +174,7 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     assert code == 0 and "of its compute" in said
     assert {file.name for file in (tmp_path / "r").iterdir()} == {"cascade.csv", "cascade.png", "reliability.png"}
     rows = list(csv.DictReader((tmp_path / "r/cascade.csv").read_text().splitlines()))
-    assert {row["policy"] for row in rows} == {"calibrated", "always", "random", "uncalibrated"}
+    assert {row["policy"] for row in rows} == {"calibrated", "always", "random", "uncalibrated", "oracle"}
     deep, shallow = ([r for r in rows if r["policy"] == "always" and float(r[at]) == 1] for at in ("at_6", "at_2"))
     assert float(deep[0]["escalated"]) == float(deep[0]["compute"]) == 1 and float(deep[0]["bytes_per_token"]) > 16
     assert float(shallow[0]["escalated"]) == float(shallow[0]["bytes_per_token"]) == 0
