@@ -12,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing import trace as traces
 from ruyi_flow.routing.confidence import Scale, Score
 from ruyi_flow.routing.start import Reading
 from ruyi_flow.routing.trace import Header, Record
+from ruyi_flow.sim.hardware import geometry
+from ruyi_flow.sim.profile import Profile
+from ruyi_flow.sim.scenario import Scenario
 
-__all__ = ["Drawn", "Recorded", "Script", "Scripts"]
+__all__ = ["Drawn", "Recorded", "Script", "Scripts", "scripts_of"]
 
 _SAID = 1
 """The token that the last exit says at an even position of a drawn answer; what matters of tokens is who agrees."""
@@ -154,6 +158,68 @@ class Drawn:
         mean = sum(c for _, c in first) / length
         loss = -math.log(max(1e-3, mean))
         return Script(looks, Reading(1, loss, loss, first[0][1]), 2**31 - 1)
+
+
+def scripts_of(scenario: Scenario, profiles: Sequence[Profile], scale: Scale | None, where: str) -> Scripts:
+    """What the branches say in a scenario: along its trace, or drawn by its behaviour.
+
+    Args:
+        scenario: checked.
+        profiles: of its nodes.
+        scale: of its policy; what confidence means.
+        where: its file's name, for messages.
+
+    Raises:
+        ConfigError: the trace cannot be read, is of another family than the scenario's or the profiles', or lacks what
+            the scale needs; or there is neither a trace nor a behaviour.
+    """
+    if scenario.trace is not None:
+        try:
+            header, records = traces.read(scenario.trace)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: trace: {error}") from None
+        _check_family(header, scenario, profiles, where)
+        try:
+            return Recorded(header, records, scale)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: trace: {scenario.trace}: {error}") from None
+    exits = scenario.all_exits
+    agreement = {} if scenario.behaviour is None else dict(scenario.behaviour.agreement)
+    if scenario.behaviour is None and len(exits) > 1:
+        raise ConfigError(
+            f"{where}: trace: nobody knows what the branches say; name a trace (ruyi-flow trace), or a behaviour, "
+            f"as in behaviour: {{agreement: {{{exits[0]}: 0.7}}}}"
+        )
+    options = {} if scenario.behaviour is None else scenario.behaviour.model_dump(exclude={"agreement"})
+    return Drawn({**agreement, exits[-1]: 1.0}, seed=scenario.seed, **options)
+
+
+def _check_family(header: Header, scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
+    """Refuse a trace of another family."""
+    trace = f"{where}: trace: {scenario.trace} is of"
+    if header.exits != scenario.all_exits:
+        raise ConfigError(
+            f"{trace} a family with exits {list(header.exits)}, this one has {list(scenario.all_exits)}; trace this "
+            f"family (ruyi-flow trace)"
+        )
+    for node, profile in zip(scenario.nodes, profiles, strict=True):
+        if header.hidden_size != profile.hidden_size:
+            raise ConfigError(
+                f"{trace} a family whose states have {header.hidden_size} values, the costs of {node.name!r} of one "
+                f"with {profile.hidden_size}; trace this family"
+            )
+        if node.hardware is not None and header.branch_layers:
+            shape = geometry(scenario.family, scenario.exits, where)
+            if header.branch_layers != shape.branch_layers:
+                raise ConfigError(
+                    f"{trace} a family with {list(header.branch_layers)} layers in its branches, {scenario.family} has "
+                    f"{list(shape.branch_layers)}; trace this family"
+                )
+        if profile.kind == "measured" and profile.family != header.family:
+            raise ConfigError(
+                f"{trace} family {header.family[:12]}, the profile of {profile.family[:12]}; trace and profile the "
+                f"same one"
+            )
 
 
 def _cdf(x: Any) -> Any:

@@ -63,9 +63,9 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.calibration import path
 from ruyi_flow.routing.trace import Header, Trace
 from ruyi_flow.sim.behaviour import Recorded, Scripts
+from ruyi_flow.sim.costs import rates
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
 from ruyi_flow.sim.profile import Profile, StepCost
-from ruyi_flow.sim.run import rates
 from ruyi_flow.sim.scenario import Scenario
 
 __all__ = ["Estimate", "Samples"]

@@ -24,10 +24,11 @@ import yaml
 from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.policy_file import PolicyFile
+from ruyi_flow.sim.costs import profiles_of
 from ruyi_flow.sim.estimate import Estimate, Samples
 from ruyi_flow.sim.parallel import play
 from ruyi_flow.sim.profile import Profile
-from ruyi_flow.sim.run import Progress, Simulation, profiles_of
+from ruyi_flow.sim.run import Progress, Simulation
 from ruyi_flow.sim.scenario import Scenario, SimLink
 from ruyi_flow.sim.sweep import MOST_FAILED
 from ruyi_flow.topology import Link, Node, Topology

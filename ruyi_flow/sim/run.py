@@ -15,24 +15,22 @@ from typing import Any
 import simpy
 
 from ruyi_flow.chain import decode
-from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import ConfigError, NodeUnavailable, RuyiFlowError
-from ruyi_flow.routing import trace as traces
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.kv_cache import PagePool
-from ruyi_flow.sim.behaviour import Drawn, Recorded, Script, Scripts
+from ruyi_flow.sim.behaviour import Recorded, Script, scripts_of
 from ruyi_flow.sim.cluster import Cluster
-from ruyi_flow.sim.hardware import HARDWARE, analytic, check_fits, geometry
+from ruyi_flow.sim.costs import check_stages, profiles_of, rates
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
 from ruyi_flow.sim.plots import check_matplotlib
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
 from ruyi_flow.sim.results import Answered, Recorder, Result
-from ruyi_flow.sim.scenario import Scenario, SimNode
+from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.sim.times import VirtualTime
-from ruyi_flow.types import SamplingParams, Weights
+from ruyi_flow.types import SamplingParams
 
-__all__ = ["Progress", "Result", "Simulation", "metrics_text", "profiles_of", "rates", "simulate"]
+__all__ = ["Progress", "Result", "Simulation", "metrics_text", "simulate"]
 
 _TURN = 1_000_003
 """Between the numbers of scripts of one conversation's turns."""
@@ -74,12 +72,12 @@ class Simulation:
     ) -> None:
         self.scenario, self._where = scenario, where
         self.profiles = tuple(profiles or profiles_of(scenario, where))
-        _check_stages(scenario, self.profiles, where)
+        check_stages(scenario, self.profiles, where)
         scenario.check_bytes(self.profiles[0].hidden_size, where=where)
         self._routing = scenario.policy.routing(where)
         self._policy = Policy.resolve(self._routing, scenario.all_exits)
         self._source = random.Random(f"{scenario.seed}/load")
-        self.scripts = self._behaviour()
+        self.scripts = scripts_of(scenario, self.profiles, self._routing.scale, where)
         load = scenario.workload
         self._conversations = conversations(load, scenario.nodes[0].count, self._source, where)
         self._prompts, self._answers = Lengthy(load.prompts), Lengthy(load.answers)
@@ -266,50 +264,6 @@ class Simulation:
                 f"{limit} is {min(context, room)}; ask for fewer{', or raise that' if room < context else ''}"
             )
 
-    def _behaviour(self) -> Scripts:
-        scenario, where = self.scenario, self._where
-        if scenario.trace is not None:
-            try:
-                header, records = traces.read(scenario.trace)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: trace: {error}") from None
-            if header.exits != scenario.all_exits:
-                raise ConfigError(
-                    f"{where}: trace: {scenario.trace} is of a family with exits {list(header.exits)}, "
-                    f"this one has {list(scenario.all_exits)}; trace this family (ruyi-flow trace)"
-                )
-            for node, profile in zip(scenario.nodes, self.profiles, strict=True):
-                if header.hidden_size != profile.hidden_size:
-                    raise ConfigError(
-                        f"{where}: trace: {scenario.trace} is of a family whose states have {header.hidden_size} "
-                        f"values, the costs of {node.name!r} of one with {profile.hidden_size}; trace this family"
-                    )
-                if node.hardware is not None and header.branch_layers:
-                    shape = geometry(scenario.family, scenario.exits, where)
-                    if header.branch_layers != shape.branch_layers:
-                        raise ConfigError(
-                            f"{where}: trace: {scenario.trace} is of a family with {list(header.branch_layers)} layers "
-                            f"in its branches, {scenario.family} has {list(shape.branch_layers)}; trace this family"
-                        )
-                if profile.kind == "measured" and profile.family != header.family:
-                    raise ConfigError(
-                        f"{where}: trace: {scenario.trace} is of family {header.family[:12]}, the profile of "
-                        f"{profile.family[:12]}; trace and profile the same one"
-                    )
-            try:
-                return Recorded(header, records, self._routing.scale)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: trace: {scenario.trace}: {error}") from None
-        last = scenario.all_exits[-1]
-        agreement = {} if scenario.behaviour is None else dict(scenario.behaviour.agreement)
-        if scenario.behaviour is None and len(scenario.all_exits) > 1:
-            raise ConfigError(
-                f"{where}: trace: nobody knows what the branches say; name a trace (ruyi-flow trace), or a behaviour, "
-                f"as in behaviour: {{agreement: {{{scenario.all_exits[0]}: 0.7}}}}"
-            )
-        options = {} if scenario.behaviour is None else scenario.behaviour.model_dump(exclude={"agreement"})
-        return Drawn({**agreement, last: 1.0}, seed=scenario.seed, **options)
-
     def _metrics(self) -> dict[str, Any]:
         """Everything in numbers, from when counting began; what a node's time and bytes cost included."""
         found, recorder = self._recorder.figures(), self._recorder
@@ -398,67 +352,3 @@ def simulate(
 def metrics_text(metrics: dict[str, Any]) -> str:
     """metrics.json."""
     return json.dumps(metrics, indent=2, sort_keys=True) + "\n"
-
-
-def rates(node: SimNode) -> tuple[float, float, float]:
-    """Watts of a node while no step runs and while one does, and dollars an hour."""
-    machine = HARDWARE.get(node.hardware or "")
-    idle_w, busy_w, price = (
-        float((getattr(machine, key, None) if (own := getattr(node, key)) is None else own) or 0.0)
-        for key in ("idle_w", "busy_w", "price_per_hour")
-    )
-    return idle_w, busy_w, price
-
-
-def profiles_of(scenario: Scenario, where: str) -> list[Profile]:
-    """What each node's stages cost.
-
-    Raises:
-        ConfigError: a profile that cannot be read, a hardware that is not known, weights that do not fit in it.
-    """
-    known: dict[Path, Profile] = {}
-    return [_profile_of(scenario, i, known, where) for i in range(len(scenario.nodes))]
-
-
-def _profile_of(scenario: Scenario, i: int, known: dict[Path, Profile], where: str) -> Profile:
-    node = scenario.nodes[i]
-    if node.hardware is None:
-        path = node.profile or scenario.profile
-        assert path is not None
-        if path not in known:
-            try:
-                known[path] = Profile.load(path)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {f'nodes.{i}.profile' if node.profile else 'profile'}: {error}") from None
-        return known[path]
-    key = f"{where}: nodes.{i}.hardware"
-    if node.hardware not in HARDWARE:
-        raise ConfigError(
-            f"{key}: {node.hardware!r} is not known; known: {', '.join(HARDWARE)}"
-            f"{did_you_mean(node.hardware, [*HARDWARE])}"
-        )
-    hardware, shape = HARDWARE[node.hardware], geometry(scenario.family, scenario.exits, where)
-    scenario.check_family(shape.exits, where=where)
-    found = analytic(shape, hardware, weights=node.weights or Weights.BF16, name=scenario.family)
-    try:
-        check_fits([found.stage(p) for p in node.exits], hardware, node.limits.max_positions)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
-    return found
-
-
-def _check_stages(scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
-    for i, (node, profile) in enumerate(zip(scenario.nodes, profiles, strict=True)):
-        missing = [p for p in node.exits if p not in profile.exits]
-        if missing:
-            raise ConfigError(
-                f"{where}: nodes.{i}.exits: the profile of {node.name!r} has no stage at exit {missing[0]}; "
-                f"it has {list(profile.exits)}"
-            )
-        first = profile.stage(node.exits[0]).first_layer
-        before = scenario.nodes[i - 1].exits[-1] if i else 0
-        if first != before:
-            raise ConfigError(
-                f"{where}: nodes.{i}.exits: {node.name!r} starts after exit {before}, but its profile's stage at exit "
-                f"{node.exits[0]} after {first}; profile this family"
-            )
