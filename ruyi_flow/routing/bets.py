@@ -15,6 +15,9 @@ __all__ = ["best_bet", "check_shares", "grown", "lacking", "split"]
 _TUNING = 0.3
 """Share of the prompts that choose curves and thresholds."""
 
+_FAR = 1000
+"""Times as many prompts are more than anybody will trace."""
+
 
 def split(count: int, seed: int) -> tuple[list[int], list[int]]:
     """Numbers of the prompts that choose, and of those that test; ascending.
@@ -65,4 +68,7 @@ def lacking(x: Floats, null: float, sureness: float) -> str:
     if growth <= 0:
         return "these speak against it, so more of the same kind will not help; allow more"
     need = math.ceil(-math.log(1 - sureness) / growth / (1 - _TUNING))
-    return f"trace about {max(need - len(x), math.ceil(len(x) / 10)):,} more of the same kind, or allow more"
+    more = max(need - len(x), math.ceil(len(x) / 10))
+    if more > _FAR * len(x):
+        return "these hardly speak for it, so that it would take very many more of the same kind; allow more"
+    return f"trace about {more:,} more of the same kind, or allow more"

@@ -26,7 +26,7 @@ from ruyi_flow.types import Encoding, Mode
 __all__ = ["CascadeChoice", "Part", "Setting", "Worth", "calibrate_cascade", "flops", "follow"]
 
 _CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
-_PRICES = tuple(0.02 * 1.5**i for i in range(16))
+_PRICES = tuple(0.1 * 1.15**i for i in range(26))
 """Of all the last exit's compute, in worth."""
 
 _BOUNDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)

@@ -94,6 +94,7 @@ def test_a_failed_test_says_what_it_lacks() -> None:
     rare[:3] = 1.0
     assert lacking(rare, 0.05, 0.95).startswith("trace about ")
     assert "will not help" in lacking(np.full(100, 0.2), 0.05, 0.95)
+    assert lacking(np.repeat([0.0, 0.0995], 50), 0.05, 0.95).startswith("these hardly speak for it")
     with pytest.raises(ConfigError, match="one prompt cannot both"):
         split(1, 0)
 
