@@ -8,8 +8,8 @@ READY := .venv/ready
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
 
-test: $(READY)            ## all tests
-	$(BIN)/python -m pytest
+test: $(READY)            ## all tests, in a process a core and four at the most; a file's tests share their families
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)           ## format, lint, types, import order
 	$(BIN)/ruff format --check .
