@@ -191,7 +191,7 @@ class Client:
         self._portal = self._portal_manager.__enter__()
         try:
             self._portal.call(self._async.__aenter__)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the portal's thread must end
             self._portal = None
             self._portal_manager.__exit__(None, None, None)
             raise

@@ -246,7 +246,7 @@ class Hop:
         """Add another count of the same node to this one."""
         self.compute_s += other.compute_s
         self.queue_s += other.queue_s
-        if not other.messages:  # the entry node's, most often
+        if not other.messages:  # nothing was sent there
             return
         self.wire_s += other.wire_s
         self.messages += other.messages

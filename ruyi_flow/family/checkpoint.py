@@ -410,7 +410,7 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         os.replace(folder, out)
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

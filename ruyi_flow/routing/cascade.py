@@ -26,10 +26,9 @@ from ruyi_flow.types import Encoding, Mode
 __all__ = ["CascadeChoice", "Part", "Setting", "Worth", "calibrate_cascade", "flops", "follow"]
 
 _CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+_BOUNDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
 _PRICES = tuple(0.1 * 1.15**i for i in range(26))
 """Of all the last exit's compute, in worth."""
-
-_BOUNDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,8 @@ class CascadeChoice:
     baselines: dict[str, list[Worth]]
     """What they must beat there: `always` the same exit; `random`, each prompt by the first or the last exit;
     `uncalibrated`, from the first exit on by the mean of the likeliest token's own probability. And what they could
-    reach at best: `oracle`, see `_Prompts.oracle`."""
+    reach at best: `oracle`, see `_Prompts.oracle`.
+    (Where a setting has its chance, `random` has a share and `oracle` a price.)"""
     errors: dict[int, tuple[float, float]]
     unseen: tuple[Trace, dict[int, Floats]]
     """See `Calibrated`."""
@@ -317,8 +317,8 @@ class _Prompts:
     def oracle(self) -> list[Worth]:
         """What one exit a prompt gives at best, to who knows beforehand what each will say, at some prices of compute.
 
-        It bounds what any router can reach with this family: an answer that moves on takes at least what the exit that
-        ends it would have taken for all of it. (Moves can still pick the better of two exits token by token.)
+        Routers that never move back can hardly do better: an answer that moves on takes at least what the exit that
+        ends it would have taken for all of it, and gains only where the one before was right by itself.
         """
         count, exits = len(self.records), self.header.exits
         alone = [[self._answer(i, Setting(0.0, 0.0, p), {}) for p in exits] for i in range(count)]

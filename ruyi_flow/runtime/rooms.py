@@ -52,7 +52,7 @@ class Rooms:
             run = self.pool.allocate(session_id, max_positions)
             try:
                 session = make(session_id, run)
-            except BaseException:
+            except BaseException:  # whatever it is, nobody else would give the pages back
                 self.pool.release(run)
                 raise
             self.sessions[session_id] = session

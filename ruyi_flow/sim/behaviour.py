@@ -16,9 +16,9 @@ from ruyi_flow.routing import trace as traces
 from ruyi_flow.routing.confidence import Scale, Score
 from ruyi_flow.routing.start import Reading
 from ruyi_flow.routing.trace import Header, Record
-from ruyi_flow.sim.hardware import geometry
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.sim.shapes import geometry
 
 __all__ = ["Drawn", "Recorded", "Script", "Scripts", "scripts_of"]
 

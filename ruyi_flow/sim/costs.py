@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ruyi_flow.config_files import did_you_mean
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.sim.hardware import HARDWARE, analytic, check_fits, geometry
+from ruyi_flow.sim.analytic import analytic, check_fits
+from ruyi_flow.sim.hardware import HARDWARE
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.scenario import Scenario, SimNode
+from ruyi_flow.sim.shapes import geometry
 from ruyi_flow.types import Weights
 
 __all__ = ["check_stages", "profiles_of", "rates"]

@@ -1,31 +1,15 @@
-"""Machines, families' shapes, and what the stages of one cost on the other, computed and not measured: a roofline.
-
-What is computed takes the longer of two times, that of the operations and that of the bytes, and a fixed time a layer
-for launching kernels (Williams, Waterman and Patterson 2009). docs/simulation-costs.md has the equations, the machines
-with their sources, what the model leaves out, and how far it is from what was measured here.
-"""
+"""Machines that nodes may run on, from their data sheets; docs/simulation-costs.md has what is known of each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
-from ruyi_flow.config_files import did_you_mean
-from ruyi_flow.errors import ConfigError
-from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.sim.profile import Profile, StageCost
-from ruyi_flow.types import Weights
-
-__all__ = ["FAMILIES", "HARDWARE", "RUYI2", "RUYI_7B", "SMOLLM2", "Hardware", "analytic", "check_fits", "geometry"]
+__all__ = ["HARDWARE", "Hardware"]
 
 _LAYER_S = {"phone": 2e-4, "board": 2e-4, "laptop": 8e-5, "cpu": 8e-5, "gpu": 1e-4}
 """Launching one layer's kernels, by kind. docs/simulation-costs.md says where these come from."""
-
-_ROWS = tuple(2**i for i in range(10))
-"""1 … 512, the rows whose times a profile lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,180 +52,6 @@ class Hardware:
         """Seconds to compute so many operations and to move so many bytes, at once."""
         return max(flops / (self.flops * self.flops_share), moved / (self.bandwidth * self.bandwidth_share))
 
-
-def analytic(config: FamilyConfig, hardware: Hardware, *, weights: str, name: str) -> Profile:
-    """What every stage of a family costs on a machine, by the roofline.
-
-    Args:
-        config: the family.
-        hardware: where it runs. One machine runs all stages here; take from the profile those that it is to run.
-        weights: bf16, int8 or int4; products are computed in 16 bits either way.
-        name: the family's, for people.
-
-    Raises:
-        ConfigError: weights that are none of these.
-    """
-    if weights not in list(Weights):
-        raise ConfigError(f"weights are {weights!r}; known: {', '.join(Weights)}")
-    held = Weights(weights)
-    hidden, keys = config.hidden_size, 2 * config.num_kv_heads * config.head_dim
-    flops, layer, state, kv = config.layer_flops(0), config.layer_bytes(held), config.layer_state_bytes, config.kv_bytes
-
-    def layers(count: int, rows: int) -> float:
-        return count * (hardware.bound_s(rows * flops, layer + rows * (state + kv)) + hardware.layer_s)
-
-    taking = layer * hidden * keys / config.layer_parameters  # of a layer's weights, those of keys and values
-
-    def last(rows: int) -> float:
-        """Keys and values of a branch's last layer."""
-        return hardware.bound_s(rows * 2.0 * hidden * keys, taking + rows * (2 * (hidden + keys) + kv))
-
-    def rest(rows: int) -> float:
-        """The rest of a branch's last layer."""
-        return hardware.bound_s(rows * (flops - 2.0 * hidden * keys), layer - taking + rows * state) + hardware.layer_s
-
-    def head(rows: int) -> float:
-        moved = config.head_bytes(held) + rows * 2 * (hidden + config.vocab_size)
-        return hardware.bound_s(rows * config.head_flops, moved) + hardware.layer_s
-
-    attended = hardware.bound_s(config.layer_flops(1) - flops, 0)
-    context = hardware.bound_s(0.0, kv)
-    embedding = 0 if config.tied_head else 2 * config.vocab_size * hidden
-    stages = []
-    for (first, exit), depth in zip(config.stages(config.exits), config.branch_layers, strict=True):
-        count = exit - first
-        own = (count + depth) * layer + 2 * hidden + config.head_bytes(held)
-        stages.append(
-            StageCost(
-                exit=exit,
-                first_layer=first,
-                rows=_ROWS,
-                trunk_s=tuple(layers(count, rows) for rows in _ROWS),
-                branch_s=tuple(layers(depth - 1, rows) + last(rows) for rows in _ROWS),
-                head_s=tuple(rest(rows) + head(rows) for rows in _ROWS),
-                attended_s=count * attended,
-                context_s=count * context,
-                branch_attended_s=depth * attended,
-                branch_context_s=depth * context,
-                weight_bytes=own + (embedding if first == 0 else 0),
-                kv_bytes=(count + depth) * kv,
-            )
-        )
-    return Profile(
-        kind="analytic",
-        source=f"roofline of {hardware.label}, {hardware.flops_share:g} of its operations and "
-        f"{hardware.bandwidth_share:g} of its bandwidth, {hardware.layer_s * 1e6:g} µs a layer",
-        family=name,
-        hidden_size=hidden,
-        context=config.max_positions,
-        stages=tuple(stages),
-        weights=str(held),
-        machine=asdict(hardware),
-    )
-
-
-def check_fits(stages: Sequence[StageCost], hardware: Hardware, positions: int) -> None:
-    """Refuse stages whose weights, and so many positions' keys and values, are more than a machine's memory.
-
-    A head that stages share counts at each of them, since a profile does not say which do.
-
-    Raises:
-        ConfigError: says what is needed, what there is, and what to do.
-    """
-    weights = sum(stage.weight_bytes for stage in stages)
-    caches = positions * sum(stage.kv_bytes for stage in stages)
-    if weights + caches > hardware.memory_bytes:
-        exits = ", ".join(str(stage.exit) for stage in stages)
-        raise ConfigError(
-            f"{hardware.name}: exits {exits} need {weights / 1e9:.2f} GB for weights and {caches / 1e9:.2f} GB for the "
-            f"keys and values of {positions} positions; it has {hardware.memory_bytes / 1e9:g} GB: give it fewer "
-            "exits, weights in fewer bits or fewer positions"
-        )
-
-
-# ---- families that need no checkpoint ----
-
-RUYI_7B: Mapping[str, Any] = {
-    # config.json of huggingface.co/TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725. Exits and sizes, 3B to 7B:
-    # github.com/TeleAI-AI-Flow/AI-Flow-Ruyi, README_en.md. The shape is Qwen2.5-7B's.
-    "model_type": "ruyi_qwen2",
-    "early_exit_points": [11, 15, 19, 23, 27],
-    "shared_heads": False,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131072,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "eos_token_id": 151643,
-    "vocab_size": 152064,
-}
-RUYI2: Mapping[str, Any] = {
-    # Exits and sizes, 1.7B, 8B and 14B: github.com/TeleAI-AI-Flow/AI-Flow-Ruyi2, README_en.md. The shape is
-    # Qwen3-14B-Base's.
-    "model_type": "ruyi_qwen3",
-    "early_exit_points": [2, 21, 39],
-    "shared_heads": False,
-    "hidden_size": 5120,
-    "intermediate_size": 17408,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "eos_token_id": 151643,
-    "vocab_size": 151936,
-}
-SMOLLM2: Mapping[str, Any] = {
-    # The demo family: SmolLM2-135M-Instruct with the branches of family/demo/recipe.yaml, its probes left out.
-    "model_type": "ruyi_llama",
-    "early_exit_points": [5, 11, 17, 23, 29],
-    "early_exit_branch_layers": [1, 2, 2, 2, 1],
-    "shared_heads": True,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "rope_theta": 1e5,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "eos_token_id": 2,
-    "vocab_size": 49152,
-}
-"""Each in config.json's words, for `FamilyConfig.parse`."""
-
-FAMILIES: Mapping[str, Mapping[str, Any]] = {"ruyi-7b": RUYI_7B, "ruyi2": RUYI2, "smollm2": SMOLLM2}
-"""By the name that a scenario gives."""
-
-
-def geometry(family: str, exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
-    """A family's shape: one of `FAMILIES`, or a folder's config.json.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if family.lower() in FAMILIES:
-        return FamilyConfig.parse(FAMILIES[family.lower()])
-    file = Path(family) / "config.json"
-    try:
-        return FamilyConfig.parse(json.loads(file.read_text(encoding="utf-8")), exits=exits, where=str(file))
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"{where}: family: hardware's costs need the family's shape, and {family!r} is neither a folder with a "
-            f"config.json nor one of {', '.join(FAMILIES)}{did_you_mean(family, [*FAMILIES])}"
-        ) from None
-
-
-# ---- machines ----
 
 _UNREAD = "well known; not read at an address"
 _RULE = "idle: 0.15 of busy, a rule of thumb (https://nemulai.com/blog/gpu-electricity-cost-per-training-run)"

@@ -85,7 +85,7 @@ class Direction:
         loss: share of segments that are lost.
         outages: while it is down, what is under way waits.
         random: uniform numbers in 0 … 1 and normal ones.
-        over: takes in the bytes of every message, from when and for how long it was being sent.
+        note: takes in the bytes of every message, from when and for how long it was being sent.
         told: told of every message.
     """
 
@@ -99,7 +99,7 @@ class Direction:
         loss: float = 0.0,
         outages: Outages | None = None,
         random: Any = None,
-        over: Callable[[Amount], None] | None = None,
+        note: Callable[[Amount], None] = lambda amount: None,
         told: Told | None = None,
     ) -> None:
         self._time, self._latency_s, self._jitter_s, self._loss = time, latency_s, jitter_s, loss
@@ -110,8 +110,7 @@ class Direction:
         """By flow: happens when its last message is sent."""
         self._free_s = 0.0
         """When the only flow's last message is sent."""
-        self._outages, self._random, self._told = outages or Outages(), random, told
-        self._over = over
+        self._outages, self._random, self._note, self._told = outages or Outages(), random, note, told
         self.carried = 0
         """Bytes so far."""
 
@@ -139,8 +138,7 @@ class Direction:
                 raise
         while self._outages and (end := self._outages.ends(now := self._time.now())) > now:
             await self._time.sleep(end - now)
-        if self._over is not None:
-            self._over((began, count, sending))
+        self._note((began, count, sending))
         if self._told is not None:
             self._told(began, self._time.now(), count)
 

@@ -181,7 +181,7 @@ class VirtualWorker:
         round_cpu_s: processor time of one, where there are cores.
         cores: of the machine, where nodes share it.
         cold: what the first step after a pause takes more, by the pause; None for nothing.
-        busy: takes in the seconds of every step, from when it began.
+        note: takes in the seconds of every step, from when it began.
         told: told of every step.
     """
 
@@ -195,13 +195,13 @@ class VirtualWorker:
         round_cpu_s: float = 0.0,
         cores: Shared | None = None,
         cold: Callable[[float], float] | None = None,
-        busy: Callable[[Amount], None] = lambda amount: None,
+        note: Callable[[Amount], None] = lambda amount: None,
         told: Told | None = None,
     ) -> None:
         self._cold, self._idle_since = cold, -math.inf
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores = time, stages, cores
-        self._busy_over, self._told = busy, told
+        self._note, self._told = note, told
         self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
         self._busy = self._in_step = False
         self._later: list[Callable[[], object]] = []
@@ -229,7 +229,7 @@ class VirtualWorker:
             if around_s:
                 await self._time.sleep(around_s)
         except BaseException:
-            waiter.gone = True
+            waiter.gone = True  # interrupted: the step that it has a part in goes on without it
             raise
         return self._given(waiter)
 
@@ -250,15 +250,15 @@ class VirtualWorker:
                 parts = ((work, rows),)
                 cost = before_s + stages.cost(parts)
                 await (time.sleep(cost) if self._cores is None else self._cores.take(cost))
-                ended = now()
-                took = max(0.0, ended - began - around_s)
+                ended_s = now()
+                took = max(0.0, ended_s - began - around_s)
                 self.busy_s += took
-                self._busy_over((began, took, took))
+                self._note((began, took, took))
                 if self._told is not None:
                     self._told(began, took, work.stage, rows)
                 stages.run(parts)
                 ran_s += took
-                began, before_s, around_s = ended, 0.0, 0.0
+                began, before_s, around_s = ended_s, 0.0, 0.0
                 if not work.rows:
                     work = task.send(work.found)
         except StopIteration as ended:
@@ -340,7 +340,7 @@ class VirtualWorker:
     def _end(self, step: _Step) -> None:
         took = self._time.now() - step.began
         self.busy_s += took
-        self._busy_over((step.began, took, took))
+        self._note((step.began, took, took))
         if self._told is not None:
             rows = sum(rows for _, rows in step.parts)
             self._told(step.began, took, step.parts[0][0].running.stage, rows)

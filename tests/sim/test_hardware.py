@@ -13,8 +13,10 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.loading import load_slice
-from ruyi_flow.sim.hardware import HARDWARE, RUYI2, RUYI_7B, SMOLLM2, Hardware, analytic, check_fits
+from ruyi_flow.sim.analytic import analytic, check_fits
+from ruyi_flow.sim.hardware import HARDWARE, Hardware
 from ruyi_flow.sim.profile import Profile, StepCost
+from ruyi_flow.sim.shapes import RUYI2, RUYI_7B, SMOLLM2
 from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Weights
 

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.sim.hardware import SMOLLM2
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.sim.shapes import SMOLLM2
 from ruyi_flow.sim.sweep import FIGURES, Axis, Figure, Point, draw, front, half_width, sweep, write
 from tests.sim.small import profile, scenario
 
