@@ -263,7 +263,7 @@ class VirtualWorker:
                     work = task.send(work.found)
         except StopIteration as ended:
             result: T = ended.value
-        except BaseException:
+        except BaseException:  # interrupted, or the task failed: the node is free again
             self._leave()
             raise
         else:
@@ -284,7 +284,7 @@ class VirtualWorker:
         try:
             while waiter.result is None:
                 await self._do(self._begin())
-        except BaseException:
+        except BaseException:  # interrupted: others go on without it
             waiter.gone = True
             raise
         self._leave()
@@ -332,7 +332,7 @@ class VirtualWorker:
     async def _do(self, step: _Step) -> None:
         try:
             await self._pass(step.cost)
-        except BaseException:
+        except BaseException:  # interrupted
             self._time.start(self._take_over(step))  # others may have a part in it
             raise
         self._end(step)
