@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ruyi_flow.client import AsyncClient, Client, Reply
+    from ruyi_flow.config.topology import Topology
     from ruyi_flow.errors import RuyiFlowError
     from ruyi_flow.local import Family, load_family
-    from ruyi_flow.topology import Topology
     from ruyi_flow.types import SamplingParams, Token
 
 __all__ = [

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from ruyi_flow.config_files import did_you_mean
+from ruyi_flow.config.policy_file import PolicyFile
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.config.yaml_files import did_you_mean
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.policy import Routing
-from ruyi_flow.routing.policy_file import PolicyFile
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token, is_token_id, parse_mode
 
 if TYPE_CHECKING:
-    from ruyi_flow.entry import Entry
-    from ruyi_flow.transport.client import Peer
+    from ruyi_flow.serving.answering import Entry
+    from ruyi_flow.transport.peer import Peer
 
 __all__ = ["AsyncClient", "Client", "Prompt", "Reply", "make_request"]
 
@@ -80,12 +80,12 @@ class AsyncClient:
 
     async def __aenter__(self) -> AsyncClient:
         if self.topology.entry.address is None:
-            from ruyi_flow.engine import Engine
-            from ruyi_flow.entry import Entry
+            from ruyi_flow.serving.answering import Entry
+            from ruyi_flow.serving.engine import Engine
 
             self._local = Entry(await asyncio.to_thread(Engine.load, self.topology, self.topology.entry.name))
             return self
-        from ruyi_flow.transport.client import Peer
+        from ruyi_flow.transport.peer import Peer
 
         for node in self.topology.nodes:
             self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)

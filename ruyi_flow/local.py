@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ruyi_flow.chain import Chain, Round, decode
-from ruyi_flow.engine import find_device
-from ruyi_flow.entry import end_tokens, load_tokenizer
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.loading import load_slice
+from ruyi_flow.loop.chain import Chain, Round, decode
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.serving.answering import end_tokens, load_tokenizer
+from ruyi_flow.serving.engine import find_device
 from ruyi_flow.types import Mode, SamplingParams, Weights, is_token_id, parse_mode
 
 __all__ = ["Family", "load_family"]

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ruyi_flow.engine import Engine
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.transformer import Probe
-from ruyi_flow.node import serve
-from ruyi_flow.topology import Topology
+from ruyi_flow.serving.engine import Engine
+from ruyi_flow.serving.node import serve
 
 __all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "tiny_family"]
 

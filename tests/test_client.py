@@ -13,9 +13,9 @@ import pytest
 
 from ruyi_flow import Client
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import RequestError, RuyiFlowError
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, FinishReason
 
 
@@ -199,7 +199,7 @@ def test_a_stream_that_outlives_its_client_ends(spoken: Path) -> None:
 INTERRUPTED = """
 import signal, sys
 from ruyi_flow import Client
-from ruyi_flow.topology import Topology
+from ruyi_flow.config.topology import Topology
 with Client(Topology.parse({"family": sys.argv[1], "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})) as client:
     try:
         for i, token in enumerate(client.stream("hi", max_new_tokens=450, eos_token_ids=())):

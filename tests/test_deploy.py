@@ -8,9 +8,9 @@ import pytest
 import typer
 import yaml
 
-from ruyi_flow import node as daemon
 from ruyi_flow.cli import app
-from ruyi_flow.topology import Topology
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.serving import node as daemon
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from ruyi_flow.family.recipe import Recipe
-from ruyi_flow.topology import Topology
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.training.recipe import Recipe
 
 GUIDE = Path(__file__).parent.parent / "docs/training.md"
 

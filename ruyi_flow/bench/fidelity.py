@@ -17,9 +17,9 @@ import psutil
 from ruyi_flow.bench.nodes import daemons
 from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.report import Report, unseen
+from ruyi_flow.calibration.trace import Header, Record, read
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.trace import Header, Record, read
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario

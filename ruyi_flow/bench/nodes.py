@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from ruyi_flow.client import AsyncClient, Prompt, Reply
-from ruyi_flow.entry import load_tokenizer, prompt_ids
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.requests import GenerateRequest
-from ruyi_flow.supervisor import supervise
+from ruyi_flow.serving.answering import load_tokenizer, prompt_ids
+from ruyi_flow.serving.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
-from ruyi_flow.topology import Topology
 
 __all__ = ["PROMPT", "PROMPTS", "ask", "check_whole", "daemons", "prompts"]
 

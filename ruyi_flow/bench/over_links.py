@@ -16,12 +16,12 @@ from ruyi_flow.bench.engines import ours
 from ruyi_flow.bench.in_process import per_token
 from ruyi_flow.bench.nodes import PROMPT, PROMPTS, ask, daemons, prompts
 from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
+from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.local import load_family
-from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.testing import Relay
 from ruyi_flow.types import Token
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ruyi_flow.display import out
+from ruyi_flow.cli.display import out
 from ruyi_flow.errors import RuyiFlowError
 
 __all__ = ["app", "main"]

@@ -12,6 +12,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
+from ruyi_flow.cli.display import (
+    coloured,
+    err,
+    figures,
+    legend,
+    node_log,
+    out,
+    print_json,
+    progress_bar,
+    say,
+    stats_table,
+    status_table,
+    token_table,
+)
 from ruyi_flow.cli.nodes import start_nodes
 from ruyi_flow.cli.options import (
     DEFAULT_TOPOLOGY,
@@ -44,22 +58,8 @@ from ruyi_flow.cli.options import (
     on_signals,
     prompt_text,
 )
-from ruyi_flow.display import (
-    coloured,
-    err,
-    figures,
-    legend,
-    node_log,
-    out,
-    print_json,
-    progress_bar,
-    say,
-    stats_table,
-    status_table,
-    token_table,
-)
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RuyiFlowError
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import Final, Mode, Token
 
 __all__ = ["chat", "demo", "explain_", "generate", "show"]
@@ -80,7 +80,7 @@ def demo(
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
-        from ruyi_flow.supervisor import supervise
+        from ruyi_flow.serving.supervisor import supervise
 
         stop = on_signals()
         async with supervise(topology, loaded, node_log(loaded)) as supervisor:

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ruyi_flow.bench import Against
 from ruyi_flow.cli.app import app
+from ruyi_flow.cli.display import counting_bar, err, out, print_json, say
 from ruyi_flow.cli.options import JsonOption
-from ruyi_flow.display import counting_bar, err, out, print_json, say
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.types import Weights
 

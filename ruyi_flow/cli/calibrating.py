@@ -13,19 +13,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ruyi_flow.calibration.trace import Scorer
 from ruyi_flow.cli.app import app
+from ruyi_flow.cli.display import counting_bar, err, out, print_json, progress_bar
 from ruyi_flow.cli.options import JsonOption, MaxOption, check_target
-from ruyi_flow.display import counting_bar, err, out, print_json, progress_bar
+from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import WINDOW
-from ruyi_flow.routing.policy_file import PolicyFile
-from ruyi_flow.routing.trace import Scorer
 from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
-    from ruyi_flow.routing.budget import Deployment
-    from ruyi_flow.routing.trace import Trace
+    from ruyi_flow.calibration.budget import Deployment
+    from ruyi_flow.calibration.trace import Trace
 
 __all__ = ["calibrate", "trace"]
 
@@ -68,10 +68,10 @@ def trace(
     check_target(out_file, "--out")
     import torch
 
+    from ruyi_flow.calibration.trace import Trace
     from ruyi_flow.evaluation.scorers import read_asked
     from ruyi_flow.evaluation.tracing import record
     from ruyi_flow.local import load_family
-    from ruyi_flow.routing.trace import Trace
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -200,7 +200,7 @@ def calibrate(
         raise ConfigError(f"--max-escalation is {max_escalation:g}; it is a share, at most 1")
     _check_targets(out_file, report)
 
-    from ruyi_flow.routing.trace import Trace
+    from ruyi_flow.calibration.trace import Trace
 
     read = Trace.load(*trace_files)
     if score is not None and score not in read.header.scores:
@@ -209,8 +209,8 @@ def calibrate(
         loss = 0.03 if max_loss is None else max_loss
         _cascade(read, loss, sureness, score, window or WINDOW, seed, out_file, report, as_json)
         return
-    from ruyi_flow.routing import calibration
-    from ruyi_flow.routing.budget import Budget
+    from ruyi_flow.calibration import thresholds as calibration
+    from ruyi_flow.calibration.budget import Budget
 
     spends = tuple(budgeted.values())
     budget = Budget(*spends) if any(value is not None for value in spends) else None
@@ -286,10 +286,10 @@ def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deplo
         if measured:
             raise ConfigError("--max-latency needs --topology: the running nodes whose times count")
         return None
+    from ruyi_flow.config.topology import Topology
     from ruyi_flow.evaluation.deployment import deployment_of, measure
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
-    from ruyi_flow.topology import Topology
 
     loaded = Topology.load(topology)
     if loaded.all_exits != trace.header.exits:
@@ -315,8 +315,8 @@ def _cascade(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    from ruyi_flow.routing.cascade import calibrate_cascade
-    from ruyi_flow.routing.trace import Scorer
+    from ruyi_flow.calibration.cascade import calibrate_cascade
+    from ruyi_flow.calibration.trace import Scorer
 
     options = trace.header.scorer == Scorer.CHOICE
     with counting_bar(quiet=as_json) as progress:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
+from ruyi_flow.cli.display import counting_bar, err, out, print_json, say, training_bar
 from ruyi_flow.cli.options import JsonOption, integers
-from ruyi_flow.display import counting_bar, err, out, print_json, say, training_bar
 from ruyi_flow.errors import ConfigError
 
 __all__ = ["evaluate", "pull", "train"]
@@ -91,13 +91,13 @@ def train(
     For several GPUs or machines: accelerate launch -m ruyi_flow.cli train
     RECIPE (on CPUs: torchrun).
     """
-    from ruyi_flow.entry import end_tokens, load_tokenizer
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
-    from ruyi_flow.family.distill import distill
-    from ruyi_flow.family.recipe import Recipe
-    from ruyi_flow.family.train import Step
-    from ruyi_flow.family.train import train as run
+    from ruyi_flow.serving.answering import end_tokens, load_tokenizer
+    from ruyi_flow.training.distill import distill
+    from ruyi_flow.training.recipe import Recipe
+    from ruyi_flow.training.train import Step
+    from ruyi_flow.training.train import train as run
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
     plan = Recipe.load(recipe)

@@ -16,8 +16,8 @@ import typer
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
+from ruyi_flow.cli.display import counting_bar, err, join, node_log, out, print_json, progress_bar, status_table
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, load_topology, networked, on_signals
-from ruyi_flow.display import counting_bar, err, join, node_log, out, print_json, progress_bar, status_table
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.types import NodeStatus, Weights
 
@@ -58,9 +58,9 @@ def shard(
     """
     import torch
 
-    from ruyi_flow.entry import load_tokenizer
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint, cut
+    from ruyi_flow.serving.answering import load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -113,8 +113,8 @@ def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | Non
     Raises:
         ConfigError: a file that cannot be read, or a family without a tokenizer.
     """
+    from ruyi_flow.calibration.trace import Scorer
     from ruyi_flow.evaluation.scorers import read_asked
-    from ruyi_flow.routing.trace import Scorer
 
     if tokenizer is None:
         raise ConfigError(f"{checkpoint.folder}: it has no tokenizer.json, so what few bits cost cannot be measured")
@@ -147,11 +147,11 @@ def node(
     here = loaded.node(name)
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
-    from ruyi_flow.engine import Engine
-    from ruyi_flow.node import serve, stay_on_cores
+    from ruyi_flow.serving.engine import Engine
+    from ruyi_flow.serving.node import serve, stay_on_cores
 
     stay_on_cores(here, str(topology))
-    logger = logging.getLogger("ruyi_flow.node")
+    logger = logging.getLogger("ruyi_flow.serving.node")
     engine = Engine.load(loaded, name, where=str(topology))
 
     async def run() -> None:
@@ -194,7 +194,7 @@ def up(
     loaded = networked(topology)
 
     async def run() -> None:
-        from ruyi_flow.supervisor import supervise
+        from ruyi_flow.serving.supervisor import supervise
 
         stop = on_signals()
         async with supervise(topology, loaded, node_log(loaded)) as supervisor:

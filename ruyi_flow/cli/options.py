@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import Mode
 
 __all__ = [

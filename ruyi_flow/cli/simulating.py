@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
+from ruyi_flow.cli.display import counting_bar, err, join, out, print_json
 from ruyi_flow.cli.options import JsonOption, check_target, load_topology
-from ruyi_flow.display import counting_bar, err, join, out, print_json
+from ruyi_flow.config.topology import check_address
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.topology import check_address
 from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:

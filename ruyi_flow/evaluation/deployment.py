@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+from ruyi_flow.calibration.budget import Deployment, frame
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.budget import Deployment, frame
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import Mode
 
 __all__ = ["deployment_of", "measure"]

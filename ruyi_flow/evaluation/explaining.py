@@ -11,16 +11,16 @@ import torch
 from jinja2 import Environment
 from torch import Tensor
 
-from ruyi_flow.entry import prompt_ids
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.family.reading import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, each_exit
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.scores import measure
-from ruyi_flow.topology import Topology
+from ruyi_flow.serving.answering import prompt_ids
 from ruyi_flow.types import Mode, Stats, Token
 
 __all__ = ["Explained", "explain", "like_the_last_node", "score_name", "write_html"]

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ruyi_flow.calibration.cascade import CascadeChoice
+from ruyi_flow.calibration.curves import Floats, raw_confidences, reliability
+from ruyi_flow.calibration.thresholds import Point
+from ruyi_flow.calibration.trace import Trace
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import Point
-from ruyi_flow.routing.cascade import CascadeChoice
-from ruyi_flow.routing.curves import Floats, raw_confidences, reliability
-from ruyi_flow.routing.trace import Trace
 
 __all__ = ["write", "write_cascade"]
 

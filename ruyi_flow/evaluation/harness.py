@@ -16,9 +16,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from ruyi_flow.family.distill import answers
-from ruyi_flow.family.reading import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, each_exit
 from ruyi_flow.local import Family
+from ruyi_flow.training.distill import answers
 
 __all__ = ["ExitLM", "Found", "Report", "key"]
 

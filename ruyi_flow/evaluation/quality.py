@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ruyi_flow.calibration.trace import Scorer
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import read_asked
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family
-from ruyi_flow.routing.trace import Scorer
 from ruyi_flow.types import Weights
 
 __all__ = ["QUESTIONS", "Quality", "measure_quality"]

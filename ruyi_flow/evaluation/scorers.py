@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ruyi_flow.calibration.trace import Scorer
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.family.corpus import CHAT, chat_prompt, each_line
-from ruyi_flow.routing.trace import Scorer
+from ruyi_flow.training.corpus import CHAT, chat_prompt, each_line
 
 __all__ = ["Asked", "number", "read_asked"]
 

@@ -1,4 +1,4 @@
-"""Recording traces (`routing/trace.py`): the last exit answers prompts, then all exits read the answers in one pass."""
+"""Recording traces (`calibration/trace.py`): the last exit answers prompts, then all exits read the answers in one pass."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ruyi_flow.entry import end_tokens
+from ruyi_flow.calibration.trace import ExitRecord, Header, Own, Record, Scorer, Writer
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked, number
-from ruyi_flow.family.distill import Answer, answers
-from ruyi_flow.family.reading import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, each_exit
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
-from ruyi_flow.routing.trace import ExitRecord, Header, Own, Record, Scorer, Writer
 from ruyi_flow.runtime.scores import measure_all, reading
+from ruyi_flow.serving.answering import end_tokens
+from ruyi_flow.training.distill import Answer, answers
 from ruyi_flow.types import Encoding, Weights
 
 __all__ = ["TEMPERATURES", "record"]

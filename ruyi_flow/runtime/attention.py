@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ruyi_flow.runtime.kv_cache import PAGE_SIZE
+from ruyi_flow.loop.pages import PAGE_SIZE
 
 __all__ = [
     "LONG_PAGE",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ruyi_flow.family.transformer import Attention, FamilySlice
+from ruyi_flow.loop.pages import PAGE_SIZE, Run
 from ruyi_flow.runtime.attention import LONG_PAGE, PagedAttention, page_table
-from ruyi_flow.runtime.kv_cache import PAGE_SIZE, Run
 
 __all__ = ["MAX_ROWS", "Block", "Graphs", "padded_positions", "padded_rows", "plan"]
 

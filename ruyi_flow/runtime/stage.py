@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family.transformer import Attention, FamilySlice, Rope
+from ruyi_flow.loop.capacity import Rooms
+from ruyi_flow.loop.pages import Run
+from ruyi_flow.loop.session import Pass, Piece, Session
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.start import Reading
 from ruyi_flow.runtime.attention import LONG_PAGE, BatchedAttention, CachedAttention, flash_attention
 from ruyi_flow.runtime.cuda_graphs import Graphs
-from ruyi_flow.runtime.kv_cache import Run
-from ruyi_flow.runtime.rooms import Rooms
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.scores import Confidence, likeliest, reading
-from ruyi_flow.runtime.session import Pass, Piece, Session
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Shard", "ShardSession"]

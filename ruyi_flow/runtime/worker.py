@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ruyi_flow.errors import NodeUnavailable
-from ruyi_flow.runtime.steps import Job, Steps, Task, drive, passes, run
+from ruyi_flow.loop.steps import Job, Steps, Task, drive, passes, run
 
 __all__ = ["InlineWorker", "ThreadWorker"]
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ruyi_flow.calibration import trace as traces
+from ruyi_flow.calibration.trace import Header, Record
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing import trace as traces
 from ruyi_flow.routing.confidence import Scale, Score
 from ruyi_flow.routing.start import Reading
-from ruyi_flow.routing.trace import Header, Record
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.sim.shapes import geometry

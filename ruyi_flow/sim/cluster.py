@@ -7,18 +7,18 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ruyi_flow.chain import Chain
+from ruyi_flow.loop.capacity import Rooms
+from ruyi_flow.loop.chain import Chain
+from ruyi_flow.loop.front_door import Sessions
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.runtime.rooms import Rooms
-from ruyi_flow.sessions import Sessions
 from ruyi_flow.sim.behaviour import Script
+from ruyi_flow.sim.clock import Shared, VirtualTime
 from ruyi_flow.sim.link import Direction, Outages, VirtualRemote
 from ruyi_flow.sim.node import VirtualStages, VirtualWorker
 from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.results import Recorder
 from ruyi_flow.sim.scenario import Scenario, SimNode, Span
-from ruyi_flow.sim.times import Shared, VirtualTime
 from ruyi_flow.types import Encoding, SamplingParams, Stage
 
 __all__ = ["Cluster", "Instance"]

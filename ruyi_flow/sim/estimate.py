@@ -59,9 +59,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ruyi_flow.calibration.thresholds import path
+from ruyi_flow.calibration.trace import Header, Trace
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.calibration import path
-from ruyi_flow.routing.trace import Header, Trace
 from ruyi_flow.sim.behaviour import Recorded, Scripts
 from ruyi_flow.sim.costs import rates
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns

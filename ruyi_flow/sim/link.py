@@ -8,12 +8,12 @@ from typing import Any
 
 import simpy
 
-from ruyi_flow.chain import Chain
 from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable
+from ruyi_flow.loop.chain import Chain
 from ruyi_flow.requests import SessionOpen
+from ruyi_flow.sim.clock import Shared, VirtualTime, until
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.results import Amount
-from ruyi_flow.sim.times import Shared, VirtualTime, until
 from ruyi_flow.types import Block, Hop, Verdict
 
 __all__ = ["Direction", "Outages", "VirtualRemote"]

@@ -7,16 +7,16 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ruyi_flow.loop.capacity import Rooms
+from ruyi_flow.loop.pages import Run
+from ruyi_flow.loop.scheduler import alone
+from ruyi_flow.loop.session import Pass, Session
+from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.runtime.kv_cache import Run
-from ruyi_flow.runtime.rooms import Rooms
-from ruyi_flow.runtime.scheduler import alone
-from ruyi_flow.runtime.session import Pass, Session
-from ruyi_flow.runtime.steps import Job, Parts, Steps, Task, run
 from ruyi_flow.sim.behaviour import Script
+from ruyi_flow.sim.clock import Shared, VirtualTime, until
 from ruyi_flow.sim.profile import StepCost
 from ruyi_flow.sim.results import Amount
-from ruyi_flow.sim.times import Shared, VirtualTime, until
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]

@@ -21,9 +21,10 @@ from typing import Any
 
 import yaml
 
-from ruyi_flow.config_files import did_you_mean
+from ruyi_flow.config.policy_file import PolicyFile
+from ruyi_flow.config.topology import Link, Node, Topology
+from ruyi_flow.config.yaml_files import did_you_mean
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.sim.costs import profiles_of
 from ruyi_flow.sim.estimate import Estimate, Samples
 from ruyi_flow.sim.parallel import play
@@ -31,7 +32,6 @@ from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Progress, Simulation
 from ruyi_flow.sim.scenario import Scenario, SimLink
 from ruyi_flow.sim.sweep import MOST_FAILED
-from ruyi_flow.topology import Link, Node, Topology
 from ruyi_flow.types import Mode
 
 __all__ = ["MINIMIZE", "Bound", "Candidate", "Plan", "cuts", "plan", "write"]

@@ -14,11 +14,12 @@ from typing import Any
 
 import simpy
 
-from ruyi_flow.chain import decode
 from ruyi_flow.errors import ConfigError, NodeUnavailable, RuyiFlowError
+from ruyi_flow.loop.chain import decode
+from ruyi_flow.loop.pages import PagePool
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.runtime.kv_cache import PagePool
 from ruyi_flow.sim.behaviour import Recorded, Script, scripts_of
+from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.sim.cluster import Cluster
 from ruyi_flow.sim.costs import check_stages, profiles_of, rates
 from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
@@ -27,7 +28,6 @@ from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
 from ruyi_flow.sim.results import Answered, Recorder, Result
 from ruyi_flow.sim.scenario import Scenario
-from ruyi_flow.sim.times import VirtualTime
 from ruyi_flow.types import SamplingParams
 
 __all__ = ["Progress", "Result", "Simulation", "metrics_text", "simulate"]

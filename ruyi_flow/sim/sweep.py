@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from ruyi_flow import __version__
-from ruyi_flow.config_files import parse_value
+from ruyi_flow.config.yaml_files import parse_value
 from ruyi_flow.errors import ConfigError, RuyiFlowError
 from ruyi_flow.sim.parallel import play
 from ruyi_flow.sim.run import Progress, Simulation, metrics_text

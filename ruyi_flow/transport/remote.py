@@ -14,7 +14,7 @@ from ruyi_flow.requests import SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
-from ruyi_flow.transport.client import Peer
+from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.status import error_of, error_of_call
 from ruyi_flow.types import Block, Hop, Verdict
 

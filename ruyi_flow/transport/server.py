@@ -18,10 +18,10 @@ from ruyi_flow.errors import HandshakeError, NodeError, NodeFault, RuyiFlowError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.batches import Outbox
 from ruyi_flow.transport.blocks import BlockCodec
-from ruyi_flow.transport.client import METHODS
+from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import NODE_KEY, status_of
-from ruyi_flow.transport.together import Outbox
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.transport.client import Peer
+from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import (

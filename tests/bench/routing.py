@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from ruyi_flow.bench.nodes import PROMPTS, daemons
+from ruyi_flow.calibration.bounds import split
+from ruyi_flow.calibration.cascade import Worth, calibrate_cascade
+from ruyi_flow.calibration.curves import Floats, confidences, ece, fit, raw_confidences
+from ruyi_flow.calibration.thresholds import choose, outcome, path
+from ruyi_flow.calibration.trace import Scorer, Trace
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.routing.bets import split
-from ruyi_flow.routing.calibration import choose, outcome, path
-from ruyi_flow.routing.cascade import Worth, calibrate_cascade
 from ruyi_flow.routing.confidence import Score
-from ruyi_flow.routing.curves import Floats, confidences, ece, fit, raw_confidences
 from ruyi_flow.routing.policy import Judge, Policy, Routing
-from ruyi_flow.routing.policy_file import PolicyFile
-from ruyi_flow.routing.trace import Scorer, Trace
 from ruyi_flow.routing.walk import Walk
 from ruyi_flow.testing import Relay
 from ruyi_flow.types import Block, Mode

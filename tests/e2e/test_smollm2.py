@@ -8,10 +8,10 @@ import torch
 
 from ruyi_flow.bench.engines import as_transformers
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Score
-from ruyi_flow.routing.policy_file import PolicyFile
 from ruyi_flow.testing import cluster, cut_topology
 from ruyi_flow.types import Reason
 

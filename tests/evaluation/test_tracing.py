@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ruyi_flow import cli
+from ruyi_flow.calibration.trace import Scorer, Trace, Writer, read
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation import tracing
 from ruyi_flow.evaluation.scorers import Asked, number, read_asked
@@ -20,7 +21,6 @@ from ruyi_flow.evaluation.tracing import TEMPERATURES, record
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.routing.trace import Scorer, Trace, Writer, read
 from tests.conftest import confidence
 
 

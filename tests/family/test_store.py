@@ -11,9 +11,9 @@ from safetensors import safe_open
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.family.recipe import Recipe
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
+from ruyi_flow.training.recipe import Recipe
 
 
 def test_a_local_folder_is_pulled_once(tmp_path: Path, home: Path, tiny: Path) -> None:

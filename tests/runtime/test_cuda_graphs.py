@@ -14,6 +14,7 @@ import torch
 
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
+from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, Run
 from ruyi_flow.runtime.attention import (
     LONG_PAGE,
     BatchedAttention,
@@ -24,7 +25,6 @@ from ruyi_flow.runtime.attention import (
     page_table,
 )
 from ruyi_flow.runtime.cuda_graphs import MAX_ROWS, padded_positions, padded_rows, plan
-from ruyi_flow.runtime.kv_cache import PAGE_SIZE, PagePool, Run
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.types import SamplingParams

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.sim.link import Direction, Outages
-from ruyi_flow.sim.times import VirtualTime
 
 
 def _arrivals(*messages: tuple[float, int, int], shared: bool) -> list[float]:

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import yaml
 
+from ruyi_flow.calibration.trace import ExitRecord, Header, Record, Writer
 from ruyi_flow.cli.options import networked
+from ruyi_flow.config.policy_file import CurvePoints, PolicyFile
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.confidence import Score
-from ruyi_flow.routing.policy_file import CurvePoints, PolicyFile
-from ruyi_flow.routing.trace import ExitRecord, Header, Record, Writer
 from ruyi_flow.sim.costs import profiles_of
 from ruyi_flow.sim.estimate import Estimate, Samples
 from ruyi_flow.sim.plan import Bound, Candidate, arranged, cuts, plan
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
-from ruyi_flow.topology import Topology
 from tests.sim.small import EXITS, profile, scenario
 
 

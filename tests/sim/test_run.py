@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from ruyi_flow.bench.profile.messages import message_sizes
+from ruyi_flow.calibration.trace import read
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked
 from ruyi_flow.evaluation.tracing import record
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.routing.trace import read
 from ruyi_flow.sim.node import VirtualSession
 from ruyi_flow.sim.profile import Profile, StageCost
 from ruyi_flow.sim.run import Simulation, metrics_text

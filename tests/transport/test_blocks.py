@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ruyi_flow.chain import Chain
 from ruyi_flow.errors import WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
+from ruyi_flow.loop.chain import Chain
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker

@@ -19,10 +19,10 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.loading import load_slice
+from ruyi_flow.loop.session import Pass
+from ruyi_flow.loop.steps import Task
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.runtime.session import Pass
 from ruyi_flow.runtime.stage import Shard
-from ruyi_flow.runtime.steps import Task
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.types import SamplingParams, Weights

@@ -15,12 +15,12 @@ from ruyi_flow.bench.profile.messages import message_sizes
 from ruyi_flow.bench.profile.stages import ROWS, ascending
 from ruyi_flow.bench.report import Report, unseen
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.sim.profile import Profile, StageCost
 from ruyi_flow.testing import Relay
-from ruyi_flow.topology import Topology
 from ruyi_flow.types import Stats
 
 __all__ = ["measure_around", "measure_pauses", "profile_nodes"]

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ruyi_flow.bench.report import Report
+from ruyi_flow.loop.session import Pass, Session
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.runtime.session import Pass, Session
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.sim.profile import StageCost
 from ruyi_flow.types import Mode, SamplingParams

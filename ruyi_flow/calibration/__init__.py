@@ -1,0 +1,1 @@
+"""From recorded traces to thresholds with a bound, offline."""

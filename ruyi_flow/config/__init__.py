@@ -1,0 +1,1 @@
+"""Files that people write: YAML in general, topologies and calibrated policies."""

@@ -1,0 +1,381 @@
+"""Topology files: which node holds which exits, where it listens, how nodes are linked, and the default policy.
+
+YAML in, frozen and validated models out. A mistake is one `ConfigError` that names the file, the key's path, the value,
+and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ruyi_flow.config.policy_file import PolicyFile
+from ruyi_flow.config.yaml_files import did_you_mean, explain, read_yaml
+from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.types import Encoding, Mode, Upload, Weights
+
+__all__ = [
+    "LEAST_AHEAD",
+    "Dtype",
+    "Float",
+    "Int",
+    "Limits",
+    "Link",
+    "Model",
+    "Node",
+    "Topology",
+    "check_address",
+    "resolve_folder",
+]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+LEAST_AHEAD = 8
+"""Positions that go up together at the least where nothing is asked about them (`loop/chain.py`)."""
+
+
+def check_address(value: str) -> str:
+    """host:port, or a ValueError that says how to write it."""
+    match = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
+    if match is None or int(match[1]) > 65535:
+        raise ValueError("write it as host:port, for instance 127.0.0.1:7101 or [::1]:7101")
+    return value
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):  # YAML has yes and no for them, and Python takes both for numbers
+        raise ValueError("must be a number")
+    return value
+
+
+Address = Annotated[str, AfterValidator(check_address)]
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+
+
+class Model(BaseModel):
+    """A part of a file: frozen, and without keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(Model):
+    """What a node refuses to exceed."""
+
+    max_sessions: Int = Field(default=16, ge=1)
+    """Sessions at once."""
+    max_waiting: Int = Field(default=64, ge=0)
+    """Sessions that may wait for room, in order; what is past them is refused at once."""
+    max_wait_s: Float = Field(default=10.0, gt=0, le=1e6)
+    """How long each of them may wait, before it is refused; less than the `timeout_s` of the links that lead here, or
+    their callers give up first."""
+    max_positions: Int = Field(default=16384, ge=64, le=2**26)
+    """Positions of keys and values, over all sessions."""
+    max_step_positions: Int = Field(default=256, ge=1, le=2**20)
+    """That go through the layers at once, over all sessions; a longer prompt takes several steps, and others' tokens
+    join in each."""
+    max_message_bytes: Int = Field(default=4 * 1024 * 1024, ge=64 * 1024, le=2**31 - 1)
+    """Of one message on the wire; a longer prompt travels in several."""
+    grace_s: Float = Field(default=10.0, ge=0, le=1e6)
+    """How long running sessions may go on after SIGTERM."""
+    deepest: Int | None = None
+    """The deepest exit that an answer through this node may reach; tokens that it stops say `limit`."""
+    bytes_up_per_minute: Int | None = Field(default=None, ge=1)
+    """Of boundary states to the next node; what is past it is decided here, and says `budget`."""
+
+
+class Node(Model):
+    """A daemon that serves consecutive stages."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    tier: str | None = None
+    """Any label: device, edge, cloud, …; the node's name when left out."""
+    address: Address | None = None
+    """host:port to listen on and to be reached at; a topology of one node needs none."""
+    exits: tuple[Int, ...] = Field(min_length=1)
+    """The exits of its stages, ascending."""
+    dtype: Dtype = "bfloat16"
+    """Number format of the layers, and of their keys and values."""
+    weights: Weights | None = None
+    """bf16, int8 or int4: how products hold their weights. Left out: as the shard, or else the family, has them."""
+    device: str = "cpu"
+    """A torch device: cpu, cuda, cuda:1."""
+    compile: bool = False
+    """Whether the trunk's layers go through `torch.compile` as the node loads; on a CPU that is slower."""
+    threads: Int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads of the forward pass; torch's default when left out. Nodes that share cores must share them out."""
+    cores: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """CPU cores that the daemon stays on (Linux): big ones of a phone, those of one memory bank, or, for nodes of one
+    machine that take turns, the same one. Any, when left out."""
+    shard: Path | None = None
+    """Folder of this node's shard (`ruyi-flow shard`); without it the node picks its tensors out of the family."""
+    limits: Limits = Limits()
+
+    @property
+    def label(self) -> str:
+        """The tier, or the name where no tier is given."""
+        return self.tier or self.name
+
+
+class Link(Model):
+    """How a node reaches the next one."""
+
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    encoding: Encoding = Encoding.BF16
+    """How boundary states are written on it."""
+    address: Address | None = None
+    """Dial this instead of the target's own address: a proxy, a tunnel, a relay."""
+    upload: Upload = Upload.ON_DEMAND
+    """`ahead` sends states of decided tokens up while the link is idle, so that a question finds its catch-up done."""
+    ahead_bytes: Int = Field(default=16 * 1024 * 1024, ge=1)
+    """Of a session, that may go up ahead of any question."""
+    timeout_s: Float = Field(default=30.0, gt=0, le=1e6)
+    """Deadline of one block's answer over this link, everything beyond it included."""
+
+    def row_bytes(self, hidden_size: int) -> int:
+        """Bytes of one position on it: its boundary state, its token id, and its part of the frame."""
+        return self.encoding.row_bytes(hidden_size) + 16
+
+
+class PolicyDefaults(Model):
+    """The routing of a request that names none."""
+
+    file: Path | None = None
+    """A policy that `ruyi-flow calibrate` wrote: thresholds for mode `token`, and what confidence means."""
+    mode: Mode | None = None
+    """`exact` when left out, the file's own with a file."""
+    exit: Int | None = None
+    threshold: Float | None = None
+    thresholds: dict[Int, Float] | None = None
+    window: Int | None = None
+    back: Float | None = None
+    fallback: bool = False
+    draft: Int = Field(default=4, ge=0)
+
+    def routing(self, where: str) -> Routing:
+        """As a request would say it; `where` names the topology in messages.
+
+        Raises:
+            ConfigError, RequestError: the file cannot be read, or the keys do not go together.
+        """
+        keys = self.model_dump(exclude={"file"}, exclude_none=True)
+        if self.file is None:
+            return Routing(**(keys | {"mode": self.mode or Mode.EXACT}))
+        for key in ("exit", "threshold", "thresholds", "window", "back"):
+            if key in keys:
+                raise ConfigError(f"{where}: policy.{key}: goes without policy.file, which says it")
+        return replace(PolicyFile.load(self.file).routing(self.mode), draft=self.draft, fallback=self.fallback)
+
+
+class Topology(Model):
+    """Nodes from the user's device to the deepest one, in order."""
+
+    family: str
+    """A folder, or a name in the local store (`ruyi-flow pull`)."""
+    exits: tuple[Int, ...] | None = None
+    """The exits to give to an ordinary checkpoint, which has none of its own."""
+    nodes: tuple[Node, ...] = Field(min_length=1)
+    links: tuple[Link, ...] = ()
+    policy: PolicyDefaults = PolicyDefaults()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Topology:
+        """Read and check a topology file.
+
+        Raises:
+            ConfigError: with the file, the key's path, the value and the fix.
+        """
+        path = Path(path)
+        base = path.parent
+        data = read_yaml(path, "topology")
+        policy = data.get("policy") if isinstance(data, dict) else None
+        if isinstance(policy, dict) and isinstance(policy.get("file"), str):
+            policy["file"] = str(base / Path(policy["file"]).expanduser())
+        topology = cls.parse(data, where=str(path))
+        return topology.model_copy(
+            update={
+                "family": resolve_folder(topology.family, base, str(path)),
+                "nodes": tuple(n.model_copy(update={"shard": n.shard and (base / n.shard)}) for n in topology.nodes),
+            }
+        )
+
+    @classmethod
+    def parse(cls, data: object, *, where: str = "topology") -> Topology:
+        """Check a topology that is already a mapping; `where` names it in messages."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: a topology is a mapping with the keys family, nodes, links and policy")
+        try:
+            topology = cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, where)) from None
+        topology._cross_check(where)
+        return topology
+
+    def ahead_of(self, name: str, row_bytes: int) -> int:
+        """Positions of a session that a node may send up ahead of any question."""
+        hop = self.next_of(name)
+        if hop is None or hop[1].upload is Upload.ON_DEMAND:
+            return 0
+        return hop[1].ahead_bytes // row_bytes
+
+    @property
+    def entry(self) -> Node:
+        """The node that a client talks to: the shallowest."""
+        return self.nodes[0]
+
+    @property
+    def all_exits(self) -> tuple[int, ...]:
+        """Every exit, in the order of the nodes."""
+        return tuple(p for node in self.nodes for p in node.exits)
+
+    def node(self, name: str) -> Node:
+        """The node of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        names = [node.name for node in self.nodes]
+        raise ConfigError(f"no node {name!r} in this topology; it has {names}{did_you_mean(name, names)}")
+
+    def next_of(self, name: str) -> tuple[Node, Link] | None:
+        """The next deeper node and the link to it, or None for the deepest node."""
+        index = self.nodes.index(self.node(name))
+        if index + 1 == len(self.nodes):
+            return None
+        target = self.nodes[index + 1]
+        for link in self.links:
+            if link.source == name and link.target == target.name:
+                return target, link
+        raise AssertionError("checked by _cross_check")
+
+    def node_of(self, exit: int) -> Node:
+        """The node that holds an exit."""
+        return next(node for node in self.nodes if exit in node.exits)
+
+    def check_family(self, exits: Sequence[int], *, where: str = "topology") -> None:
+        """Check the nodes' exits against the exits that the family has.
+
+        Raises:
+            ConfigError: an exit the family lacks, or exits of the family that no node holds.
+        """
+        for i, node in enumerate(self.nodes):
+            for p in node.exits:
+                if p not in exits:
+                    raise ConfigError(
+                        f"{where}: nodes.{i}.exits: {p} is not an exit of family {self.family!r}, "
+                        f"which has {list(exits)}; name only those"
+                    )
+        missing = [p for p in exits if p not in self.all_exits]
+        if missing:
+            raise ConfigError(
+                f"{where}: nodes: no node holds exit {missing[0]} of family {self.family!r} ({list(exits)}); "
+                "every stage of the trunk needs a node: add it to a node's exits"
+            )
+
+    def check_bytes(self, hidden_size: int, *, where: str = "topology") -> None:
+        """Check the bytes that may go up on each link against the size of the family's boundary states.
+
+        Raises:
+            ConfigError: so few that nothing would ever go up.
+        """
+        for i, link in enumerate(self.links):
+            row, node = link.row_bytes(hidden_size), self.node(link.source)
+            if link.upload is Upload.AHEAD and link.ahead_bytes < LEAST_AHEAD * row:
+                raise ConfigError(
+                    f"{where}: links.{i}.ahead_bytes: {link.ahead_bytes} are less than the {LEAST_AHEAD * row} of "
+                    f"{LEAST_AHEAD} positions, and fewer never go up ahead; allow more, or leave upload out"
+                )
+            allowed = node.limits.bytes_up_per_minute
+            if allowed is not None and allowed < row:
+                raise ConfigError(
+                    f"{where}: nodes.{self.nodes.index(node)}.limits.bytes_up_per_minute: {allowed} are less than the "
+                    f"{row} of one position, so nothing would ever go up; allow more, or say limits.deepest: "
+                    f"{node.exits[-1]}"
+                )
+
+    def _cross_check(self, where: str) -> None:
+        def fail(key: str, message: str) -> None:
+            raise ConfigError(f"{where}: {key}: {message}")
+
+        names = [node.name for node in self.nodes]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                fail(f"nodes.{i}.name", f"{name!r} is the name of nodes.{names.index(name)} already; rename one")
+        last = 0
+        for i, node in enumerate(self.nodes):
+            for p in node.exits:
+                if p <= last:
+                    fail(
+                        f"nodes.{i}.exits",
+                        f"{list(node.exits)} does not go on from exit {last}; "
+                        "list nodes and exits from shallow to deep, each exit once",
+                    )
+                last = p
+        self._check_addresses(where)
+        for i, link in enumerate(self.links):
+            for key, name in (("from", link.source), ("to", link.target)):
+                if name not in names:
+                    fail(f"links.{i}.{key}", f"no node {name!r}; the nodes are {names}{did_you_mean(name, names)}")
+            if names.index(link.target) != names.index(link.source) + 1:
+                fail(
+                    f"links.{i}",
+                    f"{link.source} → {link.target} skips or goes back; "
+                    "a link leads from a node to the next deeper one",
+                )
+            if any((link.source, link.target) == (other.source, other.target) for other in self.links[:i]):
+                fail(f"links.{i}", f"{link.source} → {link.target} is there twice; keep one")
+            if link.upload is not Upload.AHEAD and link.ahead_bytes != Link.model_fields["ahead_bytes"].default:
+                fail(f"links.{i}.ahead_bytes", "goes with upload: ahead; add that, or leave it out")
+        for i, node in enumerate(self.nodes):
+            deepest = node.limits.deepest
+            if deepest is not None and (deepest not in self.all_exits or deepest < node.exits[0]):
+                choices = [p for p in self.all_exits if p >= node.exits[0]]
+                fail(f"nodes.{i}.limits.deepest", f"{deepest} must be an exit of this node or a deeper one: {choices}")
+            if node.limits.bytes_up_per_minute is not None and i + 1 == len(self.nodes):
+                fail(f"nodes.{i}.limits.bytes_up_per_minute", f"{node.name!r} is the deepest node; it sends nothing up")
+        for i, node in enumerate(self.nodes):
+            if node.weights is Weights.BF16 and node.dtype != "bfloat16":
+                fail(f"nodes.{i}.weights", f"bf16 goes with dtype: bfloat16, not with {node.dtype}; leave weights out")
+        linked = {(link.source, link.target) for link in self.links}
+        for a, b in zip(names, names[1:], strict=False):
+            if (a, b) not in linked:
+                fail("links", f"{b!r} cannot be reached from {a!r}; add {{from: {a}, to: {b}}}")
+        try:
+            Policy.resolve(self.policy.routing(where), self.all_exits)
+        except RequestError as error:
+            fail("policy", str(error))
+
+    def _check_addresses(self, where: str) -> None:
+        if len(self.nodes) == 1:
+            return
+        seen: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            if node.address is None:
+                raise ConfigError(
+                    f"{where}: nodes.{i}.address: node {node.name!r} has none; with several nodes each needs host:port"
+                )
+            if node.address in seen and not node.address.endswith(":0"):
+                raise ConfigError(
+                    f"{where}: nodes.{i}.address: {node.address} is taken by nodes.{seen[node.address]}; "
+                    "pick another port"
+                )
+            seen[node.address] = i
+
+
+def resolve_folder(family: str, base: Path, where: str) -> str:
+    """A relative folder is meant from the topology's own folder; a name stays a name."""
+    try:
+        folder = base / Path(family).expanduser()
+        return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{where}: family: {family[:80]!r} cannot be a folder or a name: {error}") from None

@@ -1,0 +1,266 @@
+"""Multi-branch training: all branches together with the trunk, the branches alone on a frozen trunk, or their probes.
+
+`joint` is multi-branch pre-training as Ruyi's: `sum_k lambda_k(t) CE_k` over the exits, with lambda_k strong early and
+decaying (Ruyi2) or 1 / G for G exits (the familial scaling law). `branches` is distillation into early branches: the
+trunk and the last branch stay as they are to the bit, and each early branch learns to say what the last one says. What
+the trunk gives is computed once a position and kept on disk, since on a CPU it is most of the cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ruyi_flow.errors import ConfigError, TrainingError
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.training.corpus import Packed, pack_documents, read_documents
+from ruyi_flow.training.recipe import Recipe, Source
+from ruyi_flow.training.trainees import Branches, Joint, Probes
+
+__all__ = ["Step", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step did."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    """`loss`, the sum that is minimized, and its parts by exit, as in `kl/11`."""
+    tokens_per_s: float
+    validation: dict[str, float] = field(default_factory=dict)
+    """Where it was measured after this step: `agreement/11` with the last exit on answers, `loss/11`."""
+
+
+def train(
+    recipe: Recipe,
+    family: Checkpoint | FamilyConfig,
+    tokenizer: Any,
+    *,
+    report: Callable[[Step], None] = lambda step: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Run a recipe, or go on with it where it was killed.
+
+    Args:
+        recipe: what to do.
+        family: to start from; its geometry alone trains from nothing, in scope `joint`.
+        tokenizer: the family's.
+        report: called after every step.
+        say: called with what else happens, in words.
+
+    Returns:
+        The file with what was trained: the branches, or in scope `joint` all tensors, by their published names in bf16.
+
+    Raises:
+        ConfigError, CheckpointError: data or a family that cannot be trained on.
+        TrainingError: a loss that is not finite.
+    """
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        cpu=not torch.cuda.is_available(),
+    )
+    checkpoint = family if isinstance(family, Checkpoint) else None
+    config = _trained(family if isinstance(family, FamilyConfig) else family.config, recipe)
+    packed = _read(recipe, tokenizer)
+    held_out = max(1, round(len(packed) * recipe.validation))
+    if len(packed) - held_out < recipe.batch * accelerator.num_processes:
+        raise ConfigError(
+            f"the data fills {len(packed)} sequences of {recipe.length} tokens, {held_out} of them for validation; a "
+            f"step needs {recipe.batch * accelerator.num_processes}: give more data, or a smaller batch"
+        )
+    say(f"{len(packed)} sequences of {recipe.length} tokens, {int((packed.documents >= 0).sum()):,} tokens in all")
+    validation = torch.arange(held_out)
+    torch.manual_seed(recipe.seed)
+    trainee: Joint | Branches | Probes
+    if recipe.scope == "joint":
+        trainee = Joint(checkpoint, config, recipe, packed)
+    elif checkpoint is None:
+        raise ConfigError(f"scope {recipe.scope!r} needs a family with weights: its last branch is the teacher")
+    else:
+        kind = Branches if recipe.scope == "branches" else Probes
+        trainee = kind(checkpoint, config, recipe, packed, accelerator.device)
+    optimizer = torch.optim.AdamW(
+        [p for p in trainee.parameters() if p.requires_grad], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    # The schedule is a function of the step alone, so accelerate must not step it once for each process.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, recipe))
+    model, optimizer = accelerator.prepare(trainee, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+
+    identity = _identity(recipe, config, packed)
+    state = recipe.out / "state"
+    metrics = recipe.out / "metrics.jsonl"
+    done = 0
+    new = state.with_name("state.new")
+    if accelerator.is_main_process and not state.exists() and (new / "step.json").exists():
+        os.replace(new, state)  # killed between the two renames of a save
+    accelerator.wait_for_everyone()
+    if state.exists():
+        done, whose = json.loads((state / "step.json").read_text())
+        if whose != identity:
+            raise ConfigError(
+                f"{state} is of a run with another recipe, family or data; remove {recipe.out}, or name another 'out'"
+            )
+        accelerator.load_state(str(state))
+        say(f"going on after step {done}")
+    if accelerator.is_main_process:
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        metrics.write_text("".join(lines[:done]))  # a line a step; those after it are done again
+    board = _board(recipe.out) if accelerator.is_main_process else None
+    batches = _batches(recipe, torch.arange(held_out, len(packed)), accelerator.num_processes, done)
+    began, tokens = time.perf_counter(), 0
+    for step in range(done, recipe.steps):
+        sums: dict[str, float] = {}
+        for _ in range(recipe.accumulate):
+            indices = next(batches)[accelerator.process_index :: accelerator.num_processes]
+            with accelerator.accumulate(model):
+                parts: dict[str, Tensor] = model(indices, step)
+                loss = parts["loss"]
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f"the loss is {loss.item()} at step {step}, on sequences {indices.tolist()}; the first begins "
+                        f"{tokenizer.decode(packed.token_ids[indices[0], :40].tolist())!r}"
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(part.detach()) / recipe.accumulate
+            tokens += int((packed.documents[indices] >= 0).sum()) * accelerator.num_processes
+        schedule.step()
+        last = step + 1 == recipe.steps
+        found = {}
+        if last or (step + 1) % recipe.validate_every == 0:
+            with torch.no_grad():
+                found = model(validation, None)  # through the wrapper, which may have to gather the weights
+        made = Step(step + 1, recipe.steps, sums, tokens / (time.perf_counter() - began), found)
+        report(made)
+        if accelerator.is_main_process:
+            values = {"step": made.step, "tokens_per_s": made.tokens_per_s, **sums}
+            values |= {f"validation/{name}": value for name, value in found.items()}
+            with metrics.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            if board is not None:
+                for name, value in values.items():
+                    board.add_scalar(name, value, made.step)
+        if last or (step + 1) % recipe.save_every == 0:
+            _save(accelerator, state, (step + 1, identity))
+    weights = accelerator.get_state_dict(model)  # of all processes; each of several may hold a part
+    out = recipe.out / ("model.safetensors" if recipe.scope == "joint" else f"{recipe.scope}.safetensors")
+    if accelerator.is_main_process:
+        described = recipe.described() | {"fingerprint": checkpoint and checkpoint.fingerprint}
+        metadata = {"format": "pt", "ruyi_flow.recipe": json.dumps(described, sort_keys=True)}
+        metadata["ruyi_flow.branch_exits"] = json.dumps(config.exits)
+        if recipe.scope == "probes":
+            metadata["ruyi_flow.probe_size"] = json.dumps(config.probe_size)
+        else:  # whose probes, if there were some, are gone
+            metadata |= {"ruyi_flow.branch_layers": json.dumps(config.branch_layers), "ruyi_flow.probe_size": "0"}
+        tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in trainee.published(weights).items()}
+        save_file(tensors, out, metadata)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _trained(config: FamilyConfig, recipe: Recipe) -> FamilyConfig:
+    """A family's geometry as a recipe leaves it.
+
+    Raises:
+        ConfigError: an exit that the family does not have, or the last one; a key that its scope does not take.
+    """
+    for exit in recipe.branch_layers:
+        if exit not in config.exits[:-1]:
+            raise ConfigError(f"branch_layers: {exit} is not one of the early exits {list(config.exits[:-1])}")
+    if recipe.branch_layers and recipe.scope == "probes":
+        raise ConfigError("branch_layers: goes with scopes branches and joint; probes read branches as they are")
+    depths = [recipe.branch_layers.get(p, n) for p, n in zip(config.exits, config.branch_layers, strict=True)]
+    probe_size = recipe.probe_size if recipe.scope == "probes" else 0  # probes of other branches would be wrong
+    new = {"early_exit_branch_layers": depths, "early_exit_probe_size": probe_size}
+    return FamilyConfig.parse({**config.to_dict(), **new})
+
+
+def _read(recipe: Recipe, tokenizer: Any) -> Packed:
+    documents = []
+    own = (Source(path=recipe.answers),) if recipe.answers.exists() else ()
+    for source in (*recipe.data, *own):
+        read = read_documents(source.path, tokenizer, length=recipe.length)
+        documents += [d for _, d in zip(range(source.documents or 2**62), read, strict=False) if len(d.token_ids) > 1]
+    if not documents:
+        raise ConfigError("data: there is nothing to train on in these files")
+    return pack_documents(documents, length=recipe.length, seed=recipe.seed)
+
+
+def _batches(recipe: Recipe, rows: Tensor, processes: int, done: int) -> Iterator[Tensor]:
+    """Row numbers, batch by batch, every epoch in an order that the seed and its number give."""
+    size = recipe.batch * processes
+    number = 0
+    epoch = 0
+    while True:
+        order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed * 10_007 + epoch))]
+        for start in range(0, len(order) - size + 1, size):
+            if number >= done * recipe.accumulate:
+                yield order[start : start + size]
+            number += 1
+        epoch += 1
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    """The learning rate's factor: up over the warm-up, then down along a cosine to a tenth."""
+    warm = max(1, round(recipe.warmup * recipe.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+
+
+def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
+    """What a run must have in common with the one that it goes on with; how long it is may change on the way."""
+    same = recipe.model_dump(mode="json", exclude={"steps", "save_every", "cache_gb", "self_distill", "data", "out"})
+    digest = hashlib.sha256(json.dumps([same, dict(config.to_dict())], sort_keys=True).encode())
+    digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
+    """The state to resume from, whole or not at all."""
+    new = state.with_name("state.new")
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (new / "step.json").write_text(json.dumps(step))
+        old = state.with_name("state.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if state.exists():
+            os.replace(state, old)
+        os.replace(new, state)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _board(folder: Path) -> Any:
+    """TensorBoard's writer where it is installed, else None."""
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder))
+    return None

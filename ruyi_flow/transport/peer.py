@@ -1,0 +1,90 @@
+"""The calling end of the wire: a connection to a node, and what is asked over it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from ruyi_flow.requests import GenerateRequest
+from ruyi_flow.transport import codec
+from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.batches import Together
+from ruyi_flow.transport.status import error_of_call
+from ruyi_flow.types import Final, NodeStatus, Token
+
+__all__ = ["METHODS", "Peer"]
+
+METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Status")}
+"""Full names of the calls in protos/ruyi_flow/v1/node.proto."""
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A dead link without a reset is noticed by pings; a node that comes back is found within a second.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 10_000),  # also how long one attempt to connect may take
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Peer:
+    """One channel to one node; sessions and calls share it. Make it inside a running event loop.
+
+    Args:
+        name: the node's name, for messages.
+        address: host:port.
+        max_message_bytes: the largest message that the node takes.
+    """
+
+    def __init__(self, name: str, address: str, *, max_message_bytes: int) -> None:
+        self.name, self.address, self.max_message_bytes = name, address, max_message_bytes
+        self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+        self.session_call = self._channel.stream_stream(METHODS["Session"])
+        self.sessions = 0
+        """Open over this connection."""
+        batches = self._channel.stream_stream(METHODS["Together"])
+        self.together = Together(name, address, batches, max_message_bytes)
+        self._generate = self._channel.unary_stream(METHODS["Generate"])
+        self._status = self._channel.unary_unary(METHODS["Status"])
+
+    @property
+    def state(self) -> str:
+        """Of the connection: idle, connecting, ready, transient_failure or shutdown."""
+        return str(self._channel.get_state().name.lower())
+
+    async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Token | Final, None]:
+        """A user's request to an entry node, answered token by token.
+
+        Raises:
+            RequestError, NodeError: as the node says, or as the connection fails.
+        """
+        call = self._generate(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s)
+        try:
+            async for data in call:
+                for event in codec.reply_from_pb(codec.parse(pb.GenerateReply, data)):
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            raise error_of_call(error, self.name, self.address) from None
+        finally:
+            call.cancel()
+
+    async def status(self, *, timeout_s: float) -> NodeStatus:
+        """What the node holds and does.
+
+        Raises:
+            NodeError: it cannot be reached.
+        """
+        try:
+            data = await self._status(pb.StatusRequest().SerializeToString(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_of_call(error, self.name, self.address) from None
+        return codec.status_from_pb(codec.parse(pb.StatusReply, data))
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self.together.close()
+        await self._channel.close()

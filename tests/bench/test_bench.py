@@ -1,0 +1,205 @@
+"""`ruyi-flow bench`: what it prints, and what it refuses. Nothing here looks at how long anything took."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from ruyi_flow.bench.report import turns, unseen
+from ruyi_flow.family.checkpoint import Checkpoint
+from tests.config.test_policy_file import write
+
+pytestmark = pytest.mark.timeout(120)
+
+MACHINE = {"processor", "cores", "threads", "memory_gb", "python", "torch", "ruyi_flow", "date"}
+ASKED = {"family", "weights", "dtype", "threads", "tokens", "rounds"}
+
+
+@pytest.fixture
+def measured(run, spoken: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Run a bench of the tiny family with tiny sizes; gives the object of its last line."""
+
+    def call(bench: str, *arguments: str, tokens: bool = True):  # type: ignore[no-untyped-def]
+        sizes = ["--rounds", "1", "--threads", "1", "--dtype", "float32", *(["--tokens", "4"] if tokens else [])]
+        place = ["--family", str(spoken), "--out", str(tmp_path / "plots")]
+        code, out, err = run("bench", bench, *place, *sizes, *arguments)
+        assert code == 0, err
+        found = json.loads(out.splitlines()[-1])
+        assert set(found) == {"bench", "settings", "results", "machine", "plot"} and found["bench"] == bench
+        assert set(found["machine"]) == MACHINE and set(found["settings"]) >= ASKED
+        assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
+        for name in () if "--json" in arguments else found["results"]:
+            assert f"│ {name} " in out
+        assert ("written: " in out) != ("--json" in arguments) and (out.count("\n") == 1) == ("--json" in arguments)
+        return found
+
+    return call
+
+
+def tiny_gguf(file: Path, vocab: int) -> Path:
+    """A Llama of random weights without a tokenizer."""
+    hidden, inner = 32, 64
+    writer, random = GGUFWriter(file, "llama"), np.random.default_rng(0)
+    writer.add_context_length(512)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("none")
+    shapes = {"token_embd": (vocab, hidden), "output": (vocab, hidden)}
+    shapes |= {f"blk.0.attn_{part}": (hidden, hidden) for part in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_decode_compares_with_transformers_in_one_line(measured) -> None:  # type: ignore[no-untyped-def]
+    engines = ["--against", "transformers", "--against", "transformers-early-exit"]
+    found = measured("decode", *engines, "--early-exit", "2", "--json")
+    speed = {"ms_per_token", "tokens_per_s"}
+    rows = found["results"]
+    assert list(rows) == ["ruyi-flow", "transformers", "transformers-early-exit"]
+    assert set(rows["ruyi-flow"]) == speed
+    assert set(rows["transformers"]) == set(rows["transformers-early-exit"]) == speed | {"ratio", "ratio_lowest"}
+    assert found["settings"]["against"]["transformers-early-exit"].endswith("layers 1-2 draft")
+
+
+def test_prefill_takes_a_prompt_of_the_length_asked_for(measured) -> None:  # type: ignore[no-untyped-def]
+    found = measured("prefill", "--prompt-tokens", "70", "--against", "transformers", tokens=False)
+    assert found["settings"]["prompt_tokens"] == 70
+    assert set(found["results"]["ruyi-flow"]) == {"ms_per_prompt", "tokens_per_s"}
+    assert set(found["results"]["transformers"]) == {"ms_per_prompt", "tokens_per_s", "ratio", "ratio_lowest"}
+
+
+def test_llama_cpp_runs_a_file(measured, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("llama_cpp")
+    file = tiny_gguf(tmp_path / "tiny.gguf", 300)
+    against = ("--against", "llama.cpp", "--gguf", str(file))
+    for found in (measured("decode", *against), measured("prefill", *against, "--prompt-tokens", "64", tokens=False)):
+        assert found["settings"]["against"]["llama.cpp"].endswith("tiny.gguf")
+        assert set(found["results"]["llama.cpp"]) >= {"tokens_per_s", "ratio", "ratio_lowest"}
+
+
+def test_hop_tells_what_a_hop_costs(measured) -> None:  # type: ignore[no-untyped-def]
+    found = measured("hop")
+    rows = found["results"]
+    assert found["settings"]["cuts"] == [[2], [4], [6]] and list(rows) == ["process", "node", "three", "three_free"]
+    beyond = {"beyond_process_ms_per_hop", "beyond_node_ms_per_hop"}
+    parts = {f"{part}_ms_per_token" for part in ("compute", "queue", "wire")}
+    assert set(rows["three"]) == {"ms_per_token"} | beyond | parts
+    assert set(rows["three_free"]) == {"ms_per_token", "beyond_process_ms_per_hop"}
+
+
+def test_wan_compares_drafts(measured, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    policy = write(tmp_path / "policy.yaml", family=Checkpoint(spoken).fingerprint)
+    found = measured("wan", "--round-trip", "2", "--policy", str(policy))
+    rows = found["results"]
+    assert found["settings"]["round_trip_ms"] == 2 and list(rows) == ["draft_0", "draft_1", "draft_4", "adaptive"]
+    for name in ("draft_1", "draft_4", "adaptive"):
+        assert set(rows[name]) == {"ms_per_token", "speedup", "speedup_lowest", "held"} and 0 <= rows[name]["held"] <= 1
+
+
+def test_exits_compares_a_policy_with_the_whole_family(measured, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    policy = write(tmp_path / "policy.yaml", family=Checkpoint(spoken).fingerprint)
+    rows = measured("exits", "--policy", str(policy))["results"]
+    assert set(rows["process"]) == {"ms_per_token"}
+    assert sum(rows["three"][f"exit_{p}"] for p in Checkpoint(spoken).config.exits) == pytest.approx(1, abs=1e-3)
+    assert rows["three"]["compute"] > 0
+
+
+def test_serve_compares_many_with_one(measured) -> None:  # type: ignore[no-untyped-def]
+    found = measured("serve", "--sessions", "3", "--rate", "50")
+    rows = found["results"]
+    quantiles = {f"{what}_p{q}_ms" for what in ("first_token", "token") for q in (50, 95)}
+    assert set(rows["alone"]) == {"tokens_per_s"} | quantiles
+    assert set(rows["together"]) == set(rows["alone"]) | {"times_alone", "times_alone_lowest"}
+    assert found["settings"]["sessions"] == 3 and found["settings"]["rate"] == 50
+
+
+@pytest.mark.parametrize("bench", ["serve", "wan"])
+def test_tokens_that_do_not_come_are_not_counted(run, spoken: Path, tmp_path: Path, bench: str) -> None:  # type: ignore[no-untyped-def]
+    short = shutil.copytree(spoken, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    sizes = ("--tokens", "60", "--rounds", "1", "--threads", "1")
+    code, out, err = run("bench", bench, "--family", str(short), "--out", str(tmp_path), *sizes)
+    assert code == 2 and out == "" and "ended after" in err and "of 60 tokens; is its context too short?" in err
+
+
+def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
+    assert list(turns(["a", "b"], 1, unseen)) == [("a", False), ("b", False), ("a", True), ("b", True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("decode", "--rounds", "0"), "Invalid value for '--rounds'"),
+        (("decode", "--tokens", "1"), "Invalid value for '--tokens'"),
+        (("serve", "--sessions", "0"), "Invalid value for '--sessions'"),
+        (("prefill", "--prompt-tokens", "0"), "Invalid value for '--prompt-tokens'"),
+        (("wan", "--round-trip", "-1"), "Invalid value for '--round-trip'"),
+        (("decode", "--weights", "int3"), "'int3' is not one of"),
+        (("decode", "--against", "vllm"), "'vllm' is not one of"),
+        (("decode", "--dtype", "int8"), "dtype is 'int8'"),
+        (("decode", "--device", "cuda:99"), "device: 'cuda:99' cannot be used here"),
+        (("decode", "--family", "nothing"), "no family 'nothing'"),
+        (("hop", "--family", "{tiny}"), "has no tokenizer.json"),
+        (("decode", "--against", "llama.cpp"), "needs --gguf FILE"),
+        (("decode", "--against", "transformers-early-exit", "--early-exit", "7"), "layers 1 … 6"),
+        (("decode", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (("prefill", "--against", "transformers", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (
+            ("decode", "--against", "transformers", "--early-exit", "2"),
+            "--early-exit is for --against transformers-early-",
+        ),
+        (("decode", "--threads", "5000"), "Invalid value for '--threads'"),
+        (("prefill", "--against", "transformers-early-exit"), "for decode only"),
+        (("prefill", "--prompt-tokens", "1000"), "1001 positions"),
+        (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_error(  # type: ignore[no-untyped-def]
+    run, spoken: Path, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    bench, *given = (a.format(tiny=tiny) for a in arguments)
+    family = [] if "--family" in given else ["--family", str(spoken)]
+    code, out, err = run("bench", bench, *family, "--threads", "1", "--out", str(tmp_path), *given)
+    shown = " ".join(err.replace("│", " ").split())
+    assert code == 2 and out == "" and message in shown and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("llama_cpp", ("--against", "llama.cpp", "--gguf", "x.gguf")), ("matplotlib", ())],
+)
+def test_an_extra_that_is_not_installed_is_named(  # type: ignore[no-untyped-def]
+    run, spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    sizes = ("--threads", "1", "--out", str(tmp_path))
+    code, out, err = run("bench", "decode", "--family", str(spoken), *sizes, *arguments)
+    assert code == 2 and out == "" and "pip install 'ruyi-flow[bench]'" in err and err.count("\n") == 1
+
+
+def test_a_gguf_file_that_is_none_is_refused(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("llama_cpp")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxx")
+    for name, message in (("bad.gguf", "llama.cpp cannot run it"), ("none.gguf", "no such file")):
+        against = ("--against", "llama.cpp", "--gguf", str(tmp_path / name))
+        code, _, err = run(
+            "bench", "decode", "--family", str(spoken), "--threads", "1", "--out", str(tmp_path), *against
+        )
+        assert code == 2 and message in err and err.count("\n") == 1

@@ -1,0 +1,219 @@
+"""Topology files: every mistake is one clear message with the key's path, the value and the fix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ruyi_flow.config.topology import LEAST_AHEAD, Limits, Link, Node, PolicyDefaults, Topology
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.serving.engine import Engine
+from ruyi_flow.testing import cut_topology
+from ruyi_flow.types import Encoding, Mode, Upload
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def three() -> dict[str, Any]:
+    return {
+        "family": "smollm2",
+        "nodes": [
+            {"name": "device", "address": "127.0.0.1:7101", "exits": [5, 11]},
+            {"name": "edge", "address": "127.0.0.1:7102", "exits": [17, 23]},
+            {"name": "cloud", "address": "127.0.0.1:7103", "exits": [29]},
+        ],
+        "links": [{"from": "device", "to": "edge"}, {"from": "edge", "to": "cloud"}],
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_topologies_load(path: Path) -> None:
+    topology = Topology.load(path)
+    assert topology.all_exits == tuple(sorted(topology.all_exits))
+    for node in topology.nodes[:-1]:
+        assert topology.next_of(node.name) is not None
+    if topology.family == "smollm2":
+        topology.check_family((5, 11, 17, 23, 29))
+
+
+def test_a_topology_knows_its_chain() -> None:
+    topology = Topology.parse(three())
+    assert topology.entry.name == "device"
+    assert topology.next_of("cloud") is None
+    target, link = topology.next_of("device") or (None, None)
+    assert target is not None and target.name == "edge" and link is not None and link.encoding is Encoding.BF16
+    assert topology.node_of(23).name == "edge"
+    assert topology.policy.routing("").mode is Mode.EXACT
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    """`three()` with one key set; a key `-` of a list appends, and value None removes."""
+    data: Any = three()
+    *parents, last = path.split(".")
+    target = data
+    for part in parents:
+        target = target[int(part) if part.isdigit() else part]
+    key: Any = int(last) if last.isdigit() else last
+    if key == "-":
+        target.append(value)
+    elif value is None:
+        del target[key]
+    else:
+        target[key] = value
+    result: dict[str, Any] = data
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("nodse", [], ["nodse", "did you mean 'nodes'?"]),
+        ("nodes.0.thread", 1, ["nodes.0.thread", "did you mean 'threads'?"]),
+        ("links.0.encodng", "bf16", ["links.0.encodng", "did you mean 'encoding'?"]),
+        (
+            "nodes.0.limits",
+            {"deepest": 3},
+            ["nodes.0.limits.deepest", "3 must be an exit of this node or a deeper one"],
+        ),
+        ("nodes.2.limits", {"bytes_up_per_minute": 9}, ["nodes.2.limits.bytes_up_per_minute", "sends nothing up"]),
+        ("policy", {"mode": "exact", "back": 0.5}, ["policy", "go with mode 'cascade'"]),
+        ("nodes.1.limits", {"max_session": 3}, ["nodes.1.limits.max_session", "did you mean 'max_sessions'?"]),
+        ("policy", {"mod": "exact"}, ["policy.mod", "did you mean 'mode'?"]),
+        ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not go on from exit 11"]),
+        ("nodes.1.exits", [23, 17], ["nodes.1.exits", "from shallow to deep"]),
+        ("nodes.1.exits", [], ["nodes.1.exits", "at least one"]),
+        ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is taken by nodes.0"]),
+        ("nodes.2.address", "localhost", ["nodes.2.address", "'localhost'", "host:port"]),
+        ("nodes.2.address", None, ["nodes.2.address", "'cloud' has none"]),
+        ("nodes.2.name", "edge", ["nodes.2.name", "'edge' is the name of nodes.1 already"]),
+        ("nodes.2.address", "http://127.0.0.1:7103", ["nodes.2.address", "host:port"]),
+        ("nodes.2.address", "127.0.0.1: 7103", ["nodes.2.address", "host:port"]),
+        ("nodes.0.dtype", "bf16", ["nodes.0.dtype", "'bf16'", "bfloat16"]),
+        ("nodes.0.dtype", "bfloat", ["nodes.0.dtype", "must be one of", "did you mean 'bfloat16'?"]),
+        ("nodes.0.threads", True, ["nodes.0.threads", "must be a number"]),
+        ("nodes.0.threads", "two", ["nodes.0.threads", "must be a whole number"]),
+        ("nodes.0.cores", [], ["nodes.0.cores", "at least one"]),
+        ("nodes.0.exits", 5, ["nodes.0.exits", "must be a list"]),
+        ("nodes.0.limits", 5, ["nodes.0.limits", "must be a mapping"]),
+        ("links.0.timeout_s", float("inf"), ["links.0.timeout_s", "1000000.0 at the most"]),
+        ("family", "~nosuchuser/x", ["family", "cannot be a folder or a name"]),
+        ("family", "x" * 5000, ["family", "cannot be a folder or a name"]),
+        ("nodes.0.threads", 0, ["nodes.0.threads", "0", "1 or more"]),
+        ("links.0.to", "edg", ["links.0.to", "no node 'edg'", "did you mean 'edge'?"]),
+        ("links.0.to", "cloud", ["links.0", "device → cloud skips"]),
+        ("links.1", None, ["links", "'cloud' cannot be reached from 'edge'", "{from: edge, to: cloud}"]),
+        ("links.-", {"from": "edge", "to": "cloud"}, ["links.2", "is there twice"]),
+        ("links.0.encoding", "int4", ["links.0.encoding", "'int4'"]),
+        ("links.0.timeout_s", -1, ["links.0.timeout_s", "-1"]),
+        ("links.0.ahead_bytes", 4096, ["links.0.ahead_bytes", "goes with upload: ahead"]),
+        (
+            "links.0",
+            {"from": "device", "to": "edge", "upload": "ahead", "ahead_bytes": 0},
+            ["links.0.ahead_bytes", "0: must be 1 or more"],
+        ),
+        ("family", None, ["family", "required"]),
+        ("policy", {"mode": "token"}, ["policy", "needs a threshold"]),
+        ("policy", {"mode": "fixed", "exit": 6}, ["policy", "exit 6 is not one of"]),
+        ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "go with modes 'token' and 'cascade'"]),
+        ("policy", {"draft": -1}, ["policy.draft", "-1"]),
+    ],
+)
+def test_a_mistake_names_file_key_and_fix(tmp_path: Path, path: str, value: Any, parts: list[str]) -> None:
+    file = tmp_path / "topology.yaml"
+    file.write_text(yaml.safe_dump(change(path, value)))
+    with pytest.raises(ConfigError) as caught:
+        Topology.load(file)
+    for part in (str(file), *parts):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "just text",
+        "- a\n- b",
+        "a: [",
+        "\x00",
+        "[" * 5000,
+        "a: 1\na: 2",
+        "? [a]\n: 1",
+        "? {a: 1}\n: 1",
+        "a: 2020-13-45",
+        "a: 1:05",
+    ],
+)
+def test_a_file_that_is_no_topology_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        Topology.load(file)
+
+
+def test_only_what_is_wrong_is_said() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Topology.parse(change("nodes.1.threads", "two"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such topology file"):
+        Topology.load(tmp_path / "none.yaml")
+
+
+def test_exits_are_checked_against_the_family() -> None:
+    topology = Topology.parse(three())
+    with pytest.raises(ConfigError, match=r"nodes\.0\.exits: 5 is not an exit of family 'smollm2'.*\[7, 11"):
+        topology.check_family((7, 11, 17, 23, 29))
+    with pytest.raises(ConfigError, match="no node holds exit 3"):
+        topology.check_family((3, 5, 11, 17, 23, 29))
+
+
+def test_bytes_that_let_nothing_up_are_refused_where_the_familys_size_is_known() -> None:
+    data = three()
+    data["links"][0] |= {"encoding": "int8", "upload": "ahead", "ahead_bytes": 8 * (32 + 4 + 16)}
+    data["nodes"][1]["limits"] = {"bytes_up_per_minute": 2 * 32 + 16}
+    topology = Topology.parse(data)
+    topology.check_bytes(32)
+    assert topology.ahead_of("device", 32 + 4 + 16) == LEAST_AHEAD
+    data["links"][0]["ahead_bytes"] -= 1
+    with pytest.raises(ConfigError, match=r"links\.0\.ahead_bytes: 415 are less than the 416 of 8 positions"):
+        Topology.parse(data).check_bytes(32)
+    data["links"][0] |= {"ahead_bytes": 416}
+    data["nodes"][1]["limits"]["bytes_up_per_minute"] -= 1
+    with pytest.raises(ConfigError, match=r"nodes\.1\.limits\.bytes_up_per_minute: 79 are less than the 80 of one pos"):
+        Topology.parse(data).check_bytes(32)
+
+
+def test_a_node_refuses_bytes_that_let_nothing_up(tiny: Path) -> None:
+    [link] = cut_topology(tiny, [[2], [4, 6]]).links
+    few = link.model_copy(update={"upload": Upload.AHEAD, "ahead_bytes": 100})
+    topology = cut_topology(tiny, [[2], [4, 6]]).model_copy(update={"links": (few,)})
+    with pytest.raises(ConfigError, match=r"t\.yaml: links\.0\.ahead_bytes: 100 are less than"):
+        Engine.load(topology, "n0", where="t.yaml")
+
+
+def test_an_unknown_node_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cloud'"):
+        Topology.parse(three()).node("clod")
+
+
+def test_one_node_needs_no_address() -> None:
+    topology = Topology.parse({"family": "x", "nodes": [{"name": "whole", "exits": [3]}]})
+    assert topology.entry.address is None
+
+
+def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "f").symlink_to(tiny)
+    file = tmp_path / "t.yaml"
+    file.write_text("family: f\nnodes: [{name: n, exits: [2, 4, 6]}]\n")
+    assert Path(Topology.load(file).family) == tmp_path / "f"
+
+
+def test_the_reference_has_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "topology.md").read_text()
+    for model, prefix in ((Topology, ""), (Node, ""), (Link, ""), (Limits, "limits."), (PolicyDefaults, "")):
+        for name, field in model.model_fields.items():
+            if name != "limits":
+                assert f"`{prefix}{field.alias or name}`" in text, name

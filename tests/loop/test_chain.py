@@ -1,0 +1,579 @@
+"""The loop: every decided token is that of the shallowest sure exit given the prefix as decided, however it is cut."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ruyi_flow.errors import CapacityError, NodeUnavailable, WireError
+from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.loading import load_slice
+from ruyi_flow.local import load_family
+from ruyi_flow.loop.chain import PART, Chain, decode
+from ruyi_flow.loop.next_stage import Uplink
+from ruyi_flow.routing.confidence import Curve, Scale, Score
+from ruyi_flow.routing.drafting import Pace
+from ruyi_flow.routing.policy import Judge, Policy, Routing
+from ruyi_flow.routing.start import Start
+from ruyi_flow.routing.walk import Look, Walk
+from ruyi_flow.runtime.sampling import Sampler
+from ruyi_flow.runtime.stage import Shard, ShardSession
+from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.testing import tiny_family
+from ruyi_flow.types import Block, Decision, Mode, Reason, SamplingParams, Stage, Verdict
+from tests.conftest import Oracle
+
+EXITS = (1, 3, 4, 6, 7)
+CUTS = [[EXITS], [(1,), (3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3,), (4,), (6,), (7,)]]
+
+
+class World:
+    """A family cut in every way of CUTS, and the truth about it."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = Checkpoint(folder)
+        self.oracle = Oracle(load_family(folder, dtype="float32"))
+        self.cuts = [
+            [Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=512, max_sessions=2) for cut in cuts]
+            for cuts in CUTS
+        ]
+
+    async def run(
+        self,
+        cut: int,
+        routing: Routing,
+        params: SamplingParams,
+        prompt: list[int],
+        count: int,
+        ahead: int = 0,
+        pace: Pace | None = None,
+    ) -> tuple[list[Decision], int]:
+        """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards.
+
+        Args:
+            ahead: positions that each node may send up before they are asked for.
+            pace: the entry node's.
+        """
+        pieces = self.cuts[cut]
+        policy = Policy.resolve(routing, EXITS)
+        sessions: list[ShardSession] = []
+
+        def node(i: int, policy: Policy) -> Chain:
+            sessions.append(pieces[i].open(policy, params, len(prompt), len(prompt) + count))
+            beyond = None if i + 1 == len(pieces) else partial(node, i + 1)
+            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond, None, None if i else pace, ahead)
+
+        chain = node(0, policy)
+        decisions, escalations = [], 0
+        async for settled in decode(chain, prompt, count):
+            decisions += settled.decisions
+            escalations += len(settled.hops) > 1
+            held = [p for s in sessions for p in s.positions[: len(s.exits)]]
+            assert held == sorted(held, reverse=True), "a deeper stage never holds more than a shallower one"
+            await turns()
+        await chain.close()
+        for session in sessions:
+            session.close()
+        for piece in pieces:
+            piece.rooms.check_integrity()
+            assert piece.pool.used == 0
+        return decisions, escalations
+
+
+class Whims(Pace):
+    """A pace that drafts or not as it is told, over and over."""
+
+    def __init__(self, whims: Sequence[bool]) -> None:
+        super().__init__()
+        self._whims = itertools.cycle(whims)
+
+    def drafts(self) -> bool:
+        return next(self._whims)
+
+
+@pytest.fixture(scope="module")
+def world(five: Path) -> World:
+    return World(five)
+
+
+scales = st.builds(
+    Scale,
+    score=st.sampled_from(Score),
+    curves=st.dictionaries(
+        st.sampled_from(EXITS[:-1]),
+        st.builds(
+            lambda temperature, low: Curve(temperature, (-5.0, low, 0.9), (0.0, 0.3, 1.0)),
+            st.sampled_from([0.5, 1.0, 2.0]),
+            st.floats(-4.0, 0.8),
+        ),
+        max_size=4,
+    ),
+)
+routings = st.one_of(
+    st.builds(
+        Routing, mode=st.just(Mode.EXACT), draft=st.sampled_from([0, 1, 4, 8]), scale=st.one_of(st.none(), scales)
+    ),
+    st.builds(Routing, mode=st.just(Mode.FIXED), exit=st.sampled_from(EXITS), draft=st.sampled_from([0, 1, 4])),
+    st.builds(
+        Routing,
+        mode=st.just(Mode.TOKEN),
+        thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), max_size=4),
+        draft=st.sampled_from([0, 1, 2, 5]),
+        scale=st.one_of(st.none(), scales),
+    ),
+    st.builds(
+        Routing,
+        mode=st.just(Mode.CASCADE),
+        thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), min_size=1),
+        window=st.sampled_from([1, 2, 3, 8]),
+        back=st.one_of(st.none(), st.floats(0.0, 1.0)),
+        start=st.one_of(
+            st.none(),
+            st.builds(
+                Start,
+                weights=st.dictionaries(
+                    st.sampled_from(EXITS[:-1]),
+                    st.tuples(*[st.floats(-2, 2, width=16)] * 5),
+                    max_size=4,
+                ),
+                chance=st.floats(0.05, 0.95),
+            ),
+        ),
+        draft=st.sampled_from([0, 1, 4]),
+        scale=st.one_of(st.none(), scales),
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(
+    routing=Routing(Mode.CASCADE, threshold=0.0, start=Start({}, 0.5), draft=1),
+    cut=1,
+    prompt=[3],
+    count=2,
+    eos=set(),
+    ahead=0,
+    whims=[True],
+)
+@given(
+    routing=routings,
+    cut=st.integers(0, len(CUTS) - 1),
+    prompt=st.lists(st.integers(3, 60), min_size=1, max_size=12),
+    count=st.integers(1, 14),
+    eos=st.sets(st.integers(3, 60), max_size=12),
+    ahead=st.sampled_from([0, 9, 100]),
+    whims=st.lists(st.booleans(), min_size=1, max_size=5),
+)
+async def test_any_run_is_what_the_uncached_oracle_decides(
+    world: World,
+    routing: Routing,
+    cut: int,
+    prompt: list[int],
+    count: int,
+    eos: set[int],
+    ahead: int,
+    whims: list[bool],
+) -> None:
+    params = SamplingParams(eos_token_ids=tuple(sorted(eos)))
+    expected = world.oracle.decide(Policy.resolve(routing, EXITS), prompt, count, eos=tuple(eos))
+    decisions, _ = await world.run(cut, routing, params, prompt, count, ahead, Whims(whims))
+    assert [(d.token, d.exit) for d in decisions] == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_sampling_with_history_does_not_depend_on_cut_or_draft(world: World, seed: int) -> None:
+    rng = random.Random(seed)
+    prompt = [rng.randrange(3, 61) for _ in range(10)]
+    params = SamplingParams(
+        temperature=0.8,
+        top_k=20,
+        top_p=0.95,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=3,
+        min_new_tokens=5,
+        eos_token_ids=(2, 9, 17),
+        seed=seed,
+    )
+    sampler = Sampler(params, len(prompt))
+
+    def pick(logits: torch.Tensor, ids: list[int]) -> int:
+        return sampler.pick(logits[None], [len(ids) - 1], ids)[0][0]
+
+    expected = world.oracle.decide(Policy.resolve(Routing(), EXITS), prompt, 24, pick, eos=(2, 9, 17))
+    for cut in range(len(CUTS)):
+        for draft in (0, 1, 4, 8):
+            decisions, _ = await world.run(cut, Routing(Mode.EXACT, draft=draft), params, prompt, 24)
+            assert [(d.token, d.exit) for d in decisions] == expected
+
+
+async def test_threshold_zero_never_escalates_and_above_one_escalates_every_token(world: World) -> None:
+    prompt = [5, 6, 7]
+    decisions, escalations = await world.run(3, Routing(Mode.TOKEN, threshold=0.0), SamplingParams(), prompt, 12)
+    assert escalations == 0 and {d.exit for d in decisions} == {1}
+    routing = Routing(Mode.TOKEN, threshold=1.01, draft=0)
+    decisions, escalations = await world.run(3, routing, SamplingParams(), prompt, 12)
+    assert escalations == 12 and {d.exit for d in decisions} == {7}
+    assert {d.reason for d in decisions} == {Reason.DEEPEST}
+
+
+async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> None:
+    """With a stage beyond that agrees with every draft, one question settles them all."""
+    shard = world.cuts[3][0]
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=4), EXITS)
+    blocks: list[Block] = []
+
+    class Agreeing:
+        """Says of every wanted position what the draft says."""
+
+        async def advance(self, block: Block) -> Verdict:
+            blocks.append(block)
+            ids = (*block.token_ids, 60)
+            return Verdict(tuple(Decision(ids[p - block.start + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
+
+        async def rewind(self, position: int) -> None: ...
+
+        async def close(self) -> None: ...
+
+    chain = Chain(shard.open(policy, SamplingParams(), 3, 40), InlineWorker(), "n0", lambda policy: Agreeing())
+    rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
+    await chain.close()
+    assert [len(r.decisions) for r in rounds] == [5, 5, 1]
+    assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
+    assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
+    shard.rooms.check_integrity()
+
+
+@pytest.mark.parametrize("whims", [[True], [False], [True, False], [True, True, False]])
+async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not_draft(
+    world: World, whims: list[bool]
+) -> None:
+    prompt, count = [5, 6, 7], 24
+    first = Policy.resolve(Routing(Mode.FIXED, exit=1), EXITS)
+    said = [*prompt, *(token for token, _ in world.oracle.decide(first, prompt, count + 1))]
+    scale = Scale(Score.MAX_PROBABILITY, {1: Curve(1.0, (0.0, 1.0), (0.99, 1.0))})
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=4, scale=scale), EXITS)
+
+    class Slow:
+        """Says what the first branch says, after a while."""
+
+        async def advance(self, block: Block) -> Verdict:
+            assert list(block.token_ids) == said[block.start : block.start + len(block.token_ids)]
+            for _ in range(6):
+                await asyncio.sleep(0)
+            return Verdict(tuple(Decision(said[p + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
+
+        async def rewind(self, position: int) -> None: ...
+
+        async def close(self) -> None: ...
+
+    session = world.cuts[3][0].open(policy, SamplingParams(), len(prompt), len(prompt) + count)
+    chain = Chain(session, InlineWorker(), "n0", lambda policy: Slow(), pace=Whims(whims))  # type: ignore[arg-type, return-value]
+    try:
+        decided = [d.token async for settled in decode(chain, prompt, count) for d in settled.decisions]
+    finally:
+        await chain.close()
+    assert decided == said[len(prompt) : len(prompt) + count]
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("mode", [Mode.EXACT, Mode.TOKEN, Mode.CASCADE])
+async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mode, draft: int) -> None:
+    class Lost:
+        async def advance(self, block: Block) -> Verdict:
+            raise NodeUnavailable("gone")
+
+        async def rewind(self, position: int) -> None:
+            raise AssertionError("a lost stage is not asked anything")
+
+        async def close(self) -> None: ...
+
+    shard = world.cuts[2][0]
+    given = {} if mode is Mode.EXACT else {"threshold": 0.05}
+    given |= {"window": 2} if mode is Mode.CASCADE else {}
+    routing = Routing(mode, draft=draft, fallback=True, **given)
+    policy = Policy.resolve(routing, EXITS)
+    session = shard.open(policy, SamplingParams(), 3, 20, stands_in=True)
+    chain = Chain(session, InlineWorker(), "n0", lambda policy: Lost())
+    decided = [d async for settled in decode(chain, [5, 6, 7], 12) for d in settled.decisions]
+    await chain.close()
+    assert [(d.token, d.exit) for d in decided] == world.oracle.decide(policy.limited_to(3), [5, 6, 7], 12)
+    assert {d.reason for d in decided if d.exit == 3} <= {Reason.UNREACHABLE, Reason.CONFIDENT}
+    assert mode is not Mode.EXACT or {d.reason for d in decided} == {Reason.UNREACHABLE}
+    shard.rooms.check_integrity()
+    with pytest.raises(NodeUnavailable):
+        strict = Policy.resolve(Routing(Mode.EXACT, draft=draft), EXITS)
+        chain = Chain(shard.open(strict, SamplingParams(), 3, 20), InlineWorker(), "n0", lambda policy: Lost())
+        try:
+            _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
+        finally:
+            await chain.close()
+
+
+async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world: World) -> None:
+    near, far = world.cuts[1]
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=0), EXITS)
+    asked: list[int] = []
+
+    def gate(positions: int) -> Reason | None:
+        asked.append(positions)
+        return Reason.BUDGET if len(asked) % 3 else None
+
+    deeper = Chain(far.open(policy, SamplingParams(), 3, 20), InlineWorker(), "n1")
+    session = near.open(policy, SamplingParams(), 3, 20, stands_in=True)
+    chain = Chain(session, InlineWorker(), "n0", lambda policy: deeper, gate)
+    ids, decided = [5, 6, 7], []
+    async for settled in decode(chain, [5, 6, 7], 12):
+        for d in settled.decisions:
+            here = policy.limited_to(1) if d.reason is Reason.BUDGET else policy
+            assert [(d.token, d.exit)] == world.oracle.decide(here, ids, 1)
+            ids.append(d.token)
+            decided.append(d)
+    await chain.close()
+    assert [d.reason is Reason.BUDGET for d in decided] == [True, True, False] * 4
+    assert asked == [3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3]
+    near.rooms.check_integrity()
+
+
+async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world: World) -> None:
+    near, far = world.cuts[1]
+    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), EXITS)
+    fed: list[tuple[int, int]] = []
+
+    class Noted(Chain):
+        async def feed(self, block: Block) -> None:
+            fed.append((block.start, len(block.token_ids)))
+            await super().feed(block)
+
+    for budget, expected in ((100, [(0, 12), (12, 8), (20, 8)]), (16, [(0, 12)]), (7, []), (0, [])):
+        fed.clear()
+        deeper = Noted(far.open(policy, SamplingParams(), 12, 40), InlineWorker(), "n1")
+        session = near.open(policy, SamplingParams(), 12, 40)
+        chain = Chain(session, InlineWorker(), "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
+        async for _ in decode(chain, list(range(3, 15)), 20):
+            await turns()
+        await chain.close()
+        await deeper.close()
+        assert fed == expected
+    for piece in (near, far):
+        piece.rooms.check_integrity()
+        assert piece.pool.used == 0
+
+
+async def turns() -> None:
+    """Let what goes up ahead go, and arrive."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("when", ["feed", "arrived", "advance"])
+async def test_what_goes_up_ahead_never_ends_an_answer(world: World, when: str) -> None:
+    near, far = world.cuts[1]
+    source, opened = random.Random(5), 0
+    prompt, routing = [source.randrange(3, 61) for _ in range(12)], Routing(Mode.TOKEN, threshold=0.2)
+    expected = world.oracle.decide(Policy.resolve(routing, EXITS), prompt, 30)
+    exits = [exit for _, exit in expected]
+    first = next(i for i, p in enumerate(exits) if p > near.exits[-1])
+    assert 10 < first < 28, "some tokens are decided near, then one is asked about"
+
+    class Full(Chain):
+        """Turns the first session away, which is opened for states that nobody asked about."""
+
+        async def feed(self, block: Block) -> None:
+            if when == "feed":
+                raise CapacityError("full", node="n1")
+            if when == "advance":
+                return
+            await super().feed(block)
+
+        async def arrived(self) -> None:
+            if when == "arrived":
+                raise CapacityError("full", node="n1")
+
+        async def advance(self, block: Block) -> Verdict:
+            raise CapacityError("full", node="n1")
+
+    def beyond(policy: Policy) -> Chain:
+        nonlocal opened
+        opened += 1
+        kind = Full if opened == 1 else Chain
+        return kind(far.open(policy, SamplingParams(), len(prompt), 60), InlineWorker(), "n1")
+
+    policy = Policy.resolve(routing, EXITS)
+    chain = Chain(near.open(policy, SamplingParams(), 12, 60), InlineWorker(), "n0", beyond, ahead=100)
+    found = []
+    async for settled in decode(chain, prompt, 30):
+        found += [(d.token, d.exit) for d in settled.decisions]
+        await turns()
+    await chain.close()
+    assert found == expected and opened == 2
+    for piece in (near, far):
+        piece.rooms.check_integrity()
+        assert piece.pool.used == 0
+
+
+async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> None:
+    near, far = world.cuts[1]
+    policy, uplink = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), EXITS), Uplink()
+    fed: list[int] = []
+    arrives = asyncio.Event()
+
+    class Slow(Chain):
+        async def feed(self, block: Block) -> None:
+            fed.append(len(block.token_ids))
+            await super().feed(block)
+
+        async def arrived(self) -> None:
+            await arrives.wait()
+
+    def beyond(policy: Policy) -> Chain:
+        return Slow(far.open(policy, SamplingParams(), 100, 130), InlineWorker(), "n1")
+
+    def chain() -> Chain:
+        session = near.open(policy, SamplingParams(), 100, 130)
+        return Chain(session, InlineWorker(), "n0", beyond, ahead=1000, uplink=uplink)
+
+    async def go(chain: Chain) -> None:
+        async for _ in decode(chain, [5] * 100, 10):
+            await turns()
+
+    one, other = chain(), chain()
+    uplink.questions = 1
+    await go(one)
+    assert fed == [], "somebody waits for an answer"
+    uplink.questions = 0
+    await go(other)
+    assert fed == [32] and uplink.uploader is other._beyond, "one part, until it has arrived"
+    arrives.set()
+    await turns()
+    assert uplink.idle
+    for each in (one, other):
+        await each.close()
+    hasty = chain()
+    async for _ in decode(hasty, [5] * 100, 1):
+        assert uplink.uploader is hasty._beyond
+        break  # before what goes up has begun to
+    await hasty.close()
+    assert uplink.idle and len(fed) == 1
+    near.rooms.check_integrity()
+
+
+@pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])
+@pytest.mark.parametrize(
+    "routing", [Routing(Mode.EXACT, draft=2), Routing(Mode.TOKEN, threshold=0.9)], ids=["exact", "token"]
+)
+async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
+    tmp_path: Path, cuts: list[tuple[int, ...]], routing: Routing
+) -> None:
+    folder = tiny_family(tmp_path / "long", max_position_embeddings=4096)
+    checkpoint = Checkpoint(folder)
+    oracle = Oracle(load_family(folder, dtype="float32"))
+    prompt = [3 + i * 7 % 57 for i in range(3 * PART + 40)]
+    policy = Policy.resolve(routing, (2, 4, 6))
+    fed: list[tuple[int, int]] = []
+
+    class Noted(Chain):
+        async def feed(self, block: Block) -> None:
+            fed.append((block.start, len(block.token_ids)))
+            await super().feed(block)
+
+    chain: Chain | None = None
+    pieces = [
+        Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=2048, max_sessions=1) for cut in cuts
+    ]
+    for i, shard in reversed(list(enumerate(pieces))):
+        session = shard.open(policy, SamplingParams(), len(prompt), len(prompt) + 10)
+        chain = Noted(session, InlineWorker(), f"n{i}", (lambda s: lambda policy: s)(chain) if chain else None)
+    assert chain is not None
+    decided = [d async for settled in decode(chain, prompt, 4) for d in settled.decisions]
+    await chain.close()
+    assert [(d.token, d.exit) for d in decided] == oracle.decide(policy, prompt, 4)
+    once = [(0, PART), (PART, PART), (2 * PART, PART)] if routing.mode is Mode.EXACT else []
+    assert sorted(fed) == sorted(once * (len(cuts) - 1))
+    for shard in pieces:
+        shard.rooms.check_integrity()
+
+
+async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> None:
+    pieces, policy = world.cuts[2], Policy.resolve(Routing(Mode.TOKEN, threshold=0.4), EXITS)
+    params = SamplingParams()
+
+    def chain() -> Chain:
+        deeper: Stage | None = None
+        for i in reversed(range(3)):
+            make: Callable[[Policy], Stage] | None = (
+                (lambda s: lambda policy: s)(deeper) if deeper is not None else None
+            )
+            deeper = Chain(pieces[i].open(policy, params, 4, 60), InlineWorker(), f"n{i}", make)
+        assert isinstance(deeper, Chain)
+        return deeper
+
+    async def go(chain: Chain, ids: Sequence[int], count: int) -> list[int]:
+        out: list[int] = []
+        async for settled in decode(chain, ids, count):
+            out += [d.token for d in settled.decisions]
+        return out
+
+    first, fresh = chain(), chain()
+    await go(first, [5, 6, 7, 8], 20)
+    await first.rewind(2)
+    assert await go(first, [9, 10], 20) == await go(fresh, [5, 6, 9, 10], 20)
+    for piece in pieces:
+        piece.rooms.check_integrity()
+        for session in list(piece.sessions.values()):  # also those that no block has reached
+            session.close()
+
+
+async def test_a_block_that_does_not_continue_is_refused(world: World) -> None:
+    shard = world.cuts[1][1]
+    session = shard.open(Policy.resolve(Routing(), EXITS), SamplingParams(), 1, 8)
+    chain = Chain(session, InlineWorker(), "n1")
+    states = torch.zeros(2, 32)
+    for block, message in (
+        (Block(1, states, (5, 6), ()), "starts at position 1, but this session holds 0"),
+        (Block(0, states, (5, 6, 7), ()), "3 positions has 2 states"),
+        (Block(0, states, (5, 6), (2,)), r"wants \(2,\)"),
+        (Block(0, torch.zeros(9, 32), (5,) * 9, ()), "ends at position 9; the session asked for 8"),
+    ):
+        with pytest.raises(WireError, match=message):
+            await chain.advance(block)
+    await chain.close()
+    shard.rooms.check_integrity()
+
+
+def look(position: int, draft: int | None, token: int, sure: bool) -> Look:
+    return Look(position, draft, token, 0.5, Reason.CONFIDENT if sure else None)
+
+
+def decision(token: int) -> Decision:
+    return Decision(token, 7, 1.0, Reason.DEEPEST)
+
+
+def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
+    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS)
+    block = Block(3, None, (8, 9, 10, 11, 12), (4, 5, 6, 7))
+    walk = Walk.of(Judge(policy, 1), block, [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
+    assert [seen.position for seen in walk.looks] == [4, 5, 6]
+    assert walk.unsure == [5]
+    assert [d.token for d in walk.settle([decision(11)])] == [10, 11, 77]
+    assert [d.token for d in walk.settle([decision(44)])] == [10, 44]
+
+
+def test_a_walk_without_looks_asks_everything() -> None:
+    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), Block(4, None, (9, 10), (4, 5)), None)
+    assert walk.unsure == [4, 5]
+    assert [d.token for d in walk.settle([decision(10), decision(3)])] == [10, 3]
+    assert [d.token for d in walk.settle([decision(9)])] == [9]
+
+
+def test_settling_takes_decisions_only_as_far_as_they_go() -> None:
+    walk = Walk(1, [look(0, 5, 5, False), look(1, 6, 6, True), look(2, None, 7, False)], [0, 2])
+    assert [d.token for d in walk.settle([decision(5), decision(8)])] == [5, 6, 8]
+    assert [d.token for d in walk.settle([decision(4)])] == [4]
+    assert walk.settle([]) == ()

@@ -1,0 +1,57 @@
+"""Pages and their owners: whatever is allocated and released, free + used == total and no page has two owners."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ruyi_flow.errors import CapacityError
+from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, Run
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=60))
+def test_any_sequence_of_allocations_keeps_the_pool_whole(steps: list[tuple[bool, int]]) -> None:
+    pool, runs = PagePool(1000), []
+    for owner, (release, size) in enumerate(steps):
+        if release and runs:
+            pool.release(runs.pop(size % len(runs)))
+        else:
+            try:
+                run = pool.allocate(owner, size)
+            except CapacityError:
+                assert pool.free * PAGE_SIZE < size or runs
+                continue
+            assert run.count * PAGE_SIZE >= size
+            runs.append(run)
+        pool.check_integrity()
+        assert pool.used == sum(run.count for run in runs)
+    for run in runs:
+        pool.release(run)
+    assert pool.free == pool.num_pages
+    assert pool.allocate(-2, pool.num_positions).count == pool.num_pages
+
+
+def test_allocate_after_release_reuses_the_gap() -> None:
+    pool = PagePool(4 * PAGE_SIZE)
+    first, second = pool.allocate(0, PAGE_SIZE), pool.allocate(1, PAGE_SIZE)
+    pool.release(first)
+    assert pool.allocate(2, 10) == Run(2, 0, 1)
+    assert pool.allocate(3, 2 * PAGE_SIZE) == Run(3, second.first + 1, 2)
+    with pytest.raises(CapacityError, match="0 of 256 are free"):
+        pool.allocate(4, 1)
+
+
+def test_a_fragmented_pool_says_so() -> None:
+    pool = PagePool(3 * PAGE_SIZE)
+    runs = [pool.allocate(i, 1) for i in range(3)]
+    pool.release(runs[0])
+    pool.release(runs[2])
+    with pytest.raises(CapacityError, match="but not in one run"):
+        pool.allocate(9, 2 * PAGE_SIZE)
+
+
+def test_integrity_notices_an_overlap() -> None:
+    pool = PagePool(1000)
+    pool.allocate(0, 100)
+    pool._runs.append(Run(1, 1, 2))
+    with pytest.raises(AssertionError, match="overlaps"):
+        pool.check_integrity()
