@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from ruyi_flow.config.topology import Topology
     from ruyi_flow.errors import RuyiFlowError
     from ruyi_flow.local import Family, load_family
-    from ruyi_flow.types import SamplingParams, Token
+    from ruyi_flow.requests import SamplingParams
+    from ruyi_flow.types import Token
 
 __all__ = [
     "AsyncClient",
@@ -34,9 +35,9 @@ _HOME = {
     "Family": "local",
     "Reply": "client",
     "RuyiFlowError": "errors",
-    "SamplingParams": "types",
+    "SamplingParams": "requests",
     "Token": "types",
-    "Topology": "topology",
+    "Topology": "config.topology",
     "load_family": "local",
 }
 

@@ -1,14 +1,11 @@
-"""The SDK: a client of a topology, synchronous or asynchronous, and a whole family in one process.
-
-The async client is the one that works; the sync one runs it on a background event loop.
-"""
+"""The SDK: an asynchronous client of a topology, and a synchronous one that runs it on a background event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,41 +14,38 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.config.yaml_files import did_you_mean
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
-from ruyi_flow.requests import GenerateRequest
-from ruyi_flow.routing.policy import Routing
-from ruyi_flow.types import Final, FinishReason, Mode, NodeStatus, SamplingParams, Stats, Token, is_token_id, parse_mode
+from ruyi_flow.requests import GenerateRequest, PromptInput, parse_request
+from ruyi_flow.types import Final, FinishReason, NodeStatus, Stats, Token
 
 if TYPE_CHECKING:
-    from ruyi_flow.serving.answering import Entry
+    from ruyi_flow.serving.answering import Answering
+    from ruyi_flow.serving.engine import Engine
     from ruyi_flow.transport.peer import Peer
 
-__all__ = ["AsyncClient", "Client", "Prompt", "Reply", "make_request"]
-
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-"""A text (one user turn), a list of {"role": …, "content": …} messages, or token ids."""
-
-_SAMPLING = {f.name for f in fields(SamplingParams)}
-_ROUTING = {f.name for f in fields(Routing)}
+__all__ = ["AsyncClient", "Client", "Reply", "make_request"]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer."""
+    """A complete answer."""
 
     text: str
+    """The answer's text."""
     tokens: tuple[Token, ...]
+    """Its tokens, each with the exit and the node that decided it."""
     finish_reason: FinishReason
+    """Why it ended."""
     stats: Stats
+    """Durations, drafts, and what each node spent."""
 
     @property
     def token_ids(self) -> list[int]:
-        """The answer's token ids, the one that ended it included."""
+        """The answer's token ids, including the one that ended it."""
         return [token.id for token in self.tokens]
 
     def to_dict(self) -> dict[str, Any]:
-        """As one JSON object."""
+        """Return the answer as a JSON object."""
         stats = asdict(self.stats) | {"token_s": self.stats.token_s}
         return {
             "text": self.text,
@@ -63,27 +57,33 @@ class Reply:
 
 
 class AsyncClient:
-    """A client of a topology's entry node.
+    """A client of a topology's entry node, for use as an async context manager.
 
-    A topology of one node without an address is loaded and run in this process. Use it as an async context manager.
+    A topology of one node without an address is loaded and run in this process.
 
     Args:
         topology: a YAML file, or a loaded `Topology`.
-        timeout_s: deadline of a request, unless the call gives another.
+        timeout_s: seconds that an answer may take, unless the call sets another limit.
     """
 
     def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
         self.topology = topology if isinstance(topology, Topology) else Topology.load(topology)
         self._timeout_s = timeout_s
         self._peers: dict[str, Peer] = {}
-        self._local: Entry | None = None
+        self._engine: Engine | None = None
+        self._answering: Answering | None = None
 
     async def __aenter__(self) -> AsyncClient:
         if self.topology.entry.address is None:
-            from ruyi_flow.serving.answering import Entry
             from ruyi_flow.serving.engine import Engine
 
-            self._local = Entry(await asyncio.to_thread(Engine.load, self.topology, self.topology.entry.name))
+            engine = await asyncio.to_thread(Engine.load, self.topology, self.topology.entry.name)
+            try:
+                self._answering = await asyncio.to_thread(engine.answering)
+            except BaseException:  # the engine's thread and memory must not outlive this call
+                await engine.close()
+                raise
+            self._engine = engine
             return self
         from ruyi_flow.transport.peer import Peer
 
@@ -95,24 +95,28 @@ class AsyncClient:
         peers, self._peers = self._peers, {}
         for peer in peers.values():
             await peer.close()
-        local, self._local = self._local, None
-        if local is not None:
-            await local.engine.close()
+        engine, self._engine, self._answering = self._engine, None, None
+        if engine is not None:
+            await engine.close()
 
-    async def generate(self, prompt: Prompt, **options: Any) -> Reply:
+    async def generate(self, prompt: PromptInput, **options: Any) -> Reply:
         """Answer a prompt.
 
         Args:
-            prompt: see `Prompt`; `raw=True` sends a text as it is, without the chat template.
-            options: any field of `SamplingParams` (max_new_tokens, temperature, top_k, top_p, repetition_penalty,
-                no_repeat_ngram_size, min_new_tokens, stop, eos_token_ids, seed) and of `Routing` (mode, exit,
-                threshold, thresholds, window, back, draft, fallback), `policy` (a file of `ruyi-flow calibrate`),
-                `raw`, and `timeout_s`. Routing that is left out is the topology's; an exit without a mode means
-                `fixed`, a threshold without one means `token`. An answer ends with the family's context, if not before.
+            prompt: a text (one user turn), {"role": …, "content": …} messages, or token ids.
+            options: any of the following.
+                Sampling: max_new_tokens, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size,
+                min_new_tokens, stop, eos_token_ids, seed (see `SamplingParams`).
+                Routing: mode, exit, threshold, thresholds, window, back, draft, fallback, and scale, start, family,
+                which a policy file sets (see `Routing`). Without a mode, `exit` means mode `fixed`, and a threshold
+                means mode `token`. Default: the topology's policy.
+                `policy`: a policy file of `ruyi-flow calibrate`.
+                `raw`: True encodes a text as it is, without the chat template.
+                `timeout_s`: seconds that the answer may take.
 
         Raises:
-            RequestError: a parameter or a prompt that no node could serve.
-            NodeError: a node that cannot serve it now.
+            RequestError: no node could serve an option or the prompt.
+            NodeError: a node cannot serve the request now.
         """
         tokens: list[Token] = []
         async with aclosing(self.events(prompt, **options)) as events:
@@ -120,22 +124,25 @@ class AsyncClient:
                 if isinstance(event, Final):
                     return Reply(event.text, tuple(tokens), event.finish_reason, event.stats)
                 tokens.append(event)
-        raise NodeError("the answer ended in the middle")
+        raise NodeError("the stream ended before the answer was complete")
 
-    async def stream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Token, None]:
-        """Answer a prompt token by token; takes what `generate` takes."""
+    async def stream(self, prompt: PromptInput, **options: Any) -> AsyncGenerator[Token, None]:
+        """Answer a prompt token by token, with the options of `generate`."""
         async with aclosing(self.events(prompt, **options)) as events:
             async for event in events:
                 if isinstance(event, Token):
                     yield event
 
-    async def events(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Token | Final, None]:
-        """Answer a prompt token by token, then one `Final` with text and figures; takes what `generate` takes."""
+    async def events(self, prompt: PromptInput, **options: Any) -> AsyncGenerator[Token | Final, None]:
+        """Answer a prompt token by token, then yield one `Final` with the text and statistics.
+
+        The options are those of `generate`.
+        """
         timeout_s = options.pop("timeout_s", self._timeout_s)
         if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
             raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
         request = make_request(prompt, options)
-        if self._local is None:
+        if self._answering is None:
             if not self._peers:
                 raise RequestError("use the client in an async with block: async with AsyncClient(…) as client: …")
             entry = self._peers[self.topology.entry.name]
@@ -144,16 +151,16 @@ class AsyncClient:
                     yield event
             return
         deadline = asyncio.get_running_loop().time() + timeout_s
-        async with aclosing(self._local.generate(request, timeout_s)) as events:
+        async with aclosing(self._answering.generate(request, timeout_s)) as events:
             async for event in events:
                 if asyncio.get_running_loop().time() > deadline:
-                    raise DeadlineExceeded(f"no whole answer within {timeout_s:g} s")
+                    raise DeadlineExceeded(f"the answer was not complete within {timeout_s:g} s (timeout_s)")
                 yield event
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
-        """What every node holds, or why it cannot be asked."""
-        if self._local is not None:
-            return {self.topology.entry.name: self._local.engine.status()}
+        """Return the status of every node, or the error of a node that cannot be asked."""
+        if self._engine is not None:
+            return {self.topology.entry.name: self._engine.status()}
 
         async def ask(peer: Peer) -> NodeStatus | NodeError:
             try:
@@ -166,13 +173,13 @@ class AsyncClient:
 
 
 class Client:
-    """`AsyncClient` for code without an event loop; the same methods and options, as plain calls and iterators.
+    """A client of a topology's entry node for code without an event loop, for use as a context manager.
 
-    Its calls may come from several threads at once.
+    It has the methods and options of `AsyncClient`, as plain calls and iterators. Several threads may call it at once.
 
     Args:
         topology: a YAML file, or a loaded `Topology`.
-        timeout_s: deadline of a request, unless the call gives another.
+        timeout_s: seconds that an answer may take, unless the call sets another limit.
     """
 
     def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
@@ -181,12 +188,12 @@ class Client:
 
     @property
     def topology(self) -> Topology:
-        """The topology."""
+        """The loaded topology."""
         return self._async.topology
 
     def __enter__(self) -> Client:
         if self._portal is not None:
-            raise RequestError("this client is open already; make another one")
+            raise RequestError("this client is already open; make another one")
         self._portal_manager = start_blocking_portal()
         self._portal = self._portal_manager.__enter__()
         try:
@@ -204,10 +211,10 @@ class Client:
         portal.call(self._async.__aexit__, None, None, None)
         self._portal_manager.__exit__(kind, error, trace)
 
-    def generate(self, prompt: Prompt, **options: Any) -> Reply:
+    def generate(self, prompt: PromptInput, **options: Any) -> Reply:
         """Answer a prompt: `client.generate("Why is the sky blue?", mode="exact", max_new_tokens=64)`.
 
-        Takes and raises what `AsyncClient.generate` does.
+        The options and errors are those of `AsyncClient.generate`.
         """
 
         async def call() -> Reply:
@@ -215,16 +222,16 @@ class Client:
 
         return self._running().call(call)
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generator[Token, None, None]:
-        """Answer a prompt token by token; takes what `generate` takes. Closing it early ends it on the nodes."""
+    def stream(self, prompt: PromptInput, **options: Any) -> Generator[Token, None, None]:
+        """Answer a prompt token by token, with the options of `generate`. Closing it ends the answer on the nodes."""
         return self._iterate(self._async.stream(prompt, **options))
 
-    def events(self, prompt: Prompt, **options: Any) -> Generator[Token | Final, None, None]:
-        """Answer a prompt token by token, then one `Final` with text and figures; takes what `generate` takes."""
+    def events(self, prompt: PromptInput, **options: Any) -> Generator[Token | Final, None, None]:
+        """Answer a prompt token by token, then yield one `Final` with the text and statistics."""
         return self._iterate(self._async.events(prompt, **options))
 
     def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
-        """What every node holds, or why it cannot be asked."""
+        """Return the status of every node, or the error of a node that cannot be asked."""
 
         async def call() -> dict[str, NodeStatus | NodeError]:
             return await self._async.status(timeout_s=timeout_s)
@@ -238,12 +245,12 @@ class Client:
                 coming = portal.start_task_soon(_next_of, events)
                 try:
                     event = coming.result()
-                finally:  # Ctrl-C reaches this thread only: the task on the loop must end before the answer is closed
+                finally:  # Ctrl-C reaches only this thread: the task on the loop must end before the answer is closed
                     coming.cancel()
                 if event is None:
                     return
                 yield event
-        finally:  # also when the caller stops in the middle: the nodes' caches are freed at once
+        finally:  # also when the caller stops early, so that the nodes free their KV caches at once
             if self._portal is portal:
                 portal.call(_close, events)
 
@@ -254,7 +261,7 @@ class Client:
 
 
 async def _next_of(events: AsyncGenerator[Any, None]) -> Any:
-    """The next event, or None at the end."""
+    """Return the next event, or None at the end."""
     return await anext(events, None)
 
 
@@ -262,63 +269,18 @@ async def _close(events: AsyncGenerator[Any, None]) -> None:
     for _ in range(100):
         try:
             return await events.aclose()
-        except RuntimeError:  # a step that was cancelled has not ended yet
+        except RuntimeError:  # a cancelled step has not ended yet
             await asyncio.sleep(0.01)
 
 
-def make_request(prompt: Prompt, options: dict[str, Any]) -> GenerateRequest:
-    """A request from a call's keywords; an unknown one is an error, never dropped."""
-    known = _SAMPLING | _ROUTING | {"policy", "raw", "timeout_s"}
-    for name in options:
-        if name not in known:
-            hint = did_you_mean(name, sorted(known)) or f"; known: {', '.join(sorted(known))}"
-            raise RequestError(f"unknown option {name!r}{hint}")
-    raw = bool(options.get("raw", False))
-    sampling = SamplingParams(**{k: v for k, v in options.items() if k in _SAMPLING})
-    given = {k: v for k, v in options.items() if k in _ROUTING and v is not None}
-    overrides = {k: v for k, v in given.items() if k in ("draft", "fallback")}
-    Routing(**overrides)  # raises when they cannot be
-    routing = None
-    if (policy := options.get("policy")) is not None:
-        if others := sorted(set(given) - {*overrides, "mode"}):
-            raise RequestError(f"{others[0]} goes without policy, which says it")
-        mode = parse_mode(given["mode"]) if "mode" in given else None
-        routing = PolicyFile.load(policy).routing(mode)
-    elif set(given) - {*overrides}:
-        routing = Routing(**(given | {"mode": parse_mode(given.get("mode") or _mode_of(given))}))
-    return GenerateRequest(_prompt(prompt), raw, sampling, routing, **overrides)
+def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRequest:
+    """Build a request from the keyword arguments of a call; see `AsyncClient.generate`.
 
-
-def _mode_of(given: Mapping[str, Any]) -> Mode:
-    """The mode that a call means which gives only the parameters of one."""
-    return Mode.FIXED if "exit" in given else Mode.TOKEN
-
-
-def _prompt(prompt: Prompt) -> str | tuple[tuple[str, str], ...] | tuple[int, ...]:
-    if isinstance(prompt, str):
-        return _text(prompt)
-    if not isinstance(prompt, Iterable):
-        raise RequestError(f"a prompt is a text, a list of messages, or token ids; this is {type(prompt).__name__}")
-    items = list(prompt)
-    if items and all(isinstance(item, int) for item in items):
-        if not all(is_token_id(item) for item in items):
-            raise RequestError("a prompt of token ids has numbers that cannot be one")
-        return tuple(int(item) for item in items if isinstance(item, int))
-    turns = []
-    for item in items:
-        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
-            raise RequestError(
-                'a message is {"role": …, "content": …}; a prompt is a text, a list of those, or token ids'
-            )
-        if not isinstance(item["role"], str) or not isinstance(item["content"], str):
-            raise RequestError("a message's role and content must be texts")
-        turns.append((_text(item["role"]), _text(item["content"])))
-    return tuple(turns)
-
-
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is not valid Unicode: {error}") from None
-    return text
+    Raises:
+        RequestError: an option is unknown, or an option or the prompt has a value that it cannot have.
+        ConfigError: the policy file cannot be read.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if (policy := options.pop("policy", None)) is not None:
+        options = PolicyFile.load(policy).options(options)
+    return parse_request(prompt, options)

@@ -19,6 +19,9 @@ A command line prints the message and exits with 2; it never shows a stack trace
 `RequestError` and `NodeError` is one gRPC status (`transport/status.py` has the table).
 """
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 __all__ = [
     "CapacityError",
     "CheckpointError",
@@ -34,6 +37,7 @@ __all__ = [
     "RuyiFlowError",
     "TrainingError",
     "WireError",
+    "did_you_mean",
 ]
 
 
@@ -100,3 +104,9 @@ class WireError(NodeError):
 
 class NodeFault(NodeError):
     """A bug inside a node; its log has the details."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return `; did you mean 'x'?` when a known word is close to a mistyped one, else the empty string."""
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,10 +1,10 @@
-"""A whole family in one process, without event loop or network: the oracle for every distributed run."""
+"""A whole family in one process, without event loop or network: the reference for every distributed run."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,27 @@ from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.family.loading import load_slice
-from ruyi_flow.loop.chain import Chain, Round, decode
+from ruyi_flow.family.loading import find_device, load_slice
+from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer
+from ruyi_flow.loop.chain import Chain, decode
+from ruyi_flow.requests import SamplingParams, SessionOpen, parse_request
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
-from ruyi_flow.serving.answering import end_tokens, load_tokenizer
-from ruyi_flow.serving.engine import find_device
-from ruyi_flow.types import Mode, SamplingParams, Weights, is_token_id, parse_mode
+from ruyi_flow.types import Mode, Weights, is_token_id
 
 __all__ = ["Family", "load_family"]
 
 
 class Family:
-    """A whole family.
+    """A whole family in this process; `load_family` makes one.
 
     Args:
-        checkpoint: opened, with all its stages.
-        dtype: number format.
+        checkpoint: the opened checkpoint with all stages.
+        dtype: number format of the layers and the KV cache.
         device: a torch device.
-        weights: how products hold their weights; None keeps them as they are.
-        compile: run the trunk's layers through `torch.compile`.
+        weights: number format of the weight matrices. Default: as the checkpoint has them.
+        compile: whether the trunk's layers run through `torch.compile`.
     """
 
     def __init__(
@@ -59,23 +59,23 @@ class Family:
             except ConfigError as error:
                 raise ConfigError(f"compile: {error}") from None
         self.tokenizer: Any = load_tokenizer(checkpoint)
-        """transformers' tokenizer, or None where the folder has no tokenizer.json."""
+        """The transformers tokenizer, or None if the folder has no tokenizer.json."""
         self._shard: Shard | None = None
-        self._lock = threading.Lock()  # one row after the other, whoever asks
+        self._lock = threading.Lock()  # one row at a time, whichever thread asks
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, exit: int | None = None) -> Tensor:
-        """Whole sequences, every token at one exit, without a cache.
+        """Compute the logits of whole sequences at one exit, without a KV cache.
 
         Args:
             input_ids: (batch, n) token ids.
-            exit: the exit; the last one when left out.
+            exit: the exit. Default: the last one.
 
         Returns:
-            (batch, n, vocab) float32
+            (batch, n, vocab) float32 logits.
 
         Raises:
-            RequestError: an exit that the family does not have, or ids of another shape.
+            RequestError: the family does not have the exit, or the ids have another shape.
         """
         exit = self._exit(exit)
         ids = self._ids(input_ids).to(self.model.device)
@@ -89,65 +89,56 @@ class Family:
         min_new_tokens: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue sequences, greedily by default, each row as the loop decides it in one process.
+        """Continue sequences, greedily by default. Each row is decided by the product's own loop.
 
         Args:
             input_ids: (batch, n) token ids, without padding.
-            exit: the exit that decides every token; the last one when left out.
-            max_new_tokens: at most this many.
-            min_new_tokens: no end of sequence before this many. None lets a row end at any time when the family says
-                how its answers end (generation_config.json); a bare checkpoint has no such file, and its rows get
-                exactly `max_new_tokens`.
+            exit: the exit that decides every token. Default: the last one.
+            max_new_tokens: end a row after at most this many new tokens.
+            min_new_tokens: forbid the end of sequence before this many new tokens. Default: 0 for a family with a
+                generation_config.json, which says how its answers end; `max_new_tokens` for a bare checkpoint.
             options: other fields of `SamplingParams` (temperature, top_k, …) and of `Routing` (mode, threshold,
-                draft, window, back, start, scale); no drafts by default.
+                draft, window, back, start, scale). The default of `draft` is 0.
 
         Returns:
-            (batch, new) token ids; a row that ended earlier is filled up with the token that ended it.
+            (batch, new) token ids; a row that ended earlier is padded with the token that ended it.
 
         Raises:
-            RequestError: an option or an exit that cannot be.
+            RequestError: an option has a value that it cannot have, or the family does not have the exit.
         """
+        if exit is not None:
+            options["exit"] = self._exit(exit)
         ids = self._ids(input_ids)
-        routing_options: dict[str, Any] = {
-            k: options.pop(k)
-            for k in ("mode", "threshold", "thresholds", "draft", "window", "back", "start", "scale")
-            if k in options
-        }
-        mode = parse_mode(routing_options.pop("mode", Mode.FIXED))
-        chosen = self._exit(exit) if mode is Mode.FIXED else exit
-        policy = Policy.resolve(Routing(**({"draft": 0} | routing_options), mode=mode, exit=chosen), self.exits)
+        if all(options.get(name) is None for name in ("mode", "exit", "threshold", "thresholds")):
+            options["mode"] = Mode.FIXED
         if min_new_tokens is None:
             min_new_tokens = 0 if (self.checkpoint.folder / "generation_config.json").exists() else max_new_tokens
         if options.get("eos_token_ids") is None:
             options["eos_token_ids"] = end_tokens(self.checkpoint, self.tokenizer)
-        options.setdefault("seed", 0)
-        try:
-            params = SamplingParams(**options, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
-        except TypeError as error:
-            raise RequestError(str(error).replace("SamplingParams.__init__() got an", "generate got an")) from None
-        if params.stop:
-            raise RequestError("stop strings are for text: use Client; here, give eos_token_ids")
+        lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        request = parse_request((0,), {"draft": 0, "seed": 0} | options | lengths)
+        policy = Policy.resolve(Routing().updated(request.routing), self.exits)
+        if request.sampling.stop:
+            raise RequestError("stop strings need text: use Client, or give eos_token_ids here")
         with self._lock:
-            rows = [_run_inline(self._row(row, policy, params)) for row in ids.tolist()]
+            rows = [_run_inline(self._row(row, policy, request.sampling)) for row in ids.tolist()]
         width = max(map(len, rows))
         return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
 
     async def _row(self, prompt: Sequence[int], policy: Policy, params: SamplingParams) -> list[int]:
         size = len(prompt) + params.max_new_tokens
-        if self._shard is None or self._shard.pool.num_positions < size:
+        if self._shard is None or self._shard.capacity.pool.num_positions < size:
             self._shard = Shard(self.model, max_positions=max(2048, size), max_sessions=1)
-        chain = Chain(self._shard.open(policy, params, len(prompt), size), InlineWorker(), "local")
+        opening = SessionOpen(max_positions=size, prompt_length=len(prompt), sampling=params, policy=policy)
+        chain = Chain(self._shard.open(opening, self._shard.capacity.lease(size)), InlineWorker(), "local")
         try:
-            return [
-                d.token
-                for settled in await _collect(decode(chain, prompt, params.max_new_tokens))
-                for d in settled.decisions
-            ]
+            rounds = decode(chain, prompt, params.max_new_tokens)
+            return [d.token async for settled in rounds for d in settled.decisions]
         finally:
             await chain.close()
 
     def _ids(self, input_ids: Tensor) -> Tensor:
-        """Checked token ids."""
+        """Check token ids."""
         if not isinstance(input_ids, Tensor):
             raise RequestError(f"input_ids is a {type(input_ids).__name__}; it must be a tensor: torch.tensor([[…]])")
         if input_ids.dim() != 2 or 0 in input_ids.shape:
@@ -178,15 +169,15 @@ def load_family(
 
     Args:
         path_or_name: a folder, a GGUF file, or a name in the local store.
-        dtype: float32, bfloat16 or float16.
+        dtype: number format of the layers and the KV cache: float32, bfloat16 or float16.
         exits: exits to give to an ordinary Hugging Face or GGUF checkpoint; its branches are then untrained copies.
         device: a torch device.
-        weights: "int8" or "int4" holds the weights of products in few bits; "bf16", or None, as they are.
-        compile: run the trunk's layers through `torch.compile`, which takes a while here; on a CPU it does not pay.
+        weights: "int8" or "int4" to quantize the weight matrices. Default: as the checkpoint has them.
+        compile: whether to run the trunk's layers through `torch.compile`; on a CPU that is slower.
 
     Raises:
-        CheckpointError: what is wrong with the files.
-        ConfigError: a device that is not there, or nothing to compile with.
+        CheckpointError: the files are missing, truncated or inconsistent.
+        ConfigError: the device cannot be used, or torch cannot compile here.
     """
     chosen = parse_dtype(dtype)
     if weights is not None and weights not in tuple(Weights):
@@ -203,12 +194,8 @@ def load_family(
     return Family(Checkpoint(store.locate(path_or_name), exits), **how)
 
 
-async def _collect(rounds: AsyncIterator[Round]) -> list[Round]:
-    return [settled async for settled in rounds]
-
-
 def _run_inline(coroutine: Any) -> Any:
-    """Run a coroutine that never waits, since all of its stages are in this process."""
+    """Run a coroutine that never waits, since all its stages are in this process."""
     try:
         coroutine.send(None)
     except StopIteration as done:

@@ -1,46 +1,206 @@
-"""What is asked of a node: a session on a hop, and an answer to a user's prompt."""
+"""Requests: what a user asks of an entry node, and what a node asks of the next one when it opens a session."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from ruyi_flow.errors import RequestError, did_you_mean
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.types import Encoding, SamplingParams
+from ruyi_flow.types import MAX_COUNT, Encoding, is_token_id
 
-__all__ = ["GenerateRequest", "SessionOpen"]
+__all__ = [
+    "GenerateRequest",
+    "Prompt",
+    "PromptInput",
+    "SamplingParams",
+    "SessionOpen",
+    "check_option_names",
+    "parse_request",
+    "sampling_names",
+]
+
+PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
+"""A prompt as users give it: a text (one user turn), {"role": …, "content": …} messages, or token ids."""
+
+Prompt = str | tuple[tuple[str, str], ...] | tuple[int, ...]
+"""A checked prompt: a text, (role, content) messages, or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
-class SessionOpen:
-    """The handshake of a hop: what the sender holds and expects of the receiver."""
+class SamplingParams:
+    """How a token is picked from a branch's logits, and when the answer ends.
 
-    family: str
-    """Fingerprint of the family."""
-    first_layer: int
-    """The first trunk layer that the receiver must run."""
-    hidden_size: int
-    encoding: Encoding
-    """Of every boundary state of the session."""
-    max_positions: int
-    """The session never holds more."""
-    prompt_length: int
-    sampling: SamplingParams
-    """With seed and eos_token_ids filled in."""
-    policy: Policy
+    A token is `argmax(processed logits / temperature + gumbel(seed, position, token))`; see `runtime/sampling.py`.
+    The command line shows the field docstrings as the help of its options.
+    """
+
+    temperature: float = 0.0
+    """Sampling temperature; 0 decodes greedily."""
+    top_k: int = 0
+    """Sample from the k most probable tokens only; 0 keeps all tokens."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens that the prompt or the answer already contains (multiply negative ones); 1 is off."""
+    no_repeat_ngram_size: int = 0
+    """Never repeat an n-gram of this size, the prompt included; 0 is off."""
+    min_new_tokens: int = 0
+    """Forbid the end of sequence before this many new tokens."""
+    max_new_tokens: int = 256
+    """End the answer after at most this many new tokens."""
+    stop: tuple[str, ...] = ()
+    """End the answer before the first occurrence of one of these strings."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """Token ids that end the answer. Default: the family's own; an empty tuple means none."""
+    seed: int | None = None
+    """Sampling seed. Default: random, returned in the statistics."""
+
+    def __post_init__(self) -> None:
+        for name, kind, low, high, meaning in (
+            ("temperature", float, 0.0, 100.0, "a number from 0 (greedy) to 100"),
+            ("top_k", int, 0, MAX_COUNT, "a whole number of 0 (off) or more"),
+            ("top_p", float, 1e-9, 1.0, "a number above 0 and at most 1"),
+            ("repetition_penalty", float, 1e-9, 1e9, "a number above 0 and at most 1e9 (1 is off)"),
+            ("no_repeat_ngram_size", int, 0, MAX_COUNT, "a whole number of 0 (off) or more"),
+            ("min_new_tokens", int, 0, MAX_COUNT, "a whole number of 0 or more"),
+            ("max_new_tokens", int, 1, MAX_COUNT, "a whole number of 1 or more"),
+            ("seed", int, 0, 2**63 - 1, "a whole number of 0 or more, below 2**63"),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            right = isinstance(value, int) or (kind is float and isinstance(value, float))
+            if isinstance(value, bool) or not right or not low <= value <= high:
+                raise RequestError(f"{name} is {value!r}; it must be {meaning}")
+            object.__setattr__(self, name, kind(value))
+        if 0 < self.temperature < 1e-4:  # logits over it would not be finite any more
+            raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy), or 0.0001 or more")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
+            )
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(_is_valid_text(text) for text in stop):
+            raise RequestError(f"stop is {self.stop!r}; it must be non-empty texts")
+        stop = tuple(stop)
+        object.__setattr__(self, "stop", stop)
+        if self.eos_token_ids is not None:
+            eos = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else self.eos_token_ids
+            if not isinstance(eos, (tuple, list)) or not all(is_token_id(token) for token in eos):
+                raise RequestError(f"eos_token_ids is {self.eos_token_ids!r}; it must be token ids")
+            object.__setattr__(self, "eos_token_ids", tuple(eos))
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a user asks of the entry node."""
+    """One request of a user to the entry node."""
 
-    prompt: str | tuple[tuple[str, str], ...] | tuple[int, ...]
-    """A text, (role, content) messages, or token ids."""
+    prompt: Prompt
+    """The prompt: a text, (role, content) messages, or token ids."""
     raw: bool = False
-    """Take a text as it is, not as one user turn through the chat template."""
+    """Whether a text is encoded as it is, instead of as one user turn of the chat template."""
     sampling: SamplingParams = SamplingParams()
-    routing: Routing | None = None
-    """None takes the topology's."""
-    draft: int | None = None
-    """Overrides the routing's."""
-    fallback: bool | None = None
-    """Overrides the routing's."""
+    """How tokens are picked and when the answer ends."""
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `Routing` that the request sets; `Routing.updated` merges them with the topology's policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpen:
+    """The handshake that opens a session on a node: what the sender has, and what it expects of the receiver.
+
+    The entry node opens its own session without the first four fields, which describe a hop.
+    """
+
+    family: str = ""
+    """Fingerprint of the sender's family; the receiver must have the same."""
+    first_layer: int = 0
+    """The first trunk layer that the receiver must run."""
+    hidden_size: int = 0
+    """Width of a boundary state."""
+    encoding: Encoding = Encoding.F32
+    """Encoding of every boundary state of the session."""
+    max_positions: int
+    """Largest number of positions that the session will use; the KV cache is reserved for them."""
+    prompt_length: int
+    """Number of positions of the prompt."""
+    sampling: SamplingParams = SamplingParams()
+    """How tokens are picked, with `seed` and `eos_token_ids` set."""
+    policy: Policy
+    """The thresholds of every exit."""
+
+
+def sampling_names() -> frozenset[str]:
+    """Return the names of the sampling options."""
+    return frozenset(f.name for f in fields(SamplingParams))
+
+
+def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Check that every option has a known name.
+
+    Raises:
+        RequestError: an option is unknown; the message suggests a similar name.
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+            raise RequestError(f"unknown option {name!r}{hint}")
+
+
+def parse_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRequest:
+    """Build a request from the keyword arguments of a call. Every front end uses this one function.
+
+    Args:
+        prompt: the prompt as a user gives it.
+        options: fields of `SamplingParams` and of `Routing`, and `raw`; None stands for an option that is not given.
+
+    Raises:
+        RequestError: an unknown option, or a value that an option or the prompt cannot have.
+    """
+    sampling, routing = sampling_names(), Routing.names()
+    check_option_names(options, sampling | routing | {"raw"})
+    given = {name: value for name, value in options.items() if name in routing and value is not None}
+    Routing().updated(given)  # raises where a value cannot be
+    return GenerateRequest(
+        _parse_prompt(prompt),
+        bool(options.get("raw", False)),
+        SamplingParams(**{name: value for name, value in options.items() if name in sampling}),
+        given,
+    )
+
+
+def _parse_prompt(prompt: PromptInput) -> Prompt:
+    if isinstance(prompt, str):
+        return _parse_text(prompt)
+    if not isinstance(prompt, Iterable):
+        raise RequestError(f"a prompt is a text, a list of messages, or token ids; this is {type(prompt).__name__}")
+    items = list(prompt)
+    if items and all(isinstance(item, int) for item in items):
+        if not all(is_token_id(item) for item in items):
+            raise RequestError("a prompt of token ids contains numbers that cannot be token ids")
+        return tuple(int(item) for item in items if isinstance(item, int))
+    turns = []
+    for item in items:
+        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
+            raise RequestError(
+                'a message is {"role": …, "content": …}; a prompt is a text, a list of messages, or token ids'
+            )
+        if not isinstance(item["role"], str) or not isinstance(item["content"], str):
+            raise RequestError("a message's role and content must be texts")
+        turns.append((_parse_text(item["role"]), _parse_text(item["content"])))
+    return tuple(turns)
+
+
+def _parse_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid Unicode: {error}") from None
+    return text
+
+
+def _is_valid_text(value: object) -> bool:
+    return isinstance(value, str) and value != "" and value == value.encode(errors="ignore").decode()

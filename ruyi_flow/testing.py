@@ -20,10 +20,13 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.transformer import Probe
+from ruyi_flow.requests import SamplingParams, SessionOpen
+from ruyi_flow.routing.policy import Policy
+from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.node import serve
 
-__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "tiny_family"]
+__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "open_session", "tiny_family"]
 
 
 def tiny_family(
@@ -166,6 +169,32 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def open_session(
+    shard: Shard,
+    policy: Policy,
+    params: SamplingParams,
+    prompt_length: int,
+    max_positions: int,
+    *,
+    covers_next: bool = False,
+) -> ShardSession:
+    """Open a session on a shard, without admission.
+
+    Args:
+        shard: the stages.
+        policy: the session's policy.
+        params: how tokens are picked.
+        prompt_length: positions of the prompt.
+        max_positions: largest number of positions.
+        covers_next: whether the last branch must be able to decide in place of the next node.
+
+    Raises:
+        CapacityError: the shard is full.
+    """
+    opening = SessionOpen(policy=policy, sampling=params, prompt_length=prompt_length, max_positions=max_positions)
+    return shard.open(opening, shard.capacity.lease(max_positions), covers_next=covers_next)
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """Running nodes."""
@@ -177,13 +206,13 @@ class Cluster:
     def check_idle(self) -> None:
         """Raise AssertionError unless every node's cache is whole and empty."""
         for name, engine in self.engines.items():
-            engine.shard.rooms.check_integrity()
-            assert engine.shard.pool.used == 0, f"node {name} still holds {engine.shard.pool.used} pages"
+            engine.shard.capacity.check_integrity()
+            assert engine.shard.capacity.pool.used == 0, f"node {name} still has pages in use"
 
     async def settle(self, timeout_s: float = 5.0) -> None:
         """Wait until no node holds a session, then `check_idle`."""
         for _ in range(int(timeout_s / 0.005)):
-            if not any(engine.shard.sessions for engine in self.engines.values()):
+            if not any(engine.shard.capacity.leases for engine in self.engines.values()):
                 break
             await asyncio.sleep(0.005)
         self.check_idle()

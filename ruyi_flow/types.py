@@ -21,10 +21,11 @@ __all__ = [
     "Final",
     "FinishReason",
     "Hop",
+    "MAX_COUNT",
+    "MIN_UPLOAD_POSITIONS",
     "Mode",
     "NodeStatus",
     "Reason",
-    "SamplingParams",
     "Stage",
     "Stats",
     "Token",
@@ -36,17 +37,16 @@ __all__ = [
 ]
 
 
-_MOST = 2**31 - 1
-"""Largest count or token id in a request; the wire has 32 bits for them."""
+MAX_COUNT = 2**31 - 1
+"""Largest count or token id that a request may contain; the wire has 32 bits for them."""
+
+MIN_UPLOAD_POSITIONS = 8
+"""Smallest number of positions that a node uploads ahead of a question; fewer would not repay the message."""
 
 
 def is_token_id(value: object) -> bool:
-    """Whether a value can be a token id of some family."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != "" and value == value.encode(errors="ignore").decode()
+    """Return whether a value can be a token id of some family."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 class Mode(StrEnum):
@@ -132,70 +132,6 @@ class Weights(StrEnum):
     """8 bits, a scale and a zero for 32 values."""
     INT4 = "int4"
     """4 bits, a scale and a zero for 32 values; heads, which are worth more, in 8 bits."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How a token is picked from a branch's logits, and when the answer ends.
-
-    A token is `argmax(processed logits / temperature + gumbel(seed, position, token))`: see `runtime/sampling.py`.
-    """
-
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that hold this much probability together."""
-    repetition_penalty: float = 1.0
-    """Divide (multiply, when negative) the logits of tokens already in the prompt or the answer; 1 is off."""
-    no_repeat_ngram_size: int = 0
-    """Never repeat an n-gram of this size, prompt included; 0 is off."""
-    min_new_tokens: int = 0
-    """No end of sequence before this many new tokens."""
-    max_new_tokens: int = 256
-    """The answer ends after this many new tokens at the latest."""
-    stop: tuple[str, ...] = ()
-    """The answer ends before the first of these strings."""
-    eos_token_ids: tuple[int, ...] | None = None
-    """Tokens that end the answer; None takes the family's own, () takes none."""
-    seed: int | None = None
-    """Of the sampling noise; None lets the entry node pick one (`stats.seed` tells which)."""
-
-    def __post_init__(self) -> None:
-        for name, kind, low, high, meaning in (
-            ("temperature", float, 0.0, 100.0, "a number from 0 (greedy) to 100"),
-            ("top_k", int, 0, _MOST, "a whole number of 0 (off) or more"),
-            ("top_p", float, 1e-9, 1.0, "a number above 0 and at most 1"),
-            ("repetition_penalty", float, 1e-9, 1e9, "a number above 0, 1e9 at the most (1 is off)"),
-            ("no_repeat_ngram_size", int, 0, _MOST, "a whole number of 0 (off) or more"),
-            ("min_new_tokens", int, 0, _MOST, "a whole number of 0 or more"),
-            ("max_new_tokens", int, 1, _MOST, "a whole number of 1 or more"),
-            ("seed", int, 0, 2**63 - 1, "a whole number of 0 or more, below 2**63"),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "seed":
-                continue
-            right = isinstance(value, int) or (kind is float and isinstance(value, float))
-            if isinstance(value, bool) or not right or not low <= value <= high:
-                raise RequestError(f"{name} is {value!r}; it must be {meaning}")
-            object.__setattr__(self, name, kind(value))
-        if 0 < self.temperature < 1e-4:  # logits over it would not be finite any more
-            raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy), or 0.0001 or more")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise RequestError(
-                f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})"
-            )
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (tuple, list)) or not all(_is_text(text) for text in stop):
-            raise RequestError(f"stop is {self.stop!r}; it must be texts, none of them empty")
-        stop = tuple(stop)
-        object.__setattr__(self, "stop", stop)
-        if self.eos_token_ids is not None:
-            eos = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else self.eos_token_ids
-            if not isinstance(eos, (tuple, list)) or not all(is_token_id(token) for token in eos):
-                raise RequestError(f"eos_token_ids is {self.eos_token_ids!r}; it must be token ids")
-            object.__setattr__(self, "eos_token_ids", tuple(eos))
 
 
 class Block(NamedTuple):

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from ruyi_flow.client import AsyncClient, Prompt, Reply
+from ruyi_flow.client import AsyncClient, Reply
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.requests import GenerateRequest
-from ruyi_flow.serving.answering import load_tokenizer, prompt_ids
+from ruyi_flow.family.tokenizer import load_tokenizer, prompt_ids
+from ruyi_flow.requests import PromptInput
 from ruyi_flow.serving.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
 
@@ -35,10 +35,10 @@ def prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
         RequestError: the family has no tokenizer or no chat template.
     """
     tokenizer, vocab, folder = load_tokenizer(checkpoint), checkpoint.config.vocab_size, str(checkpoint.folder)
-    return [prompt_ids(GenerateRequest(text), tokenizer, vocab, folder) for text in texts]
+    return [prompt_ids(text, tokenizer, vocab_size=vocab, family=folder) for text in texts]
 
 
-async def ask(client: AsyncClient, prompt: Prompt, tokens: int, **options: Any) -> Reply:
+async def ask(client: AsyncClient, prompt: PromptInput, tokens: int, **options: Any) -> Reply:
     """An answer of exactly so many tokens, all of them the last exit's; without drafts, unless options say so.
 
     Raises:

@@ -1,20 +1,48 @@
-"""The command line's frame: errors of ours are one line and exit status 2, never a stack trace."""
+"""The command line's frame: a user's error is one line and exit status 2, never a stack trace."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from ruyi_flow.cli.display import out
 from ruyi_flow.errors import RuyiFlowError
 
-__all__ = ["app", "main"]
+__all__ = ["Panel", "app", "main"]
+
+
+class Panel:
+    """The groups of commands in `ruyi-flow --help`."""
+
+    RUN = "Run a family"
+    ASK = "Ask it"
+    CALIBRATE = "Calibrate when early exits decide"
+    TRAIN = "Train and measure"
+    SIMULATE = "Simulate and plan"
+
+
+_ORDER = (
+    *("demo", "pull", "up", "status", "shard", "node"),
+    *("generate", "chat", "explain"),
+    *("trace", "calibrate"),
+    *("train", "eval", "bench"),
+    *("profile", "simulate", "sweep", "plan"),
+)
+
+
+class _InOrderOfUse(typer.core.TyperGroup):
+    """Lists commands in the order in which they are used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
 
 
 app = typer.Typer(
+    cls=_InOrderOfUse,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,22 +60,22 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Familial language models, split at their exits over device, edge and cloud."""
+    """Run familial language models, split at their early exits over device, edge and cloud."""
 
 
 def main() -> None:
     """Run the command line."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core prints lines of its own beside our errors otherwise
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise gRPC prints lines of its own beside the errors
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # gRPC's older poller wakes one thread less for each message: 0.31 ms a round trip instead of 0.42 (docs/log.md).
+    # gRPC's older poller wakes one thread less per message: a round trip of 0.31 ms instead of 0.42 (docs/log.md).
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
     try:
         app()
-    except (RuyiFlowError, OSError) as error:  # the latter: files and folders that cannot be read or written
-        # Not through rich: a message is a line for logs and pipes too, and it may contain brackets.
+    except (RuyiFlowError, OSError) as error:  # OSError: files and folders that cannot be read or written
+        # Not through rich: a message must stay one line in logs and pipes, and may contain brackets.
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:

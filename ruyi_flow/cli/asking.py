@@ -1,4 +1,4 @@
-"""Commands that ask running nodes."""
+"""Commands that ask running nodes: demo, generate, chat, explain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ruyi_flow.cli.app import app
+from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import (
     coloured,
     err,
@@ -29,30 +29,14 @@ from ruyi_flow.cli.display import (
 from ruyi_flow.cli.nodes import start_nodes
 from ruyi_flow.cli.options import (
     DEFAULT_TOPOLOGY,
-    BackOption,
-    DraftOption,
-    ExitOption,
-    FallbackOption,
     JsonOption,
     MaxOption,
-    MinOption,
-    ModeOption,
-    NgramOption,
-    PenaltyOption,
-    PolicyOption,
     PromptOption,
     RawOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    ThresholdOption,
     TimeoutOption,
-    TopKOption,
     TopologyOption,
-    TopPOption,
-    WindowOption,
+    answer_options,
     check_target,
-    keywords,
     load_topology,
     networked,
     on_signals,
@@ -60,18 +44,21 @@ from ruyi_flow.cli.options import (
 )
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RuyiFlowError
-from ruyi_flow.types import Final, Mode, Token
+from ruyi_flow.types import Final, Mode, Stats, Token
 
 __all__ = ["chat", "demo", "explain_", "generate", "show"]
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.RUN)
 def demo(
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     prompt: PromptOption = "Why is the sky blue?",
     max_new_tokens: MaxOption = 48,
 ) -> None:
-    """The main job in one command: start all nodes of a topology, answer a prompt together, end them."""
+    """Start all nodes of a topology, answer one prompt with them, show which node decided every token, and end them.
+
+    If the topology names the demo family, it is fetched first.
+    """
     from ruyi_flow.family import store
 
     loaded, text = networked(topology), prompt_text(prompt)
@@ -98,48 +85,26 @@ def demo(
                 tokens, final = answer.result()
         out.print(token_table(loaded, tokens))
         out.print(stats_table(final.stats))
-        stats = final.stats
-        if stats.drafted:
-            out.print(
-                f"Deeper branches confirmed {stats.accepted} of the {stats.drafted} tokens that the shallowest one "
-                f"drafted. To let it decide what it is sure of: ruyi-flow up {topology}, and elsewhere "
-                f"ruyi-flow generate -t {topology} --threshold 0.9 --prompt …",
-                soft_wrap=True,
-            )
+        out.print(_gain(loaded, tokens, final.stats), soft_wrap=True)
 
     asyncio.run(run())
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.ASK)
+@answer_options()
 def generate(
-    topology: TopologyOption,
     prompt: PromptOption,
-    mode: ModeOption = None,
-    exit: ExitOption = None,
-    threshold: ThresholdOption = None,
-    policy: PolicyOption = None,
-    window: WindowOption = None,
-    back: BackOption = None,
-    draft: DraftOption = None,
-    fallback: FallbackOption = None,
-    max_new_tokens: MaxOption = 256,
-    min_new_tokens: MinOption = 0,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    no_repeat_ngram_size: NgramOption = 0,
-    stop: StopOption = None,
-    seed: SeedOption = None,
+    options: dict[str, Any],
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="Also list every token with who decided it and why.")
+        bool, typer.Option("--tokens", help="Also list every token with the node that decided it, and why.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer one prompt with the running nodes of a topology; tokens are coloured by the tier that decided them."""
-    options = keywords(locals())
+    """Answer one prompt with the running nodes of a topology; each token has the colour of the tier that decided it."""
+    options["raw"] = raw
     loaded = load_topology(topology)
 
     async def run() -> None:
@@ -157,35 +122,29 @@ def generate(
     asyncio.run(run())
 
 
-@app.command("explain")
+@app.command("explain", rich_help_panel=Panel.ASK)
+@answer_options(sampling=["max_new_tokens"], max_new_tokens=64)
 def explain_(
-    topology: TopologyOption,
     prompt: PromptOption,
-    mode: ModeOption = None,
-    exit: ExitOption = None,
-    threshold: ThresholdOption = None,
-    policy: PolicyOption = None,
-    window: WindowOption = None,
-    back: BackOption = None,
-    draft: DraftOption = None,
-    fallback: FallbackOption = None,
-    max_new_tokens: MaxOption = 64,
+    options: dict[str, Any],
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
-    html: Annotated[Path | None, typer.Option(help="Also write it as one HTML file, which needs no network.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a report as one HTML file that needs no network.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain one answer of running nodes, token by token: who decided it, why, and what the last branch says.
+    """Explain one answer token by token: which exit decided, why, and what the last branch predicts.
 
-    What the last branch would have said is computed here, so the whole family
-    must be in this machine's store; it is held as the last node holds it. What
-    confidence is made of, before calibration, is computed with it too. In mode
-    cascade the mean over the window decides, so that is shown beside it.
+    The predictions of the last branch are computed in this process, so the whole
+    family must be in this machine's store; it is loaded as the last node has it.
+    In mode cascade the mean over the window decides, so it is shown as well.
 
-    Example: ruyi-flow explain -t configs/local.yaml --policy policy.yaml
-    --prompt "Why is the sky blue?" --html answer.html
+    Example: ruyi-flow explain --policy policy.yaml --prompt "Why is the sky blue?"
+    --html answer.html
     """
-    given = keywords(locals())
+    options["raw"] = raw
     if html is not None:
         check_target(html, "--html")
     loaded, text = load_topology(topology), prompt_text(prompt)
@@ -194,19 +153,19 @@ def explain_(
     from ruyi_flow.evaluation import explaining
     from ruyi_flow.routing.policy import Policy
 
-    request = make_request(text, dict(given))
-    resolved = Policy.resolve(request.routing or loaded.policy.routing(str(topology)), loaded.all_exits)
-    with progress_bar("asking, and loading the family", quiet=as_json):
+    request = make_request(text, options)
+    resolved = Policy.resolve(loaded.routing().updated(request.routing), loaded.all_exits)
+    with progress_bar("loading the family and asking the nodes", quiet=as_json):
         family = explaining.like_the_last_node(loaded)
         with Client(loaded, timeout_s=timeout_s) as client:
-            reply = client.generate(text, **given)
+            reply = client.generate(text, **options)
         rows = explaining.explain(family, loaded, request, resolved, reply.tokens)
     if html is not None:
         explaining.write_html(html, text, rows, reply.stats, resolved)
     if as_json:
         print_json({"text": reply.text, "tokens": [asdict(row) for row in rows], "stats": asdict(reply.stats)})
         return
-    cascade = resolved.mode is Mode.CASCADE
+    cascade = resolved.routing.mode is Mode.CASCADE
     sure = ("confidence", "mean", "needs") if cascade else ("confidence", "needs")
     own = explaining.score_name(resolved)
     table = Table("#", "token", "node", "exit", own, *sure, "why", "last branch", "bytes up", "ms")
@@ -219,34 +178,20 @@ def explain_(
     out.print(table)
     out.print(figures(reply.stats), soft_wrap=True)
     same = sum(row.agrees for row in rows)
-    out.print(f"{same} of {len(rows)} tokens are what the last branch would have said after the same text")
+    out.print(f"{same} of {len(rows)} tokens are those that the last branch predicts after the same text")
     if html is not None:
-        out.print(f"written: {escape(str(html))}", soft_wrap=True)
+        out.print(f"report: {escape(str(html))}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.ASK)
+@answer_options(max_new_tokens=512)
 def chat(
+    options: dict[str, Any],
     topology: TopologyOption = DEFAULT_TOPOLOGY,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    mode: ModeOption = None,
-    exit: ExitOption = None,
-    threshold: ThresholdOption = None,
-    policy: PolicyOption = None,
-    window: WindowOption = None,
-    back: BackOption = None,
-    draft: DraftOption = None,
-    fallback: FallbackOption = None,
-    max_new_tokens: MaxOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    no_repeat_ngram_size: NgramOption = 0,
-    seed: SeedOption = None,
+    system: Annotated[str | None, typer.Option(help="System message at the start of the conversation.")] = None,
     timeout_s: TimeoutOption = 600.0,
 ) -> None:
-    """Talk with the running nodes of a topology; /help lists what else than text it takes."""
-    options = keywords(locals())
+    """Chat with the running nodes of a topology; type /help for commands."""
     loaded = load_topology(topology)
     from ruyi_flow.client import Client
 
@@ -262,9 +207,9 @@ def chat(
                 return
             if text == "/reset":
                 messages = list(start)
-            elif text.startswith("/"):
+            elif text == "/help":
                 out.print("[dim]/reset forgets the conversation · Ctrl-C ends an answer · Ctrl-D ends the chat[/dim]")
-            if not text or text.startswith("/"):
+            if text in ("", "/reset", "/help"):
                 continue
             messages.append({"role": "user", "content": text})
             answer, final = "", None
@@ -291,7 +236,7 @@ def chat(
 
 
 async def show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:
-    """Print an answer as it comes, coloured by tier."""
+    """Print an answer as it arrives, and return its tokens and its end."""
     tokens: list[Token] = []
     try:
         async for event in client.events(prompt, **options):
@@ -304,4 +249,16 @@ async def show(client: Any, topology: Topology, prompt: str, options: dict[str, 
     finally:
         if tokens:
             out.print()
-    raise NodeError("the answer ended in the middle")
+    raise NodeError("the stream ended before the answer was complete")
+
+
+def _gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:
+    """Return one sentence that says what the entry node decided by itself, and what it did not have to send."""
+    entry = topology.entry
+    here = sum(token.node == entry.name for token in tokens)
+    asked = next((hop for hop in stats.hops[1:2]), None)
+    sent = 0 if asked is None else asked.bytes_up
+    return (
+        f"{here} of {len(tokens)} tokens were decided on the {entry.label}, which asked the next node "
+        f"{stats.escalations} times instead of {len(tokens)} and sent it {sent:,} bytes."
+    )

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.bench import Against
-from ruyi_flow.cli.app import app
+from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, say
 from ruyi_flow.cli.options import JsonOption
 from ruyi_flow.errors import ConfigError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["decode", "exits", "fidelity", "hop", "prefill", "serve", "wan"]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast a family answers on this machine.")
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", rich_help_panel=Panel.TRAIN)
 
 DEMO_POLICY = Path("configs/policies/smollm2-5-percent.yaml")
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.calibration.trace import Scorer
-from ruyi_flow.cli.app import app
+from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, progress_bar
 from ruyi_flow.cli.options import JsonOption, MaxOption, check_target
 from ruyi_flow.config.policy_file import PolicyFile
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "trace"]
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CALIBRATE)
 def trace(
     prompts: Annotated[
         Path,
@@ -110,7 +110,7 @@ def trace(
         out.print(f"{what}: " + ", ".join(f"{p}: {share:.3f}" for p, share in by_exit.items()))
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.CALIBRATE)
 def calibrate(
     trace_files: Annotated[
         list[Path],

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ruyi_flow.cli.app import app
+from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, say, training_bar
 from ruyi_flow.cli.options import JsonOption, integers
 from ruyi_flow.errors import ConfigError
@@ -19,7 +19,7 @@ from ruyi_flow.errors import ConfigError
 __all__ = ["evaluate", "pull", "train"]
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.RUN)
 def pull(
     source: Annotated[
         str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder, or a .gguf file.")
@@ -78,7 +78,7 @@ def pull(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.TRAIN)
 def train(
     recipe: Annotated[Path, typer.Argument(help="What to train, and on what (YAML); see docs/training.md.")],
     self_distill: Annotated[
@@ -93,7 +93,7 @@ def train(
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
-    from ruyi_flow.serving.answering import end_tokens, load_tokenizer
+    from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer
     from ruyi_flow.training.distill import distill
     from ruyi_flow.training.recipe import Recipe
     from ruyi_flow.training.train import Step
@@ -136,7 +136,7 @@ def train(
         )
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=Panel.TRAIN)
 def evaluate(
     family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
     tasks: Annotated[

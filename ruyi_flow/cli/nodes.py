@@ -1,4 +1,4 @@
-"""Commands that run nodes: shards, daemons, all of a topology, the demo, their state."""
+"""Commands that run nodes: shard, node, up, status."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ruyi_flow.cli.app import app
+from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, join, node_log, out, print_json, progress_bar, status_table
-from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, load_topology, networked, on_signals
+from ruyi_flow.cli.options import (
+    DEFAULT_TOPOLOGY,
+    JsonOption,
+    TopologyOption,
+    load_topology,
+    networked,
+    on_signals,
+)
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.types import NodeStatus, Weights
 
@@ -29,7 +36,7 @@ __all__ = ["LogLevel", "node", "shard", "start_nodes", "status", "up"]
 
 
 class LogLevel(StrEnum):
-    """What a daemon writes to its log."""
+    """The least severe messages that a daemon logs."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -37,30 +44,35 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.RUN)
 def shard(
-    topology: TopologyOption,
-    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; one folder a node below it.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; each node gets a folder in it.")],
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines as for trace; what few bits cost is measured on these prompts.")
+        Path | None,
+        typer.Option(
+            help="Prompts (JSON lines, as for trace) on which the quality loss of quantized weights is measured."
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; the perplexity on its beginning is measured.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Of torch; left out, all cores.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to measure the perplexity on.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads of torch. Default: all cores.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Cut a family into one shard a node: one safetensors file, config.json, and for the entry node the tokenizer.
+    """Cut a family into one folder per node: one safetensors file, config.json, and the tokenizer for the entry node.
 
-    Copy each folder to its machine and name it there as the node's 'shard' in
-    the topology. Where nodes say 'weights: int8' or 'int4', their products are
-    rounded here, so that a node never holds more, and what that costs the
-    whole family is measured and shown: how often its last exit still says the
-    same as in bfloat16, along bfloat16's answers, and its perplexity.
+    Copy each folder to its machine, and name it there as the node's 'shard' in
+    the topology. For nodes with 'weights: int8' or 'int4' the weights are
+    quantized here, and the loss of quality of the whole family is measured:
+    how often its last exit predicts the same token as in bfloat16, and its
+    perplexity.
     """
     import torch
 
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint, cut
-    from ruyi_flow.serving.answering import load_tokenizer
+    from ruyi_flow.family.tokenizer import load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -72,7 +84,7 @@ def shard(
     tokenizer = load_tokenizer(checkpoint) if formats else None
     if prompts is not None or text is not None:
         if not formats:
-            raise ConfigError("--prompts and --text measure what rounding to few bits costs; nothing is rounded here")
+            raise ConfigError("--prompts and --text require a node with weights: int8 or int4")
         _check_questions(checkpoint, tokenizer, prompts, text)
     shards = []
     with progress_bar("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
@@ -96,30 +108,30 @@ def shard(
         table.add_row(item["node"], join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
     out.print(table)
     if cost:
-        table = Table("weights", "same tokens", "of", "perplexity", title="what few bits cost", title_justify="left")
+        table = Table("weights", "same tokens", "of", "perplexity", title="loss of quality", title_justify="left")
         for q in cost:
             shown = "-" if q.perplexity is None else f"{q.perplexity:.2f}"
             table.add_row(q.weights, f"{q.agreement:.3f}", str(q.tokens), shown)
         out.print(table)
         if text is None:
-            out.print("perplexity: over the beginning of a text, --text FILE")
+            out.print("add --text FILE to measure the perplexity on a text")
     elif formats:
-        out.print("what few bits cost is not measured: the family has no tokenizer.json")
+        out.print("the loss of quality was not measured: the family has no tokenizer.json")
 
 
 def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | None, text: Path | None) -> None:
-    """What the cost of few bits is measured on can be read; told before anything is cut, which is not done twice.
+    """Check that the files to measure quality on can be read, before anything is cut.
 
     Raises:
-        ConfigError: a file that cannot be read, or a family without a tokenizer.
+        ConfigError: a file cannot be read, or the family has no tokenizer.
     """
     from ruyi_flow.calibration.trace import Scorer
     from ruyi_flow.evaluation.scorers import read_asked
 
     if tokenizer is None:
-        raise ConfigError(f"{checkpoint.folder}: it has no tokenizer.json, so what few bits cost cannot be measured")
+        raise ConfigError(f"{checkpoint.folder}: has no tokenizer.json, which --prompts and --text need")
     if prompts is not None and not list(read_asked(prompts, tokenizer, Scorer.AGREEMENT)):
-        raise ConfigError(f"{prompts}: has no prompts")
+        raise ConfigError(f"{prompts}: contains no prompts")
     if text is not None:
         try:
             text.read_text(encoding="utf-8")
@@ -127,17 +139,17 @@ def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | Non
             raise ConfigError(f"{text}: cannot be read as text: {error}") from None
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.RUN)
 def node(
     name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
-    topology: TopologyOption,
-    log_level: Annotated[LogLevel, typer.Option(help="What goes to the log, and what is graver.")] = LogLevel.INFO,
-    parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
+    parent: Annotated[int | None, typer.Option(hidden=True, help="End when the process with this id is gone.")] = None,
 ) -> None:
-    """Run one node of a topology as a daemon.
+    """Run one node of a topology as a daemon on this machine.
 
-    SIGTERM or Ctrl-C drains it: no new sessions, and the running ones get the
-    node's grace time; a second one ends it at once. The standard gRPC health
+    SIGTERM or Ctrl-C drains the node: it takes no new sessions, and running ones
+    get its grace time; a second signal ends it at once. The standard gRPC health
     service answers for '' and 'ruyi_flow.v1.Node'.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -159,7 +171,7 @@ def node(
         async with serve(engine) as server:
             status = engine.status()
             logger.info(
-                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; resident %.0f MB",
+                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; %.0f MB resident",
                 name,
                 list(status.exits),
                 status.first_layer,
@@ -172,24 +184,24 @@ def node(
             )
             while not stop.is_set():
                 if parent is not None and os.getppid() != parent:
-                    logger.warning("the process that started this node is gone")
+                    logger.warning("draining: the process that started this node is gone")
                     break
                 try:
                     await asyncio.wait_for(stop.wait(), 1.0)
                 except TimeoutError:
                     continue
-            logger.info("draining: %d sessions are running", len(engine.shard.sessions))
+            logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
         logger.info("stopped")
 
     asyncio.run(run())
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.RUN)
 def up(
     file: Annotated[Path | None, typer.Argument(metavar="TOPOLOGY", help="Topology file (YAML).")] = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
 ) -> None:
-    """Run all nodes of a topology on this machine, one supervised process each; Ctrl-C ends all of them."""
+    """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
     topology = file or topology
     loaded = networked(topology)
 
@@ -199,9 +211,10 @@ def up(
         stop = on_signals()
         async with supervise(topology, loaded, node_log(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
+            asked = "" if topology == DEFAULT_TOPOLOGY else f" --topology {topology}"
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "
-                f"[bold]ruyi-flow generate --topology {topology} --prompt 'Why is the sky blue?'[/bold]",
+                f"[bold]ruyi-flow generate{asked} --prompt 'Why is the sky blue?'[/bold]",
                 soft_wrap=True,
             )
             waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(supervisor.wait())]
@@ -215,14 +228,12 @@ def up(
     asyncio.run(run())
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.RUN)
 def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = False) -> None:
-    """What every node of a topology holds, its sessions, memory and health. Exit status 1 when one is down."""
+    """Show the layers, sessions, memory and health of every node. The exit status is 1 when a node is down."""
     loaded = load_topology(topology)
     if loaded.entry.address is None:
-        raise ConfigError(
-            f"{topology}: its one node has no address, so it runs inside its clients; there is nothing to ask"
-        )
+        raise ConfigError(f"{topology}: its one node has no address, so it runs inside its clients and has no status")
 
     async def run() -> dict[str, NodeStatus | NodeError]:
         from ruyi_flow.client import AsyncClient
@@ -242,7 +253,7 @@ def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = Fa
 
 
 async def start_nodes(supervisor: Any, stop: asyncio.Event) -> None:
-    """Start the nodes behind a spinner, unless a signal comes first."""
+    """Start the nodes and show a spinner, until they serve or a signal arrives."""
     starting = asyncio.ensure_future(supervisor.start())
     stopping = asyncio.ensure_future(stop.wait())
     with progress_bar("starting nodes"):

@@ -1,47 +1,37 @@
-"""Options and arguments that several commands share, and what they mean."""
+"""Options that several commands share; those of an answer come from the fields of `Routing` and `SamplingParams`."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import os
 import signal
 import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
-from ruyi_flow.types import Mode
+from ruyi_flow.requests import SamplingParams
+from ruyi_flow.routing.policy import Routing
 
 __all__ = [
     "DEFAULT_TOPOLOGY",
-    "DraftOption",
-    "ExitOption",
     "JsonOption",
     "MaxOption",
-    "MinOption",
-    "ModeOption",
-    "NgramOption",
-    "PenaltyOption",
-    "PolicyOption",
     "PromptOption",
     "RawOption",
-    "SeedOption",
-    "StopOption",
-    "TemperatureOption",
-    "ThresholdOption",
     "TimeoutOption",
-    "TopKOption",
-    "TopPOption",
     "TopologyOption",
-    "WindowOption",
-    "BackOption",
-    "FallbackOption",
+    "answer_options",
     "check_target",
     "integers",
-    "keywords",
     "load_topology",
     "networked",
     "on_signals",
@@ -52,82 +42,127 @@ DEFAULT_TOPOLOGY = Path("configs/local.yaml")
 
 TopologyOption = Annotated[Path, typer.Option("--topology", "-t", help="Topology file (YAML).")]
 PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The user's text; '-' reads standard input.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-ModeOption = Annotated[Mode | None, typer.Option(help="What decides a token; left out: the topology's policy.")]
-ExitOption = Annotated[int | None, typer.Option(help="Mode fixed: the exit that decides every token.")]
-ThresholdOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Modes token and cascade: the confidence (0 … 1) that early exits need: 0.8 for all, or 5=0.9,11=0.8."
-    ),
-]
-PolicyOption = Annotated[
-    Path | None, typer.Option("--policy", help="File of ruyi-flow calibrate: its mode and thresholds.")
-]
-WindowOption = Annotated[
-    int | None, typer.Option(help="Mode cascade: tokens over which confidence is averaged; 8 when left out.")
-]
-BackOption = Annotated[
-    float | None, typer.Option(help="Mode cascade: mean confidence at which a shallower exit decides again; never.")
-]
-FallbackOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--fallback", help="When a node cannot be reached, let the one before it decide the rest instead of failing."
-    ),
-]
-DraftOption = Annotated[
-    int | None, typer.Option(help="Tokens drafted past an unsure position before it is asked deeper; 0 asks at once.")
-]
-MaxOption = Annotated[int, typer.Option(min=1, help="The answer ends after this many tokens at the latest.")]
-MinOption = Annotated[int, typer.Option(help="No end of sequence before this many tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopKOption = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
-TopPOption = Annotated[float, typer.Option(help="Keep the likeliest tokens with this much probability.")]
-PenaltyOption = Annotated[float, typer.Option(help="Above 1 discourages tokens that are there already.")]
-NgramOption = Annotated[int, typer.Option(help="Never repeat an n-gram of this size; 0 is off.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Of the sampling noise; left out: a new one, shown in the figures.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+MaxOption = Annotated[int, typer.Option(min=1, help="End the answer after at most this many new tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")]
-TimeoutOption = Annotated[float, typer.Option(help="Deadline of the whole answer, in seconds.")]
+TimeoutOption = Annotated[float, typer.Option(help="Seconds that the answer may take.")]
+
+_THRESHOLD_HELP = (
+    "Modes token and cascade: the confidence (0 … 1) that early exits need to decide: 0.8 for all, or 5=0.9,11=0.8."
+)
+_POLICY_HELP = "Policy file of ruyi-flow calibrate, which sets the mode and its thresholds."
+_PANELS: dict[type, str] = {Routing: "Routing", SamplingParams: "Sampling"}
 
 
-def keywords(given: dict[str, Any]) -> dict[str, Any]:
-    """A command's arguments as keywords of `Client.generate`."""
-    sampling = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-    names = (
-        *sampling,
-        "no_repeat_ngram_size",
-        "seed",
-        "raw",
-        "mode",
-        "exit",
-        "policy",
-        "draft",
-        "window",
-        "back",
-        "fallback",
+def answer_options(
+    *, sampling: Iterable[str] | None = None, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of an answer to a command, which receives those that were given as `options`.
+
+    Args:
+        sampling: names of the sampling options to add. Default: all.
+        defaults: values of options that are sent when the user gives none.
+    """
+    parameters = [
+        *_parameters(Routing, skip=("threshold", "thresholds", "start", "scale", "family")),
+        _parameter("threshold", str, _THRESHOLD_HELP, "Routing"),
+        _parameter("policy", Path, _POLICY_HELP, "Routing"),
+        *_parameters(SamplingParams, only=sampling, defaults=asdict(SamplingParams()) | defaults),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "options"]
+
+        def run(**given: Any) -> None:
+            rest = {p.name: given[p.name] for p in own}
+            options = {p.name: given[p.name] for p in parameters if given[p.name] not in (None, [])}
+            if (threshold := options.pop("threshold", None)) is not None:
+                options |= _thresholds(threshold)
+            if "stop" in options:
+                options["stop"] = tuple(options["stop"])
+            command(**rest, options=defaults | options)
+
+        added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *parameters)]
+        run.__signature__ = signature.replace(parameters=added)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in added}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _parameters(
+    kind: type,
+    *,
+    only: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> list[inspect.Parameter]:
+    """Return a command-line option for each field of a dataclass, with the field's docstring as its help."""
+    hints, docs = get_type_hints(kind), field_docs(kind)
+    names = [f.name for f in fields(kind) if f.name not in skip and (only is None or f.name in set(only))]
+    made = []
+    for name in names:
+        value = None if defaults is None else defaults[name]
+        text = docs[name] + ("" if value in (None, ()) else f" Default: {value:g}.")
+        made.append(_parameter(name, _option_type(hints[name]), text, _PANELS[kind]))
+    return made
+
+
+def _parameter(name: str, kind: Any, text: str, panel: str) -> inspect.Parameter:
+    flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a --no- twin
+    option = typer.Option(*flag, help=text, show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
-    options = {name: given[name] for name in names if given.get(name) is not None}
-    if given.get("stop"):
-        options["stop"] = tuple(given["stop"])
-    if (threshold := given["threshold"]) is not None:
-        try:
-            if "=" in threshold:
-                pairs = [(int(p), float(value)) for p, value in (pair.split("=") for pair in threshold.split(","))]
-                options["thresholds"] = dict(pairs)
-                if len(options["thresholds"]) < len(pairs):
-                    raise RequestError(f"--threshold is {threshold!r}; it names an exit twice")
-            else:
-                options["threshold"] = float(threshold)
-        except ValueError:
-            raise RequestError(f"--threshold is {threshold!r}; write 0.8 for all exits, or 5=0.9,11=0.8") from None
-    return options
+
+
+def _option_type(hint: Any) -> Any:
+    """Return the type of a command-line option for a field: a tuple becomes a list, and an optional type its own."""
+    choices = [kind for kind in get_args(hint) if kind is not type(None)] if type(None) in get_args(hint) else [hint]
+    kind = choices[0]
+    return list[get_args(kind)[0]] if getattr(kind, "__origin__", None) is tuple else kind  # type: ignore[misc]
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Return the docstrings below the fields of a class, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
+        for field, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _thresholds(text: str) -> dict[str, Any]:
+    """Parse `--threshold`: one number for all exits, or one per exit.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    try:
+        if "=" not in text:
+            return {"threshold": float(text)}
+        pairs = [(int(p), float(value)) for p, value in (pair.split("=") for pair in text.split(","))]
+    except ValueError:
+        raise RequestError(f"--threshold is {text!r}; write 0.8 for all exits, or 5=0.9,11=0.8") from None
+    if len(dict(pairs)) < len(pairs):
+        raise RequestError(f"--threshold is {text!r}; it names an exit twice")
+    return {"thresholds": dict(pairs)}
 
 
 def integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Parse whole numbers with commas between them; None stays None.
+
+    Raises:
+        RequestError: the text is something else; `option` names it.
+    """
     try:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -135,10 +170,10 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def check_target(path: Path, option: str, *, folder: bool = False) -> None:
-    """Check that a file can be written there, or files in a folder, before what takes its time.
+    """Check that a file, or files in a folder, can be written, before a long computation starts.
 
     Raises:
-        ConfigError: what is there already is something else, or nothing may be written there.
+        ConfigError: the path is of another kind, or must not be written.
     """
     kind = "a folder" if folder else "a file"
     if path.is_dir() and not folder:
@@ -152,16 +187,27 @@ def check_target(path: Path, option: str, *, folder: bool = False) -> None:
 
 
 def prompt_text(text: str) -> str:
+    """Return the prompt, which '-' reads from standard input."""
     return sys.stdin.read() if text == "-" else text
 
 
 def load_topology(path: Path) -> Topology:
+    """Load a topology file.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
     if path == DEFAULT_TOPOLOGY and not path.exists():
         raise ConfigError(f"{path}: no such topology file (the default); name yours with --topology FILE")
     return Topology.load(path)
 
 
 def networked(path: Path) -> Topology:
+    """Load a topology file whose nodes run as daemons.
+
+    Raises:
+        ConfigError: the file is missing or wrong, or a node has no address that clients can know.
+    """
     loaded = load_topology(path)
     if loaded.entry.address is None:
         raise ConfigError(
@@ -170,12 +216,14 @@ def networked(path: Path) -> Topology:
         )
     for i, node in enumerate(loaded.nodes):
         if str(node.address).endswith(":0"):
-            raise ConfigError(f"{path}: nodes.{i}.address: nobody would know which port 0 becomes; give it a number")
+            raise ConfigError(
+                f"{path}: nodes.{i}.address: port 0 picks a random port that clients cannot know; choose a fixed one"
+            )
     return loaded
 
 
 def on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
+    """Return an event that the first SIGINT or SIGTERM sets; the second one ends the process."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ruyi_flow.cli.app import app
+from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, join, out, print_json
 from ruyi_flow.cli.options import JsonOption, check_target, load_topology
 from ruyi_flow.config.topology import check_address
@@ -51,7 +51,7 @@ def _interruptible() -> Iterator[None]:
         os._exit(130)
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SIMULATE)
 def simulate(
     scenario: ScenarioArgument,
     changes: SetOption = None,
@@ -88,7 +88,7 @@ def simulate(
     err.print(f"[dim]{folder}/report.html, metrics.json, requests.csv, trace.json (ui.perfetto.dev)[/]")
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SIMULATE)
 def profile(
     family: Annotated[str, typer.Argument(help="A folder, or a name in the store.")] = "smollm2",
     out_file: Annotated[Path, typer.Option("--out", "-o", help="The profile.")] = Path("profile.msgpack"),
@@ -165,7 +165,7 @@ def profile(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SIMULATE)
 def sweep(
     scenario: ScenarioArgument,
     grid: Annotated[
@@ -257,7 +257,7 @@ _SWEPT = {
 """Columns of a sweep's table; results.csv has the medians too."""
 
 
-@app.command()
+@app.command(rich_help_panel=Panel.SIMULATE)
 def plan(
     scenario: ScenarioArgument,
     objective: Annotated[

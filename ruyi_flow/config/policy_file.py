@@ -1,7 +1,7 @@
-"""Policy files: what `ruyi-flow calibrate` writes and a topology or a request names.
+"""Policy files, which `ruyi-flow calibrate` writes and a topology or a request names.
 
-YAML: the family, the score that confidence is made of, each early exit's curve and threshold, and what was promised of
-them. Whoever reads one needs nothing else: the curves travel with the session.
+A policy file is YAML: the family, the confidence score, the curve and the threshold of each early exit, and the bound
+that was promised. Nothing else is needed to use one, since the curves travel with the session.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import WINDOW, Routing
 from ruyi_flow.routing.start import Start
-from ruyi_flow.types import Mode
+from ruyi_flow.types import Mode, parse_mode
 
 __all__ = ["CurvePoints", "PolicyFile", "StartRule", "curve_points"]
 
@@ -28,7 +28,7 @@ class _Model(BaseModel):
 
 
 class CurvePoints(_Model):
-    """A `Curve`."""
+    """The points of a calibration curve; see `routing.confidence.Curve`."""
 
     temperature: float = Field(gt=0)
     scores: tuple[float, ...] = Field(min_length=1)
@@ -36,12 +36,12 @@ class CurvePoints(_Model):
 
 
 def curve_points(curves: Mapping[int, Curve]) -> dict[int, CurvePoints]:
-    """Curves as a policy file has them."""
+    """Convert curves to the form of a policy file."""
     return {p: CurvePoints(temperature=c.temperature, scores=c.scores, chances=c.chances) for p, c in curves.items()}
 
 
 class StartRule(_Model):
-    """A `Start`."""
+    """The rule that chooses the first exit; see `routing.start.Start`."""
 
     weights: dict[int, tuple[float, ...]]
     chance: float
@@ -53,17 +53,21 @@ class PolicyFile(_Model):
     family: str
     """Fingerprint of the family that it was calibrated for."""
     mode: Mode = Mode.TOKEN
-    """That it was calibrated for."""
+    """The mode that it was calibrated for."""
     score: Score
+    """The score that confidence is computed from."""
     thresholds: dict[int, float]
-    """Of every early exit, on calibrated confidence; above 1 is never."""
+    """The threshold of every early exit on calibrated confidence; above 1 the exit never decides."""
     curves: dict[int, CurvePoints]
+    """The calibration curve of every early exit that may decide."""
     window: int = WINDOW
-    """Mode `cascade`, as the next two: tokens of the running confidence."""
+    """Mode cascade: number of tokens over which confidence is averaged."""
     back: float | None = None
+    """Mode cascade: mean confidence at which a shallower exit decides again."""
     start: StartRule | None = None
+    """Mode cascade: the rule that chooses the first exit from the prompt."""
     promise: dict[str, Any] = {}
-    """What was asked for and found when it was made; for people."""
+    """The bound that was asked for and the statistics of the calibration, for people to read."""
 
     @classmethod
     def load(cls, path: str | Path) -> PolicyFile:
@@ -86,21 +90,21 @@ class PolicyFile(_Model):
                 ("start", policy.start is not None),
             ):
                 if given:
-                    raise ConfigError(f"{path}: {key}: goes with mode 'cascade', this is for mode 'token'; remove it")
+                    raise ConfigError(f"{path}: {key} requires mode 'cascade', not 'token'; remove the key")
         try:
-            policy.routing()
+            Routing().updated(policy.options({}))
         except (ValueError, RequestError) as error:
             raise ConfigError(f"{path}: {error}") from None
         for p, threshold in policy.thresholds.items():
             if threshold <= 1 and p not in policy.curves:
                 raise ConfigError(
-                    f"{path}: curves: exit {p} has none, and its threshold of {threshold:g} is on calibrated "
-                    "confidence; add its curve, or a threshold above 1, which is never"
+                    f"{path}: curves: exit {p} has none, but its threshold of {threshold:g} needs calibrated "
+                    "confidence; add its curve, or a threshold above 1, which is never reached"
                 )
         return policy
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all; its folder is made."""
+        """Write the file atomically; its folder is created."""
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
         text = yaml.safe_dump(
@@ -109,20 +113,28 @@ class PolicyFile(_Model):
         new.write_text(f"# Written by ruyi-flow calibrate.\n{text}", encoding="utf-8")
         new.replace(path)
 
-    def routing(self, mode: Mode | None = None) -> Routing:
-        """As a request says it: in the file's own mode, or `exact`, whose drafts then stop where they should.
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return routing options: the given ones, and those that the file sets.
+
+        The mode is the file's own, or `exact`, where the file only tells which drafts pay.
+
+        Args:
+            given: routing options of a request or a topology.
 
         Raises:
-            RequestError: another mode.
+            RequestError: a given option is one that the file sets, or another mode.
         """
-        curves = {p: Curve(c.temperature, c.scores, c.chances) for p, c in self.curves.items()}
-        if mode not in (None, self.mode, Mode.EXACT):
+        for name in ("exit", "threshold", "thresholds", "window", "back", "start", "scale"):
+            if given.get(name) is not None:
+                raise RequestError(f"{name} cannot be combined with a policy file, which already sets it; remove one")
+        mode = parse_mode(given.get("mode") or self.mode)
+        if mode not in (self.mode, Mode.EXACT):
             raise RequestError(f"this policy was calibrated for mode '{self.mode}', not for '{mode}'")
-        common: dict[str, Any] = {"scale": Scale(self.score, curves), "family": self.family}
-        if mode is Mode.EXACT:
-            return Routing(mode, **common)
-        common["thresholds"] = dict(self.thresholds)
-        if self.mode is Mode.CASCADE:
+        curves = {p: Curve(c.temperature, c.scores, c.chances) for p, c in self.curves.items()}
+        options = {**given, "mode": mode, "scale": Scale(self.score, curves), "family": self.family}
+        if mode is not Mode.EXACT:
+            options["thresholds"] = dict(self.thresholds)
+        if mode is Mode.CASCADE:
             start = None if self.start is None else Start(self.start.weights, self.start.chance)
-            common |= {"window": self.window, "back": self.back, "start": start}
-        return Routing(self.mode, **common)
+            options |= {"window": self.window, "back": self.back, "start": start}
+        return options

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ruyi_flow.config.policy_file import PolicyFile
-from ruyi_flow.config.yaml_files import did_you_mean, explain, read_yaml
-from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.config.yaml_files import explain, read_yaml
+from ruyi_flow.errors import ConfigError, RequestError, did_you_mean
+from ruyi_flow.requests import check_option_names
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.types import Encoding, Mode, Upload, Weights
+from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Encoding, Upload, Weights
 
 __all__ = [
-    "LEAST_AHEAD",
     "Dtype",
     "Float",
     "Int",
@@ -35,9 +34,6 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-LEAST_AHEAD = 8
-"""Positions that go up together at the least where nothing is asked about them (`loop/chain.py`)."""
 
 
 def check_address(value: str) -> str:
@@ -144,34 +140,26 @@ class Link(Model):
         return self.encoding.row_bytes(hidden_size) + 16
 
 
-class PolicyDefaults(Model):
-    """The routing of a request that names none."""
+class DefaultPolicy(Model):
+    """The routing of requests that set none: a policy file, and any routing option of `Client.generate`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     file: Path | None = None
-    """A policy that `ruyi-flow calibrate` wrote: thresholds for mode `token`, and what confidence means."""
-    mode: Mode | None = None
-    """`exact` when left out, the file's own with a file."""
-    exit: Int | None = None
-    threshold: Float | None = None
-    thresholds: dict[Int, Float] | None = None
-    window: Int | None = None
-    back: Float | None = None
-    fallback: bool = False
-    draft: Int = Field(default=4, ge=0)
+    """A policy file of `ruyi-flow calibrate`, which sets the mode and its thresholds. Default: none."""
 
-    def routing(self, where: str) -> Routing:
-        """As a request would say it; `where` names the topology in messages.
+    def routing(self) -> Routing:
+        """Return the routing that the options and the file describe.
 
         Raises:
-            ConfigError, RequestError: the file cannot be read, or the keys do not go together.
+            ConfigError: the policy file cannot be read.
+            RequestError: an option is unknown, or the options contradict each other.
         """
-        keys = self.model_dump(exclude={"file"}, exclude_none=True)
-        if self.file is None:
-            return Routing(**(keys | {"mode": self.mode or Mode.EXACT}))
-        for key in ("exit", "threshold", "thresholds", "window", "back"):
-            if key in keys:
-                raise ConfigError(f"{where}: policy.{key}: goes without policy.file, which says it")
-        return replace(PolicyFile.load(self.file).routing(self.mode), draft=self.draft, fallback=self.fallback)
+        options = self.model_extra or {}
+        check_option_names(options, Routing.names() | {"file"})
+        if self.file is not None:
+            options = PolicyFile.load(self.file).options(options)
+        return Routing().updated(options)
 
 
 class Topology(Model):
@@ -183,7 +171,8 @@ class Topology(Model):
     """The exits to give to an ordinary checkpoint, which has none of its own."""
     nodes: tuple[Node, ...] = Field(min_length=1)
     links: tuple[Link, ...] = ()
-    policy: PolicyDefaults = PolicyDefaults()
+    policy: DefaultPolicy = DefaultPolicy()
+    """The routing of requests that set none."""
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
@@ -217,6 +206,10 @@ class Topology(Model):
             raise ConfigError(explain(error, cls, where)) from None
         topology._cross_check(where)
         return topology
+
+    def routing(self) -> Routing:
+        """Return the routing of requests that set none; see `DefaultPolicy.routing`."""
+        return self.policy.routing()
 
     def ahead_of(self, name: str, row_bytes: int) -> int:
         """Positions of a session that a node may send up ahead of any question."""
@@ -258,10 +251,6 @@ class Topology(Model):
                 return target, link
         raise AssertionError("checked by _cross_check")
 
-    def node_of(self, exit: int) -> Node:
-        """The node that holds an exit."""
-        return next(node for node in self.nodes if exit in node.exits)
-
     def check_family(self, exits: Sequence[int], *, where: str = "topology") -> None:
         """Check the nodes' exits against the exits that the family has.
 
@@ -290,10 +279,10 @@ class Topology(Model):
         """
         for i, link in enumerate(self.links):
             row, node = link.row_bytes(hidden_size), self.node(link.source)
-            if link.upload is Upload.AHEAD and link.ahead_bytes < LEAST_AHEAD * row:
+            if link.upload is Upload.AHEAD and link.ahead_bytes < MIN_UPLOAD_POSITIONS * row:
                 raise ConfigError(
-                    f"{where}: links.{i}.ahead_bytes: {link.ahead_bytes} are less than the {LEAST_AHEAD * row} of "
-                    f"{LEAST_AHEAD} positions, and fewer never go up ahead; allow more, or leave upload out"
+                    f"{where}: links.{i}.ahead_bytes: {link.ahead_bytes} is less than {MIN_UPLOAD_POSITIONS} positions "
+                    f"({MIN_UPLOAD_POSITIONS * row} bytes), the smallest upload; raise it, or remove upload"
                 )
             allowed = node.limits.bytes_up_per_minute
             if allowed is not None and allowed < row:
@@ -351,7 +340,7 @@ class Topology(Model):
             if (a, b) not in linked:
                 fail("links", f"{b!r} cannot be reached from {a!r}; add {{from: {a}, to: {b}}}")
         try:
-            Policy.resolve(self.policy.routing(where), self.all_exits)
+            Policy.resolve(self.policy.routing(), self.all_exits)
         except RequestError as error:
             fail("policy", str(error))
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import ConfigError, did_you_mean
 
-__all__ = ["did_you_mean", "explain", "parse_value", "read_yaml"]
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` when a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+__all__ = ["explain", "parse_value", "read_yaml"]
 
 
 def read_yaml(path: Path, what: str) -> object:

@@ -14,13 +14,13 @@ from torch import Tensor
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.tokenizer import prompt_ids
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.scores import measure
-from ruyi_flow.serving.answering import prompt_ids
 from ruyi_flow.types import Mode, Stats, Token
 
 __all__ = ["Explained", "explain", "like_the_last_node", "score_name", "write_html"]
@@ -64,7 +64,9 @@ def explain(
     """
     if not tokens:
         return []
-    prompt = prompt_ids(request, family.tokenizer, family.config.vocab_size, topology.family)
+    prompt = prompt_ids(
+        request.prompt, family.tokenizer, raw=request.raw, vocab_size=family.config.vocab_size, family=topology.family
+    )
     tree = Tree((*prompt, *(token.id for token in tokens[:-1])), ())
     rows = torch.arange(len(prompt) - 1, len(tree))
     own: list[float | None] = [None] * len(tokens)
@@ -78,9 +80,11 @@ def explain(
                 own[i] = raw[i]
             if token.exit >= p:  # it was asked, and then either decided or did not
                 seen.append(token.confidence if token.exit == p else sure[i])
-            if token.exit == p and policy.mode is Mode.CASCADE and _threshold(policy, p) is not None:
-                recent = seen[-policy.window :]
-                means[i] = (sum(recent) + policy.window - len(recent)) / policy.window  # missing ones count as sure
+            if token.exit == p and policy.routing.mode is Mode.CASCADE and _threshold(policy, p) is not None:
+                recent = seen[-policy.routing.window :]
+                means[i] = (
+                    sum(recent) + policy.routing.window - len(recent)
+                ) / policy.routing.window  # missing ones count as sure
         said = logits.argmax(-1).tolist()  # the last exit comes last
     before = [0.0, *(token.after_s for token in tokens)]
     return [
@@ -119,11 +123,11 @@ def _measured(
     policy: Policy, exit: int, probe: Probe | None, logits: Tensor, read: Tensor
 ) -> tuple[list[float] | None, list[float]]:
     """An exit's scores before calibration, where confidence is made of them, and what its confidences are."""
-    curve = None if policy.scale is None else policy.scale.curves.get(exit)
-    if policy.scale is None or curve is None:
+    curve = None if policy.routing.scale is None else policy.routing.scale.curves.get(exit)
+    if policy.routing.scale is None or curve is None:
         plain = measure(logits, Score.MAX_PROBABILITY).tolist()
-        return (plain if policy.scale is None else None), plain
-    raw = measure(logits, policy.scale.score, curve.temperature, probe=probe, read=read).tolist()
+        return (plain if policy.routing.scale is None else None), plain
+    raw = measure(logits, policy.routing.scale.score, curve.temperature, probe=probe, read=read).tolist()
     return raw, [curve(score) for score in raw]
 
 
@@ -144,10 +148,14 @@ def write_html(out: Path, prompt: str, rows: Sequence[Explained], stats: Stats, 
 
 def _described(policy: Policy) -> Mapping[str, Any]:
     sure = {p: f"{t:.3f}" for p, t in policy.thresholds.items() if t <= 1}
-    score = "the likeliest token's probability" if policy.scale is None else f"calibrated {policy.scale.score}"
-    window = policy.window if policy.mode is Mode.CASCADE else None
+    score = (
+        "the likeliest token's probability"
+        if policy.routing.scale is None
+        else f"calibrated {policy.routing.scale.score}"
+    )
+    window = policy.routing.window if policy.routing.mode is Mode.CASCADE else None
     return {
-        "mode": str(policy.mode),
+        "mode": str(policy.routing.mode),
         "thresholds": sure,
         "confidence": score,
         "own": score_name(policy),
@@ -157,7 +165,7 @@ def _described(policy: Policy) -> Mapping[str, Any]:
 
 def score_name(policy: Policy) -> str:
     """What the column of `Explained.own` is called."""
-    return "own" if policy.scale is None else str(policy.scale.score).replace("_", " ")
+    return "own" if policy.routing.scale is None else str(policy.routing.scale.score).replace("_", " ")
 
 
 _COLOURS = ("#bfe3b4", "#f5e0a3", "#b9dcf2", "#e4c1ee", "#f4c2b5", "#cfd3d8")

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import yaml
 
-from ruyi_flow.config.yaml_files import did_you_mean
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.evaluation.harness import ExitLM, Found, Report, key
 from ruyi_flow.evaluation.local_data import LOCAL, overrides
 from ruyi_flow.evaluation.sandbox import HUMANEVAL
 from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
-from ruyi_flow.serving.answering import end_tokens
 from ruyi_flow.training.corpus import read_documents, read_prompts
 from ruyi_flow.training.distill import answers
 

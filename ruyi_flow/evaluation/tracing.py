@@ -18,11 +18,11 @@ from ruyi_flow.calibration.trace import ExitRecord, Header, Own, Record, Scorer,
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked, number
 from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.runtime.scores import measure_all, reading
-from ruyi_flow.serving.answering import end_tokens
 from ruyi_flow.training.distill import Answer, answers
 from ruyi_flow.types import Encoding, Weights
 

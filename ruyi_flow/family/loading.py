@@ -15,7 +15,7 @@ from ruyi_flow.family.linear import Linear, Quantized, pack
 from ruyi_flow.family.transformer import DecoderLayer, FamilySlice, RMSNorm
 from ruyi_flow.types import Weights
 
-__all__ = ["load_slice", "tidy_heap"]
+__all__ = ["find_device", "load_slice", "tidy_heap"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _SMALL, _LARGE = 64 << 10, 32 << 20
@@ -178,3 +178,24 @@ def load_slice(
             for norm in (m for m in frozen.modules() if isinstance(m, RMSNorm)):
                 norm.freeze()
     return model.eval()
+
+
+def find_device(name: str, where: str) -> torch.device:
+    """Return a torch device that can be used.
+
+    Args:
+        name: the device: cpu, cuda, cuda:1.
+        where: where it was named, for the error message.
+
+    Raises:
+        ConfigError: the device cannot be used here.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: {name!r} cannot be used here: {reason}") from None
+    return device

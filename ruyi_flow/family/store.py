@@ -20,8 +20,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 
-from ruyi_flow.config.yaml_files import did_you_mean
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, did_you_mean
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
 
 __all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]

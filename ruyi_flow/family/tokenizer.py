@@ -36,7 +36,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """Collect the tokens that end an answer: those of the configs, the tokenizer's, and the chat template's end of turn.
+    """Collect the tokens that end an answer: those of the configs, of the tokenizer, and the template's end of turn.
 
     Args:
         checkpoint: the opened family.

@@ -1,74 +1,72 @@
-"""New sessions on a full node: a bounded queue, first come first served, a deadline, then a clear refusal. Pure."""
+"""Admission of sessions on a full node: a bounded queue, first come first served, a deadline, then a refusal. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 from ruyi_flow.errors import CapacityError
-from ruyi_flow.loop.capacity import Rooms
-from ruyi_flow.loop.clock import REAL, Event, Time
-from ruyi_flow.loop.session import Session
+from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.loop.clock import REAL_CLOCK, Clock, Event
 
 __all__ = ["Admission"]
 
-S = TypeVar("S", bound=Session)
-
 
 class Admission:
-    """Lets sessions in when there is room for them.
+    """Leases a node's capacity to sessions in the order of their arrival.
 
     Args:
-        rooms: they tell when some is given back.
-        most: sessions that may wait.
-        wait_s: how long each of them may.
-        time: where they wait.
+        capacity: the node's capacity, which reports when a lease is given back.
+        max_waiting: number of sessions that may wait.
+        max_wait_s: seconds that each of them may wait.
+        clock: where they wait.
     """
 
-    def __init__(self, rooms: Rooms, most: int, wait_s: float, time: Time = REAL) -> None:
-        self._room, self._most, self._wait_s, self._time = rooms.pool.num_positions, most, wait_s, time
+    def __init__(self, capacity: Capacity, max_waiting: int, max_wait_s: float, clock: Clock = REAL_CLOCK) -> None:
+        self._capacity, self._clock = capacity, clock
+        self._max_waiting, self._max_wait_s = max_waiting, max_wait_s
         self._queue: list[Event] = []
-        rooms.on_release = self._wake
+        capacity.on_release = self._wake
 
     @property
     def waiting(self) -> int:
-        """Sessions in the queue."""
+        """Number of sessions in the queue."""
         return len(self._queue)
 
-    async def admit(self, open: Callable[[], S], positions: int) -> S:
-        """Open a session that needs so many positions, at once or when there is room.
+    async def admit(self, max_positions: int) -> Lease:
+        """Lease capacity for `max_positions`, at once or when enough is free.
 
         Raises:
-            CapacityError: it is more than the node has in all, too many wait already, or there was no room in time.
+            CapacityError: the queue is full, or too little became free in time.
+            ContextLengthError: the family's context is shorter.
         """
-        refused = CapacityError("others wait before it")
-        never = positions > self._room
-        if not self._queue or never:
+        refused = CapacityError("earlier requests are still waiting")
+        if not self._queue:
             try:
-                return open()
+                return self._capacity.lease(max_positions)
             except CapacityError as error:
-                if never or not self._most:
+                if not self._max_waiting:
                     raise
                 refused = error
-        if len(self._queue) >= self._most:
-            raise CapacityError(f"{len(self._queue)} sessions wait for room already")
-        turn, until = self._time.event(), self._time.now() + self._wait_s
+        if len(self._queue) >= self._max_waiting:
+            raise CapacityError(
+                f"the queue is full ({len(self._queue)} waiting, limits.max_waiting {self._max_waiting}); "
+                "try again later"
+            )
+        turn, until = self._clock.event(), self._clock.now() + self._max_wait_s
         self._queue.append(turn)
         if self._queue[0] is turn:
-            turn.set()  # room may have been given back before it stood here to be told
+            turn.set()  # a lease may have been given back before this session was in the queue
         try:
-            while await self._time.wait(turn, until - self._time.now()):
+            while await self._clock.wait(turn, until - self._clock.now()):
                 turn.clear()
                 try:
-                    return open()
+                    return self._capacity.lease(max_positions)
                 except CapacityError as error:
                     refused = error
         finally:
             self._queue.remove(turn)
-            self._wake()  # there may be room for the next one, which is the first now
-        raise CapacityError(f"no room within {self._wait_s:g} s: {refused}")
+            self._wake()  # there may be enough for the next session, which is now the first
+        raise CapacityError(f"no capacity became free within {self._max_wait_s:g} s: {refused}")
 
     def _wake(self) -> None:
-        """Some room is free, or another session is the first; called on whatever thread."""
+        """Let the first session in the queue try again; called on any thread."""
         for turn in self._queue[:1]:
             turn.set()

@@ -1,66 +1,61 @@
-"""The one loop, at every depth: run, look, answer what is sure, escalate the rest, rewind to what it decided.
+"""The loop, the same at every depth: run the layers, look, decide what is confident, escalate the rest, rewind.
 
-A `Chain` is a node's consecutive stages and, where there is one, the stage beyond them, which may be on another
-machine. It is itself a `Stage`. Only the entry node's chain `propose`s: it drafts with its first branch.
+A `Chain` is a node's consecutive stages and the next stage, which may be on another machine. It is itself a `Stage`.
+Only the entry node's chain proposes: it drafts with its first branch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import NamedTuple, TypeVar
 
 from ruyi_flow.errors import WireError
-from ruyi_flow.loop.clock import REAL, Time
-from ruyi_flow.loop.next_stage import Beyond, Uplink
-from ruyi_flow.loop.scheduler import WHOLE
-from ruyi_flow.loop.session import Pass, Session
+from ruyi_flow.loop.clock import REAL_CLOCK, Clock
+from ruyi_flow.loop.next_stage import NextStage
+from ruyi_flow.loop.scheduler import SHORT_ROWS
+from ruyi_flow.loop.session import Found, Pass, Session
 from ruyi_flow.loop.steps import Task, Worker
-from ruyi_flow.routing.drafting import Length, Pace, gains
-from ruyi_flow.routing.policy import Judge, Policy
+from ruyi_flow.routing.drafting import DraftCosts, DraftLength, ahead_pays
+from ruyi_flow.routing.policy import Judge
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
-from ruyi_flow.types import Block, Decision, Hop, Reason, Stage, Verdict
+from ruyi_flow.types import Block, Decision, Hop, Verdict
 
-__all__ = ["Chain", "Round", "decode"]
+__all__ = ["PART", "Chain", "Round", "decode"]
 
 PART = 128
-"""Positions of a prompt that go to the next node together, so that it can start before all of them are computed."""
+"""Positions of a prompt that are sent to the next node together, so that it can start before all are computed."""
 
 _BRIEF_ROWS = 16
-"""Positions in a step that may be brief."""
+"""Largest number of positions in a task that may run on the event loop."""
 
 T = TypeVar("T")
-
-_Descent = tuple[list[Walk], Block | None]
-"""A block's walks down this node's stages, and what is left to ask beyond them."""
 
 
 class Round(NamedTuple):
     """What one proposal of the entry node settled."""
 
     decisions: tuple[Decision, ...]
+    """The decided tokens, in order; at least one."""
     hops: tuple[Hop, ...]
+    """What each node spent, the entry node first."""
     drafted: int = 0
-    """Tokens drafted past the first position that was asked deeper."""
+    """Number of tokens drafted past the first position that was escalated."""
     accepted: int = 0
-    """Those of them that hold."""
+    """Number of those drafts that were accepted."""
 
 
 class Chain:
-    """A node's stages for one session, and the stage beyond.
+    """A node's stages for one session, and the next stage.
 
     Args:
-        session: the caches; this chain closes it.
-        worker: where steps run.
-        node: the node's name, for the times it reports.
-        beyond: makes the stage beyond this node's, when it is first needed, for the policy that the session has by
-            then; None on the deepest node.
-        gate: asked before so many positions go beyond this node: why they may not. The session must stand in then.
-        pace: the entry node's; one of its own when left out.
-        ahead: decided positions that may go up before anything is asked about them.
-        time: where it waits.
-        uplink: to the stage beyond, which other sessions use too; one of its own when left out.
+        session: the session on this node; the chain closes it.
+        worker: runs the stages.
+        node: the node's name, for the durations that it reports.
+        next_stage: the connection to the next node; default: there is none.
+        costs: the entry node's drafting costs; default: the session's own.
+        clock: where it waits.
     """
 
     def __init__(
@@ -68,21 +63,17 @@ class Chain:
         session: Session,
         worker: Worker,
         node: str,
-        beyond: Callable[[Policy], Stage] | None = None,
-        gate: Callable[[int], Reason | None] | None = None,
-        pace: Pace | None = None,
-        ahead: int = 0,
-        time: Time = REAL,
-        uplink: Uplink | None = None,
+        *,
+        next_stage: NextStage | None = None,
+        costs: DraftCosts | None = None,
+        clock: Clock = REAL_CLOCK,
     ) -> None:
-        self._session, self._worker, self._node, self._time = session, worker, node, time
-        self._beyond = Beyond(session, beyond, gate, ahead, time, uplink or Uplink())
-        self._since = time.now()
-        """When what this node does for the session now came to it; all of a prompt's parts came with the first."""
-        self._pace = pace or Pace()
+        self._session, self._worker, self._node, self._clock = session, worker, node, clock
+        self._next, self._costs = next_stage or NextStage(session), costs or DraftCosts()
+        self._since = clock.now()
+        """When the current work arrived at this node; all parts of a prompt arrived with the first."""
         self._ahead: list[tuple[int, float]] = []
-        """The first branch's token and confidence at the last positions that it has run: drafted past what was asked,
-        while the answer was awaited."""
+        """The first branch's token and confidence at the last positions: drafted while an answer was awaited."""
 
     @property
     def session(self) -> Session:
@@ -90,88 +81,81 @@ class Chain:
         return self._session
 
     async def advance(self, block: Block) -> Verdict:
-        """See `Stage.advance`.
+        """Run a block and answer its questions; see `Stage.advance`.
 
         Raises:
-            WireError: the block does not continue what this session holds.
+            WireError: the block does not continue the session.
         """
         start, states, token_ids, wants = block
         session, count = self._session, len(token_ids)
-        held = session.positions[0]
-        if start != held:
-            raise WireError(f"a block starts at position {start}, but this session holds {held}")
-        if states.shape[0] != count or any(not held <= p < held + count for p in wants):
-            raise WireError(f"a block of {count} positions has {states.shape[0]} states, wants {wants}")
+        position = session.positions[0]
+        if start != position:
+            raise WireError(f"a block starts at position {start}; this session is at {position}")
+        if states.shape[0] != count or any(not position <= p < position + count for p in wants):
+            raise WireError(f"a block of {count} positions has {states.shape[0]} states and wants {wants}")
         if max(token_ids) >= session.vocab_size:
-            raise WireError(f"a block has token ids up to {max(token_ids)}, past {session.vocab_size - 1}")
-        if held + count > session.max_positions:
-            raise WireError(f"a block ends at position {held + count}; the session asked for {session.max_positions}")
+            raise WireError(f"a block has token ids up to {max(token_ids)}; the largest is {session.vocab_size - 1}")
+        if position + count > session.max_positions:
+            raise WireError(f"a block ends at position {position + count}; the session has {session.max_positions}")
         session.token_ids.extend(token_ids)
-        if held >= session.prompt_length:
-            self._since = self._time.now()
+        if position >= session.prompt_length:
+            self._since = self._clock.now()
         hop = Hop(self._node)
         if not wants and self._passes_on:
             await self._pass_on(hop, block)
             return Verdict((), (hop,))
-        descent = await self._step(hop, count, self._descend([], 0, block))
-        return Verdict(*await self._conclude(descent, hop))
+        walks = await self._run(hop, count, self._descend([], block))
+        return Verdict(*await self._conclude(walks, hop))
 
     async def feed(self, block: Block) -> None:
-        """See `Stage.feed`; in one process there is nothing to gain from not waiting."""
+        """Run a block without questions; see `Stage.feed`. In one process there is nothing to gain from not waiting."""
         await self.advance(block)
 
     async def arrived(self) -> None:
-        """See `Stage.arrived`."""
+        """Return at once; see `Stage.arrived`."""
 
     async def propose(self, token_ids: Sequence[int], draft: int) -> Round:
-        """Entry node: take in decided tokens, and settle what comes next.
+        """Run decided tokens on the entry node, and settle what comes next.
 
         Args:
-            token_ids: tokens that are final and not yet held: the prompt, or the last decided one.
-            draft: at most this many tokens are drafted past an unsure position.
+            token_ids: decided tokens that are not in the KV cache yet: the prompt, or the last decided token.
+            draft: largest number of tokens to draft past an undecided position.
 
         Returns:
             At least one decision, for the positions from the last given one on.
         """
-        hop = Hop(self._node)
-        self._since = self._time.now()
-        if len(token_ids) > WHOLE:
-            token_ids = await self._begin(hop, token_ids)
-        if not draft and not self._ahead:
-            descent = await self._step(hop, len(token_ids), self._ask_first(token_ids))
-            decisions, hops = await self._conclude(descent, hop)
+        hop, costs = Hop(self._node), self._costs
+        self._since = self._clock.now()
+        if len(token_ids) > SHORT_ROWS:
+            token_ids = await self._begin_prompt(hop, token_ids)
+        began, single = self._clock.now(), len(token_ids) == 1
+        measured = single and draft > 0 and self._only_drafts
+        looks = not measured or bool(self._ahead) or costs.next_round_drafts()  # drafts made ahead cost nothing more
+        rows = len(token_ids) + (draft if looks else 0)
+        walks, drafting_s = await self._run(hop, rows, self._draft(token_ids, draft, looks))
+        decisions, hops = await self._conclude(walks, hop, drafts_ahead=draft > 0 and looks)
+        walk, took_s = walks[0], self._clock.now() - began
+        if measured:
+            costs.add_round(looks, took_s, len(decisions))
+        if not walk.undecided:
             return Round(decisions, hops)
-        began, brief = self._time.now(), len(token_ids) == 1
-        weighed = brief and draft > 0 and self._may_be_quiet()
-        quiet = weighed and not self._ahead and not self._pace.drafts()  # drafts that are there cost nothing more
-        if quiet:
-            descent, drafting_s = await self._step(hop, 1, self._do_not_draft(token_ids[0])), 0.0
-        else:
-            descent, drafting_s = await self._step(hop, len(token_ids) + draft, self._draft(token_ids, draft))
-        decisions, hops = await self._conclude(descent, hop, ahead=draft > 0 and not quiet)
-        walk = descent[0][0]
-        took = self._time.now() - began
-        if weighed:
-            self._pace.settled(not quiet, took, len(decisions))
-        if brief and walk.unsure and not quiet:
-            self._pace.asked(max(0.0, took - drafting_s))
-        if not walk.unsure:
-            return Round(decisions, hops)
+        if single and draft > 0 and looks:
+            costs.add_question(max(0.0, took_s - drafting_s))
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
         return Round(decisions, hops, len(walk.looks) - past, len(decisions) - past)
 
     async def rewind(self, position: int) -> None:
-        """See `Stage.rewind`."""
+        """Forget every position from `position` on, here and deeper; see `Stage.rewind`."""
         self._session.rewind(position)
         self._ahead.clear()
-        await self._beyond.rewind(position)
+        await self._next.rewind(position)
 
     async def close(self) -> None:
-        """See `Stage.close`; the cache is free once the step that may be running has ended."""
+        """End the session here and deeper; its KV cache is free after the step that may be running."""
         self._worker.submit(self._session.close)
-        await self._beyond.close()
+        await self._next.close()
 
-    async def _step(self, hop: Hop, rows: int, task: Task[T]) -> T:
+    async def _run(self, hop: Hop, rows: int, task: Task[T]) -> T:
         """Run a task of so many positions, and count its time."""
         brief = rows <= _BRIEF_ROWS and self._session.alone
         result, queue_s, compute_s = await self._worker.run(task, brief=brief, since=self._since)
@@ -179,11 +163,13 @@ class Chain:
         hop.compute_s += compute_s
         return result
 
-    async def _begin(self, hop: Hop, token_ids: Sequence[int]) -> Sequence[int]:
-        """Take in the front of a long prompt, and give what is left of it.
+    # ---- prompts ----
 
-        Where all of it goes deeper anyway, it goes in parts, so that deeper nodes compute the first ones while this one
-        computes the next. Where the exit that answers is chosen by the prompt's end, that stays together.
+    async def _begin_prompt(self, hop: Hop, token_ids: Sequence[int]) -> Sequence[int]:
+        """Run the front of a long prompt, and return the rest of it.
+
+        If all of it goes to the next node anyway, it goes in parts, so that deeper nodes compute the first parts while
+        this one computes the next. If the first exit is chosen from the prompt's end, that end stays in one piece.
         """
         session = self._session
         if self._passes_on:
@@ -192,190 +178,180 @@ class Chain:
                 start = len(session.token_ids)
                 session.token_ids.extend(part)
                 await self._pass_on(hop, Block(start, session.embed(part), tuple(part), ()))
-        elif session.policy.start is not None:
+        elif session.policy.routing.start is not None:
             count = len(token_ids) - READ_TOKENS - 1
-            await self._step(hop, count, self._take(token_ids[:count]))
+            await self._run(hop, count, self._prefill(token_ids[:count]))
             token_ids = token_ids[count:]
         return token_ids
 
     @property
     def _passes_on(self) -> bool:
-        """Whether the next node will be asked about every position, whatever the branches here say of it."""
+        """Whether the next node will be asked about every position, whatever the branches here predict."""
         session = self._session
         return (
-            self._beyond.always
+            self._next.is_certain
             and session.policy.deepest not in session.exits
-            and all(judge.silent for judge in session.judges)
+            and all(judge.never_decides for judge in session.judges)
         )
 
     async def _pass_on(self, hop: Hop, block: Block) -> None:
-        """Run this node's layers on a part of a prompt, and feed it to the next node."""
-        onward = await self._step(hop, len(block.token_ids), self._fill(block))
-        await self._beyond.feed(onward)
+        """Run this node's layers on a part of a prompt, and send it to the next node."""
+        onward = await self._run(hop, len(block.token_ids), self._prefill_all(block))
+        await self._next.feed(onward)
 
-    def _fill(self, block: Block) -> Task[Block]:
-        """Fill the caches of all stages here; gives what the next node gets."""
-        session, stop = self._session, block.start + len(block.token_ids)
-        states = block.states
-        for stage in range(len(session.exits)):
-            yield Pass(session, stage, states, ())
-            start, states = session.unseen_start(stage), session.take_unseen(stage, stop)
-        return Block(start, states, tuple(session.token_ids[start:stop]), ())
-
-    def _take(self, token_ids: Sequence[int]) -> Task[None]:
-        """Fill the first stage's caches with a part of the prompt."""
+    def _prefill(self, token_ids: Sequence[int]) -> Task[None]:
+        """Fill the first stage's KV cache with a part of the prompt."""
         session = self._session
         session.token_ids.extend(token_ids)
         yield Pass(session, 0, session.embed(token_ids), ())
 
-    def _may_be_quiet(self) -> bool:
-        """Whether the first branch is here for its drafts alone, whose worth is measured."""
-        session = self._session
-        alone = session.stands_in and len(session.exits) == 1
-        return session.policy.scale is not None and session.judges[0].silent and not alone
+    def _prefill_all(self, block: Block) -> Task[Block]:
+        """Fill the KV caches of all stages here, and return the block for the next node."""
+        session, stop = self._session, block.start + len(block.token_ids)
+        start, states = block.start, block.states
+        for stage in range(len(session.exits)):
+            yield Pass(session, stage, states, ())
+            start, states = session.unsent_start(stage), session.take_unsent(stage, stop)
+        return Block(start, states, tuple(session.token_ids[start:stop]), ())
 
-    def _do_not_draft(self, token_id: int) -> Task[_Descent]:
-        """Ask deeper at once: the first branch keeps its keys and values, and is not looked at."""
-        session = self._session
-        session.token_ids.append(token_id)
-        yield Pass(session, 0, session.embed((token_id,)), ())
-        walk = Walk(session.exits[0])
-        walk.add(Look(len(session.token_ids) - 1, None))
-        return (yield from self._descend([walk], 1, self._question(0, walk)))
+    # ---- one round ----
 
-    def _ask_first(self, token_ids: Sequence[int]) -> Task[_Descent]:
-        """Ask the first stage what comes next, and deeper ones if it is unsure."""
+    @property
+    def _only_drafts(self) -> bool:
+        """Whether the first branch runs for its drafts alone, whose benefit is measured."""
         session = self._session
-        start = len(session.token_ids)
-        session.token_ids.extend(token_ids)
-        block = Block(start, session.embed(token_ids), tuple(token_ids), (len(session.token_ids) - 1,))
-        return (yield from self._descend([], 0, block))
+        covers = session.covers_next and len(session.exits) == 1
+        return session.policy.routing.scale is not None and session.judges[0].never_decides and not covers
 
-    def _draft(self, token_ids: Sequence[int], draft: int) -> Task[tuple[_Descent, float]]:
-        """The first stage's walk, position by position: its own tokens are the drafts. And what that took."""
-        session, length = self._session, Length(self._pace)
-        policy, eos = session.policy, session.params.eos_token_ids or ()
-        walk, asked = Walk(session.exits[0]), False
-        ids: Sequence[int] = token_ids
-        then = self._time.now()
+    def _draft(self, token_ids: Sequence[int], draft: int, looks: bool) -> Task[tuple[list[Walk], float]]:
+        """Walk with the first branch, whose own tokens are the drafts; then ask the deeper stages here.
+
+        Args:
+            token_ids: decided tokens that are not in the KV cache yet.
+            draft: largest number of tokens to draft past an undecided position.
+            looks: whether the first branch runs; if not, the next stage is asked at once.
+
+        Returns:
+            The walks of the stages here, and the seconds of drafting.
+        """
+        session, length = self._session, DraftLength(self._costs)
+        eos, calibrated = session.params.eos_token_ids or (), session.policy.routing.scale is not None
+        walk, ids = Walk(session.exits[0]), token_ids
+        then = self._clock.now()
         while True:
             found: Sequence[tuple[int, float]] | None
-            if self._ahead:  # it ran while the last answer was awaited
+            if self._ahead:  # drafted while the last answer was awaited
                 position, found = len(session.token_ids) - len(self._ahead), (self._ahead.pop(0),)
             else:
                 session.token_ids.extend(ids)
                 position = len(session.token_ids) - 1
-                found = yield Pass(session, 0, session.embed(ids), (position,))
-                now = self._time.now()
-                length.stepped(now - then)
+                found = yield Pass(session, 0, session.embed(ids), (position,) if looks else ())
+                now = self._clock.now()
+                length.add_step(now - then)
                 then = now
-            look = _look(session.judges[0], position, found)
-            asked = asked or look.reason is None
-            enough = draft == 0 or look.token is None or look.token in eos
-            if asked and not enough and policy.scale is not None:
-                enough = not length.goes_on(look.confidence)
-            if not asked or enough:
+            look = _look(session.judges[0], position, found if looks else None)
+            ends = draft == 0 or look.token is None or look.token in eos
+            if walk.undecided or look.reason is None:
+                if not ends and calibrated:
+                    ends = not length.continues(look.confidence)
+            else:
+                ends = True
+            if ends:
                 walk.add(look)
                 break
             assert look.token is not None
-            walk.add(Look(position, look.token, look.token, look.confidence, look.reason))
+            walk.add(Look(position, look.token, *look[2:]))
             draft, ids = draft - 1, (look.token,)
-        if not walk.unsure or self._held_back(0, walk):
-            return ([walk], None), length.drafting_s
-        return (yield from self._descend([walk], 1, self._question(0, walk))), length.drafting_s
+        walks = [walk]
+        if walk.undecided and len(session.exits) > 1:
+            walks = yield from self._descend(walks, self._question(0, walk))
+        return walks, length.drafting_s
 
-    def _descend(self, walks: list[Walk], stage: int, block: Block) -> Task[_Descent]:
-        """Run stage after stage, until all is sure or the next one is beyond this node."""
+    def _descend(self, walks: list[Walk], block: Block) -> Task[list[Walk]]:
+        """Run the stages after those that have walked, until all is decided or the last stage here has run."""
         session = self._session
-        while stage < len(session.exits):
-            found = yield Pass(session, stage, block.states, block.wants)
+        for stage in range(len(walks), len(session.exits)):
+            found: Found | None = yield Pass(session, stage, block.states, block.wants)
             walk = Walk.of(session.judges[stage], block, found)
             walks.append(walk)
-            if not walk.unsure or self._held_back(stage, walk):
-                return walks, None
+            if not walk.undecided or stage + 1 == len(session.exits):
+                break
             block = self._question(stage, walk)
-            stage += 1
-        return walks, block
-
-    def _held_back(self, stage: int, walk: Walk) -> bool:
-        """Whether the stage beyond this node may not be asked what is unsure, which is decided here then."""
-        session = self._session
-        if stage + 1 < len(session.exits) or not session.stands_in:
-            return False
-        reason = self._beyond.refuses(walk.unsure[-1] + 1 - session.unseen_start(stage))
-        if reason is None:
-            return False
-        walk.force(reason)
-        return True
+        return walks
 
     def _question(self, stage: int, walk: Walk) -> Block:
-        """What the stage after this one is asked: its unsure positions, with every state that it has not seen."""
-        session, unsure = self._session, tuple(walk.unsure)
-        start, stop = session.unseen_start(stage), unsure[-1] + 1
-        return Block(start, session.take_unseen(stage, stop), tuple(session.token_ids[start:stop]), unsure)
+        """Return the question to the stage after this one: the undecided positions, and all states that it lacks."""
+        session, undecided = self._session, tuple(walk.undecided)
+        start, stop = session.unsent_start(stage), undecided[-1] + 1
+        return Block(start, session.take_unsent(stage, stop), tuple(session.token_ids[start:stop]), undecided)
 
     async def _conclude(
-        self, descent: _Descent, hop: Hop, *, ahead: bool = False
+        self, walks: list[Walk], hop: Hop, *, drafts_ahead: bool = False
     ) -> tuple[tuple[Decision, ...], tuple[Hop, ...]]:
-        """Ask what is left beyond this node, drafting ahead meanwhile; settle upwards, and rewind to what holds."""
+        """Ask the next node what is undecided, drafting ahead meanwhile; merge, and rewind to what is kept."""
+        session, first, last = self._session, walks[0], walks[-1]
         decisions: tuple[Decision, ...] = ()
         hops: tuple[Hop, ...] = (hop,)
-        walks, left = descent
-        if left is not None:
-            asking = self._beyond.ask(left)
-            verdict = await (self._meanwhile(asking, walks[0], hop) if ahead else asking)
-            if verdict is not None:
-                self._check(verdict)
-                decisions, hops = verdict.decisions, (hop, *verdict.hops)
-            else:
-                assert self._beyond.lost is not None
-                walks[-1].force(self._beyond.lost)
+        if last.undecided:
+            stage, reason = len(walks) - 1, None
+            if session.covers_next:
+                reason = self._next.refusal(last.undecided[-1] + 1 - session.unsent_start(stage))
+            if reason is None:
+                asking = self._next.ask(self._question(stage, last))
+                verdict = await (self._draft_ahead(asking, first, hop) if drafts_ahead else asking)
+                if verdict is None:
+                    reason = self._next.lost
+                    assert reason is not None
+                else:
+                    self._check(verdict)
+                    decisions, hops = verdict.decisions, (hop, *verdict.hops)
+            if reason is not None:
+                last.decide_all(reason)
         for walk in reversed(walks):
-            decisions = walk.settle(decisions)
-        looks = walks[0].looks
-        if looks:
+            decisions = walk.merge(decisions)
+        if first.looks:
             if not decisions:
-                raise WireError("the stage beyond answered none of the positions it was asked for", node=hop.node)
-            last = looks[len(decisions) - 1]
-            holds = last.position + 1
-            if not self._ahead or last is not looks[-1] or decisions[-1].token != last.token:
+                raise WireError("the next stage answered none of the positions it was asked about", node=hop.node)
+            look = first.looks[len(decisions) - 1]
+            kept = look.position + 1
+            if not self._ahead or look is not first.looks[-1] or decisions[-1].token != look.token:
                 self._ahead.clear()
-                self._session.rewind(holds)
-            self._beyond.decided(holds)
+                session.rewind(kept)
+            self._next.settle(kept)
         return decisions, hops
 
     def _check(self, verdict: Verdict) -> None:
-        """Refuse an answer from beyond that cannot be."""
+        """Refuse a verdict that cannot be right."""
         size, policy = self._session.vocab_size, self._session.policy
         for decision in verdict.decisions:
             if decision.token >= size:
-                raise WireError(f"the stage beyond decided a token past {size - 1}", node=self._node)
+                raise WireError(f"the next stage decided token {decision.token} of {size}", node=self._node)
             if decision.exit != policy.deepest and decision.exit not in policy.thresholds:
-                raise WireError("the stage beyond decided at an exit that the policy does not have", node=self._node)
+                raise WireError(f"the next stage decided at exit {decision.exit}, not in the policy", node=self._node)
 
-    async def _meanwhile(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
-        """The answer; until it is there, the first branch drafts past what is asked, as long as that should gain."""
+    async def _draft_ahead(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
+        """Return the answer; until it arrives, draft past the question with the first branch while that pays."""
         session, eos = self._session, self._session.params.eos_token_ids or ()
         kept = math.prod(look.confidence for look in walk.looks if look.reason is None)
         kept *= math.prod(confidence for _, confidence in self._ahead)
         own = self._ahead[-1][0] if self._ahead else walk.looks[-1].token
-        most = min(session.max_positions, walk.looks[-1].position + 1 + session.policy.draft)
-        if own is None or not gains(kept):
+        most = min(session.max_positions, walk.looks[-1].position + 1 + session.policy.routing.draft)
+        if own is None or not ahead_pays(kept):
             return await asking
-        token, answer = own, self._time.start(asking)
+        token, answer = own, self._clock.start(asking)
         try:
-            while token not in eos and len(session.token_ids) < most and gains(kept) and not answer.done():
-                token, confidence = await self._step(hop, 1, self._go_ahead(token))
+            while token not in eos and len(session.token_ids) < most and ahead_pays(kept) and not answer.done():
+                token, confidence = await self._run(hop, 1, self._draft_one(token))
                 self._ahead.append((token, confidence))
                 kept *= confidence
-                await self._time.pause()  # a brief step leaves the event loop no time to see the answer
+                await self._clock.pause()  # a brief step leaves the event loop no time to see the answer
             return await answer
-        except BaseException:  # this one may be cancelled or fail while the answer is still on its way
+        except BaseException:  # this coroutine may be cancelled or fail while the answer is still in flight
             await answer.drop()
             raise
 
-    def _go_ahead(self, token: int) -> Task[tuple[int, float]]:
-        """The first branch's token and confidence after one more."""
+    def _draft_one(self, token: int) -> Task[tuple[int, float]]:
+        """Return the first branch's token and confidence after one more token."""
         session = self._session
         session.token_ids.append(token)
         found = yield Pass(session, 0, session.embed((token,)), (len(session.token_ids) - 1,))
@@ -384,25 +360,26 @@ class Chain:
 
 
 def _look(judge: Judge, position: int, found: Sequence[tuple[int, float]] | None) -> Look:
-    """What a branch says of one position that no draft follows yet."""
+    """Return what a branch predicts at a position that no draft follows yet."""
     if found is None:
         return Look(position, None)
     token, confidence = found[0]
-    return Look(position, None, token, confidence, judge.sure(position, confidence))
+    return Look(position, None, token, confidence, judge.decide(position, confidence))
 
 
 async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncGenerator[Round, None]:
-    """Settle round after round, from an entry node's new chain, until an end of sequence or the length limit.
+    """Settle round after round on an entry node's new chain, until an end of sequence or the length limit.
 
-    Both count for decided tokens only, in order; what was drafted or decided past the end is dropped with the chain,
+    Only decided tokens count, in order. Tokens that were drafted or decided past the end are dropped with the chain,
     which the caller closes.
 
     Args:
+        chain: the entry node's chain for a new session.
         prompt: token ids.
-        max_new_tokens: 1 or more.
+        max_new_tokens: length limit, 1 or more.
     """
     session = chain.session
-    eos, draft = session.params.eos_token_ids or (), session.policy.draft
+    eos, draft = session.params.eos_token_ids or (), session.policy.routing.draft
     count, new = 0, prompt
     while True:
         left = max_new_tokens - count

@@ -1,4 +1,4 @@
-"""Time as the loop sees it: the event loop's, or the simulator's. What waits or reads a clock does so through here."""
+"""The loop's clock: the event loop's time, or the simulator's. Whatever waits or reads a time does so through it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import time
 from collections.abc import Coroutine, Generator
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["REAL", "Event", "Pending", "Time"]
+__all__ = ["REAL_CLOCK", "Clock", "Event", "Pending"]
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 
 class Event(Protocol):
-    """Something to wait for."""
+    """A flag that a coroutine can wait for."""
 
     def set(self) -> None:
-        """It has happened; to be called on any thread."""
+        """Set the flag; may be called on any thread."""
         ...
 
     def clear(self) -> None:
-        """It has not happened any more."""
+        """Clear the flag."""
         ...
 
 
@@ -31,27 +31,27 @@ class Pending(Protocol[T_co]):
     def __await__(self) -> Generator[Any, Any, T_co]: ...
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Return whether it has ended."""
         ...
 
     async def drop(self) -> None:
-        """Cancel it, and wait until it is gone; what it was to give is lost."""
+        """Cancel it, wait until it has ended, and ignore its result."""
         ...
 
 
-class Time(Protocol):
-    """A clock, and the ways to wait."""
+class Clock(Protocol):
+    """A clock and the ways to wait."""
 
     def now(self) -> float:
-        """Seconds, from some start."""
+        """Return the time in seconds since an arbitrary start."""
         ...
 
     def event(self) -> Event:
-        """A new one, for `wait`."""
+        """Return a new event for `wait`."""
         ...
 
-    async def wait(self, event: Event, most_s: float) -> bool:
-        """Wait for an event; False when it has not happened after so long."""
+    async def wait(self, event: Event, timeout_s: float) -> bool:
+        """Wait for an event; return False when it was not set within `timeout_s`."""
         ...
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
@@ -59,29 +59,29 @@ class Time(Protocol):
         ...
 
     async def pause(self) -> None:
-        """Let the others go on first."""
+        """Let other coroutines run first."""
         ...
 
 
 class _Event:
-    """asyncio's, that any thread may set."""
+    """An asyncio event that any thread may set."""
 
-    __slots__ = ("_loop", "happened")
+    __slots__ = ("_loop", "flag")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.happened = asyncio.Event()
+        self.flag = asyncio.Event()
 
     def set(self) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.happened.set)
+            self._loop.call_soon_threadsafe(self.flag.set)
 
     def clear(self) -> None:
-        self.happened.clear()
+        self.flag.clear()
 
 
 class _Task:
-    """A `Pending` of asyncio's."""
+    """A `Pending` on an asyncio task."""
 
     __slots__ = ("_task",)
 
@@ -99,17 +99,17 @@ class _Task:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
-class _RealTime:
-    """asyncio's."""
+class _RealClock:
+    """The clock of asyncio's event loop."""
 
     now = staticmethod(time.perf_counter)
     event = _Event
 
-    async def wait(self, event: Event, most_s: float) -> bool:
+    async def wait(self, event: Event, timeout_s: float) -> bool:
         assert isinstance(event, _Event)
         try:
-            async with asyncio.timeout(most_s):
-                await event.happened.wait()
+            async with asyncio.timeout(timeout_s):
+                await event.flag.wait()
         except TimeoutError:
             return False
         return True
@@ -121,4 +121,5 @@ class _RealTime:
         await asyncio.sleep(0)
 
 
-REAL: Time = _RealTime()
+REAL_CLOCK: Clock = _RealClock()
+"""The clock of a running node."""

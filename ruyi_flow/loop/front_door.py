@@ -1,4 +1,4 @@
-"""What a node does when a session comes in: room for it, its operator's limits, and the way on. Pure."""
+"""How a node takes a session in: its operator's limits, admission, and the connection to the next node. Pure."""
 
 from __future__ import annotations
 
@@ -6,133 +6,153 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ruyi_flow.config.topology import Limits
-from ruyi_flow.errors import CapacityError, NodeUnavailable
+from ruyi_flow.errors import CapacityError, NodeUnavailable, RequestError
 from ruyi_flow.loop.admission import Admission
 from ruyi_flow.loop.chain import Chain
-from ruyi_flow.loop.clock import REAL, Time
-from ruyi_flow.loop.next_stage import Uplink
-from ruyi_flow.loop.session import Session, Stages
+from ruyi_flow.loop.clock import REAL_CLOCK, Clock
+from ruyi_flow.loop.next_stage import NextStage, Uplink
+from ruyi_flow.loop.session import Stages
 from ruyi_flow.loop.steps import Worker
 from ruyi_flow.requests import SessionOpen
-from ruyi_flow.routing.drafting import Pace
+from ruyi_flow.routing.drafting import DraftCosts
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.types import Reason, SamplingParams, Stage
+from ruyi_flow.types import Reason, Stage
 
-__all__ = ["Opens", "Sessions", "Way"]
+__all__ = ["Connect", "FrontDoor", "Limits"]
 
-Way = Callable[[SessionOpen, float | None], Callable[[Policy], Stage]]
-"""From a session's handshake and deadline to how the stage beyond is made, once it is needed."""
+Connect = Callable[[SessionOpen, float | None], Callable[[Policy], Stage]]
+"""Returns, for a session's handshake and its deadline in seconds, the function that opens the next stage."""
 
 
-class Opens(Stages, Protocol):
-    """Stages that sessions are opened on."""
+class Limits(Protocol):
+    """The limits of a node that admission enforces; a topology's `limits` have them."""
 
-    def open(
-        self,
-        policy: Policy,
-        params: SamplingParams,
-        prompt_length: int,
-        max_positions: int,
-        *,
-        stands_in: bool = False,
-    ) -> Session:
-        """Start a session; see `runtime.stage.Shard.open`."""
+    @property
+    def max_waiting(self) -> int:
+        """Number of sessions that may wait for capacity."""
+        ...
+
+    @property
+    def max_wait_s(self) -> float:
+        """Seconds that each of them may wait."""
+        ...
+
+    @property
+    def deepest(self) -> int | None:
+        """The deepest exit that an answer through this node may reach, or None."""
+        ...
+
+    @property
+    def bytes_up_per_minute(self) -> int | None:
+        """Bytes of boundary states that the node may send to the next one per minute, or None for no limit."""
         ...
 
 
-class Sessions:
-    """A node's front door.
+class FrontDoor:
+    """Takes sessions in on one node.
 
     Args:
-        name: the node's.
-        limits: its operator's.
-        shard: its stages.
-        worker: where they run.
-        way: to the node beyond; None on the deepest one.
-        row_bytes: of a position on the link to it.
-        ahead: positions of a session that may go up before they are asked for.
-        time: where it waits.
+        name: the node's name.
+        limits: its operator's limits.
+        stages: its stages.
+        worker: runs them.
+        connect: connects to the next node; None on the deepest one.
+        row_bytes: bytes of one position on the link to the next node.
+        ahead: number of positions that a session may upload before anything is asked about them.
+        clock: where it waits.
     """
 
     def __init__(
         self,
         name: str,
         limits: Limits,
-        shard: Opens,
+        stages: Stages,
         worker: Worker,
-        way: Way | None,
+        *,
+        connect: Connect | None = None,
         row_bytes: int = 0,
         ahead: int = 0,
-        time: Time = REAL,
+        clock: Clock = REAL_CLOCK,
     ) -> None:
         self.draining = False
-        """Whether it takes no new session."""
-        self._name, self._limits, self._shard, self._worker = name, limits, shard, worker
-        self._way, self._ahead, self._time = way, ahead, time
-        self._admission = Admission(shard.rooms, limits.max_waiting, limits.max_wait_s, time)
-        self._pace, self._uplink = Pace(), Uplink()
-        per_minute = None if way is None else limits.bytes_up_per_minute
-        self._allowance = None if per_minute is None else _Allowance(per_minute, row_bytes, time)
+        """Whether the node takes no new sessions."""
+        self._name, self._limits, self._stages, self._worker = name, limits, stages, worker
+        self._connect, self._ahead, self._clock = connect, ahead, clock
+        self._admission = Admission(stages.capacity, limits.max_waiting, limits.max_wait_s, clock)
+        self._costs, self._uplink = DraftCosts(), Uplink()
+        per_minute = None if connect is None else limits.bytes_up_per_minute
+        self._budget = None if per_minute is None else _ByteBudget(per_minute, row_bytes, clock)
 
     @property
     def waiting(self) -> int:
-        """Sessions that wait for room."""
+        """Number of sessions that wait for capacity."""
         return self._admission.waiting
 
     async def open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
-        """Let a session in, at once or when there is room.
+        """Open a session, at once or when there is capacity.
+
+        Args:
+            opening: the handshake.
+            timeout_s: seconds until the session must have ended, or None.
 
         Raises:
-            NodeUnavailable, CapacityError: why not.
+            NodeUnavailable: the node is shutting down.
+            CapacityError: the node is full.
+            RequestError: the session needs more than the node has in all.
         """
         self._check_open()
+        total = self._stages.capacity.pool.num_positions
+        if opening.max_positions > total:
+            raise RequestError(
+                f"this request needs {opening.max_positions} positions; node {self._name!r} has {total} in all "
+                "(limits.max_positions): lower max_new_tokens or raise the limit"
+            )
         if self._limits.deepest is not None:
             opening = replace(opening, policy=opening.policy.limited_to(self._limits.deepest))
-        gate, policy = self._allowance, opening.policy
-        stands_in = policy.fallback or gate is not None
-
-        def open_session() -> Session:
-            return self._shard.open(
-                policy, opening.sampling, opening.prompt_length, opening.max_positions, stands_in=stands_in
-            )
-
         try:
-            session = await self._admission.admit(open_session, opening.max_positions)
+            lease = await self._admission.admit(opening.max_positions)
         except CapacityError as error:
             raise CapacityError(f"node {self._name!r} is full: {error}", node=self._name) from None
         try:
-            self._check_open()  # it may have waited
-        except NodeUnavailable:
-            session.close()
+            self._check_open()  # the session may have waited
+            covers_next = opening.policy.routing.fallback or self._budget is not None
+            session = self._stages.open(opening, lease, covers_next=covers_next)
+        except BaseException:  # whatever it is, nobody else would give the lease back
+            lease.give_back()
             raise
-        beyond = None if self._way is None else self._way(opening, timeout_s)
-        spend = None if gate is None else gate.spend
-        return Chain(
-            session, self._worker, self._name, beyond, spend, self._pace, self._ahead, self._time, self._uplink
+        next_stage = NextStage(
+            session,
+            None if self._connect is None else self._connect(opening, timeout_s),
+            gate=None if self._budget is None else self._budget.spend,
+            ahead=self._ahead,
+            clock=self._clock,
+            uplink=self._uplink,
         )
+        return Chain(session, self._worker, self._name, next_stage=next_stage, costs=self._costs, clock=self._clock)
 
     def _check_open(self) -> None:
         if self.draining:
-            raise NodeUnavailable(f"node {self._name!r} is shutting down and takes no new session", node=self._name)
+            raise NodeUnavailable(f"node {self._name!r} is shutting down and takes no new sessions", node=self._name)
 
 
-class _Allowance:
-    """The bytes that a node may still send upwards: so many a minute, and at most a minute's worth at once.
+class _ByteBudget:
+    """The bytes that a node may still send to the next one: a token bucket that holds at most one minute's worth.
+
+    Only the event loop spends them.
 
     Args:
-        bytes_per_minute: refilled evenly.
-        row_bytes: of a position.
-        time: whose minutes.
+        bytes_per_minute: refill rate, and size of the bucket.
+        row_bytes: bytes of one position.
+        clock: measures the minutes.
     """
 
-    def __init__(self, bytes_per_minute: int, row_bytes: int, time: Time) -> None:
-        self._most, self._row_bytes, self._time = float(bytes_per_minute), row_bytes, time
-        self._left, self._then = self._most, time.now()
+    def __init__(self, bytes_per_minute: int, row_bytes: int, clock: Clock) -> None:
+        self._most, self._row_bytes, self._clock = float(bytes_per_minute), row_bytes, clock
+        self._left, self._then = self._most, clock.now()
 
     def spend(self, positions: int) -> Reason | None:
-        """Take what so many positions need, or say why they may not go."""
-        now = self._time.now()
+        """Take the bytes of so many positions, or return why they must not be sent."""
+        now = self._clock.now()
         self._left = min(self._most, self._left + (now - self._then) * self._most / 60)
         self._then = now
         need = positions * self._row_bytes

@@ -1,109 +1,111 @@
-"""The stage beyond a node, as a session deals with it: made once it is needed, asked, and sent states ahead."""
+"""One session's connection to the next node: opens it lazily, asks it, and uploads states to it in advance. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from ruyi_flow.config.topology import LEAST_AHEAD
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable
-from ruyi_flow.loop.clock import Pending, Time
+from ruyi_flow.loop.clock import REAL_CLOCK, Clock, Pending
 from ruyi_flow.loop.session import Session, States
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.types import Block, Reason, Stage, Verdict
+from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Block, Reason, Stage, Verdict
 
-__all__ = ["Beyond", "Uplink"]
+__all__ = ["NextStage", "Uplink"]
 
-_MOST_AHEAD = 32
-"""Decided positions that go up together ahead of a question: more would hold up the question that comes after them."""
+_MAX_UPLOAD_POSITIONS = 32
+"""Decided positions in one upload at most: more would delay the question that comes after them."""
 
 
 @dataclass(slots=True)
 class Uplink:
-    """What all sessions of a node have under way to the node beyond it."""
+    """What all sessions of a node have in flight to the next node."""
 
     questions: int = 0
-    uploader: Beyond | None = None
-    """Whose states go up ahead, or have not been told to have arrived."""
+    """Number of questions that have not been answered."""
+    uploader: NextStage | None = None
+    """The session that is uploading states in advance, until they are known to have arrived."""
 
     @property
     def idle(self) -> bool:
-        """Whether states may go up that nobody asked about."""
+        """Whether a session may upload states in advance."""
         return not self.questions and self.uploader is None
 
-    def free(self, beyond: Beyond) -> None:
-        """What a session sent ahead is there, or is given up."""
-        if self.uploader is beyond:
+    def free(self, next_stage: NextStage) -> None:
+        """End a session's upload, which has arrived or is given up."""
+        if self.uploader is next_stage:
             self.uploader = None
 
 
-class Beyond:
-    """A session's way to the stage beyond its node.
+class NextStage:
+    """One session's connection to the next node.
 
     Args:
-        session: the session.
-        make: makes that stage, for the policy that the session has by then; None on the deepest node.
-        gate: asked before so many positions go there: why they may not. The session must stand in then.
-        ahead: decided positions that may go there before anything is asked about them.
-        time: where it waits.
-        uplink: what all sessions have under way there.
+        session: the session on this node.
+        make: opens the connection with the policy that the session has by then; None on the deepest node.
+        gate: called with the number of positions to send; returns why they must not be sent, or None. It needs a
+            session opened with `covers_next`.
+        ahead: number of decided positions that may be uploaded before anything is asked about them.
+        clock: where it waits.
+        uplink: what all sessions of the node have in flight; default: this session alone.
     """
 
     def __init__(
         self,
         session: Session,
-        make: Callable[[Policy], Stage] | None,
-        gate: Callable[[int], Reason | None] | None,
-        ahead: int,
-        time: Time,
-        uplink: Uplink,
+        make: Callable[[Policy], Stage] | None = None,
+        *,
+        gate: Callable[[int], Reason | None] | None = None,
+        ahead: int = 0,
+        clock: Clock = REAL_CLOCK,
+        uplink: Uplink | None = None,
     ) -> None:
-        self._session, self._make, self._gate, self._time = session, make, gate, time
+        self._session, self._make, self._gate, self._clock = session, make, gate, clock
         self._stage: Stage | None = None
         self.lost: Reason | None = None
-        """Why it is not asked any more."""
+        """Why the next stage is not asked any more."""
         self._sent = 0
-        """Positions that it holds."""
-        self._ahead, self._uplink = ahead, uplink
+        """Number of positions that the next stage has."""
+        self._ahead, self._uplink = ahead, uplink or Uplink()
         self._uploading: Pending[None] | None = None
         self._arriving: Pending[None] | None = None
-        """What waits for the word that it has arrived."""
+        """Waits until the upload is known to have arrived."""
         self._unasked: list[States] = []
-        """What went up before anything was answered, to go up once more if that session is lost."""
+        """States that were uploaded before the first answer. They are sent again if that connection is lost."""
 
     @property
-    def always(self) -> bool:
-        """Whether it is there, and this node does not decide in its place whatever happens."""
-        return self._make is not None and self._gate is None and not self._session.stands_in
+    def is_certain(self) -> bool:
+        """Whether there is a next stage, and this node never decides in its place."""
+        return self._make is not None and self._gate is None and not self._session.covers_next
 
-    def refuses(self, positions: int) -> Reason | None:
-        """Why so many positions may not go there."""
+    def refusal(self, positions: int) -> Reason | None:
+        """Return why so many positions may not be sent, or None. The gate counts them as sent."""
         if self.lost is None and self._gate is not None:
             return self._gate(positions)
         return self.lost
 
     async def feed(self, block: Block) -> None:
-        """See `Stage.feed`."""
-        await self._there().feed(block)
+        """Send a block without questions; see `Stage.feed`."""
+        await self._connect().feed(block)
         self._sent = block.start + len(block.token_ids)
 
     async def ask(self, block: Block) -> Verdict | None:
-        """What it says of a block; None when it is `lost` and this node decides in its place."""
+        """Ask about a block. Return None when the next stage is `lost` and this node decides in its place."""
         self._uplink.questions += 1
         try:
-            await self._uploaded()
+            await self._finish_upload()
             stop = block.start + len(block.token_ids)
-            if self._unasked and self._stage is None:  # the session that was for them alone is lost
+            if self._unasked and self._stage is None:  # the connection that only received uploads is lost
                 states = self._session.join([*self._unasked, block.states])
                 block = Block(0, states, tuple(self._session.token_ids[:stop]), block.wants)
                 self._unasked.clear()
-            stage = self._there()
+            stage = self._connect()
             verdict = await stage.advance(block)
             self._unasked.clear()
             self._sent = stop
             return verdict
         except (NodeUnavailable, DeadlineExceeded, CapacityError):
-            if not self._unasked and not self._session.policy.fallback:
+            if not self._unasked and not self._session.policy.routing.fallback:
                 raise
             self._stage = None
             await stage.close()
@@ -114,11 +116,11 @@ class Beyond:
         self.lost = Reason.UNREACHABLE
         return None
 
-    def decided(self, position: int) -> None:
-        """Positions before this one are decided, and none after it holds.
+    def settle(self, position: int) -> None:
+        """Note that the positions before this one are decided and no later one is kept.
 
-        Their states go up ahead, if the link is idle and there are enough of them: only what the last stage here has
-        run, since no layers are run for this alone.
+        If the link is idle, their states are uploaded in advance: only states that the last stage here has computed,
+        since no layers run for this alone.
         """
         if self._sent > position:
             self._sent = position
@@ -127,63 +129,63 @@ class Beyond:
         session, last = self._session, len(self._session.exits) - 1
         if self.lost is not None or session.policy.deepest in session.exits or not self._uplink.idle:
             return
-        start = session.unseen_start(last)
-        stop = min(position, session.positions[last], start + min(self._ahead, _MOST_AHEAD))
-        if stop - start < LEAST_AHEAD or self.refuses(stop - start) is not None:
+        start = session.unsent_start(last)
+        stop = min(position, session.positions[last], start + min(self._ahead, _MAX_UPLOAD_POSITIONS))
+        if stop - start < MIN_UPLOAD_POSITIONS or self.refusal(stop - start) is not None:
             return
         self._ahead -= stop - start
-        states = session.take_unseen(last, stop)
+        states = session.take_unsent(last, stop)
         if self._unasked or not start:
             self._unasked.append(states)
         self._sent, self._uplink.uploader = stop, self
-        self._uploading = self._time.start(self._upload(Block(start, states, tuple(session.token_ids[start:stop]), ())))
+        block = Block(start, states, tuple(session.token_ids[start:stop]), ())
+        self._uploading = self._clock.start(self._upload(block))
 
     async def rewind(self, position: int) -> None:
-        """See `Stage.rewind`."""
+        """Make the next stage forget every position from `position` on; see `Stage.rewind`."""
         if self._stage is not None and self._sent > position:
-            await self._uploaded()
+            await self._finish_upload()
             await self._stage.rewind(position)
         if self._unasked:
             self._unasked = [self._session.join(self._unasked)[:position]]
         self._sent = min(self._sent, position)
 
     async def close(self) -> None:
-        """End the session there, and whatever is on its way."""
+        """End the session on the next node, and whatever is in flight."""
         try:
             if self._uploading is not None:
                 await self._uploading.drop()
             if self._arriving is not None:
                 await self._arriving.drop()
-        finally:  # this one may be cancelled meanwhile; the deeper caches must be freed all the same
+        finally:  # this call may be cancelled meanwhile; the deeper KV caches must be freed all the same
             self._uplink.free(self)
             if self._stage is not None:
                 await self._stage.close()
 
-    def _there(self) -> Stage:
+    def _connect(self) -> Stage:
         if self._stage is None:
-            assert self._make is not None, "the policy's deepest exit is beyond the deepest node"
+            assert self._make is not None, "the policy's deepest exit is after the deepest node"
             self._stage = self._make(self._session.policy)
         return self._stage
 
     async def _upload(self, block: Block) -> None:
-        """Send states ahead; see `_quietly`."""
-        stage = self._there()
-        if await self._quietly(stage.feed(block), stage):
-            self._arriving = self._time.start(self._arrive(stage))
+        stage = self._connect()
+        if await self._succeeds(stage.feed(block), stage):
+            self._arriving = self._clock.start(self._await_arrival(stage))
         else:
             self._uplink.free(self)
 
-    async def _arrive(self, stage: Stage) -> None:
-        await self._quietly(stage.arrived(), stage)
+    async def _await_arrival(self, stage: Stage) -> None:
+        await self._succeeds(stage.arrived(), stage)
         self._uplink.free(self)
 
-    async def _quietly(self, doing: Coroutine[None, None, None], stage: Stage) -> bool:
-        """Do something ahead of any question, which must not fail for it; whether it went well.
+    async def _succeeds(self, upload: Coroutine[None, None, None], stage: Stage) -> bool:
+        """Run a part of an upload, which must never fail an answer, and return whether it succeeded.
 
-        Where nothing has been answered yet, the next question begins a new session. Else it is told.
+        If nothing has been answered yet, the next question opens a new connection; otherwise it reports the error.
         """
         try:
-            await doing
+            await upload
         except NodeError:
             self._ahead = 0
             if self._unasked:
@@ -192,8 +194,8 @@ class Beyond:
             return False
         return True
 
-    async def _uploaded(self) -> None:
-        """Wait for what goes up: messages of a session stay in order. Whether it has arrived, the next answer tells."""
+    async def _finish_upload(self) -> None:
+        """Wait until the upload is written, to keep messages in order; the next answer shows whether it arrived."""
         if self._uploading is not None:
             uploading, self._uploading = self._uploading, None
             await uploading

@@ -1,8 +1,8 @@
-"""Who owns which pages of a node's key/value memory. Bookkeeping only: no torch.
+"""Which pages of a node's KV cache are in use, and by whom. Bookkeeping only: no torch.
 
-A session says at its start how many positions it may ever hold and gets one contiguous run of pages for them, or is
-refused. So an admitted session can never run out of memory in the middle, on any node, and attention reads its keys and
-values in place (docs/design/0001-shape.md has the reasons and what it costs).
+A session says at its start how many positions it may use and gets one contiguous run of pages for them, or is refused.
+So an admitted session never runs out of memory in the middle, on any node, and attention reads the KV cache in place
+(docs/design/0001-shape.md has the reasons and the cost).
 """
 
 from __future__ import annotations
@@ -11,79 +11,83 @@ from dataclasses import dataclass
 
 from ruyi_flow.errors import CapacityError
 
-__all__ = ["PAGE_SIZE", "PagePool", "Run"]
+__all__ = ["PAGE_SIZE", "PagePool", "PageRun"]
 
 PAGE_SIZE = 64
 """Positions in a page."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PageRun:
     """Consecutive pages of one owner."""
 
     owner: int
+    """Number of the lease that owns them."""
     first: int
+    """Index of the first page."""
     count: int
+    """Number of pages."""
 
     @property
     def positions(self) -> slice:
-        """The positions of the pool that these pages are."""
+        """The positions of the pool that these pages cover."""
         return slice(self.first * PAGE_SIZE, (self.first + self.count) * PAGE_SIZE)
 
 
 class PagePool:
-    """Pages 0 … num_pages-1 and the runs that are given out, first fit.
+    """Pages 0 … num_pages-1, allocated first fit in contiguous runs.
 
     Args:
-        max_positions: size of the pool; rounded up to whole pages.
+        max_positions: size of the pool in positions; it is rounded up to whole pages.
     """
 
     def __init__(self, max_positions: int) -> None:
         self.num_pages = -(-max_positions // PAGE_SIZE)
-        self._runs: list[Run] = []  # by first page
+        self._runs: list[PageRun] = []  # by first page
 
     @property
     def used(self) -> int:
-        """Pages that have an owner."""
+        """Number of pages that have an owner."""
         return sum(run.count for run in self._runs)
 
     @property
     def free(self) -> int:
-        """Pages that have none."""
+        """Number of pages without an owner."""
         return self.num_pages - self.used
 
     @property
     def num_positions(self) -> int:
-        """Positions in the pool."""
+        """Number of positions in the pool."""
         return self.num_pages * PAGE_SIZE
 
     @property
     def free_positions(self) -> int:
-        """Positions in pages that have no owner."""
+        """Number of positions in pages without an owner."""
         return self.free * PAGE_SIZE
 
-    def allocate(self, owner: int, max_positions: int) -> Run:
-        """Give a run that holds `max_positions` to an owner that has none yet.
+    def allocate(self, owner: int, max_positions: int) -> PageRun:
+        """Allocate a run of `max_positions` for an owner that has none yet.
 
         Raises:
             CapacityError: no free run is long enough.
         """
-        assert all(run.owner != owner for run in self._runs), "one run an owner"
+        assert all(run.owner != owner for run in self._runs), "one run per owner"
         count = max(1, -(-max_positions // PAGE_SIZE))
         end = 0
-        for i, run in enumerate((*self._runs, Run(-1, self.num_pages, 0))):
+        for i, run in enumerate((*self._runs, PageRun(-1, self.num_pages, 0))):
             if run.first - end >= count:
-                new = Run(owner, end, count)
+                new = PageRun(owner, end, count)
                 self._runs.insert(i, new)
                 return new
             end = run.first + run.count
         raise CapacityError(
-            f"no room for {max_positions} positions: {self.free_positions} of {self.num_positions} are free"
-            + (", but not in one run" if self.free >= count else "")
+            f"this request needs {max_positions} positions of KV cache; "
+            f"{self.free_positions} of {self.num_positions} are free"
+            + (", but not in one contiguous run" if self.free >= count else "")
         )
 
-    def release(self, run: Run) -> None:
-        """Take a run back."""
+    def release(self, run: PageRun) -> None:
+        """Free a run."""
         self._runs.remove(run)
 
     def check_integrity(self) -> None:

@@ -1,61 +1,68 @@
-"""One sequence on one node's stages: what it holds and what was asked of it. Pure: states are rows that somebody else
-computes, tensors on a real node and bare counts in the simulator."""
+"""One sequence on one node's stages: what it contains and what was asked of it. Pure: states are rows that the stages
+compute, tensors on a real node and bare counts in the simulator."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from ruyi_flow.loop.pages import Run
+from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS, Reading
-from ruyi_flow.types import SamplingParams
-
-if TYPE_CHECKING:
-    from ruyi_flow.loop.capacity import Rooms
 
 __all__ = ["CHUNK", "Found", "Pass", "Piece", "Session", "Stages", "States"]
 
 CHUNK = 512
-"""Positions that go through the layers at once where a session is alone; that bounds a prompt's memory."""
+"""Positions that run through the layers at once when a session is alone on its node; this bounds a prompt's memory."""
 
 States = Any
-"""(n, hidden) rows: a tensor, or what stands for one; it has a `shape` and can be sliced."""
+"""(n, hidden) rows: a tensor, or a stand-in that has a `shape` and can be sliced."""
 
 Found = list[tuple[int, float]]
-"""What a branch says at some positions: its token, and how sure it is of it."""
+"""A branch's token and confidence at some positions."""
 
 
 class Stages(Protocol):
-    """A node's consecutive stages, with room for sessions."""
+    """A node's consecutive stages, and the capacity for sessions on them."""
 
     exits: tuple[int, ...]
-    """Where they end."""
-    rooms: Rooms
+    """The exit at the end of each stage."""
+    capacity: Capacity
+    """The node's sessions and KV cache pages."""
 
     @property
     def is_entry(self) -> bool:
-        """Whether the first of them starts with the embedding."""
+        """Whether the first stage starts with the embedding."""
+        ...
+
+    def open(self, opening: SessionOpen, lease: Lease, *, covers_next: bool = False) -> Session:
+        """Start a session.
+
+        Args:
+            opening: the handshake.
+            lease: the capacity for `opening.max_positions`; the session gives it back when it is closed.
+            covers_next: whether the last branch here must be able to decide in place of the next node.
+        """
         ...
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """Run the next rows of several sessions' passes through one stage, together.
 
         Args:
-            parts: passes at the same stage, and how many rows of each.
+            parts: passes at the same stage, and how many rows to run of each.
         """
         ...
 
 
 class Pass:
-    """New states of one session on their way through one stage, in one step or several.
+    """New states of one session that run through one stage, in one step or several.
 
     Args:
-        session: whose.
+        session: the session.
         stage: index of the stage on this node.
-        states: (n, hidden) boundary states that enter it, of the next positions, whose token ids must be in
-            `session.token_ids` already.
+        states: (n, hidden) boundary states of the next positions, whose token ids `session.token_ids` already contains.
         wants: the positions among them whose next token is wanted, ascending.
     """
 
@@ -64,15 +71,16 @@ class Pass:
     def __init__(self, session: Session, stage: int, states: States, wants: Sequence[int]) -> None:
         self.session, self.stage, self.states, self.wants = session, stage, states, wants
         self.rows: int = states.shape[0]
-        """That are still to be run."""
-        self.looks = session.looks(stage)
+        """Number of rows that have not run yet."""
+        self.looks = session.runs_branch(stage)
+        """Whether the stage's branch runs on these rows."""
         self.found: Found | None = [] if self.looks else None
-        """A token and a confidence for each wanted position that has been run; None where the stage does not look."""
+        """A token and a confidence for each wanted position that has run; None where the branch does not run."""
         self.error: Exception | None = None
-        """Why it cannot go on."""
+        """Why the pass cannot go on."""
 
     def take(self, count: int) -> States:
-        """Take the states of the next rows off it."""
+        """Remove the next rows and return their states."""
         states = self.states
         self.rows -= count
         if not self.rows:
@@ -83,151 +91,128 @@ class Pass:
 
 
 class Piece:
-    """The next rows of a pass, in one step."""
+    """The rows of a pass that run in one step."""
 
-    __slots__ = ("asked", "count", "run", "start", "states", "work")
+    __slots__ = ("asked", "count", "pages", "start", "states", "work")
 
     def __init__(self, work: Pass, count: int) -> None:
         session = work.session
         self.work, self.count, self.states = work, count, work.take(count)
-        self.start, self.run = session.positions[work.stage], session.run
-        self.asked = session.asked(work.stage, self.start, count, work.wants) if work.looks else ()
-        """The rows that the branch is read at."""
+        self.start, self.pages = session.positions[work.stage], session.lease.pages
+        self.asked = session.rows_to_read(work.stage, self.start, count, work.wants) if work.looks else ()
+        """The rows whose vocabulary logits are computed."""
 
     @property
     def stop(self) -> int:
-        """Position after the last one."""
+        """Position after the last row."""
         return self.start + self.count
 
     @property
     def wants(self) -> list[int]:
-        """The positions among them whose next token is wanted."""
+        """The positions among the rows whose next token is wanted."""
         return [p for p in self.work.wants if self.start <= p < self.stop]
 
 
 class Session(ABC):
-    """Token ids, positions, judges, and states that the stage beyond has not seen.
+    """Token ids, positions, judges, and the boundary states that the next stage has not received.
 
     Args:
-        shard: the stages that it is on.
-        session_id: its number there.
-        run: its pages.
-        vocab_size: of the family.
-        policy: what decides.
-        params: how tokens are picked.
-        prompt_length: positions of the prompt.
-        max_positions: it never holds more.
-        stands_in: the last exit here must be able to decide whatever it is asked.
+        stages: the node's stages.
+        lease: the session's capacity, which `close` gives back.
+        opening: the handshake: policy, sampling, prompt length, and the largest number of positions.
+        vocab_size: number of tokens of the family.
+        covers_next: whether the last branch here must be able to decide in place of the next node.
     """
 
     def __init__(
-        self,
-        shard: Stages,
-        session_id: int,
-        run: Run,
-        vocab_size: int,
-        policy: Policy,
-        params: SamplingParams,
-        prompt_length: int,
-        max_positions: int,
-        stands_in: bool,
+        self, stages: Stages, lease: Lease, opening: SessionOpen, *, vocab_size: int, covers_next: bool
     ) -> None:
-        self.shard, self.session_id, self.run, self.params = shard, session_id, run, params
-        self.max_positions, self.stands_in = max_positions, stands_in
-        self.vocab_size, self.prompt_length = vocab_size, prompt_length
+        self.stages, self.lease, self.params = stages, lease, opening.sampling
+        self.max_positions, self.prompt_length = opening.max_positions, opening.prompt_length
+        self.vocab_size, self.covers_next = vocab_size, covers_next
         self.token_ids: list[int] = []
-        """Of positions 0 …, on the entry node drafts included."""
-        self.positions = [0] * len(shard.exits)
-        """Positions that each stage holds keys and values for."""
-        self.exits = tuple(p for p in shard.exits if p <= policy.deepest)
-        """Of the stages that this session may ever run."""
-        self._follow(policy)
-        self._unseen: list[list[States]] = [[] for _ in shard.exits]
-        self._unseen_start = [0] * len(shard.exits)
+        """The token id of every position, on the entry node including drafts."""
+        self.positions = [0] * len(stages.exits)
+        """Number of positions in the KV cache of each stage."""
+        self.exits = tuple(p for p in stages.exits if p <= opening.policy.deepest)
+        """The exits of the stages that this session may run."""
+        self._adopt(opening.policy)
+        self._unsent: list[list[States]] = [[] for _ in stages.exits]
+        self._unsent_start = [0] * len(stages.exits)
 
     @property
     def alone(self) -> bool:
         """Whether no other session is open on this node."""
-        return len(self.shard.rooms.sessions) == 1
+        return self.lease.alone
 
     @abstractmethod
     def embed(self, token_ids: Sequence[int]) -> States:
-        """(n, hidden) states that enter the first stage."""
+        """Return the (n, hidden) states that enter the first stage."""
 
     @abstractmethod
     def join(self, states: Sequence[States]) -> States:
-        """Rows after rows."""
+        """Concatenate rows."""
 
     def close(self) -> None:
-        """Give the pages back; the session must not be used any more."""
-        self.shard.rooms.release(self)
+        """Give the capacity back; the session must not be used any more."""
+        self.lease.give_back()
 
-    def _follow(self, policy: Policy) -> None:
-        """Take on a policy, before any stage that it concerns has run."""
+    def _adopt(self, policy: Policy) -> None:
+        """Take over a policy, before any stage that it concerns has run."""
         self.policy = policy
         self.judges = tuple(Judge(policy, p) for p in self.exits)
-        drafts = policy.draft > 0 and self.shard.is_entry and self.exits[0] < policy.deepest
-        self._always_looking = tuple(
-            (i == 0 and (drafts or policy.start is not None)) or (self.stands_in and p == self.shard.exits[-1])
+        routing = policy.routing
+        drafts = routing.draft > 0 and self.stages.is_entry and self.exits[0] < policy.deepest
+        self._always_runs_branch = tuple(
+            (i == 0 and (drafts or routing.start is not None)) or (self.covers_next and p == self.stages.exits[-1])
             for i, p in enumerate(self.exits)
         )
-        self._looking = tuple(policy.looks(p) or self._always_looking[i] for i, p in enumerate(self.exits))
+        self._may_run_branch = tuple(
+            policy.can_decide(p) or self._always_runs_branch[i] for i, p in enumerate(self.exits)
+        )
 
-    def looks(self, stage: int) -> bool:
-        """Whether a stage's branch is run; where not, it keeps no branch keys and values, and is not run later."""
-        return self._looking[stage] and (self._always_looking[stage] or not self.judges[stage].retired)
+    def runs_branch(self, stage: int) -> bool:
+        """Return whether a stage's branch runs. Where it does not, it fills no KV cache and never runs later."""
+        return self._may_run_branch[stage] and (self._always_runs_branch[stage] or not self.judges[stage].retired)
 
-    def advance(self, stage: int, states: States, wants: Sequence[int]) -> Found | None:
-        """Run a stage on the states of the next positions, alone; see `Pass`.
-
-        Returns:
-            A token and a confidence for each wanted position; None where this stage never looks.
-        """
-        work = Pass(self, stage, states, wants)
-        while work.rows:
-            self.shard.run([(work, min(work.rows, CHUNK))])
-            if work.error is not None:
-                raise work.error
-        return work.found
-
-    def asked(self, stage: int, start: int, count: int, wants: Sequence[int]) -> Sequence[int]:
-        """The rows of a block that the branch is read at: the wanted ones, or what is read of a prompt at its end."""
-        if self.begins(stage, start + count):
+    def rows_to_read(self, stage: int, start: int, count: int, wants: Sequence[int]) -> Sequence[int]:
+        """Return the rows of a piece whose logits are computed: the wanted ones, or the end of a rated prompt."""
+        if self.rates_prompt(stage, start + count):
             return range(max(0, count - READ_TOKENS - 1), count)
         if count == 1:
             return (0,) if start in wants else ()
         return [p - start for p in wants if start <= p < start + count]
 
-    def went_through(self, stage: int, boundary: States) -> None:
-        """Count positions that a stage has run, and keep its (n, hidden) states for the stage beyond."""
+    def add_boundary(self, stage: int, boundary: States) -> None:
+        """Count positions that a stage has run, and keep their (n, hidden) states for the next stage."""
         self.positions[stage] += boundary.shape[0]
-        if self.shard.exits[stage] < self.policy.deepest:
-            self._unseen[stage].append(boundary)
+        if self.stages.exits[stage] < self.policy.deepest:
+            self._unsent[stage].append(boundary)
 
-    def begins(self, stage: int, stop: int) -> bool:
-        """Whether a block that ends before this position ends the prompt, of which the answering exit is chosen."""
-        return self.policy.start is not None and stage == 0 and stop == self.prompt_length
+    def rates_prompt(self, stage: int, stop: int) -> bool:
+        """Return whether a piece that ends before position `stop` ends a prompt from which the first exit is chosen."""
+        return self.policy.routing.start is not None and stage == 0 and stop == self.prompt_length
 
-    def begin(self, reading: Reading) -> None:
-        """Choose the exit that answers, now that the first branch has read the prompt."""
-        start = self.policy.start
+    def choose_start(self, reading: Reading) -> None:
+        """Choose the exit that answers from what the first branch makes of the prompt."""
+        start = self.policy.routing.start
         assert start is not None
-        self._follow(self.policy.starting_at(start.exit(reading, self.policy.deepest)))
+        self._adopt(self.policy.starting_at(start.exit(reading, self.policy.deepest)))
 
-    def unseen_start(self, stage: int) -> int:
-        """Positions that the stage beyond this one holds."""
-        return self._unseen_start[stage]
+    def unsent_start(self, stage: int) -> int:
+        """Return the number of positions that the next stage has received."""
+        return self._unsent_start[stage]
 
-    def take_unseen(self, stage: int, stop: int) -> States:
-        """(stop - unseen_start, hidden) boundary states that the stage beyond has not seen; they count as seen now."""
-        states = self._unseen[stage]
+    def take_unsent(self, stage: int, stop: int) -> States:
+        """Return the (stop - unsent_start, hidden) states that the next stage lacks, and count them as received."""
+        states = self._unsent[stage]
         joined = states[0] if len(states) == 1 else self.join(states)
-        count = stop - self._unseen_start[stage]
-        self._unseen_start[stage] = stop
+        count = stop - self._unsent_start[stage]
+        self._unsent_start[stage] = stop
         if count == joined.shape[0]:
-            self._unseen[stage] = []
+            self._unsent[stage] = []
             return joined
-        self._unseen[stage] = [joined[count:]]
+        self._unsent[stage] = [joined[count:]]
         return joined[:count]
 
     def rewind(self, position: int) -> None:
@@ -237,12 +222,12 @@ class Session(ABC):
         del self.token_ids[position:]
         for judge in self.judges:
             judge.rewind(position)
-        for stage, held in enumerate(self.positions):
-            if held <= position:
+        for stage, count in enumerate(self.positions):
+            if count <= position:
                 continue
             self.positions[stage] = position
-            start = self._unseen_start[stage]
+            start = self._unsent_start[stage]
             if start >= position:
-                self._unseen[stage], self._unseen_start[stage] = [], position
-            elif self._unseen[stage]:
-                self._unseen[stage] = [self.join(self._unseen[stage])[: position - start]]
+                self._unsent[stage], self._unsent_start[stage] = [], position
+            elif self._unsent[stage]:
+                self._unsent[stage] = [self.join(self._unsent[stage])[: position - start]]

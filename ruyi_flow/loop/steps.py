@@ -1,7 +1,7 @@
-"""Tasks that meet at a stage: what a node's sessions have to run, put together into steps. Pure.
+"""Tasks that meet at a stage: the work of a node's sessions, put together into steps. Pure.
 
-A task is a generator that yields a `Pass` where it wants rows run through a stage, and goes on when that is done. Tasks
-of several sessions so meet at a stage and share its matrix products.
+A task is a generator. It yields a `Pass` when rows must run through a stage, and goes on when they have. Tasks of
+several sessions meet at a stage this way and share its matrix products.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ from typing import Any, Protocol, TypeVar
 from ruyi_flow.loop.scheduler import Scheduler
 from ruyi_flow.loop.session import CHUNK, Found, Pass
 
-__all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "passes", "run"]
+__all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "run_alone", "run_parts"]
 
 T = TypeVar("T")
 Task = Generator[Pass, Found | None, T]
-"""What a worker runs; a pass that it yields is answered with what was found."""
+"""What a worker runs. Each pass that it yields is answered with what the branch found."""
 
 Parts = Sequence[tuple["Job", int]]
-"""A step: jobs whose passes are at one stage, and how many rows of each."""
+"""A step: jobs whose passes are at one stage, and the number of rows of each."""
 
 
 class Worker(Protocol):
     """Runs tasks."""
 
     async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
-        """The task's result, the seconds it waited and the seconds that steps ran in which it had a part.
+        """Run a task and return its result, the seconds that it waited, and the time of the steps it took part in.
 
         Args:
-            brief: it has few positions, and no other session would wait for it.
-            since: when what it is part of came to this node; now, when left out.
+            task: the task.
+            brief: whether it has few positions and no other session would wait for it.
+            since: when the work that it belongs to arrived at this node. Default: now.
         """
         ...
 
     def submit(self, call: Callable[[], object]) -> None:
-        """Run something that nobody waits for, between two steps; cancelled tasks are gone by then."""
+        """Run a call between two steps, after cancelled tasks are gone. Nobody waits for it."""
         ...
 
     def shutdown(self) -> None:
-        """Finish what is there and end."""
+        """Finish the work that is there, and end."""
         ...
 
 
-def passes(task: Task[T]) -> Generator[Pass, None, T]:
-    """Run a task alone, on the caller's thread; its passes, each of which has been run."""
+def run_alone(task: Task[T]) -> Generator[Pass, None, T]:
+    """Run a task on the caller's thread; yield each of its passes after it has run."""
     try:
         work = next(task)
         while True:
             while work.rows and work.error is None:
-                work.session.shard.run([(work, min(work.rows, CHUNK))])
+                work.session.stages.run([(work, min(work.rows, CHUNK))])
             yield work
             work = task.throw(work.error) if work.error is not None else task.send(work.found)
     except StopIteration as done:
@@ -59,8 +60,8 @@ def passes(task: Task[T]) -> Generator[Pass, None, T]:
 
 
 def drive(task: Task[T]) -> T:
-    """The result of a task that is run alone, on the caller's thread."""
-    running = passes(task)
+    """Run a task on the caller's thread and return its result."""
+    running = run_alone(task)
     try:
         while True:
             next(running)
@@ -70,20 +71,28 @@ def drive(task: Task[T]) -> T:
 
 
 class Waiter(Protocol):
-    """Who waits for a task."""
+    """The caller that waits for a task."""
 
     def cancelled(self) -> bool:
-        """Whether it waits no more."""
+        """Return whether it no longer waits."""
         ...
 
 
 class Job:
-    """A task, and who waits for it."""
+    """A task and its caller.
+
+    Args:
+        task: the task.
+        waiter: the caller.
+        now: the time.
+        brief: whether the task was meant to run on the event loop.
+        since: when the work that it belongs to arrived. Default: now.
+    """
 
     __slots__ = ("asked", "brief", "key", "ran_s", "since", "task", "waiter", "work")
 
     def __init__(
-        self, task: Task[Any], waiter: Waiter, now: float, brief: bool = False, since: float | None = None
+        self, task: Task[Any], waiter: Waiter, now: float, *, brief: bool = False, since: float | None = None
     ) -> None:
         self.task, self.waiter, self.brief = task, waiter, brief
         self.asked, self.ran_s = now, 0.0
@@ -93,18 +102,18 @@ class Job:
 
     @property
     def running(self) -> Pass:
-        """What it waits for."""
+        """The pass that it waits for."""
         assert self.work is not None
         return self.work
 
 
 class Steps:
-    """The jobs of a node.
+    """The jobs of a node, and the steps made of them.
 
     Args:
         budget: positions of a step.
-        ended: told of a job that has ended, with its result.
-        failed: told of a job that has failed, with why.
+        ended: called with a job that has ended, and its result.
+        failed: called with a job that has failed, and its exception.
     """
 
     def __init__(
@@ -112,45 +121,45 @@ class Steps:
     ) -> None:
         self._scheduler = Scheduler(budget)
         self.jobs: dict[int, Job] = {}
-        """Those that are there, by their keys."""
+        """The jobs that have not ended, by key."""
         self._keys = itertools.count()
         self._step: list[int] = []
         self._ended, self._failed = ended, failed
 
     def add(self, job: Job) -> None:
-        """Let a task run up to its first pass."""
+        """Add a job and run its task up to the first pass."""
         job.key = next(self._keys)
-        self._go_on(job)
+        self._resume(job)
 
     def join(self, job: Job) -> None:
-        """Let a job in that has a pass already."""
+        """Add a job whose task has yielded a pass already."""
         job.key = next(self._keys)
         self._wait(job)
 
     def next(self) -> Parts:
-        """The next step, to be told `ran` afterwards; empty when nothing waits."""
+        """Return the next step; call `ran` after it has run. It is empty when nothing waits."""
         step = self._scheduler.next()
         self._step = [key for key, _ in step]
         return [(self.jobs[key], rows) for key, rows in step]
 
-    def ran(self, spent_s: float) -> None:
-        """The step has run: let the tasks go on whose pass is done with it."""
+    def ran(self, seconds: float) -> None:
+        """Note that the step has run, and resume the tasks whose pass is complete."""
         for key in self._step:
             job = self.jobs[key]
-            job.ran_s += spent_s
+            job.ran_s += seconds
             work = job.running
             if work.error is not None or not work.rows:
                 self._scheduler.drop(key)
-                self._go_on(job)
+                self._resume(job)
 
     def forget_cancelled(self) -> None:
-        """Drop the jobs that nobody waits for any more."""
+        """Drop the jobs whose caller no longer waits."""
         for key in [key for key, job in self.jobs.items() if job.waiter.cancelled()]:
             del self.jobs[key]
             self._scheduler.drop(key)
 
-    def _go_on(self, job: Job) -> None:
-        """Let a task run up to its next pass, or to its end."""
+    def _resume(self, job: Job) -> None:
+        """Run a task up to its next pass, or to its end."""
         if job.waiter.cancelled():
             self.jobs.pop(job.key, None)
             return
@@ -175,11 +184,11 @@ class Steps:
         self._scheduler.add(job.key, job.running.stage, job.running.rows, job.since)
 
 
-def run(parts: Parts) -> None:
-    """Run a step; an error of it as a whole is every job's."""
+def run_parts(parts: Parts) -> None:
+    """Run a step. An exception of the whole step becomes the error of every job in it."""
     works = [(job.running, rows) for job, rows in parts]
     try:
-        works[0][0].session.shard.run(works)
+        works[0][0].session.stages.run(works)
     except Exception as error:
         for work, _ in works:
             work.error = error

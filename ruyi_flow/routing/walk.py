@@ -1,4 +1,4 @@
-"""One stage's way through a block: what its branch says, what must be asked deeper, what holds. Pure."""
+"""One stage's walk through a block: what its branch predicts, and what the next stage must be asked. Pure."""
 
 from __future__ import annotations
 
@@ -13,68 +13,72 @@ __all__ = ["Look", "Walk"]
 
 
 class Look(NamedTuple):
-    """What one branch says of one wanted position."""
+    """What one branch predicts at one position whose next token is wanted."""
 
     position: int
+    """The position."""
     draft: int | None
     """The token at position + 1 in the block, if there is one."""
     token: int | None = None
-    """The branch's own; None where this stage does not look."""
+    """The branch's own token; None where the branch does not run."""
     confidence: float = 0.0
+    """The branch's confidence, 0 … 1."""
     reason: Reason | None = None
-    """Why the branch may decide; None means that the position must be asked deeper."""
+    """Why the branch may decide; None means that the next stage must be asked."""
 
 
 @dataclass(slots=True)
 class Walk:
-    """One stage's way through the wanted positions of a block. Pure."""
+    """One stage's walk through the wanted positions of a block."""
 
     exit: int
+    """The stage's exit."""
     looks: list[Look] = field(default_factory=list)
-    unsure: list[int] = field(default_factory=list)
-    """Positions that must be asked deeper."""
+    """What the branch predicts, in the order of positions."""
+    undecided: list[int] = field(default_factory=list)
+    """Positions that the next stage must be asked about."""
 
     @classmethod
     def of(cls, judge: Judge, block: Block, found: Sequence[tuple[int, float]] | None) -> Walk:
-        """Walk in order, up to the first sure token that contradicts its draft: everything after it is void.
+        """Walk in order, up to the first confident token that contradicts its draft; later positions are void.
 
         Args:
-            judge: the branch's.
-            block: with the wanted positions, and drafts for them.
-            found: what the branch says at each of them; None where this stage does not look.
+            judge: the branch's judge.
+            block: the block with the wanted positions and the drafts after them.
+            found: the branch's token and confidence at each wanted position; None where the branch does not run.
         """
         looks: list[Look] = []
-        unsure: list[int] = []
+        undecided: list[int] = []
         start, _, ids, wants = block  # Python 3.11 unpacks a named tuple in the time of one of its attributes
         end = start + len(ids) - 1
         for i, position in enumerate(wants):
             draft = ids[position - end] if position < end else None
             if found is None:
                 looks.append(Look(position, draft))
-                unsure.append(position)
+                undecided.append(position)
                 continue
             token, confidence = found[i]
-            reason = judge.sure(position, confidence)
+            reason = judge.decide(position, confidence)
             looks.append(Look(position, draft, token, confidence, reason))
             if reason is None:
-                unsure.append(position)
+                undecided.append(position)
             elif token != draft:
                 break
-        return cls(judge.exit, looks, unsure)
+        return cls(judge.exit, looks, undecided)
 
     def add(self, look: Look) -> None:
-        """One more, after those that are there."""
+        """Append a look at the next position."""
         self.looks.append(look)
         if look.reason is None:
-            self.unsure.append(look.position)
+            self.undecided.append(look.position)
 
-    def force(self, reason: Reason) -> None:
-        """Decide here what is unsure, since nothing deeper may be asked."""
+    def decide_all(self, reason: Reason) -> None:
+        """Decide every undecided position by this branch, since the next stage may not be asked."""
         self.looks = [look if look.reason is not None else look._replace(reason=reason) for look in self.looks]
-        self.unsure.clear()
+        self.undecided.clear()
 
-    def settle(self, deeper: Sequence[Decision]) -> tuple[Decision, ...]:
-        """Merge the deeper stage's decisions for the unsure positions, up to the first that contradicts its draft."""
+    def merge(self, deeper: Sequence[Decision]) -> tuple[Decision, ...]:
+        """Merge the next stage's decisions for the undecided positions, up to the first that contradicts its draft."""
         answers = iter(deeper)
         decisions = []
         for _, draft, token, confidence, reason in self.looks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ruyi_flow.family.transformer import Attention, FamilySlice
-from ruyi_flow.loop.pages import PAGE_SIZE, Run
+from ruyi_flow.loop.pages import PAGE_SIZE, PageRun
 from ruyi_flow.runtime.attention import LONG_PAGE, PagedAttention, page_table
 
 __all__ = ["MAX_ROWS", "Block", "Graphs", "padded_positions", "padded_rows", "plan"]
@@ -30,7 +30,7 @@ class Block(Protocol):
     """Consecutive rows of one session in a step."""
 
     @property
-    def run(self) -> Run:
+    def pages(self) -> PageRun:
         """The session's pages."""
         ...
 
@@ -71,10 +71,10 @@ def plan(blocks: Sequence[Block], rows: int, positions: int, num_pages: int) -> 
     lengths: list[int] = []
     tables: list[int] = []
     for block in blocks:
-        first, stop = block.run.positions.start, block.start + block.count
+        first, stop = block.pages.positions.start, block.start + block.count
         at += range(first + block.start, first + stop)
         lengths += range(block.start + 1, stop + 1)
-        tables += block.count * page_table(block.run.first, positions, num_pages)
+        tables += block.count * page_table(block.pages.first, positions, num_pages)
     empty = rows - len(at)
     at += empty * [num_pages * PAGE_SIZE]
     lengths += empty * [1]

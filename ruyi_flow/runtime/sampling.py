@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from ruyi_flow.errors import NodeFault, RequestError
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.runtime.scores import PLAIN, Confidence, likeliest
-from ruyi_flow.types import SamplingParams
 
 __all__ = ["Sampler", "gumbel"]
 

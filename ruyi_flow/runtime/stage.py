@@ -1,6 +1,7 @@
-"""The stages of one node: their weights, their sessions' caches, and one step of several sessions.
+"""The stages of one node: their weights, the KV caches of their sessions, and one step of several sessions.
 
-Everything here is synchronous and runs on the node's one compute thread (`runtime/worker.py`).
+Everything here is synchronous. It runs on the node's compute thread, or on the event loop while a session is alone
+(`runtime/worker.py`).
 """
 
 from __future__ import annotations
@@ -12,86 +13,66 @@ from torch import Tensor
 
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family.transformer import Attention, FamilySlice, Rope
-from ruyi_flow.loop.capacity import Rooms
-from ruyi_flow.loop.pages import Run
+from ruyi_flow.loop.capacity import Capacity, Lease
 from ruyi_flow.loop.session import Pass, Piece, Session
-from ruyi_flow.routing.policy import Policy
+from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.start import Reading
 from ruyi_flow.runtime.attention import LONG_PAGE, BatchedAttention, CachedAttention, flash_attention
 from ruyi_flow.runtime.cuda_graphs import Graphs
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.scores import Confidence, likeliest, reading
-from ruyi_flow.types import SamplingParams
 
 __all__ = ["Shard", "ShardSession"]
 
 
 class Shard:
-    """A node's consecutive stages and the memory for their keys and values.
+    """A node's consecutive stages, and the memory of their KV cache.
 
     Args:
-        model: the stages.
-        max_positions: of keys and values, over all sessions. Memory is reserved, and used as positions fill.
-        max_sessions: at once.
-        paged: whether short steps run padded, every row as a sequence of its own, and on CUDA as graphs; only on CUDA
-            when left out (docs/design/0003-cuda.md).
+        model: the stages' weights.
+        max_positions: KV cache positions over all sessions. The memory is reserved, and used as positions fill.
+        max_sessions: number of sessions at the same time.
+        paged: whether short steps run padded, with every row as a sequence of its own, and on CUDA as graphs. Default:
+            only on CUDA (docs/design/0003-cuda.md).
     """
 
     def __init__(self, model: FamilySlice, *, max_positions: int, max_sessions: int, paged: bool | None = None) -> None:
         config = model.config
         weight = next(model.parameters())
         self.model, self.exits, self.config = model, model.exits, config
-        self.rooms = Rooms(max_positions, max_sessions, config.max_positions)
-        self.pool, self.sessions = self.rooms.pool, self.rooms.sessions
+        self.capacity = Capacity(max_positions, max_sessions, config.max_positions)
         self.rope = Rope(config, weight.dtype, weight.device)
         self.flash = flash_attention(weight.device, weight.dtype, config.head_dim)
         if paged is None:
             paged = weight.is_cuda
-        positions = self.pool.num_positions + (LONG_PAGE if paged else 0)
+        pool = self.capacity.pool
+        positions = pool.num_positions + (LONG_PAGE if paged else 0)
         self.memory = torch.empty(
             (model.num_slots, 2, config.num_kv_heads, positions, config.head_dim),
             dtype=weight.dtype,
             device=weight.device,
         )
-        self.graphs = Graphs(model, self.memory, self.pool.num_pages, self.flash) if paged else None
+        self.graphs = Graphs(model, self.memory, pool.num_pages, self.flash) if paged else None
 
     @property
     def is_entry(self) -> bool:
-        """Whether these stages start with the embedding."""
+        """Whether the first stage starts with the embedding."""
         return self.model.first_layer == 0
 
-    def open(
-        self,
-        policy: Policy,
-        params: SamplingParams,
-        prompt_length: int,
-        max_positions: int,
-        *,
-        stands_in: bool = False,
-    ) -> ShardSession:
-        """Start a session that never holds more than `max_positions`.
-
-        Args:
-            stands_in: the last exit here must be able to decide whatever it is asked.
+    def open(self, opening: SessionOpen, lease: Lease, *, covers_next: bool = False) -> ShardSession:
+        """Start a session; see `Stages.open`.
 
         Raises:
-            CapacityError: too many sessions, or no room for its keys and values.
-            ContextLengthError: more positions than the family's context.
-            RequestError: a policy that this family cannot serve.
+            RequestError: the family cannot serve the policy.
         """
-        return self.rooms.open(
-            max_positions,
-            lambda session_id, run: ShardSession(
-                self, session_id, run, policy, params, prompt_length, max_positions, stands_in
-            ),
-        )
+        return ShardSession(self, lease, opening, covers_next=covers_next)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
-        """See `Stages.run`.
+        """Run rows of several sessions through one stage together; see `Stages.run`.
 
-        What a session sees does not depend on the others, but for how a product of many rows is rounded. An error of
-        one session's alone becomes its pass's.
+        The others in a step change what a session sees only by how a matrix product of many rows is rounded. An error
+        that concerns one session only becomes the error of its pass.
         """
         stage = parts[0][0].stage
         first_layer, exit = self.model.stages[stage]
@@ -105,7 +86,7 @@ class Shard:
             boundary = self.model.run(states, first_layer, exit, rope, self._attention(pieces))
         parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
         for piece, states in zip(pieces, parted, strict=True):
-            piece.work.session.went_through(stage, states)
+            piece.work.session.add_boundary(stage, states)
         looking = [(piece, states) for piece, states in zip(pieces, parted, strict=True) if piece.work.looks]
         if not looking:
             return
@@ -125,12 +106,12 @@ class Shard:
         blocks = [session.attention(piece.start, piece.count) for session, piece in zip(sessions, pieces, strict=True)]
         if len(blocks) == 1:
             return blocks[0]
-        first = [session.run.positions.start + piece.start for session, piece in zip(sessions, pieces, strict=True)]
+        first = [piece.pages.positions.start + piece.start for piece in pieces]
         at = [start + i for start, piece in zip(first, pieces, strict=True) for i in range(piece.count)]
         return BatchedAttention(blocks, self.memory, torch.tensor(at, device=self.memory.device), asked)
 
     def _look(self, exit: int, pieces: Sequence[Piece], boundary: Tensor, rope: tuple[Tensor, Tensor]) -> None:
-        """Run the branch at an exit, and pick tokens where they are wanted."""
+        """Run the branch at an exit on (rows, hidden) boundary states, and pick tokens where they are wanted."""
         rows: list[int] = []
         before = 0
         for piece in pieces:
@@ -169,53 +150,50 @@ def _session(piece: Piece) -> ShardSession:
 
 
 class ShardSession(Session):
-    """A session on a `Shard`: its tensors, and how its tokens are picked."""
+    """A session on a `Shard`: its KV cache, and how its tokens are picked."""
 
-    shard: Shard
+    stages: Shard
 
-    def __init__(
-        self,
-        shard: Shard,
-        session_id: int,
-        run: Run,
-        policy: Policy,
-        params: SamplingParams,
-        prompt_length: int,
-        max_positions: int,
-        stands_in: bool,
-    ) -> None:
-        vocab_size = shard.config.vocab_size
-        super().__init__(shard, session_id, run, vocab_size, policy, params, prompt_length, max_positions, stands_in)
-        self.sampler = Sampler(params, prompt_length)
-        branches = shard.model.branch_at
-        self._confidence = {p: Confidence(policy.scale, p, branches[p].probe) for p in self.exits}
-        self._memory = shard.memory[:, :, :, run.positions]
+    def __init__(self, shard: Shard, lease: Lease, opening: SessionOpen, *, covers_next: bool) -> None:
+        super().__init__(shard, lease, opening, vocab_size=shard.config.vocab_size, covers_next=covers_next)
+        self.sampler = Sampler(opening.sampling, opening.prompt_length)
+        scale, branches = opening.policy.routing.scale, shard.model.branch_at
+        self._confidence = {p: Confidence(scale, p, branches[p].probe) for p in self.exits}
+        self._memory = shard.memory[:, :, :, lease.pages.positions]
         self._attention = CachedAttention(self._memory, 0, 0, shard.flash)
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> Tensor:
-        return self.shard.model.embed(torch.tensor(token_ids, device=self.shard.memory.device))
+        return self.stages.model.embed(torch.tensor(token_ids, device=self.stages.memory.device))
 
     def join(self, states: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(states))
 
     def attention(self, start: int, count: int) -> CachedAttention:
-        """For a block at these positions; stages after the first go over the same ones."""
+        """Return the attention of a piece at these positions; the stages after the first reuse it."""
         last = self._attention
         if last.start != start or last.count != count:
-            last = self._attention = CachedAttention(self._memory, start, count, self.shard.flash)
+            last = self._attention = CachedAttention(self._memory, start, count, self.stages.flash)
         return last
 
     def pick(self, piece: Piece, exit: int, logits: Tensor, read: Tensor, known: tuple[list[int], list[float]]) -> None:
-        """Pick tokens from a block's (rows, vocab) logits, and from the (rows, hidden) states that the head read."""
+        """Pick the wanted tokens of a piece.
+
+        Args:
+            piece: the rows.
+            exit: the branch's exit.
+            logits: (rows, vocab) logits of the rows that were read.
+            read: (rows, hidden) states that the LM head read.
+            known: the most probable token and its probability, per row.
+        """
         work, stop = piece.work, piece.stop
-        begins = self.begins(work.stage, stop)
-        if begins:
+        rates_prompt = self.rates_prompt(work.stage, stop)
+        if rates_prompt:
             following = torch.tensor(self.token_ids[stop - len(logits) + 1 : stop], device=logits.device)
             loss, entropy = reading(logits[:-1], following)
             logits, read, known = logits[-1:], read[-1:], (known[0][-1:], known[1][-1:])
         tokens, sure = self.sampler.pick(logits, piece.wants, self.token_ids, self._confidence[exit], read, known)
-        if begins:
-            self.begin(Reading(self.prompt_length, loss, entropy, sure[0]))
+        if rates_prompt:
+            self.choose_start(Reading(self.prompt_length, loss, entropy, sure[0]))
         assert work.found is not None
         work.found += zip(tokens, sure, strict=True)

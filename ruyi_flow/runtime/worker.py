@@ -1,5 +1,5 @@
-"""Where a node computes: on the caller's thread, or on one thread that forms steps from the work of all sessions, while
-the event loop goes on."""
+"""Where a node computes: on the caller's thread, or on one compute thread that forms steps from the work of all
+sessions while the event loop goes on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 
 from ruyi_flow.errors import NodeUnavailable
-from ruyi_flow.loop.steps import Job, Steps, Task, drive, passes, run
+from ruyi_flow.loop.steps import Job, Steps, Task, drive, run_alone, run_parts
 
 __all__ = ["InlineWorker", "ThreadWorker"]
 
 _BRIEF_S = 0.02
-"""How long steps may hold up the event loop, but for the last of them."""
+"""Seconds of a task on the event loop; once they are exceeded, the rest runs on the compute thread."""
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class InlineWorker:
-    """A worker that computes on the caller's thread: for a family that runs in one process without an event loop."""
+    """A worker that computes on the caller's thread, for a family that runs in one process without an event loop."""
 
     async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         began = time.perf_counter()
@@ -42,13 +42,13 @@ class InlineWorker:
 
 
 class ThreadWorker:
-    """A worker with a thread of its own, which all sessions share.
+    """A worker with one compute thread, which all sessions share.
 
-    A plain queue and the loop's own futures instead of an executor's: a step's way in and out of the thread is on the
-    path of every token (docs/log.md).
+    It uses a plain queue and the event loop's own futures instead of an executor, since entering and leaving the thread
+    is on the path of every token (docs/log.md).
 
     Args:
-        threads: CPU threads that torch uses in it; None for torch's default.
+        threads: CPU threads of torch in the compute thread. Default: torch's own.
         budget: positions of a step.
     """
 
@@ -59,15 +59,14 @@ class ThreadWorker:
         self._threads = threads
         self._closed = self._lent = False
         self._brief_s = math.inf
-        """What the last brief task took."""
+        """Seconds that the last brief task took."""
         self._thread.start()
 
     def lend(self) -> None:
-        """Let brief tasks run on the event loop, whose thread calls this, when they take less than `_BRIEF_S`; what has
-        taken that long goes on in the thread.
+        """Let brief tasks run on the event loop, on whose thread this is called.
 
-        A lone session's next token then needs no thread to wake on its way in or out, which saves 0.2 ms a node; the
-        price is a loop that pauses for that long. For a loop that serves nothing but this node.
+        The next token of a session that is alone then wakes no thread, which saves 0.2 ms per node. The event loop
+        pauses for up to `_BRIEF_S`, so this is only for a loop that serves nothing but this node.
         """
         self._lent = True
         if self._threads:
@@ -78,7 +77,7 @@ class ThreadWorker:
             raise NodeUnavailable("the node is closed")
         began, work, spent = time.perf_counter(), None, 0.0
         if brief and self._brief_s < _BRIEF_S:
-            running = passes(task)
+            running = run_alone(task)
             try:
                 while spent < _BRIEF_S:
                     work = next(running)
@@ -87,7 +86,7 @@ class ThreadWorker:
                 self._brief_s = time.perf_counter() - began
                 return ended.value, 0.0, self._brief_s
         done: asyncio.Future[tuple[T, float, float]] = asyncio.get_running_loop().create_future()
-        job = Job(task, done, began, brief, since)
+        job = Job(task, done, began, brief=brief, since=since)
         job.work, job.ran_s = work, spent
         self._inbox.put(job)
         return await done
@@ -112,7 +111,7 @@ class ThreadWorker:
                 elif isinstance(entry, Job):
                     steps.add(entry)
                 else:
-                    steps.forget_cancelled()  # it may free what a cancelled task still counts on
+                    steps.forget_cancelled()  # the call may free what a cancelled task still uses
                     try:
                         entry()
                     except Exception:  # the thread must outlive a call that nobody waits for
@@ -121,7 +120,7 @@ class ThreadWorker:
             parts = steps.next()
             if parts:
                 began = time.perf_counter()
-                run(parts)
+                run_parts(parts)
                 steps.ran(time.perf_counter() - began)
 
     def _ended(self, job: Job, result: object) -> None:

@@ -1,105 +1,99 @@
-"""What the entry node does for a user's request: prompt to tokens, the loop until it ends, tokens to text."""
+"""Answers to users' requests: the prompt as tokens, the loop until it ends, tokens as text, statistics. No torch.
+
+Every front end (gRPC, the SDK in process, HTTP) answers through `Answering`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
-from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.loop.chain import decode
-from ruyi_flow.requests import GenerateRequest
-from ruyi_flow.routing.policy import Policy
-from ruyi_flow.serving.engine import Engine
+from ruyi_flow.errors import RequestError
+from ruyi_flow.family.tokenizer import check_context, prompt_ids
+from ruyi_flow.loop.chain import Chain, Round, decode
+from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
+from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import Decision, Final, FinishReason, Hop, Stats, Token
 
-__all__ = ["Entry", "end_tokens", "load_tokenizer", "prompt_ids"]
-
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-"""Tokens that end a turn in chat templates; many checkpoints' generation_config names only the end of the text."""
+__all__ = ["Answering"]
 
 
-class Entry:
-    """The entry node: answers users' requests with an engine's stages.
+class Answering:
+    """Answers users' requests on the entry node.
 
     Args:
-        engine: of the topology's first node.
+        open: opens a session on the entry node's stages, given the handshake and the deadline in seconds.
+        tokenizer: the family's tokenizer, or None.
+        family: the family's name, for error messages.
+        fingerprint: the family's fingerprint, which a calibrated policy must have.
+        eos_token_ids: the tokens that end an answer.
+        vocab_size: number of tokens of the family.
+        context: the family's context, in positions.
+        routing: the routing of requests that set none.
+        node_of: the node of every exit.
+        max_draft: largest number of drafts that fit into one message on every link.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        checkpoint, topology = engine.checkpoint, engine.topology
-        self.tokenizer = load_tokenizer(checkpoint)
-        self.eos_token_ids = end_tokens(checkpoint, self.tokenizer)
-        self._exits = checkpoint.config.exits
-        self._routing = topology.policy.routing("topology")
-        self._node_of = {p: node.name for node in topology.nodes for p in node.exits}
+    def __init__(
+        self,
+        open: Callable[[SessionOpen, float | None], Awaitable[Chain]],
+        tokenizer: Any,
+        *,
+        family: str,
+        fingerprint: str,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        context: int,
+        routing: Routing,
+        node_of: Mapping[int, str],
+        max_draft: int,
+    ) -> None:
+        self._open, self._tokenizer = open, tokenizer
+        self._family, self._fingerprint, self._eos_token_ids = family, fingerprint, eos_token_ids
+        self._vocab_size, self._context, self._routing = vocab_size, context, routing
+        self._node_of, self._max_draft = node_of, max_draft
 
     async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
-        """Answer a request: tokens as they are decided, then one `Final`.
+        """Answer a request: yield tokens as they are decided, then one `Final`.
+
+        Args:
+            request: the request.
+            timeout_s: seconds until the sessions on deeper nodes end, or None.
 
         Raises:
-            RequestError: a parameter, an empty prompt, or a prompt past the context.
-            NodeError: a node that cannot serve it.
+            RequestError: a parameter or the prompt cannot be served.
+            NodeError: a node cannot serve the request.
         """
         began = time.perf_counter()
-        routing = request.routing or self._routing
-        if request.draft is not None:
-            routing = replace(routing, draft=request.draft)
-        if request.fallback is not None:
-            routing = replace(routing, fallback=request.fallback)
-        if routing.family not in (None, self.engine.checkpoint.fingerprint):
-            raise RequestError(
-                f"the policy was calibrated for family {str(routing.family)[:12]}, this is "
-                f"{self.engine.checkpoint.fingerprint[:12]}; calibrate one for it: ruyi-flow trace, ruyi-flow calibrate"
-            )
-        policy = Policy.resolve(routing, self._exits)
-        policy = replace(policy, draft=min(policy.draft, self.engine.max_draft))
-        config = self.engine.checkpoint.config
-        prompt = prompt_ids(request, self.tokenizer, config.vocab_size, self.engine.topology.family)
-        context = config.max_positions
-        if len(prompt) >= context:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the family's context of {context}; "
-                "shorten it"
-            )
-        given = request.sampling
-        params = replace(
-            given,
-            seed=(secrets.randbits(63) if given.temperature else 0) if given.seed is None else given.seed,
-            eos_token_ids=self.eos_token_ids if given.eos_token_ids is None else given.eos_token_ids,
-            max_new_tokens=min(given.max_new_tokens, context - len(prompt)),
-            min_new_tokens=min(given.min_new_tokens, context - len(prompt)),
+        policy = self._policy(request)
+        prompt = prompt_ids(
+            request.prompt, self._tokenizer, raw=request.raw, vocab_size=self._vocab_size, family=self._family
         )
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this family has none")
-
-        text = _Text(self.tokenizer, params.stop)
-        chain = await self.engine.open_entry(
-            policy, params, len(prompt), len(prompt) + params.max_new_tokens, timeout_s
+        check_context(len(prompt), self._context)
+        params = self._sampling(request.sampling, self._context - len(prompt))
+        text = _AnswerText(self._tokenizer, params.stop)
+        opening = SessionOpen(
+            max_positions=len(prompt) + params.max_new_tokens,
+            prompt_length=len(prompt),
+            sampling=params,
+            policy=policy,
         )
-        count, first_token_s, drafted, accepted, escalations = 0, 0.0, 0, 0, 0
-        hops: dict[str, Hop] = {}
-        finish = FinishReason.LENGTH
+        chain = await self._open(opening, timeout_s)
+        totals, finish = _Totals(), FinishReason.LENGTH
         try:
             async with aclosing(decode(chain, prompt, params.max_new_tokens)) as rounds:
-                async for round_ in rounds:
-                    drafted += round_.drafted
-                    accepted += round_.accepted
-                    escalations += len(round_.hops) > 1
-                    for hop in round_.hops:
-                        hops.setdefault(hop.node, Hop(hop.node)).add(hop)
-                    after_s, bytes_up = time.perf_counter() - began, sum(hop.bytes_up for hop in round_.hops)
-                    first_token_s = first_token_s or after_s
-                    for decision in round_.decisions:
-                        count += 1
+                async for settled in rounds:
+                    after_s = time.perf_counter() - began
+                    bytes_up = totals.add(settled, after_s)
+                    for decision in settled.decisions:
+                        totals.new_tokens += 1
                         text.push(decision, after_s, bytes_up)
                         bytes_up = 0
                         if decision.token in (params.eos_token_ids or ()):
@@ -118,99 +112,75 @@ class Entry:
             await chain.close()
         for token in text.release(self._node_of, everything=True):
             yield token
-        yield Final(
-            finish,
-            text.text,
-            Stats(
-                prompt_tokens=len(prompt),
-                new_tokens=count,
-                first_token_s=first_token_s,
-                total_s=time.perf_counter() - began,
-                seed=params.seed or 0,
-                drafted=drafted,
-                accepted=accepted,
-                escalations=escalations,
-                hops=tuple(hops.values()),
-            ),
+        total_s = time.perf_counter() - began
+        yield Final(finish, text.text, totals.stats(len(prompt), total_s, params.seed or 0))
+
+    def _policy(self, request: GenerateRequest) -> Policy:
+        """Resolve a request's routing over the topology's."""
+        routing = self._routing.updated(request.routing)
+        if routing.family not in (None, self._fingerprint):
+            raise RequestError(
+                f"the policy was calibrated for family {str(routing.family)[:12]}; this family is "
+                f"{self._fingerprint[:12]}: calibrate a policy for it with ruyi-flow trace and ruyi-flow calibrate"
+            )
+        routing = replace(routing, draft=min(routing.draft, self._max_draft))
+        return Policy.resolve(routing, sorted(self._node_of))
+
+    def _sampling(self, given: SamplingParams, room: int) -> SamplingParams:
+        """Fill in the seed and the end tokens, and cut the answer's length to the positions that are left."""
+        if given.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this family has none")
+        seed = given.seed
+        if seed is None:
+            seed = secrets.randbits(63) if given.temperature else 0
+        return replace(
+            given,
+            seed=seed,
+            eos_token_ids=self._eos_token_ids if given.eos_token_ids is None else given.eos_token_ids,
+            max_new_tokens=min(given.max_new_tokens, room),
+            min_new_tokens=min(given.min_new_tokens, room),
         )
 
 
-def prompt_ids(request: GenerateRequest, tokenizer: Any, vocab: int, family: str) -> list[int]:
-    """A request's prompt as token ids.
+class _Totals:
+    """What an answer's rounds add up to."""
+
+    def __init__(self) -> None:
+        self.new_tokens = self._drafted = self._accepted = self._escalations = 0
+        self._first_token_s = 0.0
+        self._hops: dict[str, Hop] = {}
+
+    def add(self, settled: Round, after_s: float) -> int:
+        """Add a round that ended at this time, and return the bytes that it sent upward."""
+        self._drafted += settled.drafted
+        self._accepted += settled.accepted
+        self._escalations += len(settled.hops) > 1
+        self._first_token_s = self._first_token_s or after_s
+        for hop in settled.hops:
+            self._hops.setdefault(hop.node, Hop(hop.node)).add(hop)
+        return sum(hop.bytes_up for hop in settled.hops)
+
+    def stats(self, prompt_tokens: int, total_s: float, seed: int) -> Stats:
+        return Stats(
+            prompt_tokens=prompt_tokens,
+            new_tokens=self.new_tokens,
+            first_token_s=self._first_token_s,
+            total_s=total_s,
+            seed=seed,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            escalations=self._escalations,
+            hops=tuple(self._hops.values()),
+        )
+
+
+class _AnswerText:
+    """Turns decided tokens into text, and holds back what may be the start of a stop string.
 
     Args:
-        tokenizer: the family's, or None.
-        vocab: size of its vocabulary.
-        family: its name, for messages.
-
-    Raises:
-        RequestError: an empty prompt, or one that the tokenizer or the chat template refuses.
+        tokenizer: the family's tokenizer, or None.
+        stop: the stop strings.
     """
-    prompt = request.prompt
-    if not prompt:
-        raise RequestError("the prompt is empty; give it some text")
-    if not isinstance(prompt, str) and isinstance(prompt[0], int):
-        ids = [i for i in prompt if isinstance(i, int)]
-        if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= vocab:
-            raise RequestError(f"token ids must be 0 … {vocab - 1}")
-        return ids
-    if tokenizer is None:
-        raise RequestError(f"family {family!r} has no tokenizer.json; give token ids as the prompt")
-    if isinstance(prompt, str) and request.raw:
-        return _tokens(tokenizer, vocab, prompt)
-    turns = [("user", prompt)] if isinstance(prompt, str) else [t for t in prompt if isinstance(t, tuple)]
-    if not any(content.strip() for _, content in turns):
-        raise RequestError("the prompt is empty; give it some text")
-    if tokenizer.chat_template is None:
-        raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the family's; it may raise anything
-        raise RequestError(f"the family's chat template refuses these messages: {error}") from None
-    return _tokens(tokenizer, vocab, text, add_special_tokens=False)
-
-
-def _tokens(tokenizer: Any, vocab: int, text: str, **options: bool) -> list[int]:
-    try:
-        ids = list(tokenizer(text, **options)["input_ids"])
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise RequestError(f"the family's tokenizer refuses this text: {error}") from None
-    if not ids:
-        raise RequestError("the prompt is empty; give it some text")
-    if max(ids) >= vocab:
-        raise RequestError(f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {vocab}")
-    return ids
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The family's tokenizer (transformers), or None when it has no tokenizer.json."""
-    if not (checkpoint.folder / "tokenizer.json").exists():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: its tokenizer files cannot be read: {error}") from None
-
-
-def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the configs', the tokenizer's, and the one that ends a turn in the template."""
-    ids = list(checkpoint.eos_token_ids)
-    if tokenizer is not None:
-        if tokenizer.eos_token_id is not None:
-            ids.append(int(tokenizer.eos_token_id))
-        ids += [
-            int(tokenizer.convert_tokens_to_ids(end))
-            for end in _TURN_ENDS
-            if end in (tokenizer.chat_template or "") and end in tokenizer.get_vocab()
-        ]
-    return tuple(dict.fromkeys(ids))
-
-
-class _Text:
-    """Tokens to text; holds back what may be the start of a stop string."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
@@ -219,12 +189,14 @@ class _Text:
         self._pending: list[tuple[Decision, str, float, int]] = []
         self._released = 0
         self.text = ""
+        """The answer so far, without a stop string and what follows it."""
         self.stopped = False
+        """Whether a stop string has occurred."""
 
     def push(self, decision: Decision, after_s: float, bytes_up: int) -> None:
-        """Take a decided token, with when that was and what it cost."""
+        """Add a decided token, with its time and its bytes upward."""
         piece = "" if self._tokenizer is None else self._stream.step(self._tokenizer, decision.token) or ""
-        # A stop string may begin before this piece, but not wholly so.
+        # A stop string may begin before this piece, but must end in it.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
         self.text += piece
         found = [i for i in (self.text.find(s, start) for s in self._stop) if i >= 0]
@@ -233,8 +205,8 @@ class _Text:
             self.text = self.text[: min(found)]
         self._pending.append((decision, piece, after_s, bytes_up))
 
-    def release(self, node_of: dict[int, str], everything: bool = False) -> list[Token]:
-        """Tokens whose text is certain."""
+    def release(self, node_of: Mapping[int, str], everything: bool = False) -> list[Token]:
+        """Return the tokens whose text is certain, or all of them."""
         certain = len(self.text)
         if not everything and not self.stopped:
             certain -= max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)

@@ -1,4 +1,4 @@
-"""One node's stages at work: loads them, opens sessions on them, reaches the node beyond. No server, no text."""
+"""One node's engine: loads its stages, opens sessions on them, and connects to the next node. No server, no text."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ from dataclasses import replace
 
 import psutil
 import torch
-from torch import Tensor
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
-from ruyi_flow.family.loading import load_slice
+from ruyi_flow.family.loading import find_device, load_slice
+from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain
-from ruyi_flow.loop.front_door import Sessions
+from ruyi_flow.loop.front_door import FrontDoor
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.serving.answering import Answering
 from ruyi_flow.transport.blocks import rows_in
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
-from ruyi_flow.types import Encoding, NodeStatus, SamplingParams, Stage
+from ruyi_flow.types import NodeStatus, Stage
 
-__all__ = ["Engine", "find_device"]
+__all__ = ["Engine"]
 
 
 class Engine:
-    """A node of a topology, loaded.
+    """A loaded node of a topology.
 
     Args:
-        topology: where it stands.
-        name: which node it is.
+        topology: the topology.
+        name: the node's name in it.
         checkpoint: the family, or the node's shard.
-        shard: its stages.
-        worker: where they run.
+        shard: the node's stages.
+        worker: runs them.
     """
 
     def __init__(
-        self, topology: Topology, name: str, checkpoint: Checkpoint, shard: Shard, worker: ThreadWorker
+        self, topology: Topology, name: str, *, checkpoint: Checkpoint, shard: Shard, worker: ThreadWorker
     ) -> None:
         self.topology, self.name, self.checkpoint, self.shard, self.worker = topology, name, checkpoint, shard, worker
         self.node = topology.node(name)
@@ -54,21 +55,30 @@ class Engine:
         hidden = checkpoint.config.hidden_size
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
-        row = 0 if self._next is None else self._next[1].row_bytes(hidden)
-        way = None if self._next is None else self._way
-        self.sessions = Sessions(name, self.node.limits, shard, worker, way, row, topology.ahead_of(name, row))
-        self.max_draft = min(rows, default=2**31) - 1
-        """Drafts and the position before them are asked in one message, on every link."""
+        row_bytes = 0 if self._next is None else self._next[1].row_bytes(hidden)
+        self.front_door = FrontDoor(
+            name,
+            self.node.limits,
+            shard,
+            worker,
+            connect=None if self._next is None else self._connect,
+            row_bytes=row_bytes,
+            ahead=topology.ahead_of(name, row_bytes),
+        )
+        self._max_draft = min(rows, default=2**31) - 1  # drafts and the position before them travel in one message
 
     @classmethod
     def load(cls, topology: Topology, name: str, *, where: str = "topology") -> Engine:
-        """Read a node's own tensors, and nothing else of the family.
+        """Load a node: its own tensors, and nothing else of the family.
 
         Args:
-            where: the topology file's name, for messages.
+            topology: the topology.
+            name: the node's name in it.
+            where: the topology file's name, for error messages.
 
         Raises:
-            ConfigError, CheckpointError: what is wrong with the topology or the files.
+            ConfigError: the topology does not fit the family or this machine.
+            CheckpointError: the files cannot be read.
         """
         node = topology.node(name)
         if node.shard is None:
@@ -83,8 +93,8 @@ class Engine:
         missing = [p for p in node.exits if p not in checkpoint.exits]
         if missing:
             raise ConfigError(
-                f"{where}: node {name!r}: shard {checkpoint.folder} holds exits {list(checkpoint.exits)}, "
-                f"not {missing[0]}; cut it again (ruyi-flow shard)"
+                f"{where}: node {name!r}: shard {checkpoint.folder} contains exits {list(checkpoint.exits)}, "
+                f"not {missing[0]}; cut it again with ruyi-flow shard"
             )
         device = find_device(node.device, f"{where}: node {name!r}: device")
         try:
@@ -103,7 +113,7 @@ class Engine:
         limits, threads = node.limits, node.threads or (len(node.cores) if node.cores else None)
         if node.compile:
             if threads:
-                torch.set_num_threads(threads)  # as the steps will, or they would compile once more
+                torch.set_num_threads(threads)  # the same number as in the steps, or they would compile again
             try:
                 model.compile_layers()
             except ConfigError as error:
@@ -112,19 +122,45 @@ class Engine:
             shard = Shard(model, max_positions=limits.max_positions, max_sessions=limits.max_sessions)
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise the first
             raise ConfigError(
-                f"{where}: node {name!r}: limits.max_positions: no memory for the keys and values of "
+                f"{where}: node {name!r}: limits.max_positions: there is not enough memory for the KV cache of "
                 f"{limits.max_positions} positions: {str(error).splitlines()[0]}"
             ) from None
         worker = ThreadWorker(threads, limits.max_step_positions)
-        return cls(topology, name, checkpoint, shard, worker)
+        return cls(topology, name, checkpoint=checkpoint, shard=shard, worker=worker)
 
-    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
-        """A session for the node before this one; see `transport.server.Service`."""
-        config, ours = self.checkpoint.config, self.shard.model.first_layer
+    def answering(self) -> Answering:
+        """Return the answers of this node to users; it must be the entry node.
+
+        Raises:
+            CheckpointError: the tokenizer files cannot be read.
+        """
+        checkpoint, config = self.checkpoint, self.checkpoint.config
+        tokenizer = load_tokenizer(checkpoint)
+        return Answering(
+            self.front_door.open,
+            tokenizer,
+            family=self.topology.family,
+            fingerprint=checkpoint.fingerprint,
+            eos_token_ids=end_tokens(checkpoint, tokenizer),
+            vocab_size=config.vocab_size,
+            context=config.max_positions,
+            routing=self.topology.routing(),
+            node_of={p: node.name for node in self.topology.nodes for p in node.exits},
+            max_draft=self._max_draft,
+        )
+
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+        """Open a session for the previous node.
+
+        Raises:
+            HandshakeError: the two nodes do not fit together.
+            CapacityError, NodeUnavailable, RequestError: see `FrontDoor.open`.
+        """
+        config, first_layer = self.checkpoint.config, self.shard.model.first_layer
         for what, theirs, mine in (
             ("family fingerprint", opening.family, self.checkpoint.fingerprint),
             ("hidden size", opening.hidden_size, config.hidden_size),
-            ("first layer", opening.first_layer, ours),
+            ("first layer", opening.first_layer, first_layer),
         ):
             if theirs != mine:
                 raise HandshakeError(
@@ -140,39 +176,20 @@ class Engine:
                 f"the family's are {list(config.exits)}",
                 node=self.name,
             )
-        if policy.deepest <= ours:
+        if policy.deepest <= first_layer:
             raise HandshakeError(
                 f"the caller's policy ends at exit {policy.deepest}; node {self.name!r} begins after it", node=self.name
             )
-        return await self.sessions.open(opening, timeout_s), self.shard.memory
-
-    async def open_entry(
-        self, policy: Policy, sampling: SamplingParams, prompt_length: int, max_positions: int, timeout_s: float | None
-    ) -> Chain:
-        """A session for a user's request, on the entry node.
-
-        Raises:
-            NodeError: why not.
-        """
-        opening = SessionOpen(
-            family=self.checkpoint.fingerprint,
-            first_layer=0,
-            hidden_size=self.checkpoint.config.hidden_size,
-            encoding=Encoding.F32,  # nothing encoded comes in here; each link sets its own
-            max_positions=max_positions,
-            prompt_length=prompt_length,
-            sampling=sampling,
-            policy=policy,
-        )
-        return await self.sessions.open(opening, timeout_s)
+        return await self.front_door.open(opening, timeout_s)
 
     def status(self) -> NodeStatus:
-        """What the node holds and does."""
-        model, pool, node = self.shard.model, self.shard.pool, self.node
+        """Return what the node contains and does."""
+        model, capacity, node = self.shard.model, self.shard.capacity, self.node
+        pool = capacity.pool
         return NodeStatus(
             node=self.name,
             tier=node.label,
-            state="draining" if self.sessions.draining else "serving",
+            state="draining" if self.front_door.draining else "serving",
             family=self.checkpoint.fingerprint,
             exits=model.exits,
             first_layer=model.first_layer,
@@ -182,9 +199,9 @@ class Engine:
             resident_bytes=psutil.Process().memory_info().rss,
             dtype=node.dtype if self._weights is None else f"{node.dtype}, {self._weights} weights",
             device=node.device,
-            sessions=len(self.shard.sessions),
+            sessions=len(capacity.leases),
             max_sessions=node.limits.max_sessions,
-            waiting=self.sessions.waiting,
+            waiting=self.front_door.waiting,
             used_positions=pool.num_positions - pool.free_positions,
             max_positions=pool.num_positions,
             uptime_s=time.monotonic() - self._started,
@@ -194,41 +211,32 @@ class Engine:
         )
 
     async def close(self) -> None:
-        """Let go of the compute thread and the connection to the next node."""
+        """Close the connection to the next node, and end the compute thread."""
         if self._peer is not None:
             await self._peer.close()
         self.worker.shutdown()
 
-    def _way(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
-        """See `sessions.Way`."""
+    def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
+        """Return the function that opens a session on the next node; see `loop.front_door.Connect`."""
         assert self._next is not None
         target, link = self._next
         if self._peer is None:
             address = str(link.address or target.address)
             self._peer = Peer(target.name, address, max_message_bytes=target.limits.max_message_bytes)
         peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
-        onward = replace(opening, first_layer=self.shard.model.last_layer, encoding=link.encoding)
+        config, model = self.checkpoint.config, self.shard.model
+        onward = replace(
+            opening,
+            family=self.checkpoint.fingerprint,
+            first_layer=model.last_layer,
+            hidden_size=config.hidden_size,
+            encoding=link.encoding,
+            sampling=replace(opening.sampling, stop=()),  # only the entry node looks at the text
+        )
 
-        def beyond(policy: Policy) -> Stage:
+        def make(policy: Policy) -> Stage:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
             asked = replace(onward, policy=policy)
             return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left)
 
-        return beyond
-
-
-def find_device(name: str, where: str) -> torch.device:
-    """A device that is really there.
-
-    Raises:
-        ConfigError: it is not; `where` says where it was named.
-    """
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: {name!r} cannot be used here: {reason}") from None
-    return device
+        return make

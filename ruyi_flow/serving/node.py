@@ -7,69 +7,73 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 from ruyi_flow.config import topology
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family.loading import tidy_heap
 from ruyi_flow.requests import GenerateRequest, SessionOpen
-from ruyi_flow.serving.answering import Entry
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Node", "serve", "stay_on_cores"]
 
 logger = logging.getLogger(__name__)
 
 _LAST_STEP_S = 30.0
-"""How long a step on the compute thread may take to end when its session is cancelled."""
+"""Seconds that a step on the compute thread may take to end after its session was cancelled."""
 
 
 class Node:
     """A node's answers to its callers (`transport.server.Service`).
 
     Args:
-        engine: its stages.
+        engine: the loaded node.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.name = engine, engine.name
-        with tidy_heap():  # a tokenizer's file is parsed
-            self._entry = Entry(engine) if engine.shard.is_entry else None
+        self.dtype, self.device = engine.shard.memory.dtype, engine.shard.memory.device
+        with tidy_heap():  # parsing a tokenizer's file leaves holes in the heap
+            self._answering = engine.answering() if engine.shard.is_entry else None
 
-    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
-        """See `transport.server.Service`."""
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Stage:
+        """Open a session for the previous node; see `Service.open_session`."""
         return await self.engine.open_session(opening, timeout_s)
 
     def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
-        """See `transport.server.Service`."""
-        if self._entry is None:
+        """Answer a user's request; see `Answering.generate`.
+
+        Raises:
+            RequestError: this is not the entry node.
+        """
+        if self._answering is None:
             entry = self.engine.topology.entry
             raise RequestError(
-                f"node {self.name!r} has no embedding; send requests to {entry.name!r} at {entry.address}"
+                f"node {self.name!r} is not the entry node; send requests to {entry.name!r} at {entry.address}"
             )
-        return self._entry.generate(request, timeout_s)
+        return self._answering.generate(request, timeout_s)
 
     def status(self) -> NodeStatus:
-        """See `transport.server.Service`."""
+        """Return what the node contains and does."""
         return self.engine.status()
 
 
 def stay_on_cores(node: topology.Node, where: str) -> None:
-    """Keep this process on the node's cores. Call it before any thread starts, since threads inherit it.
+    """Pin this process to the node's cores. Call it before any thread starts, since threads inherit the pinning.
+
+    Args:
+        node: the node.
+        where: the topology file's name, for error messages.
 
     Raises:
-        ConfigError: one that this machine does not have, or a system that cannot do this.
+        ConfigError: this process may not use one of the cores, or the system cannot pin processes.
     """
     if node.cores is None:
         return
     key = f"{where}: node {node.name!r}: cores"
     if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError(f"{key}: this system cannot keep a process on cores; leave the key out")
+        raise ConfigError(f"{key}: this system cannot pin a process to cores; remove the key")
     there = os.sched_getaffinity(0)
     if not there.issuperset(node.cores):
         raise ConfigError(f"{key}: {list(node.cores)} are not all among this process's cores, {sorted(there)}")
@@ -78,33 +82,35 @@ def stay_on_cores(node: topology.Node, where: str) -> None:
 
 @asynccontextmanager
 async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[Server]:
-    """Serve an engine; leaving the block drains and stops it.
+    """Serve an engine; leaving the block drains and stops the server.
 
-    Draining takes no new session, gives running ones the node's grace time, then cancels what is left.
+    While it drains, the node takes no new sessions and gives running ones its grace time; then it cancels the rest.
 
     Args:
-        address: instead of the topology's.
+        engine: the loaded node.
+        address: host:port to listen on. Default: the topology's.
     """
-    node = engine.node
+    node, leases = engine.node, engine.shard.capacity.leases
     server = Server(Node(engine), address or str(node.address), max_message_bytes=node.limits.max_message_bytes)
     engine.worker.lend()
     await server.start()
     try:
         yield server
     finally:
-        engine.sessions.draining = True
+        engine.front_door.draining = True
         await server.refuse()
         if not await _idle(engine, node.limits.grace_s):
-            logger.warning("%d sessions outlive %g s; ending them", len(engine.shard.sessions), node.limits.grace_s)
+            logger.warning("cancelling %d sessions after %g s of grace", len(leases), node.limits.grace_s)
         await server.stop()
         await _idle(engine, _LAST_STEP_S)  # a cancelled session ends with the step that is running
         await engine.close()
-        engine.shard.rooms.check_integrity()
+        engine.shard.capacity.check_integrity()
 
 
 async def _idle(engine: Engine, timeout_s: float) -> bool:
-    """Wait for the sessions to end; whether they did."""
+    """Wait for the sessions to end, and return whether they did."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while engine.shard.sessions and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+    leases = engine.shard.capacity.leases
+    while leases and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.01)  # sessions end on the compute thread, which sets no event
-    return not engine.shard.sessions
+    return not leases

@@ -37,7 +37,7 @@ class _Sleep(simpy.Timeout):  # type: ignore[misc]  # SimPy has no types
 
 
 class _Event:
-    """A `runtime.times.Event`."""
+    """A `loop.clock.Event`."""
 
     __slots__ = ("_env", "happened")
 
@@ -54,7 +54,7 @@ class _Event:
 
 
 class _Process:
-    """A `runtime.times.Pending`."""
+    """A `loop.clock.Pending`."""
 
     __slots__ = ("_process",)
 
@@ -95,7 +95,7 @@ def _forgive_ours(event: simpy.Event) -> None:
 
 
 class VirtualTime:
-    """A `runtime.times.Time` of a SimPy environment.
+    """A `loop.clock.Clock` of a SimPy environment.
 
     What runs in it are SimPy processes made of coroutines.
     """
@@ -103,16 +103,16 @@ class VirtualTime:
     def __init__(self) -> None:
         self.env = simpy.Environment()
         self.now: Callable[[], float] = partial(getattr, self.env, "_now")
-        """See `Time`; what runs no Python costs a quarter, and nothing is called more often."""
+        """See `Clock`; what runs no Python costs a quarter, and nothing is called more often."""
 
     def event(self) -> Event:
         return _Event(self.env)
 
-    async def wait(self, event: Event, most_s: float) -> bool:
+    async def wait(self, event: Event, timeout_s: float) -> bool:
         assert isinstance(event, _Event)
         happened = event.happened
         if not happened.processed:
-            await until(happened | self.env.timeout(max(0.0, most_s)))
+            await until(happened | self.env.timeout(max(0.0, timeout_s)))
         return bool(happened.triggered)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:

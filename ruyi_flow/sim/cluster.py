@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ruyi_flow.loop.capacity import Rooms
+from ruyi_flow.loop.capacity import Capacity
 from ruyi_flow.loop.chain import Chain
-from ruyi_flow.loop.front_door import Sessions
-from ruyi_flow.requests import SessionOpen
+from ruyi_flow.loop.front_door import FrontDoor
+from ruyi_flow.requests import SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import Shared, VirtualTime
@@ -19,7 +19,7 @@ from ruyi_flow.sim.node import VirtualStages, VirtualWorker
 from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.results import Recorder
 from ruyi_flow.sim.scenario import Scenario, SimNode, Span
-from ruyi_flow.types import Encoding, SamplingParams, Stage
+from ruyi_flow.types import Encoding, Stage
 
 __all__ = ["Cluster", "Instance"]
 
@@ -29,7 +29,7 @@ class Instance:
     """One node that is there."""
 
     worker: VirtualWorker
-    sessions: Sessions
+    front_door: FrontDoor
     outages: Outages
     up: Direction | None
     down: Direction | None
@@ -88,7 +88,7 @@ class Cluster:
             self._message_s |= dict.fromkeys(machine.nodes, machine.message_ms / 1000)
 
     async def open(self, device: int, policy: Policy, params: SamplingParams, prompt: int) -> Chain:
-        """A session on a device; see `Sessions.open`. The request's number is the sampling's seed."""
+        """A session on a device; see `FrontDoor.open`. The request's number is the sampling's seed."""
         profile = self._tiers[0].profile
         opening = SessionOpen(
             family=profile.family,
@@ -106,7 +106,7 @@ class Cluster:
         """Open a session on a node, and note how long that waited for room."""
         began = self._time.now()
         try:
-            return await there.sessions.open(opening, None)
+            return await there.front_door.open(opening, None)
         finally:
             waited, number = self._time.now() - began, opening.sampling.seed or 0
             if waited and number in self._scripts:
@@ -133,8 +133,8 @@ class Cluster:
     def _make(self, tier: int, number: int) -> Instance:
         this, time = self._tiers[tier], self._time
         node, limits = this.node, this.node.limits
-        rooms = Rooms(limits.max_positions, limits.max_sessions, this.profile.context)
-        stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
+        capacity = Capacity(limits.max_positions, limits.max_sessions, this.profile.context)
+        stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, capacity)
         busy, told = self._recorder.timeline.series(f"busy {node.name}"), self._told(node.name, number)
         costs, cores = this.profile, self._cores.get(node.name)
         cold = costs.cold if costs.pauses_s else None
@@ -149,11 +149,11 @@ class Cluster:
         link = self._links[tier]
         row = 0 if link is None else link.row_bytes(this.profile.hidden_size)
         ahead = self._scenario.ahead_of(node.name, row)
-        sessions = Sessions(node.name, limits, stages, worker, way, row, ahead, time)
-        return Instance(worker, sessions, self._outages(node, number), up, down)
+        front_door = FrontDoor(node.name, limits, stages, worker, connect=way, row_bytes=row, ahead=ahead, clock=time)
+        return Instance(worker, front_door, self._outages(node, number), up, down)
 
     def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:
-        """See `sessions.Way`."""
+        """See `loop.front_door.Connect`."""
         link, this = self._links[tier], self._tiers[tier]
         assert link is not None
         target = self._target(tier, number)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ruyi_flow.config.yaml_files import did_you_mean
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.sim.analytic import analytic, check_fits
 from ruyi_flow.sim.hardware import HARDWARE
 from ruyi_flow.sim.profile import Profile

@@ -7,17 +7,15 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ruyi_flow.loop.capacity import Rooms
-from ruyi_flow.loop.pages import Run
-from ruyi_flow.loop.scheduler import alone
+from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.loop.scheduler import rows_alone
 from ruyi_flow.loop.session import Pass, Session
-from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run
-from ruyi_flow.routing.policy import Policy
+from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run_parts
+from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import Shared, VirtualTime, until
 from ruyi_flow.sim.profile import StepCost
 from ruyi_flow.sim.results import Amount
-from ruyi_flow.types import SamplingParams
 
 __all__ = ["Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
 
@@ -52,7 +50,7 @@ class VirtualStages:
         first: whether they start with the embedding.
         costs: of each of them.
         scripts: by a session's seed, what the branches say in it.
-        rooms: for sessions.
+        capacity: for sessions.
     """
 
     def __init__(
@@ -61,9 +59,9 @@ class VirtualStages:
         first: bool,
         costs: Sequence[StepCost],
         scripts: Mapping[int, Script],
-        rooms: Rooms,
+        capacity: Capacity,
     ) -> None:
-        self.exits, self._first, self.rooms = exits, first, rooms
+        self.exits, self._first, self.capacity = exits, first, capacity
         self._costs, self._scripts = costs, scripts
 
     @property
@@ -71,23 +69,10 @@ class VirtualStages:
         """See `Stages`."""
         return self._first
 
-    def open(
-        self,
-        policy: Policy,
-        params: SamplingParams,
-        prompt_length: int,
-        max_positions: int,
-        *,
-        stands_in: bool = False,
-    ) -> VirtualSession:
-        """See `runtime.stage.Shard.open`; the seed says whose script it follows."""
-        script = self._scripts[params.seed or 0]
-        return self.rooms.open(
-            max_positions,
-            lambda session_id, run: VirtualSession(
-                self, session_id, run, script, policy, params, prompt_length, max_positions, stands_in
-            ),
-        )
+    def open(self, opening: SessionOpen, lease: Lease, *, covers_next: bool = False) -> VirtualSession:
+        """Start a session; see `Stages.open`. The seed says which script it follows."""
+        script = self._scripts[opening.sampling.seed or 0]
+        return VirtualSession(self, lease, opening, script=script, covers_next=covers_next)
 
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
         """Seconds that the next rows of passes take together."""
@@ -97,8 +82,8 @@ class VirtualStages:
         if count == 1 and len(parts) == 1:  # a token, which is nearly always
             session = work.session
             start = session.positions[stage]
-            read = len(session.asked(stage, start, 1, work.wants)) if work.looks else 0
-            return costs.of_one(start + 1, work.looks, read, 0 if session.policy.scale is None else read)
+            read = len(session.rows_to_read(stage, start, 1, work.wants)) if work.looks else 0
+            return costs.of_one(start + 1, work.looks, read, 0 if session.policy.routing.scale is None else read)
         rows = taken = read = scaled = context = read_context = read_attended = 0
         attended = 0.0
         for work, count in parts:
@@ -106,11 +91,11 @@ class VirtualStages:
             held = start + count
             rows, context, attended = rows + count, context + held, attended + count * (start + 0.5 * count)
             if work.looks:
-                asked = len(work.session.asked(stage, start, count, work.wants))
+                asked = len(work.session.rows_to_read(stage, start, count, work.wants))
                 taken, read = taken + count, read + asked
                 if asked:
                     read_attended, read_context = read_attended + asked * held, read_context + held
-                    scaled += 0 if work.session.policy.scale is None else asked
+                    scaled += 0 if work.session.policy.routing.scale is None else asked
         return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context, scaled)
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
@@ -118,7 +103,7 @@ class VirtualStages:
         for work, count in parts:
             session = work.session
             start = session.positions[work.stage]
-            session.went_through(work.stage, work.take(count))
+            session.add_boundary(work.stage, work.take(count))
             if work.looks:
                 assert isinstance(session, VirtualSession)
                 session.look(work, start, start + count)
@@ -127,9 +112,11 @@ class VirtualStages:
 class VirtualSession(Session):
     """A session whose branches say what its script has."""
 
-    def __init__(self, shard: VirtualStages, session_id: int, run: Run, script: Script, *rest: Any) -> None:
-        super().__init__(shard, session_id, run, script.vocab_size, *rest)
-        self._script, self._looks = script, [script.looks[p] for p in shard.exits]
+    def __init__(
+        self, stages: VirtualStages, lease: Lease, opening: SessionOpen, *, script: Script, covers_next: bool
+    ) -> None:
+        super().__init__(stages, lease, opening, vocab_size=script.vocab_size, covers_next=covers_next)
+        self._script, self._looks = script, [script.looks[p] for p in stages.exits]
 
     def embed(self, token_ids: Sequence[int]) -> Rows:
         return _ONE if len(token_ids) == 1 else Rows(len(token_ids))
@@ -141,8 +128,8 @@ class VirtualSession(Session):
         """What the branch says at the wanted ones of some positions."""
         looks, found, first = self._looks[work.stage], work.found, self.prompt_length - 1
         assert found is not None
-        if self.begins(work.stage, stop):
-            self.begin(self._script.reading)
+        if self.rates_prompt(work.stage, stop):
+            self.choose_start(self._script.reading)
         for position in work.wants:
             if start <= position < stop:
                 found.append(looks[(position - first) % len(looks)])
@@ -246,7 +233,7 @@ class VirtualWorker:
         try:
             work = next(task)
             while not others:
-                rows = alone(work.rows, self._budget)
+                rows = rows_alone(work.rows, self._budget)
                 parts = ((work, rows),)
                 cost = before_s + stages.cost(parts)
                 await (time.sleep(cost) if self._cores is None else self._cores.take(cost))
@@ -344,7 +331,7 @@ class VirtualWorker:
         if self._told is not None:
             rows = sum(rows for _, rows in step.parts)
             self._told(step.began, took, step.parts[0][0].running.stage, rows)
-        run(step.parts)
+        run_parts(step.parts)
         self._steps.ran(took)
         self._in_step = False
         if self._later:

@@ -23,8 +23,7 @@ import yaml
 
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Link, Node, Topology
-from ruyi_flow.config.yaml_files import did_you_mean
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.sim.costs import profiles_of
 from ruyi_flow.sim.estimate import Estimate, Samples
 from ruyi_flow.sim.parallel import play
@@ -196,7 +195,7 @@ def plan(
             impossible.append((cut, str(error)))
             continue
         estimate = Estimate(there, [profiles[k] for k in kept], samples)
-        for thresholds, draft in itertools.product(estimate.thresholds(prices), {0, scenario.policy.draft}):
+        for thresholds, draft in itertools.product(estimate.thresholds(prices), {0, scenario.policy.routing().draft}):
             predicted = _values(estimate.metrics(thresholds, draft), wanted)
             candidates.append(Candidate(cut, thresholds, draft, predicted))
     if not candidates:
@@ -357,10 +356,7 @@ def _check(scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
                 f"{list(scenario.all_exits)}: any cut needs all of them on every machine; profile the whole family "
                 f"for {node.name!r}, and give each exit to a node"
             )
-    mode = scenario.policy.mode
-    if scenario.policy.file is not None:
-        mode = PolicyFile.load(scenario.policy.file).mode
-    if mode is Mode.CASCADE:
+    if scenario.policy.routing().mode is Mode.CASCADE:
         raise ConfigError(
             f"{where}: policy: a plan chooses thresholds of mode 'token'; 'cascade' has others: say token"
         )
@@ -403,7 +399,7 @@ def _in_series(links: Sequence[SimLink]) -> dict[str, Any]:
 def _policy(scenario: Scenario, chosen: Candidate, file: Path | None) -> dict[str, Any]:
     """As a topology says it; the thresholds of a policy file go into a file of their own."""
     old, thresholds = scenario.policy, dict(chosen.thresholds)
-    same = {"draft": chosen.draft, "fallback": old.fallback}
+    same = {"draft": chosen.draft, "fallback": old.routing().fallback}
     if old.file is None:
         return {"mode": "token", "thresholds": thresholds, **same}
     assert file is not None

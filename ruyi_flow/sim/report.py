@@ -33,7 +33,7 @@ def write_report(folder: Path, result: Result) -> None:
     parts = [
         f"<h1>{escape(result.name)}</h1>",
         f"<p>{escape(scenario.family)} over {escape(' → '.join(f'{n.count:,} {n.name}' for n in scenario.nodes))}, "
-        f"{scenario.policy.mode or 'calibrated'} mode, {scenario.workload.arrivals.kind} arrivals; "
+        f"{scenario.policy.routing().mode} mode, {scenario.workload.arrivals.kind} arrivals; "
         f"{time_text(metrics['simulated_s'])} of virtual time, seed {metrics['seed']}</p>",
         f"<p class=finding>{escape(bottleneck(metrics))}</p>",
         failures and f"<p class=bad>{metrics['failed']:,} of {metrics['requests']:,} requests failed: {failures}</p>",

@@ -17,6 +17,7 @@ import simpy
 from ruyi_flow.errors import ConfigError, NodeUnavailable, RuyiFlowError
 from ruyi_flow.loop.chain import decode
 from ruyi_flow.loop.pages import PagePool
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Recorded, Script, scripts_of
 from ruyi_flow.sim.clock import VirtualTime
@@ -28,7 +29,6 @@ from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
 from ruyi_flow.sim.results import Answered, Recorder, Result
 from ruyi_flow.sim.scenario import Scenario
-from ruyi_flow.types import SamplingParams
 
 __all__ = ["Progress", "Result", "Simulation", "metrics_text", "simulate"]
 
@@ -74,7 +74,7 @@ class Simulation:
         self.profiles = tuple(profiles or profiles_of(scenario, where))
         check_stages(scenario, self.profiles, where)
         scenario.check_bytes(self.profiles[0].hidden_size, where=where)
-        self._routing = scenario.policy.routing(where)
+        self._routing = scenario.policy.routing()
         self._policy = Policy.resolve(self._routing, scenario.all_exits)
         self._source = random.Random(f"{scenario.seed}/load")
         self.scripts = scripts_of(scenario, self.profiles, self._routing.scale, where)

@@ -14,8 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ruyi_flow.config.topology import Float, Int, Link, Model, Node, Topology, resolve_folder
-from ruyi_flow.config.yaml_files import did_you_mean, explain, parse_value, read_yaml
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.config.yaml_files import explain, parse_value, read_yaml
+from ruyi_flow.errors import ConfigError, did_you_mean
 
 __all__ = ["Arrivals", "Behaviour", "Host", "Lengths", "Load", "Scenario", "SimLink", "SimNode", "Span", "Turns"]
 

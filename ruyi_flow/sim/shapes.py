@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruyi_flow.config.yaml_files import did_you_mean
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.family.config import FamilyConfig
 
 __all__ = ["FAMILIES", "RUYI2", "RUYI_7B", "SMOLLM2", "geometry"]

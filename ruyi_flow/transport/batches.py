@@ -1,6 +1,6 @@
-"""Short messages of sessions that share a link: those that are ready at the same moment travel as one.
+"""Batches: short messages of sessions that share a link, which travel as one when they are ready at the same moment.
 
-A message costs both ends some 0.1 ms in gRPC and asyncio, whatever is in it (docs/design/0002-wire.md).
+A message costs both ends some 0.1 ms in gRPC and asyncio, whatever it contains (docs/design/0002-wire.md).
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.status import error_of_call
 
-__all__ = ["SHORT", "Outbox", "Together"]
+__all__ = ["SHORT_BYTES", "Batches", "Outbox"]
 
-SHORT = 64 * 1024
-"""Bytes of the longest message that goes with others: a longer one would hold them up."""
+SHORT_BYTES = 64 * 1024
+"""Bytes of the longest message that travels in a batch: a longer one would delay the others."""
 
-_MOST = 1024 * 1024
-"""Bytes of the messages in a batch, at the most."""
+_MAX_BYTES = 1024 * 1024
+"""Largest number of bytes of the messages in a batch."""
 
 _FRAME = 32
-"""Bytes around a message in a batch, and to spare."""
+"""Bytes around a message in a batch, rounded up."""
 
 
 class Outbox:
-    """Messages that are to be written: whatever has gathered goes in one batch, while the next ones gather.
+    """Messages to be written: all that have gathered go in one batch, while the next ones gather.
 
     Args:
-        most_bytes: of a batch; a single message may be longer.
+        max_bytes: bytes of a batch; a single message may be longer.
     """
 
-    def __init__(self, most_bytes: int = _MOST) -> None:
-        self._most = most_bytes
+    def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._items: deque[pb.Item] = deque()
         self._filled = asyncio.Event()
 
     def put(self, session: int, message: bytes) -> None:
-        """Let a session's message go."""
+        """Add a session's message."""
         self._items.append(pb.Item(session=session, message=message))
         self._filled.set()
 
     async def empty_into(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Write batch after batch, until this is cancelled or the stream has ended."""
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # whoever reads from the stream is told why
+        """Write batch after batch, until the coroutine is cancelled or the stream has ended."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader of the stream learns why
             while True:
                 await self._filled.wait()
-                batch, room = pb.Batch(), self._most
+                batch, room = pb.Batch(), self._max_bytes
                 while self._items and (not batch.items or len(self._items[0].message) + _FRAME <= room):
                     item = self._items.popleft()
                     room -= len(item.message) + _FRAME
@@ -62,33 +62,34 @@ class Outbox:
                 await write(batch.SerializeToString())
 
 
-class Together:
-    """The calling end: one stream for the short messages of all sessions with a node.
+class Batches:
+    """The calling end of one stream for the short messages of all sessions with a node.
 
-    Each session has a stream of its own all the same, which begins and ends it. The node counts a session's messages as
-    its own only on the connection that it was opened on.
+    Each session also has a stream of its own, which begins and ends it. The node accepts a session's messages only on
+    the connection on which the session was opened.
 
     Args:
-        peer, address: whom, for messages.
-        call: makes the stream, once it is needed.
-        most_bytes: the longest message that the node takes.
+        peer: the node's name, for error messages.
+        address: the node's address, for error messages.
+        call: opens the stream when it is needed.
+        max_bytes: the longest message that the node accepts.
     """
 
-    def __init__(self, peer: str, address: str, call: Callable[[], Any], most_bytes: int) -> None:
+    def __init__(self, peer: str, address: str, call: Callable[[], Any], *, max_bytes: int) -> None:
         self._peer, self._address, self._call = peer, address, call
-        self._most = min(_MOST, most_bytes)
-        self._outbox = Outbox(self._most)
+        self._max_bytes = min(_MAX_BYTES, max_bytes)
+        self._outbox = Outbox(self._max_bytes)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._running: asyncio.Task[None] | None = None
 
-    def takes(self, message: bytes) -> bool:
-        """Whether a message is short enough."""
-        return len(message) + _FRAME <= min(SHORT, self._most)
+    def accepts(self, message: bytes) -> bool:
+        """Return whether a message is short enough."""
+        return len(message) + _FRAME <= min(SHORT_BYTES, self._max_bytes)
 
     def ask(self, session: int, message: bytes) -> asyncio.Future[Any]:
-        """Send a session's message, and give what its reply will be in: bytes, b"" where the node has no such session.
+        """Send a session's message and return the future of its reply, which is b"" if the node has no such session.
 
-        A session must not ask again before it is answered, or has `forget` its question.
+        A session must not ask again before it has the reply or has called `forget`.
         """
         if self._running is None:
             self._running = asyncio.create_task(self._run(self._call()), name=f"batches to {self._peer}")
@@ -97,7 +98,7 @@ class Together:
         return answer
 
     def forget(self, session: int) -> None:
-        """Wait no more for the answer to a session's last question."""
+        """Ignore the reply to a session's last message."""
         self._answers.pop(session, None)
 
     async def close(self) -> None:
@@ -108,7 +109,7 @@ class Together:
 
     async def _run(self, call: Any) -> None:
         writing = asyncio.create_task(self._outbox.empty_into(call.write))
-        error: RuyiFlowError = NodeUnavailable(f"node {self._peer!r} ended its stream of batches", node=self._peer)
+        error: RuyiFlowError = NodeUnavailable(f"node {self._peer!r} ended the stream of batches", node=self._peer)
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
                 for item in codec.parse(pb.Batch, data).items:
@@ -123,7 +124,7 @@ class Together:
         finally:
             writing.cancel()
             call.cancel()
-            self._running, self._outbox = None, Outbox(self._most)
+            self._running, self._outbox = None, Outbox(self._max_bytes)
             answers, self._answers = self._answers, {}
             for answer in answers.values():
                 if not answer.done():

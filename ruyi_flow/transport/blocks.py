@@ -1,4 +1,4 @@
-"""Blocks of boundary states, to the wire and back: docs/design/0002-wire.md has the reasons."""
+"""Blocks of boundary states on the wire; docs/design/0002-wire.md has the reasons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from ctypes import string_at
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.transport._pb import node_pb2 as pb
@@ -25,41 +24,48 @@ _DTYPES = {
 }
 
 _LARGE = 64 * 1024
-"""Bytes of states from which on it pays to keep them out of protobuf's hands, which copy them twice (docs/log.md)."""
+"""States of at least so many bytes bypass protobuf, which would copy them twice (docs/log.md)."""
 
 with warnings.catch_warnings():
-    # That bytes must not be written to is what torch says once in a process, and here nobody does.
+    # torch warns once per process that the buffer must not be written to; nothing writes to it here.
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 class BlockCodec:
-    """The blocks of one session on one hop.
+    """Encodes and decodes the blocks of one session on one hop.
 
-    `to_bytes` and `from_pb` run once a token, with caches that the layers' weights have just swept: there each call of
-    torch or Python costs 10 to 40 µs, those that do nothing included (docs/log.md). So what a session fixes is looked
-    up once, and a conversion that is none is not called.
+    `to_bytes` and `from_pb` run once per token, after the layers' weights have swept the processor's caches: there each
+    call of torch or Python costs 10 to 40 µs, even one that does nothing (docs/log.md). So what is fixed for a session
+    is looked up once, and a conversion to the same format is not called.
 
     Args:
-        hidden: width of a state.
-        encoding: of the states on this link.
-        like: states come back in this tensor's number format and on its device; None for one that only sends.
+        hidden: width of a boundary state.
+        encoding: encoding of the states on this link.
+        dtype: number format of decoded states; not needed to encode.
+        device: device of decoded states; not needed to encode.
     """
 
-    def __init__(self, hidden: int, encoding: Encoding, like: Tensor | None = None) -> None:
-        self._hidden, self._encoding, self._like = hidden, encoding, like
+    def __init__(
+        self,
+        hidden: int,
+        encoding: Encoding,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._hidden, self._encoding, self._target = hidden, encoding, (device, dtype)
         self._number, self._dtype = ENCODINGS[encoding], _DTYPES[encoding]
         self._row_bytes = hidden * self._dtype.itemsize
         self._int8 = encoding is Encoding.INT8
-        self._ready = like is not None and like.is_cpu and like.dtype is self._dtype
+        self._ready = dtype is self._dtype and device is not None and device.type == "cpu"
 
     def to_bytes(self, block: Block) -> bytes:
-        """A block, its states in any number format and on any device, as the `SessionRequest` that goes on the wire."""
+        """Encode a block, its states in any number format and on any device, as a serialized `SessionRequest`."""
         states, start = block.states, block.start
         if not states.is_cpu:
             states = states.cpu()
         message = pb.SessionRequest()
-        sent = message.block  # filled in place: a message that is given to another's constructor is copied
+        sent = message.block  # filled in place, since a constructor copies the messages that it is given
         sent.start = start
         sent.token_ids.extend(block.token_ids)
         sent.wants.extend([p - start for p in block.wants])
@@ -82,16 +88,16 @@ class BlockCodec:
         return message.SerializeToString()
 
     def from_pb(self, message: pb.Block) -> Block:
-        """A block off the wire. Its states may be the received bytes themselves, which nobody may write to.
+        """Decode a block. Its states may be the received bytes themselves, which must not be written to.
 
         Raises:
-            WireError: another encoding than the handshake's, or sizes that contradict each other.
+            WireError: the encoding differs from the handshake's, or sizes contradict each other.
         """
         given, start = message.states, message.start
         rows, data = given.rows, given.data
         if given.encoding != self._number:
             name = pb.Encoding.Name(given.encoding) if given.encoding in pb.Encoding.values() else given.encoding
-            raise WireError(f"states are encoded as {name}; the handshake said {self._encoding.value}")
+            raise WireError(f"states are encoded as {name}; the handshake set {self._encoding.value}")
         if rows == 0 or len(data) != rows * self._row_bytes:
             raise WireError(
                 f"{len(data)} bytes of states for {rows} positions of {self._hidden} values as {self._encoding.value}"
@@ -103,22 +109,21 @@ class BlockCodec:
         else:
             states = torch.frombuffer(data, dtype=self._dtype).view(rows, self._hidden)
         if not self._ready:
-            assert self._like is not None
-            states = states.to(self._like.device, self._like.dtype)
+            states = states.to(*self._target)
         token_ids = tuple(message.token_ids)
         if not token_ids:
-            raise WireError("a block without positions")
+            raise WireError("a block has no positions")
         wants = tuple([start + offset for offset in message.wants])
         if len(wants) > 1 and any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
             raise WireError(f"wanted positions {wants} do not ascend")
         return Block(start, states, token_ids, wants)
 
 
-@np.errstate(invalid="ignore")  # a row with what is not a number becomes one of such
+@np.errstate(invalid="ignore")  # a row that contains NaN becomes a row of NaN
 def _in_8_bits(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], list[float]]:
-    """(rows, hidden) values as whole steps of a scale a row, halves to the even one; and the scales.
+    """Quantize (rows, hidden) values to whole steps of one scale per row, and return the steps and the scales.
 
-    numpy, since a call of it costs half of one of torch's, and two arrays, since making one costs as much as a pass.
+    It uses numpy, whose calls cost half of torch's, and only two arrays, since making one costs as much as a pass.
     """
     steps = np.abs(values)
     scales = np.maximum(steps.max(-1, keepdims=True), np.float32(1e-30))
@@ -129,15 +134,15 @@ def _in_8_bits(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], list[floa
 
 @np.errstate(invalid="ignore")
 def _from_8_bits(data: bytes, scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(rows, hidden) values from whole steps and a scale a row."""
+    """Return (rows, hidden) values from whole steps and one scale per row."""
     return np.frombuffer(data, np.int8).reshape(len(scales), -1) * scales[:, None]
 
 
 def _opening(size: int) -> bytes:
-    """What a block's message, without states, is followed by so that the next `size` bytes are its states.
+    """Return the bytes after which the next `size` bytes are a block's states; they follow the message without states.
 
-    A message in a message that occurs twice is one whose fields are those of both
-    (https://protobuf.dev/programming-guides/encoding/#last-one-wins), so protobuf writes all else.
+    An embedded message that occurs twice is merged (https://protobuf.dev/programming-guides/encoding/#last-one-wins),
+    so protobuf writes everything else.
     """
     opening = b""
     for kind, name in ((pb.Tensor, "data"), (pb.Block, "states"), (pb.SessionRequest, "block")):
@@ -147,7 +152,7 @@ def _opening(size: int) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last have the eighth set."""
+    """Encode a number with seven bits per byte, the lowest first; all bytes but the last have the eighth bit set."""
     digits = bytearray()
     while number > 127:
         digits.append(number & 127 | 128)
@@ -157,6 +162,6 @@ def _varint(number: int) -> bytes:
 
 
 def rows_in(message_bytes: int, hidden: int, encoding: Encoding) -> int:
-    """How many positions a message of that size has room for; 1 at the least."""
+    """Return how many positions fit into a message of that size, at least 1."""
     a_row = encoding.row_bytes(hidden) + 16  # its token id, its wanted offset and its part of the frame
     return max(1, (message_bytes - 1024) // a_row)

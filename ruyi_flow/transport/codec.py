@@ -1,4 +1,4 @@
-"""Between this package's values and the wire's messages. Blocks, which carry tensors, are `blocks.py`'s."""
+"""Conversion between this package's values and protobuf messages. `blocks.py` converts blocks, which carry tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from ruyi_flow.errors import WireError
-from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.requests import GenerateRequest, Prompt, SamplingParams, SessionOpen
 from ruyi_flow.routing.confidence import Curve, Scale, Score
-from ruyi_flow.routing.policy import WINDOW, Policy, Routing
+from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.types import (
@@ -23,7 +23,6 @@ from ruyi_flow.types import (
     Mode,
     NodeStatus,
     Reason,
-    SamplingParams,
     Stats,
     Token,
     Verdict,
@@ -45,8 +44,8 @@ __all__ = [
     "verdict_to_pb",
 ]
 
-PROTOCOL = 2
-"""Version of the wire; both sides of a hop must speak the same."""
+PROTOCOL = 3
+"""Version of the wire protocol; both sides of a hop must have the same."""
 
 M = TypeVar("M", bound=Message)
 D = TypeVar("D")
@@ -83,10 +82,10 @@ _FINISH_OF: dict[int, FinishReason] = {number: finish for finish, number in _FIN
 
 
 def parse(kind: type[M], data: bytes) -> M:
-    """A message from its bytes.
+    """Parse a message.
 
     Raises:
-        WireError: they are not one.
+        WireError: the bytes are not such a message.
     """
     try:
         return kind.FromString(data)
@@ -98,7 +97,9 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
-    """A handshake as it goes on the wire."""
+    """Encode a handshake."""
+    policy = opening.policy
+    routing = {f.name: getattr(policy.routing, f.name) for f in fields(policy.routing)}
     return pb.SessionRequest(
         open=pb.Open(
             protocol=PROTOCOL,
@@ -110,25 +111,21 @@ def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
             prompt_length=opening.prompt_length,
             sampling=_sampling_to_pb(opening.sampling),
             policy=pb.Policy(
-                mode=_MODES[opening.policy.mode],
-                thresholds=opening.policy.thresholds,
-                deepest=opening.policy.deepest,
-                draft=opening.policy.draft,
-                scale=_scale_to_pb(opening.policy.scale),
-                window=opening.policy.window,
-                back=opening.policy.back,
-                fallback=opening.policy.fallback,
-                limited=opening.policy.limited,
+                routing=_routing_to_pb(routing),
+                thresholds=policy.thresholds,
+                deepest=policy.deepest,
+                limited=policy.limited,
             ),
         )
     )
 
 
 def open_from_pb(message: pb.Open) -> SessionOpen:
-    """A handshake off the wire.
+    """Decode a handshake.
 
     Raises:
-        WireError: an enum value that this version does not know.
+        WireError: this version does not know a value of an enum.
+        RequestError: an option has a value that it cannot have.
     """
     policy = message.policy
     return SessionOpen(
@@ -140,24 +137,15 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
         prompt_length=message.prompt_length,
         sampling=_sampling_from_pb(message.sampling),
         policy=Policy(
-            _known(_MODE_OF, policy.mode, pb.Mode),
-            dict(policy.thresholds),
-            policy.deepest,
-            policy.draft,
-            _scale_from_pb(policy),
-            policy.window or WINDOW,
-            policy.back if policy.HasField("back") else None,
-            None,
-            policy.fallback,
-            policy.limited,
+            Routing(**_routing_from_pb(policy.routing)), dict(policy.thresholds), policy.deepest, policy.limited
         ),
     )
 
 
 def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
-    """A verdict as it goes on the wire."""
+    """Encode a verdict; `elapsed_s` counts from the arrival of the block."""
     reply = pb.SessionReply()
-    message = reply.verdict  # filled in place: a message that is given to another's constructor is copied
+    message = reply.verdict  # filled in place, since a constructor copies the messages that it is given
     message.elapsed_s = elapsed_s
     for d in verdict.decisions:
         message.decisions.add(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
@@ -167,7 +155,7 @@ def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
 
 
 def verdict_from_pb(message: pb.Verdict) -> Verdict:
-    """A verdict off the wire."""
+    """Decode a verdict."""
     return Verdict(
         tuple(
             [
@@ -183,10 +171,8 @@ def verdict_from_pb(message: pb.Verdict) -> Verdict:
 
 
 def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
-    """A user's request as it goes on the wire."""
-    message = pb.GenerateRequest(
-        sampling=_sampling_to_pb(request.sampling), draft=request.draft, fallback=request.fallback
-    )
+    """Encode a user's request."""
+    message = pb.GenerateRequest(sampling=_sampling_to_pb(request.sampling), routing=_routing_to_pb(request.routing))
     if isinstance(request.prompt, str):
         setattr(message, "raw" if request.raw else "text", request.prompt)
     elif request.prompt and isinstance(request.prompt[0], int):
@@ -196,93 +182,92 @@ def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
         for turn in request.prompt:
             assert isinstance(turn, tuple)
             message.messages.messages.add(role=turn[0], content=turn[1])
-    if (routing := request.routing) is not None:
-        message.routing.MergeFrom(
-            pb.Routing(
-                mode=_MODES[routing.mode],
-                exit=routing.exit,
-                threshold=routing.threshold,
-                thresholds=routing.thresholds,
-                draft=routing.draft,
-                scale=_scale_to_pb(routing.scale),
-                family=routing.family,
-                window=routing.window,
-                back=routing.back,
-                start=_start_to_pb(routing.start),
-                fallback=routing.fallback,
-            )
-        )
     return message
 
 
 def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
-    """A user's request off the wire."""
+    """Decode a user's request.
+
+    Raises:
+        WireError: this version does not know a value of an enum.
+        RequestError: an option has a value that it cannot have.
+    """
     kind = message.WhichOneof("prompt")
-    prompt: str | tuple[tuple[str, str], ...] | tuple[int, ...]
+    prompt: Prompt
     if kind == "messages":
         prompt = tuple((turn.role, turn.content) for turn in message.messages.messages)
     elif kind == "token_ids":
         prompt = tuple(message.token_ids.ids)
     else:
         prompt = message.raw if kind == "raw" else message.text
-    routing = None
-    if message.HasField("routing"):
-        given = message.routing
-        routing = Routing(
-            mode=_known(_MODE_OF, given.mode, pb.Mode),
-            exit=given.exit if given.HasField("exit") else None,
-            threshold=given.threshold if given.HasField("threshold") else None,
-            thresholds=dict(given.thresholds) or None,
-            draft=given.draft,
-            scale=_scale_from_pb(given),
-            family=given.family if given.HasField("family") else None,
-            window=given.window or WINDOW,
-            back=given.back if given.HasField("back") else None,
-            start=_start_from_pb(given),
-            fallback=given.fallback,
-        )
-    draft = message.draft if message.HasField("draft") else None
-    fallback = message.fallback if message.HasField("fallback") else None
-    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing, draft, fallback)
+    routing = _routing_from_pb(message.routing)
+    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing)
 
 
-def _scale_to_pb(scale: Scale | None) -> pb.Scale | None:
-    if scale is None:
-        return None
+def _routing_to_pb(options: Mapping[str, Any]) -> pb.Routing:
+    """Encode routing options by their names; None stands for an option that is not set."""
+    message = pb.Routing()
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in _ROUTING_MESSAGES:
+            getattr(message, name).CopyFrom(_ROUTING_MESSAGES[name][0](value))
+        elif name == "thresholds":
+            message.thresholds.update(value)
+        else:
+            setattr(message, name, _MODES[value] if name == "mode" else value)
+    return message
+
+
+def _routing_from_pb(message: pb.Routing) -> dict[str, Any]:
+    """Decode the routing options that are set."""
+    options: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.name in _ROUTING_MESSAGES:
+            value = _ROUTING_MESSAGES[field.name][1](value)
+        elif field.name == "thresholds":
+            value = dict(value)
+        elif field.name == "mode":
+            value = _known(_MODE_OF, value, pb.Mode)
+        options[field.name] = value
+    return options
+
+
+def _scale_to_pb(scale: Scale) -> pb.Scale:
     curves = {
         p: pb.Curve(temperature=c.temperature, scores=c.scores, chances=c.chances) for p, c in scale.curves.items()
     }
     return pb.Scale(score=_SCORES[scale.score], curves=curves)
 
 
-def _scale_from_pb(message: pb.Policy | pb.Routing) -> Scale | None:
-    if not message.HasField("scale"):
-        return None
-    scale = message.scale
+def _scale_from_pb(message: pb.Scale) -> Scale:
     try:
-        curves = {p: Curve(c.temperature, tuple(c.scores), tuple(c.chances)) for p, c in scale.curves.items()}
+        curves = {p: Curve(c.temperature, tuple(c.scores), tuple(c.chances)) for p, c in message.curves.items()}
     except ValueError as error:
-        raise WireError(f"a policy's curve: {error}") from None
-    return Scale(_known(_SCORE_OF, scale.score, pb.Score), curves)
+        raise WireError(f"the policy's scale is not valid: {error}") from None
+    return Scale(_known(_SCORE_OF, message.score, pb.Score), curves)
 
 
-def _start_to_pb(start: Start | None) -> pb.Start | None:
-    if start is None:
-        return None
+def _start_to_pb(start: Start) -> pb.Start:
     return pb.Start(weights={p: pb.Weights(values=w) for p, w in start.weights.items()}, chance=start.chance)
 
 
-def _start_from_pb(message: pb.Routing) -> Start | None:
-    if not message.HasField("start"):
-        return None
+def _start_from_pb(message: pb.Start) -> Start:
     try:
-        return Start({p: tuple(w.values) for p, w in message.start.weights.items()}, message.start.chance)
+        return Start({p: tuple(w.values) for p, w in message.weights.items()}, message.chance)
     except ValueError as error:
-        raise WireError(f"a policy's start: {error}") from None
+        raise WireError(f"the policy's start rule is not valid: {error}") from None
+
+
+_ROUTING_MESSAGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "scale": (_scale_to_pb, _scale_from_pb),
+    "start": (_start_to_pb, _start_from_pb),
+}
+"""The routing options that are messages of their own, and how they are encoded and decoded."""
 
 
 def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
-    """A piece of an answer as it goes on the wire."""
+    """Encode one event of an answer."""
     if isinstance(event, Token):
         token = pb.Token(
             id=event.id,
@@ -294,39 +279,41 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
             after_s=event.after_s,
             bytes_up=event.bytes_up,
         )
-        return pb.GenerateReply(tokens=[token])
+        return pb.GenerateReply(token=token)
     stats = _copy(event.stats, pb.Stats(), skip=("hops",))
     stats.hops.extend(_hop_to_pb(hop) for hop in event.stats.hops)
     return pb.GenerateReply(final=pb.Final(finish_reason=_FINISHES[event.finish_reason], text=event.text, stats=stats))
 
 
-def reply_from_pb(message: pb.GenerateReply) -> list[Token | Final]:
-    """Pieces of an answer off the wire."""
-    events: list[Token | Final] = [
-        Token(
-            t.id, t.text, t.exit, t.node, t.confidence, _known(_REASON_OF, t.reason, pb.Reason), t.after_s, t.bytes_up
-        )
-        for t in message.tokens
-    ]
+def reply_from_pb(message: pb.GenerateReply) -> Token | Final:
+    """Decode one event of an answer.
+
+    Raises:
+        WireError: the message has no event, or this version does not know a value of an enum.
+    """
+    if message.HasField("token"):
+        t = message.token
+        reason = _known(_REASON_OF, t.reason, pb.Reason)
+        return Token(t.id, t.text, t.exit, t.node, t.confidence, reason, t.after_s, t.bytes_up)
     if message.HasField("final"):
         final = message.final
         stats = _make(Stats, final.stats, hops=_hops(final.stats.hops))
-        events.append(Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats))
-    return events
+        return Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats)
+    raise WireError("a reply has neither a token nor the end of the answer")
 
 
 def status_to_pb(status: NodeStatus) -> pb.StatusReply:
-    """A node's status as it goes on the wire."""
+    """Encode a node's status."""
     return _copy(status, pb.StatusReply())
 
 
 def status_from_pb(message: pb.StatusReply) -> NodeStatus:
-    """A node's status off the wire."""
+    """Decode a node's status."""
     return _make(NodeStatus, message, exits=tuple(message.exits))
 
 
 def _hop_to_pb(hop: Hop) -> pb.Hop:
-    """Written out, like `_hops`, since it is on the path of every token."""
+    """Encode a hop; written out, like `_hops`, since it is on the path of every token."""
     return pb.Hop(
         node=hop.node,
         compute_s=hop.compute_s,
@@ -367,7 +354,7 @@ def _sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
 
 
 def _copy(value: Any, message: M, skip: tuple[str, ...] = ()) -> M:
-    """Fill a message from a dataclass whose fields have the same names."""
+    """Copy a dataclass into a message with fields of the same names."""
     for f in fields(value):
         item = getattr(value, f.name)
         if f.name in skip or item is None:
@@ -380,7 +367,7 @@ def _copy(value: Any, message: M, skip: tuple[str, ...] = ()) -> M:
 
 
 def _make(kind: Callable[..., D], message: Message, **other: Any) -> D:
-    """A dataclass from a message whose fields have the same names."""
+    """Make a dataclass from a message with fields of the same names."""
     names = [f.name for f in fields(kind) if f.name not in other]  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names}, **other)
 

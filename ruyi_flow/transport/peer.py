@@ -1,4 +1,4 @@
-"""The calling end of the wire: a connection to a node, and what is asked over it. No torch."""
+"""The calling end of the wire: a connection to a node, and the calls over it. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import grpc
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
-from ruyi_flow.transport.batches import Together
+from ruyi_flow.transport.batches import Batches
 from ruyi_flow.transport.status import error_of_call
 from ruyi_flow.types import Final, NodeStatus, Token
 
@@ -21,7 +21,7 @@ METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together"
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # A dead link without a reset is noticed by pings; a node that comes back is found within a second.
+    # Pings detect a dead link without a reset; a node that comes back is found within a second.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -32,12 +32,12 @@ _CHANNEL_OPTIONS = [
 
 
 class Peer:
-    """One channel to one node; sessions and calls share it. Make it inside a running event loop.
+    """One channel to one node, shared by sessions and calls. It must be made inside a running event loop.
 
     Args:
         name: the node's name, for messages.
         address: host:port.
-        max_message_bytes: the largest message that the node takes.
+        max_message_bytes: the largest message that the node accepts.
     """
 
     def __init__(self, name: str, address: str, *, max_message_bytes: int) -> None:
@@ -45,38 +45,46 @@ class Peer:
         self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
         self.session_call = self._channel.stream_stream(METHODS["Session"])
         self.sessions = 0
-        """Open over this connection."""
-        batches = self._channel.stream_stream(METHODS["Together"])
-        self.together = Together(name, address, batches, max_message_bytes)
+        """Number of sessions that are open over this connection."""
+        self.batches = Batches(
+            name, address, self._channel.stream_stream(METHODS["Together"]), max_bytes=max_message_bytes
+        )
         self._generate = self._channel.unary_stream(METHODS["Generate"])
         self._status = self._channel.unary_unary(METHODS["Status"])
 
     @property
     def state(self) -> str:
-        """Of the connection: idle, connecting, ready, transient_failure or shutdown."""
+        """State of the connection: idle, connecting, ready, transient_failure or shutdown."""
         return str(self._channel.get_state().name.lower())
 
     async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Token | Final, None]:
-        """A user's request to an entry node, answered token by token.
+        """Send a user's request to an entry node, and yield its answer token by token.
+
+        Args:
+            request: the request.
+            timeout_s: seconds that the whole answer may take.
 
         Raises:
-            RequestError, NodeError: as the node says, or as the connection fails.
+            RequestError: the node refuses the request.
+            NodeError: the node or the connection fails.
         """
         call = self._generate(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s)
         try:
             async for data in call:
-                for event in codec.reply_from_pb(codec.parse(pb.GenerateReply, data)):
-                    yield event
+                yield codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address) from None
         finally:
             call.cancel()
 
     async def status(self, *, timeout_s: float) -> NodeStatus:
-        """What the node holds and does.
+        """Ask what the node contains and does.
+
+        Args:
+            timeout_s: seconds that the answer may take.
 
         Raises:
-            NodeError: it cannot be reached.
+            NodeError: the node cannot be reached.
         """
         try:
             data = await self._status(pb.StatusRequest().SerializeToString(), timeout=timeout_s)
@@ -85,6 +93,6 @@ class Peer:
         return codec.status_from_pb(codec.parse(pb.StatusReply, data))
 
     async def close(self) -> None:
-        """Close the connection."""
-        await self.together.close()
+        """Close the connection and the sessions over it."""
+        await self.batches.close()
         await self._channel.close()

@@ -1,15 +1,16 @@
-"""A stage that lives on another node."""
+"""A stage on another node."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
-from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, WireError
+from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
@@ -21,21 +22,21 @@ from ruyi_flow.types import Block, Hop, Verdict
 __all__ = ["RemoteStage"]
 
 _ROWS = 512
-"""Positions in a message at the most, so that a node can start on a long prompt before all of it is there."""
+"""Largest number of positions in a message, so that a node can start on a long prompt before all of it has arrived."""
 
 
 class RemoteStage:
     """The next node's stages, over one bidirectional stream: a `Stage`.
 
-    The stream opens with the first block, and the handshake travels with it, so a session costs no extra round trip.
-    While other sessions are open with that node, short blocks go together with theirs, and this stream only keeps the
-    session.
+    The stream opens with the first block, and the handshake travels with it, so a session costs no extra round trip. A
+    task reads the stream and queues the replies. While other sessions are open with that node, short blocks travel in
+    batches with theirs, and this stream only keeps the session open.
 
     Args:
-        peer: the node.
+        peer: the connection to the node.
         opening: the handshake.
-        timeout_s: deadline of one answer.
-        session_timeout_s: deadline of the whole session; None for none.
+        timeout_s: seconds that one answer may take.
+        session_timeout_s: seconds that the whole session may take. Default: no limit.
     """
 
     def __init__(
@@ -46,44 +47,47 @@ class RemoteStage:
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
         self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
         self._call: Any = None
+        self._reader: asyncio.Task[None] | None = None
         self._number = 0
-        """Of the session in batches; 0 while it is not known, or of no use there."""
-        self._answer: asyncio.Future[Any] | None = None
-        """To what has gone with others'."""
-        self._reading: asyncio.Future[Any] | None = None
-        """A read that `arrived` has begun, and left when it was cancelled."""
-        self._replies: list[tuple[pb.SessionReply, int]] = []
-        """That were read and have not been told."""
+        """The session's number in batches; 0 while it is unknown or of no use."""
+        self._replies: deque[tuple[pb.SessionReply, int]] = deque()
+        """Replies that have arrived and were not taken yet, with their sizes in bytes."""
         self._owed = 0
-        """Messages that were written and whose replies have not been read."""
+        """Number of messages whose replies have not arrived."""
+        self._answer: asyncio.Future[bytes] | None = None
+        """The reply to a message in a batch."""
+        self._waiter: asyncio.Future[None] | None = None
+        """The caller that waits for a reply; it is woken by every reply and by the end of the stream."""
+        self._error: RuyiFlowError | None = None
+        """Why the stream has ended."""
         self._fed_positions = self._fed_bytes = 0
         """What `feed` has sent since the last `advance`."""
         self._waiting_since: float | None = None
-        """When the node last gave a sign of life, while an answer of it is awaited."""
-        self._late = self._closed = False
+        """When the node last replied, while an answer of it is awaited."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def advance(self, block: Block) -> Verdict:
-        """See `Stage.advance`."""
+        """Send a block and return the verdict on it; see `Stage.advance`."""
         began = time.perf_counter()
         messages = self._messages(block)
+        early = len(self._replies)  # what was fed before has been answered already
+        await self._exchange(messages)
         verdicts: list[Verdict] = []
-        early, bytes_down, elapsed_s = len(self._replies), 0, 0.0
+        bytes_down, elapsed_s = 0, 0.0
         try:
-            for i, (reply, size) in enumerate(await self._exchange(messages)):
+            for i, (reply, size) in enumerate(self._replies):
                 if reply.HasField("verdict"):
                     verdict = codec.verdict_from_pb(reply.verdict)
                     if not verdict.hops:
-                        raise WireError("a verdict of no node")
+                        raise WireError("a verdict names no node")
                     verdicts.append(verdict)
                     bytes_down += size
                     elapsed_s += reply.verdict.elapsed_s if i >= early else 0.0
             if not verdicts:
-                raise WireError("no verdict on a block")
+                raise WireError("a block has no verdict")
         except WireError as error:
-            if error.node is None:
-                raise WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name) from None
-            raise
+            raise WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name) from None
+        self._replies.clear()
         hops = _sum(verdicts)
         mine = hops[0]
         mine.messages += len(verdicts)
@@ -95,147 +99,167 @@ class RemoteStage:
         return Verdict(verdicts[-1].decisions, hops)
 
     async def feed(self, block: Block) -> None:
-        """See `Stage.feed`: the node's answers are read by the next `advance`."""
+        """Send a block without questions; see `Stage.feed`. The next `advance` takes the replies."""
         messages = self._messages(block)
-        await self._exchange(messages, wait=False)
+        await self._exchange(messages, waits=False)
         self._fed_positions += len(block.token_ids)
         self._fed_bytes += sum(map(len, messages))
 
+    async def arrived(self) -> None:
+        """Wait until the node has replied to everything that was fed; see `Stage.arrived`."""
+        await self._exchange(())
+
+    async def rewind(self, position: int) -> None:
+        """Make the node forget every position from `position` on; see `Stage.rewind`."""
+        if self._call is not None:
+            await self._exchange([pb.SessionRequest(rewind=pb.Rewind(position=position)).SerializeToString()])
+
+    async def close(self) -> None:
+        """End the session, which ends with its stream; see `Stage.close`."""
+        if self._reader is not None:
+            self._end(NodeUnavailable(f"the session with node {self._peer.name!r} is closed", node=self._peer.name))
+
     def _messages(self, block: Block) -> list[bytes]:
-        """A block as it goes on the wire; the session's first one has the handshake in front."""
+        """Encode a block; the session's first one starts with the handshake."""
         messages = [self._blocks.to_bytes(b) for b in self._split(block)]
         if self._call is None:
             self._call = self._peer.session_call(timeout=self._session_timeout_s)
-            self._call.add_done_callback(self._ended)
+            self._reader = asyncio.create_task(self._read(), name=f"session with {self._peer.name}")
             self._peer.sessions += 1
             self._watch()
             messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
         return messages
 
-    async def arrived(self) -> None:
-        """See `Stage.arrived`: what the node has to say of it is told with the next answer."""
-        if self._owed:
-            await self._exchange((), keep=True)
-
-    async def rewind(self, position: int) -> None:
-        """See `Stage.rewind`."""
-        if self._call is not None:
-            await self._exchange([pb.SessionRequest(rewind=pb.Rewind(position=position)).SerializeToString()])
-
-    async def close(self) -> None:
-        """See `Stage.close`: the stream's end is the session's end."""
-        if self._call is not None and not self._closed:
-            self._closed = True
-            self._peer.sessions -= 1
-            self._call.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
-
-    async def _exchange(
-        self, messages: Sequence[bytes], *, wait: bool = True, keep: bool = False
-    ) -> list[tuple[pb.SessionReply, int]]:
-        """Write messages and, unless not to wait, read every reply that is owed, with its size; or keep them."""
-        call = self._call
+    async def _exchange(self, messages: Sequence[bytes], *, waits: bool = True) -> None:
+        """Send messages, and wait until every message so far has its reply, unless told not to."""
         self._waiting_since = time.monotonic()
         try:
-            if self._peer.sessions > 1 and wait and self._number and len(messages) == 1 and not self._owed:
-                data = await self._ask_together(messages[0])
-                if data:
-                    self._replies.append(await self._reply(data))
-                    messages = ()
-            for message in messages:
-                await call.write(message)
-            self._owed += len(messages)
-            while wait and self._owed:
-                data = await (self._read() if keep or self._reading is not None else call.read())
-                self._replies.append(await self._reply(data))
-                self._owed -= 1
-                self._waiting_since = time.monotonic()  # it is alive
-            replies: list[tuple[pb.SessionReply, int]] = []
-            if wait and not keep:
-                replies, self._replies = self._replies, replies
-            return replies
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._late or (task is not None and task.cancelling()):
-                raise
-            self._fail_late()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: written to a stream that has ended
-            await self._fail()
+            if waits and await self._ask_in_batch(messages):
+                return
+            await self._write(messages)
+            while waits and self._owed:
+                self._raise_error()
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
         finally:
             self._waiting_since = None
 
-    async def _read(self) -> Any:
-        """What the node sends next. When this is cancelled the read goes on: a cancelled one would end the stream."""
-        if self._reading is None:
-            self._reading = asyncio.ensure_future(self._call.read())
-            self._reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may ask again
-        await asyncio.wait([self._reading])
-        reading, self._reading = self._reading, None
-        return reading.result()
+    async def _write(self, messages: Sequence[bytes]) -> None:
+        """Write messages to the stream."""
+        for message in messages:
+            self._raise_error()
+            self._owed += 1  # before the write, since the reply may arrive before it returns
+            try:
+                await self._call.write(message)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                assert self._reader is not None
+                await asyncio.wait([self._reader])  # the stream has ended, and the reader learns why
+                self._raise_error()
 
-    async def _ask_together(self, message: bytes) -> Any:
-        """The reply to a message that goes with other sessions'; nothing where it must go on this session's stream."""
-        peer = self._peer
-        if not peer.together.takes(message):
-            return None
-        self._answer = peer.together.ask(self._number, message)
+    def _raise_error(self) -> None:
+        """Raise why the session has ended, if it has."""
+        if self._error is not None:
+            raise self._error from None
+
+    async def _ask_in_batch(self, messages: Sequence[bytes]) -> bool:
+        """Send a message in a batch with other sessions', and wait for its reply.
+
+        Returns:
+            Whether it was answered; if not, it must be written to this session's stream.
+        """
+        batches = self._peer.batches
+        if self._peer.sessions < 2 or not self._number or len(messages) > 1 or self._owed:
+            return False
+        self._raise_error()
+        if not batches.accepts(messages[0]):
+            return False
+        self._answer = batches.ask(self._number, messages[0])
         try:
             data = await self._answer
         finally:
             self._answer = None
-            peer.together.forget(self._number)
-        if not data:
-            self._number = 0  # something in between sends streams different ways
-        return data
+            batches.forget(self._number)
+        if data:
+            self._queue(data)
+            self._raise_error()
+        else:
+            self._number = 0  # a proxy in between sends the streams to different nodes
+        return bool(data)
 
-    def _ended(self, _: Any) -> None:
-        """This session's stream is over; an answer among others' will not come then."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(grpc.aio.EOF)
+    async def _read(self) -> None:
+        """Queue replies until the stream ends."""
+        call, peer = self._call, self._peer
+        error: RuyiFlowError = NodeUnavailable(f"node {peer.name!r} ended the session", node=peer.name)
+        try:
+            while (data := await call.read()) is not grpc.aio.EOF:
+                if not self._owed:
+                    raise WireError(f"node {peer.name!r} sent a reply that nothing asked for", node=peer.name)
+                self._owed -= 1
+                self._queue(data)
+                self._wake()
+            code, details = await call.code(), await call.details()
+            if code is not grpc.StatusCode.OK:
+                failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), await call.trailing_metadata(), details)
+                error = error_of_call(failure, peer.name, peer.address)
+        except grpc.aio.AioRpcError as failure:
+            error = error_of_call(failure, peer.name, peer.address)
+        except WireError as failure:
+            error = failure
+        self._end(error)
 
-    async def _reply(self, data: Any) -> tuple[pb.SessionReply, int]:
-        """What the node has sent, and its size."""
-        if data is grpc.aio.EOF:
-            await self._fail()
-        reply = codec.parse(pb.SessionReply, data)
+    def _queue(self, data: bytes) -> None:
+        """Parse a reply and queue it; a failure ends the session."""
+        if self._waiting_since is not None:
+            self._waiting_since = time.monotonic()  # the node is alive
+        try:
+            reply = codec.parse(pb.SessionReply, data)
+        except WireError as error:
+            self._end(WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name))
+            return
         if reply.HasField("failure"):
-            raise error_of(reply.failure.status, reply.failure.message, reply.failure.node)
+            self._end(error_of(reply.failure.status, reply.failure.message, reply.failure.node))
+            return
         if reply.HasField("opened"):
             self._number = reply.opened.session
-        return reply, len(data)
+        self._replies.append((reply, len(data)))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end(self, error: RuyiFlowError) -> None:
+        """End the session with an error for whoever waits for it, or asks it later; the first error counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._peer.sessions -= 1
+        self._call.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+        self._wake()
 
     def _watch(self) -> None:
-        """End the call when an answer is late. One timer a session: arming one a token costs 0.08 ms (docs/log.md)."""
-        now = time.monotonic()
+        """End the session when an answer is late. One timer per session: setting one per token costs 0.08 ms."""
+        now, peer = time.monotonic(), self._peer
         left = (now if self._waiting_since is None else self._waiting_since) + self._timeout_s - now
-        if left <= 0:
-            self._late = True
-            self._call.cancel()
-        else:
+        if left > 0:
             self._timer = asyncio.get_running_loop().call_later(left, self._watch)
-
-    async def _fail(self) -> NoReturn:
-        """Raise what the stream's final status means."""
-        call, peer = self._call, self._peer
-        if self._late:
-            self._fail_late()
-        code, details = await call.code(), await call.details()
-        if code is grpc.StatusCode.OK:
-            raise NodeUnavailable(f"node {peer.name!r} ended the session", node=peer.name)
-        failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), await call.trailing_metadata(), details)
-        raise error_of_call(failure, peer.name, peer.address)
-
-    def _fail_late(self) -> NoReturn:
-        peer = self._peer
-        raise DeadlineExceeded(
-            f"node {peer.name!r} at {peer.address} gave no answer within {self._timeout_s:g} s; "
-            "it, or a node beyond it, hangs",
-            node=peer.name,
-        ) from None
+            return
+        self._end(
+            DeadlineExceeded(
+                f"node {peer.name!r} at {peer.address} did not answer within {self._timeout_s:g} s (link timeout_s); "
+                "it or a deeper node is stuck or too slow",
+                node=peer.name,
+            )
+        )
 
     def _split(self, block: Block) -> Iterator[Block]:
-        """A long block as several, whose wanted positions are all in the last one."""
+        """Split a long block into several; the last one contains all wanted positions."""
         n = len(block.token_ids)
         first_wanted = (block.wants[0] if block.wants else block.start + n - 1) - block.start
         start = 0
@@ -256,7 +280,7 @@ class RemoteStage:
 
 
 def _sum(verdicts: Sequence[Verdict]) -> tuple[Hop, ...]:
-    """What each node spent on all of them, the nearest first."""
+    """Add up what each node spent on all verdicts, the nearest node first."""
     if len(verdicts) == 1:
         return verdicts[0].hops
     hops: dict[str, Hop] = {}

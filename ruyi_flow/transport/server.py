@@ -1,4 +1,4 @@
-"""The serving end of the wire: gRPC calls in, calls of a `Service` out, exceptions as statuses."""
+"""The serving end of the wire: turns gRPC calls into calls of a `Service`, and exceptions into statuses."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ruyi_flow.transport.status import NODE_KEY, status_of
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
 __all__ = ["SERVICE", "Server", "Service"]
 
 SERVICE = "ruyi_flow.v1.Node"
 
 _PARTING_S = 5.0
-"""How long a caller that was told of a failure may take to end the stream."""
+"""Seconds that a caller may take to end the stream after a failure was sent to it."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,17 @@ class Service(Protocol):
     """What a node does for its callers."""
 
     name: str
+    """The node's name."""
+    dtype: torch.dtype
+    """Number format of the boundary states that its stages take."""
+    device: torch.device
+    """Device of the boundary states that its stages take."""
 
-    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> tuple[Stage, Tensor]:
-        """A new session on this node's stages, and a tensor whose number format and device its states must have.
+    async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Stage:
+        """Open a session on this node's stages.
 
         Raises:
-            HandshakeError, CapacityError, NodeUnavailable: why not.
+            HandshakeError, CapacityError, NodeUnavailable, RequestError: the session is refused.
         """
         ...
 
@@ -55,23 +60,23 @@ class Service(Protocol):
         ...
 
     def status(self) -> NodeStatus:
-        """What the node holds and does."""
+        """Return what the node contains and does."""
         ...
 
 
 class Server:
-    """A gRPC server of one node, with the standard health service.
+    """The gRPC server of one node, with the standard health service.
 
     Args:
         service: the node.
-        address: host:port; port 0 picks a free one.
-        max_message_bytes: larger messages are refused.
+        address: host:port to listen on; port 0 picks a free port.
+        max_message_bytes: the largest message that is accepted.
     """
 
     def __init__(self, service: Service, address: str, *, max_message_bytes: int) -> None:
         self._service = service
         self._sessions: dict[tuple[str, int], _Session] = {}
-        """By connection and number."""
+        """The open sessions, by connection and number."""
         self._numbers = itertools.count(1)
         self._server = grpc.aio.server(
             options=[
@@ -99,20 +104,20 @@ class Server:
             self.address = f"{host}:{self._server.add_insecure_port(address)}"
         except RuntimeError as error:
             raise NodeError(
-                f"cannot listen on {address}: {error}; is another process there?", node=service.name
+                f"cannot listen on {address}: {error}; is another process listening there?", node=service.name
             ) from None
 
     async def start(self) -> None:
-        """Listen, and report SERVING."""
+        """Start to listen, and report SERVING."""
         await self._server.start()
         await self._report(health_pb2.HealthCheckResponse.SERVING)
 
     async def refuse(self) -> None:
-        """Report NOT_SERVING, so that balancers and probes look elsewhere."""
+        """Report NOT_SERVING, so that load balancers and probes choose another node."""
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
-        """Close the port, and cancel what still runs a moment later."""
+        """Close the port, and cancel the calls that still run a moment later."""
         await self._server.stop(0.2)
 
     async def _report(self, status: Any) -> None:
@@ -134,7 +139,7 @@ class Server:
                 raise known from None
 
     async def _converse(self, context: Any) -> None:
-        """A session from its handshake to the stream's end."""
+        """Serve a session from its handshake to the end of its stream."""
         session: _Session | None = None
         key = context.peer(), next(self._numbers)
         try:
@@ -145,12 +150,14 @@ class Server:
                     reply = await session.answer(message, began)
                 elif message.HasField("open"):
                     opening = codec.open_from_pb(_checked_version(message.open, self._service.name))
-                    stage, like = await self._service.open_session(opening, context.time_remaining())
-                    session = _Session(stage, BlockCodec(opening.hidden_size, opening.encoding, like))
+                    service = self._service
+                    stage = await service.open_session(opening, context.time_remaining())
+                    blocks = BlockCodec(opening.hidden_size, opening.encoding, service.dtype, service.device)
+                    session = _Session(stage, blocks)
                     self._sessions[key] = session
                     reply = pb.SessionReply(opened=pb.Opened(node=self._service.name, session=key[1]))
                 else:
-                    raise WireError(f"a session starts with open, not with {message.WhichOneof('message')}")
+                    raise WireError(f"a session must start with open, not with {message.WhichOneof('message')}")
                 await context.write(reply.SerializeToString())
         finally:
             if session is not None:
@@ -158,7 +165,7 @@ class Server:
                 await session.close()
 
     async def _together(self, _: Any, context: Any) -> None:
-        """Blocks of many sessions, each answered as soon as it can be."""
+        """Serve batches of messages of many sessions; each message is answered as soon as possible."""
         async with _Statuses(self._service.name, context):
             peer, outbox = context.peer(), Outbox()
             writing = asyncio.create_task(outbox.empty_into(context.write))
@@ -180,7 +187,7 @@ class Server:
                     task.cancel()
 
     async def _answer(self, session: _Session, item: pb.Item, began: float, outbox: Outbox) -> None:
-        """One session's block among others'; what it fails with is that session's alone."""
+        """Answer one session's message in a batch; a failure concerns that session only."""
         try:
             reply = await session.answer(codec.parse(pb.SessionRequest, item.message), began)
         except Exception as error:
@@ -204,25 +211,29 @@ class _Session:
     """An open session.
 
     Args:
-        stage: where its blocks go.
-        blocks: how they are written.
+        stage: answers its blocks.
+        blocks: decodes them.
     """
 
     def __init__(self, stage: Stage, blocks: BlockCodec) -> None:
         self._stage, self._blocks, self._busy = stage, blocks, False
         self.answering: asyncio.Task[None] | None = None
-        """Of its last block that came with other sessions'."""
+        """The task that answers its last message in a batch."""
 
     async def answer(self, message: pb.SessionRequest, began: float) -> pb.SessionReply:
-        """The reply to a message that came at that time.
+        """Return the reply to a message.
+
+        Args:
+            message: the message.
+            began: when it arrived.
 
         Raises:
-            WireError: it makes no sense now.
-            NodeError: as the stage says.
+            WireError: the message is not allowed now.
+            NodeError: the stage fails.
         """
         kind = message.WhichOneof("message")
         if self._busy:
-            raise WireError(f"{kind or 'an empty message'} before the last message was answered")
+            raise WireError(f"{kind or 'an empty message'} arrived before the last message was answered")
         self._busy = True
         try:
             if kind == "block":
@@ -233,17 +244,17 @@ class _Session:
                 return pb.SessionReply(rewound=pb.Rewound())
         finally:
             self._busy = False
-        raise WireError(f"{kind or 'an empty message'} in the middle of a session")
+        raise WireError(f"{kind or 'an empty message'} is not allowed in the middle of a session")
 
     async def close(self) -> None:
-        """End it, with what it is still doing; that is not waited for, since the caller may be cancelled meanwhile."""
+        """End the session and cancel its answer without waiting, since the caller may be cancelled meanwhile."""
         if self.answering is not None:
             self.answering.cancel()
         await self._stage.close()
 
 
 class _Statuses:
-    """Ends a call with the status of the exception that leaves the block."""
+    """Ends a call with the status of the exception that leaves its block."""
 
     def __init__(self, node: str, context: Any) -> None:
         self._node, self._context = node, context
@@ -252,7 +263,7 @@ class _Statuses:
         pass
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        # Not of our making, and nothing to tell anyone: cancellation, and gRPC's own abort.
+        # Cancellation and gRPC's own abort are not reported.
         if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             return
         known = _known(error, self._node)
@@ -260,34 +271,35 @@ class _Statuses:
 
 
 def _known(error: Exception, node: str) -> RuyiFlowError:
-    """An exception as callers know it: of a bug, the log gets all of it, the caller one line."""
+    """Return an exception that callers know; a bug is logged with its trace, and the caller gets one line."""
     if isinstance(error, RuyiFlowError):
         return error
     logger.error("a call failed", exc_info=error)
-    return NodeFault(f"node {node!r} failed on this request: {type(error).__name__}; its log says where", node=node)
+    name = type(error).__name__
+    return NodeFault(f"node {node!r} failed on this request with {name}; its log has the details", node=node)
 
 
 def _failure(error: RuyiFlowError, node: str) -> pb.SessionReply:
-    """Why a session ends."""
+    """Return the message that tells a caller why its session ends."""
     failure = pb.Failure(status=status_of(error).value[0], message=_text(error), node=_about(error, node))
     return pb.SessionReply(failure=failure)
 
 
 def _text(error: RuyiFlowError) -> str:
-    """gRPC carries 16 KB of this at most, and would replace all of it by an error of its own."""
+    """Cut an error text: gRPC carries at most 16 KB, and would replace a longer one by an error of its own."""
     return str(error)[:2000]
 
 
 def _about(error: RuyiFlowError, node: str) -> str:
-    """The node that an error is about: one beyond this one, or this one."""
+    """Return the node that an error is about: a deeper one, or this one."""
     return error.node if isinstance(error, NodeError) and error.node else node
 
 
 def _checked_version(message: pb.Open, node: str) -> pb.Open:
     if message.protocol != codec.PROTOCOL:
         raise HandshakeError(
-            f"node {node!r} speaks protocol {codec.PROTOCOL}, the caller {message.protocol}; "
-            "run the same version on both",
+            f"node {node!r} has protocol version {codec.PROTOCOL}, the caller {message.protocol}; "
+            "run the same version of ruyi-flow on both",
             node=node,
         )
     return message

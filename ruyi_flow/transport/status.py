@@ -1,4 +1,4 @@
-"""gRPC statuses and this package's exceptions: one table, both ways."""
+"""gRPC statuses and this package's exceptions: one table for both directions."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
     WireError: grpc.StatusCode.DATA_LOSS,
     NodeFault: grpc.StatusCode.INTERNAL,
 }
-"""Each exception that can cross the wire, and its status; no two share one."""
+"""The status of each exception that can cross the wire; no two exceptions share one."""
 
 NODE_KEY = "ruyi-flow-node"
-"""Trailing metadata: the node that an error is about. Its absence means that gRPC itself made the status."""
+"""Trailing metadata that names the node an error is about. If it is absent, gRPC itself made the status."""
 
 _WRITE_FAILED = "Internal error from Core"
-"""What grpc.aio makes, with status INTERNAL, of a write that meets a connection just lost, before the loss is known."""
+"""Details of the INTERNAL status that grpc.aio gives to a write on a connection that was just lost."""
 
 _ERROR_OF = {status.value[0]: error for error, status in STATUS_OF.items()}
 
 
 def status_of(error: RuyiFlowError) -> grpc.StatusCode:
-    """The status that tells a caller of this exception."""
+    """Return the gRPC status of an exception."""
     for kind in type(error).__mro__:
         if kind in STATUS_OF:
             return STATUS_OF[kind]
@@ -51,25 +51,25 @@ def status_of(error: RuyiFlowError) -> grpc.StatusCode:
 
 
 def error_of(status: int, details: str, about: str) -> RuyiFlowError:
-    """The exception that a node told: the number of its status, its text, and the node that it is about."""
+    """Return the exception that a node sent: the number of its status, its text, and the node that it is about."""
     kind = _ERROR_OF.get(status, NodeFault)
     return kind(details, node=about) if issubclass(kind, NodeError) else kind(details)
 
 
 def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiFlowError:
-    """The exception that a failed call to a node means."""
+    """Return the exception for a failed call to a node."""
     code, details = error.code(), error.details() or ""
     about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
-    if about is not None:  # the node, or one beyond it, said so itself
+    if about is not None:  # the node, or a deeper one, sent the error itself
         return error_of(code.value[0], details, str(about))
     kind = NodeUnavailable if details == _WRITE_FAILED else _ERROR_OF.get(code.value[0], NodeFault)
     peer = f"node {node!r} at {address}"
     if kind is NodeUnavailable:
         return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
     if kind is DeadlineExceeded:
-        return DeadlineExceeded(f"{peer} gave no answer before the deadline", node=node)
+        return DeadlineExceeded(f"{peer} did not answer before the deadline", node=node)
     if kind is CapacityError:
-        return CapacityError(f"{peer} refused a message that is larger than it takes ({details})", node=node)
+        return CapacityError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})", node=node)
     if kind is RequestCancelled:
         return RequestCancelled(f"the call to {peer} was cancelled", node=node)
     return NodeFault(f"{peer} failed: {code.name} {details}", node=node)

@@ -12,24 +12,12 @@ from typing import Any
 
 import torch
 
-from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.server import Server
-from ruyi_flow.types import (
-    Block,
-    Decision,
-    Encoding,
-    Final,
-    Hop,
-    NodeStatus,
-    Reason,
-    SamplingParams,
-    Stage,
-    Token,
-    Verdict,
-)
+from ruyi_flow.types import Block, Decision, Encoding, Final, Hop, NodeStatus, Reason, Stage, Token, Verdict
 
 _HIDDEN, _MOST, _ROUNDS = 576, 4 * 1024 * 1024, 60
 

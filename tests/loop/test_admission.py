@@ -12,10 +12,10 @@ from ruyi_flow.errors import CapacityError, NodeUnavailable
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.admission import Admission
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.testing import cluster, cut_topology
-from ruyi_flow.types import SamplingParams
 
 POLICY = Policy.resolve(Routing(), (2, 4, 6))
 

@@ -18,6 +18,7 @@ from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.loop.chain import PART, Chain, decode
 from ruyi_flow.loop.next_stage import Uplink
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.drafting import Pace
 from ruyi_flow.routing.policy import Judge, Policy, Routing
@@ -27,7 +28,7 @@ from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import InlineWorker
 from ruyi_flow.testing import tiny_family
-from ruyi_flow.types import Block, Decision, Mode, Reason, SamplingParams, Stage, Verdict
+from ruyi_flow.types import Block, Decision, Mode, Reason, Stage, Verdict
 from tests.conftest import Oracle
 
 EXITS = (1, 3, 4, 6, 7)

@@ -15,6 +15,7 @@ import torch
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, Run
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.runtime.attention import (
     LONG_PAGE,
     BatchedAttention,
@@ -27,7 +28,6 @@ from ruyi_flow.runtime.attention import (
 from ruyi_flow.runtime.cuda_graphs import MAX_ROWS, padded_positions, padded_rows, plan
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
-from ruyi_flow.types import SamplingParams
 from tests.runtime.test_stage import Pipeline
 from tests.runtime.test_worker import POLICY, decoding
 

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from ruyi_flow.errors import NodeFault, RequestError
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.runtime.sampling import Sampler, gumbel
-from ruyi_flow.types import SamplingParams
 
 DEMO = SamplingParams(
     temperature=0.6, top_k=30, top_p=0.95, repetition_penalty=1.2, no_repeat_ngram_size=3, eos_token_ids=(), seed=7

@@ -12,10 +12,11 @@ from ruyi_flow.errors import CapacityError, ContextLengthError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.testing import tiny_family
-from ruyi_flow.types import Mode, SamplingParams
+from ruyi_flow.types import Mode
 
 LOOK_EVERYWHERE = Routing(Mode.TOKEN, threshold=0.5)
 

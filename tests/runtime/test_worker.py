@@ -14,10 +14,11 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.session import Pass
 from ruyi_flow.loop.steps import Task, drive
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import ThreadWorker
-from ruyi_flow.types import Mode, SamplingParams
+from ruyi_flow.types import Mode
 
 POLICY = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), (2, 4, 6))
 

@@ -21,8 +21,8 @@ from ruyi_flow import cli
 from ruyi_flow.errors import CheckpointError, ConfigError, TrainingError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
+from ruyi_flow.family.tokenizer import load_tokenizer
 from ruyi_flow.local import Family, load_family
-from ruyi_flow.serving.answering import load_tokenizer
 from ruyi_flow.testing import free_ports, tiny_family
 from ruyi_flow.training.corpus import Document, chat_prompt, pack_documents
 from ruyi_flow.training.distill import answers, distill

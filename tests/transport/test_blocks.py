@@ -11,13 +11,14 @@ from ruyi_flow.errors import WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.chain import Chain
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
-from ruyi_flow.types import Block, Encoding, Mode, SamplingParams
+from ruyi_flow.types import Block, Encoding, Mode
 
 LIKE = torch.zeros(1)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ruyi_flow.errors import WireError
-from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import NEVER, Policy, Routing
 from ruyi_flow.routing.start import Start
@@ -20,7 +20,6 @@ from ruyi_flow.types import (
     Mode,
     NodeStatus,
     Reason,
-    SamplingParams,
     Stats,
     Token,
     Verdict,

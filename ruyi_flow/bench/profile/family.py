@@ -21,11 +21,13 @@ from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.session import Pass
 from ruyi_flow.loop.steps import Task
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.sim.profile import Profile
-from ruyi_flow.types import SamplingParams, Weights
+from ruyi_flow.testing import open_session
+from ruyi_flow.types import Weights
 
 __all__ = ["profile_family"]
 
@@ -101,7 +103,7 @@ def profile_family(
 async def _handover(shard: Shard, threads: int) -> float:
     """What a task takes on its way to the compute thread and back."""
     worker = ThreadWorker(threads)
-    session = shard.open(Policy.resolve(Routing(draft=0), shard.exits), SamplingParams(), 1, 256)
+    session = open_session(shard, Policy.resolve(Routing(draft=0), shard.exits), SamplingParams(), 1, 256)
     took = []
     try:
         for position in range(60):

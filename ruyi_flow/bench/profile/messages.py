@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ruyi_flow.requests import SessionOpen
+from ruyi_flow.requests import SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.transport import codec
 from ruyi_flow.transport.blocks import BlockCodec
-from ruyi_flow.types import Block, Decision, Encoding, Hop, Reason, SamplingParams, Verdict
+from ruyi_flow.types import Block, Decision, Encoding, Hop, Reason, Verdict
 
 __all__ = ["message_sizes"]
 
@@ -18,7 +18,15 @@ __all__ = ["message_sizes"]
 def message_sizes(hidden: int, vocab: int, policy: Policy) -> dict[str, Any]:
     """Bytes of messages beyond their states; of a token id, those of one in the middle of the vocabulary."""
     encoding = Encoding.BF16
-    opening = SessionOpen("0" * 16, 0, hidden, encoding, 512, 64, SamplingParams(eos_token_ids=(0, 2)), policy)
+    opening = SessionOpen(
+        family="0" * 16,
+        hidden_size=hidden,
+        encoding=encoding,
+        max_positions=512,
+        prompt_length=64,
+        sampling=SamplingParams(eos_token_ids=(0, 2)),
+        policy=policy,
+    )
     blocks = BlockCodec(hidden, encoding)
 
     def question(rows: int) -> int:

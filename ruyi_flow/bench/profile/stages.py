@@ -11,11 +11,13 @@ import torch
 
 from ruyi_flow.bench.report import Report
 from ruyi_flow.loop.session import Pass, Session
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.sim.profile import StageCost
-from ruyi_flow.types import Mode, SamplingParams
+from ruyi_flow.testing import open_session
+from ruyi_flow.types import Mode
 
 __all__ = ["NEAR", "ROWS", "SESSIONS", "ascending", "filled", "measure_stages", "sweep"]
 
@@ -126,7 +128,7 @@ def filled(shard: Shard, positions: int, scale: Scale | None = None) -> Session:
     """A session whose branches all look, with so many positions."""
     policy = Policy.resolve(Routing(mode=Mode.TOKEN, threshold=1.0, draft=0, scale=scale), shard.exits)
     params = SamplingParams(eos_token_ids=())
-    session = shard.open(policy, params, 1, min(shard.config.max_positions, positions + ROWS[-1]))
+    session = open_session(shard, policy, params, 1, min(shard.config.max_positions, positions + ROWS[-1]))
     while len(session.token_ids) < positions:
         list(sweep([session], min(256, positions - len(session.token_ids)), "branch"))
     return session
@@ -151,7 +153,7 @@ def sweep(sessions: Sequence[Session], rows: int, what: str) -> Iterator[float]:
             work = Pass(session, stage, entering, range(start, start + rows) if what == "head" else ())
             work.looks = what != "trunk"
             parts.append((work, rows))
-        sessions[0].shard.run(parts)
+        sessions[0].stages.run(parts)
         yield time.perf_counter() - began
         for work, _ in parts:
             if work.error is not None:

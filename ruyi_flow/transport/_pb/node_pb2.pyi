@@ -181,7 +181,26 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("mode", "thresholds", "deepest", "draft", "scale", "window", "back", "fallback", "limited")
+    __slots__ = ("routing", "thresholds", "deepest", "limited")
+    class ThresholdsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
+    DEEPEST_FIELD_NUMBER: _ClassVar[int]
+    LIMITED_FIELD_NUMBER: _ClassVar[int]
+    routing: Routing
+    thresholds: _containers.ScalarMap[int, float]
+    deepest: int
+    limited: bool
+    def __init__(self, routing: _Optional[_Union[Routing, _Mapping]] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., deepest: _Optional[int] = ..., limited: _Optional[bool] = ...) -> None: ...
+
+class Routing(_message.Message):
+    __slots__ = ("mode", "exit", "threshold", "thresholds", "draft", "scale", "family", "window", "back", "start", "fallback")
     class ThresholdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -190,24 +209,49 @@ class Policy(_message.Message):
         value: float
         def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     MODE_FIELD_NUMBER: _ClassVar[int]
+    EXIT_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
-    DEEPEST_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     BACK_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
-    LIMITED_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
+    exit: int
+    threshold: float
     thresholds: _containers.ScalarMap[int, float]
-    deepest: int
     draft: int
     scale: Scale
+    family: str
     window: int
     back: float
+    start: Start
     fallback: bool
-    limited: bool
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., deepest: _Optional[int] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., window: _Optional[int] = ..., back: _Optional[float] = ..., fallback: _Optional[bool] = ..., limited: _Optional[bool] = ...) -> None: ...
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., exit: _Optional[int] = ..., threshold: _Optional[float] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., family: _Optional[str] = ..., window: _Optional[int] = ..., back: _Optional[float] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., fallback: _Optional[bool] = ...) -> None: ...
+
+class Start(_message.Message):
+    __slots__ = ("weights", "chance")
+    class WeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: Weights
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[Weights, _Mapping]] = ...) -> None: ...
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CHANCE_FIELD_NUMBER: _ClassVar[int]
+    weights: _containers.MessageMap[int, Weights]
+    chance: float
+    def __init__(self, weights: _Optional[_Mapping[int, Weights]] = ..., chance: _Optional[float] = ...) -> None: ...
+
+class Weights(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Scale(_message.Message):
     __slots__ = ("score", "curves")
@@ -311,24 +355,20 @@ class Rewound(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing", "draft", "fallback")
+    __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
-    DRAFT_FIELD_NUMBER: _ClassVar[int]
-    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     text: str
     raw: str
     messages: Messages
     token_ids: TokenIds
     sampling: SamplingParams
     routing: Routing
-    draft: int
-    fallback: bool
-    def __init__(self, text: _Optional[str] = ..., raw: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., draft: _Optional[int] = ..., fallback: _Optional[bool] = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., raw: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ...) -> None: ...
 
 class Messages(_message.Message):
     __slots__ = ("messages",)
@@ -344,67 +384,13 @@ class Message(_message.Message):
     content: str
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
-class Routing(_message.Message):
-    __slots__ = ("mode", "exit", "threshold", "thresholds", "draft", "scale", "family", "window", "back", "start", "fallback")
-    class ThresholdsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: int
-        value: float
-        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
-    MODE_FIELD_NUMBER: _ClassVar[int]
-    EXIT_FIELD_NUMBER: _ClassVar[int]
-    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
-    THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
-    DRAFT_FIELD_NUMBER: _ClassVar[int]
-    SCALE_FIELD_NUMBER: _ClassVar[int]
-    FAMILY_FIELD_NUMBER: _ClassVar[int]
-    WINDOW_FIELD_NUMBER: _ClassVar[int]
-    BACK_FIELD_NUMBER: _ClassVar[int]
-    START_FIELD_NUMBER: _ClassVar[int]
-    FALLBACK_FIELD_NUMBER: _ClassVar[int]
-    mode: Mode
-    exit: int
-    threshold: float
-    thresholds: _containers.ScalarMap[int, float]
-    draft: int
-    scale: Scale
-    family: str
-    window: int
-    back: float
-    start: Start
-    fallback: bool
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., exit: _Optional[int] = ..., threshold: _Optional[float] = ..., thresholds: _Optional[_Mapping[int, float]] = ..., draft: _Optional[int] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., family: _Optional[str] = ..., window: _Optional[int] = ..., back: _Optional[float] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., fallback: _Optional[bool] = ...) -> None: ...
-
-class Start(_message.Message):
-    __slots__ = ("weights", "chance")
-    class WeightsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: int
-        value: Weights
-        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[Weights, _Mapping]] = ...) -> None: ...
-    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
-    CHANCE_FIELD_NUMBER: _ClassVar[int]
-    weights: _containers.MessageMap[int, Weights]
-    chance: float
-    def __init__(self, weights: _Optional[_Mapping[int, Weights]] = ..., chance: _Optional[float] = ...) -> None: ...
-
-class Weights(_message.Message):
-    __slots__ = ("values",)
-    VALUES_FIELD_NUMBER: _ClassVar[int]
-    values: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
-
 class GenerateReply(_message.Message):
-    __slots__ = ("tokens", "final")
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("token", "final")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
-    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    token: Token
     final: Final
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., final: _Optional[_Union[Final, _Mapping]] = ...) -> None: ...
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up")
