@@ -89,10 +89,10 @@ def smollm2() -> Path:
 
 def confidence(family: Family, policy: Policy, exit: int, ids: list[int], logits: torch.Tensor) -> float:
     """What a branch's confidence after some tokens is by its definition."""
-    curve = None if policy.scale is None else policy.scale.curves.get(exit)
-    if policy.scale is None or curve is None:
+    curve = None if policy.routing.scale is None else policy.routing.scale.curves.get(exit)
+    if policy.routing.scale is None or curve is None:
         return float(logits.softmax(-1).max())
-    if policy.scale.score is Score.PROBE:
+    if policy.routing.scale.score is Score.PROBE:
         model = family.model
         cos, sin = Rope(family.config, torch.float32, torch.device("cpu")).at(0, len(ids))
         x = model.run(model.embed(torch.tensor(ids)), 0, exit, (cos, sin), CausalAttention(1))
@@ -108,7 +108,7 @@ def confidence(family: Family, policy: Policy, exit: int, ids: list[int], logits
         Score.MAX_PROBABILITY: first,
         Score.MARGIN: first - second,
         Score.NEGATIVE_ENTROPY: float((chances * chances.log()).sum()),
-    }[policy.scale.score]
+    }[policy.routing.scale.score]
     return float(np.interp(score, curve.scores, curve.chances))
 
 
@@ -137,15 +137,15 @@ class Oracle:
                     continue
                 logits = self.family.logits(torch.tensor([ids]), exit)[0, -1]
                 sure = confidence(self.family, policy, exit, ids, logits)
-                if policy.mode is Mode.CASCADE and exit != policy.deepest:
+                if policy.routing.mode is Mode.CASCADE and exit != policy.deepest:
                     threshold = policy.thresholds[exit]
                     seen[exit].append(sure)
-                    window = ([1.0] * policy.window + seen[exit])[-policy.window :]
-                    mean = sum(window) / policy.window
+                    window = ([1.0] * policy.routing.window + seen[exit])[-policy.routing.window :]
+                    mean = sum(window) / policy.routing.window
                     if exit not in gone and mean < threshold:
                         gone.add(exit)
-                    elif exit in gone and policy.back is not None and len(seen[exit]) >= policy.window:
-                        gone -= {exit} if mean >= policy.back and threshold <= 1 else set()
+                    elif exit in gone and policy.routing.back is not None and len(seen[exit]) >= policy.routing.window:
+                        gone -= {exit} if mean >= policy.routing.back and threshold <= 1 else set()
                     decides = exit not in gone
                 else:
                     decides = exit == policy.deepest or sure >= policy.thresholds[exit]
@@ -161,7 +161,7 @@ class Oracle:
     def _first(self, policy: Policy, prompt: list[int]) -> int:
         """The exit that begins, from the first one's reading of the prompt."""
         exit = self.family.exits[0]
-        if policy.start is None:
+        if policy.routing.start is None:
             return exit
         logits = self.family.logits(torch.tensor([prompt]), exit)[0]
         read = logits[:-1].log_softmax(-1)
@@ -170,9 +170,9 @@ class Oracle:
         means = [float(x.mean()) if len(x) else 0.0 for x in (loss, entropy)]
         sure = confidence(self.family, policy, exit, prompt, logits[-1])
         x = (1.0, *means, math.log(len(prompt)), sure)
-        for p, weights in sorted(policy.start.weights.items()):
+        for p, weights in sorted(policy.routing.start.weights.items()):
             odds = sum(a * b for a, b in zip(weights, x, strict=True))
-            if p < policy.deepest and 1 / (1 + math.exp(-odds)) >= policy.start.chance:
+            if p < policy.deepest and 1 / (1 + math.exp(-odds)) >= policy.routing.start.chance:
                 return p
         return policy.deepest
 

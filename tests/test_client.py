@@ -226,7 +226,7 @@ def test_a_client_outside_its_block_says_so(spoken: Path) -> None:
     for _ in range(2):
         with client:
             assert len(client.generate("hi", max_new_tokens=2, eos_token_ids=()).tokens) == 2
-            with pytest.raises(RequestError, match="open already"):
+            with pytest.raises(RequestError, match="already open"):
                 client.__enter__()
         with pytest.raises(RequestError, match="with block"):
             client.generate("hi")

@@ -39,8 +39,8 @@ def test_ids_that_cannot_be_are_refused(family: Family, ids: Any, message: str) 
     [
         ({"mode": "fast"}, "mode is 'fast'; known: fixed"),
         ({"exit": 3}, "exit 3 is not one"),
-        ({"tempreature": 1.0}, "unexpected keyword argument 'tempreature'"),
-        ({"stop": "x"}, "stop strings are for text"),
+        ({"tempreature": 1.0}, "unknown option 'tempreature'; did you mean 'temperature'"),
+        ({"stop": "x"}, "stop strings need text"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )

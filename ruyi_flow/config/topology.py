@@ -1,7 +1,7 @@
-"""Topology files: which node holds which exits, where it listens, how nodes are linked, and the default policy.
+"""Topology files: which node runs which exits, where it listens, how nodes are linked, and the default policy.
 
-YAML in, frozen and validated models out. A mistake is one `ConfigError` that names the file, the key's path, the value,
-and what to do.
+A YAML file becomes frozen, validated models. A mistake is a `ConfigError` with the file, the key's path, the value, and
+the fix.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def check_address(value: str) -> str:
-    """host:port, or a ValueError that says how to write it."""
+    """Return an address that has the form host:port; otherwise raise a ValueError that says how to write it."""
     match = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
     if match is None or int(match[1]) > 65535:
         raise ValueError("write it as host:port, for instance 127.0.0.1:7101 or [::1]:7101")
@@ -45,7 +45,7 @@ def check_address(value: str) -> str:
 
 
 def _not_bool(value: object) -> object:
-    if isinstance(value, bool):  # YAML has yes and no for them, and Python takes both for numbers
+    if isinstance(value, bool):  # YAML reads yes and no as booleans, and Python takes booleans for numbers
         raise ValueError("must be a number")
     return value
 
@@ -56,87 +56,91 @@ Float = Annotated[float, BeforeValidator(_not_bool)]
 
 
 class Model(BaseModel):
-    """A part of a file: frozen, and without keys that it does not know."""
+    """A part of a file: it is frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Limits(Model):
-    """What a node refuses to exceed."""
+    """The limits of a node."""
 
     max_sessions: Int = Field(default=16, ge=1)
-    """Sessions at once."""
+    """Largest number of sessions at the same time."""
     max_waiting: Int = Field(default=64, ge=0)
-    """Sessions that may wait for room, in order; what is past them is refused at once."""
+    """Number of sessions that may wait for capacity, in order of arrival; further ones are refused at once."""
     max_wait_s: Float = Field(default=10.0, gt=0, le=1e6)
-    """How long each of them may wait, before it is refused; less than the `timeout_s` of the links that lead here, or
-    their callers give up first."""
+    """Seconds that a session may wait before it is refused. It should be less than the `timeout_s` of the links to this
+    node, or the callers give up first."""
     max_positions: Int = Field(default=16384, ge=64, le=2**26)
-    """Positions of keys and values, over all sessions."""
+    """KV cache positions over all sessions; a request reserves its prompt and its `max_new_tokens`."""
     max_step_positions: Int = Field(default=256, ge=1, le=2**20)
-    """That go through the layers at once, over all sessions; a longer prompt takes several steps, and others' tokens
-    join in each."""
+    """Most positions computed in one step, over all sessions. A longer prompt takes several steps, and other sessions'
+    tokens join each of them."""
     max_message_bytes: Int = Field(default=4 * 1024 * 1024, ge=64 * 1024, le=2**31 - 1)
-    """Of one message on the wire; a longer prompt travels in several."""
+    """Largest message in bytes that the node accepts; a longer prompt is sent in several."""
     grace_s: Float = Field(default=10.0, ge=0, le=1e6)
-    """How long running sessions may go on after SIGTERM."""
+    """Seconds that running sessions may continue after SIGTERM."""
     deepest: Int | None = None
-    """The deepest exit that an answer through this node may reach; tokens that it stops say `limit`."""
+    """Deepest exit that an answer through this node may reach; tokens stopped there have the reason `limit`."""
     bytes_up_per_minute: Int | None = Field(default=None, ge=1)
-    """Of boundary states to the next node; what is past it is decided here, and says `budget`."""
+    """Bytes of boundary states that the node may send per minute. Past it, this node decides, with the reason `budget`.
+    Default: no limit."""
 
 
 class Node(Model):
-    """A daemon that serves consecutive stages."""
+    """A node: a daemon that runs consecutive stages of the family."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the node."""
     tier: str | None = None
-    """Any label: device, edge, cloud, …; the node's name when left out."""
+    """Label such as device, edge or cloud. Default: the node's name."""
     address: Address | None = None
-    """host:port to listen on and to be reached at; a topology of one node needs none."""
+    """host:port to listen on and to be reached at. A topology of one node needs none: its clients run the node."""
     exits: tuple[Int, ...] = Field(min_length=1)
-    """The exits of its stages, ascending."""
+    """Exits of the node's stages, ascending."""
     dtype: Dtype = "bfloat16"
-    """Number format of the layers, and of their keys and values."""
+    """Number format of the layers and of the KV cache."""
     weights: Weights | None = None
-    """bf16, int8 or int4: how products hold their weights. Left out: as the shard, or else the family, has them."""
+    """Number format of the weight matrices: bf16, int8 or int4. Default: that of the shard or the family."""
     device: str = "cpu"
-    """A torch device: cpu, cuda, cuda:1."""
+    """Torch device: cpu, cuda, cuda:1."""
     compile: bool = False
-    """Whether the trunk's layers go through `torch.compile` as the node loads; on a CPU that is slower."""
+    """Whether the trunk's layers run through `torch.compile`; on a CPU that is slower."""
     threads: Int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of the forward pass; torch's default when left out. Nodes that share cores must share them out."""
+    """CPU threads of the forward pass. Default: torch's own. Nodes on one machine must divide its cores."""
     cores: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
-    """CPU cores that the daemon stays on (Linux): big ones of a phone, those of one memory bank, or, for nodes of one
-    machine that take turns, the same one. Any, when left out."""
+    """CPU cores that the daemon is pinned to (Linux), for instance the big cores of a phone. Default: all."""
     shard: Path | None = None
-    """Folder of this node's shard (`ruyi-flow shard`); without it the node picks its tensors out of the family."""
+    """Folder of the node's shard, made by `ruyi-flow shard`. Default: the node reads its tensors from the family."""
     limits: Limits = Limits()
+    """The node's limits."""
 
     @property
     def label(self) -> str:
-        """The tier, or the name where no tier is given."""
+        """The tier, or the name of a node without one."""
         return self.tier or self.name
 
 
 class Link(Model):
-    """How a node reaches the next one."""
+    """The connection of a node to the next one."""
 
     source: str = Field(alias="from")
+    """Name of the node that sends."""
     target: str = Field(alias="to")
+    """Name of the next node."""
     encoding: Encoding = Encoding.BF16
-    """How boundary states are written on it."""
+    """Encoding of boundary states: f32, bf16, f16, or int8 with one scale per position."""
     address: Address | None = None
-    """Dial this instead of the target's own address: a proxy, a tunnel, a relay."""
+    """host:port to dial, for instance of a tunnel. Default: the target's address."""
     upload: Upload = Upload.ON_DEMAND
-    """`ahead` sends states of decided tokens up while the link is idle, so that a question finds its catch-up done."""
+    """When boundary states are sent: `on-demand` with a question, or `ahead` while the link is idle."""
     ahead_bytes: Int = Field(default=16 * 1024 * 1024, ge=1)
-    """Of a session, that may go up ahead of any question."""
+    """Bytes that one session may upload ahead of questions."""
     timeout_s: Float = Field(default=30.0, gt=0, le=1e6)
-    """Deadline of one block's answer over this link, everything beyond it included."""
+    """Seconds that one answer over this link may take, including the work of all deeper nodes."""
 
     def row_bytes(self, hidden_size: int) -> int:
-        """Bytes of one position on it: its boundary state, its token id, and its part of the frame."""
+        """Return the bytes of one position on the link: its state, its token id, and its share of the frame."""
         return self.encoding.row_bytes(hidden_size) + 16
 
 
@@ -163,14 +167,16 @@ class DefaultPolicy(Model):
 
 
 class Topology(Model):
-    """Nodes from the user's device to the deepest one, in order."""
+    """A family, the nodes that run it from shallow to deep, the links between them, and the default policy."""
 
     family: str
-    """A folder, or a name in the local store (`ruyi-flow pull`)."""
+    """Folder of the family, or its name in the local store (`ruyi-flow pull`)."""
     exits: tuple[Int, ...] | None = None
-    """The exits to give to an ordinary checkpoint, which has none of its own."""
+    """Exits to give to an ordinary checkpoint, which has none of its own. Default: the family's own."""
     nodes: tuple[Node, ...] = Field(min_length=1)
+    """The nodes, from shallow to deep."""
     links: tuple[Link, ...] = ()
+    """One link from each node to the next one."""
     policy: DefaultPolicy = DefaultPolicy()
     """The routing of requests that set none."""
 
@@ -197,7 +203,7 @@ class Topology(Model):
 
     @classmethod
     def parse(cls, data: object, *, where: str = "topology") -> Topology:
-        """Check a topology that is already a mapping; `where` names it in messages."""
+        """Check a topology that is already a mapping; `where` names it in error messages."""
         if not isinstance(data, dict):
             raise ConfigError(f"{where}: a topology is a mapping with the keys family, nodes, links and policy")
         try:
@@ -212,7 +218,7 @@ class Topology(Model):
         return self.policy.routing()
 
     def ahead_of(self, name: str, row_bytes: int) -> int:
-        """Positions of a session that a node may send up ahead of any question."""
+        """Return the number of positions that one session on a node may upload ahead of questions."""
         hop = self.next_of(name)
         if hop is None or hop[1].upload is Upload.ON_DEMAND:
             return 0
@@ -220,7 +226,7 @@ class Topology(Model):
 
     @property
     def entry(self) -> Node:
-        """The node that a client talks to: the shallowest."""
+        """The entry node, which clients talk to: the shallowest one."""
         return self.nodes[0]
 
     @property
@@ -229,10 +235,10 @@ class Topology(Model):
         return tuple(p for node in self.nodes for p in node.exits)
 
     def node(self, name: str) -> Node:
-        """The node of that name.
+        """Return the node of a name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such node.
         """
         for node in self.nodes:
             if node.name == name:
@@ -241,7 +247,7 @@ class Topology(Model):
         raise ConfigError(f"no node {name!r} in this topology; it has {names}{did_you_mean(name, names)}")
 
     def next_of(self, name: str) -> tuple[Node, Link] | None:
-        """The next deeper node and the link to it, or None for the deepest node."""
+        """Return the next deeper node and the link to it, or None for the deepest node."""
         index = self.nodes.index(self.node(name))
         if index + 1 == len(self.nodes):
             return None
@@ -252,10 +258,10 @@ class Topology(Model):
         raise AssertionError("checked by _cross_check")
 
     def check_family(self, exits: Sequence[int], *, where: str = "topology") -> None:
-        """Check the nodes' exits against the exits that the family has.
+        """Check the nodes' exits against those of the family.
 
         Raises:
-            ConfigError: an exit the family lacks, or exits of the family that no node holds.
+            ConfigError: the family does not have an exit, or no node has an exit of the family.
         """
         for i, node in enumerate(self.nodes):
             for p in node.exits:
@@ -267,15 +273,15 @@ class Topology(Model):
         missing = [p for p in exits if p not in self.all_exits]
         if missing:
             raise ConfigError(
-                f"{where}: nodes: no node holds exit {missing[0]} of family {self.family!r} ({list(exits)}); "
+                f"{where}: nodes: no node has exit {missing[0]} of family {self.family!r} ({list(exits)}); "
                 "every stage of the trunk needs a node: add it to a node's exits"
             )
 
     def check_bytes(self, hidden_size: int, *, where: str = "topology") -> None:
-        """Check the bytes that may go up on each link against the size of the family's boundary states.
+        """Check the byte limits of nodes and links against the size of the family's boundary states.
 
         Raises:
-            ConfigError: so few that nothing would ever go up.
+            ConfigError: a limit is so low that nothing would ever be sent.
         """
         for i, link in enumerate(self.links):
             row, node = link.row_bytes(hidden_size), self.node(link.source)
@@ -287,8 +293,8 @@ class Topology(Model):
             allowed = node.limits.bytes_up_per_minute
             if allowed is not None and allowed < row:
                 raise ConfigError(
-                    f"{where}: nodes.{self.nodes.index(node)}.limits.bytes_up_per_minute: {allowed} are less than the "
-                    f"{row} of one position, so nothing would ever go up; allow more, or say limits.deepest: "
+                    f"{where}: nodes.{self.nodes.index(node)}.limits.bytes_up_per_minute: {allowed} is less than "
+                    f"one position ({row} bytes), so nothing would ever be sent; raise it, or set limits.deepest: "
                     f"{node.exits[-1]}"
                 )
 
@@ -299,14 +305,14 @@ class Topology(Model):
         names = [node.name for node in self.nodes]
         for i, name in enumerate(names):
             if name in names[:i]:
-                fail(f"nodes.{i}.name", f"{name!r} is the name of nodes.{names.index(name)} already; rename one")
+                fail(f"nodes.{i}.name", f"{name!r} is already the name of nodes.{names.index(name)}; rename one")
         last = 0
         for i, node in enumerate(self.nodes):
             for p in node.exits:
                 if p <= last:
                     fail(
                         f"nodes.{i}.exits",
-                        f"{list(node.exits)} does not go on from exit {last}; "
+                        f"{list(node.exits)} does not continue after exit {last}; "
                         "list nodes and exits from shallow to deep, each exit once",
                     )
                 last = p
@@ -322,19 +328,22 @@ class Topology(Model):
                     "a link leads from a node to the next deeper one",
                 )
             if any((link.source, link.target) == (other.source, other.target) for other in self.links[:i]):
-                fail(f"links.{i}", f"{link.source} → {link.target} is there twice; keep one")
+                fail(f"links.{i}", f"{link.source} → {link.target} is listed twice; remove one")
             if link.upload is not Upload.AHEAD and link.ahead_bytes != Link.model_fields["ahead_bytes"].default:
-                fail(f"links.{i}.ahead_bytes", "goes with upload: ahead; add that, or leave it out")
+                fail(f"links.{i}.ahead_bytes", "requires upload: ahead; add that, or remove the key")
         for i, node in enumerate(self.nodes):
             deepest = node.limits.deepest
             if deepest is not None and (deepest not in self.all_exits or deepest < node.exits[0]):
                 choices = [p for p in self.all_exits if p >= node.exits[0]]
                 fail(f"nodes.{i}.limits.deepest", f"{deepest} must be an exit of this node or a deeper one: {choices}")
             if node.limits.bytes_up_per_minute is not None and i + 1 == len(self.nodes):
-                fail(f"nodes.{i}.limits.bytes_up_per_minute", f"{node.name!r} is the deepest node; it sends nothing up")
+                fail(
+                    f"nodes.{i}.limits.bytes_up_per_minute",
+                    "the deepest node sends nothing; remove the key",
+                )
         for i, node in enumerate(self.nodes):
             if node.weights is Weights.BF16 and node.dtype != "bfloat16":
-                fail(f"nodes.{i}.weights", f"bf16 goes with dtype: bfloat16, not with {node.dtype}; leave weights out")
+                fail(f"nodes.{i}.weights", f"bf16 requires dtype: bfloat16, not {node.dtype}; remove weights")
         linked = {(link.source, link.target) for link in self.links}
         for a, b in zip(names, names[1:], strict=False):
             if (a, b) not in linked:
@@ -350,19 +359,17 @@ class Topology(Model):
         seen: dict[str, int] = {}
         for i, node in enumerate(self.nodes):
             if node.address is None:
-                raise ConfigError(
-                    f"{where}: nodes.{i}.address: node {node.name!r} has none; with several nodes each needs host:port"
-                )
+                raise ConfigError(f"{where}: nodes.{i}.address: node {node.name!r} needs an address (host:port)")
             if node.address in seen and not node.address.endswith(":0"):
                 raise ConfigError(
-                    f"{where}: nodes.{i}.address: {node.address} is taken by nodes.{seen[node.address]}; "
+                    f"{where}: nodes.{i}.address: {node.address} is already the address of nodes.{seen[node.address]}; "
                     "pick another port"
                 )
             seen[node.address] = i
 
 
 def resolve_folder(family: str, base: Path, where: str) -> str:
-    """A relative folder is meant from the topology's own folder; a name stays a name."""
+    """Return a folder relative to the topology's own folder; a name of the store stays a name."""
     try:
         folder = base / Path(family).expanduser()
         return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family

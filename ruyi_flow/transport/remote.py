@@ -183,8 +183,8 @@ class RemoteStage:
             self._answer = None
             batches.forget(self._number)
         if data:
-            self._queue(data)
-            self._raise_error()
+            if not self._queue(data):
+                self._raise_error()
         else:
             self._number = 0  # a proxy in between sends the streams to different nodes
         return bool(data)
@@ -197,8 +197,8 @@ class RemoteStage:
             while (data := await call.read()) is not grpc.aio.EOF:
                 if not self._owed:
                     raise WireError(f"node {peer.name!r} sent a reply that nothing asked for", node=peer.name)
-                self._owed -= 1
-                self._queue(data)
+                if self._queue(data):
+                    self._owed -= 1
                 self._wake()
             code, details = await call.code(), await call.details()
             if code is not grpc.StatusCode.OK:
@@ -210,21 +210,22 @@ class RemoteStage:
             error = failure
         self._end(error)
 
-    def _queue(self, data: bytes) -> None:
-        """Parse a reply and queue it; a failure ends the session."""
+    def _queue(self, data: bytes) -> bool:
+        """Parse a reply and queue it. A failure ends the session instead; return whether it was queued."""
         if self._waiting_since is not None:
             self._waiting_since = time.monotonic()  # the node is alive
         try:
             reply = codec.parse(pb.SessionReply, data)
         except WireError as error:
             self._end(WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name))
-            return
+            return False
         if reply.HasField("failure"):
             self._end(error_of(reply.failure.status, reply.failure.message, reply.failure.node))
-            return
+            return False
         if reply.HasField("opened"):
             self._number = reply.opened.session
         self._replies.append((reply, len(data)))
+        return True
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

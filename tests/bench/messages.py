@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
+from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
@@ -71,9 +71,17 @@ async def _round_ms(address: str, sessions: int, together: bool) -> float:
     """Milliseconds of a round in which every session sends a state and gets its verdict."""
     peer = Peer("deep", address, max_message_bytes=_MOST)
     if not together:
-        peer.together.takes = lambda message: False  # type: ignore[method-assign]
+        peer.batches.accepts = lambda message: False  # type: ignore[method-assign]
     policy = Policy.resolve(Routing(), (5, 29))
-    opening = SessionOpen("family", 6, _HIDDEN, Encoding.BF16, 4096, 1, SamplingParams(), policy)
+    opening = SessionOpen(
+        family="family",
+        first_layer=6,
+        hidden_size=_HIDDEN,
+        encoding=Encoding.BF16,
+        max_positions=4096,
+        prompt_length=1,
+        policy=policy,
+    )
     stages = [RemoteStage(peer, opening, timeout_s=30) for _ in range(sessions)]
     states = torch.zeros(1, _HIDDEN, dtype=torch.bfloat16)
 

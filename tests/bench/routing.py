@@ -33,12 +33,15 @@ POLICY = Path("configs/policies/smollm2-5-percent.yaml")
 def bench_policy(rounds: int) -> dict[str, Any]:
     """What the policy takes for one token at one exit: its curve, its judgment, the walk; microseconds."""
     file, found, n = PolicyFile.load(POLICY), dict[str, Any](), 20_000
-    scale = file.routing().scale
+    scale = Routing().updated(file.options({})).scale
     assert scale is not None
     exits = (*file.thresholds, 29)
     curve, first = scale.curves[exits[0]], exits[0]
     numbers = np.random.default_rng(0).random(n).tolist()
-    for name, routing in (("token", file.routing()), ("cascade", Routing(Mode.CASCADE, threshold=0.2, window=16))):
+    for name, routing in (
+        ("token", Routing().updated(file.options({}))),
+        ("cascade", Routing(Mode.CASCADE, threshold=0.2, window=16)),
+    ):
         policy, spent = Policy.resolve(routing, exits), []
         for _ in range(rounds):
             judge = Judge(policy, first)

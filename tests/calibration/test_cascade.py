@@ -61,7 +61,7 @@ def test_a_trace_is_followed_as_the_running_system_decides(seed: int) -> None:
     policy = Policy.resolve(Routing(Mode.CASCADE, threshold=bound, window=window), HEADER.exits)
     first = HEADER.exits[int(generator.integers(0, 3))]
     judges = [Judge(policy.starting_at(first), p) for p in HEADER.exits]
-    expected = [next(j.exit for j in judges if j.sure(i, float(sure[j.exit][i]))) for i in range(30)]
+    expected = [next(j.exit for j in judges if j.decide(i, float(sure[j.exit][i]))) for i in range(30)]
     parts = follow(HEADER, sure, bound, window, first)
     assert [part.exit for part in parts for _ in range(part.start, part.stop)] == expected
 
@@ -99,7 +99,7 @@ def test_a_cascade_saves_compute_and_keeps_its_bound_on_new_prompts(scored: bool
 
 def replayed(trace: Trace, policy: PolicyFile) -> tuple[float, float]:
     """Worth of a policy's answers over the last exit's, by the policy's own objects; and the share decided early."""
-    routing = policy.routing()
+    routing = Routing().updated(policy.options({}))
     resolved, scale = Policy.resolve(routing, trace.header.exits), routing.scale
     assert scale is not None
     mine = last = early = tokens = 0.0
@@ -110,7 +110,7 @@ def replayed(trace: Trace, policy: PolicyFile) -> tuple[float, float]:
         start = 2 if resolved.start is None else resolved.start.exit(reading, 6)
         judges = [Judge(resolved.starting_at(start), p) for p in trace.header.exits]
         at = [
-            next(j.exit for j in judges if j.sure(i, sure.get(j.exit, [1.0] * 99)[i]))
+            next(j.exit for j in judges if j.decide(i, sure.get(j.exit, [1.0] * 99)[i]))
             for i in range(len(record.answer))
         ]
         agrees = [record.exits[p].tokens[i] == record.answer[i] for i, p in enumerate(at)]
@@ -135,7 +135,7 @@ def test_a_policy_file_carries_a_cascade(tmp_path: Path) -> None:
     found.policy.save(tmp_path / "p.yaml")
     read = PolicyFile.load(tmp_path / "p.yaml")
     assert read == found.policy and read.mode is Mode.CASCADE
-    routing = read.routing()
+    routing = Routing().updated(read.options({}))
     assert routing.mode is Mode.CASCADE and routing.window == 8 and dict(routing.thresholds or {}) == read.thresholds
     assert read.start is None or isinstance(routing.start, Start)
     assert found.tested in found.frontier

@@ -16,7 +16,7 @@ from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.routing.policy import Policy
+from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import Mode
 from tests.calibration.test_thresholds import HEADER, made
 
@@ -32,7 +32,7 @@ def test_a_policy_comes_back(tmp_path: Path) -> None:
     policy = PolicyFile.load(write(tmp_path / "p.yaml", promise={"max_disagreement": 0.05}))
     policy.save(tmp_path / "q.yaml")
     assert PolicyFile.load(tmp_path / "q.yaml") == policy
-    routing = policy.routing()
+    routing = Routing().updated(policy.options({}))
     assert routing.thresholds == {2: 0.5, 4: 0.4} and routing.scale is not None and routing.family == "f" * 64
 
 
@@ -43,10 +43,10 @@ def test_a_policy_comes_back(tmp_path: Path) -> None:
         ({"treshold": 1}, "unknown key.*did you mean"),
         ({"thresholds": {2: -1.0}}, "a threshold is -1.0"),
         ({"curves": {2: {"temperature": 1.0, "scores": [1.0, 0.0], "chances": [0.0, 1.0]}}}, "its points must ascend"),
-        ({"thresholds": {2: 0.5, 3: 0.4}}, "p.yaml: curves: exit 3 has none, and its threshold of 0.4"),
-        ({"back": 0.9}, "p.yaml: back: goes with mode 'cascade', this is for mode 'token'"),
-        ({"window": 3}, "p.yaml: window: goes with mode 'cascade'"),
-        ({"start": {"weights": {2: [0.0] * 5}, "chance": 0.5}}, "p.yaml: start: goes with mode 'cascade'"),
+        ({"thresholds": {2: 0.5, 3: 0.4}}, "p.yaml: curves: exit 3 has none, but its threshold of 0.4"),
+        ({"back": 0.9}, "p.yaml: back requires mode 'cascade', not 'token'"),
+        ({"window": 3}, "p.yaml: window requires mode 'cascade'"),
+        ({"start": {"weights": {2: [0.0] * 5}, "chance": 0.5}}, "p.yaml: start requires mode 'cascade'"),
     ],
 )
 def test_files_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -66,7 +66,7 @@ def test_a_policy_of_other_exits_is_refused_in_every_mode(
 ) -> None:
     curve = {"temperature": 1.0, "scores": [0.0, 1.0], "chances": [0.0, 1.0]}
     path = write(tmp_path / "p.yaml", thresholds={curved[0]: 0.5}, curves=dict.fromkeys(curved, curve))
-    routing = PolicyFile.load(path).routing(mode)
+    routing = Routing().updated(PolicyFile.load(path).options({} if mode is None else {"mode": mode}))
     with pytest.raises(RequestError, match="exit 7 is not one of the family's exits"):
         Policy.resolve(routing, (2, 4, 6))
 
@@ -87,16 +87,16 @@ def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path:
         assert all(0 <= t.confidence <= 1 for t in client.generate("hi", policy=never, **asked).tokens)
         exact = client.generate("hi", policy=never, mode="exact", draft=3, **asked)
         assert exact.token_ids == client.generate("hi", mode="exact", **asked).token_ids
-        with pytest.raises(RequestError, match="calibrated for family ffffffffffff, this is"):
+        with pytest.raises(RequestError, match="calibrated for family ffffffffffff; this family is"):
             client.generate("hi", policy=other, **asked)
         probes = write(tmp_path / "probes.yaml", family=fingerprint, score="probe")
         with pytest.raises(RequestError, match="the branch at exit 2 has none"):
             client.generate("hi", policy=probes, **asked)
-        with pytest.raises(RequestError, match="threshold goes without policy"):
+        with pytest.raises(RequestError, match="threshold cannot be combined with a policy file"):
             client.generate("hi", policy=never, threshold=0.5, **asked)
     for policy, message in (
         ({"file": "none.yaml"}, "no such policy file"),
-        ({"file": "always.yaml", "threshold": 0.5}, "policy.threshold: goes without policy.file"),
+        ({"file": "always.yaml", "threshold": 0.5}, "policy: threshold cannot be combined with a policy file"),
         ({"file": "always.yaml", "mode": "fixed"}, "was calibrated for mode 'token', not for 'fixed'"),
     ):
         path.write_text(yaml.safe_dump(data | {"policy": policy}))

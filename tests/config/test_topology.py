@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ruyi_flow.config.topology import LEAST_AHEAD, Limits, Link, Node, PolicyDefaults, Topology
+from ruyi_flow.config.topology import Limits, Link, Node, Topology
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.routing.policy import Routing
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.testing import cut_topology
-from ruyi_flow.types import Encoding, Mode, Upload
+from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Encoding, Mode, Upload
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -43,8 +44,7 @@ def test_a_topology_knows_its_chain() -> None:
     assert topology.next_of("cloud") is None
     target, link = topology.next_of("device") or (None, None)
     assert target is not None and target.name == "edge" and link is not None and link.encoding is Encoding.BF16
-    assert topology.node_of(23).name == "edge"
-    assert topology.policy.routing("").mode is Mode.EXACT
+    assert topology.routing().mode is Mode.EXACT
 
 
 def change(path: str, value: Any) -> dict[str, Any]:
@@ -76,17 +76,17 @@ def change(path: str, value: Any) -> dict[str, Any]:
             {"deepest": 3},
             ["nodes.0.limits.deepest", "3 must be an exit of this node or a deeper one"],
         ),
-        ("nodes.2.limits", {"bytes_up_per_minute": 9}, ["nodes.2.limits.bytes_up_per_minute", "sends nothing up"]),
-        ("policy", {"mode": "exact", "back": 0.5}, ["policy", "go with mode 'cascade'"]),
+        ("nodes.2.limits", {"bytes_up_per_minute": 9}, ["nodes.2.limits.bytes_up_per_minute", "sends nothing"]),
+        ("policy", {"mode": "exact", "back": 0.5}, ["policy", "back requires mode 'cascade'"]),
         ("nodes.1.limits", {"max_session": 3}, ["nodes.1.limits.max_session", "did you mean 'max_sessions'?"]),
-        ("policy", {"mod": "exact"}, ["policy.mod", "did you mean 'mode'?"]),
-        ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not go on from exit 11"]),
+        ("policy", {"mod": "exact"}, ["policy", "'mod'", "did you mean 'mode'?"]),
+        ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not continue after exit 11"]),
         ("nodes.1.exits", [23, 17], ["nodes.1.exits", "from shallow to deep"]),
         ("nodes.1.exits", [], ["nodes.1.exits", "at least one"]),
-        ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is taken by nodes.0"]),
+        ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is already the address of nodes.0"]),
         ("nodes.2.address", "localhost", ["nodes.2.address", "'localhost'", "host:port"]),
-        ("nodes.2.address", None, ["nodes.2.address", "'cloud' has none"]),
-        ("nodes.2.name", "edge", ["nodes.2.name", "'edge' is the name of nodes.1 already"]),
+        ("nodes.2.address", None, ["nodes.2.address", "'cloud' needs an address"]),
+        ("nodes.2.name", "edge", ["nodes.2.name", "'edge' is already the name of nodes.1"]),
         ("nodes.2.address", "http://127.0.0.1:7103", ["nodes.2.address", "host:port"]),
         ("nodes.2.address", "127.0.0.1: 7103", ["nodes.2.address", "host:port"]),
         ("nodes.0.dtype", "bf16", ["nodes.0.dtype", "'bf16'", "bfloat16"]),
@@ -103,20 +103,20 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("links.0.to", "edg", ["links.0.to", "no node 'edg'", "did you mean 'edge'?"]),
         ("links.0.to", "cloud", ["links.0", "device → cloud skips"]),
         ("links.1", None, ["links", "'cloud' cannot be reached from 'edge'", "{from: edge, to: cloud}"]),
-        ("links.-", {"from": "edge", "to": "cloud"}, ["links.2", "is there twice"]),
+        ("links.-", {"from": "edge", "to": "cloud"}, ["links.2", "is listed twice"]),
         ("links.0.encoding", "int4", ["links.0.encoding", "'int4'"]),
         ("links.0.timeout_s", -1, ["links.0.timeout_s", "-1"]),
-        ("links.0.ahead_bytes", 4096, ["links.0.ahead_bytes", "goes with upload: ahead"]),
+        ("links.0.ahead_bytes", 4096, ["links.0.ahead_bytes", "requires upload: ahead"]),
         (
             "links.0",
             {"from": "device", "to": "edge", "upload": "ahead", "ahead_bytes": 0},
             ["links.0.ahead_bytes", "0: must be 1 or more"],
         ),
         ("family", None, ["family", "required"]),
-        ("policy", {"mode": "token"}, ["policy", "needs a threshold"]),
+        ("policy", {"mode": "token"}, ["policy", "requires a threshold"]),
         ("policy", {"mode": "fixed", "exit": 6}, ["policy", "exit 6 is not one of"]),
-        ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "go with modes 'token' and 'cascade'"]),
-        ("policy", {"draft": -1}, ["policy.draft", "-1"]),
+        ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "threshold requires mode 'token' or 'cascade'"]),
+        ("policy", {"draft": -1}, ["policy", "draft is -1"]),
     ],
 )
 def test_a_mistake_names_file_key_and_fix(tmp_path: Path, path: str, value: Any, parts: list[str]) -> None:
@@ -166,7 +166,7 @@ def test_exits_are_checked_against_the_family() -> None:
     topology = Topology.parse(three())
     with pytest.raises(ConfigError, match=r"nodes\.0\.exits: 5 is not an exit of family 'smollm2'.*\[7, 11"):
         topology.check_family((7, 11, 17, 23, 29))
-    with pytest.raises(ConfigError, match="no node holds exit 3"):
+    with pytest.raises(ConfigError, match="no node has exit 3"):
         topology.check_family((3, 5, 11, 17, 23, 29))
 
 
@@ -176,13 +176,13 @@ def test_bytes_that_let_nothing_up_are_refused_where_the_familys_size_is_known()
     data["nodes"][1]["limits"] = {"bytes_up_per_minute": 2 * 32 + 16}
     topology = Topology.parse(data)
     topology.check_bytes(32)
-    assert topology.ahead_of("device", 32 + 4 + 16) == LEAST_AHEAD
+    assert topology.ahead_of("device", 32 + 4 + 16) == MIN_UPLOAD_POSITIONS
     data["links"][0]["ahead_bytes"] -= 1
-    with pytest.raises(ConfigError, match=r"links\.0\.ahead_bytes: 415 are less than the 416 of 8 positions"):
+    with pytest.raises(ConfigError, match=r"links\.0\.ahead_bytes: 415 is less than 8 positions \(416 bytes\)"):
         Topology.parse(data).check_bytes(32)
     data["links"][0] |= {"ahead_bytes": 416}
     data["nodes"][1]["limits"]["bytes_up_per_minute"] -= 1
-    with pytest.raises(ConfigError, match=r"nodes\.1\.limits\.bytes_up_per_minute: 79 are less than the 80 of one pos"):
+    with pytest.raises(ConfigError, match=r"limits\.bytes_up_per_minute: 79 is less than one position \(80 bytes\)"):
         Topology.parse(data).check_bytes(32)
 
 
@@ -190,7 +190,7 @@ def test_a_node_refuses_bytes_that_let_nothing_up(tiny: Path) -> None:
     [link] = cut_topology(tiny, [[2], [4, 6]]).links
     few = link.model_copy(update={"upload": Upload.AHEAD, "ahead_bytes": 100})
     topology = cut_topology(tiny, [[2], [4, 6]]).model_copy(update={"links": (few,)})
-    with pytest.raises(ConfigError, match=r"t\.yaml: links\.0\.ahead_bytes: 100 are less than"):
+    with pytest.raises(ConfigError, match=r"t\.yaml: links\.0\.ahead_bytes: 100 is less than"):
         Engine.load(topology, "n0", where="t.yaml")
 
 
@@ -213,7 +213,9 @@ def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, tiny: P
 
 def test_the_reference_has_every_key() -> None:
     text = (Path(__file__).parents[2] / "docs" / "topology.md").read_text()
-    for model, prefix in ((Topology, ""), (Node, ""), (Link, ""), (Limits, "limits."), (PolicyDefaults, "")):
+    for name in {"file"} | Routing.names() - {"start", "scale", "family"}:
+        assert f"`{name}`" in text, name
+    for model, prefix in ((Topology, ""), (Node, ""), (Link, ""), (Limits, "limits.")):
         for name, field in model.model_fields.items():
             if name != "limits":
                 assert f"`{prefix}{field.alias or name}`" in text, name

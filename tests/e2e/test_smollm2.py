@@ -74,7 +74,7 @@ async def test_fixed_over_nodes_is_the_family_in_one_process(family: Family, smo
         for draft in (0, 4):
             reply = await client.generate(PROMPTS[1], mode="fixed", exit=exit, draft=draft, max_new_tokens=16)
             assert reply.token_ids == expected
-            assert nodes.engines["n2"].shard.pool.used == 0, "nothing goes deeper than the exit"
+            assert nodes.engines["n2"].shard.capacity.pool.used == 0, "nothing goes deeper than the exit"
         await nodes.settle()
 
 

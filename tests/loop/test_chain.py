@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,22 +18,34 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.loop.chain import PART, Chain, decode
-from ruyi_flow.loop.next_stage import Uplink
+from ruyi_flow.loop.next_stage import NextStage, Uplink
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.confidence import Curve, Scale, Score
-from ruyi_flow.routing.drafting import Pace
+from ruyi_flow.routing.drafting import DraftCosts
 from ruyi_flow.routing.policy import Judge, Policy, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import InlineWorker
-from ruyi_flow.testing import tiny_family
+from ruyi_flow.testing import open_session, tiny_family
 from ruyi_flow.types import Block, Decision, Mode, Reason, Stage, Verdict
 from tests.conftest import Oracle
 
 EXITS = (1, 3, 4, 6, 7)
 CUTS = [[EXITS], [(1,), (3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3,), (4,), (6,), (7,)]]
+
+
+def chained(
+    session: ShardSession,
+    node: str,
+    make: Callable[[Policy], Stage] | None = None,
+    kind: type[Chain] = Chain,
+    costs: DraftCosts | None = None,
+    **options: Any,
+) -> Chain:
+    """A chain of a session, whose next stage is made by `make` and has these options."""
+    return kind(session, InlineWorker(), node, next_stage=NextStage(session, make, **options), costs=costs)
 
 
 class World:
@@ -54,22 +67,22 @@ class World:
         prompt: list[int],
         count: int,
         ahead: int = 0,
-        pace: Pace | None = None,
+        costs: DraftCosts | None = None,
     ) -> tuple[list[Decision], int]:
         """Decided tokens and escalations, with the shards chained directly; checks every cache afterwards.
 
         Args:
             ahead: positions that each node may send up before they are asked for.
-            pace: the entry node's.
+            costs: the entry node's.
         """
         pieces = self.cuts[cut]
         policy = Policy.resolve(routing, EXITS)
         sessions: list[ShardSession] = []
 
         def node(i: int, policy: Policy) -> Chain:
-            sessions.append(pieces[i].open(policy, params, len(prompt), len(prompt) + count))
+            sessions.append(open_session(pieces[i], policy, params, len(prompt), len(prompt) + count))
             beyond = None if i + 1 == len(pieces) else partial(node, i + 1)
-            return Chain(sessions[-1], InlineWorker(), f"n{i}", beyond, None, None if i else pace, ahead)
+            return chained(sessions[-1], f"n{i}", beyond, costs=None if i else costs, ahead=ahead)
 
         chain = node(0, policy)
         decisions, escalations = [], 0
@@ -83,19 +96,19 @@ class World:
         for session in sessions:
             session.close()
         for piece in pieces:
-            piece.rooms.check_integrity()
-            assert piece.pool.used == 0
+            piece.capacity.check_integrity()
+            assert piece.capacity.pool.used == 0
         return decisions, escalations
 
 
-class Whims(Pace):
-    """A pace that drafts or not as it is told, over and over."""
+class Whims(DraftCosts):
+    """Costs after which a round drafts or not as it is told, over and over."""
 
     def __init__(self, whims: Sequence[bool]) -> None:
         super().__init__()
         self._whims = itertools.cycle(whims)
 
-    def drafts(self) -> bool:
+    def next_round_drafts(self) -> bool:
         return next(self._whims)
 
 
@@ -242,13 +255,13 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
 
         async def close(self) -> None: ...
 
-    chain = Chain(shard.open(policy, SamplingParams(), 3, 40), InlineWorker(), "n0", lambda policy: Agreeing())
+    chain = chained(open_session(shard, policy, SamplingParams(), 3, 40), "n0", lambda policy: Agreeing())
     rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
     await chain.close()
     assert [len(r.decisions) for r in rounds] == [5, 5, 1]
     assert [(r.drafted, r.accepted) for r in rounds] == [(4, 4), (4, 4), (0, 0)]
     assert [(b.start, len(b.token_ids)) for b in blocks] == [(0, 7), (7, 5), (12, 1)]
-    shard.rooms.check_integrity()
+    shard.capacity.check_integrity()
 
 
 @pytest.mark.parametrize("whims", [[True], [False], [True, False], [True, True, False]])
@@ -274,8 +287,8 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
 
         async def close(self) -> None: ...
 
-    session = world.cuts[3][0].open(policy, SamplingParams(), len(prompt), len(prompt) + count)
-    chain = Chain(session, InlineWorker(), "n0", lambda policy: Slow(), pace=Whims(whims))  # type: ignore[arg-type, return-value]
+    session = open_session(world.cuts[3][0], policy, SamplingParams(), len(prompt), len(prompt) + count)
+    chain = chained(session, "n0", lambda policy: Slow(), costs=Whims(whims))  # type: ignore[arg-type, return-value]
     try:
         decided = [d.token async for settled in decode(chain, prompt, count) for d in settled.decisions]
     finally:
@@ -300,17 +313,17 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
     given |= {"window": 2} if mode is Mode.CASCADE else {}
     routing = Routing(mode, draft=draft, fallback=True, **given)
     policy = Policy.resolve(routing, EXITS)
-    session = shard.open(policy, SamplingParams(), 3, 20, stands_in=True)
-    chain = Chain(session, InlineWorker(), "n0", lambda policy: Lost())
+    session = open_session(shard, policy, SamplingParams(), 3, 20, covers_next=True)
+    chain = chained(session, "n0", lambda policy: Lost())
     decided = [d async for settled in decode(chain, [5, 6, 7], 12) for d in settled.decisions]
     await chain.close()
     assert [(d.token, d.exit) for d in decided] == world.oracle.decide(policy.limited_to(3), [5, 6, 7], 12)
     assert {d.reason for d in decided if d.exit == 3} <= {Reason.UNREACHABLE, Reason.CONFIDENT}
     assert mode is not Mode.EXACT or {d.reason for d in decided} == {Reason.UNREACHABLE}
-    shard.rooms.check_integrity()
+    shard.capacity.check_integrity()
     with pytest.raises(NodeUnavailable):
         strict = Policy.resolve(Routing(Mode.EXACT, draft=draft), EXITS)
-        chain = Chain(shard.open(strict, SamplingParams(), 3, 20), InlineWorker(), "n0", lambda policy: Lost())
+        chain = chained(open_session(shard, strict, SamplingParams(), 3, 20), "n0", lambda policy: Lost())
         try:
             _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
         finally:
@@ -326,9 +339,9 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
         asked.append(positions)
         return Reason.BUDGET if len(asked) % 3 else None
 
-    deeper = Chain(far.open(policy, SamplingParams(), 3, 20), InlineWorker(), "n1")
-    session = near.open(policy, SamplingParams(), 3, 20, stands_in=True)
-    chain = Chain(session, InlineWorker(), "n0", lambda policy: deeper, gate)
+    deeper = chained(open_session(far, policy, SamplingParams(), 3, 20), "n1")
+    session = open_session(near, policy, SamplingParams(), 3, 20, covers_next=True)
+    chain = chained(session, "n0", lambda policy: deeper, gate=gate)
     ids, decided = [5, 6, 7], []
     async for settled in decode(chain, [5, 6, 7], 12):
         for d in settled.decisions:
@@ -339,7 +352,7 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
     await chain.close()
     assert [d.reason is Reason.BUDGET for d in decided] == [True, True, False] * 4
     assert asked == [3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3]
-    near.rooms.check_integrity()
+    near.capacity.check_integrity()
 
 
 async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world: World) -> None:
@@ -354,17 +367,17 @@ async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world:
 
     for budget, expected in ((100, [(0, 12), (12, 8), (20, 8)]), (16, [(0, 12)]), (7, []), (0, [])):
         fed.clear()
-        deeper = Noted(far.open(policy, SamplingParams(), 12, 40), InlineWorker(), "n1")
-        session = near.open(policy, SamplingParams(), 12, 40)
-        chain = Chain(session, InlineWorker(), "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
+        deeper = chained(open_session(far, policy, SamplingParams(), 12, 40), "n1", kind=Noted)
+        session = open_session(near, policy, SamplingParams(), 12, 40)
+        chain = chained(session, "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
         async for _ in decode(chain, list(range(3, 15)), 20):
             await turns()
         await chain.close()
         await deeper.close()
         assert fed == expected
     for piece in (near, far):
-        piece.rooms.check_integrity()
-        assert piece.pool.used == 0
+        piece.capacity.check_integrity()
+        assert piece.capacity.pool.used == 0
 
 
 async def turns() -> None:
@@ -404,10 +417,10 @@ async def test_what_goes_up_ahead_never_ends_an_answer(world: World, when: str) 
         nonlocal opened
         opened += 1
         kind = Full if opened == 1 else Chain
-        return kind(far.open(policy, SamplingParams(), len(prompt), 60), InlineWorker(), "n1")
+        return chained(open_session(far, policy, SamplingParams(), len(prompt), 60), "n1", kind=kind)
 
     policy = Policy.resolve(routing, EXITS)
-    chain = Chain(near.open(policy, SamplingParams(), 12, 60), InlineWorker(), "n0", beyond, ahead=100)
+    chain = chained(open_session(near, policy, SamplingParams(), 12, 60), "n0", beyond, ahead=100)
     found = []
     async for settled in decode(chain, prompt, 30):
         found += [(d.token, d.exit) for d in settled.decisions]
@@ -415,8 +428,8 @@ async def test_what_goes_up_ahead_never_ends_an_answer(world: World, when: str) 
     await chain.close()
     assert found == expected and opened == 2
     for piece in (near, far):
-        piece.rooms.check_integrity()
-        assert piece.pool.used == 0
+        piece.capacity.check_integrity()
+        assert piece.capacity.pool.used == 0
 
 
 async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> None:
@@ -434,11 +447,11 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
             await arrives.wait()
 
     def beyond(policy: Policy) -> Chain:
-        return Slow(far.open(policy, SamplingParams(), 100, 130), InlineWorker(), "n1")
+        return chained(open_session(far, policy, SamplingParams(), 100, 130), "n1", kind=Slow)
 
     def chain() -> Chain:
-        session = near.open(policy, SamplingParams(), 100, 130)
-        return Chain(session, InlineWorker(), "n0", beyond, ahead=1000, uplink=uplink)
+        session = open_session(near, policy, SamplingParams(), 100, 130)
+        return chained(session, "n0", beyond, ahead=1000, uplink=uplink)
 
     async def go(chain: Chain) -> None:
         async for _ in decode(chain, [5] * 100, 10):
@@ -450,7 +463,7 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
     assert fed == [], "somebody waits for an answer"
     uplink.questions = 0
     await go(other)
-    assert fed == [32] and uplink.uploader is other._beyond, "one part, until it has arrived"
+    assert fed == [32] and uplink.uploader is other._next, "one part, until it has arrived"
     arrives.set()
     await turns()
     assert uplink.idle
@@ -458,11 +471,11 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
         await each.close()
     hasty = chain()
     async for _ in decode(hasty, [5] * 100, 1):
-        assert uplink.uploader is hasty._beyond
+        assert uplink.uploader is hasty._next
         break  # before what goes up has begun to
     await hasty.close()
     assert uplink.idle and len(fed) == 1
-    near.rooms.check_integrity()
+    near.capacity.check_integrity()
 
 
 @pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])
@@ -489,8 +502,8 @@ async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
         Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=2048, max_sessions=1) for cut in cuts
     ]
     for i, shard in reversed(list(enumerate(pieces))):
-        session = shard.open(policy, SamplingParams(), len(prompt), len(prompt) + 10)
-        chain = Noted(session, InlineWorker(), f"n{i}", (lambda s: lambda policy: s)(chain) if chain else None)
+        session = open_session(shard, policy, SamplingParams(), len(prompt), len(prompt) + 10)
+        chain = chained(session, f"n{i}", (lambda s: lambda policy: s)(chain) if chain else None, kind=Noted)
     assert chain is not None
     decided = [d async for settled in decode(chain, prompt, 4) for d in settled.decisions]
     await chain.close()
@@ -498,7 +511,7 @@ async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
     once = [(0, PART), (PART, PART), (2 * PART, PART)] if routing.mode is Mode.EXACT else []
     assert sorted(fed) == sorted(once * (len(cuts) - 1))
     for shard in pieces:
-        shard.rooms.check_integrity()
+        shard.capacity.check_integrity()
 
 
 async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> None:
@@ -511,7 +524,7 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
             make: Callable[[Policy], Stage] | None = (
                 (lambda s: lambda policy: s)(deeper) if deeper is not None else None
             )
-            deeper = Chain(pieces[i].open(policy, params, 4, 60), InlineWorker(), f"n{i}", make)
+            deeper = chained(open_session(pieces[i], policy, params, 4, 60), f"n{i}", make)
         assert isinstance(deeper, Chain)
         return deeper
 
@@ -526,26 +539,26 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
     await first.rewind(2)
     assert await go(first, [9, 10], 20) == await go(fresh, [5, 6, 9, 10], 20)
     for piece in pieces:
-        piece.rooms.check_integrity()
-        for session in list(piece.sessions.values()):  # also those that no block has reached
-            session.close()
+        piece.capacity.check_integrity()
+        for lease in list(piece.capacity.leases.values()):  # also those that no block has reached
+            lease.give_back()
 
 
 async def test_a_block_that_does_not_continue_is_refused(world: World) -> None:
     shard = world.cuts[1][1]
-    session = shard.open(Policy.resolve(Routing(), EXITS), SamplingParams(), 1, 8)
-    chain = Chain(session, InlineWorker(), "n1")
+    session = open_session(shard, Policy.resolve(Routing(), EXITS), SamplingParams(), 1, 8)
+    chain = chained(session, "n1")
     states = torch.zeros(2, 32)
     for block, message in (
-        (Block(1, states, (5, 6), ()), "starts at position 1, but this session holds 0"),
+        (Block(1, states, (5, 6), ()), "starts at position 1; this session is at 0"),
         (Block(0, states, (5, 6, 7), ()), "3 positions has 2 states"),
         (Block(0, states, (5, 6), (2,)), r"wants \(2,\)"),
-        (Block(0, torch.zeros(9, 32), (5,) * 9, ()), "ends at position 9; the session asked for 8"),
+        (Block(0, torch.zeros(9, 32), (5,) * 9, ()), "ends at position 9; the session has 8"),
     ):
         with pytest.raises(WireError, match=message):
             await chain.advance(block)
     await chain.close()
-    shard.rooms.check_integrity()
+    shard.capacity.check_integrity()
 
 
 def look(position: int, draft: int | None, token: int, sure: bool) -> Look:
@@ -561,20 +574,20 @@ def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
     block = Block(3, None, (8, 9, 10, 11, 12), (4, 5, 6, 7))
     walk = Walk.of(Judge(policy, 1), block, [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
     assert [seen.position for seen in walk.looks] == [4, 5, 6]
-    assert walk.unsure == [5]
-    assert [d.token for d in walk.settle([decision(11)])] == [10, 11, 77]
-    assert [d.token for d in walk.settle([decision(44)])] == [10, 44]
+    assert walk.undecided == [5]
+    assert [d.token for d in walk.merge([decision(11)])] == [10, 11, 77]
+    assert [d.token for d in walk.merge([decision(44)])] == [10, 44]
 
 
 def test_a_walk_without_looks_asks_everything() -> None:
     walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), Block(4, None, (9, 10), (4, 5)), None)
-    assert walk.unsure == [4, 5]
-    assert [d.token for d in walk.settle([decision(10), decision(3)])] == [10, 3]
-    assert [d.token for d in walk.settle([decision(9)])] == [9]
+    assert walk.undecided == [4, 5]
+    assert [d.token for d in walk.merge([decision(10), decision(3)])] == [10, 3]
+    assert [d.token for d in walk.merge([decision(9)])] == [9]
 
 
 def test_settling_takes_decisions_only_as_far_as_they_go() -> None:
     walk = Walk(1, [look(0, 5, 5, False), look(1, 6, 6, True), look(2, None, 7, False)], [0, 2])
-    assert [d.token for d in walk.settle([decision(5), decision(8)])] == [5, 6, 8]
-    assert [d.token for d in walk.settle([decision(4)])] == [4]
-    assert walk.settle([]) == ()
+    assert [d.token for d in walk.merge([decision(5), decision(8)])] == [5, 6, 8]
+    assert [d.token for d in walk.merge([decision(4)])] == [4]
+    assert walk.merge([]) == ()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ruyi_flow.errors import CapacityError
-from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, Run
+from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, PageRun
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=60))
@@ -34,8 +34,8 @@ def test_allocate_after_release_reuses_the_gap() -> None:
     pool = PagePool(4 * PAGE_SIZE)
     first, second = pool.allocate(0, PAGE_SIZE), pool.allocate(1, PAGE_SIZE)
     pool.release(first)
-    assert pool.allocate(2, 10) == Run(2, 0, 1)
-    assert pool.allocate(3, 2 * PAGE_SIZE) == Run(3, second.first + 1, 2)
+    assert pool.allocate(2, 10) == PageRun(2, 0, 1)
+    assert pool.allocate(3, 2 * PAGE_SIZE) == PageRun(3, second.first + 1, 2)
     with pytest.raises(CapacityError, match="0 of 256 are free"):
         pool.allocate(4, 1)
 
@@ -45,13 +45,13 @@ def test_a_fragmented_pool_says_so() -> None:
     runs = [pool.allocate(i, 1) for i in range(3)]
     pool.release(runs[0])
     pool.release(runs[2])
-    with pytest.raises(CapacityError, match="but not in one run"):
+    with pytest.raises(CapacityError, match="but not in one contiguous run"):
         pool.allocate(9, 2 * PAGE_SIZE)
 
 
 def test_integrity_notices_an_overlap() -> None:
     pool = PagePool(1000)
     pool.allocate(0, 100)
-    pool._runs.append(Run(1, 1, 2))
+    pool._runs.append(PageRun(1, 1, 2))
     with pytest.raises(AssertionError, match="overlaps"):
         pool.check_integrity()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.loop.scheduler import PATIENCE, WHOLE, Scheduler
+from ruyi_flow.loop.scheduler import PATIENCE, SHORT_ROWS, Scheduler
 
 
 def test_decodes_of_one_stage_go_together_in_order() -> None:
@@ -77,8 +77,8 @@ def test_short_work_is_never_cut() -> None:
     scheduler = Scheduler(4)
     scheduler.add(0, 0, 6, 0)
     scheduler.add(1, 0, 3, 1)
-    scheduler.add(2, 0, WHOLE, 2)
-    assert [scheduler.next() for _ in range(3)] == [[(0, 6)], [(1, 3)], [(2, WHOLE)]]
+    scheduler.add(2, 0, SHORT_ROWS, 2)
+    assert [scheduler.next() for _ in range(3)] == [[(0, 6)], [(1, 3)], [(2, SHORT_ROWS)]]
 
 
 def test_what_is_dropped_is_gone_and_a_budget_must_be_one() -> None:
@@ -87,7 +87,7 @@ def test_what_is_dropped_is_gone_and_a_budget_must_be_one() -> None:
     scheduler.drop(0)
     scheduler.drop(5)
     assert scheduler.next() == []
-    with pytest.raises(ConfigError, match="a step of 0 positions does nothing"):
+    with pytest.raises(ConfigError, match="at least 1 position, not 0"):
         Scheduler(0)
 
 
@@ -116,7 +116,7 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_longer_than_sai
         assert len({stage_of[key] for key, _ in step}) == 1 and len({key for key, _ in step}) == len(step)
         assert sum(count for _, count in step) <= max(budget, step[0][1])
         for key, count in step:
-            assert count > 0 and (count == rows[key] - done[key] or rows[key] - done[key] > WHOLE)
+            assert count > 0 and (count == rows[key] - done[key] or rows[key] - done[key] > SHORT_ROWS)
             done[key] += count
         waiting = set(patience) - {key for key, _ in step}
         for key in waiting:

@@ -14,7 +14,7 @@ import torch
 
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
-from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, Run
+from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, PageRun
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.runtime.attention import (
     LONG_PAGE,
@@ -28,6 +28,7 @@ from ruyi_flow.runtime.attention import (
 from ruyi_flow.runtime.cuda_graphs import MAX_ROWS, padded_positions, padded_rows, plan
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.testing import open_session
 from tests.runtime.test_stage import Pipeline
 from tests.runtime.test_worker import POLICY, decoding
 
@@ -38,7 +39,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 class Rows:
     """A block of a step."""
 
-    run: Run
+    pages: PageRun
     start: int
     count: int
 
@@ -50,7 +51,7 @@ def test_steps_are_padded_to_powers_of_two() -> None:
 
 def test_a_plan_places_every_row_and_leaves_the_padding_outside_the_pool() -> None:
     num_pages, pages = 20, 2
-    blocks = [Rows(Run(0, 3, 5), 300, 2), Rows(Run(1, 18, 2), 0, 1)]
+    blocks = [Rows(PageRun(0, 3, 5), 300, 2), Rows(PageRun(1, 18, 2), 0, 1)]
     told = plan(blocks, 4, pages * LONG_PAGE, num_pages)
     at, lengths, tables = told[:4], told[4:8], told[8:]
     assert at == [3 * PAGE_SIZE + 300, 3 * PAGE_SIZE + 301, 18 * PAGE_SIZE, num_pages * PAGE_SIZE]
@@ -88,10 +89,10 @@ def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
     """Rows as sequences of their own give what each session's block gives, padding and unwritten pages or not."""
     num_pages, heads, kv_heads, d = 24, 6, 2, 16
     blocks = [
-        Rows(Run(0, 2, 3), 150, 3),
-        Rows(Run(1, 5, 1), 0, 1),
-        Rows(Run(2, 7, 10), 299, 1),
-        Rows(Run(3, 23, 1), 9, 5),
+        Rows(PageRun(0, 2, 3), 150, 3),
+        Rows(PageRun(1, 5, 1), 0, 1),
+        Rows(PageRun(2, 7, 10), 299, 1),
+        Rows(PageRun(3, 23, 1), 9, 5),
     ]
     memory, n = written(blocks, num_pages, kv_heads, device, dtype), 10
     q, k, v = (torch.randn(n, h, d, device=device, dtype=dtype) for h in (heads, kv_heads, kv_heads))
@@ -101,7 +102,7 @@ def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
     flash = flash_attention(torch.device(device), dtype, d)
     padded = [torch.cat([t, torch.full_like(t[:6], torch.nan)]) for t in (q, k, v)]
     found = PagedAttention(ours, at, lengths, tables.view(16, 2), flash)(1, *padded, None)[:n]
-    each = [CachedAttention(memory[:, :, :, b.run.positions], b.start, b.count) for b in blocks]
+    each = [CachedAttention(memory[:, :, :, b.pages.positions], b.start, b.count) for b in blocks]
     expected = BatchedAttention(each, memory, at[:n].long())(1, q, k, v, None)
     assert found.isfinite().all() and (found - expected).abs().max() <= within
     pool = slice(0, num_pages * PAGE_SIZE)
@@ -164,13 +165,13 @@ PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)
 async def together(shard: Shard) -> list[list[tuple[int, float]]]:
     """What several sessions at once are answered."""
     worker = ThreadWorker(1, budget=128)
-    sessions = [shard.open(POLICY, SamplingParams(), len(prompt), 400) for prompt in PROMPTS]
+    sessions = [open_session(shard, POLICY, SamplingParams(), len(prompt), 400) for prompt in PROMPTS]
     tasks = (worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, PROMPTS, strict=True))
     found = [answer for answer, _, _ in await asyncio.gather(*tasks)]
     for session in sessions:
         session.close()
     worker.shutdown()
-    shard.rooms.check_integrity()
+    shard.capacity.check_integrity()
     return found
 
 

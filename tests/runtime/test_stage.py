@@ -12,10 +12,12 @@ from ruyi_flow.errors import CapacityError, ContextLengthError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.loop.session import Pass
+from ruyi_flow.loop.steps import Task, drive
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard, ShardSession
-from ruyi_flow.testing import tiny_family
+from ruyi_flow.testing import open_session, tiny_family
 from ruyi_flow.types import Mode
 
 LOOK_EVERYWHERE = Routing(Mode.TOKEN, threshold=0.5)
@@ -50,13 +52,17 @@ def shards(
     ]
 
 
+def one_pass(session: ShardSession, stage: int, states: Tensor, wants: Sequence[int]) -> Task[None]:
+    yield Pass(session, stage, states, wants)
+
+
 class Pipeline:
     """A sequence over shards, driven by hand: every stage advances as far as it is told."""
 
     def __init__(self, pieces: Sequence[Shard], size: int = 500) -> None:
         exits = pieces[0].config.exits
         policy = Policy.resolve(LOOK_EVERYWHERE, exits)
-        self.sessions: list[ShardSession] = [p.open(policy, SamplingParams(), 1, size) for p in pieces]
+        self.sessions: list[ShardSession] = [open_session(p, policy, SamplingParams(), 1, size) for p in pieces]
         self.stages = [(s, i) for s in self.sessions for i in range(len(s.exits))]
         self.recorders = {}
         for session in self.sessions:
@@ -65,16 +71,16 @@ class Pipeline:
     def feed(self, ids: Sequence[int], wants: Sequence[int]) -> None:
         session, stage = self.stages[0]
         session.token_ids.extend(ids)
-        session.advance(stage, session.embed(ids), wants)
+        drive(one_pass(session, stage, session.embed(ids), wants))
 
     def escalate(self, depth: int, stop: int, wants: Sequence[int]) -> None:
         """Catch stage `depth` up to `stop` from the states that the stage before it has kept."""
         (giver, index), (taker, stage) = self.stages[depth - 1], self.stages[depth]
-        start = giver.unseen_start(index)
-        states = giver.take_unseen(index, stop)
+        start = giver.unsent_start(index)
+        states = giver.take_unsent(index, stop)
         if taker is not giver:
             taker.token_ids.extend(giver.token_ids[start:stop])
-        taker.advance(stage, states, wants)
+        drive(one_pass(taker, stage, states, wants))
 
     def logits(self, depth: int) -> dict[int, Tensor]:
         return self.recorders[id(self.stages[depth][0])].logits
@@ -102,8 +108,8 @@ def test_sharded_is_whole(tmp_path: Path, cuts: list[tuple[int, ...]], length: i
             assert (pipeline.logits(depth)[position] - expected[position]).abs().max() < 1e-4
     pipeline.close()
     for piece in pieces:
-        piece.rooms.check_integrity()
-        assert piece.pool.used == 0
+        piece.capacity.check_integrity()
+        assert piece.capacity.pool.used == 0
 
 
 def padded(device: str) -> list[object]:
@@ -178,23 +184,23 @@ def test_sessions_do_not_mix(tiny: Path) -> None:
     for pipeline, ids in zip(pipelines, sequences, strict=True):
         assert (pipeline.logits(0)[29] - family.logits(torch.tensor([ids]), 2)[0, -1]).abs().max() < 1e-4
         pipeline.close()
-    piece.rooms.check_integrity()
+    piece.capacity.check_integrity()
 
 
 def test_limits_are_said(tiny: Path) -> None:
     [piece] = shards(tiny, [(2, 4, 6)], max_positions=256)
     policy = Policy.resolve(Routing(), (2, 4, 6))
-    first = piece.open(policy, SamplingParams(), 1, 200)
-    with pytest.raises(CapacityError, match="no room for 100 positions"):
-        piece.open(policy, SamplingParams(), 1, 100)
+    first = open_session(piece, policy, SamplingParams(), 1, 200)
+    with pytest.raises(CapacityError, match="this request needs 100 positions of KV cache; 0 of 256 are free"):
+        open_session(piece, policy, SamplingParams(), 1, 100)
     with pytest.raises(ContextLengthError, match="600 positions is past the family's context of 512"):
-        piece.open(policy, SamplingParams(), 1, 600)
+        open_session(piece, policy, SamplingParams(), 1, 600)
     first.close()
     first.close()
-    sessions = [piece.open(policy, SamplingParams(), 1, 10) for _ in range(4)]
+    sessions = [open_session(piece, policy, SamplingParams(), 1, 10) for _ in range(4)]
     with pytest.raises(CapacityError, match="4 sessions are running, the limit here is 4"):
-        piece.open(policy, SamplingParams(), 1, 10)
+        open_session(piece, policy, SamplingParams(), 1, 10)
     for session in sessions:
         session.close()
-    piece.rooms.check_integrity()
-    assert piece.pool.used == 0
+    piece.capacity.check_integrity()
+    assert piece.capacity.pool.used == 0

@@ -18,6 +18,7 @@ from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import ThreadWorker
+from ruyi_flow.testing import open_session
 from ruyi_flow.types import Mode
 
 POLICY = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), (2, 4, 6))
@@ -48,7 +49,7 @@ def decoding(session: ShardSession, ids: Sequence[int], count: int) -> Task[list
         for stage in range(3):
             picked = yield Pass(session, stage, states, (stop - 1,))
             if stage < 2:
-                states = session.take_unseen(stage, stop)
+                states = session.take_unsent(stage, stop)
         assert picked is not None and session.positions == [stop] * 3 and start < stop
         found += picked
         ids = (picked[0][0],)
@@ -59,14 +60,14 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard)
     prompts = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90)]
     alone = []
     for prompt in prompts:
-        session = shard.open(POLICY, SamplingParams(), len(prompt), 400)
+        session = open_session(shard, POLICY, SamplingParams(), len(prompt), 400)
         alone.append(drive(decoding(session, prompt, 8)))
         session.close()
     steps: list[list[tuple[Pass, int]]] = []
     run = shard.run
     shard.run = lambda parts: (steps.append(list(parts)), run(parts))[1]  # type: ignore[method-assign]
     worker = ThreadWorker(1, budget=64)
-    sessions = [shard.open(POLICY, SamplingParams(), len(prompt), 400) for prompt in prompts]
+    sessions = [open_session(shard, POLICY, SamplingParams(), len(prompt), 400) for prompt in prompts]
     results = await asyncio.gather(
         *(worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, prompts, strict=True))
     )
@@ -80,11 +81,11 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard)
     for session in sessions:
         session.close()
     worker.shutdown()
-    shard.rooms.check_integrity()
+    shard.capacity.check_integrity()
 
 
 async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
-    good, bad = (shard.open(POLICY, SamplingParams(), 3, 40) for _ in range(2))
+    good, bad = (open_session(shard, POLICY, SamplingParams(), 3, 40) for _ in range(2))
 
     class Refusing:
         def pick(self, *_: object) -> None:
@@ -104,7 +105,7 @@ async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard
     worker.submit(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         await worker.run(doing(lambda: 1 / 0))
-    session = shard.open(POLICY, SamplingParams(), 1, 40)
+    session = open_session(shard, POLICY, SamplingParams(), 1, 40)
 
     def wrong() -> Task[None]:
         yield Pass(session, 0, torch.zeros(1, 7), ())  # of another width
@@ -122,7 +123,7 @@ async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard
 async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safely(shard: Shard) -> None:
     worker, began, go = ThreadWorker(1), threading.Event(), threading.Event()
     first = asyncio.create_task(worker.run(doing(lambda: (began.set(), go.wait(10)))))
-    session = shard.open(POLICY, SamplingParams(), 1, 400)
+    session = open_session(shard, POLICY, SamplingParams(), 1, 400)
     going = asyncio.Event()
     loop, run = asyncio.get_running_loop(), shard.run
     shard.run = lambda parts: (loop.call_soon_threadsafe(going.set), run(parts))[1]  # type: ignore[method-assign]
@@ -135,17 +136,17 @@ async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safe
     second.cancel()
     await asyncio.sleep(0)
     worker.submit(session.close)
-    assert (await worker.run(doing(lambda: len(shard.sessions))))[0] == 0
+    assert (await worker.run(doing(lambda: len(shard.capacity.leases))))[0] == 0
     held = len(session.token_ids)
     await worker.run(doing(here))
     assert held < 300 and len(session.token_ids) == held, "it does not go on"
-    shard.rooms.check_integrity()
+    shard.capacity.check_integrity()
     worker.shutdown()
 
 
 async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(shard: Shard) -> None:
     worker = ThreadWorker(1)
-    session = shard.open(POLICY, SamplingParams(), 1, 400)
+    session = open_session(shard, POLICY, SamplingParams(), 1, 400)
 
     async def on_the_loop(brief: bool = True, pause_s: float = 0.0) -> bool:
         def task() -> Task[int]:
@@ -174,8 +175,10 @@ async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(
 async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing(shard: Shard) -> None:
     worker = ThreadWorker(1)
     worker.lend()
-    alone = drive(decoding(shard.open(POLICY, SamplingParams(), 3, 100), (5, 6, 7), 8))
-    await worker.run(decoding(shard.open(POLICY, SamplingParams(), 3, 100), (5, 6, 7), 1), brief=True)  # measured
+    alone = drive(decoding(open_session(shard, POLICY, SamplingParams(), 3, 100), (5, 6, 7), 8))
+    await worker.run(
+        decoding(open_session(shard, POLICY, SamplingParams(), 3, 100), (5, 6, 7), 1), brief=True
+    )  # measured
     run, on = shard.run, []
 
     def slow(parts: Sequence[tuple[Pass, int]]) -> None:
@@ -184,7 +187,7 @@ async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing
         run(parts)
 
     shard.run = slow  # type: ignore[method-assign]
-    session = shard.open(POLICY, SamplingParams(), 3, 100)
+    session = open_session(shard, POLICY, SamplingParams(), 3, 100)
     found, queue_s, compute_s = await worker.run(decoding(session, (5, 6, 7), 8), brief=True)
     assert found == alone and len(on) == 24
     mine = on.count(here())

@@ -163,7 +163,7 @@ def test_a_plan_with_a_policy_file_writes_another_beside_it(run, tmp_path: Path)
     assert code == 0, printed + err
     made = PolicyFile.load(out.parent / "t.policy.yaml")
     assert made.curves == old.curves and made.thresholds != old.thresholds
-    assert Topology.load(out).policy.routing("").thresholds == made.thresholds
+    assert Topology.load(out).routing().thresholds == made.thresholds
     assert yaml.safe_load(out.read_text())["policy"]["file"] == "t.policy.yaml"
 
 

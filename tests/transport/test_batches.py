@@ -10,7 +10,7 @@ from ruyi_flow.client import AsyncClient, Reply
 from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
-from ruyi_flow.transport import batches as together
+from ruyi_flow.transport import batches as wire
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import error_of
@@ -26,16 +26,16 @@ DEEPEST = Policy.resolve(Routing(), (2, 4, 6))
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many messages there were in each batch that was written, of both ends of all links."""
     sizes: list[int] = []
-    real = together.Outbox.empty_into
+    real = wire.Outbox.empty_into
 
-    async def noted(self: together.Outbox, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def noted(self: wire.Outbox, write: Callable[[bytes], Awaitable[None]]) -> None:
         async def written(data: bytes) -> None:
             sizes.append(len(pb.Batch.FromString(data).items))
             await write(data)
 
         await real(self, written)
 
-    monkeypatch.setattr(together.Outbox, "empty_into", noted)
+    monkeypatch.setattr(wire.Outbox, "empty_into", noted)
     return sizes
 
 
@@ -86,7 +86,7 @@ async def test_a_lone_session_keeps_to_its_own_stream(tiny: object, batches: lis
 async def test_long_messages_keep_to_their_own_stream(
     tiny: object, oracle: Oracle, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(together, "SHORT", 64)  # of a block with one state of 128 bytes
+    monkeypatch.setattr(wire, "SHORT_BYTES", 64)  # of a block with one state of 128 bytes
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
         replies = await asyncio.gather(*(ask(client, prompt, 8) for prompt in PROMPTS))
         assert [ids(r) for r in replies] == [[t for t, _ in oracle.decide(DEEPEST, p, 8)] for p in PROMPTS]
@@ -95,7 +95,7 @@ async def test_long_messages_keep_to_their_own_stream(
 
 
 async def test_a_batch_is_no_larger_than_the_node_takes(batches: list[int]) -> None:
-    outbox, written = together.Outbox(most_bytes=300), []
+    outbox, written = wire.Outbox(max_bytes=300), []
     for i in range(6):
         outbox.put(i, b"x" * (90 if i < 5 else 1000))
 
@@ -171,7 +171,7 @@ async def test_deadlines_hold_for_sessions_together(tiny: object) -> None:
         running = await begin(client, PROMPTS[:3])
         relay.frozen = True
         for failed in await asyncio.gather(*running, return_exceptions=True):
-            assert isinstance(failed, DeadlineExceeded) and "gave no answer within 1 s" in str(failed)
+            assert isinstance(failed, DeadlineExceeded) and "did not answer within 1 s" in str(failed)
         relay.frozen = False
         await nodes.settle()
 
@@ -181,13 +181,13 @@ async def test_where_streams_go_different_ways_each_session_keeps_to_its_own(
 ) -> None:
     asked: list[int] = []
 
-    def elsewhere(self: together.Together, session: int, message: bytes) -> asyncio.Future[bytes]:
+    def elsewhere(self: wire.Batches, session: int, message: bytes) -> asyncio.Future[bytes]:
         asked.append(session)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         answer.set_result(b"")  # as a node says that does not have the session
         return answer
 
-    monkeypatch.setattr(together.Together, "ask", elsewhere)
+    monkeypatch.setattr(wire.Batches, "ask", elsewhere)
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
         replies = await asyncio.gather(*(ask(client, prompt, 8) for prompt in PROMPTS))
         assert [ids(r) for r in replies] == [[t for t, _ in oracle.decide(DEEPEST, p, 8)] for p in PROMPTS]
@@ -231,7 +231,7 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
     assert (await send((10_000, block()))) == {10_000: [b""]}, "no such session"
     for message, text in (
         (b"\xff\xff\xff", "not a SessionRequest"),
-        (options_of(nodes), "open in the middle of a session"),
+        (options_of(nodes), "open is not allowed in the middle of a session"),
         (pb.SessionRequest(), "an empty message in the middle"),
         (block(start=3), "starts at position 3"),
     ):

@@ -12,9 +12,10 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.requests import SamplingParams
-from ruyi_flow.routing.policy import Policy
+from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.testing import open_session
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
@@ -39,7 +40,7 @@ def sent(given: Block, encoding: Encoding) -> pb.Block:
 
 
 def there_and_back(given: Block, encoding: Encoding, like: torch.Tensor = LIKE) -> Block:
-    return BlockCodec(given.states.shape[1], encoding, like).from_pb(sent(given, encoding))
+    return BlockCodec(given.states.shape[1], encoding, like.dtype, like.device).from_pb(sent(given, encoding))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_states_that_are_rows_of_a_view_are_sent_as_they_read() -> None:
 @pytest.mark.parametrize("encoding", [Encoding.F32, Encoding.INT8])
 async def test_a_node_does_not_write_to_the_states_that_came_in(tiny: Path, encoding: Encoding) -> None:
     shard = Shard(load_slice(Checkpoint(tiny), (4, 6), dtype=torch.float32), max_positions=64, max_sessions=1)
-    session = shard.open(Policy(Mode.TOKEN, {4: 0.5}, 6, 0), SamplingParams(), 3, 16)
+    session = open_session(shard, Policy(Routing(Mode.TOKEN, draft=0), {4: 0.5}, 6), SamplingParams(), 3, 16)
     came = there_and_back(Block(0, states(3, 32), (1, 2, 3), (2,)), encoding)
     before = came.states.clone()
     await Chain(session, InlineWorker(), "n1").advance(came)
@@ -142,7 +143,7 @@ def test_arbitrary_bytes_are_a_message_or_a_wire_error(data: bytes) -> None:
     try:
         message = codec.parse(pb.SessionRequest, data)
         if message.WhichOneof("message") == "block":
-            BlockCodec(8, Encoding.F32, LIKE).from_pb(message.block)
+            BlockCodec(8, Encoding.F32, LIKE.dtype, LIKE.device).from_pb(message.block)
     except WireError:
         pass
 
@@ -164,17 +165,17 @@ def tensor(**changes: object) -> pb.Block:
         (tensor(rows=0, data=b""), "0 bytes of states for 0 positions"),
         (tensor(rows=3), "16 bytes of states for 3 positions"),
         (tensor(data=b"x" * 15), "15 bytes of states"),
-        (tensor(encoding=pb.ENCODING_F32), "encoded as ENCODING_F32; the handshake said int8"),
+        (tensor(encoding=pb.ENCODING_F32), "encoded as ENCODING_F32; the handshake set int8"),
         (tensor(scales=[1.0]), "1 scales for 2 positions"),
     ],
 )
 def test_states_that_contradict_themselves_are_refused(message: pb.Block, text: str) -> None:
     with pytest.raises(WireError, match=text):
-        BlockCodec(8, Encoding.INT8, LIKE).from_pb(message)
+        BlockCodec(8, Encoding.INT8, LIKE.dtype, LIKE.device).from_pb(message)
 
 
 def test_wants_must_ascend() -> None:
     message = sent(block(states(3, 8)), Encoding.F32)
     message.wants[:] = [2, 1]
     with pytest.raises(WireError, match="do not ascend"):
-        BlockCodec(8, Encoding.F32, LIKE).from_pb(message)
+        BlockCodec(8, Encoding.F32, LIKE.dtype, LIKE.device).from_pb(message)

@@ -1,10 +1,12 @@
 """Each exception that can cross the wire is one gRPC status, and comes back as itself."""
 
+import re
+
 import grpc
 import pytest
 
 from ruyi_flow import errors
-from ruyi_flow.errors import NodeError, NodeFault, NodeUnavailable, RequestError, RuyiFlowError
+from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError
 from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of_call, status_of
 
 KINDS = [
@@ -45,6 +47,17 @@ def test_a_write_that_meets_a_lost_connection_is_a_lost_connection() -> None:
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
-    for name in errors.__all__:
-        assert name in (errors.__doc__ or "")
-    assert issubclass(NodeFault, RuyiFlowError)
+    """Each line's indentation in the docstring gives the parent of its class."""
+    drawn: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    for line in (errors.__doc__ or "").splitlines():
+        if (
+            found := re.match(r"([ │├└─]*)(\w+Error|NodeUnavailable|\w+Exceeded|\w+Cancelled|NodeFault)\b", line)
+        ) is None:
+            continue
+        indent, name = len(found[1]), found[2]
+        parents = [(depth, parent) for depth, parent in parents if depth < indent]
+        drawn[name] = parents[-1][1] if parents else "Exception"
+        parents.append((indent, name))
+    classes = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
+    assert drawn == {kind.__name__: kind.__base__.__name__ for kind in classes}
