@@ -19,7 +19,7 @@ check: $(READY)           ## format, lint, types, import order
 
 docs: $(READY)            ## the documentation, in site/: generated pages first, and no broken link
 	$(BIN)/python -m tests.generate_docs
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import enum
 import inspect
-import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Set
@@ -99,7 +99,11 @@ def _placeholder(argument: Any) -> str:
 
 def _option(option: Any, context: Any) -> str:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-    kind = "" if option.is_flag else f"`{_cell(option.metavar or option.display_type(context).strip('<>').removesuffix(' range'))}`"
+    kind = (
+        ""
+        if option.is_flag
+        else f"`{_cell(option.metavar or option.display_type(context).strip('<>').removesuffix(' range'))}`"
+    )
     extra = "" if option.min is None and option.max is None else f" {_range(option)}"
     if option.required:
         default = "required"
@@ -130,8 +134,8 @@ def _help(text: str | None) -> list[str]:
 
 
 def _prose(text: str) -> str:
-    """Return text as Markdown prose: words in capitals and angle brackets stay as they are written."""
-    return re.sub(r"(?<!`)<", r"\\<", " ".join(text.split()))
+    """Return text as Markdown prose in short lines."""
+    return "\n".join(textwrap.wrap(text.replace("<", r"\<"), 100, break_long_words=False, break_on_hyphens=False))
 
 
 def _cell(text: object) -> str:
