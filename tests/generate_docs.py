@@ -1,4 +1,4 @@
-"""Generate the reference pages of docs/reference that follow from the code; `make docs` writes them, a test compares."""
+"""Generate the parts of docs/reference that follow from the code; `make docs` writes them, a test compares."""
 
 from __future__ import annotations
 
