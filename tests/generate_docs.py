@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import enum
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -80,7 +81,7 @@ def _command(path: str, command: Any) -> list[str]:
     lines = [f"### `{path}`", "", *_help(command.help), "```text", usage, "```", ""]
     if arguments:
         lines += ["| argument | meaning |", "|---|---|"]
-        lines += [f"| `{_cell(_placeholder(p))}` | {_cell(p.help)} |" for p in arguments] + [""]
+        lines += [f"| `{_cell(_placeholder(p))}` | {_prose(p.help)} |" for p in arguments] + [""]
     panels: dict[str, list[Any]] = {}
     for option in options:
         panels.setdefault(option.rich_help_panel or "option", []).append(option)
@@ -112,7 +113,7 @@ def _option(option: Any, context: Any) -> str:
     else:
         value = option.show_default if isinstance(option.show_default, str) else option.default
         default = f"`{_cell(value)}`" if str(value) else ""
-    return f"| {names} | {kind}{extra} | {default} | {_cell(option.help)} |"
+    return f"| {names} | {kind}{extra} | {default} | {_prose(option.help)} |"
 
 
 def _range(option: Any) -> str:
@@ -122,25 +123,26 @@ def _range(option: Any) -> str:
 
 
 def _help(text: str | None) -> list[str]:
-    """Return a command's help as Markdown: paragraphs, with an example as a code block."""
+    """Return a command's help as Markdown: paragraphs in short lines, and examples as code blocks."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text or "").replace("\b\n", "").split("\n\n"):
-        before, example, command = paragraph.partition("Example: ")
-        if before.strip():
-            lines += [_prose(before), ""]
-        if example:
-            lines += ["```shell", " ".join(command.split()), "```", ""]
+        prose, *commands = re.split(r"\bExamples?: (?=ruyi-flow )|^(?=ruyi-flow )", " ".join(paragraph.split()))
+        if prose.strip():
+            lines += [*textwrap.wrap(_prose(prose), 100, break_long_words=False, break_on_hyphens=False), ""]
+        for command in commands:
+            lines += ["```shell", command, "```", ""]
     return lines
 
 
-def _prose(text: str) -> str:
-    """Return text as Markdown prose in short lines."""
-    return "\n".join(textwrap.wrap(text.replace("<", r"\<"), 100, break_long_words=False, break_on_hyphens=False))
+def _prose(text: str | None) -> str:
+    """Return text as Markdown: placeholders like <name> stay visible, and pages of docs/ become links."""
+    parts = re.split(r"(`[^`]*`)", " ".join((text or "").split()))
+    parts[::2] = [re.sub(r"\bdocs/(\S+?\.md)\b", r"[\1](../\1)", p.replace("<", r"\<")) for p in parts[::2]]
+    return "".join(parts).replace("|", r"\|")
 
 
 def _cell(text: object) -> str:
-    shown = text.value if isinstance(text, enum.Enum) else text
-    return " ".join(str(shown or ("0" if shown == 0 else "")).split()).replace("|", r"\|")
+    return " ".join(str(text.value if isinstance(text, enum.Enum) else text).split()).replace("|", r"\|")
 
 
 # Files: topologies, scenarios, recipes
@@ -204,7 +206,7 @@ def _tables(*parts: tuple[str, type[BaseModel], str], skip: Set[str] = frozenset
                 continue
             key = field.alias or name
             meaning = meanings.get(name) or _described(field.annotation)
-            rows.append(f"| `{prefix}{key}` | {_kind(field.annotation)} | {_default(field)} | {_cell(meaning)} |")
+            rows.append(f"| `{prefix}{key}` | {_kind(field.annotation)} | {_default(field)} | {_prose(meaning)} |")
         lines += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines)
 
