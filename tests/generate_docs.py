@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import enum
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -15,7 +17,6 @@ from typing import Any
 
 import typer
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from ruyi_flow.cli import app
 from ruyi_flow.config import topology
@@ -149,13 +150,17 @@ def _cell(text: object) -> str:
 
 
 def _topology() -> str:
-    return _tables(
+    tables = _tables(
         ("The top level", topology.Topology, ""),
         ("A node", topology.Node, ""),
         ("A node's limits", topology.Limits, "limits."),
         ("A link", topology.Link, ""),
-        ("The policy", topology.PolicyDefaults, ""),
     )
+    policy = topology.Topology.model_fields["policy"].annotation
+    assert policy is not None
+    options = {field.name for field in dataclasses.fields(Routing)}
+    rows = [*_rows(policy, "", skip=options), *_rows(Routing, "", skip={"start", "scale", "family"})]
+    return f"{tables}\n{_table('The policy', rows)}"
 
 
 def _scenario() -> str:
@@ -195,39 +200,52 @@ def _machines() -> str:
     return "\n".join([*lines, ""])
 
 
-def _tables(*parts: tuple[str, type[BaseModel], str], skip: Set[str] = frozenset()) -> str:
-    lines: list[str] = []
+def _tables(*parts: tuple[str, type[Any], str], skip: Set[str] = frozenset()) -> str:
+    """Return one table for each class; inherited fields in `skip` are left to the page of the base class."""
+    tables = []
     for title, model, prefix in parts:
-        meanings = field_docs(model)
-        rows = []
-        for name, field in model.model_fields.items():
-            inherited = name not in model.__dict__.get("__annotations__", {})
-            if inherited and name in skip:
-                continue
-            key = field.alias or name
-            meaning = meanings.get(name) or _described(field.annotation)
-            rows.append(f"| `{prefix}{key}` | {_kind(field.annotation)} | {_default(field)} | {_prose(meaning)} |")
-        lines += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
-    return "\n".join(lines)
+        own = set(model.__dict__.get("__annotations__", {}))
+        tables.append(_table(title, _rows(model, prefix, skip=skip - own)))
+    return "\n".join(tables)
 
 
-def field_docs(model: type[Any]) -> dict[str, str]:
+def _table(title: str, rows: list[str]) -> str:
+    return "\n".join([f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _rows(model: type[Any], prefix: str, *, skip: Set[str]) -> list[str]:
+    """Return a row for each field of a pydantic model or a dataclass."""
+    docs, rows = _field_docs(model), []
+    for name, key, kind, default in _fields(model):
+        if name not in skip:
+            meaning = docs.get(name) or _model_doc(kind)
+            rows.append(f"| `{prefix}{key}` | {_kind(kind)} | {_default(default)} | {_prose(meaning)} |")
+    return rows
+
+
+def _fields(model: type[Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yield the name, key, type and default of each field."""
+    if dataclasses.is_dataclass(model):
+        hints = typing.get_type_hints(model)
+        for field in dataclasses.fields(model):
+            yield field.name, field.name, hints[field.name], field.default
+        return
+    for name, info in model.model_fields.items():
+        default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
+        yield name, info.alias or name, info.annotation, default
+
+
+def _field_docs(model: type[Any]) -> dict[str, str]:
     """Return the docstring below each field of a class, its base classes included."""
     docs: dict[str, str] = {}
     for base in reversed(model.__mro__):
-        if base is object or base.__module__.startswith(("pydantic", "typing")):
+        if not base.__module__.startswith("ruyi_flow"):
             continue
-        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        pending: list[str] = []
-        for statement in body.body:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                pending.append(statement.target.id)
-            elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and pending:
-                docs[pending[-1]] = str(statement.value.value)
-                pending.clear()
-    if model is topology.PolicyDefaults:  # its keys are the request's, described there
-        docs = field_docs(Routing) | docs
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, doc in itertools.pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+                docs[field.target.id] = str(ast.literal_eval(doc.value))
     return docs
 
 
@@ -251,7 +269,7 @@ def _kind(annotation: Any) -> str:
     return {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}[annotation]
 
 
-def _described(annotation: Any) -> str:
+def _model_doc(annotation: Any) -> str:
     """Return the docstring of the model that a field contains."""
     for inner in (annotation, *typing.get_args(annotation)):
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -263,21 +281,17 @@ def _plural(kind: str) -> str:
     return kind if kind.startswith("`") else f"{kind}s"
 
 
-def _default(field: Any) -> str:
-    if field.is_required():
+def _default(value: Any) -> str:
+    if value is dataclasses.MISSING:
         return "required"
-    value = field.get_default(call_default_factory=True)
-    if value is None or value is PydanticUndefined or isinstance(value, BaseModel):
+    if value is None or isinstance(value, BaseModel):
         return ""
     if value in ((), {}):
         return "none"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, enum.Enum):
-        return f"`{value.value}`"
     if isinstance(value, tuple):
-        return f"`{list(value)}`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+        value = list(value)
+    shown = {True: "true", False: "false"}[value] if isinstance(value, bool) else value
+    return f"`{shown:g}`" if isinstance(value, float) else f"`{shown}`"
 
 
 if __name__ == "__main__":
