@@ -270,7 +270,7 @@ def summary(found: Sequence[Compared]) -> dict[str, dict[str, float]]:
 
 
 def markdown(found: Sequence[Compared], machine: Mapping[str, Any]) -> str:
-    """docs/results/fidelity.md."""
+    """docs/fidelity.md."""
     lines = [
         *_ABOUT,
         "",

@@ -174,7 +174,7 @@ def calibrate(
     timid to bold, until one fails (Learn then Test), by bets against a rate
     above the bound. That takes hundreds to thousands of prompts, the more the
     smaller the bound: where they are too few, it is said about how many are
-    missing, and nothing is written. docs/guides/modes-and-calibration.md has what is promised.
+    missing, and nothing is written. docs/calibration.md has what is promised.
 
     Example: ruyi-flow calibrate trace.msgpack --max-disagreement 0.05
     --out policy.yaml

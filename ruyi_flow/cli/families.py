@@ -80,7 +80,7 @@ def pull(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="What to train, and on what (YAML); see docs/guides/training.md.")],
+    recipe: Annotated[Path, typer.Argument(help="What to train, and on what (YAML); see docs/training.md.")],
     self_distill: Annotated[
         bool, typer.Option("--self-distill", help="First let the family's last branch answer the recipe's prompts.")
     ] = False,

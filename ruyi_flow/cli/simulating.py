@@ -64,7 +64,7 @@ def simulate(
     """Play a deployment in virtual time: latency, traffic, energy, cost and quality, before it is bought.
 
     A scenario is a topology with a load; relative paths in it are meant from its
-    own folder. configs/sim has four, docs/reference/scenario.md all keys.
+    own folder. configs/sim has three, docs/simulation.md all keys.
 
     The run folder has the resolved scenario, requests.csv (every request's
     timeline), metrics.json, trace.json (open it in ui.perfetto.dev) and report.html.
@@ -112,8 +112,8 @@ def profile(
 ) -> None:
     """Measure what a family's stages cost on this machine, for `ruyi-flow simulate`.
 
-    A scenario names the file as its profile, or as that of one node.
-    docs/guides/simulation-and-planning.md goes on from there.
+    A scenario names the file as its profile, or as that of one node. docs/simulation.md
+    goes on from there.
 
     Examples: ruyi-flow profile smollm2 --weights int8 --out here.msgpack
 

@@ -1,8 +1,8 @@
 """What the stages of a family cost on a machine, computed and not measured: a roofline.
 
 What is computed takes the longer of two times, that of the operations and that of the bytes, and a fixed time a layer
-for launching kernels (Williams, Waterman and Patterson 2009). docs/reference/simulation-costs.md has the
-equations, the machines with their sources, what the model leaves out, and how far it is from measurements.
+for launching kernels (Williams, Waterman and Patterson 2009). docs/simulation-costs.md has the equations, the machines
+with their sources, what the model leaves out, and how far it is from what was measured here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Machines that nodes may run on, from their data sheets (docs/reference/simulation-costs.md)."""
+"""Machines that nodes may run on, from their data sheets; docs/simulation-costs.md has what is known of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 __all__ = ["HARDWARE", "Hardware"]
 
 _LAYER_S = {"phone": 2e-4, "board": 2e-4, "laptop": 8e-5, "cpu": 8e-5, "gpu": 1e-4}
-"""Launching one layer's kernels, by kind. docs/reference/simulation-costs.md says where these come from."""
+"""Launching one layer's kernels, by kind. docs/simulation-costs.md says where these come from."""
 
 
 @dataclass(frozen=True, slots=True)

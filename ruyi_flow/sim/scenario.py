@@ -39,7 +39,7 @@ class SimNode(Node):
     profile: Path | None = None
     """What its stages cost (`ruyi-flow profile`)."""
     hardware: str | None = None
-    """Compute the costs for this instead: a machine of docs/reference/simulation-costs.md."""
+    """Compute the costs for this instead: a machine of docs/simulation-costs.md."""
     speed: Positive = 1.0
     """Steps go so many times as fast as the profile says."""
     idle_w: Weight | None = None
@@ -152,7 +152,7 @@ class Behaviour(Model):
     """Of each early exit with the last one."""
     spread: Weight = 0.9
     correlation: Share = 0.55
-    """Both as the demo family's recorded answers have them (docs/guides/simulation-and-planning.md)."""
+    """Both as the demo family's recorded answers have them (docs/simulation.md)."""
 
 
 class Host(Model):

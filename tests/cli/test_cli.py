@@ -42,7 +42,7 @@ def test_help_of_the_simulator_has_examples(run, monkeypatch: pytest.MonkeyPatch
                 "Example: ruyi-flow simulate",
                 "YAML value",
                 "configs/sim",
-                "docs/reference/scenario.md",
+                "docs/guides/simulation-and-planning.md",
                 "own folder",
             ),
         ),
