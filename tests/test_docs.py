@@ -1,5 +1,6 @@
 """The docs: what they show can be used as it stands, and what follows from the code is up to date."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 from ruyi_flow.cli import app
 from ruyi_flow.config.topology import Topology
+from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.training.recipe import Recipe
 from tests.generate_docs import FOLDER, generate
 
@@ -76,6 +78,26 @@ def check_command(words: list[str], line: str) -> None:
 def test_files_of_this_project_exist(path: Path) -> None:
     for file in re.findall(r"`((?:[\w-]+/)+[\w.-]*\w\.(?:py|yaml))\b", path.read_text()):
         assert (ROOT / file).exists() or (ROOT / "ruyi_flow" / file).exists(), file
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_the_answers_of_each_exit_are_those_of_today(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs/results/index.md"
+    sizes = FamilyConfig.parse(json.loads((smollm2 / "config.json").read_text()))
+    [code] = blocks(page, "python")
+    exec(code)  # prints an exit and its answer a line
+    for line in capsys.readouterr().out.splitlines():
+        exit, _, answer = line.partition(" ")
+        assert f"| {exit} | {sizes.num_parameters(int(exit)) / 1e6:.0f}M | {answer} |" in page.read_text()
+
+
+@pytest.mark.model
+def test_the_first_steps_show_what_their_code_prints(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = [text for text in blocks(ROOT / "docs/tutorial.md", "python") if "load_family" in text]
+    exec(code)
+    shown = re.findall(r"# ?(.*)$", code, re.MULTILINE)  # a comment for each line that is printed
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [line.strip() for line in shown]
 
 
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
