@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check bench bench-sim protos clean
+.PHONY: demo test check docs bench bench-sim protos clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -17,11 +17,15 @@ check: $(READY)           ## format, lint, types, import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(READY)            ## the documentation, in site/: generated pages first, and no broken link
+	$(BIN)/python -m tests.generate_docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench
 
-bench-sim: $(READY)       ## the simulator against the running system; writes docs/fidelity.md
-	$(BIN)/ruyi-flow bench fidelity --table docs/fidelity.md
+bench-sim: $(READY)       ## the simulator against the running system; writes docs/results/fidelity.md
+	$(BIN)/ruyi-flow bench fidelity --table docs/results/fidelity.md
 
 protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
 	$(BIN)/python -m tests.generate_protos
@@ -33,4 +37,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:                    ## remove .venv and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -36,7 +36,16 @@ def test_help_teaches_every_command(run) -> None:  # type: ignore[no-untyped-def
 def test_help_of_the_simulator_has_examples(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("COLUMNS", "200")
     for command, words in (
-        ("simulate", ("Example: ruyi-flow simulate", "YAML value", "configs/sim", "docs/simulation.md", "own folder")),
+        (
+            "simulate",
+            (
+                "Example: ruyi-flow simulate",
+                "YAML value",
+                "configs/sim",
+                "docs/guides/simulation-and-planning.md",
+                "own folder",
+            ),
+        ),
         ("profile", ("Example", "--nodes topology.yaml", "--link 192.168", "not downwards")),
         ("sweep", ("Example", "'auto'", "'local'")),
         ("plan", ("Example",)),

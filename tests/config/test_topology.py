@@ -212,7 +212,7 @@ def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, tiny: P
 
 
 def test_the_reference_has_every_key() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "topology.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "topology.md").read_text()
     for name in {"file"} | Routing.names() - {"start", "scale", "family"}:
         assert f"`{name}`" in text, name
     for model, prefix in ((Topology, ""), (Node, ""), (Link, ""), (Limits, "limits.")):

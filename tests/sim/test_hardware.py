@@ -184,7 +184,7 @@ def test_no_torch_and_no_grpc() -> None:
 
 @pytest.mark.parametrize("hardware", HARDWARE.values(), ids=HARDWARE)
 def test_the_docs_list_the_machine(hardware: Hardware) -> None:
-    text = (Path(__file__).parents[2] / "docs/simulation-costs.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/reference/simulation-costs.md").read_text()
     assert in_table(hardware) in text and in_sources(hardware) in text
 
 
