@@ -1,22 +1,22 @@
-"""Every exception that Ruyi Flow raises on purpose.
+"""The exceptions of Ruyi Flow.
 
     RuyiFlowError
-    ├── ConfigError            a topology, or a command line, that cannot work
-    ├── CheckpointError        a family that is missing, truncated or not what it says
-    ├── TrainingError          a training run that cannot go on
-    ├── RequestError           a request that no node could serve
+    ├── ConfigError            a topology or a command line cannot work
+    ├── CheckpointError        a family is missing, truncated or inconsistent
+    ├── TrainingError          a training run cannot continue
+    ├── RequestError           no node could serve the request
     │   └── ContextLengthError the prompt does not fit the family's context
-    └── NodeError              something between this process and a node, or inside a node
-        ├── HandshakeError     the two sides of a hop disagree (family, stages, hidden size, version)
-        ├── CapacityError      a limit of the node: sessions, positions, message size
+    └── NodeError              a node, or the connection to it, fails
+        ├── HandshakeError     two nodes do not fit together (family, stages, version)
+        ├── CapacityError      a limit of the node is reached: sessions, positions, size
         ├── NodeUnavailable    the node is down, draining, or went away
-        ├── DeadlineExceeded   no answer before the deadline
-        ├── RequestCancelled   the caller, or the node's shutdown, cancelled the call
-        ├── WireError          a message that cannot be what the protocol says
-        └── NodeFault          a bug inside a node; its log has the details
+        ├── DeadlineExceeded   the deadline passed without an answer
+        ├── RequestCancelled   the caller or a shutdown cancelled the call
+        ├── WireError          a message violates the protocol
+        └── NodeFault          a bug in a node; its log has the details
 
-A command line prints the message and exits with 2; it never shows a stack trace of these. On the wire each class below
-`RequestError` and `NodeError` is one gRPC status (`transport/status.py` has the table).
+The command line prints the message without a stack trace and exits with status 2. On the wire, `RequestError` and each
+class below it and below `NodeError` is one gRPC status (`transport/status.py`).
 """
 
 from collections.abc import Sequence
@@ -42,23 +42,23 @@ __all__ = [
 
 
 class RuyiFlowError(Exception):
-    """Base of all of them; `str(error)` is one message a user can act on."""
+    """The base class. `str(error)` is a message that a user can act on."""
 
 
 class ConfigError(RuyiFlowError):
-    """A topology or a command line that cannot work: names the file, the key, the value and the fix."""
+    """A topology or a command line cannot work. The message names the file, the key, the value and the fix."""
 
 
 class CheckpointError(RuyiFlowError):
-    """A family that is missing, truncated, or not what its config says."""
+    """A family is missing, truncated, or inconsistent with its config."""
 
 
 class TrainingError(RuyiFlowError):
-    """A training run that cannot go on: names the step and the data."""
+    """A training run cannot continue. The message names the step and the data."""
 
 
 class RequestError(RuyiFlowError):
-    """A request that no node could serve, whatever its state: bad parameter, empty prompt, unknown exit."""
+    """No node could serve the request, whatever its state: wrong parameter, empty prompt, unknown exit."""
 
 
 class ContextLengthError(RequestError):
@@ -66,11 +66,11 @@ class ContextLengthError(RequestError):
 
 
 class NodeError(RuyiFlowError):
-    """Something between this process and a node, or inside a node.
+    """A node, or the connection to it, fails.
 
     Args:
-        message: what happened and what to do about it.
-        node: the name of the node it is about, where known.
+        message: what happened, and what to do.
+        node: name of the node that the error is about, if it is known.
     """
 
     def __init__(self, message: str, *, node: str | None = None) -> None:
@@ -79,7 +79,7 @@ class NodeError(RuyiFlowError):
 
 
 class HandshakeError(NodeError):
-    """The two sides of a hop disagree; the message names both values."""
+    """Two nodes do not fit together. The message names both values."""
 
 
 class CapacityError(NodeError):
@@ -87,23 +87,23 @@ class CapacityError(NodeError):
 
 
 class NodeUnavailable(NodeError):
-    """The node is down, draining, or went away in the middle."""
+    """The node is down, draining, or went away."""
 
 
 class DeadlineExceeded(NodeError):
-    """No answer before the deadline."""
+    """The deadline passed without an answer."""
 
 
 class RequestCancelled(NodeError):
-    """The caller, or the node's shutdown, cancelled the call."""
+    """The caller or the node's shutdown cancelled the call."""
 
 
 class WireError(NodeError):
-    """A message that cannot be what the protocol says it is."""
+    """A message violates the protocol."""
 
 
 class NodeFault(NodeError):
-    """A bug inside a node; its log has the details."""
+    """A bug in a node; its log has the details."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

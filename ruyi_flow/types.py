@@ -1,6 +1,6 @@
-"""The words of the system as values: what travels between stages, and the one interface that all stages share.
+"""Shared values: what stages exchange, what an answer consists of, and the one interface that all stages share.
 
-Nothing here imports torch or grpc; tensors are only named.
+Nothing here imports torch or grpc; tensors occur only in type hints.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ def is_token_id(value: object) -> bool:
 
 
 class Mode(StrEnum):
-    """What decides a token; all of them are one mechanism with different thresholds."""
+    """What decides a token. All modes are one mechanism with different thresholds."""
 
     FIXED = "fixed"
-    """Always the branch at one exit."""
+    """The branch at one exit decides every token."""
     TOKEN = "token"
-    """Each token by the shallowest branch that is confident enough."""
+    """The shallowest branch that is confident enough decides each token."""
     EXACT = "exact"
-    """Always the last branch; shallower branches only draft."""
+    """The last branch decides every token; shallower branches only draft."""
     CASCADE = "cascade"
-    """One branch decides until its running confidence falls too low; then a deeper one, while shallower ones draft."""
+    """One branch decides until its mean confidence falls too low; then a deeper one does, and shallower ones draft."""
 
 
 def parse_mode(value: object) -> Mode:
-    """A mode from its name.
+    """Return the mode of a name.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: there is no such mode.
     """
     try:
         return Mode(value)  # type: ignore[arg-type]
@@ -75,114 +75,120 @@ def parse_mode(value: object) -> Mode:
 
 
 class Reason(StrEnum):
-    """Why a token was decided where it was and went no deeper."""
+    """Why a token was decided at its exit and not at a deeper one."""
 
     CONFIDENT = "confident"
     """The branch's confidence reached its threshold."""
     FIXED = "fixed"
-    """The request fixed this exit."""
+    """The request fixed the exit."""
     DEEPEST = "deepest"
     """There is no deeper branch."""
     LIMIT = "limit"
-    """A node's operator lets nothing go deeper."""
+    """A node's operator allows no deeper exit (limits.deepest)."""
     BUDGET = "budget"
-    """A node had spent the bytes that it may send upwards."""
+    """A node had used up the bytes that it may send to the next one (limits.bytes_up_per_minute)."""
     UNREACHABLE = "unreachable"
-    """The next node could not be reached, hung or was full, and the request said `fallback`."""
+    """The next node was unreachable, stuck or full, and the request allows a fallback."""
 
 
 class FinishReason(StrEnum):
     """Why an answer ended."""
 
     EOS = "eos"
+    """A token that ends the answer was decided."""
     STOP = "stop"
+    """A stop string occurred."""
     LENGTH = "length"
+    """The answer has `max_new_tokens`, or the family's context is full."""
 
 
 class Encoding(StrEnum):
-    """How boundary states are written on a link."""
+    """How boundary states are encoded on a link."""
 
     F32 = "f32"
     BF16 = "bf16"
     F16 = "f16"
     INT8 = "int8"
-    """One byte a value and one float32 scale a token."""
+    """One byte per value, and one float32 scale per position."""
 
     def row_bytes(self, hidden_size: int) -> int:
-        """Bytes of one boundary state, its scale included."""
+        """Return the bytes of one boundary state, including its scale."""
         sizes = {Encoding.F32: 4 * hidden_size, Encoding.INT8: hidden_size + 4}
         return sizes.get(self, 2 * hidden_size)
 
 
 class Upload(StrEnum):
-    """When a node sends its boundary states to the next one."""
+    """When a node sends boundary states to the next one."""
 
     ON_DEMAND = "on-demand"
-    """With a question: nothing goes up that is not needed."""
+    """Only with a question, so that nothing is sent in vain."""
     AHEAD = "ahead"
-    """While the link is idle, so that a question finds its catch-up done."""
+    """Also while the link is idle, so that a question has less to send."""
 
 
 class Weights(StrEnum):
-    """How a node holds the weights of its products; everything else keeps the node's number format."""
+    """Number format of a node's weight matrices; everything else has the node's dtype."""
 
     BF16 = "bf16"
-    """As they are, in bfloat16."""
+    """Unquantized bfloat16."""
     INT8 = "int8"
-    """8 bits, a scale and a zero for 32 values."""
+    """8 bits, with a scale and a zero point for each 32 values."""
     INT4 = "int4"
-    """4 bits, a scale and a zero for 32 values; heads, which are worth more, in 8 bits."""
+    """4 bits, with a scale and a zero point for each 32 values; LM heads, which matter more, have 8 bits."""
 
 
 class Block(NamedTuple):
-    """New boundary states for the next stage, and the question about them."""
+    """New boundary states for the next stage, and the positions that it is asked about."""
 
     start: int
-    """Position of the first state: what the receiver holds already."""
+    """Position of the first state, which is the number of positions that the receiver already has."""
     states: torch.Tensor
-    """(n, hidden) boundary states of positions start … start+n-1."""
+    """(n, hidden) boundary states of the positions start … start+n-1."""
     token_ids: tuple[int, ...]
-    """The n token ids at these positions; token i+1 is the draft for position i."""
+    """The n token ids of these positions; the token of position i+1 is the draft for position i."""
     wants: tuple[int, ...]
-    """Positions, ascending, whose next token is asked for; may be empty (only fill caches)."""
+    """Positions whose next token is wanted, ascending. Empty: the block only fills KV caches."""
 
 
 class Decision(NamedTuple):
     """One decided token."""
 
     token: int
+    """The token id."""
     exit: int
     """The exit whose branch decided it."""
     confidence: float
     """That branch's confidence, 0 … 1."""
     reason: Reason
+    """Why it was decided there."""
 
 
 @dataclass(slots=True)
 class Hop:
-    """What one node spent: added up over a request, or of one verdict."""
+    """What one node spent on one verdict, or on a whole answer."""
 
     node: str
+    """Name of the node."""
     compute_s: float = 0.0
-    """Running layers and branches."""
+    """Seconds of running layers and branches."""
     queue_s: float = 0.0
-    """Waiting for the node's one compute thread."""
+    """Seconds of waiting for the node's compute thread."""
     wire_s: float = 0.0
-    """Round trip as the sender saw it, less all the time the receiver had the message."""
+    """Seconds of round trips that the sender measured, minus the time that the node had the messages."""
     messages: int = 0
-    """Blocks sent up to this node."""
+    """Number of messages sent to the node."""
     positions: int = 0
-    """Positions in them."""
+    """Number of positions in these messages."""
     bytes_up: int = 0
-    """Serialized bytes of the messages sent up to this node."""
+    """Bytes of the messages sent to the node."""
     bytes_down: int = 0
-    """Serialized bytes of its replies."""
+    """Bytes of its replies."""
 
     def add(self, other: Hop) -> None:
-        """Add another count of the same node to this one."""
+        """Add what the same node spent on something else."""
         self.compute_s += other.compute_s
         self.queue_s += other.queue_s
-        if not other.messages:  # nothing was sent there
+        if not other.messages:  # nothing was sent to the node
             return
         self.wire_s += other.wire_s
         self.messages += other.messages
@@ -195,9 +201,9 @@ class Verdict(NamedTuple):
     """A stage's answer to a block."""
 
     decisions: tuple[Decision, ...]
-    """For the wanted positions in order, up to the first that contradicts its draft (or all of them)."""
+    """Decisions for the wanted positions in order, up to the first that contradicts its draft."""
     hops: tuple[Hop, ...] = ()
-    """What every node on the way spent, the answering stage's node first."""
+    """What every node on the way spent, the answering node first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,42 +211,49 @@ class Token:
     """One token of an answer."""
 
     id: int
+    """The token id."""
     text: str
-    """What it adds to the text; empty in the middle of a character, or inside a possible stop string."""
+    """The text that it adds; empty in the middle of a character, or inside a possible stop string."""
     exit: int
+    """The exit whose branch decided it."""
     node: str
+    """Name of the node that decided it."""
     confidence: float
+    """That branch's confidence, 0 … 1."""
     reason: Reason
+    """Why it was decided there."""
     after_s: float = 0.0
-    """When it was decided, from the request's arrival at the entry node."""
+    """Seconds from the request's arrival at the entry node until the token was decided."""
     bytes_up: int = 0
-    """That all links carried upwards for the round that decided it; at the first token of the round."""
+    """Bytes sent upward by the round that decided this token; 0 on the round's other tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What an answer took."""
+    """Statistics of an answer."""
 
     prompt_tokens: int
+    """Number of tokens of the prompt."""
     new_tokens: int
+    """Number of tokens of the answer."""
     first_token_s: float
-    """From the request's arrival at the entry node to its first token."""
+    """Time to first token (TTFT): seconds from the request's arrival at the entry node."""
     total_s: float
-    """From the request's arrival to the last token."""
+    """Seconds from the request's arrival to the end of the answer."""
     seed: int
-    """0 for a greedy answer that was asked without one."""
+    """The sampling seed; 0 for a greedy answer without one."""
     drafted: int
-    """Tokens drafted past a position that was asked deeper."""
+    """Number of tokens drafted past a position that was escalated."""
     accepted: int
-    """Those of them that the deeper branch confirmed."""
+    """Number of drafts that a deeper branch accepted."""
     escalations: int
-    """Questions asked beyond the entry node, each one round trip."""
+    """Number of questions that the entry node asked the next node, each of them one round trip."""
     hops: tuple[Hop, ...]
-    """What each node spent in all, the entry node first."""
+    """What each node spent on the whole answer, the entry node first."""
 
     @property
     def token_s(self) -> float:
-        """Time per token after the first, in seconds."""
+        """Time per output token (TPOT): seconds per token after the first."""
         return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
 
 
@@ -249,67 +262,85 @@ class Final:
     """The end of an answer."""
 
     finish_reason: FinishReason
+    """Why the answer ended."""
     text: str
-    """The whole answer."""
+    """The complete answer."""
     stats: Stats
+    """Its statistics."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """What a node holds and does."""
+    """What a node contains and does."""
 
     node: str
+    """Name of the node."""
     tier: str
+    """Its tier."""
     state: str
-    """serving or draining"""
+    """Its state: serving or draining."""
     family: str
-    """Fingerprint."""
+    """Fingerprint of its family."""
     exits: tuple[int, ...]
+    """Exits of its stages."""
     first_layer: int
+    """Index of its first trunk layer."""
     last_layer: int
+    """Index after its last trunk layer."""
     parameters: int
+    """Number of its parameters."""
     tensor_bytes: int
+    """Bytes of its weights."""
     resident_bytes: int
-    """Of the whole process."""
+    """Resident memory of its process in bytes."""
     dtype: str
+    """Number format of its layers and weights."""
     device: str
+    """Its torch device."""
     sessions: int
+    """Number of open sessions."""
     max_sessions: int
+    """Largest number of open sessions."""
     waiting: int
-    """Sessions that wait for room."""
+    """Number of sessions that wait for capacity."""
     used_positions: int
+    """Reserved KV cache positions."""
     max_positions: int
+    """All KV cache positions."""
     uptime_s: float
+    """Seconds since it was loaded."""
     next_node: str
+    """Name of the next node; empty on the deepest one."""
     next_state: str
-    """Of the connection to the next node: idle, connecting, ready, transient_failure."""
+    """State of the connection to it: idle, connecting, ready, transient_failure."""
     process_id: int
+    """Process id of the daemon."""
 
 
 class Stage(Protocol):
-    """The one seam: a stage in this process, behind a wire, or a fake in a test."""
+    """The interface of a stage: one in this process, one on another node, or a fake in a test."""
 
     async def advance(self, block: Block) -> Verdict:
-        """Run the layers on the block's new states, look where a decision is wanted, answer or escalate.
+        """Run the layers on a block's new states, and decide or escalate the wanted positions.
 
         Raises:
-            NodeError: the stage, or one beyond it, cannot answer.
+            NodeError: this stage or a deeper one cannot answer.
         """
         ...
 
     async def feed(self, block: Block) -> None:
-        """Take in a block that wants nothing, without waiting until its layers have run; `advance` follows.
+        """Accept a block without questions, and do not wait until its layers have run. A call of `advance` follows.
 
         Raises:
-            NodeError: it cannot be taken in. What fails later is told by the next `advance`.
+            NodeError: the block cannot be accepted. The next `advance` raises what fails later.
         """
         ...
 
     async def arrived(self) -> None:
-        """Wait until everything that was fed has been taken in; may be cancelled.
+        """Wait until every block that was fed has run; the wait may be cancelled.
 
         Raises:
-            NodeError: it was not.
+            NodeError: a block failed.
         """
         ...
 
@@ -318,5 +349,5 @@ class Stage(Protocol):
         ...
 
     async def close(self) -> None:
-        """End the session and free its cache, here and deeper."""
+        """End the session and free its KV cache, here and deeper."""
         ...

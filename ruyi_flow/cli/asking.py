@@ -52,7 +52,7 @@ __all__ = ["chat", "demo", "explain_", "generate", "show"]
 @app.command(rich_help_panel=Panel.RUN)
 def demo(
     topology: TopologyOption = DEFAULT_TOPOLOGY,
-    prompt: PromptOption = "Why is the sky blue?",
+    prompt: PromptOption = "What is the capital of France, and what is it famous for?",
     max_new_tokens: MaxOption = 48,
 ) -> None:
     """Start all nodes of a topology, answer one prompt with them, show which node decided every token, and end them.
@@ -253,12 +253,20 @@ async def show(client: Any, topology: Topology, prompt: str, options: dict[str, 
 
 
 def _gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:
-    """Return one sentence that says what the entry node decided by itself, and what it did not have to send."""
-    entry = topology.entry
-    here = sum(token.node == entry.name for token in tokens)
-    asked = next((hop for hop in stats.hops[1:2]), None)
-    sent = 0 if asked is None else asked.bytes_up
-    return (
-        f"{here} of {len(tokens)} tokens were decided on the {entry.label}, which asked the next node "
-        f"{stats.escalations} times instead of {len(tokens)} and sent it {sent:,} bytes."
-    )
+    """Return one sentence: what shallow nodes decided, and what was therefore not sent to deeper ones.
+
+    The comparison is with a run in which the last exit decides every token, and every position is sent on every link.
+    """
+    total, positions = len(tokens), stats.prompt_tokens + len(tokens) - 1
+    decided = [f"the {n.label} decided {sum(t.node == n.name for t in tokens)}" for n in topology.nodes[:-1]]
+    if not decided:
+        return f"The one node decided all {total} tokens."
+    saved: list[str] = []
+    saved_bytes = 0.0
+    for hop in stats.hops[1:]:
+        avoided = max(0, total - hop.messages)
+        saved.append(f"{avoided} round trips to the {topology.node(hop.node).label}")
+        saved_bytes += avoided * hop.bytes_down / hop.messages
+        saved_bytes += (positions - hop.positions) * hop.bytes_up / hop.positions
+    saved.append(f"{max(0, round(saved_bytes)):,} bytes")
+    return f"Of {total} tokens, {' and '.join(decided)}. That avoided {', '.join(saved[:-1])} and {saved[-1]}."
