@@ -500,7 +500,7 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
 def test_bytes_that_let_nothing_up_are_refused(simulate: Simulate) -> None:
     asked = data(((2,), (4, 6)))
     asked["links"][0] |= {"upload": "ahead", "ahead_bytes": 8}
-    with pytest.raises(ConfigError, match=r"test.yaml: links.0.ahead_bytes: 8 are less than"):
+    with pytest.raises(ConfigError, match=r"test.yaml: links.0.ahead_bytes: 8 is less than 8 positions"):
         simulate(asked)
 
 
