@@ -138,12 +138,7 @@ class Checkpoint:
             names.append(f"model.norms.{i}.weight")
             if config.probe_size and p != config.exits[-1]:
                 names += [f"model.probes.{i}.{part}" for part in PROBE_NAMES]
-            if not config.shared_heads:
-                names.append(f"lm_head.{i}.weight")
-        if config.tied_head:
-            names.append("model.embed_tokens.weight")
-        elif config.shared_heads:
-            names.append("lm_head.weight")
+            names.append(config.head_name(p))
         return list(dict.fromkeys(names))
 
     def tensor(self, name: str) -> Tensor:

@@ -191,6 +191,12 @@ class FamilyConfig:
             return [f"model.layers.{exit}"]
         return [f"model.eelayers.{i}", *(f"model.eeblocks.{i}.{j}" for j in range(self.branch_layers[i] - 1))]
 
+    def head_name(self, exit: int) -> str:
+        """Return the published name of the tensor that is the LM head of an exit."""
+        if self.tied_head:
+            return "model.embed_tokens.weight"
+        return "lm_head.weight" if self.shared_heads else f"lm_head.{self.exits.index(exit)}.weight"
+
     # ---- what it costs ----
 
     @property

@@ -330,10 +330,7 @@ def published(family: FamilySlice) -> dict[str, Tensor]:
         out |= _published_layer(layer, f"model.layers.{i}")
     for p, branch in family.branch_at.items():
         out |= published_branch(config, p, branch)
-        if not config.shared_heads:
-            out[f"lm_head.{config.exits.index(p)}.weight"] = family.head_at[p].weight.detach()
-    if config.shared_heads and not config.tied_head:
-        out["lm_head.weight"] = family.head_at[config.exits[-1]].weight.detach()
+        out[config.head_name(p)] = family.head_at[p].weight.detach()
     return out
 
 

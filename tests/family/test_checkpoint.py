@@ -115,7 +115,9 @@ def test_a_wrong_shape_states_both(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norms.1.weight"] = torch.ones(7)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"norms\.1\.weight has shape \[\(7,\)\]; config\.json means \(32,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"norms\.1\.weight has shape \[\(7,\)\], but config\.json requires \(32,\)"
+    ):
         load_family(folder, dtype="float32")
 
 

@@ -201,7 +201,7 @@ async def test_exact_over_nodes_in_few_bits_is_the_family_in_few_bits(family: Pa
 def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
     with pytest.raises(RuyiFlowError, match="weights is 'int3'; known: bf16, int8, int4"):
         load_family(family, weights="int3")
-    with pytest.raises(RuyiFlowError, match="bf16 goes with dtype: bfloat16"):
+    with pytest.raises(RuyiFlowError, match="bf16 requires dtype: bfloat16, but dtype is float32"):
         load_family(family, dtype="float32", weights="bf16")
     narrow = tiny_family(tmp_path / "narrow", intermediate_size=48)
     with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 32 columns; take weights: bf16"):
@@ -213,7 +213,9 @@ def test_a_gpu_without_the_kernel_for_few_bits_is_refused(
     family: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ConfigError, match=f"weights: {weights} needs a GPU of compute capability 8.0, cuda:1 has 7.5"):
+    with pytest.raises(
+        ConfigError, match=f"weights: {weights} needs a GPU of compute capability 8.0 or higher, but cuda:1 has 7.5"
+    ):
         load_slice(Checkpoint(family), (2, 4, 6), dtype=torch.bfloat16, device="cuda:1", weights=weights)
 
 
