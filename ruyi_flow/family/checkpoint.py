@@ -166,7 +166,7 @@ class Checkpoint:
         if not any(there[1:]):
             return self.tensor(name)
         held = Quantized(*map(self._read, stored)) if all(there) else None
-        if held is None or not held.is_whole():
+        if held is None or not held.is_valid():
             raise CheckpointError(f"{self.folder}: {name} and its scales do not fit together; cut the shard again")
         return held
 

@@ -55,7 +55,7 @@ class _Loader:
             model.embed_with_head()
         else:  # rows cannot be looked up in the layout of the CUDA kernel, so the table is stored a second time
             stored = self.checkpoint.weight(name)
-            table = stored.wide() if isinstance(stored, Quantized) else stored
+            table = stored.dequantize() if isinstance(stored, Quantized) else stored
             model.embed_tokens.weight = nn.Parameter(table.to(self.device, self.dtype, copy=True), requires_grad=False)
 
     def heads(self, model: FamilySlice) -> None:
@@ -107,7 +107,7 @@ class _Loader:
         joined = Quantized.cat(parts)
         if joined.shape != tuple(linear.weight.shape):
             raise self._wrong_shape(names, [part.shape for part in parts], linear.weight)
-        linear.hold(joined.to(self.device), self.dtype, apart=apart)
+        linear.set_kernels(joined.to(self.device), self.dtype, apart=apart)
 
     def read(self, module: nn.Module, parameter: str, names: Sequence[str]) -> None:
         """Fill a parameter with these tensors, stacked along the first dimension."""

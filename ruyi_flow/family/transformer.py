@@ -411,8 +411,8 @@ class FamilySlice(nn.Module):
 
     def _tensors(self) -> list[Tensor]:
         kernels = [kernel for m in self.modules() if isinstance(m, Linear) for kernel in m.kernels]
-        tensors = [*self.parameters(), *(tensor for kernel in kernels for tensor in kernel.tensors)]
-        return list({id(tensor): tensor for tensor in tensors}.values())
+        tensors = [*self.parameters(), *(tensor for kernel in kernels for tensor in (*kernel.tensors, kernel.bias))]
+        return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
 class CausalAttention:
