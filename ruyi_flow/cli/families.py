@@ -21,21 +21,14 @@ __all__ = ["evaluate", "pull", "train"]
 
 @app.command()
 def pull(
-    source: Annotated[
-        str,
-        typer.Argument(help="smollm2 (the demo family), a Hugging Face id, modelscope:ID, a folder, or a .gguf file."),
-    ],
+    source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder or a .gguf file.")],
     name: Annotated[str | None, typer.Option(help="Name in the store. Default: the last part of the source.")] = None,
     exits: Annotated[str | None, typer.Option(help="Exits to give to an ordinary checkpoint, such as 5,11,17.")] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="Number format to convert to: float32, bfloat16 or float16. Default: no conversion."),
+        str | None, typer.Option(help="Convert to float32, bfloat16 or float16. Default: as it is.")
     ] = None,
     branches: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="File of trained branches or probes (from ruyi-flow train). Repeat it for several, applied in order."
-        ),
+        list[Path] | None, typer.Option(help="File of trained branches or probes (ruyi-flow train); may be repeated.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -155,13 +148,11 @@ def evaluate(
     exits: Annotated[str, typer.Option(help="Exits to evaluate: all, or a list such as 5,29.")] = "all",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with TASK/test.jsonl. Default: the harness fetches its data from Hugging Face."),
+        typer.Option(help="Folder with TASK/test.jsonl. Default: the harness fetches its data."),
     ] = None,
     chats: Annotated[
         Path | None,
-        typer.Option(
-            help='File of chats: JSON lines of {"messages": …}, {"prompt": …} or {"question": …, "answer": …}.'
-        ),
+        typer.Option(help='Chats, JSON lines of {"messages": …}, {"prompt": …} or {"question": …, "answer": …}.'),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most questions of each task. Default: all.")] = None,
     fewshot: Annotated[

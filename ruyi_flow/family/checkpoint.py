@@ -32,18 +32,10 @@ from ruyi_flow.types import Weights
 __all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "format_of", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-)
+_COMPANIONS = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE"),
+]
 """Files of a family other than config and weights, copied to the shard of the entry node."""
 
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
@@ -199,19 +191,13 @@ class Checkpoint:
 
     @property
     def _layer_tensors(self) -> list[str]:
-        config = self.config
-        out = []
+        config, out = self.config, []
+        biases = {"qkv_proj": config.attention_bias, "o_proj": config.output_bias}
+        biases |= dict.fromkeys(("gate_up_proj", "down_proj"), config.mlp_bias)
         for module, parts in LAYER_NAMES.items():
-            if module in ("q_norm", "k_norm") and config.base != "qwen3":
-                continue
-            has_bias = {
-                "qkv_proj": config.attention_bias,
-                "o_proj": config.output_bias,
-                "gate_up_proj": config.mlp_bias,
-                "down_proj": config.mlp_bias,
-            }.get(module, False)
-            for part in parts:
-                out += [f"{part}.weight", f"{part}.bias"] if has_bias else [f"{part}.weight"]
+            if module not in ("q_norm", "k_norm") or config.base == "qwen3":
+                kinds = ("weight", "bias") if biases.get(module) else ("weight",)
+                out += [f"{part}.{kind}" for part in parts for kind in kinds]
         return out
 
     def _stored_name(self, name: str) -> str:
@@ -272,8 +258,8 @@ class Checkpoint:
             self.tensor(name)  # raises
         part = self._files[self._file_of[stored]].get_slice(stored)
         shape: list[int] = part.get_shape()
-        first: Tensor = part[:1] if len(shape) > 1 else part[:]
-        return first.expand(shape) if len(shape) > 1 else first
+        first: Tensor = part[:1].expand(shape) if len(shape) > 1 else part[:]
+        return first
 
 
 def format_of(name: str, weights: Weights) -> Weights:
@@ -327,14 +313,10 @@ def cut(
                 continue
             # Copies of a trunk layer must not share memory: safetensors stores no aliases.
             tensors[name] = weight.to(dtype or weight.dtype, copy=not checkpoint.stores(name)).contiguous()
-        whole = tuple(exits) == checkpoint.config.exits
-        metadata = {
-            "format": "pt",
-            "ruyi_flow.exits": json.dumps(list(exits)),
-            "ruyi_flow.fingerprint": _fingerprint(checkpoint.config, names, tensors.__getitem__)
-            if whole and not quantized
-            else checkpoint.fingerprint,
-        }
+        fingerprint = checkpoint.fingerprint
+        if tuple(exits) == checkpoint.config.exits and not quantized:  # dtype may make another family of it
+            fingerprint = _fingerprint(checkpoint.config, names, tensors.__getitem__)
+        metadata = {"format": "pt", "ruyi_flow.exits": json.dumps(list(exits)), "ruyi_flow.fingerprint": fingerprint}
         if quantized:
             metadata["ruyi_flow.weights"] = quantized
         save_file(tensors, folder / _WEIGHTS, metadata)
@@ -380,12 +362,8 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
             raise CheckpointError(f"{path}: not a GGUF file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **plain)
     except Exception as error:  # gguf and transformers raise errors of any kind on a file that they cannot parse
         raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {error}") from error
     with _whole_or_not(Path(out)) as folder:
@@ -432,18 +410,9 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
 
 
 def _fingerprint(config: FamilyConfig, names: Sequence[str], first_values: Callable[[str], Tensor]) -> str:
-    digest = hashlib.sha256(
-        repr(
-            (
-                config.base,
-                config.exits,
-                config.num_heads,
-                config.head_dim,
-                config.rms_norm_eps,
-                sorted(config.rope.items()),
-            )
-        ).encode()
-    )
+    rope = sorted(config.rope.items())
+    geometry = (config.base, config.exits, config.num_heads, config.head_dim, config.rms_norm_eps, rope)
+    digest = hashlib.sha256(repr(geometry).encode())
     for name in sorted(names):
         tensor = first_values(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

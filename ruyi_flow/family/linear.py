@@ -220,6 +220,13 @@ class _Int4:
             self._mm = torch._weight_int4pack_mm_for_cpu
             self._packed, self._scales_zeros = int4.packed_for_cpu(), scales_zeros.to(dtype)
             self._many = _MANY_ROWS // 2 if self._is_int8 else _MANY_ROWS
+            # The weight as bytes, (blocks, in or 2 in, block / 2), and the scales and zeros of it, (groups, out) each.
+            self._block, self._halves_apart = _cpu_layout()
+            self._bytes = self._packed.view(-1, int4.shape[1], self._block // 2)
+            self._scales, self._zeros = self._scales_zeros.unbind(-1)
+            if self._is_int8:
+                groups = self._columns // GROUP
+                self._scales, self._zeros = self._scales[groups:], self._zeros[:groups]
         else:
             self._mm = torch._weight_int4pack_mm
             tiles = next(t for t in (8, 4, 2) if int4.shape[1] % (16 * t) == 0)
@@ -248,14 +255,11 @@ class _Int4:
 
     def _columns_of(self, start: int, stop: int) -> Tensor:
         """Dequantize rows `start … stop-1` of the weight on a CPU, transposed: (in, stop - start)."""
-        block, halves_apart = _cpu_layout()
-        size, half = stop - start, block // 2
-        packed = self._bytes()[start // block : stop // block].transpose(0, 1)  # (in or 2 in, blocks, half)
+        block, size, half = self._block, stop - start, self._block // 2
+        packed = self._bytes[start // block : stop // block].transpose(0, 1)  # (in or 2 in, blocks, half)
         values = packed.new_empty(self._columns, size // block, block)
-        if halves_apart:
-            in_low, in_high = values[..., :half], values[..., half:]
-        else:
-            in_low, in_high = values[..., ::2], values[..., 1::2]
+        in_low = values[..., :half] if self._halves_apart else values[..., ::2]
+        in_high = values[..., half:] if self._halves_apart else values[..., 1::2]
         if self._is_int8:
             high, low = packed.split(self._columns)
             torch.bitwise_or(high << 4, low & 15, out=in_low)
@@ -266,33 +270,21 @@ class _Int4:
         # Bytes wrap around, so values below the middle become negative as int8.
         steps = values.sub_(self._middle).view(torch.int8).to(self._wide_dtype).view(-1, GROUP, size)
         # Broadcasting contiguous tensors is several times faster than these strided views.
-        parts = (t[:, None, start:stop] for t in self._scales_and_zeros())
+        parts = (t[:, None, start:stop] for t in (self._scales, self._zeros))
         scales, zeros = (t.to(self._wide_dtype, memory_format=torch.contiguous_format) for t in parts)
         return torch.addcmul(zeros, steps, scales, out=steps).view(-1, size)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Dequantize single rows of the weight on a CPU: (n,) -> (n, in)."""
-        block, halves_apart = _cpu_layout()
-        row, half = ids % block, block // 2
-        byte, in_high = (row % half, row // half) if halves_apart else (row // 2, row % 2)
-        values = self._bytes()[ids // block, :, byte] >> (4 * in_high)[:, None] & 15
+        row, half = ids % self._block, self._block // 2
+        byte, in_high = (row % half, row // half) if self._halves_apart else (row // 2, row % 2)
+        values = self._bytes[ids // self._block, :, byte] >> (4 * in_high)[:, None] & 15
         if self._is_int8:
             high, low = values.split(self._columns, 1)
             values = 16 * high + low
-        scales, zeros = (t[:, ids].T[..., None] for t in self._scales_and_zeros())
+        scales, zeros = (t[:, ids].T[..., None] for t in (self._scales, self._zeros))
         steps = (values - self._middle).to(scales.dtype).view(len(ids), -1, GROUP)
         return torch.addcmul(zeros, steps, scales).flatten(1)
-
-    def _bytes(self) -> Tensor:
-        """Return the packed weight as bytes: (blocks of rows, in or 2 in, half a block)."""
-        block, _ = _cpu_layout()
-        return self._packed.view(-1, self._columns * (2 if self._is_int8 else 1), block // 2)
-
-    def _scales_and_zeros(self) -> tuple[Tensor, Tensor]:
-        """Return the scales and zeros of the original weight, each (groups, out)."""
-        scales, zeros = self._scales_zeros.unbind(-1)
-        groups = self._columns // GROUP
-        return (scales[groups:], zeros[:groups]) if self._is_int8 else (scales, zeros)
 
 
 @cache

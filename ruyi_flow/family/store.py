@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -129,36 +130,25 @@ def pull(
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise CheckpointError(f"{name!r} cannot be a family's name in the store; give another with --name")
     out = home() / "families" / name
-    scratch = home() / "partial" / name
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(scratch.with_name(f"{name}.lock")):  # a second pull of the same family waits for the first
+    with _scratch(name) as scratch:
         identity = _identity(source, local, branches)
         old = source == DEMO and _is_older_demo(out, identity)
         if out.is_dir() and not old:
             _check_same(out, identity, asked_exits, dtype)
             return out
-        shutil.rmtree(scratch, ignore_errors=True)  # left by a pull that was killed
-        scratch.mkdir()
-        try:
-            if old:
-                say("updating the branches of the stored demo family")
-                folder = out
-            else:
-                folder = _fetch(source, local, scratch, say, bars=bars)
-            checkpoint = Checkpoint(folder, exits, branches)
-            if checkpoint.exits != checkpoint.config.exits:
-                raise CheckpointError(
-                    f"{folder}: a shard of exits {list(checkpoint.exits)}; pull a folder with the whole family"
-                )
-            say("writing it to the store")
-            whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
-            (whole / _SOURCE).write_text(identity)
-            out.parent.mkdir(exist_ok=True)
-            if old:
-                os.replace(out, scratch / "old")
-            os.replace(whole, out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if old:
+            say("updating the branches of the stored demo family")
+        folder = out if old else _fetch(source, local, scratch, say, bars=bars)
+        checkpoint = Checkpoint(folder, exits, branches)
+        if checkpoint.exits != checkpoint.config.exits:
+            raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
+        say("writing it to the store")
+        whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
+        (whole / _SOURCE).write_text(identity)
+        out.parent.mkdir(exist_ok=True)
+        if old:
+            os.replace(out, scratch / "old")
+        os.replace(whole, out)
     return out
 
 
@@ -171,19 +161,27 @@ def demo_gguf(*, say: Callable[[str], None] = lambda step: None, bars: bool = Fa
     Raises:
         CheckpointError: the file could not be fetched.
     """
-    out, scratch = home() / "gguf" / Path(_DEMO_FILE).name, home() / "partial" / ".gguf"  # no family's name has a dot
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(scratch.with_name(".gguf.lock")):
+    out = home() / "gguf" / Path(_DEMO_FILE).name
+    with _scratch(".gguf") as scratch:  # no family's name begins with a dot
         if not out.exists():
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            try:
-                fetched = _fetch_demo_gguf(scratch, say, bars=bars)
-                out.parent.mkdir(exist_ok=True)
-                os.replace(fetched, out)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            fetched = _fetch_demo_gguf(scratch, say, bars=bars)
+            out.parent.mkdir(exist_ok=True)
+            os.replace(fetched, out)
     return out
+
+
+@contextmanager
+def _scratch(name: str) -> Iterator[Path]:
+    """Yield a temporary folder in the store, to one process at a time."""
+    folder = home() / "partial" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{name}.lock")):
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:

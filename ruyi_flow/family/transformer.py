@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,15 +20,7 @@ from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.linear import Linear
 
-__all__ = [
-    "Attention",
-    "Branch",
-    "CausalAttention",
-    "DecoderLayer",
-    "FamilySlice",
-    "Probe",
-    "Rope",
-]
+__all__ = ["Attention", "Branch", "CausalAttention", "DecoderLayer", "FamilySlice", "Probe", "Rope"]
 
 
 class Attention(Protocol):
@@ -126,13 +119,7 @@ class DecoderLayer(nn.Module):
         self._norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attention: Attention,
-        slot: int,
-        *,
-        rows: Tensor | None = None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, slot: int, *, rows: Tensor | None = None
     ) -> Tensor | None:
         """Run the layer.
 
@@ -250,9 +237,8 @@ class FamilySlice(nn.Module):
         self.branch_at = {p: Branch(config, depth, probed=p in probed) for p, depth in depths.items()}
         own_heads = [Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads)]
         self.head_at = {p: own_heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
-        self.slot_at = {
-            p: len(self.trunk) + sum(depth for other, depth in depths.items() if other < p) for p in self.exits
-        }
+        slots = accumulate(depths.values(), initial=len(self.trunk))
+        self.slot_at = dict(zip(self.exits, slots, strict=False))
         """Slot in the KV cache of each branch's first layer; the slots of its other layers follow."""
         self.call: Callable[..., Tensor | None] = DecoderLayer.forward
         """Runs a trunk layer. `compile_layers` replaces it with the compiled one, training with gradient
@@ -360,8 +346,7 @@ class FamilySlice(nn.Module):
         Args:
             exit: one of this slice's exits.
             x: (n, hidden) boundary states at the exit.
-            rope: cosines and sines of the n positions, from `Rope.at`.
-            attention: stores keys and values, and attends.
+            rope, attention: see `run`.
             rows: (m,) indices of the rows whose logits are needed. Default: all rows.
 
         Returns:
@@ -461,13 +446,13 @@ def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     try:
-        their_config = PreTrainedConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_positions,
-            rope_parameters=dict(config.rope),
-        )
+        sizes = {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_heads,
+            "head_dim": config.head_dim,
+        }
+        rope = {"max_position_embeddings": config.max_positions, "rope_parameters": dict(config.rope)}
+        their_config = PreTrainedConfig(**sizes, **rope)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](their_config, torch.device("cpu"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: rope settings {dict(config.rope)} are incomplete: {error}") from None

@@ -134,7 +134,7 @@ def each_line(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T
             except (ValueError, TypeError, KeyError, IndexError, AttributeError):
                 found = line.strip() or "an empty line"
                 found = found if len(found) <= 80 else f"{found[:79]}…"
-                raise ConfigError(f"{path}, line {number}: expected {expected}; found {found}") from None
+                raise ConfigError(f"{path}, line {number}: expected {expected}; there is {found}") from None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -183,19 +185,18 @@ def distill(
         raise ConfigError("self_distill is missing in the recipe; set self_distill: {prompts: [{path: chats.jsonl}]}")
     prompts: list[list[int]] = []
     for source in plan.prompts:
-        prompts += [
-            p for _, p in zip(range(source.documents or 2**62), read_prompts(source.path, tokenizer), strict=False)
-        ]
+        prompts += islice(read_prompts(source.path, tokenizer), source.documents)
     opening = _opening(tokenizer) if plan.own_prompts else []
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
+    ask = partial(answers, model, max_new_tokens=plan.max_new_tokens, batch=plan.batch, eos_token_ids=eos_token_ids)
     if plan.own_prompts:
         file = recipe.out / "prompts.jsonl"
         if not file.exists():
-            own = _own_prompts(
-                model, plan, opening, tokenizer, eos_token_ids=eos_token_ids, seed=recipe.seed, report=report
-            )
+            length = len(opening) + plan.max_new_tokens
+            given = ask([opening] * plan.own_prompts, max_positions=length, temperature=1.0, seed=recipe.seed)
+            own = _own_prompts(given, plan, tokenizer, eos_token_ids, report=report)
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(".part")
             part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own))
@@ -211,16 +212,8 @@ def distill(
     with file.open("a") as out:
         for temperature in plan.temperatures:
             numbers = [i for i in range(len(prompts)) if (i, temperature) not in answered]
-            for answer in answers(
-                model,
-                [prompts[i] for i in numbers],
-                max_new_tokens=plan.max_new_tokens,
-                max_positions=recipe.length,
-                batch=plan.batch,
-                temperature=temperature,
-                eos_token_ids=eos_token_ids,
-                seed=recipe.seed + len(answered),
-            ):
+            asked, seed = [prompts[i] for i in numbers], recipe.seed + len(answered)
+            for answer in ask(asked, max_positions=recipe.length, temperature=temperature, seed=seed):
                 item = {"prompt_number": numbers[answer.index], "temperature": temperature}
                 out.write(json.dumps(item | {"prompt": answer.prompt, "answer": answer.token_ids}) + "\n")
                 out.flush()
@@ -249,35 +242,21 @@ def _opening(tokenizer: Any) -> list[int]:
 
 
 def _own_prompts(
-    model: FamilySlice,
+    given: Iterator[Answer],
     plan: SelfDistill,
-    opening: list[int],
     tokenizer: Any,
-    *,
     eos_token_ids: tuple[int, ...],
-    seed: int,
+    *,
     report: Callable[[int, int, float], None],
 ) -> list[str]:
-    """Sample user turns from the family; see `SelfDistill.own_prompts`.
+    """Decode the user turns that the family sampled, and drop duplicates and those that did not end.
 
     Raises:
         ConfigError: no turn ended.
     """
     found: dict[str, None] = {}  # a set in the order in which the turns ended
     began, tokens = time.perf_counter(), 0
-    for done, answer in enumerate(
-        answers(
-            model,
-            [opening] * plan.own_prompts,
-            max_new_tokens=plan.max_new_tokens,
-            max_positions=len(opening) + plan.max_new_tokens,
-            batch=plan.batch,
-            temperature=1.0,
-            eos_token_ids=eos_token_ids,
-            seed=seed,
-        ),
-        1,
-    ):
+    for done, answer in enumerate(given, 1):
         if answer.token_ids[-1] in eos_token_ids:
             found[tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()] = None
         tokens += len(answer.token_ids)

@@ -8,7 +8,6 @@ position and cached on disk, since on a CPU they are most of the cost.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,7 @@ def train(
     accelerator.register_for_checkpointing(schedule)
 
     identity = _identity(recipe, config, packed)
-    state = recipe.out / "state"
-    metrics = recipe.out / "metrics.jsonl"
-    done = 0
+    metrics, state, done = recipe.out / "metrics.jsonl", recipe.out / "state", 0
     new = state.with_name("state.new")
     if accelerator.is_main_process and not state.exists() and (new / "step.json").exists():
         os.replace(new, state)  # killed between the two renames of a save
@@ -213,7 +211,7 @@ def _read(recipe: Recipe, tokenizer: Any) -> Packed:
     own = (Source(path=recipe.answers),) if recipe.answers.exists() else ()
     for source in (*recipe.data, *own):
         read = read_documents(source.path, tokenizer, length=recipe.length)
-        documents += [d for _, d in zip(range(source.documents or 2**62), read, strict=False) if len(d.token_ids) > 1]
+        documents += [d for d in islice(read, source.documents) if len(d.token_ids) > 1]
     if not documents:
         raise ConfigError("data: these files contain nothing to train on; name other files, or use --self-distill")
     return pack_documents(documents, length=recipe.length, seed=recipe.seed)
@@ -221,16 +219,12 @@ def _read(recipe: Recipe, tokenizer: Any) -> Packed:
 
 def _batches(recipe: Recipe, rows: Tensor, processes: int, done: int) -> Iterator[Tensor]:
     """Yield row numbers batch by batch, shuffled anew in every epoch, after skipping the steps that are done."""
-    size = recipe.batch * processes
-    number = 0
-    epoch = 0
-    while True:
+    size, skipped = recipe.batch * processes, done * recipe.accumulate
+    for epoch in count():
         order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed * 10_007 + epoch))]
-        for start in range(0, len(order) - size + 1, size):
-            if number >= done * recipe.accumulate:
-                yield order[start : start + size]
-            number += 1
-        epoch += 1
+        batches = order[: len(order) // size * size].split(size)
+        yield from batches[skipped:]
+        skipped = max(0, skipped - len(batches))
 
 
 def _rate(recipe: Recipe, step: int) -> float:
@@ -267,8 +261,8 @@ def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
 
 def _board(folder: Path) -> Any:
     """Return a TensorBoard writer, or None if TensorBoard is not installed."""
-    with contextlib.suppress(ImportError):
+    try:
         from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder))
-    return None
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.loading import load_slice
-from ruyi_flow.family.transformer import Attention, Branch, CausalAttention, DecoderLayer, FamilySlice, Probe, Rope
+from ruyi_flow.family.transformer import Attention, Branch, DecoderLayer, FamilySlice, Probe, Rope
 from ruyi_flow.training.corpus import Packed
 from ruyi_flow.training.recipe import Recipe
-from ruyi_flow.training.trunk_states import TrunkStates, rope_at
+from ruyi_flow.training.trunk_states import TrunkStates, rope_and_attention
 
 __all__ = ["Branches", "Joint", "Probes", "cross_entropy"]
 
@@ -55,13 +55,10 @@ class Joint(nn.Module):
 
     def _losses(self, indices: Tensor) -> dict[int, Tensor]:
         """Return the mean cross-entropy of each exit."""
-        device = self.family.device
-        rows = self.packed.rows(indices)
-        ids = rows.token_ids.to(device, torch.int64)
-        attention = CausalAttention(len(ids), rows.documents.to(device))
-        rope = rope_at(self.rope, rows.positions, device)
+        device, rows = self.family.device, self.packed.rows(indices)
+        rope, attention = rope_and_attention(self.rope, rows, device)
         labels = _labels(rows).to(device).flatten()
-        states, losses = self.family.embed(ids.flatten()), {}
+        states, losses = self.family.embed(rows.token_ids.to(device, torch.int64).flatten()), {}
         for first, exit in self.family.stages:
             states = self.family.run(states, first, exit, rope=rope, attention=attention)
             logits = self.family.branch_logits(exit, states, rope=rope, attention=attention)
@@ -72,8 +69,7 @@ class Joint(nn.Module):
     def _validate(self, indices: Tensor) -> dict[str, float]:
         """Return the loss of every exit."""
         sums: dict[str, float] = {}
-        parts = indices.split(self.recipe.batch)
-        for part in parts:
+        for part in indices.split(self.recipe.batch):
             for exit, loss in self._losses(part).items():
                 sums[f"loss/{exit}"] = sums.get(f"loss/{exit}", 0.0) + float(loss) * len(part) / len(indices)
         return sums
@@ -103,7 +99,7 @@ class Branches(nn.Module):
         heads = {p: base.head_at[p].weight.detach().to(device, torch.bfloat16) for p in config.exits}
         self.heads = heads  # not parameters, since they stay as they are
         self.rope = Rope(config, torch.float32, torch.device("cpu"))
-        del base
+        del base  # before the trunk is loaded
         self.trunk = _trunk_states(checkpoint, recipe, packed, device)
 
     def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
@@ -114,17 +110,13 @@ class Branches(nn.Module):
         states, target, top, chances = (t.to(self.device) for t in self.trunk.of(indices))
         rows = self.packed.rows(indices)
         labels = _labels(rows).to(self.device).flatten()
-        weight = torch.where(rows.answers, 1.0, losses.prompt) * (rows.documents >= 0)
-        weight = weight.to(self.device).flatten()
-        attention = CausalAttention(len(indices), rows.documents.to(self.device))
-        rope = rope_at(self.rope, rows.positions, self.device)
+        weight = (torch.where(rows.answers, 1.0, losses.prompt) * (rows.documents >= 0)).to(self.device).flatten()
+        rope, attention = rope_and_attention(self.rope, rows, self.device)
         chosen = _positions(weight, losses.positions, seed=hash((recipe.seed, step, int(indices[0]))))
         likely, goal = top[chosen], labels[chosen]
-        wanted = goal.clamp(min=0)
+        wanted, columns = goal.clamp(min=0), None
         if losses.vocabulary == "candidates":
             columns, likely, wanted = _compact(likely, wanted)
-        else:
-            columns = None
         share = weight / weight.sum()
         picked = weight[chosen] / weight[chosen].sum()
         known = picked * (goal >= 0)
@@ -159,8 +151,7 @@ class Branches(nn.Module):
         for part in indices.split(self.recipe.batch):
             states, _, top, _ = (t.to(self.device) for t in self.trunk.of(part))
             rows = self.packed.rows(part)
-            attention = CausalAttention(len(part), rows.documents.to(self.device))
-            rope = rope_at(self.rope, rows.positions, self.device)
+            rope, attention = rope_and_attention(self.rope, rows, self.device)
             following, real = _before_answers(rows).flatten(), (rows.documents >= 0).flatten()
             groups = {"answers": (following & real).to(self.device), "rest": (~following & real).to(self.device)}
             for name, group in groups.items():
@@ -230,20 +221,17 @@ class Probes(nn.Module):
         if missing:
             self._compute(torch.tensor(missing))
         rows = [self._examples[i] for i in indices.tolist()]
-        return {
-            name: (
-                torch.cat([row[name][0].float() for row in rows]).to(self.device),
-                torch.cat([row[name][1].float() for row in rows]).to(self.device),
-            )
-            for name in self.probes
-        }
+
+        def joined(name: str, part: int) -> Tensor:
+            return torch.cat([row[name][part].float() for row in rows]).to(self.device)
+
+        return {name: (joined(name, 0), joined(name, 1)) for name in self.probes}
 
     @torch.no_grad()
     def _compute(self, indices: Tensor) -> None:
         states, _, top, _ = (t.to(self.device) for t in self.trunk.of(indices))
         rows, model = self.packed.rows(indices), self.trunk.model
-        attention = CausalAttention(len(indices), rows.documents.to(self.device))
-        rope = rope_at(self.rope, rows.positions, self.device)
+        rope, attention = rope_and_attention(self.rope, rows, self.device)
         wanted = _before_answers(rows)
         chosen, sizes = wanted.flatten().nonzero()[:, 0].to(self.device), wanted.sum(1).tolist()
         examples: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in sizes]
@@ -268,12 +256,8 @@ class Probes(nn.Module):
 
     def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the probes' tensors of a state of this module by their published names."""
-        early = self.config.exits[:-1]
-        return {
-            f"model.probes.{i}.{part}": weights[f"probes.{p}.{part}"]
-            for i, p in enumerate(early)
-            for part in PROBE_NAMES
-        }
+        names = [(i, p, part) for i, p in enumerate(self.config.exits[:-1]) for part in PROBE_NAMES]
+        return {f"model.probes.{i}.{part}": weights[f"probes.{p}.{part}"] for i, p, part in names}
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -339,26 +323,15 @@ def published(family: FamilySlice) -> dict[str, Tensor]:
 
 def _published_layer(layer: DecoderLayer, prefix: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
+    kv = layer.num_kv_heads * layer.head_dim
+    rows = {"qkv_proj": [layer.num_heads * layer.head_dim, kv, kv], "gate_up_proj": list(layer.gate_up_proj.splits)}
     for name, parts in LAYER_NAMES.items():
-        module = getattr(layer, name)
-        if module is None:
-            continue
         for kind in ("weight", "bias"):
-            tensor = getattr(module, kind, None)
+            tensor = getattr(getattr(layer, name), kind, None)  # norms of queries and keys may be None
             if tensor is not None:
-                rows = _rows_of(layer, name, len(parts))
-                pieces = tensor.detach().split(rows) if rows else [tensor.detach()]
+                pieces = tensor.detach().split(rows.get(name, len(tensor)))
                 out |= {f"{prefix}.{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
     return out
-
-
-def _rows_of(layer: DecoderLayer, name: str, count: int) -> list[int] | None:
-    if count == 1:
-        return None
-    if name == "qkv_proj":
-        kv = layer.num_kv_heads * layer.head_dim
-        return [layer.num_heads * layer.head_dim, kv, kv]
-    return list(layer.gate_up_proj.splits)
 
 
 def _start_branch(branch: Branch, base: FamilySlice, exit: int, start: str) -> None:

@@ -13,7 +13,7 @@ from ruyi_flow.family.transformer import CausalAttention, FamilySlice, Rope
 from ruyi_flow.training.corpus import Packed
 from ruyi_flow.training.recipe import Recipe
 
-__all__ = ["TrunkStates", "rope_at"]
+__all__ = ["TrunkStates", "rope_and_attention"]
 
 _TOP = 16
 """Number of most probable tokens of the last branch that are cached for each position."""
@@ -53,11 +53,12 @@ class TrunkStates:
             file = str(folder / name)
             return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(0)
 
-        self._states = mapped("states", (cached, *self._shape), dtype)
-        self._top = mapped("top", (cached, length, self._top_size), torch.int32)
-        self._chances = mapped("chances", (cached, length, self._top_size), torch.float32)
+        self._cache = (
+            mapped("states", (cached, *self._shape), dtype),
+            mapped("top", (cached, length, self._top_size), torch.int32),
+            mapped("chances", (cached, length, self._top_size), torch.float32),
+        )
         self._there = mapped("there", (cached,), torch.uint8)
-        self._cached = cached
         self._rope = Rope(model.config, dtype, model.device)
 
     def of(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,22 +71,19 @@ class TrunkStates:
             (n, early exits, length, hidden) boundary states; (n * length, hidden) normed states of the last branch;
             (n * length, top) its most probable tokens; (n * length, top) their probabilities, scaled to a sum of 1.
         """
-        cacheable = indices < self._cached
-        missing = indices[cacheable][self._there[indices[cacheable]] == 0] if self._cached else indices[:0]
+        cacheable = indices < len(self._there)
+        missing = indices[cacheable][self._there[indices[cacheable]] == 0]
         for part in missing.split(self.batch) if len(missing) else ():
-            self._states[part], self._top[part], self._chances[part] = (t.cpu() for t in self._compute(part))
+            for cache, values in zip(self._cache, self._compute(part), strict=True):
+                cache[part] = values.cpu()
             self._there[part] = 1
         if not cacheable.any():
-            found = self._compute(indices)  # stays on its device
-        elif cacheable.all():
-            found = self._states[indices], self._top[indices], self._chances[indices]
+            states, top, chances = self._compute(indices)  # stays on its device
         else:
-            states, top, chances = self._compute(indices[~cacheable])
-            found = tuple(
-                _merge(cacheable, old[indices[cacheable]] if self._cached else new[:0], new)
-                for old, new in ((self._states, states), (self._top, top), (self._chances, chances))
-            )  # type: ignore[assignment]
-        states, top, chances = found
+            states, top, chances = old = tuple(cache[indices[cacheable]] for cache in self._cache)
+            if not cacheable.all():
+                new = self._compute(indices[~cacheable])
+                states, top, chances = (_merge(cacheable, a, b) for a, b in zip(old, new, strict=True))
         last = states[:, -1].flatten(0, 1)
         return states[:, :-1], last, top.flatten(0, 1).long(), chances.flatten(0, 1)
 
@@ -94,8 +92,7 @@ class TrunkStates:
         """Compute the boundary states of early exits, the normed states of the last one, and its top tokens."""
         model, rows = self.model, self.packed.rows(indices)
         device = self._rope.device
-        attention = CausalAttention(len(indices), rows.documents.to(device))
-        rope = rope_at(self._rope, rows.positions, device)
+        rope, attention = rope_and_attention(self._rope, rows, device)
         x = model.embed(rows.token_ids.to(device, torch.int64).flatten())
         exit_states = []
         for first, exit in model.stages:
@@ -114,11 +111,12 @@ class TrunkStates:
         return states, torch.cat(tops).view(n, length, -1), torch.cat(chances).view(n, length, -1)
 
 
-def rope_at(rope: Rope, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of positions in any order, each (n, 1, head_dim)."""
-    cos, sin = rope.at(0, int(positions.max()) + 1)
-    where = positions.flatten().long()
-    return cos[where.to(cos.device)].to(device), sin[where.to(sin.device)].to(device)
+def rope_and_attention(rope: Rope, rows: Packed, device: torch.device) -> tuple[tuple[Tensor, Tensor], CausalAttention]:
+    """Return cosines and sines of packed sequences, and an attention that keeps their documents apart."""
+    cos, sin = rope.at(0, int(rows.positions.max()) + 1)
+    where = rows.positions.flatten().long()
+    tables = cos[where.to(cos.device)].to(device), sin[where.to(sin.device)].to(device)
+    return tables, CausalAttention(len(rows), rows.documents.to(device))
 
 
 def _merge(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

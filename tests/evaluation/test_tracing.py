@@ -207,7 +207,7 @@ def test_an_empty_choice_is_refused(tmp_path: Path) -> None:
     ("scorer", "line", "message"),
     [
         (Scorer.AGREEMENT, "hello", 'expected {"messages": .* there is hello'),
-        (Scorer.AGREEMENT, "", "found an empty line"),
+        (Scorer.AGREEMENT, "", "there is an empty line"),
         (Scorer.AGREEMENT, '{"promt": "x"}', 'expected .*{"prompt": …} or .* there is {"promt": "x"}'),
         (Scorer.AGREEMENT, '["x"]', 'there is ."x".$'),
         (Scorer.AGREEMENT, '{"prompt": 5}', 'there is {"prompt": 5}'),
