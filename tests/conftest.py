@@ -95,8 +95,9 @@ def confidence(family: Family, policy: Policy, exit: int, ids: list[int], logits
     if policy.routing.scale.score is Score.PROBE:
         model = family.model
         cos, sin = Rope(family.config, torch.float32, torch.device("cpu")).at(0, len(ids))
-        x = model.run(model.embed(torch.tensor(ids)), 0, exit, (cos, sin), CausalAttention(1))
-        read, probe = model.reading(exit, x, (cos, sin), CausalAttention(1)), model.branch_at[exit].probe
+        given = {"rope": (cos, sin), "attention": CausalAttention(1)}
+        x = model.run(model.embed(torch.tensor(ids)), 0, exit, **given)
+        read, probe = model.branch_states(exit, x, **given), model.branch_at[exit].probe
         assert read is not None and probe is not None
         unit = read[-1] / (read[-1].square().mean() + 1e-7).sqrt()
         seen = torch.cat([unit, logits.log_softmax(-1).topk(16).values])

@@ -1,4 +1,4 @@
-"""Commands that make, train and measure families."""
+"""The commands pull, train and eval, which add, train and evaluate families."""
 
 from __future__ import annotations
 
@@ -21,30 +21,23 @@ __all__ = ["evaluate", "pull", "train"]
 
 @app.command(rich_help_panel=Panel.RUN)
 def pull(
-    source: Annotated[
-        str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder, or a .gguf file.")
-    ],
-    name: Annotated[
-        str | None, typer.Option(help="Its name in the store; left out: the last part of the source.")
+    source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, modelscope:ID, a folder or a .gguf file.")],
+    name: Annotated[str | None, typer.Option(help="Name in the store. Default: the last part of the source.")] = None,
+    exits: Annotated[str | None, typer.Option(help="Exits to give to an ordinary checkpoint, such as 5,11,17.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Convert to float32, bfloat16 or float16. Default: as it is.")
     ] = None,
-    exits: Annotated[
-        str | None, typer.Option(help="Exits to give to an ordinary checkpoint, for instance 5,11,17.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Convert to float32, bfloat16 or float16.")] = None,
     branches: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="File of trained branches or probes (ruyi-flow train); may be given several times, in order."
-        ),
+        list[Path] | None, typer.Option(help="File of trained branches or probes (ruyi-flow train); may be repeated.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring a family into the local store (RUYI_FLOW_HOME, or the user's cache folder).
+    """Add a family to the local store (RUYI_FLOW_HOME, or the user's cache folder).
 
-    An ordinary checkpoint becomes a family by naming its exits; its branches
-    are then copies of the trunk layer at each exit, which run but are not
-    trained. 'smollm2' is the demo family, SmolLM2-135M-Instruct out of a
-    Python package, with trained branches that come with this program.
+    --exits makes a family of an ordinary checkpoint: each branch becomes a
+    copy of the trunk layer at its exit, which runs but predicts poorly until
+    it is trained (ruyi-flow train). 'smollm2' is the demo family:
+    SmolLM2-135M-Instruct with trained branches.
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
@@ -52,12 +45,14 @@ def pull(
     began = time.monotonic()
     given_exits, steps, show = integers(exits, "--exits"), list[str](), say(as_json)
 
-    def told(step: str) -> None:
+    def count(step: str) -> None:
         steps.append(step)
         show(step)
 
     bars = err.is_terminal and not as_json
-    folder = store.pull(source, name=name, exits=given_exits, dtype=dtype, branches=branches or (), say=told, bars=bars)
+    folder = store.pull(
+        source, name=name, exits=given_exits, dtype=dtype, branches=branches or (), say=count, bars=bars
+    )
     config = Checkpoint(folder).config
     facts = {
         "family": folder.name,
@@ -71,25 +66,27 @@ def pull(
         print_json(facts)
         return
     sizes = ", ".join(f"{p}: {n / 1e6:,.0f}M" for p, n in facts["parameters"].items())  # type: ignore[attr-defined]
-    word = "pulled" if facts["new"] else "is there already:"
+    state = "pulled to" if facts["new"] else "is in the store already:"
     out.print(
-        f"{folder.name} {word} {escape(str(folder))} ({facts['seconds']} s; parameters at its exits: {sizes})",
+        f"{folder.name} {state} {escape(str(folder))} ({facts['seconds']} s; parameters at each exit: {sizes})",
         soft_wrap=True,
     )
 
 
 @app.command(rich_help_panel=Panel.TRAIN)
 def train(
-    recipe: Annotated[Path, typer.Argument(help="What to train, and on what (YAML); see docs/training.md.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); see docs/training.md.")],
     self_distill: Annotated[
-        bool, typer.Option("--self-distill", help="First let the family's last branch answer the recipe's prompts.")
+        bool,
+        typer.Option("--self-distill", help="First make training data: the last branch answers the recipe's prompts."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the branches of a family, or trunk and branches together; goes on where a killed run stopped.
+    """Train the branches of a family, or trunk and branches together; an interrupted run resumes.
 
-    For several GPUs or machines: accelerate launch -m ruyi_flow.cli train
-    RECIPE (on CPUs: torchrun).
+    To train on several GPUs or machines, run
+    'accelerate launch -m ruyi_flow.cli train RECIPE'; on several CPUs, use
+    'torchrun' instead of 'accelerate launch'.
     """
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
@@ -99,18 +96,20 @@ def train(
     from ruyi_flow.training.train import Step
     from ruyi_flow.training.train import train as run
 
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    is_first = os.environ.get("RANK", "0") == "0"  # only the first of several processes prints
     plan = Recipe.load(recipe)
     checkpoint = Checkpoint(store.locate(plan.family), plan.exits)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
-        raise ConfigError(f"family {plan.family!r} has no tokenizer.json, so there is no reading the data for it")
-    quiet = as_json or not speaks
-    told = say(quiet)
+        raise ConfigError(
+            f"family {plan.family!r} has no tokenizer.json, which this command needs; add one to its folder"
+        )
+    quiet = as_json or not is_first
+    show = say(quiet)
     if self_distill:
         with training_bar("answering", quiet=quiet) as progress:
             file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
-        told(f"answers are in {file}")
+        show(f"answers written to {file}")
     last: list[Step] = []
     with training_bar("training", quiet=quiet) as progress:
 
@@ -118,10 +117,10 @@ def train(
             progress(step.step, step.steps, step.tokens_per_s, f"loss {step.losses['loss']:.3f}")
             last[:] = [step]
             if step.validation:
-                told(f"step {step.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in step.validation.items()))
+                show(f"step {step.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in step.validation.items()))
 
-        file = run(plan, checkpoint, tokenizer, report=report, say=told)
-    if not speaks:
+        file = run(plan, checkpoint, tokenizer, report=report, say=show)
+    if not is_first:
         return
     if as_json:
         print_json({"file": str(file), "validation": last[0].validation if last else {}})
@@ -131,49 +130,53 @@ def train(
         name = f"{plan.family.rstrip('/').split('/')[-1]}-trained"
         exits = f" --exits {','.join(map(str, plan.exits))}" if plan.exits else ""
         out.print(
-            f"make a family of it: ruyi-flow pull {store.locate(plan.family)}{exits} --branches {file} --name {name}",
+            f"add it to the store: ruyi-flow pull {store.locate(plan.family)}{exits} --branches {file} --name {name}",
             soft_wrap=True,
         )
 
 
 @app.command("eval", rich_help_panel=Panel.TRAIN)
 def evaluate(
-    family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
+    family: Annotated[str, typer.Option(help="Family to evaluate: a folder, or a name in the store.")],
     tasks: Annotated[
         str,
         typer.Option(
-            help="Names of lm-evaluation-harness, for instance arc_easy,mmlu,wikitext2; agreement (with the last exit, "
-            "on its own answers to --chats) and text_agreement (on the chats' answers)."
+            help="Tasks of lm-evaluation-harness, such as arc_easy,mmlu,wikitext2; 'agreement' with the last exit, on "
+            "its answers to --chats; 'text_agreement', on the answers in --chats."
         ),
     ] = "agreement",
-    exits: Annotated[str, typer.Option(help="Which exits: all, or for instance 5,29.")] = "all",
+    exits: Annotated[str, typer.Option(help="Exits to evaluate: all, or a list such as 5,29.")] = "all",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with TASK/test.jsonl; left out, the harness fetches its data from the hub."),
+        typer.Option(help="Folder with TASK/test.jsonl. Default: the harness fetches its data."),
     ] = None,
     chats: Annotated[
-        Path | None, typer.Option(help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …, "answer": …}.')
+        Path | None,
+        typer.Option(help='Chats, JSON lines of {"messages": …}, {"prompt": …} or {"question": …, "answer": …}.'),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
-    fewshot: Annotated[int, typer.Option(min=0, help="Examples before a question, out of TASK/train.jsonl.")] = 0,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one pass.")] = 2048,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most questions of each task. Default: all.")] = None,
+    fewshot: Annotated[
+        int, typer.Option(min=0, help="Solved examples before each question, from TASK/train.jsonl.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="Number format: bfloat16, float32 or float16.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a batch.")] = 2048,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="humaneval: let the code that the model wrote run, in limited processes.")
+        bool, typer.Option("--run-code", help="Run the code that the model writes (humaneval) in restricted processes.")
     ] = False,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="Results, and what an interrupted run goes on from; runs/eval-FAMILY.")
+        Path | None,
+        typer.Option("--out", help="Results folder; an interrupted run resumes from it. Default: runs/eval-FAMILY."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure every exit of a family: benchmarks, perplexity, agreement with the last exit; one row an exit."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours is below
+    """Evaluate the exits of a family: benchmarks, perplexity, and agreement with the last exit."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # hide the harness's bars; there is one below
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise ConfigError("eval needs the extra: pip install 'ruyi-flow[eval]'") from None
+        raise ConfigError("eval needs lm-evaluation-harness: pip install 'ruyi-flow[eval]'") from None
     import torch
 
     from ruyi_flow.evaluation import report
@@ -186,7 +189,7 @@ def evaluate(
     chosen = None if exits == "all" else integers(exits, "--exits")
     for exit in chosen or ():
         if exit not in loaded.exits:
-            raise ConfigError(f"--exits: {exit} is not one of the family's exits {list(loaded.exits)}")
+            raise ConfigError(f"--exits: {exit} is not one of the family's exits, {list(loaded.exits)}")
     folder = out_folder or Path("runs") / f"eval-{loaded.checkpoint.folder.name}"
     with counting_bar(quiet=as_json) as progress:
         found = run(

@@ -160,11 +160,13 @@ def node(
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
     from ruyi_flow.serving.engine import Engine
+    from ruyi_flow.serving.heap import tidy_heap
     from ruyi_flow.serving.node import serve, stay_on_cores
 
     stay_on_cores(here, str(topology))
     logger = logging.getLogger("ruyi_flow.serving.node")
-    engine = Engine.load(loaded, name, where=str(topology))
+    with tidy_heap():
+        engine = Engine.load(loaded, name, where=str(topology))
 
     async def run() -> None:
         stop = on_signals()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.family.tokenizer import prompt_ids
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family, load_family
@@ -72,7 +72,7 @@ def explain(
     own: list[float | None] = [None] * len(tokens)
     means: list[float | None] = [None] * len(tokens)
     said: list[int] = []
-    for p, logits, read in each_exit(family.model, family.exits, [tree], [rows]):
+    for p, logits, read in exit_logits(family.model, family.exits, [tree], [rows]):
         raw, sure = _measured(policy, p, family.model.branch_at[p].probe, logits, read)
         seen: list[float] = []
         for i, token in enumerate(tokens):

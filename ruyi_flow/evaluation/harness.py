@@ -16,7 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.local import Family
 from ruyi_flow.training.distill import answers
 
@@ -182,7 +182,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
                 start += len(continuation) - 1
                 wanted += continuation
             chosen.append(torch.tensor(rows))
-        for exit, logits, _ in each_exit(self.family.model, self.exits, [tree for tree, _ in batch], chosen):
+        for exit, logits, _ in exit_logits(self.family.model, self.exits, [tree for tree, _ in batch], chosen):
             target = torch.tensor(wanted, device=logits.device)
             likely = (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)).cpu()
             greedy = (logits.argmax(-1) == target).cpu()

@@ -18,7 +18,7 @@ from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.evaluation.harness import ExitLM, Found, Report, key
 from ruyi_flow.evaluation.local_data import LOCAL, overrides
 from ruyi_flow.evaluation.sandbox import HUMANEVAL
-from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
 from ruyi_flow.training.corpus import read_documents, read_prompts
@@ -279,7 +279,7 @@ def _agreement(
         rows = [torch.arange(len(prompt) - 1, len(tree)) for (prompt, _), tree in zip(batch, trees, strict=True)]
         target = torch.tensor([t for _, answer in batch for t in answer], device=family.model.device)
         said, likely = {}, {}
-        for p, logits, _ in each_exit(family.model, asked, trees, rows):
+        for p, logits, _ in exit_logits(family.model, asked, trees, rows):
             said[p] = logits.argmax(-1)
             likely[p] = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
         start = 0

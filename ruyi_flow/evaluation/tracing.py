@@ -17,7 +17,7 @@ from torch import Tensor
 from ruyi_flow.calibration.trace import ExitRecord, Header, Own, Record, Scorer, Writer
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked, number
-from ruyi_flow.family.every_exit import Tree, each_exit
+from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
@@ -168,7 +168,7 @@ class _Answering:
         begin = max(0, len(answer.prompt) - 1 - READ_TOKENS)
         middle = len(answer.prompt) - 1 - begin
         found: dict[int, ExitRecord] = {}
-        for p, logits, read in each_exit(self.family.model, exits, [tree], [torch.arange(begin, len(tree))]):
+        for p, logits, read in exit_logits(self.family.model, exits, [tree], [torch.arange(begin, len(tree))]):
             following = torch.tensor(answer.prompt[begin + 1 :], device=logits.device)
             means = reading(logits[:middle], following)
             said = logits[middle:].argmax(-1).int().cpu().numpy()
@@ -187,7 +187,7 @@ class _Answering:
             start += len(option) - 1
         sizes = [len(option) for option in asked.options]
         exits: dict[int, ExitRecord] = {}
-        for p, logits, _ in each_exit(self.family.model, self.family.exits, [tree], [torch.tensor(rows)]):
+        for p, logits, _ in exit_logits(self.family.model, self.family.exits, [tree], [torch.tensor(rows)]):
             means = reading(logits[: n - 1 - begin], torch.tensor(asked.prompt[begin + 1 :], device=logits.device))
             told = logits[n - begin :].log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0]
             likely = torch.stack([part.sum() for part in told.split(sizes)])[None]

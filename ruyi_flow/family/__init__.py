@@ -1,1 +1,1 @@
-"""What a familial model is: its geometry, its layers, its files, and where they are kept."""
+"""Familial models: their geometry, layers, files, tokenizer, and the local store."""

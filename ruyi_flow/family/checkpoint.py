@@ -1,9 +1,9 @@
-"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, cut shards.
+"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, and cut shards.
 
-Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors keep the
-published names of Ruyi (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`; further layers of a branch, which Ruyi
-does not have, are `model.eeblocks.{i}.{j}`); an ordinary checkpoint with exits
-given to it answers to the same names, with copies of its trunk layers as branches.
+Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors have Ruyi's
+published names (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`). The second and further layers of a branch,
+which Ruyi does not have, are `model.eeblocks.{i}.{j}`. In an ordinary Hugging Face checkpoint that was given exits, the
+same names refer to copies of its trunk layers.
 """
 
 from __future__ import annotations
@@ -32,19 +32,11 @@ from ruyi_flow.types import Weights
 __all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "format_of", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-)
-"""Files that belong to a family beside its weights."""
+_COMPANIONS = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE"),
+]
+"""Files of a family other than config and weights, copied to the shard of the entry node."""
 
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("input_layernorm",),
@@ -56,38 +48,36 @@ LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "down_proj": ("mlp.down_proj",),
 }
-"""Module of a `DecoderLayer` -> the published names whose tensors it stacks."""
-
+"""Module of a `DecoderLayer` -> the published names of the tensors that it stacks."""
 
 PROBE_NAMES = ("up.weight", "up.bias", "down.weight", "down.bias")
-"""Tensors of a branch's `Probe`."""
-
+"""Names of the tensors of a branch's `Probe`."""
 
 _SCALE, _ZERO = "_scale", "_zero"
-"""What follows a quantized weight's name, for its scales and zeros."""
+"""Suffixes of the names of a quantized weight's scales and zeros."""
 
 _TRAINED = ("branch_layers", "probe_size")
-"""What a file of trained branches says of them, as `early_exit_…` in config.json."""
+"""Metadata keys of a file of trained branches, which are `early_exit_…` in config.json."""
 
 
 class Checkpoint:
-    """An opened checkpoint folder, whole or a shard. Tensors are mapped from disk and read when asked for.
+    """An opened checkpoint folder: a whole family or a shard. Tensors are mapped from disk and read on demand.
 
     Args:
-        folder: holds config.json and model.safetensors, or model.safetensors.index.json and the files it names.
-        exits: exits to give to an ordinary checkpoint.
-        branches: files of trained branches or probes (`train.py`) that take the place of the family's own early ones,
-            in this order.
+        folder: contains config.json and model.safetensors, or model.safetensors.index.json and the files that it names.
+        exits: exits to give to an ordinary checkpoint. Default: none but the last.
+        branches: files of trained branches or probes (`ruyi-flow train`), which replace the family's early ones in
+            this order.
 
     Raises:
-        CheckpointError: files that are missing, truncated, or not what config.json says.
+        CheckpointError: a file is missing, truncated, or contradicts config.json.
     """
 
     def __init__(
         self, folder: str | Path, exits: Sequence[int] | None = None, branches: Sequence[str | Path] = ()
     ) -> None:
         self.folder = Path(folder)
-        raw = _read_json(self.folder / "config.json", "a family is a folder with config.json and safetensors files")
+        raw = _read_json(self.folder / "config.json", "a family is a folder with config.json and *.safetensors files")
         self.config = FamilyConfig.parse(
             raw, exits=None if exits is None else tuple(exits), where=str(self.folder / "config.json")
         )
@@ -96,38 +86,40 @@ class Checkpoint:
         self._file_of = self._open()
         metadata = self._metadata
         try:
-            held = tuple(json.loads(metadata.get("ruyi_flow.exits", "null")) or self.config.exits)
+            stored = tuple(json.loads(metadata.get("ruyi_flow.exits", "null")) or self.config.exits)
         except (ValueError, TypeError):
-            held = ()
-        if not held or any(p not in self.config.exits for p in held):
+            stored = ()
+        if not stored or any(p not in self.config.exits for p in stored):
             raise CheckpointError(
-                f"{self.folder}: its metadata names exits {metadata['ruyi_flow.exits']}, not the config's"
+                f"{self.folder}: its metadata names exits {metadata['ruyi_flow.exits']}, but config.json has "
+                f"{list(self.config.exits)}; cut the shard again"
             )
-        self.exits: tuple[int, ...] = held
+        self.exits: tuple[int, ...] = stored
+        """The exits at which the stages in this folder end."""
         for file in branches:
-            self._graft(Path(file))
+            self._replace_branches(Path(file))
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer, as config.json and generation_config.json say."""
+        """The ids of the tokens that end an answer, from config.json and generation_config.json."""
         path = self.folder / "generation_config.json"
         eos = _read_json(path).get("eos_token_id") if path.exists() else None
         more = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         if not all(isinstance(token, int) and token >= 0 for token in more):
-            raise CheckpointError(f"{path}: eos_token_id is {eos!r}; it must be token ids")
+            raise CheckpointError(f"{path}: eos_token_id is {eos!r}; it must be a token id or a list of them")
         return tuple(dict.fromkeys((*self.config.eos_token_ids, *more)))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells families apart: of the geometry, and of every tensor's name, shape, format and first values.
+        """A hash that identifies the family: of its geometry, and of all tensors' names, dtypes, shapes and first rows.
 
-        A shard carries the fingerprint of the family that it was cut from.
+        A shard has the fingerprint of the family that it was cut from.
         """
         stored = self._metadata.get("ruyi_flow.fingerprint")
         return stored or _fingerprint(self.config, self.names(self.config.exits), self._first_values)
 
     def names(self, exits: Sequence[int]) -> list[str]:
-        """The tensors of the stages that end at these exits, by their published names."""
+        """List the published names of the tensors of the stages that end at these exits."""
         config, names = self.config, []
         if config.exits[0] in exits:
             names.append("model.embed_tokens.weight")
@@ -138,78 +130,74 @@ class Checkpoint:
             names.append(f"model.norms.{i}.weight")
             if config.probe_size and p != config.exits[-1]:
                 names += [f"model.probes.{i}.{part}" for part in PROBE_NAMES]
-            if not config.shared_heads:
-                names.append(f"lm_head.{i}.weight")
-        if config.tied_head:
-            names.append("model.embed_tokens.weight")
-        elif config.shared_heads:
-            names.append("lm_head.weight")
+            names.append(config.head_name(p))
         return list(dict.fromkeys(names))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its published name, mapped from disk.
+        """Return a tensor by its published name, mapped from disk.
 
         Raises:
-            CheckpointError: the checkpoint does not have it.
+            CheckpointError: the tensor is missing, or is not of plain floats.
         """
         stored = self._stored_name(name)
         if stored not in self._file_of:
             of = "" if stored == name else f" (for {name})"
+            is_shard = self.exits != self.config.exits
             raise CheckpointError(
-                f"{self.folder}: tensor {stored}{of} is missing; the files hold {len(self._file_of)} tensors"
-                + (f" of the stages at exits {list(self.exits)}" if self.exits != self.config.exits else "")
+                f"{self.folder}: tensor {stored}{of} is missing; "
+                + (
+                    f"this shard has exits {list(self.exits)} only; cut another one"
+                    if is_shard
+                    else "fetch or convert the family again"
+                )
             )
         tensor = self._read(stored)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise CheckpointError(f"{self.folder}: tensor {stored} is {tensor.dtype}; only plain floats are supported")
+            raise CheckpointError(f"{self.folder}: tensor {stored} is {tensor.dtype}; only float formats are supported")
         return tensor
 
     def weight(self, name: str) -> Tensor | Quantized:
-        """A product's weight by its published name, as it is held; see `tensor`."""
-        stored = [name, f"{name}{_SCALE}", f"{name}{_ZERO}"]
-        there = [part in self._file_of for part in stored]
-        if not any(there[1:]):
+        """Return a product's weight by its published name, quantized if it is stored so; see `tensor`."""
+        parts = [name, f"{name}{_SCALE}", f"{name}{_ZERO}"]
+        found = [part in self._file_of for part in parts]
+        if not any(found[1:]):
             return self.tensor(name)
-        held = Quantized(*map(self._read, stored)) if all(there) else None
-        if held is None or not held.is_whole():
+        weight = Quantized(*map(self._read, parts)) if all(found) else None
+        if weight is None or not weight.is_valid():
             raise CheckpointError(f"{self.folder}: {name} and its scales do not fit together; cut the shard again")
-        return held
+        return weight
 
     @cached_property
     def weights(self) -> Weights | None:
-        """The few bits that its products are held in; None where they are wide."""
+        """The format of quantized weights, INT8 or INT4; None if the weights are plain floats."""
         named = self._metadata.get("ruyi_flow.weights")
         if named not in (None, Weights.INT8, Weights.INT4):
-            raise CheckpointError(f"{self.folder}: its metadata names weights {named!r}; known: int8, int4")
+            raise CheckpointError(
+                f"{self.folder}: its metadata names weights {named!r}; known: int8, int4; cut the shard again"
+            )
         return None if named is None else Weights(named)
 
     def _read(self, stored: str) -> Tensor:
         tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
         return tensor
 
-    def holds(self, name: str) -> bool:
-        """Whether a tensor is there under its published name, and not made from another's."""
+    def stores(self, name: str) -> bool:
+        """Whether the files contain a tensor of this published name, rather than one that is copied for it."""
         return name in self._file_of
 
     def close(self) -> None:
-        """Let go of the mapped files; tensors that were copied out stay."""
+        """Close the mapped files. Tensors that were copied from them stay valid."""
         self._files.clear()
 
     @property
     def _layer_tensors(self) -> list[str]:
-        config = self.config
-        out = []
+        config, out = self.config, []
+        biases = {"qkv_proj": config.attention_bias, "o_proj": config.output_bias}
+        biases |= dict.fromkeys(("gate_up_proj", "down_proj"), config.mlp_bias)
         for module, parts in LAYER_NAMES.items():
-            if module in ("q_norm", "k_norm") and config.base != "qwen3":
-                continue
-            has_bias = {
-                "qkv_proj": config.attention_bias,
-                "o_proj": config.output_bias,
-                "gate_up_proj": config.mlp_bias,
-                "down_proj": config.mlp_bias,
-            }.get(module, False)
-            for part in parts:
-                out += [f"{part}.weight", f"{part}.bias"] if has_bias else [f"{part}.weight"]
+            if module not in ("q_norm", "k_norm") or config.base == "qwen3":
+                kinds = ("weight", "bias") if biases.get(module) else ("weight",)
+                out += [f"{part}.{kind}" for part in parts for kind in kinds]
         return out
 
     def _stored_name(self, name: str) -> str:
@@ -225,7 +213,9 @@ class Checkpoint:
         if index.exists():
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{index}: weight_map is missing, or does not name files")
+                raise CheckpointError(
+                    f"{index}: weight_map is missing or does not map tensors to files; fetch the checkpoint again"
+                )
             files = sorted(set(weight_map.values()))
         else:
             files = [_WEIGHTS]
@@ -235,24 +225,27 @@ class Checkpoint:
             path = self.folder / file
             if not path.exists():
                 others = sorted(p.name for p in self.folder.glob("*.bin"))
-                hint = f"; {others[0]} holds pickles, which are never read: convert it to safetensors" if others else ""
-                raise CheckpointError(f"{path}: no such file{hint}")
+                pickles = f"convert {others[0]} to safetensors: pickles are never read" if others else ""
+                raise CheckpointError(f"{path}: no such file; {pickles or 'fetch the checkpoint again'}")
             self._files[file] = handle = _open(path)
             self._metadata |= handle.metadata() or {}
             file_of |= {str(name): file for name in handle.keys()}
         return file_of
 
-    def _graft(self, file: Path) -> None:
-        """Let the tensors of a file of branches take the place of the family's own."""
+    def _replace_branches(self, file: Path) -> None:
+        """Replace tensors of the family with those of a file of trained branches or probes."""
         handle = _open(file)
         metadata = handle.metadata() or {}
         try:
             exits = json.loads(metadata["ruyi_flow.branch_exits"])
             trained = {k: json.loads(metadata[f"ruyi_flow.{k}"]) for k in _TRAINED if f"ruyi_flow.{k}" in metadata}
         except (KeyError, ValueError):
-            raise CheckpointError(f"{file}: not a file of trained branches") from None
+            raise CheckpointError(f"{file}: not a file of trained branches; ruyi-flow train writes them") from None
         if tuple(exits) != self.config.exits:
-            raise CheckpointError(f"{file}: branches at exits {exits}; the family has {list(self.config.exits)}")
+            raise CheckpointError(
+                f"{file}: its branches are for exits {exits}, but the family has exits {list(self.config.exits)}; "
+                "name the same exits"
+            )
         raw = {**self.config.to_dict(), **{f"early_exit_{key}": value for key, value in trained.items()}}
         self.config = FamilyConfig.parse(raw, where=str(file))
         self._files[str(file)] = handle
@@ -265,12 +258,12 @@ class Checkpoint:
             self.tensor(name)  # raises
         part = self._files[self._file_of[stored]].get_slice(stored)
         shape: list[int] = part.get_shape()
-        first: Tensor = part[:1] if len(shape) > 1 else part[:]
-        return first.expand(shape) if len(shape) > 1 else first
+        first: Tensor = part[:1].expand(shape) if len(shape) > 1 else part[:]
+        return first
 
 
 def format_of(name: str, weights: Weights) -> Weights:
-    """The format of one weight: heads are worth more than 4 bits (docs/log.md)."""
+    """Return the format to quantize a weight to: LM heads need 8 bits to keep their quality (docs/log.md)."""
     return weights if name.startswith("model.") and "embed_tokens" not in name else Weights.INT8
 
 
@@ -283,17 +276,17 @@ def cut(
     weights: Weights | None = None,
     companions: bool = True,
 ) -> Path:
-    """Write the stages that end at these exits as a folder of their own: config.json, one safetensors file, tokenizer.
+    """Write the stages that end at these exits to a new folder: config.json, one safetensors file, tokenizer files.
 
-    The folder appears whole or not at all.
+    After an error, no folder is left behind.
 
     Args:
         checkpoint: the whole family.
-        exits: consecutive exits; all of them converts the family.
+        exits: consecutive exits; with all exits, the folder is the whole family.
         out: the new folder; must not exist yet.
-        dtype: convert to this number format; None keeps what is there.
-        weights: INT8 or INT4 rounds the weights of products to few bits; anything else keeps what is there.
-        companions: copy the tokenizer and its like too (an entry node needs them).
+        dtype: number format to convert to. Default: as in the checkpoint.
+        weights: INT8 or INT4 quantizes the weights of products. Default, and BF16: as in the checkpoint.
+        companions: also copy the tokenizer files, which an entry node needs.
 
     Raises:
         CheckpointError: `out` exists, or the checkpoint does not have these stages.
@@ -303,30 +296,29 @@ def cut(
         raise CheckpointError(f"{out}: exists already; remove it or name another folder")
     names = checkpoint.names(exits)
     if checkpoint.weights is not None and weights not in (None, checkpoint.weights):
-        raise CheckpointError(f"{checkpoint.folder}: its weights are {checkpoint.weights} already, not {weights}")
-    few_bits = checkpoint.weights or (weights if weights is not Weights.BF16 else None)
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are already {checkpoint.weights}, so they cannot become {weights}; "
+            "cut the shard from the family"
+        )
+    quantized = checkpoint.weights or (weights if weights is not Weights.BF16 else None)
     with _whole_or_not(out) as folder:
         tensors: dict[str, Tensor] = {}
         for name in names:
-            stored = checkpoint.weight(name)
-            if isinstance(stored, Tensor) and few_bits and _is_product(name, checkpoint.config):
-                stored = Quantized.of(stored, format_of(name, few_bits), name)
-            if isinstance(stored, Quantized):
-                tensors[name] = stored.values
-                tensors[f"{name}{_SCALE}"], tensors[f"{name}{_ZERO}"] = stored.scales, stored.zeros
+            weight = checkpoint.weight(name)
+            if isinstance(weight, Tensor) and quantized and _is_product(name, checkpoint.config):
+                weight = Quantized.of(weight, format_of(name, quantized), name)
+            if isinstance(weight, Quantized):
+                tensors[name] = weight.values
+                tensors[f"{name}{_SCALE}"], tensors[f"{name}{_ZERO}"] = weight.scales, weight.zeros
                 continue
-            # Copies of a trunk layer must not share memory in the file: safetensors stores no aliases.
-            tensors[name] = stored.to(dtype or stored.dtype, copy=not checkpoint.holds(name)).contiguous()
-        whole = tuple(exits) == checkpoint.config.exits
-        metadata = {
-            "format": "pt",
-            "ruyi_flow.exits": json.dumps(list(exits)),
-            "ruyi_flow.fingerprint": _fingerprint(checkpoint.config, names, tensors.__getitem__)
-            if whole and not few_bits
-            else checkpoint.fingerprint,
-        }
-        if few_bits:
-            metadata["ruyi_flow.weights"] = few_bits
+            # Copies of a trunk layer must not share memory: safetensors stores no aliases.
+            tensors[name] = weight.to(dtype or weight.dtype, copy=not checkpoint.stores(name)).contiguous()
+        fingerprint = checkpoint.fingerprint
+        if tuple(exits) == checkpoint.config.exits and not quantized:  # dtype may make another family of it
+            fingerprint = _fingerprint(checkpoint.config, names, tensors.__getitem__)
+        metadata = {"format": "pt", "ruyi_flow.exits": json.dumps(list(exits)), "ruyi_flow.fingerprint": fingerprint}
+        if quantized:
+            metadata["ruyi_flow.weights"] = quantized
         save_file(tensors, folder / _WEIGHTS, metadata)
         config = checkpoint.config.to_dict()
         if dtype is not None:
@@ -347,13 +339,15 @@ def _is_product(name: str, config: FamilyConfig) -> bool:
 
 
 def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> None:
-    """Convert a GGUF file to an ordinary Hugging Face folder in float32, tokenizer included, with transformers.
+    """Convert a GGUF file to an ordinary Hugging Face folder in float32, with its tokenizer; transformers does it.
 
     Args:
+        path: the GGUF file.
+        out: the new folder.
         bars: show transformers' progress bars.
 
     Raises:
-        CheckpointError: transformers cannot read it.
+        CheckpointError: transformers cannot read the file.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging
@@ -368,21 +362,21 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
             raise CheckpointError(f"{path}: not a GGUF file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-    except Exception as error:  # gguf and transformers raise what their parsing happens to run into
-        raise CheckpointError(f"{path}: truncated, or not a model that can be read: {error}") from error
+        plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **plain)
+    except Exception as error:  # gguf and transformers raise errors of any kind on a file that they cannot parse
+        raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {error}") from error
     with _whole_or_not(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """'float32', 'bfloat16' or 'float16' as a torch dtype."""
+    """Return the torch dtype named 'float32', 'bfloat16' or 'float16'.
+
+    Raises:
+        CheckpointError: another name or dtype.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(name, torch.dtype) and name in known.values():
         return name
@@ -400,7 +394,7 @@ def _open(path: Path) -> Any:
 
 @contextmanager
 def _whole_or_not(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` when all went well and vanishes otherwise."""
+    """Yield a temporary folder, which becomes `out` at the end, or is removed after an error."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -416,18 +410,9 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
 
 
 def _fingerprint(config: FamilyConfig, names: Sequence[str], first_values: Callable[[str], Tensor]) -> str:
-    digest = hashlib.sha256(
-        repr(
-            (
-                config.base,
-                config.exits,
-                config.num_heads,
-                config.head_dim,
-                config.rms_norm_eps,
-                sorted(config.rope.items()),
-            )
-        ).encode()
-    )
+    rope = sorted(config.rope.items())
+    geometry = (config.base, config.exits, config.num_heads, config.head_dim, config.rms_norm_eps, rope)
+    digest = hashlib.sha256(repr(geometry).encode())
     for name in sorted(names):
         tensor = first_values(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

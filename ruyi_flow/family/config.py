@@ -1,4 +1,4 @@
-"""Geometry of a familial model, and what its parts cost. No torch."""
+"""Geometry of a familial model, and the FLOPs and bytes of its parts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _BASES = {
     "ruyi_qwen3": "qwen3",
     "ee_qwen3": "qwen3",
 }
-"""model_type in config.json -> the kind of decoder layer. The first three are ordinary Hugging Face checkpoints."""
+"""model_type in config.json -> kind of decoder layer. The first three are ordinary Hugging Face checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyConfig:
-    """The shape of a family: a trunk of decoder layers and a branch at each exit.
+    """The geometry of a family: a trunk of decoder layers, and a branch at each exit.
 
-    Exit `p` runs trunk layers `0 … p-1`, then its branch: one decoder layer or more, a norm and a head.
+    Exit `p` runs trunk layers `0 … p-1`, then its branch: one or more decoder layers, a norm and an LM head.
     """
 
     base: str
-    """llama, qwen2 or qwen3: the kind of decoder layer."""
+    """Kind of decoder layer: llama, qwen2 or qwen3."""
     exits: tuple[int, ...]
-    """Ascending; the last one is `num_layers - 1` (its branch layer is the last layer of the checkpoint)."""
+    """Exits in ascending order. The last one is `num_layers - 1`: its branch is the checkpoint's last layer."""
     branch_layers: tuple[int, ...]
-    """Decoder layers of each exit's branch: 1 in Ruyi; the last exit's is always 1."""
+    """Number of decoder layers of each exit's branch: 1 in Ruyi, and always 1 at the last exit."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -46,49 +46,51 @@ class FamilyConfig:
     head_dim: int
     rms_norm_eps: float
     max_positions: int
-    """The context: prompt and answer together."""
+    """Size of the context: most tokens of prompt and answer together."""
     rope: Mapping[str, Any]
-    """`rope_type`, `rope_theta` and what the type needs, in transformers' words."""
+    """Rotary position settings with the keys of transformers: `rope_type`, `rope_theta`, and those of the type."""
     attention_bias: bool
-    """Whether q, k and v have biases (Qwen2 does)."""
+    """Whether the q, k and v projections have biases, as in Qwen2."""
     output_bias: bool
-    """Whether the output projection of the attention has one (Llama with attention_bias)."""
+    """Whether the output projection of the attention has a bias, as in Llama with attention_bias."""
     mlp_bias: bool
+    """Whether the projections of the MLP have biases."""
     shared_heads: bool
-    """One head for all exits."""
+    """Whether all exits share one LM head."""
     tied_head: bool
-    """The head is the embedding."""
+    """Whether the LM head is the token embedding."""
     ordinary: bool
-    """An ordinary checkpoint with exits given to it: branches start as copies of the trunk layer at their exit."""
+    """Whether this is an ordinary checkpoint that was given exits; its branches are copies of the trunk layer there."""
     eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, from config.json alone."""
     probe_size: int = 0
-    """Width of the early branches' probes; 0 where there are none. Ours: Ruyi has none."""
+    """Hidden size of the early branches' probes, which Ruyi does not have; 0 without probes."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """config.json as it was read."""
+    """The parsed config.json."""
 
     @classmethod
     def parse(
         cls, raw: Mapping[str, Any], *, exits: tuple[int, ...] | None = None, where: str = "config.json"
     ) -> FamilyConfig:
-        """Read a config.json.
+        """Check a config.json and read the geometry from it.
 
         Args:
             raw: the parsed file.
-            exits: exits to give to an ordinary checkpoint; its last layer's exit is added when left out.
-            where: the file's name for messages.
+            exits: exits to give to an ordinary checkpoint; the last layer is always added.
+            where: the file's name, for errors.
 
         Raises:
-            CheckpointError: an architecture or a setting that the layers here do not implement.
+            CheckpointError: a value is missing or wrong, or `transformer.py` does not implement the architecture.
         """
         try:
             config = cls._parse(raw, exits, where)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{where}: a value of the wrong kind: {error}") from None
+            raise CheckpointError(f"{where}: a value has the wrong type: {error}") from None
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(config, name) < 1:
                 raise CheckpointError(f"{where}: {name} is {getattr(config, name)}; it must be 1 or more")
         if not 0 <= config.rms_norm_eps < 1:
-            raise CheckpointError(f"{where}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or a little more")
+            raise CheckpointError(f"{where}: rms_norm_eps is {config.rms_norm_eps}; it must be at least 0 and below 1")
         return config
 
     @classmethod
@@ -118,22 +120,23 @@ class FamilyConfig:
             points = [int(p) for p in need("early_exit_points")]
             if exits is not None and list(exits) != points:
                 raise CheckpointError(
-                    f"{where}: the checkpoint has its own exits {points}; {list(exits)} cannot be given to it"
+                    f"{where}: the checkpoint has its own exits {points} and cannot be given {list(exits)}; "
+                    "remove exits"
                 )
         if points != sorted(set(points)) or points[0] < 1 or points[-1] != num_layers - 1:
             raise CheckpointError(
-                f"{where}: exits {points} must ascend from 1 or more to {num_layers - 1}, "
+                f"{where}: exits are {points}; they must ascend, begin at 1 or more and end at {num_layers - 1}, "
                 f"the last of {num_layers} layers"
             )
         depths = [int(n) for n in raw.get("early_exit_branch_layers") or [1] * len(points)]
         if len(depths) != len(points) or min(depths) < 1 or depths[-1] != 1:
             raise CheckpointError(
-                f"{where}: early_exit_branch_layers is {depths}; it must have a number of 1 or more for each of "
-                f"the exits {points}, and 1 for the last"
+                f"{where}: early_exit_branch_layers is {depths}; it must have one number for each of the exits "
+                f"{points}, each 1 or more, and 1 for the last"
             )
         if raw.get("tie_word_embeddings") and not ordinary and not raw.get("shared_heads", False):
             raise CheckpointError(
-                f"{where}: tie_word_embeddings needs shared_heads: a head per branch cannot be the embedding"
+                f"{where}: tie_word_embeddings requires shared_heads: true, since the one head is the embedding"
             )
         probe_size = int(raw.get("early_exit_probe_size") or 0)
         if not 0 <= probe_size <= 4096:
@@ -166,7 +169,7 @@ class FamilyConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of this family in the Ruyi layout (an ordinary checkpoint's exits become its own)."""
+        """Return the config.json of this family in Ruyi's layout, with exits, for an ordinary checkpoint too."""
         out = dict(self.raw)
         out.update(
             model_type=f"ruyi_{self.base}",
@@ -177,25 +180,29 @@ class FamilyConfig:
         )
         if max(self.branch_layers) > 1:
             out["early_exit_branch_layers"] = list(self.branch_layers)
-        out.pop("auto_map", None)  # names Python files of the original release, which we neither ship nor run
+        out.pop("auto_map", None)  # names Python files of the original release, which are neither copied nor run
         return out
 
     def stages(self, exits: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-        """(first trunk layer, exit) of each stage that ends at one of these exits."""
+        """Return (first trunk layer, exit) of each stage that ends at one of these exits."""
         return tuple((0 if p == self.exits[0] else self.exits[self.exits.index(p) - 1], p) for p in exits)
 
     def branch_prefixes(self, exit: int) -> list[str]:
-        """The published names of a branch's layers. Those after the first are ours: Ruyi's branches have one."""
+        """Return the prefixes of the published names of a branch's layers, of which Ruyi has one a branch."""
         i = self.exits.index(exit)
         if exit == self.exits[-1]:
             return [f"model.layers.{exit}"]
         return [f"model.eelayers.{i}", *(f"model.eeblocks.{i}.{j}" for j in range(self.branch_layers[i] - 1))]
 
-    # ---- what it costs ----
+    def head_name(self, exit: int) -> str:
+        """Return the published name of the tensor that is the LM head of an exit."""
+        if self.tied_head:
+            return "model.embed_tokens.weight"
+        return "lm_head.weight" if self.shared_heads else f"lm_head.{self.exits.index(exit)}.weight"
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
+        """Number of parameters of one decoder layer."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         h, m = self.hidden_size, self.intermediate_size
         biases = (q + 2 * kv) * self.attention_bias + h * self.output_bias + (2 * m + h) * self.mlp_bias
@@ -203,28 +210,28 @@ class FamilyConfig:
         return h * (q + 2 * kv) + q * h + 3 * h * m + biases + norms
 
     def layer_flops(self, context: float) -> float:
-        """Floating-point operations of one position in one layer that attends to so many positions."""
+        """Return the FLOPs of one position in one layer that attends to `context` positions."""
         return 2.0 * self.layer_parameters + 4.0 * self.num_heads * self.head_dim * context
 
     @property
     def head_flops(self) -> float:
-        """Floating-point operations of one position's product with the vocabulary."""
+        """FLOPs of the vocabulary logits of one position."""
         return 2.0 * self.vocab_size * self.hidden_size
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one position's keys and values in one layer, in a 16-bit format."""
+        """Bytes of one position in the KV cache of one layer, in a 16-bit format."""
         return 4 * self.num_kv_heads * self.head_dim
 
     @property
     def layer_state_bytes(self) -> int:
-        """Bytes that one layer's products take in and put out for one position, in a 16-bit format."""
+        """Bytes of the inputs and outputs of one layer's products for one position, in a 16-bit format."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         h, m = self.hidden_size, self.intermediate_size
         return 2 * (h + (q + 2 * kv) + q + h + h + 2 * m + m + h)
 
     def layer_bytes(self, weights: Weights) -> int:
-        """Bytes of one decoder layer's weights; what is not a product's matrix is in a 16-bit format."""
+        """Return the bytes of one decoder layer's weights; norms and biases are in a 16-bit format."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         h, m = self.hidden_size, self.intermediate_size
         shapes = ((q + 2 * kv, h), (h, q), (2 * m, h), (h, m))
@@ -232,32 +239,32 @@ class FamilyConfig:
         return sum(_matrix_bytes(rows, columns, weights) for rows, columns in shapes) + 2 * others
 
     def head_bytes(self, weights: Weights) -> int:
-        """Bytes of one head, which is held in 8 bits where the layers are in 4."""
-        held = Weights.INT8 if weights is Weights.INT4 else weights
-        return _matrix_bytes(self.vocab_size, self.hidden_size, held)
+        """Return the bytes of one LM head, which has 8 bits a value where the layers have 4."""
+        stored = Weights.INT8 if weights is Weights.INT4 else weights
+        return _matrix_bytes(self.vocab_size, self.hidden_size, stored)
 
     def num_parameters(self, exit: int) -> int:
-        """Parameters of the model that ends at this exit: decoder and one head, as the published sizes count."""
+        """Count the parameters of the model that ends at this exit as published sizes do: layers and one LM head."""
         layers = exit + self.branch_layers[self.exits.index(exit)]
         return layers * self.layer_parameters + self.hidden_size + self.vocab_size * self.hidden_size
 
 
 def _matrix_bytes(rows: int, columns: int, weights: Weights) -> int:
-    """Of a product's matrix as `family/linear.py` holds it."""
+    """Return the bytes of a product's weight as `family/linear.py` stores it."""
     if weights is Weights.BF16:
         return 2 * rows * columns
     halves = 2 if weights is Weights.INT8 else 1
-    filled = -(-rows // 64) * 64
-    return halves * filled * (columns // 2 + columns // 32 * 4)  # linear.GROUP cannot be had without torch
+    padded = -(-rows // 64) * 64
+    return halves * padded * (columns // 2 + columns // 32 * 4)  # 32 is linear.GROUP; importing it would import torch
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings in one form: transformers 5 nests them in `rope_parameters`, older files have two keys."""
+    """Return the rope settings in one form: transformers 5 nests them in `rope_parameters`, older files do not."""
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention", rope))  # transformers 5 may give them for each kind of layer
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     rope["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
     for key in ("rope_theta", "factor"):
         if key in rope and not 0 < float(rope[key]) < math.inf:
-            raise ValueError(f"rope settings: {key} is {rope[key]!r}; it must be above 0")
+            raise ValueError(f"rope settings: {key} is {rope[key]!r}; it must be positive and finite")
     return rope

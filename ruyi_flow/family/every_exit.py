@@ -1,4 +1,4 @@
-"""What every exit says about given tokens, all in one pass of the trunk: for evaluation, traces and calibration."""
+"""Logits of every exit for given tokens, in one pass of the trunk: for evaluation, traces and calibration."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from torch import Tensor
 
 from ruyi_flow.family.transformer import CausalAttention, FamilySlice, Rope
 
-__all__ = ["Tree", "each_exit"]
+__all__ = ["Tree", "exit_logits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A context and its continuations, all read in one pass: each sees the context and itself."""
+    """A context and its alternative continuations, evaluated in one pass: each attends to the context and to itself."""
 
     context: tuple[int, ...]
+    """Token ids, at least one."""
     continuations: tuple[tuple[int, ...], ...]
+    """Token ids of each continuation; the last id of each is predicted only, not run."""
 
     def __len__(self) -> int:
         return len(self.context) + sum(len(c) - 1 for c in self.continuations)
 
 
 @torch.inference_mode()
-def each_exit(
+def exit_logits(
     model: FamilySlice, exits: Sequence[int], trees: Sequence[Tree], chosen: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run trees of tokens through the family once.
+    """Run trees of tokens through the family once and compute the logits of several exits.
 
     Args:
         model: the whole family.
-        exits: whose logits are wanted, ascending.
-        trees: to run side by side.
-        chosen: for each tree the positions that are wanted.
+        exits: the exits to compute, ascending.
+        trees: run as one batch.
+        chosen: for each tree, the indices of the positions to compute, in the order context, continuations.
 
     Yields:
-        For each exit: itself, (sum of chosen, vocab) float32 logits, and the (sum of chosen, hidden) states that its
-        head read.
+        (exit, logits, states) for each exit: (sum of chosen, vocab) float32 logits, and the (sum of chosen, hidden)
+        normed states that are the LM head's input.
     """
     length, device = max(map(len, trees)), model.device
     ids, places = torch.zeros(len(trees), length, dtype=torch.int64), torch.zeros(len(trees), length, dtype=torch.int64)
@@ -60,11 +62,11 @@ def each_exit(
     rows = torch.cat([i * length + positions for i, positions in enumerate(chosen)]).to(device)
     x = model.embed(ids.flatten().to(device))
     for first, exit in model.stages:
-        x = model.run(x, first, exit, turned, attention)
+        x = model.run(x, first, exit, rope=turned, attention=attention)
         if exit in exits:
-            h = model.reading(exit, x, turned, attention)
-            assert h is not None
-            read = h[rows]
-            yield exit, model.head_at[exit].forward(read).float(), read
+            states = model.branch_states(exit, x, rope=turned, attention=attention)
+            assert states is not None
+            states = states[rows]
+            yield exit, model.head_at[exit].forward(states).float(), states
         if exit == exits[-1]:
             return

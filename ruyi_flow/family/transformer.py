@@ -1,14 +1,15 @@
-"""The one definition of a family's layers: Llama, Qwen2 and Qwen3 decoder layers, exits, and any slice of them.
+"""The layers of a family: Llama, Qwen2 and Qwen3 decoder layers, branches, and slices of consecutive stages.
 
-Everything that serves, trains or evaluates a family runs these modules. States are flat, `(n, hidden)`: what belongs to
-which sequence is known to the attention that a caller passes in, not to the layers, so one matrix product serves any
-mix of sequences.
+Everything that serves, trains or evaluates a family runs these modules. States are flat, `(n, hidden)`. Only the
+attention, which the caller passes in, knows which row belongs to which sequence, so one matrix product serves any mix
+of sequences.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,29 +20,21 @@ from ruyi_flow.errors import CheckpointError, ConfigError
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.linear import Linear
 
-__all__ = [
-    "Attention",
-    "Branch",
-    "CausalAttention",
-    "DecoderLayer",
-    "FamilySlice",
-    "Probe",
-    "Rope",
-]
+__all__ = ["Attention", "Branch", "CausalAttention", "DecoderLayer", "FamilySlice", "Probe", "Rope"]
 
 
 class Attention(Protocol):
-    """Where keys and values are kept and looked up."""
+    """Attention with a KV cache of any kind, passed in by the caller."""
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        """Attend; keeps k and v of all n rows under `slot`.
+        """Store the keys and values of all n rows, and attend.
 
         Args:
-            slot: which layer's keys and values these are, as the caller numbers them.
+            slot: number of the layer in the KV cache, chosen by the caller.
             q: (m, heads, head_dim) with rotary positions applied.
-            k: (n, kv_heads, head_dim), likewise.
+            k: (n, kv_heads, head_dim) with rotary positions applied.
             v: (n, kv_heads, head_dim).
-            rows: (m,) the rows that q is of; None when m = n.
+            rows: (m,) indices of the rows that have queries; None if all n have.
 
         Returns:
             (m, heads * head_dim)
@@ -57,7 +50,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.shape, self.size, self.eps = (size,), size, eps
         self.fixed: Tensor | None = None
-        """The weight, once it will not change any more: found without a search through the module's parameters."""
+        """The weight after `freeze`; reading it is faster than looking up a module's parameter."""
         self._zero = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,15 +65,15 @@ class RMSNorm(nn.Module):
         return torch.addcmul(self._zero, x, weight, value=1 / math.sqrt(length * length / self.size + self.eps))
 
     def freeze(self) -> None:
-        """Take the weight as it is now for good; for serving on a CPU."""
+        """Fix the weight for good, which makes single rows faster; for serving on a CPU."""
         self.fixed = self.weight.detach()
         self._zero = torch.zeros(1, dtype=self.fixed.dtype)
 
 
 class Rope:
-    """Rotary position embedding (Su et al. 2021) with the scalings that transformers computes.
+    """Rotary position embedding (Su et al. 2021), with the context scalings of the transformers library.
 
-    Tables grow with the positions asked for, so that a long context costs nothing until it is used.
+    Tables grow with the positions that are requested, so a long context costs no memory until it is used.
     """
 
     def __init__(self, config: FamilyConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -89,7 +82,7 @@ class Rope:
         self.cos = self.sin = torch.empty(0, 1, config.head_dim, dtype=dtype, device=device)
 
     def at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, each (stop - start, 1, head_dim), for `rotate`."""
+        """Return cosines and signed sines of positions `start … stop-1` for `rotate`: (stop - start, 1, head_dim)."""
         if stop > self.cos.shape[0]:
             freqs = torch.outer(torch.arange(max(256, 2 * stop), dtype=torch.float32), self.inv_freq)
             cos, sin = freqs.cos() * self.scale, freqs.sin() * self.scale
@@ -99,12 +92,12 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (n, heads, head_dim) by its positions; the swapped half's sign is in `sin`, so this is three kernels."""
+    """Apply rotary positions to (n, heads, head_dim). `sin` contains the sign of the swapped half: three kernels."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a gated MLP, each with a norm before and a residual around it."""
+    """A decoder layer: attention and a gated MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, config: FamilyConfig) -> None:
         super().__init__()
@@ -120,30 +113,26 @@ class DecoderLayer(nn.Module):
         m = config.intermediate_size
         self.gate_up_proj = Linear(config.hidden_size, (m, m), config.mlp_bias)
         self.down_proj = Linear(m, (config.hidden_size,), config.mlp_bias)
-        # The same once more, where Python finds them without a search through the module's parts.
+        # The same modules in tuples: reading these is faster than looking up a module's submodule.
         self._first = self.input_layernorm, self.qkv_proj, self.o_proj
         self._second = self.post_attention_layernorm, self.gate_up_proj, self.down_proj
         self._norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attention: Attention,
-        slot: int,
-        rows: Tensor | None = None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, slot: int, *, rows: Tensor | None = None
     ) -> Tensor | None:
         """Run the layer.
 
         Args:
-            x: (n, hidden).
+            x: (n, hidden) input states.
             rope: cosines and sines of the n positions, from `Rope.at`.
-            attention: keeps keys and values, and attends.
-            slot: this layer's number there.
-            rows: (m,) the rows whose output is wanted; the others get keys and values only. None means all.
+            attention: stores keys and values, and attends.
+            slot: number of this layer in the KV cache.
+            rows: (m,) indices of the rows whose output is needed; for the others, only keys and values are computed.
+                Default: all rows.
 
         Returns:
-            (m, hidden), or None when no row is wanted.
+            (m, hidden) output states, or None if `rows` is empty.
         """
         heads, kv, d, norms = self.num_heads, self.num_kv_heads, self.head_dim, self._norms
         norm, qkv_proj, o_proj = self._first
@@ -174,15 +163,14 @@ class DecoderLayer(nn.Module):
 
 
 class Probe(nn.Module):
-    """Reads off an early branch whether its token will be the last branch's.
+    """A classifier that predicts whether an early branch's token agrees with the last branch's.
 
-    A small perceptron over the branch's normed state, scaled to unit size, and the logarithms of its likeliest tokens'
-    probabilities; as in early exits with a learned stopping head (Schuster et al. 2022, CALM, section 3.5), but on what
-    the branch itself says, too.
+    Its input is the branch's normed state, scaled to unit size, and the log-probabilities of the branch's most probable
+    tokens; it has one hidden layer. CALM (Schuster et al. 2022, section 3.5) has such a classifier of the state alone.
     """
 
     TOP = 16
-    """Tokens whose probabilities it sees."""
+    """Number of log-probabilities in its input."""
 
     def __init__(self, config: FamilyConfig) -> None:
         super().__init__()
@@ -190,29 +178,29 @@ class Probe(nn.Module):
         self.down = nn.Linear(config.probe_size, 1)
 
     def forward(self, h: Tensor, logits: Tensor) -> Tensor:
-        """What the head reads, (n, hidden), and the (n, vocab) logits -> (n,) float32 log-odds of agreement."""
-        return self.odds(self.seen(h, logits))
+        """Predict agreement: (n, hidden) normed states and (n, vocab) logits -> (n,) float32 log-odds."""
+        return self.log_odds(self.features(h, logits))
 
-    def seen(self, h: Tensor, logits: Tensor) -> Tensor:
-        """What it reads off a branch: (n, hidden + TOP) float32."""
+    def features(self, h: Tensor, logits: Tensor) -> Tensor:
+        """Compute the input from normed states and logits: (n, hidden + TOP) float32."""
         logits = logits.float()
         top = logits.topk(min(self.TOP, logits.shape[-1]), -1).values - logits.logsumexp(-1, keepdim=True)
         top = F.pad(top.clamp(min=-30.0), (0, self.TOP - top.shape[-1]), value=-30.0)
         return torch.cat([F.rms_norm(h.float(), h.shape[-1:]), top], -1)
 
-    def odds(self, seen: Tensor) -> Tensor:
-        """What it makes of that: (n,) log-odds of agreement."""
-        up = F.silu(F.linear(seen, self.up.weight.float(), self.up.bias.float()))
+    def log_odds(self, features: Tensor) -> Tensor:
+        """Predict agreement from `features`: (n,) log-odds."""
+        up = F.silu(F.linear(features, self.up.weight.float(), self.up.bias.float()))
         return F.linear(up, self.down.weight.float(), self.down.bias.float())[:, 0]
 
 
 class Branch(nn.Module):
-    """What turns the boundary state at an exit into logits: decoder layers, a norm, and a head that others may share.
+    """The decoder layers and the norm between the boundary state at an exit and its LM head, which exits may share.
 
     Args:
-        config: the family.
-        depth: how many layers.
-        probed: whether it has a probe.
+        config: geometry of the family.
+        depth: number of decoder layers.
+        probed: whether the branch has a `Probe`.
     """
 
     def __init__(self, config: FamilyConfig, depth: int, *, probed: bool = False) -> None:
@@ -224,11 +212,11 @@ class Branch(nn.Module):
 
 
 class FamilySlice(nn.Module):
-    """Any consecutive stages of a family: the whole of it, a node's shard, or one stage.
+    """Consecutive stages of a family: the whole family, a node's shard, or one stage.
 
     Args:
-        config: the family.
-        exits: the exits of the stages, consecutive.
+        config: geometry of the family.
+        exits: consecutive exits, at which the stages end.
     """
 
     def __init__(self, config: FamilyConfig, exits: Sequence[int]) -> None:
@@ -239,23 +227,22 @@ class FamilySlice(nn.Module):
         self.first_layer, self.last_layer = self.stages[0][0], self.stages[-1][1]
         is_entry = self.first_layer == 0
         heads = 1 if config.shared_heads else len(self.exits)
-        # Without random numbers: to draw an embedding's on "meta" torch would import 78 MB of its compiler.
+        # nn.Embedding would draw random numbers, for which torch imports 78 MB of its compiler on "meta".
         table = torch.empty(config.vocab_size, config.hidden_size) if is_entry else None
         self.embed_tokens = None if table is None else nn.Embedding.from_pretrained(table, freeze=False)
-        # Plain containers for the hot path, beside the module containers that hold the same modules for torch.
+        # Plain containers for the hot path; the module containers below register the same modules with torch.
         self.trunk = tuple(DecoderLayer(config) for _ in range(self.first_layer, self.last_layer))
         depths = {p: config.branch_layers[config.exits.index(p)] for p in self.exits}
         probed = config.exits[:-1] if config.probe_size else ()
         self.branch_at = {p: Branch(config, depth, probed=p in probed) for p, depth in depths.items()}
         own_heads = [Linear(config.hidden_size, (config.vocab_size,), bias=False) for _ in range(heads)]
         self.head_at = {p: own_heads[0 if config.shared_heads else i] for i, p in enumerate(self.exits)}
-        self.slot_at = {
-            p: len(self.trunk) + sum(depth for other, depth in depths.items() if other < p) for p in self.exits
-        }
-        """Slot of the keys and values of each branch's first layer, never a trunk layer's; the others' follow."""
+        slots = accumulate(depths.values(), initial=len(self.trunk))
+        self.slot_at = dict(zip(self.exits, slots, strict=False))
+        """Slot in the KV cache of each branch's first layer; the slots of its other layers follow."""
         self.call: Callable[..., Tensor | None] = DecoderLayer.forward
-        """How a trunk layer is called: training may put a call in between that recomputes what it does not keep, and
-        `compile_layers` puts the compiled one."""
+        """Runs a trunk layer. `compile_layers` replaces it with the compiled one, training with gradient
+        checkpointing."""
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(self.trunk, self.first_layer)})
         self.branches = nn.ModuleDict({str(p): branch for p, branch in self.branch_at.items()})
         self.heads = nn.ModuleList(own_heads)
@@ -264,46 +251,46 @@ class FamilySlice(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        """Layers that keep keys and values: the trunk's, then the branches'."""
+        """Number of layers in the KV cache: the trunk's, then the branches'."""
         return len(self.trunk) + sum(len(branch.stack) for branch in self.branch_at.values())
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the weights."""
         return self.trunk[0].input_layernorm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' number format."""
+        """Number format of the weights."""
         return self.trunk[0].input_layernorm.weight.dtype
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """(n,) token ids -> (n, hidden)."""
+        """Look up token embeddings: (n,) token ids -> (n, hidden)."""
         if self.embed_tokens is None:
             return self.heads[0].embedding(token_ids)  # type: ignore[operator, no-any-return]
         return F.embedding(token_ids, self.embed_tokens.weight)
 
     def embed_with_head(self) -> None:
-        """Look tokens up in the head, which is the embedding, too, and holds it in 8 bits."""
+        """Drop the embedding and look tokens up in the tied, quantized LM head instead."""
         self.embed_tokens = None
 
     @torch.inference_mode()
     def compile_layers(self) -> None:
-        """Run the trunk's layers through `torch.compile` from now on; inference only, of layers that are not packed.
+        """Compile the trunk's layers with `torch.compile`; inference only, needs layers that are not packed.
 
-        The layers share what is compiled: for one row, and for any more. It is compiled here, for the CPU threads that
-        this thread has now. Attention stays as it is.
+        All layers share two compiled versions, for one row and for more. They are compiled in this call, for the
+        number of CPU threads that torch has now. Attention is not compiled.
 
         Raises:
-            ConfigError: there is nothing to compile with.
+            ConfigError: a compiler is missing.
         """
-        # torch's overloads do not have the last one, which keeps families of one process out of each other's limit.
+        # torch's overloads lack isolate_recompiles, which gives every family of a process a recompile limit of its own.
         compiled: Callable[..., Tensor | None] = torch.compile(  # type: ignore[call-overload]
             DecoderLayer.forward, dynamic=True, isolate_recompiles=True
         )
 
         class Uncompiled:
-            """An attention that `torch.compile` does not look into; here, since the decorator imports the compiler."""
+            """An attention that is not compiled. Defined here since the decorator imports the compiler."""
 
             def __init__(self, attention: Attention) -> None:
                 self._attention = attention
@@ -315,27 +302,31 @@ class FamilySlice(nn.Module):
         def call(
             layer: DecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, slot: int
         ) -> Tensor | None:
-            if not x.is_inference():  # made outside of inference mode: to the compiler, a tensor of another kind
+            if not x.is_inference():  # a tensor from outside inference mode would be compiled for once more
                 x = x.clone()
             return compiled(layer, x, rope, Uncompiled(attention), slot)
 
         layer, hidden = self.trunk[0], self.config.hidden_size
         rope = Rope(self.config, self.dtype, self.device)
         try:
-            for n in (1, 2, 32):  # 8-bit products have two ways, by the number of rows
+            for n in (1, 2, 32):  # 8-bit products take another path from some number of rows on
                 x = torch.zeros(n, hidden, dtype=self.dtype, device=self.device)
                 call(layer, x, rope.at(0, n), CausalAttention(1), 0)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error.inner_exception).strip().splitlines()[0]
             needed = "Triton" if self.device.type == "cuda" else "a C++ compiler (g++, or what CXX names)"
-            raise ConfigError(f"torch.compile needs {needed}; leave it out. It says: {reason}") from None
+            raise ConfigError(f"torch.compile needs {needed} ({reason}); install it, or do not compile") from None
         self.call = call
 
-    def run(self, x: Tensor, start: int, stop: int, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """Run trunk layers `start … stop-1`, the only way a trunk is ever run.
+    def run(self, x: Tensor, start: int, stop: int, *, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """Run trunk layers `start … stop-1`.
 
         Args:
-            x: (n, hidden) boundary states at `start` (embeddings when 0).
+            x: (n, hidden) boundary states at `start`; token embeddings if `start` is 0.
+            start: first trunk layer, numbered as in the family.
+            stop: trunk layer to stop before, usually an exit.
+            rope: cosines and sines of the n positions, from `Rope.at`.
+            attention: stores keys and values, and attends.
 
         Returns:
             (n, hidden) boundary states at `stop`.
@@ -347,36 +338,38 @@ class FamilySlice(nn.Module):
             x = out
         return x
 
-    def branch(
-        self, exit: int, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, rows: Tensor | None = None
+    def branch_logits(
+        self, exit: int, x: Tensor, *, rope: tuple[Tensor, Tensor], attention: Attention, rows: Tensor | None = None
     ) -> Tensor | None:
-        """Run the branch at an exit on boundary states.
+        """Run the branch and the LM head of an exit.
 
         Args:
+            exit: one of this slice's exits.
             x: (n, hidden) boundary states at the exit.
-            rows: (m,) the rows whose logits are wanted; None means all.
+            rope, attention: see `run`.
+            rows: (m,) indices of the rows whose logits are needed. Default: all rows.
 
         Returns:
-            (m, vocab) logits in the weights' number format, or None when no row is wanted.
+            (m, vocab) logits in the weights' number format, or None if `rows` is empty.
         """
-        h = self.reading(exit, x, rope, attention, rows)
+        h = self.branch_states(exit, x, rope=rope, attention=attention, rows=rows)
         return None if h is None else self.head_at[exit].forward(h)
 
-    def reading(
-        self, exit: int, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention, rows: Tensor | None = None
+    def branch_states(
+        self, exit: int, x: Tensor, *, rope: tuple[Tensor, Tensor], attention: Attention, rows: Tensor | None = None
     ) -> Tensor | None:
-        """(m, hidden): what the branch's head reads, its normed state; see `branch`."""
+        """Run the branch of an exit up to its norm: (m, hidden), the input of the LM head; see `branch_logits`."""
         branch, slot = self.branch_at[exit], self.slot_at[exit]
         *first, last = branch.stack
-        for layer in first:  # what comes after needs every row of these
+        for layer in first:  # the last layer attends to every row of these
             out = layer.forward(x, rope, attention, slot)
             assert out is not None
             x, slot = out, slot + 1
-        h = last.forward(x, rope, attention, slot, rows)
+        h = last.forward(x, rope, attention, slot, rows=rows)
         return None if h is None else branch.norm.forward(h)
 
     def logits(self, input_ids: Tensor, exit: int) -> Tensor:
-        """Whole sequences through every layer up to an exit, without a cache: the oracle.
+        """Run whole sequences through one exit without a KV cache, as a reference for every other way.
 
         Args:
             input_ids: (batch, n) token ids.
@@ -390,39 +383,39 @@ class FamilySlice(nn.Module):
         cos, sin = Rope(self.config, weight.dtype, weight.device).at(0, n)
         rope = cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1)
         attention = CausalAttention(batch)
-        x = self.run(self.embed(input_ids.flatten()), 0, exit, rope, attention)
-        logits = self.branch(exit, x, rope, attention)
+        x = self.run(self.embed(input_ids.flatten()), 0, exit, rope=rope, attention=attention)
+        logits = self.branch_logits(exit, x, rope=rope, attention=attention)
         assert logits is not None
         return logits.float().view(batch, n, -1)
 
     def num_parameters(self) -> int:
-        """Parameters of the checkpoint that this slice holds; a head that is the embedding counts once."""
+        """Count the checkpoint's parameters in this slice; a tied embedding and head count once."""
         linears = [m for m in self.modules() if isinstance(m, Linear)]
         inside = sum(m.num_parameters() for m in linears)
         seen = {id(t) for m in linears for t in m.parameters()}
         others = sum(t.numel() for t in self.parameters() if id(t) not in seen)
-        if self.config.tied_head and self.embed_tokens is not None and self.heads[0].kernels:  # it is there twice
+        if self.config.tied_head and self.embed_tokens is not None and self.heads[0].kernels:  # stored twice
             others -= self.embed_tokens.weight.numel()
         return inside + others
 
     def tensor_bytes(self) -> int:
-        """Bytes of the distinct tensors that this slice holds, packed ones included."""
+        """Count the bytes of this slice's tensors in memory, each once."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
     def _tensors(self) -> list[Tensor]:
         kernels = [kernel for m in self.modules() if isinstance(m, Linear) for kernel in m.kernels]
-        tensors = [*self.parameters(), *(tensor for kernel in kernels for tensor in kernel.tensors)]
-        return list({id(tensor): tensor for tensor in tensors}.values())
+        tensors = [*self.parameters(), *(tensor for kernel in kernels for tensor in (*kernel.tensors, kernel.bias))]
+        return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
 class CausalAttention:
-    """Attention of whole sequences to themselves, without a cache.
+    """Causal attention within whole sequences, without a KV cache.
 
     Args:
-        batch: number of sequences of equal length that lie one after the other in the flat states.
-        documents: (batch, n) which document each position is of, where sequences are packed with several; positions
-            see their own document only. None where a sequence is one document.
-        root: number of the document that all others of its sequence see, too.
+        batch: number of sequences, all of one length, that follow one another in the flat states.
+        documents: (batch, n) number of the document that each position belongs to, for sequences that contain several;
+            positions attend to their own document only. Default: one document a sequence.
+        root: number of a document that all documents of the same sequence attend to as well. Default: none.
     """
 
     def __init__(self, batch: int, documents: Tensor | None = None, *, root: int | None = None) -> None:
@@ -443,24 +436,24 @@ class CausalAttention:
 
 
 def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
-    """(head_dim / 2,) inverse frequencies and the factor on cosines and sines."""
+    """Return the (head_dim / 2,) inverse frequencies, and the factor on cosines and sines."""
     kind, theta = config.rope["rope_type"], float(config.rope["rope_theta"])
     if kind == "default":
         return 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
     if kind not in ("linear", "llama3", "yarn"):
-        raise CheckpointError(f"rope_type is {kind!r}; known: default, linear, llama3, yarn")
-    from transformers import PreTrainedConfig  # LlamaConfig would bring in 90 MB of its model
+        raise CheckpointError(f"config.json: rope_type is {kind!r}; known: default, linear, llama3, yarn")
+    from transformers import PreTrainedConfig  # LlamaConfig would import 90 MB of its model
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     try:
-        their_config = PreTrainedConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_positions,
-            rope_parameters=dict(config.rope),
-        )
+        sizes = {
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_heads,
+            "head_dim": config.head_dim,
+        }
+        rope = {"max_position_embeddings": config.max_positions, "rope_parameters": dict(config.rope)}
+        their_config = PreTrainedConfig(**sizes, **rope)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](their_config, torch.device("cpu"))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"rope settings {dict(config.rope)} are not whole: {error}") from None
+        raise CheckpointError(f"config.json: rope settings {dict(config.rope)} are incomplete: {error}") from None
     return inv_freq.float(), float(scale)

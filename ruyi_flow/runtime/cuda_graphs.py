@@ -129,7 +129,7 @@ class Graphs:
         first_layer, exit = model.stages[stage]
 
         def compute(x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> tuple[Tensor]:
-            return (model.run(x, first_layer, exit, rope, attention),)
+            return (model.run(x, first_layer, exit, rope=rope, attention=attention),)
 
         (boundary,) = self._run("trunk", exit, compute, blocks, states, rope)
         return boundary
@@ -145,7 +145,7 @@ class Graphs:
         model = self._model
 
         def compute(x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> tuple[Tensor, Tensor]:
-            read = model.reading(exit, x, rope, attention)
+            read = model.branch_states(exit, x, rope=rope, attention=attention)
             assert read is not None
             return read, model.head_at[exit].run(read)
 

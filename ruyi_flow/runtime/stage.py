@@ -83,7 +83,7 @@ class Shard:
         if self.graphs is not None and self.graphs.take(pieces):
             boundary = self.graphs.trunk(stage, pieces, states, rope)
         else:
-            boundary = self.model.run(states, first_layer, exit, rope, self._attention(pieces))
+            boundary = self.model.run(states, first_layer, exit, rope=rope, attention=self._attention(pieces))
         parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
         for piece, states in zip(pieces, parted, strict=True):
             piece.work.session.add_boundary(stage, states)
@@ -126,10 +126,10 @@ class Shard:
                 return
         else:
             attention = self._attention(pieces, None if chosen is None else [piece.asked for piece in pieces])
-            reading = self.model.reading(exit, boundary, rope, attention, chosen)
-            if reading is None:
+            normed = self.model.branch_states(exit, boundary, rope=rope, attention=attention, rows=chosen)
+            if normed is None:
                 return
-            read, logits = reading, self.model.head_at[exit].run(reading)
+            read, logits = normed, self.model.head_at[exit].run(normed)
         tokens, sure = likeliest(logits)
         start = 0
         for piece in pieces:

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 
 from ruyi_flow.config import topology
 from ruyi_flow.errors import ConfigError, RequestError
-from ruyi_flow.family.loading import tidy_heap
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.serving.engine import Engine
+from ruyi_flow.serving.heap import tidy_heap
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
 

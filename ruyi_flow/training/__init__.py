@@ -1,1 +1,1 @@
-"""Training the branches of a family, offline. Nothing that serves imports this package."""
+"""Offline training of a family's branches. No module that serves requests imports this package."""

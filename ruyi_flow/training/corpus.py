@@ -1,8 +1,8 @@
-"""Training text: chats, plain text and a family's own answers, as packed sequences of token ids.
+"""Training data: chats, plain text and a family's own answers, as packed sequences of token ids.
 
-A file is JSON lines of `{"messages": [{"role", "content"}, …]}`, `{"question", "answer"}` or, for its prompts alone,
-`{"prompt"}` (all through the tokenizer's own chat template), or of `{"prompt": [ids], "answer": [ids]}` (what
-`distill.py` gives), or plain text (`.txt`).
+A file is plain text (`.txt`) or has JSON lines. A line is `{"messages": [{"role", "content"}, …]}`,
+`{"question", "answer"}` or, where only prompts are needed, `{"prompt"}`: these go through the chat template. A line
+can also be `{"prompt": [ids], "answer": [ids]}`, which `distill.py` writes.
 """
 
 from __future__ import annotations
@@ -38,38 +38,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One chat or a piece of plain text."""
+    """One chat, or a piece of plain text."""
 
     token_ids: tuple[int, ...]
     answer: int
-    """Where the last answer begins; 0 for plain text, all of which counts as one."""
+    """Index of the first token of the last answer; 0 for plain text, which counts as an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Sequences of one length, each filled with documents; (rows, length) tensors."""
+    """Sequences of one length, each filled with documents. All tensors are (rows, length)."""
 
     token_ids: Tensor
+    """int32 token ids; 0 for padding."""
     documents: Tensor
-    """Which document of its row a position is of; -1 for padding."""
+    """int16 number of each position's document within its row; -1 for padding."""
     positions: Tensor
-    """Place in the document."""
+    """int32 position within the document."""
     answers: Tensor
-    """Whether the token at a position belongs to an answer."""
+    """bool, whether the token at this position belongs to an answer."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def rows(self, indices: Tensor) -> Packed:
-        """Some of the rows."""
+        """Return the rows with these indices."""
         return Packed(self.token_ids[indices], self.documents[indices], self.positions[indices], self.answers[indices])
 
 
 def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Document]:
-    """The documents of a file; longer ones are cut to `length` tokens, plain text into pieces of it.
+    """Read the documents of a file.
+
+    Args:
+        path: a file of chats, answers or plain text.
+        tokenizer: the family's tokenizer.
+        length: most tokens of a document. Chats are cut to this length, plain text is split into pieces of it.
 
     Raises:
-        ConfigError: the file, and the line that is wrong.
+        ConfigError: the file or one of its lines cannot be read.
     """
     if path.suffix == ".txt":
         with _readable(path):
@@ -77,41 +83,45 @@ def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Docum
         yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
         return
     for document in each_line(path, partial(_document, tokenizer=tokenizer), f"{CHAT}, or {_IDS}"):
-        if document.answer < length:  # else nothing of the answer would be left
+        if document.answer < length:  # otherwise the cut would remove all of the answer
             yield Document(document.token_ids[:length], document.answer)
 
 
 def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
-    """The prompts of a file of chats: everything before the last answer.
+    """Read the prompts of a file of chats as token ids: each is all that precedes the last answer.
 
     Raises:
-        ConfigError: the file, and the line that is wrong.
+        ConfigError: the file or one of its lines cannot be read.
     """
     return each_line(path, lambda item: chat_prompt(item, tokenizer)[0], CHAT)
 
 
 def chat_prompt(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-    """A line's token ids up to where its last answer begins, and that answer."""
+    """Return the token ids of a chat up to its last answer, and the text of that answer."""
     messages = _messages(item)
     return _chat_prompt(messages[:-1], tokenizer), messages[-1]["content"]
 
 
 CHAT = '{"messages": [{"role": …, "content": …}, …]}, {"prompt": …} or {"question": …, "answer": …}'
-"""What a line of chats can be."""
+"""The forms of a line of a file of chats, for errors."""
 
 _IDS = '{"prompt": [ids], "answer": [ids]}'
 
 
 def each_line(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T]:
-    """What `read` makes of each line of a file of JSON; its errors become one that names the line.
+    """Apply `read` to each line of a file of JSON lines.
 
     Args:
         path: the file.
-        read: may raise a `ConfigError` that says what is wrong with its line, or anything on one of another form.
-        expected: what a line can be, for messages.
+        read: called with the parsed line. It may raise `ConfigError` with the reason, or ValueError, TypeError,
+            KeyError, IndexError or AttributeError if the line has another form.
+        expected: the forms of a line, for errors.
+
+    Yields:
+        The results of `read`.
 
     Raises:
-        ConfigError: the file, and the line that is wrong.
+        ConfigError: the file cannot be read, or `read` failed; the error names the line.
     """
     with _readable(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -120,11 +130,11 @@ def each_line(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T
             except ConfigError as error:
                 raise ConfigError(f"{path}, line {number}: {error}") from None
             except TemplateError as error:
-                raise ConfigError(f"{path}, line {number}: the family's chat template refuses it: {error}") from None
+                raise ConfigError(f"{path}, line {number}: the family's chat template rejects it: {error}") from None
             except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-                there = line.strip() or "an empty line"
-                there = there if len(there) <= 80 else f"{there[:79]}…"
-                raise ConfigError(f"{path}, line {number}: expected {expected}; there is {there}") from None
+                found = line.strip() or "an empty line"
+                found = found if len(found) <= 80 else f"{found[:79]}…"
+                raise ConfigError(f"{path}, line {number}: expected {expected}; there is {found}") from None
 
 
 @contextmanager
@@ -136,13 +146,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
-    """Token ids of a chat up to where its last answer begins."""
+    """Return the token ids that a chat template makes of the turns before an answer."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _messages(item: dict[str, Any]) -> list[dict[str, str]]:
-    """A line's turns; the last one is the answer."""
+    """Return a line's turns; the last one is the answer."""
     if "messages" in item:
         messages = list(item["messages"])
     else:
@@ -164,37 +174,37 @@ def _document(item: dict[str, Any], tokenizer: Any) -> Document:
 
 
 def pack_documents(documents: Sequence[Document], *, length: int, seed: int) -> Packed:
-    """Fill sequences with whole documents, in an order that the seed gives.
+    """Fill sequences with whole documents, in a random order.
 
     Args:
-        documents: none longer than `length`.
-        length: of a sequence.
-        seed: of the order.
+        documents: documents of at most `length` tokens.
+        length: tokens of a sequence.
+        seed: seed of the order.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: list[list[Document]] = []
-    open_rows: list[tuple[int, list[Document]]] = []  # room, row; the few that may still take something
+    open_rows: list[tuple[int, list[Document]]] = []  # (free tokens, row) of the last rows that are not full
     for document in order:
         size = len(document.token_ids)
-        fit = next((i for i, (room, _) in enumerate(open_rows) if room >= size), None)
-        room, row = (length, []) if fit is None else open_rows.pop(fit)
+        fit = next((i for i, (free, _) in enumerate(open_rows) if free >= size), None)
+        free, row = (length, []) if fit is None else open_rows.pop(fit)
         if fit is None:
             rows.append(row)
         row.append(document)
-        open_rows.append((room - size, row))
+        open_rows.append((free - size, row))
         if len(open_rows) > 16:
             open_rows.remove(min(open_rows, key=lambda item: item[0]))
     shape = (len(rows), length)
     token_ids, positions = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
-    kept, answers = torch.full(shape, -1, dtype=torch.int16), torch.zeros(shape, dtype=torch.bool)
+    numbers, answers = torch.full(shape, -1, dtype=torch.int16), torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         start = 0
         for number, document in enumerate(row):
             stop = start + len(document.token_ids)
             token_ids[i, start:stop] = torch.tensor(document.token_ids, dtype=torch.int32)
             positions[i, start:stop] = torch.arange(stop - start, dtype=torch.int32)
-            kept[i, start:stop] = number
+            numbers[i, start:stop] = number
             answers[i, start + document.answer : stop] = True
             start = stop
-    return Packed(token_ids, kept, positions, answers)
+    return Packed(token_ids, numbers, positions, answers)

@@ -1,4 +1,4 @@
-"""Recipes: what a training run is to do, as YAML files say it."""
+"""Recipes: YAML files that describe a training run."""
 
 from __future__ import annotations
 
@@ -18,106 +18,120 @@ class _Model(BaseModel):
 
 
 class Source(_Model):
-    """A file to train on; `corpus.py` says of which kinds."""
+    """A file of training data, in one of the forms that `corpus.py` lists."""
 
     path: Path
+    """The file; a relative path starts at the recipe's folder."""
     documents: int | None = Field(default=None, ge=1)
-    """At most this many of it."""
+    """Most documents to read from the file. Default: all."""
 
 
 class SelfDistill(_Model):
-    """Answers that the family's last branch gives to the prompts of chats, to train on beside the data."""
+    """Self-distillation: answers of the family's last branch to prompts, which are training data besides `data`."""
 
     prompts: tuple[Source, ...] = ()
-    """Chats; the last turn of each is answered anew."""
+    """Files of chats. The last branch answers the last turn of each chat anew."""
     own_prompts: int = Field(default=0, ge=0)
-    """So many more that the family writes itself, at temperature 1, where its chat template opens a user's turn
-    (Magpie, Xu et al. 2024, arXiv 2406.08464); those that do not end in `max_new_tokens`, or are there already, are
-    left out. They are kept in `out`, as `prompts.jsonl`."""
+    """Number of further prompts that the family samples at temperature 1 from the beginning of a user's turn in its
+    chat template (Magpie, Xu et al. 2024, arXiv 2406.08464). Duplicates and those longer than `max_new_tokens` are
+    dropped. They are stored in `out` as `prompts.jsonl`."""
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.0,)
-    """Every prompt is answered once at each; 0 is greedy."""
+    """Sampling temperatures. Every prompt is answered once at each; 0 is greedy."""
     max_new_tokens: int = Field(default=224, ge=1)
-    """Of an answer."""
+    """Most tokens of an answer, and of an own prompt."""
     batch: int = Field(default=64, ge=1)
-    """Prompts at once."""
+    """Number of prompts that are answered at the same time."""
 
     @model_validator(mode="after")
     def _asks(self) -> SelfDistill:
         if not self.prompts and not self.own_prompts:
-            raise ValueError("say what is to be answered: prompts: [{path: chats.jsonl}], or own_prompts: 5000")
+            raise ValueError("there is nothing to answer; set prompts: [{path: chats.jsonl}], or own_prompts: 5000")
         return self
 
 
 class Losses(_Model):
-    """What a branch is trained for, in scope `branches`; each with its weight."""
+    """Weights of the losses of scope `branches`."""
 
     kl: float = Field(default=1.0, ge=0)
-    """Divergence from the last branch's distribution over its likeliest tokens."""
+    """Weight of the KL divergence from the last branch's distribution over its most probable tokens."""
     cross_entropy: float = Field(default=0.0, ge=0)
-    """Of the text's own next token."""
+    """Weight of the cross-entropy of the data's next token."""
     hidden: float = Field(default=1.0, ge=0)
-    """Squared distance of the normed state to the last branch's, relative to its size; costs no vocabulary product."""
+    """Weight of the relative squared distance to the last branch's normed state, which needs no vocabulary logits."""
     positions: float = Field(default=1.0, gt=0, le=1)
-    """Share of the positions that take part in `kl` and `cross_entropy`."""
+    """Share of the positions for which `kl` and `cross_entropy` are computed."""
     vocabulary: Literal["candidates", "full"] = "candidates"
-    """`candidates`: the branch's distribution is over the tokens that are likely, or right, anywhere in the batch."""
+    """Tokens that a branch's distribution covers. `candidates`: those that are probable, or right, at any position of
+    the batch. `full`: all."""
     prompt: float = Field(default=0.5, ge=0)
-    """Weight of positions that are not in an answer."""
+    """Weight of a position outside of answers; one in an answer has 1."""
 
 
 class Recipe(_Model):
-    """A training run, as its YAML file says it."""
+    """A training run, as described by its YAML file."""
 
     family: str
-    """A folder, or a name in the local store."""
+    """The family to train: a folder, or a name in the local store."""
     exits: tuple[int, ...] | None = None
-    """The exits to give to an ordinary checkpoint."""
+    """Exits to give to an ordinary checkpoint."""
     out: Path
-    """Folder for the result, the metrics, and the state to resume from."""
+    """Folder for the result, the metrics and the state to resume from; relative paths start at the recipe's folder."""
     scope: Literal["branches", "joint", "probes"] = "branches"
+    """What is trained: the early branches on a frozen trunk, trunk and branches together, or the branches' probes."""
     branch_layers: dict[int, Annotated[int, Field(ge=1)]] = {}
-    """Layers of the branch at each exit; what the family has where not named."""
+    """Number of decoder layers of the branch at each exit. Default: as in the family."""
     probe_size: int = Field(default=32, ge=1, le=4096)
-    """Scope `probes`: their width."""
+    """Hidden size of the probes, in scope `probes`."""
     start: Literal["copy", "zero"] = "copy"
-    """Further layers of a branch start as copies of the trunk layers after its exit, or (Ruyi2's DaE) random with
-    output projections of zero."""
+    """Initial weights of a branch's new layers. `copy`: those of the trunk layers after its exit. `zero`: random, with
+    output projections of zero (Ruyi2's DaE)."""
     data: tuple[Source, ...] = ()
+    """Files to train on."""
     self_distill: SelfDistill | None = None
-    """Done by `ruyi-flow train --self-distill`; the answers are kept in `out`, and every later run trains on them."""
+    """Answers to make with `ruyi-flow train --self-distill`. They are stored in `out`, and later runs train on them."""
     validation: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the packed sequences that is never trained on."""
+    """Share of the packed sequences that is kept for validation."""
     length: int = Field(default=256, ge=8)
     """Tokens of a packed sequence."""
     batch: int = Field(default=16, ge=1)
-    """Sequences of a step and process."""
+    """Sequences of a batch, in each process."""
     accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients make one update."""
+    """Number of batches whose gradients are accumulated for one step."""
     steps: int = Field(ge=1)
-    """Updates. A run that is there already may go on with another number: the learning rate falls towards that."""
+    """Number of optimizer steps. It may change when a run is resumed; the learning rate then falls towards the new
+    end."""
     learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate after the warm-up; it falls to a tenth along a cosine."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps."""
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of AdamW."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest norm of a gradient."""
+    """Norm to which larger gradients are scaled down."""
     losses: Losses = Losses()
+    """Weights of the losses, in scope `branches`."""
     exit_weights: Literal["decay", "equal"] = "decay"
-    """Scope `joint`: early exits' weights fall from 1 to 0.1, or all are 1 / G."""
+    """Weights of the exits' losses, in scope `joint`. `decay`: those of early exits fall from 1 to 0.1. `equal`: all
+    are 1 / number of exits."""
     precision: Literal["bf16", "no"] = "bf16"
+    """Mixed precision of training; `no` computes in float32."""
     gradient_checkpointing: bool = False
+    """Whether to recompute activations in the backward pass, which saves memory."""
     cache_gb: float = Field(default=20.0, ge=0)
-    """Disk for what the trunk gives, in scope `branches`."""
+    """Most GB of disk for the cache of the frozen trunk's states, in scopes `branches` and `probes`."""
     validate_every: int = Field(default=200, ge=1)
+    """Steps between validations."""
     save_every: int = Field(default=200, ge=1)
+    """Steps between saves of the state to resume from."""
     seed: int = 0
+    """Seed of the order of the data, of new layers' weights and of sampling."""
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read and check a recipe.
 
         Raises:
-            ConfigError: with the file, the key's path, the value and the fix.
+            ConfigError: a key or a value is wrong; the error names the file, the key's path, the value and the fix.
         """
         path = Path(path)
         try:
@@ -135,7 +149,7 @@ class Recipe(_Model):
         return recipe.model_copy(update=changes)
 
     def described(self) -> dict[str, Any]:
-        """What went into a run, for whoever gets its result: files by name, not by where they lay."""
+        """Return the recipe as JSON values to store with its result, with files' names instead of their paths."""
 
         def named(value: Any) -> Any:
             if isinstance(value, dict):
@@ -148,5 +162,5 @@ class Recipe(_Model):
 
     @property
     def answers(self) -> Path:
-        """Where self-distillation keeps the family's own answers."""
+        """File of the family's own answers, which self-distillation writes."""
         return self.out / "answers.jsonl"

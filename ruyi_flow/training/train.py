@@ -1,14 +1,13 @@
-"""Multi-branch training: all branches together with the trunk, the branches alone on a frozen trunk, or their probes.
+"""Multi-branch training: trunk and branches together, the branches alone on a frozen trunk, or their probes.
 
-`joint` is multi-branch pre-training as Ruyi's: `sum_k lambda_k(t) CE_k` over the exits, with lambda_k strong early and
-decaying (Ruyi2) or 1 / G for G exits (the familial scaling law). `branches` is distillation into early branches: the
-trunk and the last branch stay as they are to the bit, and each early branch learns to say what the last one says. What
-the trunk gives is computed once a position and kept on disk, since on a CPU it is most of the cost.
+Scope `joint` is the multi-branch pre-training of Ruyi: `sum_k lambda_k(t) CE_k` over the exits, where lambda_k decays
+for early exits (Ruyi2), or is 1 / G for G exits (the familial scaling law). Scope `branches` distils the last branch
+into the early ones; the trunk and the last branch do not change by a bit. The trunk's states are computed once a
+position and cached on disk, since on a CPU they are most of the cost.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,21 @@ from ruyi_flow.training.trainees import Branches, Joint, Probes
 __all__ = ["Step", "train"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a step did."""
+    """Losses and throughput of one step."""
 
     step: int
+    """Number of the step, from 1."""
     steps: int
+    """Number of steps of the run."""
     losses: dict[str, float]
-    """`loss`, the sum that is minimized, and its parts by exit, as in `kl/11`."""
+    """`loss`, the weighted sum that is minimized, and its parts by exit, such as `kl/11`."""
     tokens_per_s: float
+    """Mean throughput since the run was started or resumed."""
     validation: dict[str, float] = field(default_factory=dict)
-    """Where it was measured after this step: `agreement/11` with the last exit on answers, `loss/11`."""
+    """Results by exit if this step was followed by a validation, such as `loss/11`, or `agreement/11` with the last
+    exit in answers."""
 
 
 def train(
@@ -57,21 +61,22 @@ def train(
     report: Callable[[Step], None] = lambda step: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Run a recipe, or go on with it where it was killed.
+    """Run a recipe, or resume its run if that was interrupted.
 
     Args:
-        recipe: what to do.
-        family: to start from; its geometry alone trains from nothing, in scope `joint`.
-        tokenizer: the family's.
+        recipe: describes the run.
+        family: the family to start from. A geometry without weights starts from random ones, in scope `joint`.
+        tokenizer: the family's tokenizer.
         report: called after every step.
-        say: called with what else happens, in words.
+        say: called with messages about the run.
 
     Returns:
-        The file with what was trained: the branches, or in scope `joint` all tensors, by their published names in bf16.
+        The file of the trained tensors by their published names, in bf16: the branches or the probes, or in scope
+        `joint` the whole family.
 
     Raises:
-        ConfigError, CheckpointError: data or a family that cannot be trained on.
-        TrainingError: a loss that is not finite.
+        ConfigError, CheckpointError: the recipe, the data or the family cannot be used.
+        TrainingError: the loss is not finite.
     """
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
@@ -84,8 +89,9 @@ def train(
     held_out = max(1, round(len(packed) * recipe.validation))
     if len(packed) - held_out < recipe.batch * accelerator.num_processes:
         raise ConfigError(
-            f"the data fills {len(packed)} sequences of {recipe.length} tokens, {held_out} of them for validation; a "
-            f"step needs {recipe.batch * accelerator.num_processes}: give more data, or a smaller batch"
+            f"data: it fills only {len(packed)} sequences of {recipe.length} tokens, {held_out} of them for "
+            f"validation, and a batch needs {recipe.batch * accelerator.num_processes}; give more data, or a smaller "
+            "batch"
         )
     say(f"{len(packed)} sequences of {recipe.length} tokens, {int((packed.documents >= 0).sum()):,} tokens in all")
     validation = torch.arange(held_out)
@@ -94,22 +100,20 @@ def train(
     if recipe.scope == "joint":
         trainee = Joint(checkpoint, config, recipe, packed)
     elif checkpoint is None:
-        raise ConfigError(f"scope {recipe.scope!r} needs a family with weights: its last branch is the teacher")
+        raise ConfigError(f"scope: {recipe.scope} needs a family with weights, whose last branch is the teacher")
     else:
         kind = Branches if recipe.scope == "branches" else Probes
-        trainee = kind(checkpoint, config, recipe, packed, accelerator.device)
+        trainee = kind(checkpoint, config=config, recipe=recipe, packed=packed, device=accelerator.device)
     optimizer = torch.optim.AdamW(
         [p for p in trainee.parameters() if p.requires_grad], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    # The schedule is a function of the step alone, so accelerate must not step it once for each process.
+    # Not prepared by accelerate, which would step the schedule once for each process.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, recipe))
     model, optimizer = accelerator.prepare(trainee, optimizer)
     accelerator.register_for_checkpointing(schedule)
 
     identity = _identity(recipe, config, packed)
-    state = recipe.out / "state"
-    metrics = recipe.out / "metrics.jsonl"
-    done = 0
+    metrics, state, done = recipe.out / "metrics.jsonl", recipe.out / "state", 0
     new = state.with_name("state.new")
     if accelerator.is_main_process and not state.exists() and (new / "step.json").exists():
         os.replace(new, state)  # killed between the two renames of a save
@@ -118,14 +122,15 @@ def train(
         done, whose = json.loads((state / "step.json").read_text())
         if whose != identity:
             raise ConfigError(
-                f"{state} is of a run with another recipe, family or data; remove {recipe.out}, or name another 'out'"
+                f"{state} is the state of a run with another recipe, family or data; remove {recipe.out}, or set "
+                "another 'out'"
             )
         accelerator.load_state(str(state))
-        say(f"going on after step {done}")
+        say(f"resuming after step {done}")
     if accelerator.is_main_process:
         recipe.out.mkdir(parents=True, exist_ok=True)
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(lines[:done]))  # a line a step; those after it are done again
+        metrics.write_text("".join(lines[:done]))  # one line a step; later steps are run again
     board = _board(recipe.out) if accelerator.is_main_process else None
     batches = _batches(recipe, torch.arange(held_out, len(packed)), accelerator.num_processes, done)
     began, tokens = time.perf_counter(), 0
@@ -138,8 +143,9 @@ def train(
                 loss = parts["loss"]
                 if not torch.isfinite(loss):
                     raise TrainingError(
-                        f"the loss is {loss.item()} at step {step}, on sequences {indices.tolist()}; the first begins "
-                        f"{tokenizer.decode(packed.token_ids[indices[0], :40].tolist())!r}"
+                        f"the loss is {loss.item()} at step {step}, on sequences {indices.tolist()}, the first of "
+                        f"which begins {tokenizer.decode(packed.token_ids[indices[0], :40].tolist())!r}; check the "
+                        "data, or lower learning_rate"
                     )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -154,20 +160,20 @@ def train(
         found = {}
         if last or (step + 1) % recipe.validate_every == 0:
             with torch.no_grad():
-                found = model(validation, None)  # through the wrapper, which may have to gather the weights
-        made = Step(step + 1, recipe.steps, sums, tokens / (time.perf_counter() - began), found)
-        report(made)
+                found = model(validation, None)  # through accelerate's wrapper, which may have to gather the weights
+        tokens_per_s = tokens / (time.perf_counter() - began)
+        report(Step(step=step + 1, steps=recipe.steps, losses=sums, tokens_per_s=tokens_per_s, validation=found))
         if accelerator.is_main_process:
-            values = {"step": made.step, "tokens_per_s": made.tokens_per_s, **sums}
+            values = {"step": step + 1, "tokens_per_s": tokens_per_s, **sums}
             values |= {f"validation/{name}": value for name, value in found.items()}
             with metrics.open("a") as file:
                 file.write(json.dumps(values) + "\n")
             if board is not None:
                 for name, value in values.items():
-                    board.add_scalar(name, value, made.step)
+                    board.add_scalar(name, value, step + 1)
         if last or (step + 1) % recipe.save_every == 0:
             _save(accelerator, state, (step + 1, identity))
-    weights = accelerator.get_state_dict(model)  # of all processes; each of several may hold a part
+    weights = accelerator.get_state_dict(model)  # each process may have a part of them only
     out = recipe.out / ("model.safetensors" if recipe.scope == "joint" else f"{recipe.scope}.safetensors")
     if accelerator.is_main_process:
         described = recipe.described() | {"fingerprint": checkpoint and checkpoint.fingerprint}
@@ -175,7 +181,7 @@ def train(
         metadata["ruyi_flow.branch_exits"] = json.dumps(config.exits)
         if recipe.scope == "probes":
             metadata["ruyi_flow.probe_size"] = json.dumps(config.probe_size)
-        else:  # whose probes, if there were some, are gone
+        else:  # probes of other branches would be wrong
             metadata |= {"ruyi_flow.branch_layers": json.dumps(config.branch_layers), "ruyi_flow.probe_size": "0"}
         tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in trainee.published(weights).items()}
         save_file(tensors, out, metadata)
@@ -184,18 +190,18 @@ def train(
 
 
 def _trained(config: FamilyConfig, recipe: Recipe) -> FamilyConfig:
-    """A family's geometry as a recipe leaves it.
+    """Return the geometry of the family that a recipe makes of one.
 
     Raises:
-        ConfigError: an exit that the family does not have, or the last one; a key that its scope does not take.
+        ConfigError: branch_layers names another than an early exit, or is set in scope `probes`.
     """
     for exit in recipe.branch_layers:
         if exit not in config.exits[:-1]:
             raise ConfigError(f"branch_layers: {exit} is not one of the early exits {list(config.exits[:-1])}")
     if recipe.branch_layers and recipe.scope == "probes":
-        raise ConfigError("branch_layers: goes with scopes branches and joint; probes read branches as they are")
+        raise ConfigError("branch_layers: cannot be combined with scope: probes, which leaves branches as they are")
     depths = [recipe.branch_layers.get(p, n) for p, n in zip(config.exits, config.branch_layers, strict=True)]
-    probe_size = recipe.probe_size if recipe.scope == "probes" else 0  # probes of other branches would be wrong
+    probe_size = recipe.probe_size if recipe.scope == "probes" else 0
     new = {"early_exit_branch_layers": depths, "early_exit_probe_size": probe_size}
     return FamilyConfig.parse({**config.to_dict(), **new})
 
@@ -205,28 +211,24 @@ def _read(recipe: Recipe, tokenizer: Any) -> Packed:
     own = (Source(path=recipe.answers),) if recipe.answers.exists() else ()
     for source in (*recipe.data, *own):
         read = read_documents(source.path, tokenizer, length=recipe.length)
-        documents += [d for _, d in zip(range(source.documents or 2**62), read, strict=False) if len(d.token_ids) > 1]
+        documents += [d for d in islice(read, source.documents) if len(d.token_ids) > 1]
     if not documents:
-        raise ConfigError("data: there is nothing to train on in these files")
+        raise ConfigError("data: these files contain nothing to train on; name other files, or use --self-distill")
     return pack_documents(documents, length=recipe.length, seed=recipe.seed)
 
 
 def _batches(recipe: Recipe, rows: Tensor, processes: int, done: int) -> Iterator[Tensor]:
-    """Row numbers, batch by batch, every epoch in an order that the seed and its number give."""
-    size = recipe.batch * processes
-    number = 0
-    epoch = 0
-    while True:
+    """Yield row numbers batch by batch, shuffled anew in every epoch, after skipping the steps that are done."""
+    size, skipped = recipe.batch * processes, done * recipe.accumulate
+    for epoch in count():
         order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed * 10_007 + epoch))]
-        for start in range(0, len(order) - size + 1, size):
-            if number >= done * recipe.accumulate:
-                yield order[start : start + size]
-            number += 1
-        epoch += 1
+        batches = order[: len(order) // size * size].split(size)
+        yield from batches[skipped:]
+        skipped = max(0, skipped - len(batches))
 
 
 def _rate(recipe: Recipe, step: int) -> float:
-    """The learning rate's factor: up over the warm-up, then down along a cosine to a tenth."""
+    """Return the factor on the learning rate: rising in the warm-up, then falling along a cosine to a tenth."""
     warm = max(1, round(recipe.warmup * recipe.steps))
     if step < warm:
         return (step + 1) / warm
@@ -234,7 +236,7 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 
 def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
-    """What a run must have in common with the one that it goes on with; how long it is may change on the way."""
+    """Hash all that must not change when a run is resumed: the family, the data, most of the recipe."""
     same = recipe.model_dump(mode="json", exclude={"steps", "save_every", "cache_gb", "self_distill", "data", "out"})
     digest = hashlib.sha256(json.dumps([same, dict(config.to_dict())], sort_keys=True).encode())
     digest.update(packed.token_ids.numpy().tobytes() + packed.documents.numpy().tobytes())
@@ -242,7 +244,7 @@ def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
 
 
 def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
-    """The state to resume from, whole or not at all."""
+    """Replace the state to resume from, so that a kill at any time leaves a complete one."""
     new = state.with_name("state.new")
     accelerator.save_state(str(new))
     accelerator.wait_for_everyone()
@@ -258,9 +260,9 @@ def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
 
 
 def _board(folder: Path) -> Any:
-    """TensorBoard's writer where it is installed, else None."""
-    with contextlib.suppress(ImportError):
+    """Return a TensorBoard writer, or None if TensorBoard is not installed."""
+    try:
         from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder))
-    return None
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

@@ -130,14 +130,14 @@ def test_what_is_known_is_not_asked_again(
     half = lines[: len(lines) // 2] + [lines[len(lines) // 2][:20]]  # as a kill leaves it
     known.write_text("\n".join(half))
     asked: list[int] = []
-    each_exit = harness.each_exit
+    exit_logits = harness.exit_logits
 
     def counted(*args: Any) -> Any:
         asked.append(len(args[2]))
-        return each_exit(*args)
+        return exit_logits(*args)
 
-    monkeypatch.setattr(harness, "each_exit", counted)
-    monkeypatch.setattr(run, "each_exit", counted)
+    monkeypatch.setattr(harness, "exit_logits", counted)
+    monkeypatch.setattr(run, "exit_logits", counted)
     again = evaluate(family, tmp_path, tasks=tasks, data=data, chats=chats)
     for one, other in zip(first.rows, again.rows, strict=True):
         for task, values in one.all_values.items():

@@ -41,10 +41,10 @@ def test_values_are_rounded_to_the_nearest_step(weights: Weights, bits: int) -> 
     assert held.weights is weights and held.shape == (48, 64)
     assert held.values.numel() * held.values.element_size() == 48 * 64 * bits // 8
     step = held.scales.float().reshape(48, -1).repeat_interleave(64 // held.scales.reshape(48, -1).shape[1], 1)
-    assert ((held.wide() - w).abs() <= step * 0.51 + 0.02 * w.abs()).all()
+    assert ((held.dequantize() - w).abs() <= step * 0.51 + 0.02 * w.abs()).all()
     joined = Quantized.cat([held, held])
-    assert torch.equal(joined.wide(), torch.cat([held.wide(), held.wide()]))
-    assert torch.equal(joined.rows(48, 96).wide(), held.wide())
+    assert torch.equal(joined.dequantize(), torch.cat([held.dequantize(), held.dequantize()]))
+    assert torch.equal(joined.rows(48, 96).dequantize(), held.dequantize())
 
 
 @pytest.mark.parametrize("weights", FEW)
@@ -52,7 +52,7 @@ def test_values_that_have_4_bits_are_kept(weights: Weights) -> None:
     steps = torch.randint(0, 16, (16, 2, GROUP), generator=torch.Generator().manual_seed(1))
     steps[..., 0], steps[..., 1] = 0, 15
     w = (steps * 8.5 - 34.0).flatten(1)  # a step of 8 bits is 1 / 17 of one of 4
-    assert torch.equal(Quantized.of(w, weights).wide(), w)
+    assert torch.equal(Quantized.of(w, weights).dequantize(), w)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -67,10 +67,10 @@ def test_kernels_give_the_product_and_the_same_row_in_every_block(
     if linear.bias is not None:
         linear.bias = torch.nn.Parameter(b.to(dtype))
     held = Quantized.of(w, weights)
-    linear.hold(held, dtype, apart=apart)
+    linear.set_kernels(held, dtype, apart=apart)
     assert linear.weight is None and linear.num_parameters() == 128 * (64 + bias)
     x = random(20, 64).to(dtype)
-    expected = x.float() @ held.wide().T + b
+    expected = x.float() @ held.dequantize().T + b
     out = linear.run(x)
     assert out.dtype is dtype and (out.float() - expected).norm() < 5e-3 * expected.norm()
     if apart:
@@ -78,21 +78,21 @@ def test_kernels_give_the_product_and_the_same_row_in_every_block(
     few = torch.cat([linear.run(x[i : i + 1]) for i in range(12)])
     assert torch.equal(few, linear.run(x[:12])), "a row does not depend on the rows beside it"
     many = random(60, 64).to(dtype)
-    expected = many.float() @ held.wide().T + b
+    expected = many.float() @ held.dequantize().T + b
     assert (linear.run(many).float() - expected).norm() < 5e-3 * expected.norm()
     if not apart:
         ids = torch.tensor([0, 127, 31, 32, 64, 0])
-        assert torch.allclose(linear.embedding(ids).float(), held.wide()[ids], rtol=5e-3)
+        assert torch.allclose(linear.embedding(ids).float(), held.dequantize()[ids], rtol=5e-3)
 
 
 @pytest.mark.parametrize("rows", [8, 48, 200])
 @pytest.mark.parametrize("weights", FEW)
 def test_any_number_of_rows_can_be_held(weights: Weights, rows: int) -> None:
     linear, held = Linear(32, (rows,), False), Quantized.of(random(rows, 32), weights)
-    linear.hold(held, torch.float32)
+    linear.set_kernels(held, torch.float32)
     for n in (1, 60):
         x = random(n, 32)
-        assert torch.allclose(linear.run(x), x @ held.wide().T, atol=1e-4)
+        assert torch.allclose(linear.run(x), x @ held.dequantize().T, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -100,7 +100,7 @@ def test_any_number_of_rows_can_be_held(weights: Weights, rows: int) -> None:
 def test_a_processor_without_bfloat16_widens_weights(
     out_features: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ruyi_flow.family.linear._multiplies_one_by_one", lambda dtype, device: dtype is torch.bfloat16)
+    monkeypatch.setattr("ruyi_flow.family.linear._lacks_bfloat16", lambda dtype, device: dtype is torch.bfloat16)
     module = Linear(64, (32, out_features - 32), bias).bfloat16()
     w, b = random(out_features, 64).bfloat16(), random(out_features, 1)[:, 0].bfloat16()
     module.weight = torch.nn.Parameter(w)
@@ -117,9 +117,9 @@ def test_a_processor_without_bfloat16_widens_weights(
             assert torch.equal(module.part(x, 1), out[:, 32:])
     for weights in FEW:
         few, held = Linear(64, (out_features,), False), Quantized.of(w.float(), weights)
-        few.hold(held, torch.bfloat16)
+        few.set_kernels(held, torch.bfloat16)
         x = random(60, 64).bfloat16()
-        expected = x.float() @ held.wide().T
+        expected = x.float() @ held.dequantize().T
         assert (few.run(x).float() - expected).norm() < 5e-3 * expected.norm()
 
 
@@ -130,11 +130,11 @@ from ruyi_flow.types import Weights
 
 for weights in (Weights.INT8, Weights.INT4):
     held, linear = Quantized.of(torch.randn(136, 64), weights), Linear(64, (136,), False)
-    linear.hold(held, torch.float32)
+    linear.set_kernels(held, torch.float32)
     for rows in (1, 60):
         x = torch.randn(rows, 64)
-        assert torch.allclose(linear.run(x), x @ held.wide().T, atol=1e-3)
-    assert torch.allclose(linear.embedding(torch.arange(136)), held.wide(), atol=1e-5)
+        assert torch.allclose(linear.run(x), x @ held.dequantize().T, atol=1e-3)
+    assert torch.allclose(linear.embedding(torch.arange(136)), held.dequantize(), atol=1e-5)
 """
 
 
@@ -145,9 +145,34 @@ def test_a_processor_with_other_vectors_gives_the_product_too(vectors: str) -> N
     assert run.returncode == 0, run.stderr
 
 
+WITHOUT_ONEDNN = """
+import sys
+from types import SimpleNamespace
+
+import torch
+
+torch.ops.mkldnn = SimpleNamespace()
+torch.backends.mkldnn.is_available = lambda: False
+from ruyi_flow import load_family
+
+ids = torch.arange(3, 40)[None]
+plain = load_family(sys.argv[1], dtype="float32").logits(ids)
+for options, error in (({}, 0.1), ({"weights": "int8"}, 0.1), ({"dtype": "float32", "weights": "int4"}, 0.8)):
+    logits = load_family(sys.argv[1], **options).logits(ids)
+    assert (logits - plain).norm() < error * plain.norm(), options
+"""
+
+
+def test_torch_without_onednn_runs_a_family_too(family: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_ONEDNN, family], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("weights", FEW)
 def test_few_bits_refuse_columns_that_are_no_whole_groups(weights: Weights) -> None:
-    with pytest.raises(CheckpointError, match=rf"x.down_proj has shape 48 x 40: {weights} needs a multiple of 32 col"):
+    with pytest.raises(
+        CheckpointError, match=rf"x.down_proj has shape 48 x 40, but {weights} needs a multiple of 32 col"
+    ):
         Quantized.of(random(48, 40), weights, "x.down_proj")
 
 
@@ -170,9 +195,9 @@ def test_a_shard_holds_few_bits_and_gives_what_the_family_in_few_bits_gives(
     assert 0 < (expected.logits(IDS) - wide).norm() < (0.1 if weights is Weights.INT8 else 0.8) * wide.norm()
     sizes = [(f / "model.safetensors").stat().st_size for f in (shard.folder, family)]
     assert sizes[0] < sizes[1] / 2
-    with pytest.raises(CheckpointError, match=f"are {weights} already"):
+    with pytest.raises(CheckpointError, match=f"are already {weights}, so they cannot become"):
         cut(shard, shard.exits, tmp_path / "again", weights=next(w for w in FEW if w is not weights))
-    with pytest.raises(CheckpointError, match="only plain floats"):
+    with pytest.raises(CheckpointError, match="only float formats"):
         shard.tensor("model.layers.0.self_attn.q_proj.weight")
 
 
@@ -201,10 +226,10 @@ async def test_exact_over_nodes_in_few_bits_is_the_family_in_few_bits(family: Pa
 def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
     with pytest.raises(RuyiFlowError, match="weights is 'int3'; known: bf16, int8, int4"):
         load_family(family, weights="int3")
-    with pytest.raises(RuyiFlowError, match="bf16 goes with dtype: bfloat16"):
+    with pytest.raises(RuyiFlowError, match="bf16 requires dtype: bfloat16, but dtype is float32"):
         load_family(family, dtype="float32", weights="bf16")
     narrow = tiny_family(tmp_path / "narrow", intermediate_size=48)
-    with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 32 columns; take weights: bf16"):
+    with pytest.raises(RuyiFlowError, match=r"int4 needs a multiple of 32 columns; set weights: bf16"):
         load_family(narrow, weights="int4")
 
 
@@ -213,7 +238,9 @@ def test_a_gpu_without_the_kernel_for_few_bits_is_refused(
     family: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ConfigError, match=f"weights: {weights} needs a GPU of compute capability 8.0, cuda:1 has 7.5"):
+    with pytest.raises(
+        ConfigError, match=f"weights: {weights} needs a GPU of compute capability 8.0 or higher, but cuda:1 has 7.5"
+    ):
         load_slice(Checkpoint(family), (2, 4, 6), dtype=torch.bfloat16, device="cuda:1", weights=weights)
 
 

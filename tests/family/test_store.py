@@ -33,17 +33,17 @@ def test_exits_are_given_to_an_ordinary_folder(tmp_path: Path, home: Path) -> No
     checkpoint = Checkpoint(folder)
     assert checkpoint.config.exits == (2, 4, 6)
     assert checkpoint.tensor("model.eelayers.1.mlp.up_proj.weight").dtype is torch.bfloat16
-    with pytest.raises(CheckpointError, match=r"there already, with exits \[2, 4, 6\]"):
+    with pytest.raises(CheckpointError, match=r"exists already, with exits \[2, 4, 6\]"):
         store.pull(str(ordinary), name="mine", exits=(3,))
     assert store.pull(str(ordinary), name="mine", exits=(2, 4), dtype="bfloat16") == folder
 
 
 def test_what_is_there_must_be_what_is_asked_for(tmp_path: Path, home: Path, tiny: Path) -> None:
     store.pull(str(tiny), dtype="bfloat16")
-    with pytest.raises(CheckpointError, match="there already, in bfloat16, not float32; give another --name"):
+    with pytest.raises(CheckpointError, match="exists already, in bfloat16, not float32; give another --name"):
         store.pull(str(tiny), dtype="float32")
     other = tiny_family(tmp_path / "elsewhere" / "tiny", seed=5)
-    with pytest.raises(CheckpointError, match=f"there already, from {tiny}, not {other}"):
+    with pytest.raises(CheckpointError, match=f"exists already, from {tiny}, not {other}"):
         store.pull(str(other))
     with pytest.raises(CheckpointError, match="dtype is 'float8'; known: float32"):
         store.pull(str(tiny), name="new", dtype="float8")
@@ -72,7 +72,7 @@ def test_a_pull_after_one_that_was_killed_starts_clean(home: Path, tiny: Path) -
 def test_what_is_no_source_is_said(home: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a folder"):
         store.pull("qwen")
-    with pytest.raises(CheckpointError, match="no family 'qwen'.*none yet.*ruyi-flow pull SOURCE --name qwen"):
+    with pytest.raises(CheckpointError, match="no family 'qwen'.*no families yet.*ruyi-flow pull SOURCE --name qwen"):
         store.locate("qwen")
     with pytest.raises(CheckpointError, match=r"no family 'smollm2'.*fetch it: ruyi-flow pull smollm2$"):
         store.locate("smollm2")
@@ -121,6 +121,6 @@ def test_the_demo_familys_branches_are_the_packages(smollm2: Path, home: Path) -
     shutil.copytree(smollm2, old)
     (old / "source.txt").write_text(f"{store.DEMO} with its branches 000000000000")
     told: list[str] = []
-    assert store.pull(store.DEMO, say=told.append) == old and "older branches" in told[0]
+    assert store.pull(store.DEMO, say=told.append) == old and "updating the branches" in told[0]
     assert Checkpoint(old).fingerprint == checkpoint.fingerprint
     assert store.pull(store.DEMO, say=told.append) == old and len(told) == 2
