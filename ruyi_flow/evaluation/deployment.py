@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from ruyi_flow.calibration.budget import Deployment, frame
+from ruyi_flow.calibration.budget import Deployment, bytes_on_link
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
@@ -21,7 +21,7 @@ def deployment_of(topology: Topology, hidden_size: int) -> Deployment:
     encodings = [hop[1].encoding for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
     return Deployment(
         tuple(node.exits[-1] for node in topology.nodes),
-        tuple(frame(encoding.row_bytes(hidden_size)) for encoding in encodings),
+        tuple(bytes_on_link(encoding.row_bytes(hidden_size)) for encoding in encodings),
     )
 
 
@@ -49,4 +49,4 @@ async def measure(topology: Topology, hidden_size: int, *, rounds: int = 5) -> D
         raise ConfigError("the shallow nodes are entirely sure of every token, so the deeper ones cannot be measured")
     plain = deployment_of(topology, hidden_size)
     medians = [tuple(map(statistics.median, zip(*rows, strict=True))) for rows in (steps, hops)]
-    return Deployment(plain.last_exits, plain.row_bytes, *medians)
+    return Deployment(plain.last_exits, plain.position_bytes, *medians)

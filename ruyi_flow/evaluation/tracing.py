@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ruyi_flow.calibration.trace import ExitRecord, Header, Own, Record, Scorer, Writer
+from ruyi_flow.calibration.trace import ExitRecord, Header, OwnAnswer, Record, Scorer, Writer
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked, number
 from ruyi_flow.family.every_exit import Tree, each_exit
@@ -141,7 +141,7 @@ class _Answering:
         if self.scorer is Scorer.NUMBER:
             for p, answer in answered.items():
                 scores = found[p].scores if p == last else self._along(answer, (p,))[p].scores
-                own = Own(scores, number(self._text(answer.token_ids), asked.reference))
+                own = OwnAnswer(scores, number(self._text(answer.token_ids), asked.reference))
                 found[p] = replace(found[p], own=own)
         # The last exit's reading of its own answer: in bfloat16 a near tie may fall otherwise in a pass of many
         # rows, and what it says there is what the others are compared with.
@@ -193,7 +193,7 @@ class _Answering:
             likely = torch.stack([part.sum() for part in told.split(sizes)])[None]
             said, scores = int(likely.argmax()), self._scores(p, likely, None)
             tokens = np.array([said], np.int32)
-            exits[p] = ExitRecord(tokens, scores, *means, Own(scores, float(said == asked.right)))
+            exits[p] = ExitRecord(tokens, scores, *means, OwnAnswer(scores, float(said == asked.right)))
         return Record(index, _digits(asked), n, exits[self.family.exits[-1]].tokens, exits)
 
     def _scores(self, exit: int, logits: Tensor, read: Tensor | None) -> NDArray[np.float32]:

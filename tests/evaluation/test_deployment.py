@@ -12,10 +12,10 @@ from ruyi_flow.testing import cluster, cut_topology
 async def test_running_nodes_say_what_a_token_takes(spoken: Path) -> None:
     topology = cut_topology(spoken, [[2], [4], [6]], encoding="int8")
     plain = deployment_of(topology, 32)
-    assert plain.last_exits == (2, 4, 6) and plain.row_bytes == (32 + 4 + 16,) * 2 and plain.step_s == ()
+    assert plain.last_exits == (2, 4, 6) and plain.position_bytes == (32 + 4 + 16,) * 2 and plain.step_s == ()
     async with cluster(topology) as nodes:
         found = await measure(nodes.topology, 32, rounds=2)
-        assert found.last_exits == plain.last_exits and found.row_bytes == plain.row_bytes
+        assert found.last_exits == plain.last_exits and found.position_bytes == plain.position_bytes
         assert len(found.step_s) == 3 and len(found.hop_s) == 2
         assert all(0 < seconds < 1 for seconds in (*found.step_s, *found.hop_s))
         await nodes.settle()

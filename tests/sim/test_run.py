@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ruyi_flow.bench.profile.messages import message_sizes
-from ruyi_flow.calibration.trace import read
+from ruyi_flow.calibration.trace import read_trace
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.scorers import Asked
@@ -91,7 +91,7 @@ async def test_it_asks_what_the_running_system_asks(tmp_path: Path, tiny: Path, 
     prompts = [tuple(3 + (7 * i + j) % 57 for j in range(4 + 9 * i)) for i in range(5)]
     family, file = load_family(tiny, dtype="float32"), tmp_path / "trace.msgpack"
     record(family, [Asked(prompt) for prompt in prompts], file, max_new_tokens=12)
-    _, records = read(file)
+    _, records = read_trace(file)
     async with (
         cluster(cut_topology(tiny, [[2], [4], [6]], encoding="bf16", dtype="bfloat16")) as nodes,
         AsyncClient(nodes.topology) as client,
