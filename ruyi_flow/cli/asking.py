@@ -197,7 +197,7 @@ def explain_(
     request = make_request(text, dict(given))
     resolved = Policy.resolve(request.routing or loaded.policy.routing(str(topology)), loaded.all_exits)
     with progress_bar("asking, and loading the family", quiet=as_json):
-        family = explaining.like_the_last_node(loaded)
+        family = explaining.load_like_last_node(loaded)
         with Client(loaded, timeout_s=timeout_s) as client:
             reply = client.generate(text, **given)
         rows = explaining.explain(family, loaded, request, resolved, reply.tokens)

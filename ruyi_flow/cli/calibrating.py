@@ -71,8 +71,8 @@ def trace(
     import torch
 
     from ruyi_flow.calibration.trace import Trace
-    from ruyi_flow.evaluation.scorers import read_asked
-    from ruyi_flow.evaluation.tracing import record
+    from ruyi_flow.evaluation.scorers import read_questions
+    from ruyi_flow.evaluation.tracing import record_trace
     from ruyi_flow.local import load_family
 
     if threads is not None:
@@ -81,11 +81,11 @@ def trace(
     loaded = load_family(family, dtype=dtype, device=device, weights=weights)
     if loaded.tokenizer is None:
         raise ConfigError(f"family {family!r} has no tokenizer.json, which this command needs")
-    asked = list(islice(read_asked(prompts, loaded.tokenizer, scorer), limit))
+    asked = list(islice(read_questions(prompts, loaded.tokenizer, scorer), limit))
     if not asked:
         raise ConfigError(f"{prompts}: the file contains no prompts")
     with counting_bar(quiet=as_json) as progress:
-        skipped = record(
+        skipped = record_trace(
             loaded,
             asked,
             out_file,
@@ -358,7 +358,7 @@ def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deplo
             raise ConfigError("--max-latency needs --topology, to measure its running nodes")
         return None
     from ruyi_flow.config.topology import Topology
-    from ruyi_flow.evaluation.deployment import deployment_of, measure
+    from ruyi_flow.evaluation.deployment import deployment_of, measure_deployment
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
 
@@ -372,4 +372,4 @@ def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deplo
     if not measured:
         return deployment_of(loaded, trace.header.hidden_size)
     with progress_bar("measuring the nodes"):
-        return asyncio.run(measure(loaded, trace.header.hidden_size))
+        return asyncio.run(measure_deployment(loaded, trace.header.hidden_size))

@@ -114,11 +114,11 @@ def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | Non
         ConfigError: a file that cannot be read, or a family without a tokenizer.
     """
     from ruyi_flow.calibration.trace import Scorer
-    from ruyi_flow.evaluation.scorers import read_asked
+    from ruyi_flow.evaluation.scorers import read_questions
 
     if tokenizer is None:
         raise ConfigError(f"{checkpoint.folder}: it has no tokenizer.json, so what few bits cost cannot be measured")
-    if prompts is not None and not list(read_asked(prompts, tokenizer, Scorer.AGREEMENT)):
+    if prompts is not None and not list(read_questions(prompts, tokenizer, Scorer.AGREEMENT)):
         raise ConfigError(f"{prompts}: has no prompts")
     if text is not None:
         try:

@@ -1,4 +1,4 @@
-"""A topology as calibration sees it, with the times that its running nodes take."""
+"""The deployment that a topology describes, with times measured on its running nodes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.types import Mode
 
-__all__ = ["deployment_of", "measure"]
+__all__ = ["deployment_of", "measure_deployment"]
 
 _PROMPT = "Why is the sky blue?"
 _TOKENS = 24
 
 
 def deployment_of(topology: Topology, hidden_size: int) -> Deployment:
-    """Where a topology cuts its family; without times."""
+    """Return where a topology cuts its family, without times."""
     encodings = [hop[1].encoding for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
     return Deployment(
         tuple(node.exits[-1] for node in topology.nodes),
@@ -25,12 +25,17 @@ def deployment_of(topology: Topology, hidden_size: int) -> Deployment:
     )
 
 
-async def measure(topology: Topology, hidden_size: int, *, rounds: int = 5) -> Deployment:
-    """Ask running nodes for tokens that all of them look at, and take the times that they report: medians.
+async def measure_deployment(topology: Topology, hidden_size: int, *, rounds: int = 5) -> Deployment:
+    """Measure a deployment: ask its running nodes for tokens that every node computes, and take median times.
+
+    Args:
+        topology: the running nodes.
+        hidden_size: the family's hidden size.
+        rounds: number of answers.
 
     Raises:
-        NodeError: one of them does not answer.
-        ConfigError: one of them is never asked.
+        NodeError: a node does not answer.
+        ConfigError: a node is never asked.
     """
     steps: list[list[float]] = []
     hops: list[list[float]] = []
@@ -40,13 +45,16 @@ async def measure(topology: Topology, hidden_size: int, *, rounds: int = 5) -> D
             reply = await client.generate(_PROMPT, max_new_tokens=_TOKENS, **asked)
             if len(reply.stats.hops) < len(topology.nodes):
                 continue
-            # Branches that are entirely sure leave a few tokens to shallow nodes.
+            # An entirely confident branch decides without asking, so a deeper node may see fewer tokens.
             each = [max(1, hop.messages) for hop in reply.stats.hops]
             each[0] = reply.stats.new_tokens
             steps.append([hop.compute_s / n for hop, n in zip(reply.stats.hops, each, strict=True)])
             hops.append([(hop.wire_s + hop.queue_s) / n for hop, n in zip(reply.stats.hops, each, strict=True)][1:])
     if not steps:
-        raise ConfigError("the shallow nodes are entirely sure of every token, so the deeper ones cannot be measured")
+        raise ConfigError(
+            "the first nodes are entirely confident of every token, so the deeper ones were never asked; "
+            "budget escalation or bytes instead of latency"
+        )
     plain = deployment_of(topology, hidden_size)
     medians = [tuple(map(statistics.median, zip(*rows, strict=True))) for rows in (steps, hops)]
     return Deployment(plain.last_exits, plain.position_bytes, *medians)

@@ -115,7 +115,7 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
     assert code == 2 and out == "" and message in err and err.count("\n") == 1 and not folder.exists()
     (tmp_path / "family" / "tokenizer.json").unlink()
     code, out, err = run("shard", "-t", str(rounded), "-o", str(folder), option, str(file))
-    assert code == 2 and "has no tokenizer.json, so what few bits cost" in err and not folder.exists()
+    assert code == 2 and "has no tokenizer.json, which measuring quality needs" in err and not folder.exists()
 
 
 @pytest.mark.parametrize(

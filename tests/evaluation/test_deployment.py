@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ruyi_flow.errors import NodeUnavailable
-from ruyi_flow.evaluation.deployment import deployment_of, measure
+from ruyi_flow.evaluation.deployment import deployment_of, measure_deployment
 from ruyi_flow.testing import cluster, cut_topology
 
 
@@ -14,10 +14,10 @@ async def test_running_nodes_say_what_a_token_takes(spoken: Path) -> None:
     plain = deployment_of(topology, 32)
     assert plain.last_exits == (2, 4, 6) and plain.position_bytes == (32 + 4 + 16,) * 2 and plain.step_s == ()
     async with cluster(topology) as nodes:
-        found = await measure(nodes.topology, 32, rounds=2)
+        found = await measure_deployment(nodes.topology, 32, rounds=2)
         assert found.last_exits == plain.last_exits and found.position_bytes == plain.position_bytes
         assert len(found.step_s) == 3 and len(found.hop_s) == 2
         assert all(0 < seconds < 1 for seconds in (*found.step_s, *found.hop_s))
         await nodes.settle()
     with pytest.raises(NodeUnavailable):
-        await measure(nodes.topology, 32, rounds=1)
+        await measure_deployment(nodes.topology, 32, rounds=1)

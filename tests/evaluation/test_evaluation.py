@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 from ruyi_flow.bench.engines import as_transformers
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation import harness, report, run
-from ruyi_flow.evaluation.harness import ExitLM, Found, key
+from ruyi_flow.evaluation.harness import ExitLM, ResultCache, cache_key
 from ruyi_flow.evaluation.run import Evaluation, evaluate
 from ruyi_flow.local import Family, load_family
 
@@ -35,7 +35,8 @@ def theirs(family: Family, exit: int, data: Path, out: Path, tasks: list[str] = 
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=as_transformers(family.checkpoint, exit=exit), tokenizer=family.tokenizer, batch_size=3)
-    return run._ask(model, run._questions(tasks, data, out, 0, False), tasks, limit)
+    loaded = run._load_tasks(tasks, data, out, fewshot=0, run_code=False)
+    return run._run_harness(model, loaded, tasks, limit)
 
 
 def same(ours: Evaluation, exit: int, expected: Any) -> None:
@@ -74,7 +75,7 @@ def test_contexts_that_do_not_fit_are_cut_as_the_harness_cuts_them(family: Famil
     requests = [
         (("", ""), long[:count], long[a:b]) for count, a, b in [(600, 0, 3), (600, 5, 45), (510, 2, 5), (5, 0, 8)]
     ]
-    with Found(tmp_path / "known.jsonl") as found:
+    with ResultCache(tmp_path / "known.jsonl") as found:
         ours = ExitLM(family, 6, [6], found, batch_tokens=600, report=lambda *a: None)
         scored = ours._loglikelihood_tokens(requests)
     for one, other in zip(scored, hf._loglikelihood_tokens(requests, disable_tqdm=True), strict=True):
@@ -87,7 +88,7 @@ def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_pa
     context = (5, 6, 7)
     texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (1, 40, 1, 25, 60, 2, 40)]
     sizes: list[int] = []
-    with Found(tmp_path / "known.jsonl") as found:
+    with ResultCache(tmp_path / "known.jsonl") as found:
         ours = ExitLM(family, 6, [4, 6], found, batch_tokens=batch_tokens, report=lambda *a: None)
         score = ours._score_batch
         ours._score_batch = lambda batch: (sizes.append(sum(len(t) for t, _ in batch)), score(batch))[1]  # type: ignore
@@ -96,7 +97,7 @@ def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_pa
             for exit in (4, 6):
                 logits = family.logits(torch.tensor([[*context, *text]]), exit)[0, len(context) - 1 : -1]
                 expected = logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum()
-                assert found[key(exit, "score", context, text)][0] == pytest.approx(float(expected), rel=1e-4)
+                assert found[cache_key(exit, "score", context, text)][0] == pytest.approx(float(expected), rel=1e-4)
     assert max(sizes) <= max(batch_tokens, len(context) + 59)
 
 
@@ -155,14 +156,14 @@ def test_answers_end_where_a_task_says(family: Family, tmp_path: Path) -> None:
     def request(settings: dict[str, Any]) -> Instance:
         return Instance("generate_until", {}, ("What is it?", settings), 0)
 
-    with Found(tmp_path / "known.jsonl") as found:
+    with ResultCache(tmp_path / "known.jsonl") as found:
         model = ExitLM(family, 4, [4], found, batch_tokens=256, report=lambda *a: None)
         (whole,) = model.generate_until([request({"until": [], "max_gen_toks": 60})])
         assert len(whole) > 20
         stop = whole[7:9]
         (short,) = model.generate_until([request({"until": [stop], "max_gen_toks": 60})])
         assert short == whole.split(stop)[0]
-        assert key(4, "text", "What is it?", {"until": [stop], "max_gen_toks": 60}) in found
+        assert cache_key(4, "text", "What is it?", {"until": [stop], "max_gen_toks": 60}) in found
 
 
 def test_fewshot_examples_come_from_the_train_file(family: Family, data: Path, tmp_path: Path) -> None:
