@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -19,8 +18,6 @@ from ruyi_flow.calibration.curves import Floats
 from ruyi_flow.errors import ConfigError
 
 __all__ = ["Sample", "check_fractions", "choose_boldest", "explain_failure", "max_log_wealth", "split_prompts"]
-
-Candidate = TypeVar("Candidate")
 
 _TUNING_SHARE = 0.3
 """Share of the prompts that choose curves and thresholds; the rest test them."""
@@ -38,25 +35,18 @@ class Sample:
     null_mean: float
     """The mean that the values have when the tested rate equals its bound; a lower mean keeps the bound."""
 
-    def log_growth(self, bet: float) -> Floats:
-        """Return (P,) the logarithm of the factor by which each prompt changes the wealth."""
-        return np.asarray(np.log1p(bet * (self.null_mean - self.values)))
-
     def best_bet(self) -> tuple[float, float]:
-        """Choose the bet that grows the wealth most on this sample (Kelly's), from a grid.
-
-        Returns:
-            The bet, and the logarithm of the wealth that it grows to.
-        """
+        """Return the bet of a grid that grows the wealth most on this sample (Kelly's), and the final log wealth."""
         bets = np.linspace(0.05, 0.95, 19) / (1 - self.null_mean)  # 1 / (1 - null_mean) could lose everything
-        return max(((float(b), float(self.log_growth(b).sum())) for b in bets), key=lambda pair: pair[1])
+        gains = self.null_mean - self.values
+        return max(((float(b), float(np.log1p(b * gains).sum())) for b in bets), key=lambda pair: pair[1])
 
 
 def split_prompts(count: int, seed: int) -> tuple[list[int], list[int]]:
     """Split prompt numbers into those that choose curves and thresholds and those that test; both ascending.
 
-    More prompts test than choose: how far below the bound a rate must be to pass shrinks with the square root of their
-    number, while curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
+    More prompts test: how far below the bound a rate must be to pass shrinks with the square root of their number,
+    while curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
 
     Raises:
         ConfigError: there are fewer than two prompts.
@@ -68,54 +58,39 @@ def split_prompts(count: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[:first]), sorted(order[first:])
 
 
-def check_fractions(given: Mapping[str, float]) -> None:
-    """Check that named numbers lie between 0 and 1, both excluded.
-
-    Raises:
-        ConfigError: one does not; the message names it.
-    """
+def check_fractions(given: Mapping[str, float | None]) -> None:
+    """Raise a ConfigError if one of these named numbers does not lie between 0 and 1."""
     for name, value in given.items():
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"{name} is {value:g}; it must lie between 0 and 1")
 
 
 def choose_boldest(
-    candidates: Sequence[Candidate],
-    tuning: Callable[[Candidate], Sample],
-    testing: Callable[[Candidate], Sample],
-    *,
-    failure: str,
-    confidence_level: float,
-    seed: int,
-) -> Candidate:
-    """Choose the boldest candidate that passes the test.
+    tuning: Sequence[Sample], testing: Callable[[int], Sample], *, failure: str, confidence_level: float, seed: int
+) -> int:
+    """Test candidates from cautious to bold until one fails, and return the number of the boldest that passed.
 
-    The first candidate to be tested is the one most likely to pass; bolder ones follow until one fails.
+    The first candidate to be tested is the one most likely to pass.
 
     Args:
-        candidates: what to choose from, ordered from cautious to bold.
-        tuning: returns a candidate's sample of the prompts that choose its bet.
+        tuning: each candidate's sample of the prompts that choose its bet, from cautious to bold.
         testing: returns a candidate's sample of the prompts that test it.
         failure: start of the error message when no candidate passes.
         confidence_level: probability, over the draw of the prompts, with which the bound holds.
         seed: seed of the order of the prompts.
 
     Raises:
-        ConfigError: no candidate passes; the message tells about how many more prompts are needed.
+        ConfigError: no candidate passes; the message estimates how many more prompts are needed.
     """
-    bets = [tuning(candidate).best_bet() for candidate in candidates]
-    start = max(range(len(candidates)), key=lambda i: bets[i][1])
-    best: Candidate | None = None
-    for candidate, (bet, _) in zip(candidates[start:], bets[start:], strict=True):
-        if max_log_wealth(bet, testing(candidate), seed) < -math.log(1 - confidence_level):
-            break
-        best = candidate
-    if best is None:
-        tuned, tested = tuning(candidates[start]), testing(candidates[start])
-        known = Sample(np.concatenate([tuned.values, tested.values]), tuned.null_mean)
+    bets = [sample.best_bet() for sample in tuning]
+    start = stop = max(range(len(bets)), key=lambda i: bets[i][1])
+    while stop < len(bets) and max_log_wealth(bets[stop][0], testing(stop), seed) >= -math.log(1 - confidence_level):
+        stop += 1
+    if stop == start:
+        known = Sample(np.concatenate([tuning[start].values, testing(start).values]), tuning[start].null_mean)
         reason = explain_failure(known, confidence_level)
         raise ConfigError(f"{failure} with a confidence of {confidence_level:g}: {reason}")
-    return best
+    return stop - 1
 
 
 def max_log_wealth(bet: float, sample: Sample, seed: int) -> float:
@@ -125,7 +100,7 @@ def max_log_wealth(bet: float, sample: Sample, seed: int) -> float:
     that is independent of their values. A file may list the easy ones first, so they are shuffled.
     """
     values = np.random.default_rng(seed).permutation(sample.values)
-    return float(np.cumsum(Sample(values, sample.null_mean).log_growth(bet)).max(initial=0.0))
+    return float(np.cumsum(np.log1p(bet * (sample.null_mean - values))).max(initial=0.0))
 
 
 def explain_failure(sample: Sample, confidence_level: float) -> str:

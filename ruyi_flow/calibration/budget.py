@@ -1,4 +1,4 @@
-"""What thresholds cost in a deployment: questions to deeper nodes, bytes on the links, time per token."""
+"""Costs of thresholds in a deployment: questions to deeper nodes, bytes on the links, time per token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bytes_on_link(state_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Where a family is cut into nodes, and what its nodes and links take."""
+    """The cut of a family into nodes, with the sizes and times of its links and nodes."""
 
     last_exits: tuple[int, ...]
     """Deepest exit of each node, from the first node on."""
@@ -34,7 +34,7 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentCost:
-    """What deciding tokens costs in a deployment, as means over the tokens."""
+    """The cost of deciding tokens in a deployment, as means over the tokens."""
 
     escalation: float
     """Share of the tokens for which the first node asks the next one."""
@@ -80,8 +80,7 @@ def deployment_cost(exits: NDArray[np.int64], trace: Trace, deployment: Deployme
     n, ends = len(exits), np.append(np.flatnonzero(np.diff(trace.prompt)) + 1, len(exits))
     starts = np.concatenate([[0], ends[:-1]])
     prompts = np.array([record.prompt_tokens for record in trace.records])
-    sent, escalation = 0.0, 0.0
-    latency = deployment.step_s[0] if deployment.step_s else None
+    sent, escalation, latency = 0.0, 0.0, deployment.step_s[0] if deployment.step_s else None
     for k, (last, size) in enumerate(zip(deployment.last_exits, deployment.position_bytes, strict=False)):
         escalated = exits > last
         reached = np.maximum.reduceat(np.where(escalated, np.arange(n), -1), starts)

@@ -12,14 +12,7 @@ import numpy as np
 
 from ruyi_flow.calibration.bounds import Sample, check_fractions, choose_boldest, split_prompts
 from ruyi_flow.calibration.budget import bytes_on_link
-from ruyi_flow.calibration.curves import (
-    Floats,
-    best_score,
-    calibration_errors,
-    confidences,
-    evaluate_curve,
-    fit_curves,
-)
+from ruyi_flow.calibration.curves import Floats, best_score, calibration_errors, confidences, evaluate_curve, fit_curves
 from ruyi_flow.calibration.thresholds import UNREACHABLE
 from ruyi_flow.calibration.trace import Header, Record, Scorer, Trace
 from ruyi_flow.config.policy_file import PolicyFile, StartRule, curve_points
@@ -28,15 +21,7 @@ from ruyi_flow.routing.policy import NEVER, WINDOW
 from ruyi_flow.routing.start import READ_TOKENS, Reading, Start
 from ruyi_flow.types import Encoding, Mode
 
-__all__ = [
-    "CascadeCalibration",
-    "CascadeOutcome",
-    "Segment",
-    "Setting",
-    "answer_flops",
-    "calibrate_cascade",
-    "cascade_segments",
-]
+__all__ = ["CascadeCalibration", "CascadeOutcome", "Segment", "answer_flops", "calibrate_cascade", "segment_answer"]
 
 _CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 _BOUNDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98)
@@ -68,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class CascadeOutcome:
-    """What a setting does on some prompts: means over them."""
+    """The results of a setting, as means over some prompts."""
 
     setting: Setting
     score: float
@@ -99,12 +84,11 @@ class CascadeCalibration:
     `uncalibrated`, from the first exit on by the mean of the most probable token's own probability; and the best
     possible `oracle`, see `_PromptSet.oracle`. A setting's chance is a share for `random` and a price for `oracle`."""
     errors: dict[int, tuple[float, float]]
-    """See `TokenCalibration`."""
     unseen: tuple[Trace, dict[int, Floats]]
-    """See `TokenCalibration`."""
+    """See `TokenCalibration` for this and `errors`."""
 
 
-def cascade_segments(
+def segment_answer(
     header: Header, confidence: Mapping[int, Floats], *, bound: float, window: int, first: int
 ) -> list[Segment]:
     """Divide an answer into the segments that each exit decides.
@@ -113,7 +97,7 @@ def cascade_segments(
         header: header of the trace.
         confidence: confidence of every exit along its answer.
         bound: mean confidence over the window that an exit needs to keep deciding.
-        window: tokens in the mean; before the answer's first token it is filled with ones.
+        window: tokens in the mean; those before the answer count as 1.
         first: exit that begins.
     """
     segments: list[Segment] = []
@@ -190,13 +174,12 @@ def calibrate_cascade(
     check_fractions({"the bound on loss": max_loss, "the confidence level": confidence_level})
     header, count = trace.header, len(trace.records)
     window = min(window, header.max_new_tokens)
-    tuning, testing = split_prompts(count, seed)
-    choosing, unseen = trace.select(tuning), trace.select(testing)
+    choosing, unseen = (trace.select(part) for part in split_prompts(count, seed))
     fitted = fit_curves(choosing)
     score = score or best_score(choosing, fitted)
     curves = fitted.curves[score]
-    tune = _PromptSet(trace, tuning, score=score, curves=curves, window=window)
-    test = _PromptSet(trace, testing, score=score, curves=curves, window=window, weights=tune.weights)
+    tune = _PromptSet(choosing, score=score, curves=curves, window=window)
+    test = _PromptSet(unseen, score=score, curves=curves, window=window, weights=tune.weights)
     settings = [Setting(c, b) for c in _CHANCES for b in _BOUNDS] + [Setting(NEVER, 0.0)]
     settings += [Setting(0.0, b, p) for p in header.exits[:-1] for b in _BOUNDS]
     tried: list[CascadeOutcome] = []
@@ -204,15 +187,14 @@ def calibrate_cascade(
         tried.append(tune.outcome(setting))
         report(i + 1, len(settings))
     candidates = [outcome.setting for outcome in _pareto_front(tried)]
-    best = choose_boldest(
-        candidates,
-        lambda setting: tune.loss_sample(setting, max_loss),
-        lambda setting: test.loss_sample(setting, max_loss),
+    chosen = choose_boldest(
+        [tune.loss_sample(setting, max_loss) for setting in candidates],
+        lambda i: test.loss_sample(candidates[i], max_loss),
         failure=f"{count} prompts cannot show that at most {max_loss:.1%} of the last exit's quality is lost",
         confidence_level=confidence_level,
         seed=seed,
     )
-    tested = test.outcome(best)
+    best, tested = candidates[chosen], test.outcome(candidates[chosen])
     policy = PolicyFile(
         family=header.family,
         mode=Mode.CASCADE,
@@ -226,7 +208,7 @@ def calibrate_cascade(
             "sureness": confidence_level,
             "scorer": str(header.scorer),
             "prompts": count,
-            "tested_on": len(testing),
+            "tested_on": len(unseen.records),
             "score": round(tested.score, 4),
             "last_score": round(tested.last, 4),
             "compute": round(tested.compute, 4),
@@ -238,9 +220,9 @@ def calibrate_cascade(
     return CascadeCalibration(
         policy,
         tested,
-        len(testing),
+        len(unseen.records),
         [test.outcome(setting) for setting in candidates],
-        _baselines(trace, testing, test),
+        _baselines(unseen, test),
         calibration_errors(unseen, confidence),
         (unseen, confidence),
     )
@@ -255,12 +237,12 @@ def _pareto_front(outcomes: Sequence[CascadeOutcome]) -> list[CascadeOutcome]:
     return front
 
 
-def _baselines(trace: Trace, numbers: Sequence[int], test: _PromptSet) -> dict[str, list[CascadeOutcome]]:
+def _baselines(trace: Trace, test: _PromptSet) -> dict[str, list[CascadeOutcome]]:
     """Compute `CascadeCalibration.baselines` on the prompts of the test."""
     early = trace.header.exits[:-1]
     always = [test.outcome(Setting(0.0, 0.0, p)) for p in early] + [test.outcome(Setting(NEVER, 0.0))]
     identity = {p: Curve(1.0, (0.0, 1.0), (0.0, 1.0)) for p in early}
-    raw = _PromptSet(trace, numbers, score=Score.MAX_PROBABILITY, curves=identity, window=test.window, weights={})
+    raw = _PromptSet(trace, score=Score.MAX_PROBABILITY, curves=identity, window=test.window, weights={})
     return {
         "always": always,
         "random": [_mixed(always[0], always[-1], i / 10) for i in range(11)],
@@ -297,21 +279,14 @@ class _Answer:
 
 
 class _PromptSet:
-    """Some prompts of a trace, with the confidences that a cascade sees on them.
+    """The prompts of a trace, with the confidences that a cascade sees on them.
 
-    Args:
-        trace: the trace.
-        numbers: numbers of the prompts in it.
-        score: score that confidence is computed from.
-        curves: curve of each early exit for this score.
-        window: tokens of the running mean of confidence.
-        weights: weights of the start rule. Default: fitted on these prompts.
+    `curves` are the early exits' for `score`; `weights` are the start rule's, fitted on these prompts if None.
     """
 
     def __init__(
         self,
         trace: Trace,
-        numbers: Sequence[int],
         *,
         score: Score,
         curves: Mapping[int, Curve],
@@ -319,26 +294,20 @@ class _PromptSet:
         weights: Mapping[int, tuple[float, ...]] | None = None,
     ) -> None:
         header = trace.header
-        self.header, self.window = header, window
+        self.header, self.window, self._records = header, window, trace.records
         self._position_bytes = bytes_on_link(header.boundary_bytes[Encoding.BF16])
-        self._records = [trace.records[i] for i in numbers]
         s = header.scores.index(score)
         at = {p: header.temperatures.index(curve.temperature) for p, curve in curves.items()}
         self._confidence: list[dict[int, Floats]] = []
         self._readings: list[Reading] = []
+        first, last = header.exits[0], header.exits[-1]
         for record in self._records:
-            along: dict[int, Floats] = {}
-            for p, said in record.exits.items():
-                scores = said.scores if said.own is None else said.own.scores
-                known = p in curves
-                along[p] = (
-                    evaluate_curve(curves[p], scores[:, s, at[p]].astype(float)) if known else np.ones(len(scores))
-                )
-            self._confidence.append(along)
-            p = header.exits[0]
-            first = record.exits[p]
-            begins = curves[p](float(first.scores[0, s, at[p]]))
-            self._readings.append(Reading(record.prompt_tokens, first.prompt_loss, first.prompt_entropy, begins))
+            scores = {p: (said if said.own is None else said.own).scores for p, said in record.exits.items()}
+            along = {p: evaluate_curve(curve, scores[p][:, s, at[p]].astype(float)) for p, curve in curves.items()}
+            self._confidence.append({**along, last: np.ones(len(scores[last]))})
+            said = record.exits[first]
+            begins = curves[first](float(said.scores[0, s, at[first]]))
+            self._readings.append(Reading(record.prompt_tokens, said.prompt_loss, said.prompt_entropy, begins))
         self._known: dict[tuple[int, int, float, bool], _Answer] = {}
         self.weights = self._fit_start() if weights is None else weights
 
@@ -404,7 +373,7 @@ class _PromptSet:
             first = setting.first if setting.chance == 0 else last
         key = (i, first, setting.bound, reads)
         if key not in self._known:
-            segments = cascade_segments(
+            segments = segment_answer(
                 self.header, self._confidence[i], bound=setting.bound, window=self.window, first=first
             )
             flops = answer_flops(self.header, record.prompt_tokens, segments, reads=reads)

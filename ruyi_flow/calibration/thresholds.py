@@ -14,31 +14,14 @@ from numpy.typing import NDArray
 
 from ruyi_flow.calibration.bounds import Sample, check_fractions, choose_boldest, split_prompts
 from ruyi_flow.calibration.budget import Budget, Deployment, DeploymentCost, bytes_on_link, deployment_cost
-from ruyi_flow.calibration.curves import (
-    Bools,
-    Floats,
-    calibration_errors,
-    confidences,
-    fit_curves,
-    raw_confidences,
-)
+from ruyi_flow.calibration.curves import Bools, Floats, calibration_errors, confidences, fit_curves, raw_confidences
 from ruyi_flow.calibration.trace import Scorer, Trace
 from ruyi_flow.config.policy_file import PolicyFile, curve_points
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.types import Encoding
 
-__all__ = [
-    "UNREACHABLE",
-    "Choice",
-    "Outcome",
-    "Point",
-    "Replay",
-    "TokenCalibration",
-    "calibrate_token",
-    "choose_thresholds",
-    "frontier",
-]
+__all__ = ["UNREACHABLE", "Outcome", "Point", "Replay", "TokenCalibration", "calibrate_token", "choose_thresholds"]
 
 UNREACHABLE = 1.1
 """A threshold that no confidence reaches, as policy files contain it."""
@@ -46,7 +29,7 @@ UNREACHABLE = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What thresholds would have done along a trace."""
+    """The results of thresholds along a trace."""
 
     decided: dict[int, float]
     """Share of the tokens that each exit decides, the last one included."""
@@ -56,18 +39,6 @@ class Outcome:
     """Share of all tokens that equal the last exit's."""
     cost: float
     """Mean over the tokens of the cost of the exits that decide them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decisions:
-    """Which exit decides each of N tokens."""
-
-    exits: NDArray[np.int64]
-    """(N,) the exit that decides."""
-    early: Bools
-    """(N,) whether that is an early exit."""
-    wrong: Bools
-    """(N,) whether an early exit decides, and differs from the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +57,8 @@ class Replay:
         confidence = {p: values[chosen] for p, values in self.confidence.items()}
         return Replay(self.trace.select(prompts), confidence, self.costs)
 
-    def decide(self, thresholds: Mapping[int, float]) -> Decisions:
-        """Decide every token."""
+    def decide(self, thresholds: Mapping[int, float]) -> tuple[NDArray[np.int64], Bools, Bools]:
+        """Return (N,) the exit that decides each token, whether it is early, and whether it then differs."""
         n = len(self.trace.prompt)
         early, wrong = np.zeros(n, bool), np.zeros(n, bool)
         exits = np.full(n, self.trace.header.exits[-1])
@@ -96,19 +67,19 @@ class Replay:
             wrong |= decides & ~agrees
             early |= decides
             exits[decides] = p
-        return Decisions(exits, early, wrong)
+        return exits, early, wrong
 
     def outcome(self, thresholds: Mapping[int, float]) -> Outcome:
         """Decide every token and summarise the result."""
-        made, exits = self.decide(thresholds), self.trace.header.exits
-        n, wrong = len(made.exits), float(made.wrong.sum())
-        decided = {p: float((made.exits == p).sum()) / n for p in exits}
-        cost = sum(decided[p] * self.costs[p] for p in exits)
-        return Outcome(decided, wrong / max(1, int(made.early.sum())), 1.0 - wrong / n, cost)
+        exits, early, wrong = self.decide(thresholds)
+        n, differing = len(exits), float(wrong.sum())
+        decided = {p: float((exits == p).sum()) / n for p in self.trace.header.exits}
+        cost = sum(share * self.costs[p] for p, share in decided.items())
+        return Outcome(decided, differing / max(1, int(early.sum())), 1.0 - differing / n, cost)
 
     def cost(self, thresholds: Mapping[int, float], deployment: Deployment) -> DeploymentCost:
         """Decide every token and compute what that costs in a deployment."""
-        return deployment_cost(self.decide(thresholds).exits, self.trace, deployment)
+        return deployment_cost(self.decide(thresholds)[0], self.trace, deployment)
 
     def bound_sample(self, thresholds: Mapping[int, float], bound: float) -> Sample:
         """Return one number for each prompt, whose mean shows whether disagreement stays within its bound.
@@ -116,10 +87,10 @@ class Replay:
         Disagreement is sum(differing) / sum(decided early) over all prompts there are. It is at most the bound where
         the mean of `differing - bound * early` is at most 0; that is scaled by the longest possible answer.
         """
-        made, longest = self.decide(thresholds), self.trace.header.max_new_tokens
+        longest = self.trace.header.max_new_tokens
         _, prompt = np.unique(self.trace.prompt, return_inverse=True)
-        differing, early = np.bincount(prompt, weights=made.wrong), np.bincount(prompt, weights=made.early)
-        return Sample(differing / longest - bound * (early / longest - 1), bound)
+        early, wrong = (np.bincount(prompt, weights=found) / longest for found in self.decide(thresholds)[1:])
+        return Sample(wrong - bound * (early - 1), bound)
 
     def candidates(self, prices: int = 240) -> list[dict[int, float]]:
         """Find thresholds from cautious to bold: the cheapest ones at each of many prices of a differing token.
@@ -145,9 +116,9 @@ class Replay:
                     reached &= confidence[p] < thresholds[p]
                 if thresholds == before:
                     break
-            made = self.decide(thresholds)
-            if made.early.any():
-                found[tuple(thresholds.values())] = float(made.wrong.sum()) / float(made.early.sum())
+            _, early, wrong = self.decide(thresholds)
+            if early.any():
+                found[tuple(thresholds.values())] = float(wrong.sum()) / float(early.sum())
         return [dict(zip(exits, values, strict=True)) for values in sorted(found, key=found.__getitem__)]
 
 
@@ -196,22 +167,21 @@ def choose_thresholds(
     Raises:
         ConfigError: a number is out of range, or there are too few prompts; the message estimates how many more.
     """
-    limits = {} if max_disagreement is None else {"the bound on disagreement": max_disagreement}
-    check_fractions({**limits, "the confidence level": confidence_level})
+    check_fractions({"the bound on disagreement": max_disagreement, "the confidence level": confidence_level})
     count = len(replay.trace.records)
     tune, test = (replay.select(part) for part in split_prompts(count, seed))
     candidates = candidates or tune.candidates()
     if max_disagreement is None:
         best = max(candidates, key=lambda thresholds: tune.outcome(thresholds).agreement)
     else:
-        best = choose_boldest(
-            candidates,
-            lambda thresholds: tune.bound_sample(thresholds, max_disagreement),
-            lambda thresholds: test.bound_sample(thresholds, max_disagreement),
+        chosen = choose_boldest(
+            [tune.bound_sample(thresholds, max_disagreement) for thresholds in candidates],
+            lambda i: test.bound_sample(candidates[i], max_disagreement),
             failure=f"{count} prompts cannot show a disagreement of at most {max_disagreement:g}",
             confidence_level=confidence_level,
             seed=seed,
         )
+        best = candidates[chosen]
     return Choice(dict(best), replay.outcome(best), test.outcome(best), len(test.trace.records))
 
 
@@ -220,7 +190,7 @@ class Point:
     """One setting between always deciding at the first exit and always at the last one."""
 
     policy: str
-    """How tokens are decided: "calibrated", "uncalibrated", "random" or "always"."""
+    """Kind of decision: "calibrated", "uncalibrated", "random" or "always"."""
     setting: str
     """Thresholds, share or exit of this point."""
     outcome: Outcome
@@ -304,11 +274,7 @@ def calibrate_token(
         raise ConfigError("no thresholds stay within the budget, not even the first exit alone; raise the budget")
     replay, unseen = replay_of(trace, score), replay_of(test, score)
     choice = choose_thresholds(
-        replay,
-        max_disagreement=max_disagreement,
-        confidence_level=confidence_level,
-        candidates=candidates,
-        seed=seed,
+        replay, max_disagreement=max_disagreement, confidence_level=confidence_level, candidates=candidates, seed=seed
     )
     policy = PolicyFile(
         family=header.family,
@@ -332,23 +298,22 @@ def calibrate_token(
         choice,
         calibration_errors(test, unseen.confidence),
         (test, dict(unseen.confidence)),
-        frontier(replay, deployment, seed=seed),
+        _frontier(replay_of(tune, score), unseen, deployment, seed),
         unseen.cost(choice.thresholds, deployment),
     )
 
 
-def frontier(replay: Replay, deployment: Deployment, *, seed: int = 0) -> list[Point]:
+def _frontier(tune: Replay, test: Replay, deployment: Deployment, seed: int) -> list[Point]:
     """Compare what agreement costs with calibrated thresholds and without, on the prompts that test.
 
-    The calibrated thresholds come from the prompts that choose. The baselines are one threshold for all exits on the
-    branches' own probability, a random exit for each token, and always the same exit.
+    The baselines are one threshold for all exits on the branches' own probability, a random exit for each token, and
+    always the same exit.
     """
-    tune, test = (replay.select(part) for part in split_prompts(len(replay.trace.records), seed))
     exits, last, n = list(test.trace.agrees), test.trace.header.exits[-1], len(test.trace.prompt)
     points: list[Point] = []
 
     def add(policy: str, setting: str, thresholds: Mapping[int, float], confidence: Mapping[int, Floats]) -> None:
-        tried = Replay(test.trace, confidence, replay.costs)
+        tried = Replay(test.trace, confidence, test.costs)
         points.append(Point(policy, setting, tried.outcome(thresholds), tried.cost(thresholds, deployment)))
 
     for thresholds in tune.candidates(60):

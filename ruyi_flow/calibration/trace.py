@@ -22,7 +22,7 @@ an answer is one option, and "tokens" are option numbers. A reader accepts its o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +43,7 @@ Floats = NDArray[np.float32]
 
 
 class Scorer(StrEnum):
-    """How the quality of an answer is measured."""
+    """A measure of an answer's quality."""
 
     AGREEMENT = "agreement"
     """Share of its tokens that equal the last exit's."""
@@ -138,12 +138,9 @@ class Writer:
         if path.exists() and path.stat().st_size:
             there, records = _open(path)
             if there != header:
-                compared = (f.name for f in fields(Header) if f.compare)
-                changed = [name for name in compared if getattr(there, name) != getattr(header, name)]
-                different = f"it was recorded with another {', '.join(changed)}"
-                raise ConfigError(
-                    f"{path}: this trace cannot be continued: {different}; remove it or name another file"
-                )
+                ours, theirs = asdict(header), asdict(there)
+                changed = ", ".join(key for key in ours if key != "name" and ours[key] != theirs[key])
+                raise ConfigError(f"{path}: was recorded with another {changed}; remove it or name another file")
             for record, stop in records:
                 self.done.add(record.prompt)
                 whole = stop
@@ -251,8 +248,8 @@ class Trace:
                 )
             header = replace(header, max_new_tokens=max(header.max_new_tokens, other.max_new_tokens))
             records += more
+        unique = list({record.prompt: record for record in reversed(records)}.values())[::-1]
         try:
-            unique = list({record.prompt: record for record in reversed(records)}.values())[::-1]
             return cls.from_records(header, unique)
         except ConfigError as error:
             raise ConfigError(f"{paths[0]}: {error}") from None

@@ -14,7 +14,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ruyi_flow.calibration.trace import Scorer
+from ruyi_flow.calibration.bounds import check_fractions
+from ruyi_flow.calibration.trace import Scorer, Trace
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, progress_bar
 from ruyi_flow.cli.options import JsonOption, MaxOption, check_target
@@ -26,7 +27,6 @@ from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
     from ruyi_flow.calibration.budget import Budget, Deployment
-    from ruyi_flow.calibration.trace import Trace
 
 __all__ = ["calibrate", "trace"]
 
@@ -34,8 +34,7 @@ __all__ = ["calibrate", "trace"]
 @app.command()
 def trace(
     prompts: Annotated[
-        Path,
-        typer.Argument(metavar="PROMPTS", help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.'),
+        Path, typer.Argument(metavar="PROMPTS", help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.')
     ],
     family: Annotated[str, typer.Option(help="Family: a folder, or a name in the store.")],
     out_file: Annotated[
@@ -70,7 +69,6 @@ def trace(
     check_target(out_file, "--out")
     import torch
 
-    from ruyi_flow.calibration.trace import Trace
     from ruyi_flow.evaluation.scorers import read_questions
     from ruyi_flow.evaluation.tracing import record_trace
     from ruyi_flow.local import load_family
@@ -100,8 +98,7 @@ def trace(
             soft_wrap=True,
         )
     made = Trace.load(out_file)
-    agreement = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}
-    right = made.right
+    agreement, right = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}, made.right
     if as_json:
         facts = {"file": str(out_file), "prompts": len(made.records), "tokens": len(made.prompt)}
         print_json(facts | {"agreement": agreement, "right": right})
@@ -115,8 +112,7 @@ def trace(
 @app.command()
 def calibrate(
     trace_files: Annotated[
-        list[Path],
-        typer.Argument(metavar="TRACE", help="Files of ruyi-flow trace; several are combined."),
+        list[Path], typer.Argument(metavar="TRACE", help="Files of ruyi-flow trace; several are combined.")
     ],
     mode: Annotated[Literal["token", "cascade"], typer.Option(help="Mode that the policy is for.")] = "token",
     max_disagreement: Annotated[
@@ -156,8 +152,7 @@ def calibrate(
         Score | None, typer.Option(help="Score that confidence is computed from. Default: the best one for the bound.")
     ] = None,
     window: Annotated[
-        int | None,
-        typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged. Default: 8."),
+        int | None, typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged. Default: 8.")
     ] = None,
     out_file: Annotated[Path, typer.Option("--out", "-o", help="Policy file to write.")] = Path("policy.yaml"),
     report: Annotated[
@@ -193,10 +188,7 @@ def calibrate(
     for option, value in (of_token if other == "token" else {"--max-loss": max_loss, "--window": window}).items():
         if value is not None:
             raise ConfigError(f"{option} is only valid with mode {other}, not with {mode}")
-    shares = {"--max-disagreement": max_disagreement, "--max-loss": max_loss, "--confidence": confidence_level}
-    for option, share in shares.items():
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"{option} is {share:g}; it must lie between 0 and 1")
+    check_fractions({"--max-disagreement": max_disagreement, "--max-loss": max_loss, "--confidence": confidence_level})
     for option, most in limits.items():
         if most is not None and not most > 0:
             raise ConfigError(f"{option} is {most:g}; it must be above 0")
@@ -205,7 +197,6 @@ def calibrate(
     _check_targets(out_file, report)
 
     from ruyi_flow.calibration.budget import Budget
-    from ruyi_flow.calibration.trace import Trace
 
     loaded = Trace.load(*trace_files)
     if score is not None and score not in loaded.header.scores:
@@ -223,7 +214,7 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What both modes calibrate from, and where the results go."""
+    """Inputs and outputs that both modes share."""
 
     trace: Trace
     confidence_level: float
@@ -242,6 +233,7 @@ def _calibrate_token(
     job: _Job, max_disagreement: float | None, budget: Budget | None, deployment: Deployment | None
 ) -> None:
     from ruyi_flow.calibration.thresholds import calibrate_token
+    from ruyi_flow.evaluation.calibration_report import write_token_report
 
     with progress_bar("choosing thresholds", quiet=job.as_json):
         found = calibrate_token(
@@ -253,11 +245,7 @@ def _calibrate_token(
             deployment=deployment,
             seed=job.seed,
         )
-    written = [job.out_file]
-    if job.report is not None:
-        from ruyi_flow.evaluation.calibration_report import write_token_report
-
-        written += write_token_report(job.report, found)
+    written = [] if job.report is None else write_token_report(job.report, found)
     found.policy.save(job.out_file)
     if job.as_json:
         facts = {**found.policy.model_dump(mode="json"), "errors": found.errors, "spent": asdict(found.cost)}
@@ -286,11 +274,12 @@ def _calibrate_token(
         f"{cost.bytes_per_token:,.0f} bytes per token go up{times}",
         soft_wrap=True,
     )
-    job.print_written(written)
+    job.print_written([job.out_file, *written])
 
 
 def _calibrate_cascade(job: _Job, max_loss: float, window: int) -> None:
     from ruyi_flow.calibration.cascade import calibrate_cascade
+    from ruyi_flow.evaluation.calibration_report import write_cascade_report
 
     header = job.trace.header
     options = header.scorer == Scorer.CHOICE
@@ -304,11 +293,7 @@ def _calibrate_cascade(job: _Job, max_loss: float, window: int) -> None:
             seed=job.seed,
             report=lambda done, total: progress("trying settings", done, total),
         )
-    written: list[Path] = []
-    if job.report is not None:
-        from ruyi_flow.evaluation.calibration_report import write_cascade_report
-
-        written += write_cascade_report(job.report, found)
+    written = [] if job.report is None else write_cascade_report(job.report, found)
     if not options:
         found.policy.save(job.out_file)
         written.insert(0, job.out_file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +18,90 @@ __all__ = ["write_cascade_report", "write_token_report"]
 
 _STYLES = {"calibrated": "o-", "uncalibrated": "s--", "random": ":", "always": "x", "oracle": "^:"}
 
-_Lines = Mapping[str, Sequence[tuple[float, Sequence[float]]]]
-"""For each policy: points of (value, its costs on each axis)."""
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """One row of a table and one point of each plot."""
+
+    policy: str
+    cells: Sequence[Any]
+    value: float
+    costs: tuple[float, float, float]
 
 
 def write_cascade_report(out: Path, found: CascadeCalibration) -> list[Path]:
-    """Write `cascade.csv`, `cascade.png` and `reliability.png`: the quality of answers against their cost.
-
-    Returns:
-        The files.
+    """Write `cascade.csv`, `cascade.png` and `reliability.png`, with quality against cost, and return their paths.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    pyplot = _import_pyplot()
-    out.mkdir(parents=True, exist_ok=True)
     exits = list(found.tested.decided)
-    policies = {"calibrated": found.frontier, **found.baselines}
     header = ["policy", "chance", "bound", "first", "score", "last_score", "compute", "escalated", "bytes_per_token"]
-    rows: list[Sequence[Any]] = [[*header, *(f"at_{p}" for p in exits)]]
-    lines: dict[str, list[tuple[float, Sequence[float]]]] = {}
-    for policy, outcomes in policies.items():
-        for o in sorted(outcomes, key=lambda o: o.compute):
-            costs = (o.compute, 1 - o.decided[exits[0]], o.bytes_per_token)
-            lines.setdefault(policy, []).append((o.score / max(1e-9, o.last), costs))
+    points = []
+    for policy, outcomes in {"calibrated": found.frontier, **found.baselines}.items():
         for o in outcomes:
-            numbers = (o.score, o.last, o.compute, 1 - o.decided[exits[0]], o.bytes_per_token, *o.decided.values())
-            setting = (o.setting.chance, o.setting.bound, o.setting.first)
-            rows.append([policy, *setting, *(f"{n:.5f}" for n in numbers)])
-    table = _write_rows(out / "cascade.csv", rows)
-    labels = (
-        "compute, relative to the last exit",
-        "share of tokens of deeper exits",
-        "bytes up per token",
-    )
-    plot = _plot_lines(pyplot, out / "cascade.png", lines, labels, "quality, relative to the last exit")
-    return [table, plot, _plot_reliability(pyplot, out, *found.unseen)]
+            costs = (o.compute, 1 - o.decided[exits[0]], o.bytes_per_token)
+            numbers = (f"{n:.5f}" for n in (o.score, o.last, *costs, *o.decided.values()))
+            cells = (policy, o.setting.chance, o.setting.bound, o.setting.first, *numbers)
+            points.append(_Point(policy, cells, o.score / max(1e-9, o.last), costs))
+    labels = ("compute, relative to the last exit", "share of tokens of deeper exits", "bytes up per token")
+    header += [f"at_{p}" for p in exits]
+    files = _write_points(out / "cascade", header, points, labels, "quality, relative to the last exit")
+    return [*files, _plot_reliability(out / "reliability.png", *found.unseen)]
 
 
 def write_token_report(out: Path, found: TokenCalibration) -> list[Path]:
-    """Write `frontier.csv`, `frontier.png` and `reliability.png`: agreement against its cost.
+    """Write `frontier.csv`, `frontier.png` and `reliability.png`, with agreement against cost, and return their paths.
 
     With a scorer, the CSV has the quality of each exit's own answers in the rows of policy `always`. A trace does not
     contain the quality of answers that several exits decide.
 
-    Returns:
-        The files.
-
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    pyplot = _import_pyplot()
-    out.mkdir(parents=True, exist_ok=True)
-    trace, confidence = found.unseen
+    trace, _ = found.unseen
     exits, right = trace.header.exits, trace.right
     header = ["policy", "setting", "agreement", "disagreement_early", "cost", "escalated", "bytes_per_token"]
-    rows: list[Sequence[Any]] = [[*header, *(f"at_{p}" for p in exits), "score"]]
-    lines: dict[str, list[tuple[float, Sequence[float]]]] = {}
+    points = []
     for point in found.frontier:
-        o, cost = point.outcome, point.cost
-        numbers = [o.agreement, o.disagreement, o.cost, cost.escalation, cost.bytes_per_token]
-        numbers += [o.decided[p] for p in exits]
+        o = point.outcome
+        costs = (o.cost, point.cost.escalation, point.cost.bytes_per_token)
+        numbers = [o.agreement, o.disagreement, *costs, *(o.decided[p] for p in exits)]
         alone = right.get(int(point.setting)) if point.policy == "always" else None
-        score = "" if alone is None else f"{alone:.5f}"
-        rows.append([point.policy, point.setting, *(f"{n:.5f}" for n in numbers), score])
-        lines.setdefault(point.policy, []).append((o.agreement, (o.cost, cost.escalation, cost.bytes_per_token)))
-    for points in lines.values():
-        points.sort(key=lambda point: point[1][0])
-    table = _write_rows(out / "frontier.csv", rows)
+        cells = (point.policy, point.setting, *(f"{n:.5f}" for n in numbers), "" if alone is None else f"{alone:.5f}")
+        points.append(_Point(point.policy, cells, o.agreement, costs))
     labels = ("mean layers per token", "share of tokens that the first node escalates", "bytes up per token")
-    plot = _plot_lines(pyplot, out / "frontier.png", lines, labels, "agreement with the last exit")
-    return [table, plot, _plot_reliability(pyplot, out, trace, confidence)]
+    header += [*(f"at_{p}" for p in exits), "score"]
+    files = _write_points(out / "frontier", header, points, labels, "agreement with the last exit")
+    return [*files, _plot_reliability(out / "reliability.png", *found.unseen)]
 
 
-def _write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return path
-
-
-def _plot_lines(pyplot: Any, path: Path, lines: _Lines, costs: Sequence[str], value: str) -> Path:
-    """Plot a value against each of its costs, a line for each policy."""
+def _write_points(
+    path: Path, header: Sequence[str], points: Sequence[_Point], costs: Sequence[str], value: str
+) -> list[Path]:
+    """Write a CSV table, and plots of the value against each cost with a line for each policy."""
+    pyplot, table, plot = _import_pyplot(), path.with_suffix(".csv"), path.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *(point.cells for point in points)])
     figure, axes = pyplot.subplots(1, len(costs), figsize=(14, 4), layout="constrained", sharey=True)
-    for i, (axis, label) in enumerate(zip(axes, costs, strict=True)):
-        for policy, points in lines.items():
-            axis.plot([c[i] for _, c in points], [v for v, _ in points], _STYLES[policy], label=policy, markersize=4)
+    for policy in dict.fromkeys(point.policy for point in points):
+        line = sorted((point for point in points if point.policy == policy), key=lambda point: point.costs[0])
+        for i, axis in enumerate(axes):
+            x, y = [point.costs[i] for point in line], [point.value for point in line]
+            axis.plot(x, y, _STYLES[policy], label=policy, markersize=4)
+    for axis, label in zip(axes, costs, strict=True):
         axis.set(xlabel=label)
     axes[0].set(ylabel=value)
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(plot, dpi=120)
     pyplot.close(figure)
-    return path
+    return [table, plot]
 
 
-def _plot_reliability(pyplot: Any, out: Path, trace: Trace, confidence: Mapping[int, Floats]) -> Path:
+def _plot_reliability(path: Path, trace: Trace, confidence: Mapping[int, Floats]) -> Path:
     """Plot how often each branch agrees with the last one against its confidence."""
-    path = out / "reliability.png"
+    pyplot = _import_pyplot()
     figure, panels = pyplot.subplots(
         1, len(confidence), figsize=(3 * len(confidence), 3), squeeze=False, layout="constrained"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 from ruyi_flow.calibration.budget import Deployment, bytes_on_link
 from ruyi_flow.client import AsyncClient
@@ -19,19 +20,12 @@ _TOKENS = 24
 def deployment_of(topology: Topology, hidden_size: int) -> Deployment:
     """Return where a topology cuts its family, without times."""
     encodings = [hop[1].encoding for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
-    return Deployment(
-        tuple(node.exits[-1] for node in topology.nodes),
-        tuple(bytes_on_link(encoding.row_bytes(hidden_size)) for encoding in encodings),
-    )
+    position_bytes = tuple(bytes_on_link(encoding.row_bytes(hidden_size)) for encoding in encodings)
+    return Deployment(tuple(node.exits[-1] for node in topology.nodes), position_bytes)
 
 
 async def measure_deployment(topology: Topology, hidden_size: int, *, rounds: int = 5) -> Deployment:
-    """Measure a deployment: ask its running nodes for tokens that every node computes, and take median times.
-
-    Args:
-        topology: the running nodes.
-        hidden_size: the family's hidden size.
-        rounds: number of answers.
+    """Ask running nodes for tokens that every one of them computes, in `rounds` answers, and take the median times.
 
     Raises:
         NodeError: a node does not answer.
@@ -51,10 +45,6 @@ async def measure_deployment(topology: Topology, hidden_size: int, *, rounds: in
             steps.append([hop.compute_s / n for hop, n in zip(reply.stats.hops, each, strict=True)])
             hops.append([(hop.wire_s + hop.queue_s) / n for hop, n in zip(reply.stats.hops, each, strict=True)][1:])
     if not steps:
-        raise ConfigError(
-            "the first nodes are entirely confident of every token, so the deeper ones were never asked; "
-            "budget escalation or bytes instead of latency"
-        )
-    plain = deployment_of(topology, hidden_size)
+        raise ConfigError("the first nodes decided every token, so no deeper one was measured; use --max-escalation")
     medians = [tuple(map(statistics.median, zip(*rows, strict=True))) for rows in (steps, hops)]
-    return Deployment(plain.last_exits, plain.position_bytes, *medians)
+    return replace(deployment_of(topology, hidden_size), step_s=medians[0], hop_s=medians[1])

@@ -70,11 +70,7 @@ def explain(
     if not tokens:
         return []
     prompt = prompt_ids(
-        request.prompt,
-        family.tokenizer,
-        raw=request.raw,
-        vocab_size=family.config.vocab_size,
-        family=topology.family,
+        request.prompt, family.tokenizer, raw=request.raw, vocab_size=family.config.vocab_size, family=topology.family
     )
     tree = Tree((*prompt, *(token.id for token in tokens[:-1])), ())
     rows = torch.arange(len(prompt) - 1, len(tree))

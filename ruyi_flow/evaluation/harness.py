@@ -23,7 +23,7 @@ from ruyi_flow.training.distill import answers
 __all__ = ["ExitLM", "Report", "ResultCache", "cache_key"]
 
 Report = Callable[[str, int, int], None]
-"""A function called with a phase's name, the amount that is done, and the total."""
+"""Called with a phase's name, the amount that is done, and the total."""
 
 
 class ResultCache:

@@ -25,10 +25,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """How a local file becomes the data set that the harness's task expects."""
+    """The conversion of local files to the data set that the harness's task expects."""
 
     folder: str
-    """Folder of the local files."""
     config: str | Callable[[Row], str]
     """Name of the data set's configuration, or a function that returns a row's."""
     row: Callable[[Row], Row] = lambda row: row

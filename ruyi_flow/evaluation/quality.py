@@ -75,10 +75,7 @@ def measure_quality(
     tokenizer, last = wide.tokenizer, wide.exits[-1]
     if tokenizer is None:
         raise ConfigError(f"{checkpoint.folder} has no tokenizer.json, which measuring quality needs")
-    if prompts is None:
-        asked = _default_prompts(tokenizer)
-    else:
-        asked = [list(question.prompt) for question in read_questions(prompts, tokenizer, Scorer.AGREEMENT)]
+    asked = _prompts(prompts, tokenizer)
     read: list[int] = []
     if text is not None:
         try:
@@ -109,8 +106,10 @@ def measure_quality(
     return found
 
 
-def _default_prompts(tokenizer: Any) -> list[list[int]]:
-    """Encode `QUESTIONS`, each as one user turn if the family has a chat template."""
+def _prompts(file: Path | None, tokenizer: Any) -> list[list[int]]:
+    """Read the prompts of a file, or encode `QUESTIONS`, each as one user turn if the family has a chat template."""
+    if file is not None:
+        return [list(question.prompt) for question in read_questions(file, tokenizer, Scorer.AGREEMENT)]
     if tokenizer.chat_template is None:
         return [tokenizer(question)["input_ids"] for question in QUESTIONS]
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]

@@ -35,11 +35,7 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def write(evaluation: Evaluation, out: Path) -> list[Path]:
-    """Write `table.md`, `evaluation.json` and, if matplotlib is installed, `plot.png`.
-
-    Returns:
-        The files.
-    """
+    """Write `table.md`, `evaluation.json` and, if matplotlib is installed, `plot.png`, and return their paths."""
     limit = "" if evaluation.limit is None else f", {evaluation.limit} questions of each task"
     head = f"{evaluation.family} ({evaluation.fingerprint[:12]}), {evaluation.dtype}, {evaluation.fewshot} shots{limit}"
     table, data, plot = out / "table.md", out / "evaluation.json", out / "plot.png"

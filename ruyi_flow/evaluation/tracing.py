@@ -69,6 +69,7 @@ def record_trace(
             f"context of {config.max_positions}; shorten the prompts or lower --max-new-tokens"
         )
     weights = "" if family.weights in (None, Weights.BF16) else f", {family.weights} weights"
+    has_probe = family.config.probe_size and scorer is not Scorer.CHOICE
     header = Header(
         family=checkpoint.fingerprint,
         name=checkpoint.folder.name,
@@ -77,7 +78,7 @@ def record_trace(
         boundary_bytes={encoding.value: encoding.row_bytes(config.hidden_size) for encoding in Encoding},
         dtype=str(family.model.dtype).removeprefix("torch.") + weights,
         max_new_tokens=1 if scorer is Scorer.CHOICE else max_new_tokens,
-        scores=tuple(s for s in scores_of(family) if s is not Score.PROBE or scorer is not Scorer.CHOICE),
+        scores=tuple(s for s in Score if s is not Score.PROBE or has_probe),
         temperatures=TEMPERATURES,
         scorer=scorer,
         branch_layers=config.branch_layers,
@@ -101,11 +102,6 @@ def record_trace(
 def _prompt_hash(question: Question) -> str:
     """Compute `Record.prompt`."""
     return hashlib.sha256(json.dumps(asdict(question)).encode()).hexdigest()[:16]
-
-
-def scores_of(family: Family) -> tuple[Score, ...]:
-    """Return the scores that a family's branches have."""
-    return tuple(s for s in Score if s is not Score.PROBE or family.config.probe_size)
 
 
 class _Recorder:
@@ -138,8 +134,8 @@ class _Recorder:
         if self.scorer is Scorer.NUMBER:
             for p, answer in answered.items():
                 scores = found[p].scores if p == last else self._read(answer, (p,))[p].scores
-                own = OwnAnswer(scores, score_number(self._text(answer.token_ids), question.reference))
-                found[p] = replace(found[p], own=own)
+                text = str(self.family.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+                found[p] = replace(found[p], own=OwnAnswer(scores, score_number(text, question.reference)))
         # The answer is the last exit's predictions in this pass, since the other exits' are compared with them: in
         # bfloat16 a near tie may be decided differently in a pass of many rows.
         return Record(number, _prompt_hash(question), len(question.prompt), found[last].tokens, found)
@@ -155,9 +151,6 @@ class _Recorder:
             batch=max(1, min(self.batch, len(questions))),
             eos_token_ids=self.ends,
         )
-
-    def _text(self, token_ids: Sequence[int]) -> str:
-        return str(self.family.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _read(self, answer: Answer, exits: Sequence[int]) -> dict[int, ExitRecord]:
         """Let exits read an answer, and record their predictions."""

@@ -1,4 +1,4 @@
-"""What thresholds cost in a deployment: the escalated share, bytes once a position, times of the nodes on the way."""
+"""Costs of thresholds in a deployment: escalated share, bytes for each position once, times of the nodes."""
 
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ def test_links_carry_each_position_once_up_to_the_last_question() -> None:
     at = np.array([2, 4, 2, 6, 2, 2, 2])
     found = deployment_cost(at, trace, Deployment((2, 4, 6), (10, 20), (0.01, 0.02, 0.04), (0.1, 0.2)))
     assert found.escalation == pytest.approx(2 / 7)
-    # Of the first answer two positions of its own go up the first link after the prompt's five, of the second one;
-    # a token's question carries the position before it.
+    # A token's question carries the position before it: the first answer sends its prompt's five and one of its own up
+    # the first link, the second answer its prompt's five up both links.
     assert found.bytes_per_token == pytest.approx((10 * (5 + 1) + 10 * 5 + 20 * 5) / 7)
     assert found.latency_s == pytest.approx(0.01 + 2 / 7 * (0.1 + 0.02) + 1 / 7 * (0.2 + 0.04))
     assert deployment_cost(at, trace, Deployment((2, 6), (10,))).latency_s is None
 
 
-def test_a_budget_keeps_what_is_known_to_be_within_it() -> None:
+def test_a_budget_allows_only_what_is_known_to_be_within_it() -> None:
     assert Budget(escalation=0.5).allows(DeploymentCost(0.5, 9e9, None))
     assert not Budget(escalation=0.5).allows(DeploymentCost(0.51, 0, None))
     assert not Budget(latency_s=1.0).allows(DeploymentCost(0.0, 0.0, None))

@@ -1,4 +1,4 @@
-"""Confidence means the probability of agreement; thresholds keep their bound on prompts that did not choose them."""
+"""Calibrated confidence is the probability of agreement; thresholds keep their bound on new prompts."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ COSTS = {2: 1.0, 4: 2.0, 6: 3.0}
 
 
 def made(prompts: int, seed: int) -> Trace:
-    """Answers of some difficulty each; branches that are right as often as they half know, and too sure of it."""
+    """Make answers of varying difficulty, with branches that are overconfident."""
     generator = np.random.default_rng(seed)
     records = []
     for number in range(prompts):
@@ -46,7 +46,7 @@ def made(prompts: int, seed: int) -> Trace:
 
 @pytest.fixture(scope="module")
 def world() -> Trace:
-    """So many prompts that shares of them are the truth."""
+    """Make so many prompts that shares measured on them are close to the true ones."""
     return made(3000, 99)
 
 
@@ -60,7 +60,7 @@ def test_calibrated_confidence_is_the_chance_of_agreement(world: Trace) -> None:
     assert (said, was, count) == (pytest.approx(0.105), 0.5, 2)
 
 
-def test_a_curve_is_read_the_same_one_by_one_and_at_once() -> None:
+def test_a_curve_gives_the_same_one_by_one_and_at_once() -> None:
     curve = Curve(1.0, (0.1, 0.4, 0.9), (0.2, 0.5, 1.0))
     xs = np.linspace(-0.5, 1.5, 81)
     assert [curve(x) for x in xs] == pytest.approx(np.interp(xs, curve.scores, curve.chances).tolist())
@@ -83,14 +83,14 @@ def test_the_bound_holds_on_new_prompts_and_is_used(world: Trace, bound: float) 
     assert np.mean(used) > 0.5
 
 
-def test_prompts_in_an_order_prove_no_more_than_shuffled_ones() -> None:
-    """First the easy ones, then the hard ones; the mean is twice the bound."""
+def test_sorted_prompts_prove_no_more_than_shuffled_ones() -> None:
+    """The easy ones come first, then the hard ones; the mean is twice the bound."""
     x, bound = np.repeat([0.0, 0.2], 200), 0.05
     assert np.cumsum(np.log1p(0.5 * (bound - x))).max() > -np.log(0.05)
     assert sum(max_log_wealth(0.5, Sample(x, bound), seed) > -np.log(0.05) for seed in range(200)) <= 10
 
 
-def test_a_failed_test_says_what_it_lacks() -> None:
+def test_a_failed_test_tells_what_it_needs() -> None:
     rare = np.zeros(100)
     rare[:3] = 1.0
     assert explain_failure(Sample(rare, 0.05), 0.95).startswith("trace about ")
@@ -132,15 +132,15 @@ def test_an_outcome_is_what_a_walk_token_by_token_gives() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_disagreement": 0.0}, "bound on disagreement is 0.0; it must lie between 0 and 1"),
-        ({"confidence_level": 1.0}, "confidence level is 1.0"),
+        ({"max_disagreement": 0.0}, "bound on disagreement is 0; it must lie between 0 and 1"),
+        ({"confidence_level": 1.0}, "confidence level is 1; it must"),
         (
             {"max_disagreement": 0.01},
             r"30 prompts cannot show .* at most 0.01 .*: (trace about [\d,]+ more|they contradict)",
         ),
     ],
 )
-def test_what_cannot_be_shown_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_bound_that_cannot_be_shown_is_refused(changes: dict[str, Any], message: str) -> None:
     trace = made(30, 4)
     with pytest.raises(ConfigError, match=message):
         choose_thresholds(Replay(trace, raw_confidences(trace), COSTS), **{"max_disagreement": 0.1} | changes)

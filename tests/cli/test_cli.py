@@ -115,7 +115,7 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
     assert code == 2 and out == "" and message in err and err.count("\n") == 1 and not folder.exists()
     (tmp_path / "family" / "tokenizer.json").unlink()
     code, out, err = run("shard", "-t", str(rounded), "-o", str(folder), option, str(file))
-    assert code == 2 and "has no tokenizer.json, which measuring quality needs" in err and not folder.exists()
+    assert code == 2 and "has no tokenizer.json, so what few bits cost" in err and not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_explain_shows_the_mean_that_decides_in_cascade(run, spoken: Path, tmp_p
             prompt.append(token.id)
         exits = [row["exit"] for row in told]
         assert {2, 6} <= set(exits) and (exits == sorted(exits)) == (back is None)
-    assert "<th>mean" in page.read_text() and "by its mean over 3 tokens" in page.read_text()
+    assert "<th>mean" in page.read_text() and "averaged over 3 tokens" in page.read_text()
     assert " mean " in run(*asked)[1]
     assert " mean " not in run(*asked[:7], "--threshold", "0.5")[1]
 

@@ -1,4 +1,4 @@
-"""A deployment as budgets see it: cuts and bytes from the topology, times from its running nodes."""
+"""Deployments for budgets: cuts and bytes come from the topology, times from its running nodes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ruyi_flow.evaluation.deployment import deployment_of, measure_deployment
 from ruyi_flow.testing import cluster, cut_topology
 
 
-async def test_running_nodes_say_what_a_token_takes(spoken: Path) -> None:
+async def test_running_nodes_are_measured(spoken: Path) -> None:
     topology = cut_topology(spoken, [[2], [4], [6]], encoding="int8")
     plain = deployment_of(topology, 32)
     assert plain.last_exits == (2, 4, 6) and plain.position_bytes == (32 + 4 + 16,) * 2 and plain.step_s == ()

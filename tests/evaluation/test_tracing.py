@@ -1,4 +1,4 @@
-"""Traces hold what each exit says along the last exit's answers, survive a kill, and are told from other files."""
+"""Traces: their contents, resumption after a kill, and refusal of other files."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def prompts(family: Family, chats: Path) -> list[Question]:
     return [*read_questions(chats, family.tokenizer, Scorer.AGREEMENT), Question((7, 8, 9, 10)), Question((11,))]
 
 
-def test_a_trace_is_what_whole_sequences_say(family: Family, prompts: list[Question], tmp_path: Path) -> None:
+def test_a_trace_equals_the_logits_of_whole_sequences(family: Family, prompts: list[Question], tmp_path: Path) -> None:
     record_trace(family, prompts, tmp_path / "t.msgpack", max_new_tokens=20, batch=2)
     header, records = read_trace(tmp_path / "t.msgpack")
     assert header.exits == (2, 4, 6) and header.family == family.checkpoint.fingerprint
@@ -106,7 +106,7 @@ def test_a_scored_trace_has_every_exits_own_answer(family: Family, tmp_path: Pat
         assert found.own.right == score_number(family.tokenizer.decode(own[p], skip_special_tokens=True), f"{text} 7")
 
 
-def test_a_choice_is_the_likeliest_option(family: Family, tmp_path: Path) -> None:
+def test_a_choice_is_the_most_probable_option(family: Family, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     item = {
         "question": "Which?",
@@ -166,7 +166,7 @@ def test_nothing_is_written_before_the_first_answer(family: Family, prompts: lis
     assert len(read_trace(tmp_path / "t")[1]) == len(prompts)
 
 
-def test_a_trace_says_how_its_weights_were_held(even: Path, prompts: list[Question], tmp_path: Path) -> None:
+def test_a_trace_names_its_weight_format(even: Path, prompts: list[Question], tmp_path: Path) -> None:
     record_trace(load_family(even, dtype="float32"), prompts, tmp_path / "wide", max_new_tokens=4)
     record_trace(load_family(even, dtype="float32", weights="int8"), prompts, tmp_path / "few", max_new_tokens=4)
     assert [read_trace(tmp_path / name)[0].dtype for name in ("wide", "few")] == ["float32", "float32, int8 weights"]
@@ -191,7 +191,7 @@ def test_a_reference_without_a_number_is_refused(family: Family, tmp_path: Path)
 
 def test_an_empty_choice_is_refused(tmp_path: Path) -> None:
     class Stripping:
-        """A tokenizer of bytes to which a space at the end is nothing."""
+        """A byte tokenizer that ignores spaces at the end."""
 
         def encode(self, text: str) -> list[int]:
             return list(text.rstrip().encode())
@@ -220,7 +220,7 @@ def test_an_empty_choice_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_line_that_is_no_prompt_is_said_with_what_is_expected(
+def test_an_invalid_line_is_reported_with_the_expected_format(
     family: Family, tmp_path: Path, scorer: Scorer, line: str, message: str
 ) -> None:
     file = tmp_path / "q.jsonl"
@@ -230,7 +230,7 @@ def test_a_line_that_is_no_prompt_is_said_with_what_is_expected(
         list(read_questions(file, family.tokenizer, scorer))
 
 
-def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Question], tmp_path: Path) -> None:
+def test_a_trace_that_was_cut_off_is_resumed(family: Family, prompts: list[Question], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record_trace(family, prompts, whole, max_new_tokens=12, batch=1)
     broken.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.6)])
@@ -238,7 +238,7 @@ def test_a_trace_that_was_cut_off_goes_on(family: Family, prompts: list[Question
     record_trace(family, prompts, broken, max_new_tokens=12, batch=1, report=lambda done, total: told.append(done))
     assert 0 < told[0] < len(prompts) and told[-1] == len(prompts)
     assert broken.read_bytes() == whole.read_bytes()
-    with pytest.raises(ConfigError, match="cannot be continued: it was recorded with another max_new_tokens"):
+    with pytest.raises(ConfigError, match="was recorded with another max_new_tokens; remove it"):
         record_trace(family, prompts, whole, max_new_tokens=13)
     broken.write_bytes(b"")
     record_trace(family, prompts, broken, max_new_tokens=12, batch=1)
@@ -259,7 +259,9 @@ def test_a_trace_can_have_more_prompts_later_and_none_twice(
     assert len(both.records) == len({r.prompt for r in both.records}) == len(prompts)
 
 
-def test_the_same_family_by_another_name_goes_on(family: Family, prompts: list[Question], tmp_path: Path) -> None:
+def test_a_trace_is_resumed_by_the_same_family_with_another_name(
+    family: Family, prompts: list[Question], tmp_path: Path
+) -> None:
     path = tmp_path / "t"
     record_trace(family, prompts[:2], path, max_new_tokens=8)
     header, _ = read_trace(path)
@@ -269,7 +271,7 @@ def test_the_same_family_by_another_name_goes_on(family: Family, prompts: list[Q
         Writer(path, replace(header, name="renamed", family="other"))
 
 
-def test_traces_of_one_kind_go_together(family: Family, prompts: list[Question], tmp_path: Path) -> None:
+def test_traces_of_one_kind_are_combined(family: Family, prompts: list[Question], tmp_path: Path) -> None:
     record_trace(family, prompts[:3], tmp_path / "a", max_new_tokens=8)
     record_trace(family, prompts[3:], tmp_path / "b", max_new_tokens=12)
     record_trace(family, prompts, tmp_path / "c", scorer=Scorer.NUMBER, max_new_tokens=8)
@@ -290,7 +292,7 @@ def test_traces_of_one_kind_go_together(family: Family, prompts: list[Question],
         (msgpack.packb([1, 2]), "not a trace"),
     ],
 )
-def test_other_files_are_told_from_traces(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_traces_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "t"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
@@ -311,10 +313,10 @@ def test_the_command(
     monkeypatch.setattr(sys, "argv", [*command, "--dtype", "float32"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 2 and "cannot be continued" in capsys.readouterr().err
+    assert stop.value.code == 2 and "was recorded with another" in capsys.readouterr().err
 
 
-def test_the_command_says_what_it_leaves_out_and_what_cannot_be(  # type: ignore[no-untyped-def]
+def test_the_command_reports_skipped_prompts_and_mistakes(  # type: ignore[no-untyped-def]
     run, even: Path, family: Family, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "t.msgpack"
