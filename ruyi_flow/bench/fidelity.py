@@ -17,7 +17,7 @@ import psutil
 from ruyi_flow.bench.nodes import daemons
 from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.report import Report, unseen
-from ruyi_flow.calibration.trace import Header, Record, read
+from ruyi_flow.calibration.trace import Header, Record, read_trace
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.profile import Profile
@@ -119,7 +119,7 @@ async def compare(
     Raises:
         ConfigError: a trace of something else.
     """
-    header, records = read(trace)
+    header, records = read_trace(trace)
     if len(records) < len(prompts) or any(
         record.prompt_tokens != len(prompts[record.number]) for record in records[: len(prompts)]
     ):

@@ -1,74 +1,116 @@
-"""Testing that a mean is below a bound, prompt by prompt, by betting on it (Waudby-Smith and Ramdas 2024)."""
+"""Tests that a mean stays below a bound on new prompts, by betting (Waudby-Smith and Ramdas 2024).
+
+A test starts with a wealth of 1 and bets, prompt by prompt, that the mean is below the bound. When it is not, the
+wealth seldom grows, so a large wealth shows that the bound holds. Candidates are tested from cautious to bold until one
+fails (Learn then Test, Angelopoulos et al. 2021), in an order that other prompts chose (Pareto Testing,
+Laufer-Goldshtein et al. 2023).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ruyi_flow.calibration.curves import Floats
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["best_bet", "check_shares", "grown", "lacking", "split"]
+__all__ = ["Sample", "check_fractions", "choose_boldest", "explain_failure", "max_log_wealth", "split_prompts"]
 
-_TUNING = 0.3
-"""Share of the prompts that choose curves and thresholds."""
+_TUNING_SHARE = 0.3
+"""Share of the prompts that choose curves and thresholds; the rest test them."""
 
-_FAR = 1000
-"""Times as many prompts are more than anybody will trace."""
+_MOST_TIMES_MORE = 1000
+"""Nobody traces more than this many times the prompts that there are."""
 
 
-def split(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the prompts that choose, and of those that test; ascending.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One number for each prompt; the test is on their mean."""
 
-    Testing takes more of them: how far below the bound a rate must be to pass falls with the root of their number, and
-    curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
+    values: Floats
+    """(P,) numbers in 0 … 1."""
+    null_mean: float
+    """The mean that the values have when the tested rate equals its bound; a lower mean keeps the bound."""
+
+    def best_bet(self) -> tuple[float, float]:
+        """Return the bet of a grid that grows the wealth most on this sample (Kelly's), and the final log wealth."""
+        bets = np.linspace(0.05, 0.95, 19) / (1 - self.null_mean)  # 1 / (1 - null_mean) could lose everything
+        gains = self.null_mean - self.values
+        return max(((float(b), float(np.log1p(b * gains).sum())) for b in bets), key=lambda pair: pair[1])
+
+
+def split_prompts(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split prompt numbers into those that choose curves and thresholds and those that test; both ascending.
+
+    More prompts test: how far below the bound a rate must be to pass shrinks with the square root of their number,
+    while curves and thresholds are fitted on tokens, of which a few hundred prompts have plenty.
 
     Raises:
-        ConfigError: there is one prompt only.
+        ConfigError: there are fewer than two prompts.
     """
     if count < 2:
-        raise ConfigError("one prompt cannot both choose thresholds and test them; trace some hundreds")
+        raise ConfigError("one prompt cannot both choose thresholds and test them; trace several hundred")
     order = np.random.default_rng(seed).permutation(count).tolist()
-    first = max(1, round(_TUNING * count))
+    first = max(1, round(_TUNING_SHARE * count))
     return sorted(order[:first]), sorted(order[first:])
 
 
-def grown(bet: float, x: Floats, null: float, seed: int) -> float:
-    """The logarithm of the most that betting on a mean below `null` has grown 1 to, prompt by prompt.
-
-    By Ville's inequality exp(-grown) is a p-value of the mean being `null` or more, for prompts in an order that says
-    nothing about them. A file may have the easy ones first, so they come in a random one.
-    """
-    x = np.random.default_rng(seed).permutation(x)
-    return float(np.cumsum(np.log1p(bet * (null - x))).max(initial=0.0))
+def check_fractions(given: Mapping[str, float | None]) -> None:
+    """Raise a ConfigError if one of these named numbers does not lie between 0 and 1."""
+    for name, value in given.items():
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"{name} is {value:g}; it must lie between 0 and 1")
 
 
-def best_bet(x: Floats, null: float) -> tuple[float, float]:
-    """The bet that grows most on prompts for tuning, and the logarithm of what it grows to; Kelly's, out of a grid."""
-    bets = np.linspace(0.05, 0.95, 19) / (1 - null)  # 1 / (1 - null) could lose everything
-    return max(((float(b), float(np.log1p(b * (null - x)).sum())) for b in bets), key=lambda pair: pair[1])
+def choose_boldest(
+    tuning: Sequence[Sample], testing: Callable[[int], Sample], *, failure: str, confidence_level: float, seed: int
+) -> int:
+    """Test candidates from cautious to bold until one fails, and return the number of the boldest that passed.
 
+    The first candidate to be tested is the one most likely to pass.
 
-def check_shares(given: Mapping[str, float]) -> None:
-    """Refuse numbers that do not lie between 0 and 1.
+    Args:
+        tuning: each candidate's sample of the prompts that choose its bet, from cautious to bold.
+        testing: returns a candidate's sample of the prompts that test it.
+        failure: start of the error message when no candidate passes.
+        confidence_level: probability, over the draw of the prompts, with which the bound holds.
+        seed: seed of the order of the prompts.
 
     Raises:
-        ConfigError: which.
+        ConfigError: no candidate passes; the message estimates how many more prompts are needed.
     """
-    for name, value in given.items():
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} is {value!r}; it must lie between 0 and 1")
+    bets = [sample.best_bet() for sample in tuning]
+    start = stop = max(range(len(bets)), key=lambda i: bets[i][1])
+    while stop < len(bets) and max_log_wealth(bets[stop][0], testing(stop), seed) >= -math.log(1 - confidence_level):
+        stop += 1
+    if stop == start:
+        known = Sample(np.concatenate([tuning[start].values, testing(start).values]), tuning[start].null_mean)
+        reason = explain_failure(known, confidence_level)
+        raise ConfigError(f"{failure} with a confidence of {confidence_level:g}: {reason}")
+    return stop - 1
 
 
-def lacking(x: Floats, null: float, sureness: float) -> str:
-    """What a test that failed lacks, by all prompts that there are: the capital's logarithm grows with their number."""
-    growth = best_bet(x, null)[1] / len(x)
+def max_log_wealth(bet: float, sample: Sample, seed: int) -> float:
+    """Bet on a sample prompt by prompt, in a random order, and return the logarithm of the largest wealth.
+
+    By Ville's inequality exp(-log wealth) is a p-value of the mean being `null_mean` or more, for prompts in an order
+    that is independent of their values. A file may list the easy ones first, so they are shuffled.
+    """
+    values = np.random.default_rng(seed).permutation(sample.values)
+    return float(np.cumsum(np.log1p(bet * (sample.null_mean - values))).max(initial=0.0))
+
+
+def explain_failure(sample: Sample, confidence_level: float) -> str:
+    """Explain what a failed test needs, from all prompts that there are: log wealth grows in proportion to them."""
+    count = len(sample.values)
+    growth = sample.best_bet()[1] / count
     if growth <= 0:
-        return "these speak against it, so more of the same kind will not help; allow more"
-    need = math.ceil(-math.log(1 - sureness) / growth / (1 - _TUNING))
-    more = max(need - len(x), math.ceil(len(x) / 10))
-    if more > _FAR * len(x):
-        return "these hardly speak for it, so that it would take very many more of the same kind; allow more"
-    return f"trace about {more:,} more of the same kind, or allow more"
+        return "they contradict it, so more prompts of the same kind will not help; relax the bound"
+    needed = math.ceil(-math.log(1 - confidence_level) / growth / (1 - _TUNING_SHARE))
+    more = max(needed - count, math.ceil(count / 10))
+    if more > _MOST_TIMES_MORE * count:
+        return f"they barely support it, so over {_MOST_TIMES_MORE:,} times as many are needed; relax the bound"
+    return f"trace about {more:,} more of the same kind, or relax the bound"

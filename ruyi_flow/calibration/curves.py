@@ -1,6 +1,8 @@
-"""Confidence from traces: curves from a branch's score to the chance that its token is the last branch's."""
+"""Curves from a branch's score to the probability that its token is the last branch's, fitted on traces."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,24 +14,25 @@ from ruyi_flow.routing.confidence import Calibration, Curve, Score
 __all__ = [
     "Bools",
     "Floats",
-    "apply",
     "best_score",
+    "calibration_errors",
     "confidences",
     "ece",
-    "fit",
+    "evaluate_curve",
+    "fit_curves",
     "raw_confidences",
-    "reliability",
+    "reliability_bins",
 ]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _POINTS = 24
-"""Of a curve."""
+"""Most points of a curve."""
 
 
-def fit(trace: Trace) -> Calibration:
-    """Curves for every score and early exit: of the temperatures in the trace the one that predicts agreement best."""
+def fit_curves(trace: Trace) -> Calibration:
+    """Fit a curve for every score and early exit, at the traced temperature that predicts agreement best."""
     curves: dict[Score, dict[int, Curve]] = {}
     for s, name in enumerate(trace.header.scores):
         by_exit = curves.setdefault(Score(name), {})
@@ -37,32 +40,33 @@ def fit(trace: Trace) -> Calibration:
             tried = []
             for t, temperature in enumerate(trace.header.temperatures):
                 scores = trace.scores[p][:, s, t].astype(np.float64)
-                curve = _curve(scores, agrees, temperature)
-                tried.append((_log_loss(apply(curve, scores), agrees), t, curve))
+                curve = _fit_curve(scores, agrees, temperature)
+                tried.append((_log_loss(evaluate_curve(curve, scores), agrees), t, curve))
             by_exit[p] = min(tried)[2]
     return Calibration(trace.header.family, curves)
 
 
 def confidences(trace: Trace, calibration: Calibration, score: Score) -> dict[int, Floats]:
-    """By early exit: (N,) calibrated confidences.
+    """Return (N,) calibrated confidences, by early exit.
 
     Raises:
-        ConfigError: the calibration is of another family.
+        ConfigError: the calibration belongs to another family.
     """
     if calibration.family != trace.header.family:
         raise ConfigError(
-            f"the calibration is of family {calibration.family[:12]}, the trace of {trace.header.family[:12]}"
+            f"the calibration belongs to family {calibration.family[:12]}, the trace to {trace.header.family[:12]}; "
+            "calibrate with this family's trace"
         )
     s = trace.header.scores.index(score)
     out = {}
     for p, curve in calibration.curves[score].items():
         t = trace.header.temperatures.index(curve.temperature)
-        out[p] = apply(curve, trace.scores[p][:, s, t].astype(np.float64))
+        out[p] = evaluate_curve(curve, trace.scores[p][:, s, t].astype(np.float64))
     return out
 
 
 def best_score(trace: Trace, calibration: Calibration) -> Score:
-    """The score whose curves predict agreement best along a trace, over all early exits."""
+    """Choose the score whose curves predict agreement best along a trace, over all early exits."""
 
     def loss(score: Score) -> float:
         found = confidences(trace, calibration, score)
@@ -72,13 +76,13 @@ def best_score(trace: Trace, calibration: Calibration) -> Score:
 
 
 def raw_confidences(trace: Trace) -> dict[int, Floats]:
-    """By early exit: (N,) the likeliest token's probability as the branch says it, uncalibrated."""
+    """Return (N,) the branch's own probability of its most probable token, uncalibrated, by early exit."""
     s, t = trace.header.scores.index(Score.MAX_PROBABILITY), trace.header.temperatures.index(1.0)
     return {p: scores[:, s, t].astype(np.float64) for p, scores in trace.scores.items()}
 
 
-def reliability(confidence: Floats, agrees: Bools, bins: int = 15) -> list[tuple[float, float, int]]:
-    """For bins of equal width: mean confidence, share that agrees, and how many; empty bins are left out."""
+def reliability_bins(confidence: Floats, agrees: Bools, bins: int = 15) -> list[tuple[float, float, int]]:
+    """Return mean confidence, share that agrees and number of tokens for bins of equal width, without empty bins."""
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     out = []
     for b in range(bins):
@@ -89,17 +93,23 @@ def reliability(confidence: Floats, agrees: Bools, bins: int = 15) -> list[tuple
 
 
 def ece(confidence: Floats, agrees: Bools, bins: int = 15) -> float:
-    """Expected calibration error (Naeini et al. 2015): mean distance of confidence and agreement, over equal bins."""
-    return sum(abs(said - was) * count for said, was, count in reliability(confidence, agrees, bins)) / len(agrees)
+    """Return the expected calibration error: mean distance of confidence and agreement (Naeini et al. 2015)."""
+    return sum(abs(said - was) * count for said, was, count in reliability_bins(confidence, agrees, bins)) / len(agrees)
 
 
-def apply(curve: Curve, scores: Floats) -> Floats:
-    """A curve's values at many scores."""
+def calibration_errors(trace: Trace, confidence: Mapping[int, Floats]) -> dict[int, tuple[float, float]]:
+    """Return the expected calibration error of each early exit's own probability and of its calibrated confidence."""
+    raw = raw_confidences(trace)
+    return {p: (ece(raw[p], agrees), ece(confidence[p], agrees)) for p, agrees in trace.agrees.items()}
+
+
+def evaluate_curve(curve: Curve, scores: Floats) -> Floats:
+    """Return a curve's probabilities at many scores."""
     return np.asarray(np.interp(scores, curve.scores, curve.chances), np.float64)
 
 
-def _curve(scores: Floats, agrees: Bools, temperature: float) -> Curve:
-    """Agreement in bins of equal mass, made monotone by pooling adjacent violators (Ayer et al. 1955)."""
+def _fit_curve(scores: Floats, agrees: Bools, temperature: float) -> Curve:
+    """Measure agreement in bins of equal mass, made monotone by pooling adjacent violators (Ayer et al. 1955)."""
     order = np.argsort(scores, kind="stable")
     bins = [part for part in np.array_split(order, min(_POINTS, max(1, len(scores) // 20))) if len(part)]
     pools: list[tuple[float, float, int]] = []  # mean score, mean agreement, count

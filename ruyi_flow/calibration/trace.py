@@ -1,29 +1,28 @@
-"""Traces: what every exit said at every position of the last exit's answers. Calibration and the simulator read them.
+"""Traces: every exit's tokens and scores along the last exit's answers, read by calibration and the simulator.
 
-A file is a stream of msgpack objects: a header, then a record for each prompt. Version 3:
+A file is a stream of msgpack objects: a header, then one record for each prompt. Version 3:
 
     header  {"format": "ruyi-flow trace", "version": 3, "family": fingerprint, "name": str, "exits": [p, …],
              "hidden_size": int, "boundary_bytes": {encoding: int}, "dtype": str, "max_new_tokens": int,
              "scores": [name, …], "temperatures": [T, …], "scorer": name, "branch_layers": [n, …],
              "layer_flops": float, "attention_flops": float, "head_flops": float}
-    record  {"number": int, "prompt": of what was asked, the first 16 digits of its SHA-256, "prompt_tokens": int,
+    record  {"number": int, "prompt": first 16 hex digits of the SHA-256 of the request, "prompt_tokens": int,
              "answer": int32[n],
              "exits": {p: {"tokens": int32[n], "scores": float32[n, scores, temperatures],
-                           "prompt_loss": float, "prompt_entropy": float, "own": None, or
-                           {"scores": float32[m, scores, temperatures], "right": float}}}}
+                           "prompt_loss": float, "prompt_entropy": float,
+                           "own": None or {"scores": float32[m, scores, temperatures], "right": float}}}}
 
-Arrays are little-endian bytes in row-major order. `answer` is what the last exit said, greedily; `tokens` is what an
-exit says there, teacher-forced on that answer; a position costs `boundary_bytes` on each link that it goes beyond,
-whatever the exit; `prompt_loss` and `prompt_entropy` are means over the last 64 of the
-prompt's tokens, in nats. With a scorer, `own` is what the exit does by itself: the scores along its own answer, and
-whether that is right, 0 to 1. For scorer `choice` the answers are one option each, and "tokens" are options' numbers.
-A reader refuses versions other than its own.
+Arrays are little-endian bytes in row-major order. `answer` is the last exit's greedy answer. `tokens` are an exit's
+predictions when it is fed that answer (teacher forcing). A position costs `boundary_bytes` on every link that it
+crosses, whatever the exit. `prompt_loss` and `prompt_entropy` are means over the last 64 tokens of the prompt, in nats.
+With a scorer, `own` is the exit's own answer: the scores along it, and how right it is, 0 to 1. With scorer `choice`
+an answer is one option, and "tokens" are option numbers. A reader accepts its own version only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +33,7 @@ from numpy.typing import NDArray
 
 from ruyi_flow.errors import ConfigError
 
-__all__ = ["ExitRecord", "Header", "Own", "Record", "Scorer", "Trace", "Writer", "read"]
+__all__ = ["ExitRecord", "Header", "OwnAnswer", "Record", "Scorer", "Trace", "Writer", "read_trace"]
 
 _FORMAT = "ruyi-flow trace"
 _VERSION = 3
@@ -44,117 +43,117 @@ Floats = NDArray[np.float32]
 
 
 class Scorer(StrEnum):
-    """What an answer of an exit is worth."""
+    """A measure of an answer's quality."""
 
     AGREEMENT = "agreement"
-    """The share of its tokens that are the last exit's."""
+    """Share of its tokens that equal the last exit's."""
     NUMBER = "number"
-    """Right when its last number is the reference's (GSM8K)."""
+    """1 when its last number equals the reference's, else 0 (as for GSM8K)."""
     CHOICE = "choice"
-    """Right when the likeliest option, as a continuation, is the right one (as lm-evaluation-harness asks ARC)."""
+    """1 when the most probable option is the right one, else 0 (as lm-evaluation-harness scores ARC)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a trace is of."""
+    """The family and the settings that a trace was recorded with."""
 
     family: str
-    """Fingerprint."""
+    """Fingerprint of the family."""
     name: str = field(compare=False)
-    """What the family is called where it was traced; the fingerprint says which it is."""
+    """Name of the family where it was traced; the fingerprint identifies it."""
     exits: tuple[int, ...]
     hidden_size: int
     boundary_bytes: dict[str, int]
-    """Of one position's state, by the encoding of a link."""
+    """Bytes of one position's boundary state, by a link's encoding."""
     dtype: str
     max_new_tokens: int
     scores: tuple[str, ...]
     temperatures: tuple[float, ...]
     scorer: str = Scorer.AGREEMENT
     branch_layers: tuple[int, ...] = ()
-    """Of every exit."""
+    """Layers of every exit's branch."""
     layer_flops: float = 0.0
-    """Floating-point operations of one position in one layer, attention's products left out; "head_flops": of its
-    product with the vocabulary."""
+    """Floating-point operations of one position in one layer, without attention's products."""
     attention_flops: float = 0.0
-    """Of one position in one layer for each position that it attends to."""
+    """Floating-point operations of one position in one layer for each position that it attends to."""
     head_flops: float = 0.0
+    """Floating-point operations of one position in the LM head."""
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
-    """What one exit does by itself, in m tokens."""
+class OwnAnswer:
+    """An exit's own answer of m tokens."""
 
     scores: Floats
-    """(m, scores, temperatures)"""
+    """(m, scores, temperatures) scores along the answer."""
     right: float
-    """0 … 1"""
+    """Quality of the answer by the trace's scorer, 0 … 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExitRecord:
-    """What one exit said along one answer of n tokens."""
+    """One exit's predictions along the last exit's answer of n tokens."""
 
     tokens: Ints
-    """(n,)"""
+    """(n,) the exit's predictions."""
     scores: Floats
-    """(n, scores, temperatures)"""
+    """(n, scores, temperatures) the scores of these predictions."""
     prompt_loss: float
+    """Mean loss over the last tokens of the prompt, in nats."""
     prompt_entropy: float
-    own: Own | None = None
-    """With a scorer."""
+    """Mean entropy over the same tokens, in nats."""
+    own: OwnAnswer | None = None
+    """The exit's own answer; None without a scorer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt."""
+    """One prompt with its answer and every exit's predictions."""
 
     number: int
-    """Of the prompt in its file."""
+    """Number of the prompt in its file."""
     prompt: str
-    """Digits of a hash of what was asked, which tell prompts apart."""
+    """Digits of a hash of the request, which tell prompts apart."""
     prompt_tokens: int
     answer: Ints
-    """(n,) what the last exit said."""
+    """(n,) the last exit's answer."""
     exits: dict[int, ExitRecord]
 
 
 class Writer:
-    """Writes a trace, or goes on with one that was cut off or is to have more prompts.
+    """A writer of a new trace file, or of more records to one that exists, complete or cut off.
 
     Args:
         path: the file.
-        header: what it is to be of.
+        header: the header that the file gets or has.
 
     Raises:
-        ConfigError: the file is of something else.
+        ConfigError: the file exists and has another header.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
         self.done: set[str] = set()
-        """The prompts that are there; see `Record.prompt`."""
+        """Prompts in the file; see `Record.prompt`."""
         whole = 0
         if path.exists() and path.stat().st_size:
             there, records = _open(path)
             if there != header:
-                compared = (f.name for f in fields(Header) if f.compare)
-                changed = [name for name in compared if getattr(there, name) != getattr(header, name)]
-                raise ConfigError(
-                    f"{path}: a trace of something else (another {', '.join(changed)}); remove it, or name another file"
-                )
+                ours, theirs = asdict(header), asdict(there)
+                changed = ", ".join(key for key in ours if key != "name" and ours[key] != theirs[key])
+                raise ConfigError(f"{path}: was recorded with another {changed}; remove it or name another file")
             for record, stop in records:
                 self.done.add(record.prompt)
                 whole = stop
         self._path, self._header = path, header
         self._file: BinaryIO | None = None
-        """A new one is there from its first record on."""
+        """A new file is created with its first record."""
         if whole:
             self._file = path.open("r+b")
             self._file.truncate(whole)
             self._file.seek(whole)
 
     def add(self, record: Record) -> None:
-        """Write a record; it is on its way to the disk afterwards."""
+        """Write a record and flush it to the operating system."""
         exits = {
             p: {
                 "tokens": e.tokens.astype("<i4").tobytes(),
@@ -183,11 +182,11 @@ class Writer:
             self._file.close()
 
 
-def read(path: Path) -> tuple[Header, list[Record]]:
-    """A trace file; a record that was cut off is left out.
+def read_trace(path: Path) -> tuple[Header, list[Record]]:
+    """Read a trace file, without a last record that was cut off.
 
     Raises:
-        ConfigError: it is not a trace, or of a later version.
+        ConfigError: it is not a trace, or has another version.
     """
     header, records = _open(path)
     return header, [record for record, _ in records]
@@ -195,20 +194,20 @@ def read(path: Path) -> tuple[Header, list[Record]]:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """All positions of a trace in one row, for computing with; N positions of P prompts."""
+    """The answers of a trace in one row, as arrays: N tokens of P prompts."""
 
     header: Header
     prompt: NDArray[np.int64]
-    """(N,) which prompt, 0 … P-1, a position is of."""
+    """(N,) the prompt, 0 … P-1, that each token answers."""
     agrees: dict[int, NDArray[np.bool_]]
-    """By early exit: (N,) whether its token is the last exit's."""
+    """(N,) whether each early exit's token equals the last exit's."""
     scores: dict[int, Floats]
-    """By early exit: (N, scores, temperatures)."""
+    """(N, scores, temperatures) the scores of each early exit."""
     records: tuple[Record, ...]
 
     @property
     def right(self) -> dict[int, float]:
-        """By exit, with a scorer: the share of its own answers that are right."""
+        """Return the mean quality of each exit's own answers; empty without a scorer."""
         by_exit: dict[int, list[float]] = {p: [] for p in self.header.exits}
         for record in self.records:
             for p, e in record.exits.items():
@@ -216,14 +215,14 @@ class Trace:
         return {p: sum(found) / len(found) for p, found in by_exit.items() if found}
 
     @classmethod
-    def of(cls, header: Header, records: Sequence[Record]) -> Trace:
-        """Of some of a file's records.
+    def from_records(cls, header: Header, records: Sequence[Record]) -> Trace:
+        """Build a trace from records of one file.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there are no records.
         """
         if not records:
-            raise ConfigError("the trace is empty: it has no prompt to calibrate on")
+            raise ConfigError("the trace is empty; record prompts with ruyi-flow trace")
         early = header.exits[:-1]
         return cls(
             header,
@@ -235,37 +234,37 @@ class Trace:
 
     @classmethod
     def load(cls, *paths: Path) -> Trace:
-        """Of one whole file or several, whose prompts are taken together; one that is there twice counts once.
+        """Load one or several files as one trace; a prompt that occurs twice counts once.
 
         Raises:
-            ConfigError: one is not a trace, or an empty one, or they are of different things.
+            ConfigError: a file is not a trace, all are empty, or their headers differ.
         """
-        header, records = read(paths[0])
+        header, records = read_trace(paths[0])
         for path in paths[1:]:
-            other, more = read(path)
+            other, more = read_trace(path)
             if replace(other, max_new_tokens=header.max_new_tokens) != header:
                 raise ConfigError(
-                    f"{path}: of another family, format or scorer than {paths[0]}; they do not go together"
+                    f"{path}: its family, number format or scorer differs from {paths[0]}; they cannot be combined"
                 )
-            longest = max(header.max_new_tokens, other.max_new_tokens)
-            header = replace(header, max_new_tokens=longest)
+            header = replace(header, max_new_tokens=max(header.max_new_tokens, other.max_new_tokens))
             records += more
+        unique = list({record.prompt: record for record in reversed(records)}.values())[::-1]
         try:
-            return cls.of(header, list({record.prompt: record for record in reversed(records)}.values())[::-1])
+            return cls.from_records(header, unique)
         except ConfigError as error:
             raise ConfigError(f"{paths[0]}: {error}") from None
 
-    def of_prompts(self, chosen: Sequence[int]) -> Trace:
-        """The trace of some of its prompts, 0 … P-1."""
-        return Trace.of(self.header, [self.records[i] for i in chosen])
+    def select(self, prompts: Sequence[int]) -> Trace:
+        """Return the trace of some prompts, given by their numbers 0 … P-1."""
+        return Trace.from_records(self.header, [self.records[i] for i in prompts])
 
 
 def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
-    """The header, and the records with where each ends."""
+    """Open a file: its header, and its records with the offset at which each ends."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; ruyi-flow trace records one") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; record a trace with ruyi-flow trace") from None
     unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=len(data) or 1)
     unpacker.feed(data)
     try:
@@ -274,28 +273,28 @@ def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
             raise ValueError
         version = raw.pop("version")
         if version != _VERSION:
-            todo = "update this program" if version > _VERSION else "trace again"
-            raise ConfigError(f"{path}: a trace of version {version}, not {_VERSION}: {todo}")
+            todo = "update ruyi-flow" if version > _VERSION else "record it again"
+            raise ConfigError(f"{path}: the trace has version {version}, expected {_VERSION}; {todo}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         header = Header(**fields)
     except (msgpack.OutOfData, msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: not a trace (ruyi-flow trace writes one)") from None
+        raise ConfigError(f"{path}: not a trace; record one with ruyi-flow trace") from None
 
     def records() -> Iterator[tuple[Record, int]]:
         while True:
             try:
                 raw = unpacker.unpack()
-                record = _record(raw, header)
+                record = _parse_record(raw, header)
             except msgpack.OutOfData:
                 return  # the last one may be cut off
             except (msgpack.UnpackException, ValueError, KeyError, TypeError):
-                raise ConfigError(f"{path}: damaged after {unpacker.tell()} bytes; trace again") from None
+                raise ConfigError(f"{path}: damaged after {unpacker.tell()} bytes; record it again") from None
             yield record, unpacker.tell()
 
     return header, records()
 
 
-def _record(raw: dict[str, Any], header: Header) -> Record:
+def _parse_record(raw: dict[str, Any], header: Header) -> Record:
     shape = (-1, len(header.scores), len(header.temperatures))
     answer = np.frombuffer(raw["answer"], "<i4")
     exits = {
@@ -304,10 +303,10 @@ def _record(raw: dict[str, Any], header: Header) -> Record:
             np.frombuffer(e["scores"], "<f4").reshape(shape),
             e["prompt_loss"],
             e["prompt_entropy"],
-            e["own"] and Own(np.frombuffer(e["own"]["scores"], "<f4").reshape(shape), e["own"]["right"]),
+            e["own"] and OwnAnswer(np.frombuffer(e["own"]["scores"], "<f4").reshape(shape), e["own"]["right"]),
         )
         for p, e in raw["exits"].items()
     }
     if set(exits) != set(header.exits) or any(len(e.tokens) != len(answer) for e in exits.values()):
-        raise ValueError("a record's exits or lengths do not fit")
+        raise ValueError("the exits or lengths of a record differ from the header's")
     return Record(raw["number"], raw["prompt"], raw["prompt_tokens"], answer, exits)

@@ -156,7 +156,7 @@ def explain_(
     request = make_request(text, options)
     resolved = Policy.resolve(loaded.routing().updated(request.routing), loaded.all_exits)
     with progress_bar("loading the family and asking the nodes", quiet=as_json):
-        family = explaining.like_the_last_node(loaded)
+        family = explaining.load_like_last_node(loaded)
         with Client(loaded, timeout_s=timeout_s) as client:
             reply = client.generate(text, **options)
         rows = explaining.explain(family, loaded, request, resolved, reply.tokens)

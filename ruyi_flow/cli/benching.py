@@ -221,8 +221,8 @@ def fidelity(
         from ruyi_flow.bench.nodes import prompts
         from ruyi_flow.bench.profile.family import profile_family
         from ruyi_flow.bench.report import machine
-        from ruyi_flow.evaluation.scorers import Asked
-        from ruyi_flow.evaluation.tracing import record
+        from ruyi_flow.evaluation.scorers import Question
+        from ruyi_flow.evaluation.tracing import record_trace
         from ruyi_flow.local import load_family
         from ruyi_flow.sim.profile import Profile
 
@@ -236,9 +236,9 @@ def fidelity(
         asked = prompts(whole.checkpoint, bench_of.questions())
         trace = output / "fidelity-trace.msgpack"
         trace.unlink(missing_ok=True)
-        record(
+        record_trace(
             whole,
-            [Asked(tuple(ids)) for ids in asked],
+            [Question(tuple(ids)) for ids in asked],
             trace,
             max_new_tokens=tokens,
             report=lambda done, total: report("trace", done, total),

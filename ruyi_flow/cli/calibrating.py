@@ -1,19 +1,21 @@
-"""Commands that make policies: traces, calibration."""
+"""Commands that make policies: `trace` and `calibrate`."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ruyi_flow.calibration.trace import Scorer
+from ruyi_flow.calibration.bounds import check_fractions
+from ruyi_flow.calibration.trace import Scorer, Trace
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, progress_bar
 from ruyi_flow.cli.options import JsonOption, MaxOption, check_target
@@ -24,8 +26,7 @@ from ruyi_flow.routing.policy import WINDOW
 from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
-    from ruyi_flow.calibration.budget import Deployment
-    from ruyi_flow.calibration.trace import Trace
+    from ruyi_flow.calibration.budget import Budget, Deployment
 
 __all__ = ["calibrate", "trace"]
 
@@ -33,34 +34,34 @@ __all__ = ["calibrate", "trace"]
 @app.command(rich_help_panel=Panel.CALIBRATE)
 def trace(
     prompts: Annotated[
-        Path,
-        typer.Argument(metavar="PROMPTS", help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.'),
+        Path, typer.Argument(metavar="PROMPTS", help='JSON lines of {"messages": …}, {"prompt": …} or {"question": …}.')
     ],
-    family: Annotated[str, typer.Option(help="A folder, or a name in the store.")],
-    out_file: Annotated[Path, typer.Option("--out", "-o", help="The trace; an interrupted one goes on.")] = Path(
-        "trace.msgpack"
-    ),
+    family: Annotated[str, typer.Option(help="Family: a folder, or a name in the store.")],
+    out_file: Annotated[
+        Path, typer.Option("--out", "-o", help="Trace file to write; an interrupted trace resumes.")
+    ] = Path("trace.msgpack"),
     scorer: Annotated[
         Scorer,
         typer.Option(
-            help="What answers are worth, for mode cascade: agreement with the last exit's; number: the last number is "
-            'that of the file\'s answer; choice: the likeliest of {"choices": …} is "answerKey".'
+            help="Measure of an answer's quality, for mode cascade. agreement: share of tokens that equal the last "
+            "exit's; number: its last number equals that of the file's answer; choice: the most probable of "
+            '{"choices": …} is the "answerKey".'
         ),
     ] = Scorer.AGREEMENT,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts to trace. Default: all.")] = None,
     max_new_tokens: MaxOption = 128,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Number format: bfloat16, float32 or float16.")] = "bfloat16",
     weights: Annotated[
-        Weights | None, typer.Option(help="How products hold their weights, as the nodes do; left out: as they are.")
+        Weights | None, typer.Option(help="Weight format, as on the nodes. Default: that of the checkpoint.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch; left out, all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Torch threads. Default: one per core.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record what every exit says, and how sure it is, along the last exit's answers: for calibration.
+    """Record every exit's tokens and confidences along the last exit's answers, for calibration.
 
-    Take prompts of the kind that is to come, hundreds to thousands of them, and
-    the number format and weights that the nodes have. Each prompt is written as
-    its answer ends; the same command goes on where it was broken off.
+    Use hundreds to thousands of prompts of the kind you expect, and the number
+    format and weights of your nodes. Each prompt is written when its answer
+    ends; the same command resumes an interrupted trace.
 
     Example: ruyi-flow trace prompts.jsonl --family smollm2 --limit 2000
     --out trace.msgpack
@@ -68,9 +69,8 @@ def trace(
     check_target(out_file, "--out")
     import torch
 
-    from ruyi_flow.calibration.trace import Trace
-    from ruyi_flow.evaluation.scorers import read_asked
-    from ruyi_flow.evaluation.tracing import record
+    from ruyi_flow.evaluation.scorers import read_questions
+    from ruyi_flow.evaluation.tracing import record_trace
     from ruyi_flow.local import load_family
 
     if threads is not None:
@@ -78,12 +78,12 @@ def trace(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_family(family, dtype=dtype, device=device, weights=weights)
     if loaded.tokenizer is None:
-        raise ConfigError(f"family {family!r} has no tokenizer.json, so there is no asking it anything")
-    asked = list(islice(read_asked(prompts, loaded.tokenizer, scorer), limit))
+        raise ConfigError(f"family {family!r} has no tokenizer.json, which this command needs")
+    asked = list(islice(read_questions(prompts, loaded.tokenizer, scorer), limit))
     if not asked:
-        raise ConfigError(f"{prompts}: there are no prompts in it")
+        raise ConfigError(f"{prompts}: the file contains no prompts")
     with counting_bar(quiet=as_json) as progress:
-        left_out = record(
+        skipped = record_trace(
             loaded,
             asked,
             out_file,
@@ -91,179 +91,235 @@ def trace(
             max_new_tokens=max_new_tokens,
             report=lambda done, total: progress("tracing", done, total),
         )
-    if left_out:
+    if skipped:
         err.print(
-            f"{left_out} of {len(asked)} prompts leave no room for an answer in the family's context of "
-            f"{loaded.config.max_positions:,} tokens: left out",
+            f"skipped {skipped} of {len(asked)} prompts: they leave no room for an answer in the family's context of "
+            f"{loaded.config.max_positions:,} tokens",
             soft_wrap=True,
         )
     made = Trace.load(out_file)
-    agreement = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}
-    right = made.right
+    agreement, right = {p: float(agrees.mean()) for p, agrees in made.agrees.items()}, made.right
     if as_json:
         facts = {"file": str(out_file), "prompts": len(made.records), "tokens": len(made.prompt)}
         print_json(facts | {"agreement": agreement, "right": right})
         return
     out.print(f"{len(made.records)} prompts, {len(made.prompt):,} tokens: {escape(str(out_file))}", soft_wrap=True)
-    shares = {"agreement with the last exit": agreement} | ({"right": right} if right else {})
-    for what, by_exit in shares.items():
-        out.print(f"{what}: " + ", ".join(f"{p}: {share:.3f}" for p, share in by_exit.items()))
+    shares = {"agreement with the last exit": agreement} | ({"right answers": right} if right else {})
+    for name, by_exit in shares.items():
+        out.print(f"{name}: " + ", ".join(f"exit {p} {share:.3f}" for p, share in by_exit.items()))
 
 
 @app.command(rich_help_panel=Panel.CALIBRATE)
 def calibrate(
     trace_files: Annotated[
-        list[Path],
-        typer.Argument(metavar="TRACE", help="What ruyi-flow trace wrote; the prompts of several together."),
+        list[Path], typer.Argument(metavar="TRACE", help="Files of ruyi-flow trace; several are combined.")
     ],
-    mode: Annotated[Literal["token", "cascade"], typer.Option(help="What the policy is for.")] = "token",
+    mode: Annotated[Literal["token", "cascade"], typer.Option(help="Mode that the policy is for.")] = "token",
     max_disagreement: Annotated[
         float | None,
         typer.Option(
-            help="Mode token: of the tokens decided early, at most this share differs from the last exit's; 0.05 when "
-            "nothing else is bounded."
+            help="Mode token: most tokens decided early that may differ from the last exit's, as a share of those "
+            "decided early. Default: 0.05, or no bound if another limit is given."
         ),
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(
-            help="Mode cascade: at most this share of what the last exit's answers are worth is lost; 0.03 when left "
-            "out."
-        ),
+        typer.Option(help="Mode cascade: most of the last exit's quality that may be lost, as a share. Default: 0.03."),
     ] = None,
-    sureness: Annotated[
-        float, typer.Option("--confidence", help="How sure either must be on new prompts of the same kind.")
+    confidence_level: Annotated[
+        float, typer.Option("--confidence", help="Probability that the bound holds on new prompts of the same kind.")
     ] = 0.95,
     max_escalation: Annotated[
-        float | None, typer.Option(help="Mode token: share of tokens that are asked beyond the first node, on average.")
+        float | None,
+        typer.Option(help="Mode token: most tokens for which the first node asks the next one, as a share."),
     ] = None,
     max_bytes_per_token: Annotated[
-        float | None, typer.Option(help="Mode token: bytes upwards on all links of --topology, on average.")
+        float | None, typer.Option(help="Mode token: most bytes sent upward on all links of --topology, per token.")
     ] = None,
     max_latency: Annotated[
         float | None,
-        typer.Option(help="Mode token: seconds a token, on average, by the times of --topology's running nodes."),
+        typer.Option(help="Mode token: most seconds per token, from times measured on --topology's running nodes."),
     ] = None,
     topology: Annotated[
         Path | None,
         typer.Option(
-            "--topology", "-t", help="Mode token: where the family is cut; left out: one node has the first exit alone."
+            "--topology",
+            "-t",
+            help="Mode token: topology that cuts the family. Default: one node with the first exit, one with the rest.",
         ),
     ] = None,
     score: Annotated[
-        Score | None, typer.Option(help="What confidence is made of; left out: what serves the bound best.")
+        Score | None, typer.Option(help="Score that confidence is computed from. Default: the best one for the bound.")
     ] = None,
     window: Annotated[
-        int | None,
-        typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged; 8 when left out."),
+        int | None, typer.Option(min=1, help="Mode cascade: tokens over which confidence is averaged. Default: 8.")
     ] = None,
-    out_file: Annotated[Path, typer.Option("--out", "-o", help="The policy file.")] = Path("policy.yaml"),
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="Policy file to write.")] = Path("policy.yaml"),
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a CSV and plots: what agreement costs, what confidence means.")
+        Path | None, typer.Option(help="Folder for a CSV table and plots of cost and calibration. Default: none.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split into prompts that choose and prompts that test.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the split into prompts that choose and prompts that test.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Choose thresholds that keep a bound on new prompts, and write them as a policy.
 
-    Mode token bounds the tokens that differ, or what they cost; mode cascade
-    what the answers lose in worth. A topology names the file (policy: {file:
-    policy.yaml}), or a request does (--policy).
+    Mode token bounds the share of tokens that differ, or their cost; mode
+    cascade bounds the quality that answers lose. Use the policy in a topology
+    (policy: {file: policy.yaml}) or in a request (--policy).
 
-    Three tenths of the prompts choose thresholds; the others test them, from
-    timid to bold, until one fails (Learn then Test), by bets against a rate
-    above the bound. That takes hundreds to thousands of prompts, the more the
-    smaller the bound: where they are too few, it is said about how many are
-    missing, and nothing is written. docs/calibration.md has what is promised.
+    Three tenths of the prompts choose thresholds. The others test them, from
+    cautious to bold, until one fails (Learn then Test). The test takes hundreds
+    to thousands of prompts, more for a smaller bound; with too few prompts it
+    reports roughly how many more are needed and writes nothing.
+    docs/calibration.md tells what is guaranteed.
 
     Example: ruyi-flow calibrate trace.msgpack --max-disagreement 0.05
     --out policy.yaml
     """
-    budgeted = {
+    limits = {
         "--max-escalation": max_escalation,
         "--max-bytes-per-token": max_bytes_per_token,
         "--max-latency": max_latency,
     }
-    of_cascade = {"--max-loss": max_loss, "--window": window}
-    of_token = {"--max-disagreement": max_disagreement, "--topology": topology, **budgeted}
-    for option, value in (of_token if mode == "cascade" else of_cascade).items():
+    other = "token" if mode == "cascade" else "cascade"
+    of_token = {"--max-disagreement": max_disagreement, "--topology": topology, **limits}
+    for option, value in (of_token if other == "token" else {"--max-loss": max_loss, "--window": window}).items():
         if value is not None:
-            raise ConfigError(f"{option} goes with mode {'token' if mode == 'cascade' else 'cascade'}, not with {mode}")
-    shares = {"--max-disagreement": max_disagreement, "--max-loss": max_loss, "--confidence": sureness}
-    for option, share in shares.items():
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"{option} is {share:g}; it must lie between 0 and 1")
-    for option, most in budgeted.items():
+            raise ConfigError(f"{option} is only valid with mode {other}, not with {mode}")
+    check_fractions({"--max-disagreement": max_disagreement, "--max-loss": max_loss, "--confidence": confidence_level})
+    for option, most in limits.items():
         if most is not None and not most > 0:
             raise ConfigError(f"{option} is {most:g}; it must be above 0")
     if max_escalation is not None and max_escalation > 1:
         raise ConfigError(f"--max-escalation is {max_escalation:g}; it is a share, at most 1")
     _check_targets(out_file, report)
 
-    from ruyi_flow.calibration.trace import Trace
-
-    read = Trace.load(*trace_files)
-    if score is not None and score not in read.header.scores:
-        raise ConfigError(f"--score: the trace has no {score}; it has {', '.join(read.header.scores)}")
-    if mode == "cascade":
-        loss = 0.03 if max_loss is None else max_loss
-        _cascade(read, loss, sureness, score, window or WINDOW, seed, out_file, report, as_json)
-        return
-    from ruyi_flow.calibration import thresholds as calibration
     from ruyi_flow.calibration.budget import Budget
 
-    spends = tuple(budgeted.values())
-    budget = Budget(*spends) if any(value is not None for value in spends) else None
+    loaded = Trace.load(*trace_files)
+    if score is not None and score not in loaded.header.scores:
+        raise ConfigError(f"--score: the trace has no {score}; it has {', '.join(loaded.header.scores)}")
+    job = _Job(loaded, confidence_level, score, seed, out_file, report, as_json)
+    if mode == "cascade":
+        _calibrate_cascade(job, 0.03 if max_loss is None else max_loss, window or WINDOW)
+        return
+    budget = Budget(*limits.values()) if any(value is not None for value in limits.values()) else None
     if budget is None and max_disagreement is None:
         max_disagreement = 0.05
-    deployment = _deployment(topology, read, measured=max_latency is not None)
-    with progress_bar("choosing thresholds", quiet=as_json):
-        found = calibration.calibrate(
-            read,
+    deployment = _deployment(topology, loaded, measured=max_latency is not None)
+    _calibrate_token(job, max_disagreement, budget, deployment)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Inputs and outputs that both modes share."""
+
+    trace: Trace
+    confidence_level: float
+    score: Score | None
+    seed: int
+    out_file: Path
+    report: Path | None
+    as_json: bool
+
+    def print_written(self, files: Sequence[Path]) -> None:
+        if files:
+            out.print("written: " + ", ".join(escape(str(file)) for file in files), soft_wrap=True)
+
+
+def _calibrate_token(
+    job: _Job, max_disagreement: float | None, budget: Budget | None, deployment: Deployment | None
+) -> None:
+    from ruyi_flow.calibration.thresholds import calibrate_token
+    from ruyi_flow.evaluation.calibration_report import write_token_report
+
+    with progress_bar("choosing thresholds", quiet=job.as_json):
+        found = calibrate_token(
+            job.trace,
             max_disagreement=max_disagreement,
-            sureness=sureness,
-            scores=None if score is None else (score,),
+            confidence_level=job.confidence_level,
+            scores=None if job.score is None else (job.score,),
             budget=budget,
             deployment=deployment,
-            seed=seed,
+            seed=job.seed,
         )
-    written = [out_file]
-    if report is not None:
-        from ruyi_flow.evaluation import frontier
-
-        written += frontier.write(report, found.frontier, *found.unseen)
-    found.policy.save(out_file)
-    if as_json:
-        facts = {**found.policy.model_dump(mode="json"), "errors": found.errors, "spent": asdict(found.spent)}
-        print_json({"file": str(out_file), **facts})
+    written = [] if job.report is None else write_token_report(job.report, found)
+    found.policy.save(job.out_file)
+    if job.as_json:
+        facts = {**found.policy.model_dump(mode="json"), "errors": found.errors, "spent": asdict(found.cost)}
+        print_json({"file": str(job.out_file), **facts})
         return
     table = Table("exit", "threshold", "decides", "calibration error before", "after", "temperature")
-    for p, threshold in found.choice.thresholds.items():
-        before, after = found.errors[p]
-        cells = (f"{before:.3f}", f"{after:.3f}", f"{found.policy.curves[p].temperature:g}")
-        shown = "never" if threshold > 1 else f"{threshold:.3f}"
-        table.add_row(str(p), shown, f"{found.choice.expected.decided[p]:.1%}", *cells)
-    last = read.header.exits[-1]
-    table.add_row(str(last), "", f"{found.choice.expected.decided[last]:.1%}", "", "", "")
+    for p, share in found.choice.expected.decided.items():
+        if (threshold := found.choice.thresholds.get(p)) is None:  # the last exit
+            table.add_row(str(p), "", f"{share:.1%}", "", "", "")
+            continue
+        cells = (*(f"{error:.3f}" for error in found.errors[p]), f"{found.policy.curves[p].temperature:g}")
+        table.add_row(str(p), "never" if threshold > 1 else f"{threshold:.3f}", f"{share:.1%}", *cells)
     out.print(table)
-    tested, costing = found.choice.tested, found.spent
-    bound = (
-        "; no bound was asked for"
-        if max_disagreement is None
-        else f"; on new ones at most {max_disagreement:.1%} will, with a sureness of {sureness:.0%}"
-    )
+    tested, cost = found.choice.tested, found.cost
+    bound = "no bound was requested"
+    if max_disagreement is not None:
+        bound = f"at most {max_disagreement:.1%} will on new prompts, with a confidence of {job.confidence_level:.0%}"
     out.print(
-        f"{found.policy.score}: of the tokens decided early {tested.disagreement:.1%} differed, on the "
-        f"{found.choice.prompts} prompts of the test{bound}",
+        f"score {found.policy.score}: {tested.disagreement:.1%} of the tokens decided early differ from the last "
+        f"exit's on the {found.choice.prompts} prompts of the test; {bound}",
         soft_wrap=True,
     )
-    times = "" if costing.latency_s is None else f", {1000 * costing.latency_s:.1f} ms a token without drafts"
+    times = "" if cost.latency_s is None else f", {1000 * cost.latency_s:.1f} ms per token without drafts"
     out.print(
-        f"on these prompts {costing.escalation:.1%} of the tokens are asked beyond the first node, "
-        f"{costing.bytes_per_token:,.0f} bytes a token go up{times}",
+        f"on these prompts the first node asks the next one for {cost.escalation:.1%} of the tokens; "
+        f"{cost.bytes_per_token:,.0f} bytes per token go up{times}",
         soft_wrap=True,
     )
-    out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+    job.print_written([job.out_file, *written])
+
+
+def _calibrate_cascade(job: _Job, max_loss: float, window: int) -> None:
+    from ruyi_flow.calibration.cascade import calibrate_cascade
+    from ruyi_flow.evaluation.calibration_report import write_cascade_report
+
+    header = job.trace.header
+    options = header.scorer == Scorer.CHOICE
+    with counting_bar(quiet=job.as_json) as progress:
+        found = calibrate_cascade(
+            job.trace,
+            max_loss=max_loss,
+            confidence_level=job.confidence_level,
+            score=job.score,
+            window=window,
+            seed=job.seed,
+            report=lambda done, total: progress("trying settings", done, total),
+        )
+    written = [] if job.report is None else write_cascade_report(job.report, found)
+    if not options:
+        found.policy.save(job.out_file)
+        written.insert(0, job.out_file)
+    if job.as_json:
+        facts: dict[str, Any] = {"file": None if options else str(job.out_file), **found.policy.model_dump(mode="json")}
+        print_json({**facts, "errors": found.errors, "frontier": [asdict(outcome) for outcome in found.frontier]})
+        return
+    table = Table("start at probability", "continue at confidence", "quality", "compute", *map(str, header.exits))
+    for outcome in found.frontier:
+        setting = outcome.setting
+        start = f"(exit {setting.first})" if setting.chance == 0 else f"{setting.chance:.2f}"
+        start = "(the last exit)" if setting.chance > 1 else start
+        shares = (outcome.score / max(1e-9, outcome.last), outcome.compute, *outcome.decided.values())
+        cells = (f"{setting.bound:.2f}", *(f"{share:.1%}" for share in shares))
+        table.add_row(start, *cells, style="bold" if outcome == found.tested else None)
+    out.print(table)
+    tested = found.tested
+    out.print(
+        f"scorer {header.scorer}: on the {found.prompts} prompts of the test the last exit's answers score "
+        f"{tested.last:.3f}, the policy's {tested.score:.3f} at {tested.compute:.1%} of its compute. On new prompts at "
+        f"most {max_loss:.1%} of the quality is lost, with a confidence of {job.confidence_level:.0%}",
+        soft_wrap=True,
+    )
+    if options:
+        out.print("no policy is written: nodes decide tokens, and this trace compares options", soft_wrap=True)
+    job.print_written(written)
 
 
 def _check_targets(out_file: Path, report: Path | None) -> None:
@@ -274,20 +330,20 @@ def _check_targets(out_file: Path, report: Path | None) -> None:
             PolicyFile.load(out_file)
         except ConfigError:
             raise ConfigError(
-                f"--out {out_file}: is there and is not a policy file; name another one, or remove it"
+                f"--out {out_file}: exists and is not a policy file; name another file or remove it"
             ) from None
     if report is not None:
         check_target(report, "--report", folder=True)
 
 
 def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deployment | None:
-    """A topology as the budgets need it, measured where they are of time."""
+    """Read where a topology cuts the family; measure its running nodes when the budget limits time."""
     if topology is None:
         if measured:
-            raise ConfigError("--max-latency needs --topology: the running nodes whose times count")
+            raise ConfigError("--max-latency needs --topology, to measure its running nodes")
         return None
     from ruyi_flow.config.topology import Topology
-    from ruyi_flow.evaluation.deployment import deployment_of, measure
+    from ruyi_flow.evaluation.deployment import deployment_of, measure_deployment
     from ruyi_flow.family import store
     from ruyi_flow.family.checkpoint import Checkpoint
 
@@ -295,71 +351,10 @@ def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deplo
     if loaded.all_exits != trace.header.exits:
         raise ConfigError(f"{topology} has exits {list(loaded.all_exits)}, the trace {list(trace.header.exits)}")
     with suppress(CheckpointError):  # the family need not be on this machine
-        held = Checkpoint(store.locate(loaded.family), loaded.exits).fingerprint
-        if held != trace.header.family:
-            raise ConfigError(f"{topology} is of family {held[:12]}, the trace of {trace.header.family[:12]}")
+        fingerprint = Checkpoint(store.locate(loaded.family), loaded.exits).fingerprint
+        if fingerprint != trace.header.family:
+            raise ConfigError(f"{topology} has family {fingerprint[:12]}, the trace {trace.header.family[:12]}")
     if not measured:
         return deployment_of(loaded, trace.header.hidden_size)
     with progress_bar("measuring the nodes"):
-        return asyncio.run(measure(loaded, trace.header.hidden_size))
-
-
-def _cascade(
-    trace: Trace,
-    max_loss: float,
-    sureness: float,
-    score: Score | None,
-    window: int,
-    seed: int,
-    out_file: Path,
-    report: Path | None,
-    as_json: bool,
-) -> None:
-    from ruyi_flow.calibration.cascade import calibrate_cascade
-    from ruyi_flow.calibration.trace import Scorer
-
-    options = trace.header.scorer == Scorer.CHOICE
-    with counting_bar(quiet=as_json) as progress:
-        found = calibrate_cascade(
-            trace,
-            max_loss=max_loss,
-            sureness=sureness,
-            score=score,
-            window=window,
-            seed=seed,
-            report=lambda done, total: progress("trying settings", done, total),
-        )
-    written: list[Path] = []
-    if report is not None:
-        from ruyi_flow.evaluation import frontier
-
-        written += frontier.write_cascade(report, found)
-    if not options:
-        found.policy.save(out_file)
-        written.insert(0, out_file)
-    if as_json:
-        facts = {"file": None if options else str(out_file), **found.policy.model_dump(mode="json")}
-        print_json({**facts, "errors": found.errors, "frontier": [asdict(worth) for worth in found.frontier]})
-        return
-    table = Table(
-        "begins where as good with", "stays while as sure as", "worth", "compute", *map(str, trace.header.exits)
-    )
-    for worth in found.frontier:
-        chosen = "bold" if worth == found.tested else None
-        chance = f"(exit {worth.setting.first})" if worth.setting.chance == 0 else f"{worth.setting.chance:.2f}"
-        chance = "(the last exit)" if worth.setting.chance > 1 else chance
-        shares = [f"{share:.1%}" for share in worth.decided.values()]
-        worths = (f"{worth.score / max(1e-9, worth.last):.1%}", f"{worth.compute:.1%}")
-        table.add_row(chance, f"{worth.setting.bound:.2f}", *worths, *shares, style=chosen)
-    out.print(table)
-    tested = found.tested
-    out.print(
-        f"scorer {trace.header.scorer}: the last exit's answers are worth {tested.last:.3f} each; these "
-        f"{tested.score:.3f}, at {tested.compute:.1%} of its compute, on the {found.prompts} prompts of the test. "
-        f"On new ones at most {max_loss:.1%} of it will be lost, with a sureness of {sureness:.0%}",
-        soft_wrap=True,
-    )
-    if options:
-        out.print("no policy is written: a node decides by tokens, and this trace compares options", soft_wrap=True)
-    if written:
-        out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)
+        return asyncio.run(measure_deployment(loaded, trace.header.hidden_size))

@@ -126,11 +126,11 @@ def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | Non
         ConfigError: a file cannot be read, or the family has no tokenizer.
     """
     from ruyi_flow.calibration.trace import Scorer
-    from ruyi_flow.evaluation.scorers import read_asked
+    from ruyi_flow.evaluation.scorers import read_questions
 
     if tokenizer is None:
         raise ConfigError(f"{checkpoint.folder}: has no tokenizer.json, which --prompts and --text need")
-    if prompts is not None and not list(read_asked(prompts, tokenizer, Scorer.AGREEMENT)):
+    if prompts is not None and not list(read_questions(prompts, tokenizer, Scorer.AGREEMENT)):
         raise ConfigError(f"{prompts}: contains no prompts")
     if text is not None:
         try:

@@ -1,1 +1,1 @@
-"""How good each exit of a family is: benchmarks of lm-evaluation-harness, and agreement with the last exit."""
+"""Evaluation of each exit of a family: benchmarks of lm-evaluation-harness, and agreement with the last exit."""

@@ -1,4 +1,4 @@
-"""One answer explained token by token: who decided it and why, what the last branch would have said, what it cost."""
+"""Explanations of one answer, token by token: which node decided it and why, the last exit's token, and the cost."""
 
 from __future__ import annotations
 
@@ -23,43 +23,48 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.scores import measure
 from ruyi_flow.types import Mode, Stats, Token
 
-__all__ = ["Explained", "explain", "like_the_last_node", "score_name", "write_html"]
+__all__ = ["ExplainedToken", "explain", "load_like_last_node", "score_name", "write_html"]
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
-    """One token of an answer."""
+class ExplainedToken:
+    """One token of an answer, with what led to it."""
 
     text: str
     exit: int
+    """Exit that decided the token."""
     node: str
+    """Label of this exit's node."""
     reason: str
     own: float | None
-    """What confidence is made of: the likeliest token's probability, or the policy's score, at its curve's temperature;
-    None where the exit has no curve in a policy that has some."""
+    """Score that confidence is computed from: the most probable token's probability, or the policy's score at the
+    temperature of the exit's curve. None when the policy has curves, but none for this exit."""
     confidence: float
-    """Calibrated, where the policy is."""
+    """Confidence of the exit, calibrated if the policy is."""
     mean: float | None
-    """Mode cascade: the mean confidence over the window that the decision went by; None where the exit needs none."""
+    """Mean confidence over the window, which decides in mode cascade; None when the exit has no threshold."""
     threshold: float | None
-    """That the confidence, or in mode cascade its mean, had to reach; None where the exit needs none."""
+    """Threshold for the confidence, or in mode cascade for its mean; None when the exit has none."""
     last: str
-    """What the last branch would have said here."""
+    """Token of the last exit after the same text."""
     agrees: bool
+    """Whether the two tokens are equal."""
     bytes_up: int
+    """Bytes sent upward by the round that decided this token; 0 on the round's other tokens."""
     ms: float
-    """Since the token before it; tokens that were settled together have 0, but for the first of them."""
+    """Milliseconds since the previous token; 0 on the round's other tokens."""
 
 
 def explain(
     family: Family, topology: Topology, request: GenerateRequest, policy: Policy, tokens: Sequence[Token]
-) -> list[Explained]:
-    """Explain an answer that a topology gave.
+) -> list[ExplainedToken]:
+    """Explain an answer of a topology's nodes.
 
     Args:
-        family: the topology's, whole, as `like_the_last_node` loads it.
-        request: that was answered.
-        policy: that its tokens were decided by.
+        family: the topology's whole family, as `load_like_last_node` loads it.
+        topology: the nodes that answered.
+        request: the request.
+        policy: the policy that decided the tokens.
         tokens: the answer.
     """
     if not tokens:
@@ -71,24 +76,23 @@ def explain(
     rows = torch.arange(len(prompt) - 1, len(tree))
     own: list[float | None] = [None] * len(tokens)
     means: list[float | None] = [None] * len(tokens)
-    said: list[int] = []
-    for p, logits, read in exit_logits(family.model, family.exits, [tree], [rows]):
-        raw, sure = _measured(policy, p, family.model.branch_at[p].probe, logits, read)
+    last: list[int] = []
+    for p, logits, states in exit_logits(family.model, family.exits, [tree], [rows]):
+        raw, confidence = _measure_exit(policy, p, family.model.branch_at[p].probe, logits, states)
         seen: list[float] = []
         for i, token in enumerate(tokens):
             if token.exit == p and raw is not None:
                 own[i] = raw[i]
-            if token.exit >= p:  # it was asked, and then either decided or did not
-                seen.append(token.confidence if token.exit == p else sure[i])
+            if token.exit >= p:  # the exit saw this token: it decided, or left it to a deeper one
+                seen.append(token.confidence if token.exit == p else confidence[i])
             if token.exit == p and policy.routing.mode is Mode.CASCADE and _threshold(policy, p) is not None:
-                recent = seen[-policy.routing.window :]
-                means[i] = (
-                    sum(recent) + policy.routing.window - len(recent)
-                ) / policy.routing.window  # missing ones count as sure
-        said = logits.argmax(-1).tolist()  # the last exit comes last
+                window = policy.routing.window
+                recent = seen[-window:]
+                means[i] = (sum(recent) + window - len(recent)) / window  # missing ones count as 1
+        last = logits.argmax(-1).tolist()  # the last exit comes last
     before = [0.0, *(token.after_s for token in tokens)]
     return [
-        Explained(
+        ExplainedToken(
             text=token.text,
             exit=token.exit,
             node=topology.node(token.node).label,
@@ -97,8 +101,8 @@ def explain(
             confidence=token.confidence,
             mean=means[i],
             threshold=_threshold(policy, token.exit),
-            last=str(said[i]) if family.tokenizer is None else str(family.tokenizer.decode([said[i]])),
-            agrees=said[i] == token.id,
+            last=str(last[i]) if family.tokenizer is None else str(family.tokenizer.decode([last[i]])),
+            agrees=last[i] == token.id,
             bytes_up=token.bytes_up,
             ms=1000 * (token.after_s - before[i]),
         )
@@ -106,11 +110,11 @@ def explain(
     ]
 
 
-def like_the_last_node(topology: Topology) -> Family:
-    """A topology's family, whole, in the number format and with the weights that its last node holds.
+def load_like_last_node(topology: Topology) -> Family:
+    """Load a topology's whole family with the number format and weight format of its last node.
 
     Raises:
-        CheckpointError: it is not in this machine's store, or cannot be held like this.
+        CheckpointError: the family is not in this machine's store, or does not support the format.
     """
     last = topology.nodes[-1]
     weights = last.weights
@@ -119,15 +123,16 @@ def like_the_last_node(topology: Topology) -> Family:
     return load_family(topology.family, exits=topology.exits, dtype=last.dtype, weights=weights)
 
 
-def _measured(
-    policy: Policy, exit: int, probe: Probe | None, logits: Tensor, read: Tensor
+def _measure_exit(
+    policy: Policy, exit: int, probe: Probe | None, logits: Tensor, states: Tensor
 ) -> tuple[list[float] | None, list[float]]:
-    """An exit's scores before calibration, where confidence is made of them, and what its confidences are."""
-    curve = None if policy.routing.scale is None else policy.routing.scale.curves.get(exit)
-    if policy.routing.scale is None or curve is None:
+    """Return an exit's scores before calibration, or None if it has no curve, and its confidences."""
+    scale = policy.routing.scale
+    curve = None if scale is None else scale.curves.get(exit)
+    if scale is None or curve is None:
         plain = measure(logits, Score.MAX_PROBABILITY).tolist()
-        return (plain if policy.routing.scale is None else None), plain
-    raw = measure(logits, policy.routing.scale.score, curve.temperature, probe=probe, read=read).tolist()
+        return (plain if scale is None else None), plain
+    raw = measure(logits, scale.score, curve.temperature, probe=probe, read=states).tolist()
     return raw, [curve(score) for score in raw]
 
 
@@ -136,27 +141,24 @@ def _threshold(policy: Policy, exit: int) -> float | None:
     return value if value is not None and value <= 1 else None
 
 
-def write_html(out: Path, prompt: str, rows: Sequence[Explained], stats: Stats, policy: Policy) -> None:
+def write_html(out: Path, prompt: str, rows: Sequence[ExplainedToken], stats: Stats, policy: Policy) -> None:
     """Write an explanation as one HTML file that needs no network."""
-    nodes = list(dict.fromkeys(row.node for row in rows))
+    nodes = list(dict.fromkeys(row.node for row in sorted(rows, key=lambda row: row.exit)))  # tiers in order
     colours = {node: _COLOURS[i % len(_COLOURS)] for i, node in enumerate(nodes)}
     page = Environment(autoescape=True).from_string(_PAGE)
-    text = page.render(prompt=prompt, rows=rows, stats=asdict(stats), policy=_described(policy), colours=colours)
+    text = page.render(prompt=prompt, rows=rows, stats=asdict(stats), policy=_describe(policy), colours=colours)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
 
 
-def _described(policy: Policy) -> Mapping[str, Any]:
-    sure = {p: f"{t:.3f}" for p, t in policy.thresholds.items() if t <= 1}
-    score = (
-        "the likeliest token's probability"
-        if policy.routing.scale is None
-        else f"calibrated {policy.routing.scale.score}"
-    )
+def _describe(policy: Policy) -> Mapping[str, Any]:
+    thresholds = {p: f"{t:.3f}" for p, t in policy.thresholds.items() if t <= 1}
+    scale = policy.routing.scale
+    score = "the most probable token's probability" if scale is None else f"calibrated {scale.score}"
     window = policy.routing.window if policy.routing.mode is Mode.CASCADE else None
     return {
         "mode": str(policy.routing.mode),
-        "thresholds": sure,
+        "thresholds": thresholds,
         "confidence": score,
         "own": score_name(policy),
         "window": window,
@@ -164,7 +166,7 @@ def _described(policy: Policy) -> Mapping[str, Any]:
 
 
 def score_name(policy: Policy) -> str:
-    """What the column of `Explained.own` is called."""
+    """Return the column title of `ExplainedToken.own`."""
     return "own" if policy.routing.scale is None else str(policy.routing.scale.score).replace("_", " ")
 
 
@@ -180,33 +182,35 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
 table { border-collapse: collapse; margin-top: 1rem; width: 100%; font-size: 13px; }
 th, td { text-align: right; padding: 2px 8px; border-bottom: 1px solid #eee; }
 th { position: sticky; top: 0; background: #fff; }
-td.t { font-family: ui-monospace, monospace; text-align: left; white-space: pre; }
+.text { text-align: left; }
+td.code { font-family: ui-monospace, monospace; white-space: pre; }
 b.key { padding: 0 .5em; border-radius: 2px; font-weight: normal; margin-right: 1em; }
 </style>
 <h1>An answer, token by token</h1>
 <p><b>{{ prompt }}</b></p>
 <p>Mode {{ policy.mode }}; confidence is {{ policy.confidence }}
-{%- if policy.window %}, which decides by its mean over {{ policy.window }} tokens{% endif %}
-{%- if policy.thresholds %}; an exit needs {% for p, t in policy.thresholds.items() %}{{ p }}: {{ t }}
+{%- if policy.window %}, averaged over {{ policy.window }} tokens{% endif %}
+{%- if policy.thresholds %}; thresholds by exit: {% for p, t in policy.thresholds.items() %}{{ p }}: {{ t }}
 {%- if not loop.last %}, {% endif %}{% endfor %}{% endif %}.
 {{ stats.new_tokens }} tokens in {{ "%.2f"|format(stats.total_s) }} s, the first after
-{{ "%.0f"|format(1000 * stats.first_token_s) }} ms; {{ stats.escalations }} questions beyond the first node.</p>
+{{ "%.0f"|format(1000 * stats.first_token_s) }} ms; {{ stats.escalations }} questions to the next node.</p>
 <p>{% for node, colour in colours.items() %}<b class="key" style="background:{{ colour }}">{{ node }}</b>{% endfor %}
-<span class="differs">underlined</span>: the last branch would have said something else.</p>
+<span class="differs">underlined</span>: the last exit predicts another token here.</p>
 <div class="answer">{% for r in rows %}<span style="background:{{ colours[r.node] }}"
 {%- if not r.agrees %} class="differs"{% endif %} title="exit {{ r.exit }}, {{ r.reason }}, confidence
  {{ "%.2f"|format(r.confidence) }}{% if r.mean is not none %}, mean {{ "%.2f"|format(r.mean) }}{% endif %}
-{%- if not r.agrees %}; last: {{ r.last }}{% endif %}">{{ r.text }}</span>
+{%- if not r.agrees %}; last exit: {{ r.last }}{% endif %}">{{ r.text }}</span>
 {%- endfor %}</div>
-<table><tr><th>#<th>token<th>node<th>exit<th>{{ policy.own }}<th>confidence
-{%- if policy.window %}<th>mean{% endif %}<th>threshold<th>why<th>the last branch
+<table><tr><th>#<th class="text">token<th class="text">node<th>exit<th>{{ policy.own }}<th>confidence
+{%- if policy.window %}<th>mean{% endif %}<th>threshold<th class="text">reason<th class="text">last exit
 <th>bytes up<th>ms</tr>
-{% for r in rows %}<tr style="background:{{ colours[r.node] }}44"><td>{{ loop.index0 }}<td class="t">{{ r.text }}</td>
-<td>{{ r.node }}<td>{{ r.exit }}<td>{% if r.own is not none %}{{ "%.3f"|format(r.own) }}{% endif %}
+{% for r in rows %}<tr style="background:{{ colours[r.node] }}44"><td>{{ loop.index0 }}
+<td class="text code">{{ r.text }}</td>
+<td class="text">{{ r.node }}<td>{{ r.exit }}<td>{% if r.own is not none %}{{ "%.3f"|format(r.own) }}{% endif %}
 <td>{{ "%.3f"|format(r.confidence) }}
 {%- if policy.window %}<td>{% if r.mean is not none %}{{ "%.3f"|format(r.mean) }}{% endif %}{% endif %}
-<td>{% if r.threshold is not none %}{{ "%.3f"|format(r.threshold) }}{% endif %}<td>{{ r.reason }}
-<td class="t">{% if r.agrees %}the same{% else %}{{ r.last }}{% endif %}</td><td>{{ r.bytes_up }}
+<td>{% if r.threshold is not none %}{{ "%.3f"|format(r.threshold) }}{% endif %}<td class="text">{{ r.reason }}
+<td class="text code">{% if r.agrees %}the same{% else %}{{ r.last }}{% endif %}</td><td>{{ r.bytes_up }}
 <td>{{ "%.1f"|format(r.ms) }}</tr>
 {% endfor %}</table></html>
 """

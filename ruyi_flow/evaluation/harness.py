@@ -1,4 +1,4 @@
-"""The exits of a family as models of lm-evaluation-harness; what one pass tells about all of them is kept for all."""
+"""The exits of a family as models of lm-evaluation-harness. One pass scores all exits, and the results are cached."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.local import Family
 from ruyi_flow.training.distill import answers
 
-__all__ = ["ExitLM", "Found", "Report", "key"]
+__all__ = ["ExitLM", "Report", "ResultCache", "cache_key"]
 
 Report = Callable[[str, int, int], None]
+"""Called with a phase's name, the amount that is done, and the total."""
 
 
-class Found:
-    """What was found out already, by exit and question: in memory, and in a file that an interrupted run goes on from.
+class ResultCache:
+    """Results by exit and question, in memory and in a file from which an interrupted run resumes.
 
     Args:
-        path: of the file; lines of [key, value].
+        path: file with lines of [key, value].
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +39,7 @@ class Found:
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]  # the last line may be cut off
         self._values: dict[str, Any] = dict(json.loads(line) for line in whole.splitlines())
-        self._file.truncate(len(whole))  # it is all ASCII
+        self._file.truncate(len(whole))  # json.dumps writes ASCII, so characters are bytes
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -51,60 +52,60 @@ class Found:
         self._file.write(json.dumps([key, value]) + "\n")
 
     def flush(self) -> None:
-        """Put what was found onto the disk."""
+        """Flush new results to the operating system."""
         self._file.flush()
 
-    def __enter__(self) -> Found:
+    def __enter__(self) -> ResultCache:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
 
-def key(exit: int, kind: str, *what: Any) -> str:
-    """The name of one exit's answer to one question."""
-    return f"{exit}/{kind}/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
+def cache_key(exit: int, kind: str, *question: Any) -> str:
+    """Return the key of one exit's result for one question."""
+    return f"{exit}/{kind}/{hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]}"
 
 
 class ExitLM(TemplateLM):  # type: ignore[misc]
-    """One exit of a family.
+    """A model of lm-evaluation-harness that answers with one exit of a family.
 
     Args:
-        family: whole.
-        exit: whose answers are asked for.
-        exits: all exits that will be asked the same questions.
-        found: where what is known is kept, for all of them.
-        batch_tokens: tokens in one pass.
-        report: told what is done, how much of it, and of how much.
+        family: the whole family.
+        exit: the exit that answers.
+        exits: all exits that will get the same questions.
+        cache: results of all these exits.
+        batch_tokens: most tokens in one pass.
+        report: called with the progress.
     """
 
     def __init__(
-        self, family: Family, exit: int, exits: Sequence[int], found: Found, *, batch_tokens: int, report: Report
+        self, family: Family, exit: int, exits: Sequence[int], cache: ResultCache, *, batch_tokens: int, report: Report
     ) -> None:
         super().__init__()
-        self.family, self.exit, self.exits, self.found = family, exit, sorted(exits), found
+        self.family, self.exit, self.exits, self.cache = family, exit, sorted(exits), cache
         self.batch_tokens, self.report = batch_tokens, report
         self.tokenizer = family.tokenizer
         self.max_length = family.config.max_positions
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text."""
+        """Return the token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """Return the token that precedes a text without context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's own caches."""
+        """Return the name for the harness's own caches."""
         return str(self.family.checkpoint.folder.name)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text."""
+        """Render a chat as text."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -115,7 +116,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; special tokens as the tokenizer adds them, unless the text begins with one."""
+        """Encode a text, with the tokenizer's special tokens unless the text begins with one."""
         begin = self.tokenizer.bos_token
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and begin and string.startswith(begin):
@@ -131,7 +132,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         self._score(pairs)
-        return [tuple(self.found[key(self.exit, "score", *pair)]) for pair in pairs]
+        return [tuple(self.cache[cache_key(self.exit, "score", *pair)]) for pair in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """See the harness."""
@@ -145,20 +146,20 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
             )
             windows.append([(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, rolling)])
         self._score([pair for text in windows for pair in text])
-        return [sum(self.found[key(self.exit, "score", *pair)][0] for pair in text) for text in windows]
+        return [sum(self.cache[cache_key(self.exit, "score", *pair)][0] for pair in text) for text in windows]
 
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        """Find out, for every exit, how likely each continuation is after its context, and whether it is greedy's."""
+        """Compute, for every exit, each continuation's log-likelihood after its context, and whether it is greedy."""
         waiting: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
         for context, continuation in dict.fromkeys(pairs):
-            if any(key(p, "score", context, continuation) not in self.found for p in self.exits):
+            if any(cache_key(p, "score", context, continuation) not in self.cache for p in self.exits):
                 waiting[context].append(continuation)
-        trees: list[tuple[Tree, tuple[int, ...]]] = []  # and the context as it was asked
+        trees: list[tuple[Tree, tuple[int, ...]]] = []  # with the uncut context
         for context, continuations in waiting.items():
             room = self.max_length + 1 - max(map(len, continuations))
             if len(context) <= room:
-                trees += [(tree, context) for tree in _grown(context, continuations, self.batch_tokens)]
-            else:  # as the harness does it: each continuation keeps as much of the context's end as there is room for
+                trees += [(tree, context) for tree in _trees(context, continuations, self.batch_tokens)]
+            else:  # like the harness: each continuation keeps as much of the end of the context as fits
                 for continuation in continuations:
                     cut = (*context, *continuation)[-(self.max_length + 1) :][: -len(continuation)]
                     trees.append((Tree(cut, (continuation,)), context))
@@ -170,7 +171,7 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
             self._score_batch(batch)
             done += sum(len(tree.continuations) for tree, _ in batch)
             self.report("scoring", done, total)
-        self.found.flush()
+        self.cache.flush()
 
     def _score_batch(self, batch: Sequence[tuple[Tree, tuple[int, ...]]]) -> None:
         chosen: list[Tensor] = []
@@ -191,19 +192,19 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
                 for continuation in tree.continuations:
                     stop = start + len(continuation)
                     score = float(likely[start:stop].sum()), bool(greedy[start:stop].all())
-                    self.found[key(exit, "score", context, continuation)] = score
+                    self.cache[cache_key(exit, "score", context, continuation)] = score
                     start = stop
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """See the harness; sampled where a request says so."""
+        """See the harness; samples if a request asks for it."""
         ends = self.tokenizer.decode([self.eot_token_id])
         alike: dict[str, list[str]] = defaultdict(list)  # settings as JSON -> contexts
         names = []
         for request in requests:
             context, settings = request.args
-            name = key(self.exit, "text", context, settings)
+            name = cache_key(self.exit, "text", context, settings)
             names.append(name)
-            if name not in self.found:
+            if name not in self.cache:
                 alike[json.dumps(settings)].append(context)
         total, done = sum(map(len, alike.values())), 0
         for settings_json, contexts in alike.items():
@@ -226,14 +227,14 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
                 text = self.tokenizer.decode(answer.token_ids)
                 for stop in until:
                     text = text.split(stop)[0] if stop else text
-                self.found[key(self.exit, "text", contexts[answer.index], json.loads(settings_json))] = text
-                self.found.flush()
+                self.cache[cache_key(self.exit, "text", contexts[answer.index], json.loads(settings_json))] = text
+                self.cache.flush()
                 done += 1
                 self.report(f"exit {self.exit} answering", done, total)
-        return [str(self.found[name]) for name in names]
+        return [str(self.cache[name]) for name in names]
 
     def _ended(self, until: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-        """Whether a text's end has come, looked for in its last tokens, each of which is a character at least."""
+        """Return a test for a stop text in the last tokens, each of which has at least one character."""
         reach = max(map(len, until), default=0) + 8
 
         def ended(token_ids: Sequence[int]) -> bool:
@@ -243,8 +244,8 @@ class ExitLM(TemplateLM):  # type: ignore[misc]
         return ended
 
 
-def _grown(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], size: int) -> Iterator[Tree]:
-    """Trees of a context with as many of its continuations as fit into so many tokens, one at least."""
+def _trees(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], size: int) -> Iterator[Tree]:
+    """Yield trees of a context with as many continuations as fit into `size` tokens, but at least one."""
     taken: list[tuple[int, ...]] = []
     for continuation in continuations:
         if taken and len(Tree(context, (*taken, continuation))) > size:

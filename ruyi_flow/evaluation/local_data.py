@@ -1,7 +1,7 @@
-"""Benchmarks from a local folder: the harness's own tasks, with the files laid out as their data sets on the hub are.
+"""Tasks of lm-evaluation-harness that read their data from a local folder.
 
-A folder holds `TASK/test.jsonl` (or `test.txt`) and, where few-shot examples are wanted, `TASK/train.jsonl`. What a
-task asks, and how an answer is judged, stays the harness's; only where its rows come from changes.
+The folder contains `TASK/test.jsonl` (or `test.txt`) and, for few-shot examples, `TASK/train.jsonl`. Prompts and
+scoring stay the harness's; only the source of the rows changes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """How a local file's rows become those of the data set that the harness's task expects."""
+    """The conversion of local files to the data set that the harness's task expects."""
 
     folder: str
     config: str | Callable[[Row], str]
-    """Name of the data set's configuration, or which field of a row names it."""
+    """Name of the data set's configuration, or a function that returns a row's."""
     row: Callable[[Row], Row] = lambda row: row
+    """Converts a local row to one of the data set."""
     group: bool = False
-    """Whether the harness's name is a group of tasks, one for each configuration."""
+    """Whether the task is a group, with one task for each configuration."""
 
 
 def _cmmlu(row: Row) -> Row:
@@ -54,20 +55,20 @@ LOCAL = {
     "humaneval": _Source("humaneval", "openai_humaneval"),
     "wikitext": _Source("wikitext2", "wikitext-2-raw-v1"),
 }
-"""The harness's names of the tasks that can be read from a local folder."""
+"""Tasks of the harness that can be read from a local folder."""
 
 
 def overrides(task: str, data: Path, scratch: Path, *, fewshot: int) -> Row:
-    """What to change in one of the harness's tasks, or groups, so that it reads local rows.
+    """Return the settings that make one of the harness's tasks, or groups, read local rows.
 
     Args:
         task: one of `LOCAL`.
         data: the folder with `TASK/test.jsonl`.
-        scratch: where the rows are written as the harness expects them.
-        fewshot: examples before each question.
+        scratch: folder to write the rows to, as the harness expects them.
+        fewshot: number of examples before each question.
 
     Raises:
-        ConfigError: a file that is missing, or a line of it that is wrong.
+        ConfigError: a file is missing or has an invalid line.
     """
     source = LOCAL[task]
     splits = {"test": _rows(data / source.folder, "test")}
@@ -92,9 +93,9 @@ def overrides(task: str, data: Path, scratch: Path, *, fewshot: int) -> Row:
         "dataset_kwargs": {"cache_dir": str(scratch / "cache")},
         "training_split": "train" if fewshot else None,
         "validation_split": None,
-        "fewshot_split": "train" if fewshot else "test",  # the harness looks at it even when it takes none
+        "fewshot_split": "train" if fewshot else "test",  # the harness reads it even without examples
     }
-    if not task.startswith("bbh"):  # whose examples are part of the task
+    if not task.startswith("bbh"):  # its examples are part of the task
         changes["num_fewshot"] = fewshot
     return changes
 
@@ -105,7 +106,7 @@ def _rows(folder: Path, split: str) -> list[Row]:
         return [{"page": page} for page in _articles(text.read_text(encoding="utf-8"))]
     file = folder / f"{split}.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines knows more ends than JSON
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines would split JSON strings
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
     rows = []
@@ -115,12 +116,12 @@ def _rows(folder: Path, split: str) -> list[Row]:
         except ValueError as error:
             raise ConfigError(f"{file}, line {number}: not JSON: {error}") from None
     if not rows:
-        raise ConfigError(f"{file}: there is nothing in it")
+        raise ConfigError(f"{file}: the file contains no rows")
     return rows
 
 
 def _articles(text: str) -> Iterator[str]:
-    """The articles of WikiText: each begins with a heading of the first level, ` = Title = `."""
+    """Split WikiText into articles; each begins with a heading of the first level, ` = Title = `."""
     starts = [m.start() for m in re.finditer(r"^ = [^=\n].*[^=\n] = $", text, re.MULTILINE)]
     if not starts:
         yield text

@@ -1,4 +1,4 @@
-"""What holding weights in few bits costs: how often the last exit still says the same, and its perplexity."""
+"""Quality loss of weight formats: how often the last exit predicts the same token, and its perplexity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ruyi_flow.calibration.trace import Scorer
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.evaluation.scorers import read_asked
+from ruyi_flow.evaluation.scorers import read_questions
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.local import Family
 from ruyi_flow.types import Weights
@@ -31,22 +31,23 @@ QUESTIONS = (
     "Summarize what photosynthesis does in two sentences.",
     "Which is heavier, a kilogram of feathers or a kilogram of iron? Why?",
 )
-"""Asked where the user gives no prompts."""
+"""Default prompts."""
 
 _ANSWER, _WINDOW, _WINDOWS = 64, 512, 16
-"""Tokens of an answer, and of a window of text, and windows at the most."""
+"""Tokens of an answer, tokens of a window of text, and most windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """One format against bfloat16, at the last exit."""
+    """One weight format compared with bfloat16, at the last exit."""
 
     weights: str
     agreement: float
-    """Share of tokens on which both say the same, along bfloat16's own greedy answers."""
+    """Share of tokens on which both formats predict the same, along bfloat16's greedy answers."""
     tokens: int
+    """Number of these tokens."""
     perplexity: float | None
-    """A token, over windows of the text; None without a text."""
+    """Perplexity per token over windows of the text; None without a text."""
 
 
 def measure_quality(
@@ -57,23 +58,24 @@ def measure_quality(
     text: Path | None = None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Quality]:
-    """Compare formats with the same family in bfloat16, which comes first in the result.
+    """Compare weight formats with the same family in bfloat16, which comes first in the result.
 
     Args:
-        checkpoint: a whole family with wide weights.
-        prompts: JSON lines as for a trace; a few questions of ours when left out.
-        text: a file whose first windows are read, for perplexity.
-        report: told which format is measured, how much of it is done, and of how much.
+        checkpoint: a whole family with unquantized weights.
+        formats: the formats to compare.
+        prompts: JSON lines as for a trace. Default: `QUESTIONS`.
+        text: text file whose first windows measure perplexity. Default: no perplexity.
+        report: called with the format that is measured, the amount that is done, and the total.
 
     Raises:
-        CheckpointError: a format that cannot hold this family.
-        ConfigError: a file that cannot be read, or a family without a tokenizer.
+        CheckpointError: a format does not support this family.
+        ConfigError: a file cannot be read, or the family has no tokenizer.
     """
     wide = Family(checkpoint, dtype=torch.bfloat16)
     tokenizer, last = wide.tokenizer, wide.exits[-1]
     if tokenizer is None:
-        raise ConfigError(f"{checkpoint.folder}: it has no tokenizer.json, so what few bits cost cannot be measured")
-    asked = [item.prompt for item in read_asked(prompts, tokenizer, Scorer.AGREEMENT)] if prompts else _ours(tokenizer)
+        raise ConfigError(f"{checkpoint.folder} has no tokenizer.json, which measuring quality needs")
+    asked = _prompts(prompts, tokenizer)
     read: list[int] = []
     if text is not None:
         try:
@@ -82,30 +84,32 @@ def measure_quality(
             raise ConfigError(f"{text}: cannot be read as text: {error}") from None
     windows = [w for i in range(0, len(read), _WINDOW) if len(w := read[i : i + _WINDOW]) > 1]
     answers = [wide.generate(torch.tensor([p]), max_new_tokens=_ANSWER)[0].tolist() for p in asked]
-    said: list[Tensor] = []
+    expected: list[Tensor] = []
     found = []
     for weights in (Weights.BF16, *formats):
         family = wide if weights is Weights.BF16 else Family(checkpoint, dtype=torch.bfloat16, weights=weights)
         done, total = 0, len(asked) + len(windows)
-        picked = []
+        predicted = []
         for prompt, answer in zip(asked, answers, strict=True):
             logits = family.logits(torch.tensor([[*prompt, *answer]]), last)
-            picked.append(logits[0, len(prompt) - 1 : -1].argmax(-1))
+            predicted.append(logits[0, len(prompt) - 1 : -1].argmax(-1))
             report(weights, done := done + 1, total)
-        said = said or picked
+        expected = expected or predicted
         loss = 0.0
         for window in windows:
             ids = torch.tensor([window])
             loss += float(F.cross_entropy(family.logits(ids, last)[0, :-1], ids[0, 1:], reduction="sum"))
             report(weights, done := done + 1, total)
-        same, scored = torch.cat(picked) == torch.cat(said), sum(len(window) - 1 for window in windows)
+        same, scored = torch.cat(predicted) == torch.cat(expected), sum(len(window) - 1 for window in windows)
         perplexity = math.exp(loss / scored) if scored else None
         found.append(Quality(weights, float(same.float().mean()), len(same), perplexity))
     return found
 
 
-def _ours(tokenizer: Any) -> list[list[int]]:
-    """Our own questions, as one user turn where the family has a chat template."""
+def _prompts(file: Path | None, tokenizer: Any) -> list[list[int]]:
+    """Read the prompts of a file, or encode `QUESTIONS`, each as one user turn if the family has a chat template."""
+    if file is not None:
+        return [list(question.prompt) for question in read_questions(file, tokenizer, Scorer.AGREEMENT)]
     if tokenizer.chat_template is None:
         return [tokenizer(question)["input_ids"] for question in QUESTIONS]
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]

@@ -1,4 +1,4 @@
-"""An evaluation as a table in Markdown, as JSON and as a plot."""
+"""Reports of an evaluation: a Markdown table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["cell", "heading", "markdown", "write"]
 
 
 def heading(column: Column) -> str:
-    """What stands above a column; the arrow says which way is better."""
+    """Return a column's heading; its arrow tells which direction is better."""
     return f"{column.task} {column.metric.replace('_', ' ')} {'↑' if column.higher_is_better else '↓'}".replace(
         f"{column.task} {column.task}", column.task
     )
 
 
 def cell(row: Row, column: Column) -> str:
-    """A value, with its standard error where there is one."""
+    """Format a value, with its standard error if there is one."""
     value, error = row.values[column.task], row.errors.get(column.task)
     shown = f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
     return shown if error is None else f"{shown} ± {error:.3f}"
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The table, an exit a row."""
+    """Format the table in Markdown, one row for each exit."""
     lines = [["exit", "layers", "parameters", *map(heading, evaluation.columns)]]
     lines.append(["---:"] * len(lines[0]))
     for row in evaluation.rows:
@@ -35,11 +35,7 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def write(evaluation: Evaluation, out: Path) -> list[Path]:
-    """Write `table.md`, `evaluation.json` and, where matplotlib is installed, `plot.png`.
-
-    Returns:
-        What was written.
-    """
+    """Write `table.md`, `evaluation.json` and, if matplotlib is installed, `plot.png`, and return their paths."""
     limit = "" if evaluation.limit is None else f", {evaluation.limit} questions of each task"
     head = f"{evaluation.family} ({evaluation.fingerprint[:12]}), {evaluation.dtype}, {evaluation.fewshot} shots{limit}"
     table, data, plot = out / "table.md", out / "evaluation.json", out / "plot.png"

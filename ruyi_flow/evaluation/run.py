@@ -1,4 +1,4 @@
-"""The evaluation of a family: every task at every exit, as one table."""
+"""Evaluation of a family: every task at every exit, as one table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ruyi_flow.errors import ConfigError, did_you_mean
-from ruyi_flow.evaluation.harness import ExitLM, Found, Report, key
+from ruyi_flow.evaluation.harness import ExitLM, Report, ResultCache, cache_key
 from ruyi_flow.evaluation.local_data import LOCAL, overrides
 from ruyi_flow.evaluation.sandbox import HUMANEVAL
 from ruyi_flow.family.every_exit import Tree, exit_logits
@@ -27,43 +27,46 @@ from ruyi_flow.training.distill import answers
 __all__ = ["AGREEMENT", "Column", "Evaluation", "Row", "evaluate"]
 
 AGREEMENT = ("agreement", "text_agreement")
-"""Tasks of our own: agreement with the last exit on its answers to the prompts of chats, and on the chats' answers."""
+"""Tasks without the harness: agreement with the last exit on its own answers to chats, and on the chats' answers."""
 
 _MAIN_METRIC = {"wikitext": "word_perplexity", "arc_challenge": "acc_norm", "agreement": "agreement"}
 _ALIASES = {"wikitext2": "wikitext"}
 _LOCAL_GROUP = "ruyi_flow_local"
 
+_Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What one column of the table shows."""
+    """One column of the table."""
 
     task: str
     metric: str
     higher_is_better: bool
     samples: int
-    """Questions, texts, or tokens behind each value."""
+    """Number of questions, texts or tokens behind each value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One exit."""
+    """One row of the table: an exit."""
 
     exit: int
     layers: int
-    """Of the trunk and the branch together."""
+    """Layers of the trunk and the branch together."""
     parameters: int
     values: dict[str, float]
-    """By task, of its column's metric."""
+    """Value of each column's metric, by task."""
     errors: dict[str, float]
-    """Standard errors of these, where the task gives one."""
+    """Standard errors of these values, for the tasks that have one."""
     all_values: dict[str, dict[str, float]]
-    """By task and metric: all that was measured."""
+    """All measured values, by task and metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a task measured at an exit, by metric."""
+    """Results of one task at one exit, by metric."""
 
     values: dict[str, float]
     errors: dict[str, float]
@@ -73,7 +76,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A family's table."""
+    """The table of a family."""
 
     family: str
     fingerprint: str
@@ -84,7 +87,7 @@ class Evaluation:
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the table as JSON values."""
         return asdict(self)
 
 
@@ -104,47 +107,47 @@ def evaluate(
 ) -> Evaluation:
     """Measure exits of a family.
 
-    What is known is kept in `out` question by question, so an interrupted run goes on where it was. All exits are
-    scored in one pass through the trunk; answers are generated exit by exit.
+    Results are cached in `out` for each question, so an interrupted run resumes. All exits are scored in one pass
+    through the trunk; answers are generated for one exit after another.
 
     Args:
-        family: with a tokenizer.
-        out: folder.
-        tasks: names of lm-evaluation-harness, and `AGREEMENT`.
-        exits: all when left out.
-        data: folder with `TASK/test.jsonl` for tasks in `LOCAL`; without it the harness fetches data from its hub.
+        family: a family with a tokenizer.
+        out: folder for the cache.
+        tasks: tasks of lm-evaluation-harness and of `AGREEMENT`.
+        exits: exits to measure. Default: all.
+        data: folder with `TASK/test.jsonl` for tasks in `LOCAL`. Default: the harness downloads its data.
         chats: file of chats for `AGREEMENT`.
-        limit: questions of each task, at most; of a group, of each of its tasks.
-        fewshot: examples before a question, out of `TASK/train.jsonl`.
-        batch_tokens: tokens in one pass.
-        run_code: let completions of code run, in processes with limits.
-        report: told what is done, how much of it, and of how much.
+        limit: most questions of each task, or of each task in a group. Default: all.
+        fewshot: number of examples before a question, from `TASK/train.jsonl`.
+        batch_tokens: most tokens in one pass.
+        run_code: whether generated code may run, in processes with limits.
+        report: called with the progress.
 
     Raises:
-        ConfigError: a task or a file that is missing.
+        ConfigError: a task or a file is missing.
     """
     if family.tokenizer is None:
-        raise ConfigError(f"{family.checkpoint.folder} has no tokenizer.json, so there is no asking it anything")
+        raise ConfigError(f"{family.checkpoint.folder} has no tokenizer.json, which this command needs")
     chosen = sorted(exits or family.exits)
     names = list(dict.fromkeys(_ALIASES.get(task, task) for task in tasks))
-    own = [name for name in names if name in AGREEMENT]
-    if own and chats is None:
-        raise ConfigError(f"task {own[0]} needs a file of chats: --chats FILE.jsonl")
+    of_agreement = [name for name in names if name in AGREEMENT]
+    if of_agreement and chats is None:
+        raise ConfigError(f"task {of_agreement[0]} needs a file of chats: --chats FILE.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     dtype = str(family.model.dtype).removeprefix("torch.")
     measured: dict[str, dict[int, Metrics]] = {}  # by task and exit
-    with Found(out / f"known-{family.checkpoint.fingerprint[:12]}-{dtype}.jsonl") as found:
-        if theirs := [name for name in names if name not in AGREEMENT]:
-            questions = _questions(theirs, data, out, fewshot, run_code)
+    with ResultCache(out / f"known-{family.checkpoint.fingerprint[:12]}-{dtype}.jsonl") as cache:
+        if of_harness := [name for name in names if name not in AGREEMENT]:
+            loaded = _load_tasks(of_harness, data, out, fewshot=fewshot, run_code=run_code)
             for p in reversed(chosen):
-                model = ExitLM(family, p, chosen, found, batch_tokens=batch_tokens, report=report)
-                for name, metrics in _ask(model, questions, theirs, limit).items():
+                model = ExitLM(family, p, chosen, cache, batch_tokens=batch_tokens, report=report)
+                for name, metrics in _run_harness(model, loaded, of_harness, limit).items():
                     measured.setdefault(name, {})[p] = metrics
-        for name in own:
+        agreement = _Agreement(family, cache, batch_tokens, report)
+        for name in of_agreement:
             assert chats is not None
-            read = _own_answers if name == "agreement" else _texts
-            pairs = read(family, chats, limit, found, batch_tokens, report)
-            measured[name] = _agreement(family, chosen, pairs, found, batch_tokens, report)
+            pairs = (agreement.generated if name == "agreement" else agreement.given)(chats, limit)
+            measured[name] = agreement.measure(chosen, pairs)
     columns = [_column(name, measured[name][chosen[-1]]) for name in names]
     rows = []
     for p in chosen:
@@ -170,14 +173,14 @@ def _column(task: str, metrics: Metrics) -> Column:
     return Column(task, metric, metrics.higher_is_better.get(metric.split(",")[0], True), metrics.samples)
 
 
-def _questions(names: Sequence[str], data: Path | None, out: Path, fewshot: int, run_code: bool) -> dict[str, Any]:
-    """The harness's tasks, with local data where there is some."""
+def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: int, run_code: bool) -> dict[str, Any]:
+    """Load the harness's tasks, with local data for those that have some."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
     if "humaneval" in names and not run_code:
-        raise ConfigError("humaneval runs code that the model wrote: allow it with --run-code, best in a container")
+        raise ConfigError("humaneval runs code that the model wrote; allow it with --run-code, best in a container")
     local = [name for name in names if name in LOCAL and data is not None]
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         tasks, members = {}, []
@@ -189,14 +192,14 @@ def _questions(names: Sequence[str], data: Path | None, out: Path, fewshot: int,
                     tasks[name] = ConfigurableTask(config=HUMANEVAL | changes)
                 else:
                     members.append(changes)
-            # A file, since a group that is given as a dict passes its own list of tasks on to its members' members.
+            # The harness passes the task list of a group given as a dict on to nested groups, so the group is a file.
             (Path(scratch) / "local.yaml").write_text(yaml.safe_dump({"group": _LOCAL_GROUP, "task": members}))
             manager = TaskManager(include_path=scratch)
             for name in names:
                 if name not in manager.all_tasks:
                     known = [*AGREEMENT, *LOCAL, *_ALIASES]
                     raise ConfigError(
-                        f"no task {name!r}{did_you_mean(name, known) or f'; for instance {sorted(known)}'}"
+                        f"no task {name!r}{did_you_mean(name, known) or f'; there are for instance {sorted(known)}'}"
                     )
             loaded = manager.load([*([_LOCAL_GROUP] if members else []), *(n for n in names if n not in local)])
         except (OSError, ValueError, KeyError, ConnectionError) as error:
@@ -205,104 +208,100 @@ def _questions(names: Sequence[str], data: Path | None, out: Path, fewshot: int,
     return {"tasks": {**tasks, **loaded["tasks"]}, "groups": groups}
 
 
-def _ask(model: ExitLM, questions: dict[str, Any], names: Sequence[str], limit: int | None) -> dict[str, Metrics]:
-    """What one exit scores."""
-    from lm_eval.evaluator import evaluate as harness
+def _run_harness(model: ExitLM, loaded: dict[str, Any], names: Sequence[str], limit: int | None) -> dict[str, Metrics]:
+    """Run loaded tasks with one exit, and collect its metrics."""
+    from lm_eval.evaluator import evaluate as run
 
-    told = harness(model, questions, limit=limit, bootstrap_iters=100, log_samples=False, confirm_run_unsafe_code=True)
+    results = run(model, loaded, limit=limit, bootstrap_iters=100, log_samples=False, confirm_run_unsafe_code=True)
     out = {}
     for name in names:
-        raw = told["results"].get(name) or told["groups"][name]
+        raw = results["results"].get(name) or results["groups"][name]
         numbers = {k.removesuffix(",none"): v for k, v in raw.items() if isinstance(v, float | int) and "," in k}
         errors = {k: v for k, v in numbers.items() if "_stderr" in k}
-        members = told["group_subtasks"].get(name) or [name]
+        members = results["group_subtasks"].get(name) or [name]
         out[name] = Metrics(
             values={k: float(v) for k, v in numbers.items() if k not in errors},
             errors={k.replace("_stderr", ""): float(v) for k, v in errors.items()},
-            higher_is_better={k: bool(v) for k, v in (told["higher_is_better"].get(name) or {}).items()},
-            samples=sum(told["n-samples"][m]["effective"] for m in members if m in told["n-samples"]),
+            higher_is_better={k: bool(v) for k, v in (results["higher_is_better"].get(name) or {}).items()},
+            samples=sum(results["n-samples"][m]["effective"] for m in members if m in results["n-samples"]),
         )
     return out
 
 
-def _own_answers(
-    family: Family, chats: Path, limit: int | None, found: Found, batch_tokens: int, report: Report
-) -> list[tuple[list[int], list[int]]]:
-    """Prompts of chats and the last exit's greedy answers to them, of 128 tokens at most."""
-    prompts = list(islice(read_prompts(chats, family.tokenizer), limit))
-    last, most = family.exits[-1], 128
-    room = family.config.max_positions - most
-    asked = [p for p in prompts if len(p) <= room and key(last, "answer", p, most) not in found]
-    if asked:
-        longest = max(map(len, asked)) + most
-        given = answers(
-            family.model,
-            asked,
-            max_new_tokens=most,
-            max_positions=longest,
-            batch=max(1, min(64, len(asked), 8 * batch_tokens // longest)),
-            eos_token_ids=end_tokens(family.checkpoint, family.tokenizer),
-        )
-        for done, answer in enumerate(given, 1):
-            found[key(last, "answer", list(answer.prompt), most)] = answer.token_ids
-            found.flush()
-            report("the last exit answering", done, len(asked))
-    return [(p, list(found[key(last, "answer", p, most)])) for p in prompts if len(p) <= room]
+@dataclass(frozen=True, slots=True)
+class _Agreement:
+    """Measures agreement with the last exit along answers of chats."""
 
+    family: Family
+    cache: ResultCache
+    batch_tokens: int
+    report: Report
 
-def _texts(
-    family: Family, chats: Path, limit: int | None, found: Found, batch_tokens: int, report: Report
-) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers as the file has them; of plain text all but the first token is the answer."""
-    read = islice(read_documents(chats, family.tokenizer, length=family.config.max_positions), limit)
-    cuts = [(list(d.token_ids), max(1, d.answer)) for d in read]
-    return [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)]
+    def generated(self, chats: Path, limit: int | None) -> list[_Pair]:
+        """Return the prompts of chats with the last exit's greedy answers of at most 128 tokens."""
+        family, most = self.family, 128
+        last, longest_prompt = family.exits[-1], family.config.max_positions - most
+        prompts = [p for p in islice(read_prompts(chats, family.tokenizer), limit) if len(p) <= longest_prompt]
+        asked = [p for p in prompts if cache_key(last, "answer", p, most) not in self.cache]
+        if asked:
+            longest = max(map(len, asked)) + most
+            given = answers(
+                family.model,
+                asked,
+                max_new_tokens=most,
+                max_positions=longest,
+                batch=max(1, min(64, len(asked), 8 * self.batch_tokens // longest)),
+                eos_token_ids=end_tokens(family.checkpoint, family.tokenizer),
+            )
+            for done, answer in enumerate(given, 1):
+                self.cache[cache_key(last, "answer", list(answer.prompt), most)] = answer.token_ids
+                self.cache.flush()
+                self.report("the last exit answering", done, len(asked))
+        return [(p, list(self.cache[cache_key(last, "answer", p, most)])) for p in prompts]
 
+    def given(self, chats: Path, limit: int | None) -> list[_Pair]:
+        """Return the file's own prompts and answers; of plain text all but the first token is the answer."""
+        documents = read_documents(chats, self.family.tokenizer, length=self.family.config.max_positions)
+        cuts = [(list(d.token_ids), max(1, d.answer)) for d in islice(documents, limit)]
+        return [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)]
 
-def _agreement(
-    family: Family,
-    exits: Sequence[int],
-    pairs: Sequence[tuple[list[int], list[int]]],
-    found: Found,
-    batch_tokens: int,
-    report: Report,
-) -> dict[int, Metrics]:
-    """Teacher-forced, over the tokens of answers: how often an exit's likeliest token is the last's, and perplexity."""
-    last, asked = family.exits[-1], sorted({*exits, family.exits[-1]})
-    waiting = [pair for pair in pairs if any(key(p, "agreement", *pair) not in found for p in asked)]
-    waiting.sort(key=lambda pair: -len(pair[0]) - len(pair[1]))
-    total, done = len(waiting), 0
-    while waiting:
-        count = max(1, batch_tokens // (len(waiting[0][0]) + len(waiting[0][1])))
-        batch, waiting = waiting[:count], waiting[count:]
-        trees = [Tree((*prompt, *answer[:-1]), ()) for prompt, answer in batch]
-        rows = [torch.arange(len(prompt) - 1, len(tree)) for (prompt, _), tree in zip(batch, trees, strict=True)]
-        target = torch.tensor([t for _, answer in batch for t in answer], device=family.model.device)
-        said, likely = {}, {}
-        for p, logits, _ in exit_logits(family.model, asked, trees, rows):
-            said[p] = logits.argmax(-1)
-            likely[p] = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
-        start = 0
-        for pair in batch:
-            stop = start + len(pair[1])
-            for p in asked:
-                hits = int((said[p] == said[last])[start:stop].sum())
-                found[key(p, "agreement", *pair)] = hits, float(likely[p][start:stop].sum())
-            start = stop
-        found.flush()
-        done += len(batch)
-        report("reading answers", done, total)
-    tokens = sum(len(answer) for _, answer in pairs)
-    out = {}
-    for p in exits:
-        known = [found[key(p, "agreement", *pair)] for pair in pairs]
-        share = sum(hits for hits, _ in known) / tokens
-        # Tokens of one answer hang together, so the error comes from the answers.
-        spread = [(hits - share * len(answer)) ** 2 for (hits, _), (_, answer) in zip(known, pairs, strict=True)]
-        out[p] = Metrics(
-            values={"agreement": share, "perplexity": math.exp(-sum(likely for _, likely in known) / tokens)},
-            errors={"agreement": math.sqrt(sum(spread)) / tokens},
-            higher_is_better={"agreement": True, "perplexity": False},
-            samples=tokens,
-        )
-    return out
+    def measure(self, exits: Sequence[int], pairs: Sequence[_Pair]) -> dict[int, Metrics]:
+        """Feed answers to the exits (teacher forcing), and measure agreement with the last exit and perplexity."""
+        last, asked = self.family.exits[-1], sorted({*exits, self.family.exits[-1]})
+        waiting = [pair for pair in pairs if any(cache_key(p, "agreement", *pair) not in self.cache for p in asked)]
+        waiting.sort(key=lambda pair: -len(pair[0]) - len(pair[1]))
+        total, done = len(waiting), 0
+        while waiting:
+            count = max(1, self.batch_tokens // (len(waiting[0][0]) + len(waiting[0][1])))
+            batch, waiting = waiting[:count], waiting[count:]
+            trees = [Tree((*prompt, *answer[:-1]), ()) for prompt, answer in batch]
+            rows = [torch.arange(len(prompt) - 1, len(tree)) for (prompt, _), tree in zip(batch, trees, strict=True)]
+            target = torch.tensor([t for _, answer in batch for t in answer], device=self.family.model.device)
+            predicted, likely = {}, {}
+            for p, logits, _ in exit_logits(self.family.model, asked, trees, rows):
+                predicted[p] = logits.argmax(-1)
+                likely[p] = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
+            start = 0
+            for pair in batch:
+                stop = start + len(pair[1])
+                for p in asked:
+                    hits = int((predicted[p] == predicted[last])[start:stop].sum())
+                    self.cache[cache_key(p, "agreement", *pair)] = hits, float(likely[p][start:stop].sum())
+                start = stop
+            self.cache.flush()
+            done += len(batch)
+            self.report("reading answers", done, total)
+        tokens = sum(len(answer) for _, answer in pairs)
+        out = {}
+        for p in exits:
+            known = [self.cache[cache_key(p, "agreement", *pair)] for pair in pairs]
+            share = sum(hits for hits, _ in known) / tokens
+            # Tokens of one answer are not independent, so the standard error is over answers.
+            spread = [(hits - share * len(answer)) ** 2 for (hits, _), (_, answer) in zip(known, pairs, strict=True)]
+            out[p] = Metrics(
+                values={"agreement": share, "perplexity": math.exp(-sum(likely for _, likely in known) / tokens)},
+                errors={"agreement": math.sqrt(sum(spread)) / tokens},
+                higher_is_better={"agreement": True, "perplexity": False},
+                samples=tokens,
+            )
+        return out

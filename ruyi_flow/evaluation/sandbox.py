@@ -1,7 +1,7 @@
-"""HumanEval: completions that a model wrote are run, each in a process of its own with limits.
+"""HumanEval, which runs the code that a model wrote, each completion in a process with limits.
 
-The limits are on time, memory, files, processes and output; they stop accidents, not attacks. Run it in a container or
-a virtual machine when the model is not your own.
+The limits on time, memory, files, processes and output stop accidents, not attacks. Use a container or a virtual
+machine for models that you do not trust.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ exec(compile(sys.stdin.read(), "completion", "exec"), {"__name__": "__main__"})
 os._exit(77)
 """
 _REACHED_THE_END = 77
-"""A program that leaves early, with whatever status, has not passed its tests."""
+"""Exit status of a program that reached its end; a program that exits early has not passed its tests."""
 
 
 def passes(program: str, *, timeout_s: float = 10.0) -> bool:
-    """Whether a program reaches its end, without an error, within its limits; nothing that it started is left."""
+    """Run a program and its children with limits; tell whether it reached its end without an error."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _LIMITED],
@@ -45,13 +45,13 @@ def passes(program: str, *, timeout_s: float = 10.0) -> bool:
             return False
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # it, or what it left behind
+                os.killpg(process.pid, signal.SIGKILL)  # the program, or children that it left behind
             process.wait()
         return process.returncode == _REACHED_THE_END
 
 
 def pass_at_1(references: list[str], predictions: list[list[str]]) -> float:
-    """Share of the problems whose first completion passes its tests (Chen et al. 2021, with one sample)."""
+    """Return the share of problems whose first completion passes its tests (Chen et al. 2021, with one sample)."""
     pairs = zip(predictions, references, strict=True)
     passed = [passes(f"{completions[0]}\n{test}") for completions, test in pairs]
     return sum(passed) / len(passed)
@@ -78,4 +78,4 @@ HUMANEVAL: dict[str, Any] = {
     "num_fewshot": 0,
     "filter_list": [{"name": "create_test", "filter": [{"function": "custom", "filter_fn": _completed}]}],
 }
-"""The harness's task of this name. Its own metric is fetched from a hub and runs completions in this process's fork."""
+"""The harness's task with another metric: its own is downloaded, and runs completions in a fork of this process."""

@@ -1,4 +1,4 @@
-"""What an answer is worth, beside its agreement with the last exit's: prompts with references, and how to compare."""
+"""Prompts with references, and how answers are scored against them."""
 
 from __future__ import annotations
 
@@ -12,39 +12,42 @@ from ruyi_flow.calibration.trace import Scorer
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.training.corpus import CHAT, chat_prompt, each_line
 
-__all__ = ["Asked", "number", "read_asked"]
+__all__ = ["Question", "read_questions", "score_number"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt, and what answers to it are compared with."""
+class Question:
+    """A prompt with the reference that answers are compared with."""
 
     prompt: tuple[int, ...]
     reference: str = ""
     options: tuple[tuple[int, ...], ...] = ()
-    """Scorer `choice`: token ids of each."""
+    """Token ids of each option, for scorer `choice`."""
     right: int = 0
-    """Which of them."""
+    """Number of the right option."""
 
 
 _CHOICE = '{"question": …, "choices": {"text": […], "label": […]}, "answerKey": …}'
 
 
-def read_asked(path: Path, tokenizer: Any, scorer: Scorer) -> Iterator[Asked]:
-    """The prompts of a file of JSON lines.
+def read_questions(path: Path, tokenizer: Any, scorer: Scorer) -> Iterator[Question]:
+    """Read the prompts of a file of JSON lines.
 
-    Chats ({"messages": …}, {"prompt": …}, {"question": …, "answer": …}); for `choice` {"question": …, "choices":
-    {"text": […], "label": […]}, "answerKey": …}.
+    Args:
+        path: chats ({"messages": …}, {"prompt": …} or {"question": …, "answer": …}); with scorer `choice` {"question":
+            …, "choices": {"text": […], "label": […]}, "answerKey": …}.
+        tokenizer: the family's tokenizer.
+        scorer: scorer that the references are for.
 
     Raises:
-        ConfigError: the file, and the line that is wrong.
+        ConfigError: the file or a line of it cannot be read; the message names the line.
     """
 
-    def read(item: dict[str, Any]) -> Asked:
+    def read(item: dict[str, Any]) -> Question:
         if scorer is Scorer.CHOICE:
             choices, encode = item["choices"], tokenizer.encode
             context = encode(f"Question: {item['question']}\nAnswer:")
-            # As the harness splits them: what an option adds to the context's own tokens.
+            # An option is what it adds to the context's tokens, as the harness splits them.
             whole = [encode(f"Question: {item['question']}\nAnswer: {text}") for text in choices["text"]]
             options = tuple(tuple(ids[len(context) :]) for ids in whole)
             if not all(options):
@@ -52,19 +55,20 @@ def read_asked(path: Path, tokenizer: Any, scorer: Scorer) -> Iterator[Asked]:
             labels, key = choices["label"], item["answerKey"]
             if len(labels) != len(options) or key not in labels:
                 raise ConfigError(
-                    f'its "answerKey" is {key!r}; it must be one of its labels {labels}, one a choice ({len(options)})'
+                    f'its "answerKey" is {key!r}; it must be one of its labels {labels}, '
+                    f"one for each choice ({len(options)})"
                 )
-            return Asked(tuple(context), "", options, labels.index(key))
+            return Question(tuple(context), "", options, labels.index(key))
         prompt, answer = chat_prompt(item, tokenizer)
         if scorer is Scorer.NUMBER and _last_number(answer) is None:
-            raise ConfigError("its answer has no number to compare with")
-        return Asked(tuple(prompt), answer)
+            raise ConfigError("its answer contains no number to compare with")
+        return Question(tuple(prompt), answer)
 
     return each_line(path, read, _CHOICE if scorer is Scorer.CHOICE else CHAT)
 
 
-def number(text: str, reference: str) -> float:
-    """1 when the last numbers of both are equal, else 0."""
+def score_number(text: str, reference: str) -> float:
+    """Return 1 when the last numbers of both texts are equal, else 0."""
     said = _last_number(text)
     return float(said is not None and said == _last_number(reference))
 

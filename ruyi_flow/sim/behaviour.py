@@ -175,7 +175,7 @@ def scripts_of(scenario: Scenario, profiles: Sequence[Profile], scale: Scale | N
     """
     if scenario.trace is not None:
         try:
-            header, records = traces.read(scenario.trace)
+            header, records = traces.read_trace(scenario.trace)
         except ConfigError as error:
             raise ConfigError(f"{where}: trace: {error}") from None
         _check_family(header, scenario, profiles, where)

@@ -59,7 +59,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ruyi_flow.calibration.thresholds import path
+from ruyi_flow.calibration.thresholds import Replay
 from ruyi_flow.calibration.trace import Header, Trace
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.behaviour import Recorded, Scripts
@@ -261,7 +261,7 @@ class Estimate:
         header = Header("", "", exits, 1, {}, "", 1, (), ())
         prompt = np.repeat(np.arange(len(samples.answers)), samples.answers)
         trace = Trace(header, prompt, dict(samples.agrees), {}, ())
-        found = path(trace, samples.sure, dict(zip(exits, steps, strict=True)), prices=prices)
+        found = Replay(trace, samples.sure, dict(zip(exits, steps, strict=True))).candidates(prices)
         rounded = [{p: round(t, 4) for p, t in thresholds.items()} for thresholds in found]
         ends = [dict.fromkeys(early, 1.1), dict.fromkeys(early, 0.0)]
         return [*{tuple(t.values()): t for t in [ends[0], *rounded, ends[1]]}.values()]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ruyi_flow.bench.nodes import PROMPTS, daemons
-from ruyi_flow.calibration.bounds import split
-from ruyi_flow.calibration.cascade import Worth, calibrate_cascade
-from ruyi_flow.calibration.curves import Floats, confidences, ece, fit, raw_confidences
-from ruyi_flow.calibration.thresholds import choose, outcome, path
+from ruyi_flow.calibration.bounds import split_prompts
+from ruyi_flow.calibration.cascade import CascadeOutcome, calibrate_cascade
+from ruyi_flow.calibration.curves import Floats, confidences, ece, fit_curves, raw_confidences
+from ruyi_flow.calibration.thresholds import Replay, choose_thresholds
 from ruyi_flow.calibration.trace import Scorer, Trace
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.policy_file import PolicyFile
@@ -65,21 +65,22 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
 
     def parts(seed: int, share: float) -> list[Trace]:
         order = np.random.default_rng(1000 + seed).permutation(len(trace.records))
-        return [trace.of_prompts(sorted(part.tolist())) for part in np.split(order, [int(share * len(order))])]
+        return [trace.select(sorted(part.tolist())) for part in np.split(order, [int(share * len(order))])]
 
     for bound, share in ((0.02, 0.9), (0.05, 0.75), (0.1, 0.75)):
         held, used, early, without = 0, [], [], 0
         for seed in range(40):
             known, new = parts(seed, share)
-            curves = fit(_tuned(known, seed))
+            curves = fit_curves(_tuned(known, seed))
             sure, score = confidences(known, curves, scores[-1]), scores[-1]
             try:
-                chosen = choose(known, sure, costs, max_disagreement=bound, seed=seed).thresholds
+                replay = Replay(known, sure, costs)
+                chosen = choose_thresholds(replay, max_disagreement=bound, seed=seed).thresholds
             except ConfigError:
                 without += 1
                 held += 1
                 continue
-            o = outcome(chosen, confidences(new, curves, score), new, costs)
+            o = Replay(new, confidences(new, curves, score), costs).outcome(chosen)
             held += o.disagreement <= bound
             used.append(o.disagreement / bound)
             early.append(1 - o.decided[trace.header.exits[-1]])
@@ -90,8 +91,9 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
     errors: dict[str, list[float]] = {}
     fewer: dict[str, list[float]] = {}
     for known, new in (parts(seed, 0.75) for seed in range(10)):
-        curves, raw = fit(known), raw_confidences(new)
-        shared = [(t, outcome(dict.fromkeys(raw, t), raw, new, costs)) for t in np.linspace(0.2, 0.999, 120)]
+        curves, raw = fit_curves(known), raw_confidences(new)
+        uncalibrated = Replay(new, raw, costs)
+        shared = [(t, uncalibrated.outcome(dict.fromkeys(raw, t))) for t in np.linspace(0.2, 0.999, 120)]
         for score in scores:
             sure = confidences(new, curves, score)
             for p, agrees in new.agrees.items():
@@ -127,8 +129,8 @@ def bench_cascade(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
-def _points(worths: Sequence[Worth]) -> str:
-    return "; ".join(f"{w.score / max(w.last, 1e-9):.3f} at {w.compute:.3f}" for w in worths)
+def _points(outcomes: Sequence[CascadeOutcome]) -> str:
+    return "; ".join(f"{w.score / max(w.last, 1e-9):.3f} at {w.compute:.3f}" for w in outcomes)
 
 
 async def bench_drafts(rounds: int) -> dict[str, Any]:
@@ -180,8 +182,8 @@ def _auc(sure: Floats, agrees: Any) -> float:
 
 
 def _tuned(trace: Trace, seed: int) -> Trace:
-    """The prompts that `choose` tunes on."""
-    return trace.of_prompts(split(len(trace.records), seed)[0])
+    """The prompts that `choose_thresholds` tunes on."""
+    return trace.select(split_prompts(len(trace.records), seed)[0])
 
 
 def _beyond(o: Any, device: int) -> float:
@@ -194,5 +196,6 @@ def _least(
 ) -> float:
     """The least that calibrated thresholds ask beyond a device's exits at this agreement; chosen on other prompts."""
     costs = {p: 1.0 if p > device else 0.001 * p for p in known.header.exits}
-    tried = [outcome(thresholds, sure, new, costs) for thresholds in path(known, inside, costs)]
+    replay = Replay(new, sure, costs)
+    tried = [replay.outcome(thresholds) for thresholds in Replay(known, inside, costs).candidates()]
     return min((_beyond(o, device) for o in tried if o.agreement >= level), default=1.0)

@@ -1,4 +1,4 @@
-"""Cascade's calibration: it follows answers as the running system does, and its bound holds on other prompts."""
+"""Calibration of mode cascade: it follows answers as the running system does, and its bound holds on new prompts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ruyi_flow.calibration.cascade import Part, calibrate_cascade, flops, follow
+from ruyi_flow.calibration.cascade import Segment, answer_flops, calibrate_cascade, segment_answer
 from ruyi_flow.calibration.curves import Floats
-from ruyi_flow.calibration.trace import ExitRecord, Header, Own, Record, Scorer, Trace
+from ruyi_flow.calibration.trace import ExitRecord, Header, OwnAnswer, Record, Scorer, Trace
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.confidence import Score
@@ -34,7 +34,7 @@ HEADER = Header(
 
 
 def made(prompts: int, seed: int, *, scored: bool = False) -> Trace:
-    """Easy prompts, which read well and are answered well by every exit, and hard ones."""
+    """Make easy prompts, which every exit predicts and answers well, and hard ones."""
     generator = np.random.default_rng(seed)
     records = []
     for number in range(prompts):
@@ -45,12 +45,14 @@ def made(prompts: int, seed: int, *, scored: bool = False) -> Trace:
             tokens = np.where(generator.random(n) < (1.0 if p == 6 else good), 0, 1).astype(np.int32)
             said = np.clip(good + generator.normal(0, 0.05, n), 0, 1).astype(np.float32)
             scores = np.repeat(said[:, None, None], len(HEADER.scores), 1)
-            own = Own(scores, float(generator.random() < (0.95 if easy else 0.1 + 0.5 * skill))) if scored else None
+            own = (
+                OwnAnswer(scores, float(generator.random() < (0.95 if easy else 0.1 + 0.5 * skill))) if scored else None
+            )
             loss = float((1.0 if easy else 2.0) + generator.normal(0, 0.2))
             exits[p] = ExitRecord(tokens, scores, loss, 2 * loss, own)
         records.append(Record(number, f"{seed}/{number}", int(generator.integers(5, 30)), np.zeros(n, np.int32), exits))
     header = replace(HEADER, scorer=Scorer.NUMBER) if scored else HEADER
-    return Trace.of(header, records)
+    return Trace.from_records(header, records)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,21 +64,21 @@ def test_a_trace_is_followed_as_the_running_system_decides(seed: int) -> None:
     first = HEADER.exits[int(generator.integers(0, 3))]
     judges = [Judge(policy.starting_at(first), p) for p in HEADER.exits]
     expected = [next(j.exit for j in judges if j.decide(i, float(sure[j.exit][i]))) for i in range(30)]
-    parts = follow(HEADER, sure, bound, window, first)
+    parts = segment_answer(HEADER, sure, bound=bound, window=window, first=first)
     assert [part.exit for part in parts for _ in range(part.start, part.stop)] == expected
 
 
 def test_compute_is_what_has_to_run() -> None:
     layer = 100.0 + (10 + 4) / 2
-    whole = flops(HEADER, 10, [Part(6, 0, 4)], reads=False)
+    whole = answer_flops(HEADER, 10, [Segment(6, 0, 4)], reads=False)
     assert whole == pytest.approx(13 * 6 * layer + 13 * layer + 4 * 50)
-    shallow = flops(HEADER, 10, [Part(2, 0, 4)], reads=False)
+    shallow = answer_flops(HEADER, 10, [Segment(2, 0, 4)], reads=False)
     assert shallow == pytest.approx(13 * 2 * layer + 13 * layer + 4 * 50)
-    # It left the answer at its third token, which both looked at; the deeper exit caught up with everything.
-    moved = flops(HEADER, 10, [Part(2, 0, 2), Part(4, 2, 4)], reads=False)
+    # The first exit left the answer at its third token, which both computed; the deeper exit caught up with all of it.
+    moved = answer_flops(HEADER, 10, [Segment(2, 0, 2), Segment(4, 2, 4)], reads=False)
     assert moved == pytest.approx(13 * 4 * layer + (12 + 13 * 2) * layer + (3 + 2) * 50)
-    # The first branch read nine tokens and looked at the next, though it decides none.
-    began = flops(HEADER, 10, [Part(6, 0, 4)], reads=True)
+    # The first branch read nine tokens and predicted the next one, though it decides none.
+    began = answer_flops(HEADER, 10, [Segment(6, 0, 4)], reads=True)
     assert began == pytest.approx(whole + 10 * layer + 10 * 50)
 
 
@@ -94,11 +96,11 @@ def test_a_cascade_saves_compute_and_keeps_its_bound_on_new_prompts(scored: bool
         saved.append(1 - found.tested.compute)
         assert sum(share for p, share in found.tested.decided.items() if p != 6) > 0.2
     assert sum(loss > bound for loss in lost) <= 1
-    assert np.mean(saved) > 0.1 and np.mean(lost) > 0.005, "it uses what it may"
+    assert np.mean(saved) > 0.1 and np.mean(lost) > 0.005, "the bound is used"
 
 
 def replayed(trace: Trace, policy: PolicyFile) -> tuple[float, float]:
-    """Worth of a policy's answers over the last exit's, by the policy's own objects; and the share decided early."""
+    """Return the relative quality of a policy's answers, by the policy's own objects, and the share decided early."""
     routing = Routing().updated(policy.options({}))
     resolved, scale = Policy.resolve(routing, trace.header.exits), routing.scale
     assert scale is not None
@@ -149,4 +151,4 @@ def test_an_oracle_is_never_beaten_at_its_price_of_compute() -> None:
         most = max(worth.score - price * worth.compute for worth in others)
         assert oracle.score - price * oracle.compute >= most - 1e-9
     cheap = [oracle.compute for oracle in found.baselines["oracle"]]
-    assert cheap == sorted(cheap, reverse=True) and cheap[-1] < 0.6, "the dearer compute is, the less of it"
+    assert cheap == sorted(cheap, reverse=True) and cheap[-1] < 0.6, "the higher the price, the less compute"

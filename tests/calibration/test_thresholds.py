@@ -1,13 +1,13 @@
-"""Confidence means the probability of agreement; thresholds keep their bound on prompts that did not choose them."""
+"""Calibrated confidence is the probability of agreement; thresholds keep their bound on new prompts."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ruyi_flow.calibration.bounds import grown, lacking, split
-from ruyi_flow.calibration.curves import confidences, ece, fit, raw_confidences, reliability
-from ruyi_flow.calibration.thresholds import choose, outcome
+from ruyi_flow.calibration.bounds import Sample, explain_failure, max_log_wealth, split_prompts
+from ruyi_flow.calibration.curves import confidences, ece, fit_curves, raw_confidences, reliability_bins
+from ruyi_flow.calibration.thresholds import Replay, choose_thresholds
 from ruyi_flow.calibration.trace import ExitRecord, Header, Record, Trace
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.routing.confidence import Calibration, Curve, Score
@@ -27,7 +27,7 @@ COSTS = {2: 1.0, 4: 2.0, 6: 3.0}
 
 
 def made(prompts: int, seed: int) -> Trace:
-    """Answers of some difficulty each; branches that are right as often as they half know, and too sure of it."""
+    """Make answers of varying difficulty, with branches that are overconfident."""
     generator = np.random.default_rng(seed)
     records = []
     for number in range(prompts):
@@ -41,26 +41,26 @@ def made(prompts: int, seed: int) -> Trace:
             scores = np.stack([np.stack(said, -1)] * len(Score), 1).astype(np.float32)
             exits[p] = ExitRecord(np.where(right, 0, 1).astype(np.int32), scores, 1.0, 1.0)
         records.append(Record(number, f"{seed}/{number}", 5, np.zeros(n, np.int32), exits))
-    return Trace.of(HEADER, records)
+    return Trace.from_records(HEADER, records)
 
 
 @pytest.fixture(scope="module")
 def world() -> Trace:
-    """So many prompts that shares of them are the truth."""
+    """Make so many prompts that shares measured on them are close to the true ones."""
     return made(3000, 99)
 
 
 def test_calibrated_confidence_is_the_chance_of_agreement(world: Trace) -> None:
-    calibration = fit(made(400, 1))
+    calibration = fit_curves(made(400, 1))
     for score in Score:
         for p, confidence in confidences(world, calibration, score).items():
             assert ece(confidence, world.agrees[p]) < 0.02
     assert all(ece(c, world.agrees[p]) > 0.05 for p, c in raw_confidences(world).items())
-    (said, was, count), *_ = reliability(np.array([0.1, 0.11, 0.9]), np.array([True, False, True]), bins=10)
+    (said, was, count), *_ = reliability_bins(np.array([0.1, 0.11, 0.9]), np.array([True, False, True]), bins=10)
     assert (said, was, count) == (pytest.approx(0.105), 0.5, 2)
 
 
-def test_a_curve_is_read_the_same_one_by_one_and_at_once() -> None:
+def test_a_curve_gives_the_same_one_by_one_and_at_once() -> None:
     curve = Curve(1.0, (0.1, 0.4, 0.9), (0.2, 0.5, 1.0))
     xs = np.linspace(-0.5, 1.5, 81)
     assert [curve(x) for x in xs] == pytest.approx(np.interp(xs, curve.scores, curve.chances).tolist())
@@ -72,9 +72,10 @@ def test_the_bound_holds_on_new_prompts_and_is_used(world: Trace, bound: float) 
     kept, used = 0, []
     for seed in range(12):
         trace = made(1200, seed)
-        calibration = fit(trace)
-        choice = choose(trace, confidences(trace, calibration, Score.MARGIN), COSTS, max_disagreement=bound, seed=seed)
-        found = outcome(choice.thresholds, confidences(world, calibration, Score.MARGIN), world, COSTS)
+        calibration = fit_curves(trace)
+        replay = Replay(trace, confidences(trace, calibration, Score.MARGIN), COSTS)
+        choice = choose_thresholds(replay, max_disagreement=bound, seed=seed)
+        found = Replay(world, confidences(world, calibration, Score.MARGIN), COSTS).outcome(choice.thresholds)
         kept += found.disagreement <= bound
         used.append(found.disagreement / bound)
         assert found.cost < 3.0 and choice.prompts == 840
@@ -82,30 +83,33 @@ def test_the_bound_holds_on_new_prompts_and_is_used(world: Trace, bound: float) 
     assert np.mean(used) > 0.5
 
 
-def test_prompts_in_an_order_prove_no_more_than_shuffled_ones() -> None:
-    """First the easy ones, then the hard ones; the mean is twice the bound."""
+def test_sorted_prompts_prove_no_more_than_shuffled_ones() -> None:
+    """The easy ones come first, then the hard ones; the mean is twice the bound."""
     x, bound = np.repeat([0.0, 0.2], 200), 0.05
     assert np.cumsum(np.log1p(0.5 * (bound - x))).max() > -np.log(0.05)
-    assert sum(grown(0.5, x, bound, seed) > -np.log(0.05) for seed in range(200)) <= 10
+    assert sum(max_log_wealth(0.5, Sample(x, bound), seed) > -np.log(0.05) for seed in range(200)) <= 10
 
 
-def test_a_failed_test_says_what_it_lacks() -> None:
+def test_a_failed_test_tells_what_it_needs() -> None:
     rare = np.zeros(100)
     rare[:3] = 1.0
-    assert lacking(rare, 0.05, 0.95).startswith("trace about ")
-    assert "will not help" in lacking(np.full(100, 0.2), 0.05, 0.95)
-    assert lacking(np.repeat([0.0, 0.0995], 50), 0.05, 0.95).startswith("these hardly speak for it")
+    assert explain_failure(Sample(rare, 0.05), 0.95).startswith("trace about ")
+    assert "will not help" in explain_failure(Sample(np.full(100, 0.2), 0.05), 0.95)
+    barely = Sample(np.repeat([0.0, 0.0995], 50), 0.05)
+    assert explain_failure(barely, 0.95).startswith("they barely support it")
     with pytest.raises(ConfigError, match="one prompt cannot both"):
-        split(1, 0)
+        split_prompts(1, 0)
 
 
 def test_calibrated_thresholds_beat_one_uncalibrated_one(world: Trace) -> None:
     trace = made(1200, 5)
-    calibration = fit(trace)
-    choice = choose(trace, confidences(trace, calibration, Score.MARGIN), COSTS, max_disagreement=0.1)
-    ours = outcome(choice.thresholds, confidences(world, calibration, Score.MARGIN), world, COSTS)
-    raw = raw_confidences(world)
-    shared = [outcome(dict.fromkeys((2, 4), t), raw, world, COSTS) for t in np.linspace(0.5, 1, 200)]
+    calibration = fit_curves(trace)
+    choice = choose_thresholds(
+        Replay(trace, confidences(trace, calibration, Score.MARGIN), COSTS), max_disagreement=0.1
+    )
+    ours = Replay(world, confidences(world, calibration, Score.MARGIN), COSTS).outcome(choice.thresholds)
+    raw = Replay(world, raw_confidences(world), COSTS)
+    shared = [raw.outcome(dict.fromkeys((2, 4), t)) for t in np.linspace(0.5, 1, 200)]
     cheapest = min(o.cost for o in shared if o.agreement >= ours.agreement)
     assert ours.cost <= cheapest
 
@@ -119,7 +123,7 @@ def test_an_outcome_is_what_a_walk_token_by_token_gives() -> None:
         decided[at] += 1
         early += at != 6
         wrong += at != 6 and not trace.agrees[at][i]
-    found, n = outcome(thresholds, confidence, trace, COSTS), len(trace.prompt)
+    found, n = Replay(trace, confidence, COSTS).outcome(thresholds), len(trace.prompt)
     assert found.decided == pytest.approx({p: k / n for p, k in decided.items()})
     assert found.disagreement == pytest.approx(wrong / early) and found.agreement == pytest.approx(1 - wrong / n)
     assert found.cost == pytest.approx(sum(COSTS[p] * k for p, k in decided.items()) / n)
@@ -128,21 +132,21 @@ def test_an_outcome_is_what_a_walk_token_by_token_gives() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_disagreement": 0.0}, "bound on disagreement is 0.0; it must lie between 0 and 1"),
-        ({"sureness": 1.0}, "sureness is 1.0"),
+        ({"max_disagreement": 0.0}, "bound on disagreement is 0; it must lie between 0 and 1"),
+        ({"confidence_level": 1.0}, "confidence level is 1; it must"),
         (
             {"max_disagreement": 0.01},
-            r"30 prompts cannot show .* at most 0.01 .*: (trace about [\d,]+ more|these speak)",
+            r"30 prompts cannot show .* at most 0.01 .*: (trace about [\d,]+ more|they contradict)",
         ),
     ],
 )
-def test_what_cannot_be_shown_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_bound_that_cannot_be_shown_is_refused(changes: dict[str, Any], message: str) -> None:
     trace = made(30, 4)
     with pytest.raises(ConfigError, match=message):
-        choose(trace, raw_confidences(trace), COSTS, **{"max_disagreement": 0.1} | changes)
+        choose_thresholds(Replay(trace, raw_confidences(trace), COSTS), **{"max_disagreement": 0.1} | changes)
 
 
 def test_a_calibration_of_another_family_is_refused() -> None:
     trace = made(10, 6)
-    with pytest.raises(ConfigError, match="of family gggg"):
-        confidences(trace, Calibration("g" * 64, fit(trace).curves), Score.MARGIN)
+    with pytest.raises(ConfigError, match="belongs to family gggg"):
+        confidences(trace, Calibration("g" * 64, fit_curves(trace).curves), Score.MARGIN)

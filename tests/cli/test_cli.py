@@ -285,7 +285,7 @@ def test_explain_shows_the_mean_that_decides_in_cascade(run, spoken: Path, tmp_p
             prompt.append(token.id)
         exits = [row["exit"] for row in told]
         assert {2, 6} <= set(exits) and (exits == sorted(exits)) == (back is None)
-    assert "<th>mean" in page.read_text() and "by its mean over 3 tokens" in page.read_text()
+    assert "<th>mean" in page.read_text() and "averaged over 3 tokens" in page.read_text()
     assert " mean " in run(*asked)[1]
     assert " mean " not in run(*asked[:7], "--threshold", "0.5")[1]
 

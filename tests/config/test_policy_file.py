@@ -127,7 +127,7 @@ def test_calibrate_writes_what_a_topology_can_name(
     rows = list(csv.DictReader((tmp_path / "report/frontier.csv").read_text().splitlines()))
     (deep,) = (row for row in rows if row["policy"] == "always" and row["setting"] == "6")
     assert float(deep["agreement"]) == 1 and float(deep["cost"]) == 7 and float(deep["at_6"]) == 1
-    assert code == 0 and "with a sureness of 95%" in said
+    assert code == 0 and "with a confidence of 95%" in said
     policy = PolicyFile.load(out)
     assert policy.family == HEADER.family and set(policy.thresholds) == {2, 4} and policy.promise["prompts"] == 1200
     code, said, _ = run("--max-disagreement", "0.1", "--score", "margin", "--json")
@@ -169,7 +169,7 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     code, said, _ = run("--max-bytes-per-token", "20", *given)
     assert code == 0 and json.loads(said)["spent"]["bytes_per_token"] < 22
     code, said, _ = run("--max-disagreement", "0.2", "--max-escalation", "0.9")
-    assert code == 0 and "asked beyond the first node" in said
+    assert code == 0 and "the first node asks the next one" in said
     code, said, _ = run("--mode", "cascade", "--max-loss", "0.4", "--report", str(tmp_path / "r"))
     assert code == 0 and "of its compute" in said
     assert {file.name for file in (tmp_path / "r").iterdir()} == {"cascade.csv", "cascade.png", "reliability.png"}
@@ -187,17 +187,20 @@ def test_calibrate_fits_a_budget_or_a_cascade(
         (("--max-bytes-per-token", "-3"), "--max-bytes-per-token is -3; it must be above 0"),
         (("--confidence", "1"), "--confidence is 1; it must lie between 0 and 1"),
         (("--max-bytes-per-token", "1", "--max-disagreement", "0.01"), "cannot show"),
-        (("--mode", "cascade", "--max-escalation", "0.5"), "--max-escalation goes with mode token, not with cascade"),
-        (("--mode", "cascade", "--topology", str(topology)), "--topology goes with mode token"),
-        (("--max-loss", "0.1"), "--max-loss goes with mode cascade, not with token"),
-        (("--window", "4"), "--window goes with mode cascade"),
+        (
+            ("--mode", "cascade", "--max-escalation", "0.5"),
+            "--max-escalation is only valid with mode token, not with cascade",
+        ),
+        (("--mode", "cascade", "--topology", str(topology)), "--topology is only valid with mode token"),
+        (("--max-loss", "0.1"), "--max-loss is only valid with mode cascade, not with token"),
+        (("--window", "4"), "--window is only valid with mode cascade"),
         (("--score", "probe", "--mode", "cascade", "--max-loss", "2"), "--max-loss is 2; it must lie between 0 and 1"),
     ):
         code, _, said = run(*arguments)
         assert code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
     topology.write_text(yaml.safe_dump({"family": str(tiny), "nodes": nodes, "links": links}))
     code, _, said = run("--max-escalation", "0.5", *given)
-    assert code == 2 and "the trace of ffffffffffff" in said
+    assert code == 2 and "the trace ffffffffffff" in said
     nodes[0]["exits"] = [1, 2]
     topology.write_text(yaml.safe_dump({"family": "x", "nodes": nodes, "links": links}))
     code, _, said = run("--max-escalation", "0.5", *given)
@@ -220,8 +223,8 @@ def test_calibrate_checks_where_it_writes_before_it_computes(run, tmp_path: Path
     other.write_text("note: keep me\n")
     kept = trace.read_bytes()
     for arguments, message in (
-        (("--out", str(trace)), "t.msgpack: is there and is not a policy file; name another one, or remove it"),
-        (("--out", str(other)), "notes.yaml: is there and is not a policy file"),
+        (("--out", str(trace)), "t.msgpack: exists and is not a policy file; name another file or remove it"),
+        (("--out", str(other)), "notes.yaml: exists and is not a policy file"),
         (("--out", "."), "--out .: is a folder; name a file"),
         (("--out", str(other / "p.yaml"), "--report", str(folder)), "is a file; name a file in a folder"),
         (("--out", str(tmp_path / "p.yaml"), "--report", str(other)), "notes.yaml is a file; name a folder"),

@@ -1,4 +1,4 @@
-"""Evaluation: every exit as the harness's own Hugging Face model scores it, agreement, resumption, what is written."""
+"""Evaluation: the scores of the harness's own Hugging Face model, agreement, resumption, and the report."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 from ruyi_flow.bench.engines import as_transformers
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation import harness, report, run
-from ruyi_flow.evaluation.harness import ExitLM, Found, key
+from ruyi_flow.evaluation.harness import ExitLM, ResultCache, cache_key
 from ruyi_flow.evaluation.run import Evaluation, evaluate
 from ruyi_flow.local import Family, load_family
 
@@ -31,11 +31,12 @@ def family(spoken: Path) -> Family:
 
 
 def theirs(family: Family, exit: int, data: Path, out: Path, tasks: list[str] = TASKS, limit: int | None = None) -> Any:
-    """What the harness's own Hugging Face model scores with transformers' model of that depth."""
+    """Score the harness's own Hugging Face model, with transformers' model of that depth."""
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=as_transformers(family.checkpoint, exit=exit), tokenizer=family.tokenizer, batch_size=3)
-    return run._ask(model, run._questions(tasks, data, out, 0, False), tasks, limit)
+    loaded = run._load_tasks(tasks, data, out, fewshot=0, run_code=False)
+    return run._run_harness(model, loaded, tasks, limit)
 
 
 def same(ours: Evaluation, exit: int, expected: Any) -> None:
@@ -43,7 +44,7 @@ def same(ours: Evaluation, exit: int, expected: Any) -> None:
     for task, metrics in expected.items():
         for metric, value in metrics.values.items():
             found = row.all_values[task][metric]
-            if "perplexity" in metric:  # of the likelihood, a sum of floats in another order, as far as they go
+            if "perplexity" in metric:  # the exponential of a sum of floats in another order
                 found, value = math.log(found), math.log(value)
             assert found == value if "acc" in metric or "match" in metric else found == pytest.approx(value, rel=1e-5)
 
@@ -74,7 +75,7 @@ def test_contexts_that_do_not_fit_are_cut_as_the_harness_cuts_them(family: Famil
     requests = [
         (("", ""), long[:count], long[a:b]) for count, a, b in [(600, 0, 3), (600, 5, 45), (510, 2, 5), (5, 0, 8)]
     ]
-    with Found(tmp_path / "known.jsonl") as found:
+    with ResultCache(tmp_path / "known.jsonl") as found:
         ours = ExitLM(family, 6, [6], found, batch_tokens=600, report=lambda *a: None)
         scored = ours._loglikelihood_tokens(requests)
     for one, other in zip(scored, hf._loglikelihood_tokens(requests, disable_tqdm=True), strict=True):
@@ -87,7 +88,7 @@ def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_pa
     context = (5, 6, 7)
     texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (1, 40, 1, 25, 60, 2, 40)]
     sizes: list[int] = []
-    with Found(tmp_path / "known.jsonl") as found:
+    with ResultCache(tmp_path / "known.jsonl") as found:
         ours = ExitLM(family, 6, [4, 6], found, batch_tokens=batch_tokens, report=lambda *a: None)
         score = ours._score_batch
         ours._score_batch = lambda batch: (sizes.append(sum(len(t) for t, _ in batch)), score(batch))[1]  # type: ignore
@@ -96,11 +97,11 @@ def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_pa
             for exit in (4, 6):
                 logits = family.logits(torch.tensor([[*context, *text]]), exit)[0, len(context) - 1 : -1]
                 expected = logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum()
-                assert found[key(exit, "score", context, text)][0] == pytest.approx(float(expected), rel=1e-4)
+                assert found[cache_key(exit, "score", context, text)][0] == pytest.approx(float(expected), rel=1e-4)
     assert max(sizes) <= max(batch_tokens, len(context) + 59)
 
 
-def test_agreement_is_what_whole_sequences_say(family: Family, chats: Path, tmp_path: Path) -> None:
+def test_agreement_equals_the_logits_of_whole_sequences(family: Family, chats: Path, tmp_path: Path) -> None:
     ours = evaluate(family, tmp_path, tasks=["agreement", "text_agreement"], chats=chats)
     assert ours.rows[-1].values["agreement"] == 1.0 and ours.rows[-1].values["text_agreement"] == 1.0
     prompts = list(run.read_prompts(chats, family.tokenizer))
@@ -120,14 +121,14 @@ def test_agreement_is_what_whole_sequences_say(family: Family, chats: Path, tmp_
         evaluate(family, tmp_path, tasks=["agreement"])
 
 
-def test_what_is_known_is_not_asked_again(
+def test_cached_results_are_not_computed_again(
     family: Family, data: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = ["arc_easy", "gsm8k", "agreement"]
     first = evaluate(family, tmp_path, tasks=tasks, data=data, chats=chats)
     (known,) = tmp_path.glob("known-*.jsonl")
     lines = known.read_text().splitlines()
-    half = lines[: len(lines) // 2] + [lines[len(lines) // 2][:20]]  # as a kill leaves it
+    half = lines[: len(lines) // 2] + [lines[len(lines) // 2][:20]]  # like after a kill
     known.write_text("\n".join(half))
     asked: list[int] = []
     exit_logits = harness.exit_logits
@@ -149,20 +150,20 @@ def test_what_is_known_is_not_asked_again(
     assert not asked and not answers
 
 
-def test_answers_end_where_a_task_says(family: Family, tmp_path: Path) -> None:
+def test_answers_end_at_a_tasks_stop_text(family: Family, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
     def request(settings: dict[str, Any]) -> Instance:
         return Instance("generate_until", {}, ("What is it?", settings), 0)
 
-    with Found(tmp_path / "known.jsonl") as found:
+    with ResultCache(tmp_path / "known.jsonl") as found:
         model = ExitLM(family, 4, [4], found, batch_tokens=256, report=lambda *a: None)
         (whole,) = model.generate_until([request({"until": [], "max_gen_toks": 60})])
         assert len(whole) > 20
         stop = whole[7:9]
         (short,) = model.generate_until([request({"until": [stop], "max_gen_toks": 60})])
         assert short == whole.split(stop)[0]
-        assert key(4, "text", "What is it?", {"until": [stop], "max_gen_toks": 60}) in found
+        assert cache_key(4, "text", "What is it?", {"until": [stop], "max_gen_toks": 60}) in found
 
 
 def test_fewshot_examples_come_from_the_train_file(family: Family, data: Path, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_fewshot_examples_come_from_the_train_file(family: Family, data: Path, t
         (["humaneval"], "--run-code"),
     ],
 )
-def test_mistakes_are_told(family: Family, data: Path, tmp_path: Path, tasks: list[str], message: str) -> None:
+def test_mistakes_are_reported(family: Family, data: Path, tmp_path: Path, tasks: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluate(family, tmp_path, tasks=tasks, data=data)
 
@@ -200,7 +201,7 @@ def test_humaneval_counts_what_passes(
     assert [row.values["humaneval"] for row in ours.rows] == [0.0, 0.0, 1.0]
 
 
-def test_what_is_written(family: Family, data: Path, tmp_path: Path) -> None:
+def test_the_report_has_a_table_json_and_a_plot(family: Family, data: Path, tmp_path: Path) -> None:
     ours = evaluate(family, tmp_path, tasks=["arc_easy", "wikitext2"], data=data, limit=4)
     table, plain, plot = report.write(ours, tmp_path)
     lines = table.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Code that a model wrote runs apart, and not for long."""
+"""Generated code runs in a separate process with limits."""
 
 import os
 import time
@@ -39,7 +39,7 @@ time.sleep(600)
     began = time.monotonic()
     assert not passes(program, timeout_s=3.0)
     assert time.monotonic() - began < 30
-    if mark.exists():  # where the limit on processes does not bind, as for root
+    if mark.exists():  # the limit on processes does not apply to root
         pid = int(mark.read_text())
         for _ in range(100):
             try:

@@ -11,8 +11,8 @@ from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.profile.nodes import profile_nodes
 from ruyi_flow.bench.report import machine
 from ruyi_flow.errors import ConfigError, NodeUnavailable
-from ruyi_flow.evaluation.scorers import Asked
-from ruyi_flow.evaluation.tracing import record
+from ruyi_flow.evaluation.scorers import Question
+from ruyi_flow.evaluation.tracing import record_trace
 from ruyi_flow.local import load_family
 from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.run import Simulation
@@ -105,7 +105,9 @@ async def test_running_nodes_and_links_are_measured_from_outside(family: Path) -
 
 async def test_real_nodes_and_simulated_ones_are_compared(family: Path, measured: Profile, tmp_path: Path) -> None:
     prompts = [[3 + (5 * i + j) % 57 for j in range(8 + 6 * i)] for i in range(4)]
-    record(load_family(family, dtype="float32"), [Asked(tuple(p)) for p in prompts], tmp_path / "t", max_new_tokens=8)
+    record_trace(
+        load_family(family, dtype="float32"), [Question(tuple(p)) for p in prompts], tmp_path / "t", max_new_tokens=8
+    )
     setting = Setting("cascade", 4.0, 100.0, 2)
     policy = tmp_path / "none.yaml"  # cascade has its own thresholds
     found = await compare(

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from ruyi_flow.bench.profile.messages import message_sizes
-from ruyi_flow.calibration.trace import read
+from ruyi_flow.calibration.trace import read_trace
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.evaluation.scorers import Asked
-from ruyi_flow.evaluation.tracing import record
+from ruyi_flow.evaluation.scorers import Question
+from ruyi_flow.evaluation.tracing import record_trace
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.sim.node import VirtualSession
@@ -90,8 +90,8 @@ def test_a_link_at_full_load_carries_its_rate(simulate: Simulate) -> None:
 async def test_it_asks_what_the_running_system_asks(tmp_path: Path, tiny: Path, simulate: Simulate) -> None:
     prompts = [tuple(3 + (7 * i + j) % 57 for j in range(4 + 9 * i)) for i in range(5)]
     family, file = load_family(tiny, dtype="float32"), tmp_path / "trace.msgpack"
-    record(family, [Asked(prompt) for prompt in prompts], file, max_new_tokens=12)
-    _, records = read(file)
+    record_trace(family, [Question(prompt) for prompt in prompts], file, max_new_tokens=12)
+    _, records = read_trace(file)
     async with (
         cluster(cut_topology(tiny, [[2], [4], [6]], encoding="bf16", dtype="bfloat16")) as nodes,
         AsyncClient(nodes.topology) as client,
@@ -484,7 +484,7 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
         build(behaviour=None)
     with pytest.raises(ConfigError, match="bad.yaml: trace: .*t: cannot be read: No such.*; ruyi-flow trace records"):
         build(behaviour=None, trace="t")
-    record(load_family(tiny, dtype="float32"), [Asked((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
+    record_trace(load_family(tiny, dtype="float32"), [Question((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
     with pytest.raises(ConfigError, match="is of family .* the profile of family; trace and profile the same one"):
         build(behaviour=None, trace="t")
     with pytest.raises(ConfigError, match="hardware: 'h10' is not known; known: snapdragon"):
@@ -531,7 +531,7 @@ def test_a_replay_is_read_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_trace_of_another_family_is_refused(tmp_path: Path, tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
-    record(load_family(tiny, dtype="float32"), [Asked((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
+    record_trace(load_family(tiny, dtype="float32"), [Question((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
 
     def build(**change: Any) -> None:
         (tmp_path / "fam").mkdir(exist_ok=True)
