@@ -46,9 +46,11 @@ def main() -> None:
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
     try:
         app()
+    except SystemExit as end:
+        if end.code == 130:  # typer turns Ctrl-C into this
+            sys.stderr.write("interrupted\n")
+        raise
     except (RuyiFlowError, OSError) as error:  # the latter: files and folders that cannot be read or written
         # Not through rich: a message is a line for logs and pipes too, and it may contain brackets.
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
-from ruyi_flow.cli.display import counting_bar, err, out, print_json, say, training_bar
+from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer, training_bar
 from ruyi_flow.cli.options import JsonOption, integers
 from ruyi_flow.errors import ConfigError
 
@@ -50,7 +50,7 @@ def pull(
     from ruyi_flow.family.checkpoint import Checkpoint
 
     began = time.monotonic()
-    given_exits, steps, show = integers(exits, "--exits"), list[str](), say(as_json)
+    given_exits, steps, show = integers(exits, "--exits"), list[str](), step_printer(as_json)
 
     def told(step: str) -> None:
         steps.append(step)
@@ -106,7 +106,7 @@ def train(
     if tokenizer is None:
         raise ConfigError(f"family {plan.family!r} has no tokenizer.json, so there is no reading the data for it")
     quiet = as_json or not speaks
-    told = say(quiet)
+    told = step_printer(quiet)
     if self_distill:
         with training_bar("answering", quiet=quiet) as progress:
             file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
