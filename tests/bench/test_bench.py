@@ -1,16 +1,22 @@
 """`ruyi-flow bench`: its output and its errors. No test depends on measured times."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from gguf import GGUFWriter
 
 from ruyi_flow.bench.measurement import interleaved, no_report
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.testing import tiny_family
 from tests.config.test_policy_file import write
 
 pytestmark = pytest.mark.timeout(120)
@@ -203,3 +209,26 @@ def test_a_broken_gguf_file_is_refused(run, spoken: Path, tmp_path: Path) -> Non
             "bench", "decode", "--family", str(spoken), "--threads", "1", "--out", str(tmp_path), *against
         )
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_profile_and_its_processes_quietly(tmp_path: Path) -> None:
+    family = tiny_family(tmp_path / "family", max_position_embeddings=2048)
+    command = [sys.executable, "-m", "ruyi_flow.cli", "profile", str(family), "--dtype", "float32", "--rounds", "1"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "profile")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of its own, like a command in a terminal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
+    ) as profiling:
+        workers: list[psutil.Process] = []
+        while not workers:
+            assert profiling.poll() is None
+            time.sleep(0.05)
+            children = psutil.Process(profiling.pid).children()
+            workers = [child for child in children if "--multiprocessing-fork" in child.cmdline()]
+        os.killpg(profiling.pid, signal.SIGINT)
+        output, _ = profiling.communicate(timeout=60)
+    assert (profiling.returncode, output) == (130, "interrupted\n")
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
