@@ -123,7 +123,7 @@ def _measured(
     if policy.scale is None or curve is None:
         plain = measure(logits, Score.MAX_PROBABILITY).tolist()
         return (plain if policy.scale is None else None), plain
-    raw = measure(logits, policy.scale.score, curve.temperature, probe=probe, read=read).tolist()
+    raw = measure(logits, policy.scale.score, curve.temperature, probe=probe, head_input=read).tolist()
     return raw, [curve(score) for score in raw]
 
 

@@ -21,7 +21,7 @@ from ruyi_flow.family.every_exit import Tree, each_exit
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
-from ruyi_flow.runtime.scores import measure_all, reading
+from ruyi_flow.runtime.scores import loss_and_entropy, measure_all
 from ruyi_flow.serving.answering import end_tokens
 from ruyi_flow.training.distill import Answer, answers
 from ruyi_flow.types import Encoding, Weights
@@ -170,7 +170,7 @@ class _Answering:
         found: dict[int, ExitRecord] = {}
         for p, logits, read in each_exit(self.family.model, exits, [tree], [torch.arange(begin, len(tree))]):
             following = torch.tensor(answer.prompt[begin + 1 :], device=logits.device)
-            means = reading(logits[:middle], following)
+            means = loss_and_entropy(logits[:middle], following)
             said = logits[middle:].argmax(-1).int().cpu().numpy()
             found[p] = ExitRecord(said, self._scores(p, logits[middle:], read[middle:]), *means)
         return found
@@ -188,7 +188,8 @@ class _Answering:
         sizes = [len(option) for option in asked.options]
         exits: dict[int, ExitRecord] = {}
         for p, logits, _ in each_exit(self.family.model, self.family.exits, [tree], [torch.tensor(rows)]):
-            means = reading(logits[: n - 1 - begin], torch.tensor(asked.prompt[begin + 1 :], device=logits.device))
+            following = torch.tensor(asked.prompt[begin + 1 :], device=logits.device)
+            means = loss_and_entropy(logits[: n - 1 - begin], following)
             told = logits[n - begin :].log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0]
             likely = torch.stack([part.sum() for part in told.split(sizes)])[None]
             said, scores = int(likely.argmax()), self._scores(p, likely, None)
@@ -199,4 +200,4 @@ class _Answering:
     def _scores(self, exit: int, logits: Tensor, read: Tensor | None) -> NDArray[np.float32]:
         """(n, vocab) -> (n, scores, temperatures); the last exit, which has no probe, is sure by that score."""
         probe = self.family.model.branch_at[exit].probe
-        return measure_all(logits, self.names, TEMPERATURES, probe=probe, read=read).cpu().numpy()
+        return measure_all(logits, self.names, TEMPERATURES, probe=probe, head_input=read).cpu().numpy()
