@@ -47,12 +47,7 @@ def ruyi_flow(family: Family) -> Engine:
 
 
 def transformers(model: Any, draft_layers: int | None = None) -> Engine:
-    """Make an engine of a transformers model.
-
-    Args:
-        model: the result of `as_transformers`.
-        draft_layers: number of first layers that draft (LayerSkip). Default: no drafts.
-    """
+    """Make an engine of a model of `as_transformers`, whose first `draft_layers` layers draft (LayerSkip)."""
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     drafting = {} if draft_layers is None else {"assistant_early_exit": draft_layers}
 
@@ -95,10 +90,7 @@ def llama_cpp(gguf: Path | None, *, threads: int, positions: int) -> Engine:
 
     def begin(ids: Sequence[int]) -> list[int]:
         if max(ids) >= model.n_vocab():
-            raise ConfigError(
-                f"--gguf {gguf}: its vocabulary has {model.n_vocab()} tokens and the family's has more; "
-                "name a file of the same model"
-            )
+            raise ConfigError(f"--gguf {gguf}: the family's vocabulary is larger; name a file of the same model")
         model.reset()  # forgets the previous prompt, which would make this one free
         return list(ids)
 

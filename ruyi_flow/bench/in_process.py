@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from ruyi_flow.bench import Against, engines
 from ruyi_flow.bench.engines import Engine
-from ruyi_flow.bench.measurement import Measurement, Report, Setup, interleaved, milliseconds, no_report, ratios
+from ruyi_flow.bench.measurement import Measurement, Report, Setup, interleaved, no_report, ratios
 from ruyi_flow.bench.nodes import PROMPT, check_token_count, tokenize_prompts
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
@@ -43,12 +43,7 @@ def decode(
         ConfigError: an engine is not installed or cannot run this family, or an option belongs to an engine that
             `against` does not name.
     """
-    family = _load(setup, report)
-    ids = tokenize_prompts(family.checkpoint, [PROMPT])[0]
-    positions = len(ids) + setup.tokens
-    compared = _engines(setup, family, against, positions=positions, gguf=gguf, early_exit=early_exit, report=report)
-    times = _time(compared, setup, lambda engine: seconds_per_token(engine, ids, setup.tokens), report)
-    return _measurement("decode", setup, compared, times, unit="token", tokens=1)
+    return _compare(setup, against, gguf=gguf, early_exit=early_exit, report=report)
 
 
 def prefill(
@@ -66,21 +61,7 @@ def prefill(
     """
     if Against.EARLY_EXIT in against:
         raise ConfigError(f"--against {Against.EARLY_EXIT}: this engine drafts, so it is valid for decode only")
-    family = _load(setup, report)
-    text = tokenize_prompts(family.checkpoint, [PROMPT])[0]
-    ids = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
-    positions = prompt_tokens + 1
-    compared = _engines(setup, family, against, positions=positions, gguf=gguf, early_exit=None, report=report)
-
-    def seconds_per_prompt(engine: Engine) -> float:
-        began = time.perf_counter()
-        engine.prefill(ids)
-        return time.perf_counter() - began
-
-    times = _time(compared, setup, seconds_per_prompt, report)
-    found = _measurement("prefill", setup, compared, times, unit="prompt", tokens=prompt_tokens)
-    found.settings["prompt_tokens"] = prompt_tokens
-    return found
+    return _compare(setup, against, prompt_tokens=prompt_tokens, gguf=gguf, report=report)
 
 
 def seconds_per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
@@ -98,12 +79,46 @@ def seconds_per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
     return (seconds[1] - seconds[0]) / (tokens - 1)
 
 
-def _load(setup: Setup, report: Report) -> Family:
+def _compare(
+    setup: Setup,
+    against: Sequence[Against],
+    *,
+    prompt_tokens: int | None = None,
+    gguf: Path | None,
+    early_exit: int | None = None,
+    report: Report,
+) -> Measurement:
+    """Load the engines and time them in interleaved rounds; `prompt_tokens` selects prefill, None decode."""
     torch.set_num_threads(setup.threads)
     report("loading", 0, 1)
     family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights, device=setup.device)
     report("loading", 1, 1)
-    return family
+    ids = tokenize_prompts(family.checkpoint, [PROMPT])[0]
+    if prompt_tokens is not None:
+        ids = (ids * (prompt_tokens // len(ids) + 1))[:prompt_tokens]
+    positions = len(ids) + setup.tokens
+    compared = _engines(setup, family, against, positions=positions, gguf=gguf, early_exit=early_exit, report=report)
+    times: dict[str, list[float]] = {name: [] for name in compared}
+    for name, is_measured in interleaved([*compared], setup.rounds, report):
+        began = time.perf_counter()
+        if prompt_tokens is None:
+            seconds = seconds_per_token(compared[name], ids, setup.tokens)
+        else:
+            compared[name].prefill(ids)
+            seconds = time.perf_counter() - began
+        if is_measured:
+            times[name].append(seconds)
+    bench, unit = ("decode", "token") if prompt_tokens is None else ("prefill", "prompt")
+    results = {}
+    for name in times:
+        median = statistics.median(times[name])
+        results[name] = {f"ms_per_{unit}": 1e3 * median, "tokens_per_s": (prompt_tokens or 1) / median}
+        if name != engines.RUYI_FLOW:
+            results[name] |= ratios("ratio", times[name], times[engines.RUYI_FLOW])
+    others = {name: engine.description for name, engine in compared.items() if name != engines.RUYI_FLOW}
+    settings = asdict(setup) | {"against": others} | ({"prompt_tokens": prompt_tokens} if prompt_tokens else {})
+    samples = {f"ms per {unit}": {name: [1e3 * s for s in times[name]] for name in times}}
+    return Measurement(bench, settings, results, samples)
 
 
 def _engines(
@@ -142,29 +157,3 @@ def _draft_layers(family: Family, early_exit: int | None) -> int:
     if not 0 < chosen < layers:
         raise ConfigError(f"--early-exit is {chosen}; it must be one of the model's layers 1 … {layers - 1}")
     return chosen
-
-
-def _time(
-    compared: dict[str, Engine], setup: Setup, measure: Callable[[Engine], float], report: Report
-) -> dict[str, list[float]]:
-    """Return each engine's seconds in every measured round."""
-    times: dict[str, list[float]] = {name: [] for name in compared}
-    for name, is_measured in interleaved([*compared], setup.rounds, report):
-        seconds = measure(compared[name])
-        if is_measured:
-            times[name].append(seconds)
-    return times
-
-
-def _measurement(
-    bench: str, setup: Setup, compared: dict[str, Engine], times: dict[str, list[float]], *, unit: str, tokens: int
-) -> Measurement:
-    results = {}
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        results[name] = {f"ms_per_{unit}": 1e3 * median, "tokens_per_s": tokens / median}
-        if name != engines.RUYI_FLOW:
-            results[name] |= ratios("ratio", seconds, times[engines.RUYI_FLOW])
-    others = {name: engine.description for name, engine in compared.items() if name != engines.RUYI_FLOW}
-    samples = {f"ms per {unit}": milliseconds(times)}
-    return Measurement(bench, asdict(setup) | {"against": others}, results, samples)

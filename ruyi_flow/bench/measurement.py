@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +23,6 @@ __all__ = [
     "available_cores",
     "describe_machine",
     "interleaved",
-    "milliseconds",
     "no_report",
     "ratios",
 ]
@@ -96,11 +95,6 @@ def ratios(name: str, numerators: Sequence[float], denominators: Sequence[float]
     """Return the median and the lowest ratio over the rounds, as `name` and `name_lowest`."""
     by_round = [a / b for a, b in zip(numerators, denominators, strict=True)]
     return {name: statistics.median(by_round), f"{name}_lowest": min(by_round)}
-
-
-def milliseconds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Return every series of seconds in milliseconds."""
-    return {name: [1e3 * s for s in series] for name, series in seconds.items()}
 
 
 def available_cores() -> list[int]:

@@ -13,13 +13,7 @@ __all__ = ["draw"]
 
 
 def draw(found: Measurement, processor: str, file: Path) -> None:
-    """Write a PNG with one panel for each kind of sample: bars at the medians, dots at the samples.
-
-    Args:
-        found: the benchmark's results.
-        processor: name of the processor, for the title.
-        file: the PNG to write.
-    """
+    """Write a PNG with one panel for each kind of sample: bars at the medians, dots at the samples."""
     bars_per_panel = max(map(len, found.samples.values()))
     width = len(found.samples) * max(4.0, 1.5 * bars_per_panel)
     figure = Figure(figsize=(width, 3.5), layout="constrained")

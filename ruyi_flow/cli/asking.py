@@ -14,8 +14,8 @@ from rich.table import Table
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.display import (
     err,
+    log_writer,
     node_legend,
-    node_log_printer,
     out,
     print_json,
     progress_bar,
@@ -83,7 +83,7 @@ def demo(
         from ruyi_flow.serving.supervisor import supervise
 
         stop = on_signals()
-        async with supervise(topology, loaded, node_log_printer(loaded)) as supervisor:
+        async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:
                 out.print(status_table(await client.status()))

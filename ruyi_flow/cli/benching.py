@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.bench import Against
-from ruyi_flow.bench.measurement import Measurement, Report, Setup, describe_machine
+from ruyi_flow.bench.measurement import Report, Setup, describe_machine
 from ruyi_flow.cli.app import app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer
 from ruyi_flow.cli.options import JsonOption
@@ -72,12 +73,10 @@ def decode(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the time per output token of the whole family in this process: batch 1, greedy, last exit."""
-    setup = Setup(family, weights, dtype, threads, tokens, rounds, device)
-    with _prepared(family, output, as_json) as report:
-        from ruyi_flow.bench import in_process
+    from ruyi_flow.bench import in_process
 
-        found = in_process.decode(setup, against=against or (), early_exit=early_exit, gguf=gguf, report=report)
-    _show(found, output, as_json)
+    setup = Setup(family, weights, dtype, threads, tokens, rounds, device)
+    _run(in_process.decode, setup, output, as_json, against=against or (), early_exit=early_exit, gguf=gguf)
 
 
 @bench.command()
@@ -95,12 +94,10 @@ def prefill(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the time to first token of one prompt with the whole family in this process."""
-    setup = Setup(family, weights, dtype, threads, 1, rounds, device)
-    with _prepared(family, output, as_json) as report:
-        from ruyi_flow.bench import in_process
+    from ruyi_flow.bench import in_process
 
-        found = in_process.prefill(setup, prompt_tokens=prompt_tokens, against=against or (), gguf=gguf, report=report)
-    _show(found, output, as_json)
+    setup = Setup(family, weights, dtype, threads, 1, rounds, device)
+    _run(in_process.prefill, setup, output, as_json, prompt_tokens=prompt_tokens, against=against or (), gguf=gguf)
 
 
 @bench.command()
@@ -115,12 +112,10 @@ def hop(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the time per token that a hop adds: three node processes against one process and one node."""
-    setup = Setup(family, weights, dtype, threads, tokens, rounds)
-    with _prepared(family, output, as_json) as report:
-        from ruyi_flow.bench import over_links
+    from ruyi_flow.bench import over_links
 
-        found = asyncio.run(over_links.hop(setup, report=report))
-    _show(found, output, as_json)
+    setup = Setup(family, weights, dtype, threads, tokens, rounds)
+    _run(over_links.hop, setup, output, as_json)
 
 
 @bench.command()
@@ -142,17 +137,15 @@ def wan(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much drafts speed up mode exact over a slow link, emulated between two node processes."""
-    setup = Setup(family, weights, dtype, threads, tokens, rounds)
-    with _prepared(family, output, as_json) as report:
-        from ruyi_flow.bench import over_links
-        from ruyi_flow.family import store
+    from ruyi_flow.bench import over_links
+    from ruyi_flow.family import store
 
-        if policy is None and family == store.DEMO and DEMO_POLICY.exists():
-            policy = DEMO_POLICY
-        if policy is None:
-            step_printer(as_json)("adaptive drafts are not measured: they need --policy")
-        found = asyncio.run(over_links.wan(setup, round_trip_ms=round_trip, policy=policy, report=report))
-    _show(found, output, as_json)
+    if policy is None and family == store.DEMO and DEMO_POLICY.exists():
+        policy = DEMO_POLICY
+    if policy is None:
+        step_printer(as_json)("adaptive drafts are not measured: they need --policy")
+    setup = Setup(family, weights, dtype, threads, tokens, rounds)
+    _run(over_links.wan, setup, output, as_json, round_trip_ms=round_trip, policy=policy)
 
 
 @bench.command()
@@ -168,12 +161,10 @@ def exits(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the gain of early exits on one machine: mode token on three nodes against the whole family."""
-    setup = Setup(family, weights, dtype, threads, tokens, rounds)
-    with _prepared(family, output, as_json) as report:
-        from ruyi_flow.bench import over_links
+    from ruyi_flow.bench import over_links
 
-        found = asyncio.run(over_links.exits(setup, policy=policy, report=report))
-    _show(found, output, as_json)
+    setup = Setup(family, weights, dtype, threads, tokens, rounds)
+    _run(over_links.exits, setup, output, as_json, policy=policy)
 
 
 @bench.command()
@@ -194,12 +185,10 @@ def serve(
     as_json: JsonOption = False,
 ) -> None:
     """Measure many concurrent sessions on one node process with the whole family, against one session alone."""
-    setup = Setup(family, weights, dtype, threads, tokens, rounds, device)
-    with _prepared(family, output, as_json) as report:
-        from ruyi_flow.bench import serving
+    from ruyi_flow.bench import serving
 
-        found = asyncio.run(serving.serve(setup, sessions=sessions, rate=rate, report=report))
-    _show(found, output, as_json)
+    setup = Setup(family, weights, dtype, threads, tokens, rounds, device)
+    _run(serving.serve, setup, output, as_json, sessions=sessions, rate=rate)
 
 
 @bench.command()
@@ -279,12 +268,16 @@ def _prepared(family: str, folder: Path, as_json: bool) -> Iterator[Report]:
         yield report
 
 
-def _show(found: Measurement, folder: Path, as_json: bool) -> None:
-    """Write the plot; print the table and, as the last line, the JSON object."""
+def _run(measure: Callable[..., Any], setup: Setup, output: Path, as_json: bool, **options: Any) -> None:
+    """Run a benchmark; write its plot; print its table and, as the last line, its JSON object."""
+    with _prepared(setup.family, output, as_json) as report:
+        found = measure(setup, report=report, **options)
+        if inspect.iscoroutine(found):
+            found = asyncio.run(found)
     from ruyi_flow.bench.plot import draw
 
-    machine = describe_machine(found.settings["threads"], found.settings["device"])
-    plot = folder / f"{found.bench}.png"
+    machine = describe_machine(setup.threads, setup.device)
+    plot = output / f"{found.bench}.png"
     draw(found, machine["processor"], plot)
     if not as_json:
         columns = list(dict.fromkeys(key for row in found.results.values() for key in row))
@@ -299,15 +292,8 @@ def _show(found: Measurement, folder: Path, as_json: bool) -> None:
 _HEADERS = {
     "beyond_process_ms_per_hop": "added to process, ms/hop",
     "beyond_node_ms_per_hop": "added to node, ms/hop",
-    "held": "accepted drafts",
+    "held": "accepted drafts, share",
     "compute": "compute, share",
-    "ratio": "ruyi-flow faster by",
-    "ratio_lowest": "lowest",
-    "first_token_p50_ms": "TTFT p50, ms",
-    "first_token_p95_ms": "TTFT p95, ms",
-    "token_p50_ms": "TPOT p50, ms",
-    "token_p95_ms": "TPOT p95, ms",
-    "times_alone": "ratio to alone",
-    "times_alone_lowest": "ratio to alone, lowest",
+    "ratio": "speed of ruyi-flow, ratio",
 }
-"""Column titles of statistics whose JSON keys need an explanation."""
+"""Column titles of results whose JSON keys do not explain themselves."""

@@ -19,11 +19,11 @@ from ruyi_flow.errors import NodeError
 from ruyi_flow.types import NodeStatus, Stats, Token
 
 __all__ = [
-    "comma_separated",
+    "comma_list",
     "counting_bar",
     "err",
     "node_legend",
-    "node_log_printer",
+    "log_writer",
     "out",
     "print_json",
     "progress_bar",
@@ -107,12 +107,12 @@ def token_text(topology: Topology, token: Token) -> Text:
 def node_legend(topology: Topology) -> Text:
     """Return every node's name and exits in the node's colour."""
     return Text("  ").join(
-        Text(f"{node.label} (exits {comma_separated(node.exits)})", style=_colour(topology, node.name))
+        Text(f"{node.label} (exits {comma_list(node.exits)})", style=_colour(topology, node.name))
         for node in topology.nodes
     )
 
 
-def node_log_printer(topology: Topology) -> Callable[[str, str], None]:
+def log_writer(topology: Topology) -> Callable[[str, str], None]:
     """Return a function of (node name, line) that prints a line of a node's log in the node's colour."""
     width = max(len(node.name) for node in topology.nodes)
 
@@ -172,7 +172,7 @@ def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
         table.add_row(
             status.node if status.tier == status.node else f"{status.node} ({status.tier})",
             status.state,
-            comma_separated(status.exits),
+            comma_list(status.exits),
             f"{status.first_layer}-{status.last_layer - 1}",
             f"{status.parameters / 1e6:,.1f}",
             f"{status.resident_bytes / 1e6:,.0f} ({status.tensor_bytes / 1e6:,.0f})",
@@ -183,6 +183,6 @@ def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
     return table
 
 
-def comma_separated(values: Iterable[object]) -> str:
+def comma_list(values: Iterable[object]) -> str:
     """Return the values as text, separated by commas."""
     return ", ".join(map(str, values))

@@ -16,16 +16,7 @@ import typer
 from rich.table import Table
 
 from ruyi_flow.cli.app import app
-from ruyi_flow.cli.display import (
-    comma_separated,
-    counting_bar,
-    err,
-    node_log_printer,
-    out,
-    print_json,
-    progress_bar,
-    status_table,
-)
+from ruyi_flow.cli.display import comma_list, counting_bar, err, log_writer, out, print_json, progress_bar, status_table
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, load_topology, networked, on_signals
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.types import NodeStatus, Weights
@@ -102,7 +93,7 @@ def shard(
         return
     table = Table("node", "exits", "MB", "folder")
     for item in shards:
-        table.add_row(item["node"], comma_separated(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
+        table.add_row(item["node"], comma_list(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
     out.print(table)
     if cost:
         table = Table("weights", "same tokens", "of", "perplexity", title="what few bits cost", title_justify="left")
@@ -206,7 +197,7 @@ def up(
         from ruyi_flow.serving.supervisor import supervise
 
         stop = on_signals()
-        async with supervise(topology, loaded, node_log_printer(loaded)) as supervisor:
+        async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "

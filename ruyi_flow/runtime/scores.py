@@ -102,14 +102,9 @@ def measure_all(
 
 
 def loss_and_entropy(logits: Tensor, following: Tensor) -> tuple[float, float]:
-    """Compute the mean loss and the mean entropy of a branch along a prompt, in nats.
+    """Compute a branch's mean loss and mean entropy along a prompt, in nats; both are 0 without rows.
 
-    Args:
-        logits: (n, vocab) of the branch.
-        following: (n,) token ids, each the one that follows a row in the prompt.
-
-    Returns:
-        The mean loss and the mean entropy; both are 0 without rows.
+    `logits` are (n, vocab), and `following` are the (n,) tokens of the prompt that follow the rows.
     """
     if not len(following):
         return 0.0, 0.0

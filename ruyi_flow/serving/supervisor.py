@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from ruyi_flow.config.topology import Topology
@@ -57,21 +57,21 @@ class Supervisor:
         self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
-        async with AsyncExitStack() as stack:
-            peers = []
-            for node in self._topology.nodes:
-                peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
-                stack.push_async_callback(peer.close)
-                peers.append(peer)
-            while time.monotonic() - began < timeout_s:
-                if self._failed.done():
+        for node in self._topology.nodes:
+            peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+            try:
+                while not self._failed.done():
+                    with suppress(NodeError):
+                        await peer.status(timeout_s=1.0)
+                        break
+                    if time.monotonic() - began > timeout_s:
+                        raise NodeError(f"node {node.name!r} does not serve after {timeout_s:g} s; see its log")
+                    await asyncio.sleep(0.1)
+                else:
                     raise self._failed.result()
-                answered = await asyncio.gather(*map(_answers, peers))
-                if all(answered):
-                    return time.monotonic() - began
-                await asyncio.sleep(0.1)
-        missing = [peer.name for peer, answers in zip(peers, answered, strict=True) if not answers]
-        raise NodeError(f"not serving after {timeout_s:g} s: {', '.join(missing)}; the reason is in their logs")
+            finally:
+                await peer.close()
+        return time.monotonic() - began
 
     async def wait(self) -> None:
         """Wait until a node ends that cannot be restarted.
@@ -150,14 +150,6 @@ async def supervise(path: Path, topology: Topology, log: Callable[[str, str], No
         yield supervisor
     finally:
         await asyncio.shield(asyncio.ensure_future(supervisor.stop()))
-
-
-async def _answers(peer: Peer) -> bool:
-    try:
-        await peer.status(timeout_s=1.0)
-    except NodeError:
-        return False
-    return True
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -30,11 +30,7 @@ _MEASURED_S = 12.0
 def concurrent_step_times(
     family: str, *, dtype: str, weights: Weights | None, threads: int, processes: int
 ) -> tuple[float, float]:
-    """Run steps in several processes at once, with pauses of random length between steps.
-
-    Returns:
-        Mean seconds of a step, and of a pause.
-    """
+    """Run steps with random pauses in several processes at once; return the mean seconds of a step and of a pause."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     workers = [
@@ -43,18 +39,16 @@ def concurrent_step_times(
     ]
     # Workers inherit this mask: Ctrl-C in a terminal reaches this process only, which then ends them without traces.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    for worker in workers:
+        worker.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        for worker in workers:
-            worker.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         steps, pauses = zip(*(results.get(timeout=120) for _ in workers), strict=True)
         return statistics.mean(steps), statistics.mean(pauses)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for worker in workers:
-            if worker.pid is not None:
-                worker.terminate()
-                worker.join(10)
+            worker.terminate()
+            worker.join(10)
 
 
 def _run_steps(
@@ -82,17 +76,14 @@ def _run_steps(
 
 
 def estimate_cores(alone: tuple[float, float], concurrent_s: float) -> float:
-    """Estimate how many cores explain the slowdown of concurrent steps.
+    """Estimate how many cores explain the slowdown of steps of `CONTENDERS` processes at once, at most as many.
 
     With n processes in a step, each progresses at the rate min(1, cores / n): a closed queue with one server of that
     rate (the machine-repairman model; Kleinrock 1975, 3.8), whose response time grows as the cores become fewer.
 
     Args:
         alone: mean seconds of a step and of a pause of one process alone.
-        concurrent_s: mean seconds of a step of `CONTENDERS` processes at once.
-
-    Returns:
-        The number of cores, from 0.5 to `CONTENDERS`.
+        concurrent_s: mean seconds of a step of the processes at once.
     """
     step_s, pause_s = alone
 

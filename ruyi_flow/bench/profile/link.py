@@ -27,12 +27,12 @@ class LinkMeasurement:
 
 
 async def measure_link(address: str, *, rounds: int = 20, payload: int = 1_000_000) -> LinkMeasurement:
-    """Measure a link with gRPC health checks: small ones for the round trip, large ones for the upward bandwidth.
+    """Measure the link to host:port with gRPC health checks.
 
     Args:
         address: host:port of the node.
-        rounds: number of small checks.
-        payload: bytes of a large check.
+        rounds: number of small checks, for the round trip.
+        payload: bytes of the large checks, for the bandwidth toward the node.
 
     Raises:
         NodeUnavailable: no node answers at the address.

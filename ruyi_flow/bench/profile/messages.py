@@ -16,10 +16,7 @@ __all__ = ["message_sizes"]
 
 
 def message_sizes(hidden_size: int, vocab_size: int, policy: Policy) -> dict[str, Any]:
-    """Return the byte sizes of messages for a `Profile`; hidden states are not counted.
-
-    Token ids are counted with the size of one from the middle of the vocabulary.
-    """
+    """Return the bytes of messages without hidden states, as fields of `Profile`; token ids of medium size."""
     encoding = Encoding.BF16
     opening = SessionOpen("0" * 16, 0, hidden_size, encoding, 512, 64, SamplingParams(eos_token_ids=(0, 2)), policy)
     blocks = BlockCodec(hidden_size, encoding)

@@ -30,14 +30,9 @@ _DELAYS_S = (0.0, 0.01, 0.04)
 
 
 async def measure_overheads(exits: Sequence[int], node_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure the time that rounds, requests and exchanges take besides steps, with node processes on loopback.
+    """Measure the seconds of rounds, requests and exchanges besides steps, as fields of `Profile`.
 
-    Args:
-        exits: the family's exits.
-        node_options: arguments of `running_nodes`.
-
-    Returns:
-        Fields of `Profile`.
+    The nodes are two processes on loopback; `node_options` are arguments of `running_nodes`.
     """
     async with running_nodes([exits], **node_options) as client:
         await _answer(client, 16, 16)
@@ -67,14 +62,9 @@ async def measure_overheads(exits: Sequence[int], node_options: Mapping[str, Any
 
 
 async def measure_pauses(stages: Sequence[StageCost], node_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure how much longer steps take after pauses: nodes behind links of several delays wait for one another.
+    """Measure how much longer steps take after pauses than in `stages`, as fields of `Profile`.
 
-    Args:
-        stages: the stages' costs without pauses.
-        node_options: arguments of `running_nodes`.
-
-    Returns:
-        Fields of `Profile`.
+    Node processes behind links of several delays wait for one another; `node_options` as in `measure_overheads`.
     """
     cuts = [part.tolist() for part in np.array_split([s.exit for s in stages], min(3, len(stages)))]
     warm_s = []

@@ -33,14 +33,7 @@ _MOST_HEAD_ROWS = 64
 
 
 def measure_stages(shard: Shard, far: int, rounds: int, report: Report) -> tuple[StageCost, ...]:
-    """Measure the cost of every stage.
-
-    Args:
-        shard: the whole family.
-        far: longer of the two contexts, in positions.
-        rounds: runs of each measurement, of which the median counts.
-        report: called with the progress.
-    """
+    """Measure the cost of every stage by medians over the rounds; `far` is the longer of two contexts, in positions."""
     seconds: dict[tuple[str, int, int], list[list[float]]] = defaultdict(lambda: [[] for _ in shard.exits])
     with torch.inference_mode():
         plain, scaled = filled_session(shard, far), filled_session(shard, NEAR_CONTEXT, _scale(shard))
@@ -146,10 +139,7 @@ def filled_session(shard: Shard, positions: int, scale: Scale | None = None) -> 
 def time_stages(sessions: Sequence[Session], rows: int, what: str) -> Iterator[float]:
     """Run every stage on new rows of each session; yield the seconds of each stage.
 
-    Args:
-        sessions: sessions that share the step.
-        rows: new rows of each session.
-        what: `trunk` runs no branch; `branch` also fills the branch's KV cache; `head` also picks a token per row.
+    `what` is trunk (no branch), branch (also fill the branch's KV cache) or head (also pick a token for each row).
     """
     like = sessions[0].embed((0,))
     for session in sessions:
