@@ -103,12 +103,7 @@ def llama_cpp(gguf: Path | None, *, threads: int, positions: int) -> Engine:
 
 
 def as_transformers(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, exit: int | None = None) -> Any:
-    """Load a family's trunk up to an exit, and that exit's branch, as an ordinary transformers model.
-
-    Args:
-        checkpoint: the family, with unquantized weights.
-        dtype: number format of the weights.
-        exit: the exit. Default: the last.
+    """Load the trunk up to an exit (default: the last) and that exit's branch as an ordinary transformers model.
 
     Raises:
         ConfigError: the checkpoint is a shard with quantized weights.

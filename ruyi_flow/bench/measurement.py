@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ class Setup:
 
     family: str
     """Folder of the family, or its name in the store."""
+    _: KW_ONLY
     weights: Weights | None = None
     """Number format of the weight matrices. Default: as in the checkpoint."""
     dtype: str = "bfloat16"

@@ -75,7 +75,7 @@ async def hop(setup: Setup, *, report: Report = no_report) -> Measurement:
         extra = [(a - b) / 2 for a, b in zip(times[name], times[base], strict=True)]
         results[name][f"beyond_{base}_ms_per_hop"] = 1e3 * statistics.median(extra)
     results["three"] |= {f"{part}_ms_per_token": 1e3 * statistics.median(values) for part, values in parts.items()}
-    return _measurement("hop", setup, {"cuts": cuts, "cores": cores}, results, times)
+    return _measurement("hop", setup, {"cuts": cuts, "cores": cores}, results=results, times=times)
 
 
 async def exits(setup: Setup, *, policy: Path, report: Report = no_report) -> Measurement:
@@ -122,7 +122,7 @@ async def exits(setup: Setup, *, policy: Path, report: Report = no_report) -> Me
     results = _ms_per_token(times)
     results["three"] |= ratios("speedup", times["process"], times["three"])
     results["three"] |= {f"exit_{p}": n / tokens for p, n in decided.items()} | {"compute": flops / whole_flops}
-    return _measurement("exits", setup, {"cuts": cuts, "policy": str(policy)}, results, times)
+    return _measurement("exits", setup, {"cuts": cuts, "policy": str(policy)}, results=results, times=times)
 
 
 def _three_way(setup: Setup) -> tuple[Family, list[list[int]]]:
@@ -193,7 +193,7 @@ async def wan(
             results[name] |= ratios("speedup", times["draft_0"], times[name])
             results[name]["held"] = accepted[name] / max(1, drafted[name])
     more = {"cuts": cuts, "round_trip_ms": round_trip_ms, "policy": policy and str(policy)}
-    return _measurement("wan", setup, more, results, times)
+    return _measurement("wan", setup, more, results=results, times=times)
 
 
 def _ms_per_token(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
@@ -204,6 +204,7 @@ def _measurement(
     bench: str,
     setup: Setup,
     more: Mapping[str, Any],
+    *,
     results: dict[str, dict[str, float]],
     times: Mapping[str, Sequence[float]],
 ) -> Measurement:

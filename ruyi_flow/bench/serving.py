@@ -49,16 +49,16 @@ async def serve(setup: Setup, *, sessions: int = 16, rate: float = 0.0, report: 
     async with running_nodes([checkpoint.config.exits], **setup.node_options, limits=limits) as client:
         report("starting nodes", 1, 1)
         for name, is_measured in interleaved([*throughput], setup.rounds, report):
-            asked = prompts if name == "together" else prompts[:1]
-            gaps = rng.exponential(1 / rate, len(asked)) if rate else np.zeros(len(asked))
+            sent = prompts if name == "together" else prompts[:1]
+            gaps = rng.exponential(1 / rate, len(sent)) if rate else np.zeros(len(sent))
             gaps[0] = 0
             arrivals = np.cumsum(gaps).tolist()
             times = await asyncio.gather(
-                *(_session(client, ids, setup.tokens, at) for ids, at in zip(asked, arrivals, strict=True))
+                *(_session(client, ids, setup.tokens, at) for ids, at in zip(sent, arrivals, strict=True))
             )
             if is_measured:
                 ended, began = max(t[-1] for t in times), min(t[0] for t in times)
-                throughput[name].append(len(asked) * setup.tokens / (ended - began))
+                throughput[name].append(len(sent) * setup.tokens / (ended - began))
                 ttft_ms[name] += [1e3 * (t[1] - t[0]) for t in times]
                 tpot_ms[name] += [1e3 * (t[-1] - t[1]) / (setup.tokens - 1) for t in times]
     results: dict[str, dict[str, float]] = {}

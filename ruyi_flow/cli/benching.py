@@ -75,7 +75,7 @@ def decode(
     """Measure the time per output token of the whole family in this process: batch 1, greedy, last exit."""
     from ruyi_flow.bench import in_process
 
-    setup = Setup(family, weights, dtype, threads, tokens, rounds, device)
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds, device=device)
     _run(in_process.decode, setup, output, as_json, against=against or (), early_exit=early_exit, gguf=gguf)
 
 
@@ -96,7 +96,7 @@ def prefill(
     """Measure the time to first token of one prompt with the whole family in this process."""
     from ruyi_flow.bench import in_process
 
-    setup = Setup(family, weights, dtype, threads, 1, rounds, device)
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=1, rounds=rounds, device=device)
     _run(in_process.prefill, setup, output, as_json, prompt_tokens=prompt_tokens, against=against or (), gguf=gguf)
 
 
@@ -114,7 +114,7 @@ def hop(
     """Measure the time per token that a hop adds: three node processes against one process and one node."""
     from ruyi_flow.bench import over_links
 
-    setup = Setup(family, weights, dtype, threads, tokens, rounds)
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds)
     _run(over_links.hop, setup, output, as_json)
 
 
@@ -144,7 +144,7 @@ def wan(
         policy = DEMO_POLICY
     if policy is None:
         step_printer(as_json)("adaptive drafts are not measured: they need --policy")
-    setup = Setup(family, weights, dtype, threads, tokens, rounds)
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds)
     _run(over_links.wan, setup, output, as_json, round_trip_ms=round_trip, policy=policy)
 
 
@@ -163,7 +163,7 @@ def exits(
     """Measure the gain of early exits on one machine: mode token on three nodes against the whole family."""
     from ruyi_flow.bench import over_links
 
-    setup = Setup(family, weights, dtype, threads, tokens, rounds)
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds)
     _run(over_links.exits, setup, output, as_json, policy=policy)
 
 
@@ -187,7 +187,7 @@ def serve(
     """Measure many concurrent sessions on one node process with the whole family, against one session alone."""
     from ruyi_flow.bench import serving
 
-    setup = Setup(family, weights, dtype, threads, tokens, rounds, device)
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds, device=device)
     _run(serving.serve, setup, output, as_json, sessions=sessions, rate=rate)
 
 

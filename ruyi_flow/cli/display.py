@@ -47,7 +47,7 @@ _COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) -> Iterator[Callable[[float], None]]:
     """Show a progress bar, or a spinner without a total; yields a function that takes the amount done so far."""
     columns = [TextColumn("{task.description}"), BarColumn() if total else SpinnerColumn(), TimeElapsedColumn()]
-    with _progress(columns, quiet) as progress:
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -56,7 +56,8 @@ def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) 
 def counting_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Show one progress bar for each part of the work; yields a function of (part's name, done, total)."""
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}")]
-    with _progress([*columns, TimeElapsedColumn(), TimeRemainingColumn()], quiet) as progress:
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         parts: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -74,15 +75,11 @@ def training_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., No
         "{task.completed:,.0f}/{task.total:,.0f} · {task.fields[speed]:,.0f} tokens/s {task.fields[note]}"
     )
     columns = [TextColumn("{task.description}"), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()]
-    with _progress(columns, quiet) as progress:
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task(what, total=1, speed=0.0, note="")
         yield lambda done, total, speed, note="": progress.update(
             task, completed=done, total=total, speed=speed, note=note
         )
-
-
-def _progress(columns: Iterable[Any], quiet: bool) -> Progress:
-    return Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
 
 
 def step_printer(quiet: bool = False) -> Callable[[str], None]:
@@ -135,7 +132,7 @@ def token_table(topology: Topology, tokens: list[Token]) -> Table:
 
 
 def stats_table(stats: Stats) -> Table:
-    """Return a table of what each node spent on an answer; the caption holds `stats_line`."""
+    """Return a table of what each node spent on an answer; the caption is `stats_line`."""
     tokens = max(1, stats.new_tokens)
     times = ("compute\nms/token", "queue\nms/token", "link\nms/token")
     table = Table("node", *times, "messages\nreceived", "positions\nreceived", "bytes\nup", "bytes\ndown")

@@ -50,9 +50,7 @@ def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def page_table(first: int, positions: int, num_pages: int) -> list[int]:
-    """List the long pages of a run of pages.
-
-    A long page begins at every page, so a run's long pages are every fourth of them.
+    """List the long pages of a run of pages: one begins at every page, so the run's are every fourth.
 
     Args:
         first: the run's first page.
@@ -131,7 +129,7 @@ class BatchedAttention:
         blocks: the blocks, whose rows are concatenated in this order.
         memory: (slots, 2, kv_heads, positions, head_dim) KV cache of the node.
         at: (n,) positions of the memory to which the n rows are written.
-        asked: rows of each block that query in a layer that is called with `rows`. Default: all.
+        query_rows: rows of each block that query in a layer that is called with `rows`. Default: all.
     """
 
     def __init__(
@@ -139,26 +137,26 @@ class BatchedAttention:
         blocks: Sequence[CachedAttention],
         memory: Tensor,
         at: Tensor,
-        asked: Sequence[Sequence[int]] | None = None,
+        query_rows: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._blocks, self._memory, self._at = blocks, memory, at
         self._counts = [block.count for block in blocks]
         self._sizes = self._counts
         self._all: list[Tensor | None] = [None] * len(blocks)
         self._rows = self._all
-        if asked is not None:
-            self._sizes = [len(rows) for rows in asked]
+        if query_rows is not None:
+            self._sizes = [len(rows) for rows in query_rows]
             self._rows = [
                 None if len(rows) == block.count else torch.tensor(rows, dtype=torch.int64, device=block.device)
-                for rows, block in zip(asked, blocks, strict=True)
+                for rows, block in zip(query_rows, blocks, strict=True)
             ]
 
     def __call__(self, slot: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        sizes, asked = (self._counts, self._all) if rows is None else (self._sizes, self._rows)
+        sizes, queried = (self._counts, self._all) if rows is None else (self._sizes, self._rows)
         memory = self._memory[slot]
         memory[0].index_copy_(1, self._at, k.transpose(0, 1))
         memory[1].index_copy_(1, self._at, v.transpose(0, 1))
-        parts = zip(self._blocks, q.split(sizes), asked, strict=True)
+        parts = zip(self._blocks, q.split(sizes), queried, strict=True)
         return torch.cat([block.attend(slot, *part) for block, *part in parts])
 
 
@@ -207,9 +205,6 @@ class PagedAttention:
 
 
 def long_pages(cache: Tensor) -> Tensor:
-    """Return a view of (kv_heads, positions, head_dim) as (long pages, LONG_PAGE, kv_heads, head_dim).
-
-    flash-attn's paged kernel takes this shape, in which a long page begins at every page, since it needs no more than
-    a dense last dimension.
-    """
+    """Return a view of (kv_heads, positions, head_dim) as (long pages, LONG_PAGE, kv_heads, head_dim)."""
+    # The long pages overlap, one begins at every page: flash-attn needs no more than a dense last dimension.
     return cache.unfold(1, LONG_PAGE, PAGE_SIZE).permute(1, 3, 0, 2)

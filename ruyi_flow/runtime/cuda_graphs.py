@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ruyi_flow.family.transformer import Attention, FamilySlice
-from ruyi_flow.loop.pages import PAGE_SIZE, Run
+from ruyi_flow.loop.pages import PAGE_SIZE
+from ruyi_flow.loop.session import Piece
 from ruyi_flow.runtime.attention import LONG_PAGE, PagedAttention, page_table
 
-__all__ = ["MAX_ROWS", "Block", "Graphs", "padded_positions", "padded_rows", "plan"]
+__all__ = ["MAX_ROWS", "Graphs", "padded_positions", "padded_rows", "plan"]
 
 MAX_ROWS = 64
 """Most rows of a padded step; a longer step is mostly prefill, which is faster as blocks."""
@@ -26,22 +27,6 @@ logger = logging.getLogger(__name__)
 _Compute = Callable[[Tensor, tuple[Tensor, Tensor], Attention], tuple[Tensor, ...]]
 
 
-class Block(Protocol):
-    """Consecutive rows of one session in a step."""
-
-    @property
-    def run(self) -> Run:
-        """The session's pages."""
-
-    @property
-    def start(self) -> int:
-        """Position of the first row in the session."""
-
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-
-
 def padded_rows(rows: int) -> int:
     """Return the number of rows of the padded step: the next power of two."""
     return 1 << (rows - 1).bit_length()
@@ -52,7 +37,7 @@ def padded_positions(positions: int) -> int:
     return LONG_PAGE << (-(-positions // LONG_PAGE) - 1).bit_length()
 
 
-def plan(blocks: Sequence[Block], rows: int, positions: int, num_pages: int) -> list[int]:
+def plan(blocks: Sequence[Piece], rows: int, positions: int, num_pages: int) -> list[int]:
     """List the integers that a padded step's kernels need.
 
     Args:
@@ -106,14 +91,14 @@ class Graphs:
         """Number of captured graphs."""
         return sum(step.graph is not None for step in self._steps.values())
 
-    def accepts(self, blocks: Sequence[Block]) -> bool:
+    def accepts(self, blocks: Sequence[Piece]) -> bool:
         """Whether a step of these blocks is short enough to run padded."""
         rows = sum(block.count for block in blocks)
         if rows > MAX_ROWS:
             return False
         return self._flash is not None or padded_rows(rows) * _covered(blocks) <= _MAX_GATHERED
 
-    def trunk(self, stage: int, blocks: Sequence[Block], states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def trunk(self, stage: int, blocks: Sequence[Piece], states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Run a stage's trunk layers.
 
         Args:
@@ -135,7 +120,7 @@ class Graphs:
         return boundary
 
     def branch(
-        self, exit: int, blocks: Sequence[Block], boundary: Tensor, rope: tuple[Tensor, Tensor]
+        self, exit: int, blocks: Sequence[Piece], boundary: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the branch at an exit on n rows of (n, hidden) boundary states.
 
@@ -158,7 +143,7 @@ class Graphs:
         exit: int,
         compute: _Compute,
         *,
-        blocks: Sequence[Block],
+        blocks: Sequence[Piece],
         states: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> list[Tensor]:
@@ -223,5 +208,5 @@ class _Step:
         return self._compute(self._states, (self._cos, self._sin), attention)
 
 
-def _covered(blocks: Sequence[Block]) -> int:
+def _covered(blocks: Sequence[Piece]) -> int:
     return padded_positions(max(block.start + block.count for block in blocks))

@@ -77,7 +77,7 @@ class Supervisor:
         """Wait until a node ends that cannot be restarted.
 
         Raises:
-            NodeError: always; says which node ended and why.
+            NodeError: always; names the node that ended, and the reason.
         """
         raise await asyncio.shield(self._failed)
 

@@ -36,7 +36,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 @dataclass(frozen=True)
 class Rows:
-    """Implements `cuda_graphs.Block`."""
+    """The attributes of a `Piece` that a plan needs."""
 
     run: Run
     start: int

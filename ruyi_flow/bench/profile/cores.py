@@ -33,9 +33,10 @@ def concurrent_step_times(
     """Run steps with random pauses in several processes at once; return the mean seconds of a step and of a pause."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
+    options = {"dtype": dtype, "weights": weights, "threads": threads}
     workers = [
-        context.Process(target=_run_steps, args=(family, dtype, weights, threads, i, barrier, results), daemon=True)
-        for i in range(processes)
+        context.Process(target=_run_steps, args=(family, seed, barrier, results), kwargs=options, daemon=True)
+        for seed in range(processes)
     ]
     # Workers inherit this mask: Ctrl-C in a terminal reaches this process only, which then ends them without traces.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -52,7 +53,7 @@ def concurrent_step_times(
 
 
 def _run_steps(
-    family: str, dtype: str, weights: Weights | None, threads: int, seed: int, barrier: Any, results: Any
+    family: str, seed: int, barrier: Any, results: Any, *, dtype: str, weights: Weights | None, threads: int
 ) -> None:
     """Alternate steps with pauses about as long as a step, like a node whose sessions wait for other nodes."""
     torch.set_num_threads(threads)

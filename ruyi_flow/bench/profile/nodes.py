@@ -45,17 +45,14 @@ async def measure_overheads(exits: Sequence[int], node_options: Mapping[str, Any
         long_prompts = [await _answer(client, 100, 1) for _ in range(9)]
     round_s = statistics.median(_unaccounted_s(stats) / stats.new_tokens for stats in many_tokens)
     exchange_s = statistics.median(stats.hops[1].wire_s / stats.hops[1].messages for stats in many_tokens)
-
-    def extra(field: str) -> float:
-        """Median of a statistic of the second node over long prompts, less that over short ones."""
-        long, short = (statistics.median(getattr(s.hops[1], field) for s in of) for of in (long_prompts, short_prompts))
-        return float(long - short)
-
+    long, short = ([stats.hops[1] for stats in answers] for answers in (long_prompts, short_prompts))
+    more_s = statistics.median(hop.wire_s for hop in long) - statistics.median(hop.wire_s for hop in short)
+    more_bytes = statistics.median(hop.bytes_up for hop in long) - statistics.median(hop.bytes_up for hop in short)
     return {
         "round_s": max(0.0, round_s),
         "request_s": max(0.0, statistics.median(map(_unaccounted_s, short_prompts)) - round_s),
         "exchange_s": max(0.0, exchange_s),
-        "exchange_byte_s": max(0.0, extra("wire_s") / extra("bytes_up")),
+        "exchange_byte_s": max(0.0, more_s / more_bytes),
         "round_cpu_s": round_cpu,
         "exchange_cpu_s": exchange_cpu,
     }
