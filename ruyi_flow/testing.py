@@ -1,4 +1,4 @@
-"""For tests of anything built on this package: a tiny family, real nodes in this process, and a bad network."""
+"""Helpers for tests of code that uses this package: a tiny family, nodes in this process, a slow or broken network."""
 
 from __future__ import annotations
 
@@ -40,15 +40,23 @@ def tiny_family(
     seed: int = 0,
     **changes: Any,
 ) -> Path:
-    """Write a family of random float32 weights in a published layout, small enough for any test.
+    """Write a small family with random float32 weights.
 
     Args:
-        base: llama, qwen2 or qwen3.
-        ordinary: write a plain Hugging Face checkpoint, to which exits are given when it is opened.
+        folder: folder to write to; it is made if missing.
+        base: architecture: llama, qwen2 or qwen3.
+        exits: numbers of trunk layers at the exits; one more layer follows the last exit, as its branch.
+        shared_heads: whether all branches use one LM head.
+        ordinary: write an ordinary Hugging Face checkpoint instead, which gets exits when it is opened.
+        tied: whether the LM head is the embedding.
+        seed: seed of the random weights.
         changes: keys of config.json to set or replace.
 
+    Returns:
+        The folder.
+
     Raises:
-        ConfigError: the folder has a family already.
+        ConfigError: the folder contains a family already.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -106,12 +114,10 @@ def tiny_family(
             tensors[f"{prefix}.{part}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
     for name in ["model.norm"] if ordinary else [f"model.norms.{i}" for i in range(len(exits))]:
         tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
-    for i in range(len(exits) - 1) if config.probe_size else ():
-        shapes: dict[str, tuple[int, ...]] = {
-            "up.weight": (config.probe_size, h + Probe.TOP),
-            "down.weight": (1, config.probe_size),
-        }
-        shapes |= {"up.bias": (config.probe_size,), "down.bias": (1,)}
+    size = config.probe_size
+    up, down = (size, h + Probe.TOP), (1, size)
+    shapes: dict[str, tuple[int, ...]] = {"up.weight": up, "down.weight": down, "up.bias": (size,), "down.bias": (1,)}
+    for i in range(len(exits) - 1) if size else ():
         tensors |= {f"model.probes.{i}.{part}": random(*shape) * 2 for part, shape in shapes.items()}
     if not config.tied_head:
         for name in ["lm_head"] if config.shared_heads else [f"lm_head.{i}" for i in range(len(exits))]:
@@ -133,7 +139,7 @@ def cut_topology(
     limits: dict[str, Any] | None = None,
     timeout_s: float = 30.0,
 ) -> Topology:
-    """A topology of nodes n0, n1, … on free ports of loopback, with these exits each."""
+    """Make a topology of nodes n0, n1, … on free ports of loopback; each cut lists the exits of one node."""
     names = [f"n{i}" for i in range(len(cuts))]
     return Topology.parse(
         {
@@ -159,7 +165,7 @@ def cut_topology(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now."""
+    """Return TCP ports of loopback that are not in use at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
@@ -197,20 +203,21 @@ def open_session(
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Running nodes."""
+    """Nodes that run in this process."""
 
     topology: Topology
-    """With the addresses that they listen on."""
+    """The topology, with the addresses that clients connect to."""
     engines: dict[str, Engine]
+    """Engines of the nodes, by name."""
 
     def check_idle(self) -> None:
-        """Raise AssertionError unless every node's cache is whole and empty."""
+        """Raise AssertionError unless every node's KV cache is consistent and empty."""
         for name, engine in self.engines.items():
             engine.shard.capacity.check_integrity()
             assert engine.shard.capacity.pool.used == 0, f"node {name} still has pages in use"
 
     async def settle(self, timeout_s: float = 5.0) -> None:
-        """Wait until no node holds a session, then `check_idle`."""
+        """Wait until no node has a session, then call `check_idle`."""
         for _ in range(int(timeout_s / 0.005)):
             if not any(engine.shard.capacity.leases for engine in self.engines.values()):
                 break
@@ -220,15 +227,15 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(topology: Topology, relays: dict[str, Relay] | None = None) -> AsyncIterator[Cluster]:
-    """Real nodes in this process, each a gRPC server on loopback with its own compute thread.
+    """Run all nodes of a topology in this process while the block lasts, each with its gRPC server and compute thread.
 
     Args:
-        topology: port 0 in an address picks a free one.
-        relays: name of a node -> a relay that is put in front of it.
+        topology: the topology; port 0 in an address picks a free port.
+        relays: relays in front of nodes, by the node's name.
     """
     engines: dict[str, Engine] = {}
     async with AsyncExitStack() as stack:
-        for i in reversed(range(len(topology.nodes))):  # the deepest first, so that each knows where the next one is
+        for i in reversed(range(len(topology.nodes))):  # the deepest first: each needs the next one's address
             node = topology.nodes[i]
             engine = await asyncio.to_thread(Engine.load, topology, node.name)
             server = await stack.enter_async_context(serve(engine))
@@ -243,26 +250,26 @@ async def cluster(topology: Topology, relays: dict[str, Relay] | None = None) ->
 
 
 class Relay:
-    """A TCP relay that delays, limits and breaks what goes through it: a wide-area link for kernels without netem.
+    """A TCP relay that delays, limits or breaks connections: it emulates a wide-area link without netem.
 
     Args:
-        delay_s: one way, in each direction; a round trip takes twice this.
-        bytes_per_s: in each direction; None for no limit.
+        delay_s: delay in each direction, in seconds; a round trip takes twice as long.
+        bytes_per_s: rate in each direction, in bytes per second. Default: no limit.
     """
 
     def __init__(self, *, delay_s: float = 0.0, bytes_per_s: float | None = None) -> None:
         self.delay_s, self.bytes_per_s = delay_s, bytes_per_s
         self.bytes_up = self.bytes_down = 0
-        """What went through, towards the target and back."""
+        """Bytes relayed to the target and back."""
         self.frozen = False
-        """While true nothing gets through and nothing is closed: a peer that hangs."""
+        """While true, nothing is relayed and no connection is closed, as if the target hung."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._target = ("", 0)
 
     @asynccontextmanager
     async def run(self, target: str) -> AsyncIterator[str]:
-        """Relay to `target` (host:port) for as long as the block lasts; yields the address to dial instead."""
+        """Relay to `target` (host:port) while the block lasts; yield the address to connect to instead."""
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -276,7 +283,7 @@ class Relay:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Break every connection, as a peer that dies does."""
+        """Abort every connection, as if the target died."""
         for writer in list(self._writers):
             writer.transport.abort()
 
@@ -293,7 +300,7 @@ class Relay:
             task.add_done_callback(self._tasks.discard)
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, is_up: bool) -> None:
-        """Bytes leave a queue at their due time, so that a delay is latency and not a limit on throughput."""
+        """Copy bytes through a queue that they leave when due, so that the delay does not limit throughput."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=256)
 
@@ -324,7 +331,7 @@ class Relay:
                     break
             await delivery
         except OSError:
-            pass  # one side broke; the other is told below
+            pass  # one side broke; the other one is closed below
         finally:
             delivery.cancel()
             await asyncio.gather(delivery, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Generate ruyi_flow/transport/_pb from protos/; `make protos` writes it, a test compares."""
+"""Generates ruyi_flow/transport/_pb from protos/. `make protos` writes it; a test checks that it is up to date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ruyi_flow" / "transport" / "_pb"
 
 
 def generate() -> dict[str, str]:
-    """Name and text of every generated file. Services are not generated: transport/ names the calls itself."""
+    """Return every generated file's text by its name. Services are not generated: transport/ defines the calls."""
     with tempfile.TemporaryDirectory() as folder:
         proto = ROOT / "protos" / "ruyi_flow" / "v1" / "node.proto"
         arguments = ["protoc", f"-I{ROOT / 'protos'}", f"--python_out={folder}", f"--pyi_out={folder}", str(proto)]

@@ -1,4 +1,4 @@
-"""How fast a family answers on this machine: in one process, over links, for many at once; against other engines."""
+"""Benchmarks of a family on this machine: in one process, over links, with many sessions, against other engines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["Against"]
 
 
 class Against(StrEnum):
-    """What a family in one process is compared with."""
+    """An engine that a family in one process is compared with."""
 
     TRANSFORMERS = "transformers"
-    """transformers' own model on the same weights."""
+    """The model class of transformers, with the same weights."""
     EARLY_EXIT = "transformers-early-exit"
-    """The same, which drafts with its own first layers (LayerSkip) and checks with all of them."""
+    """The same model, which drafts with its own first layers and verifies with all of them (LayerSkip)."""
     LLAMA_CPP = "llama.cpp"
-    """llama.cpp on a GGUF file."""
+    """llama.cpp with a GGUF file."""

@@ -1,4 +1,4 @@
-"""The simulator against the running system: three node processes over emulated links, and the same in virtual time."""
+"""A comparison of the simulator with the running system: the same nodes, links and requests, measured and simulated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ruyi_flow.bench.nodes import daemons
+from ruyi_flow.bench.measurement import Report, no_report
+from ruyi_flow.bench.nodes import running_nodes
 from ruyi_flow.bench.profile.link import measure_link
-from ruyi_flow.bench.report import Report, unseen
-from ruyi_flow.calibration.trace import Header, Record, read_trace
-from ruyi_flow.client import AsyncClient
+from ruyi_flow.calibration.trace import read_trace
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Simulation
@@ -26,63 +25,67 @@ from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import Relay
 from ruyi_flow.types import Stats
 
-__all__ = ["FIGURES", "SETTINGS", "Compared", "Setting", "compare", "markdown", "questions", "summary"]
+__all__ = ["METRICS", "SETTINGS", "Comparison", "Setting", "compare", "example_prompts", "markdown", "summary"]
 
-FIGURES = ("first_token_ms", "token_ms", "bytes_per_token")
-"""What is compared: p50 of the time to the first token and of the time per token after it; bytes up."""
+METRICS = ("first_token_ms", "token_ms", "bytes_per_token")
+"""Compared metrics: median time to first token, median time per token after it, and bytes sent up per token."""
 
-_CUTS = 3
+_NODES = 3
 
-_ABOUT = """# How true the simulator is
+_INTRODUCTION = """# How accurate the simulator is
 
-Written by `make bench-sim` (`ruyi-flow bench fidelity`): three node processes on one machine with relays between them,
-and the same simulated with a profile that was measured beforehand ([how](benchmarks.md#fidelity)). Medians of answers:
-time to the first token, time a token after it; bytes up a token. Round trips and rates are of both links.
+Written by `make bench-sim` (`ruyi-flow bench fidelity`). Three node processes on one machine, connected by relays that
+emulate slow links, answer requests. The simulator plays the same requests, with a profile that was measured beforehand
+([method](benchmarks.md#fidelity)). Times are medians over the answers: time to first token (TTFT) and time per output
+token (TPOT). Bytes are sent upward, per token. Both links have the round trip and the rate of the row.
 """.splitlines()
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One way to run three nodes."""
+    """One combination of mode, links and load for three nodes."""
 
     mode: str
+    """Routing mode: exact, token or cascade."""
     round_trip_ms: float
-    """Of each of both links."""
+    """Round trip of each of the two links, in milliseconds."""
     mbit: float
-    """Of each direction of them."""
+    """Rate of each link in each direction, in Mbit/s."""
     sessions: int
-    """At once, each asking again as soon as it has its answer."""
+    """Users, each of whom sends the next request when the last one is answered."""
 
 
 SETTINGS = tuple(
-    Setting(mode, trip, mbit, sessions)
-    for (mode, trip, mbit), sessions in zip(
+    Setting(mode, round_trip_ms, mbit, sessions)
+    for (mode, round_trip_ms, mbit), sessions in zip(
         itertools.product(("exact", "token", "cascade"), (5.0, 20.0, 80.0), (10.0, 100.0)),
         itertools.cycle((1, 2, 4, 8, 1)),
         strict=False,
     )
 )
-"""Every mode over every link, with 1 to 8 sessions in turn."""
+"""Every mode over every link, with numbers of sessions from 1 to 8."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """What was measured, and what was simulated."""
+class Comparison:
+    """The measured and the simulated metrics of one setting."""
 
     setting: Setting
     measured: dict[str, float]
+    """Measured value of each of `METRICS`."""
     simulated: dict[str, float]
+    """Simulated value of each of `METRICS`."""
 
     @property
     def errors(self) -> dict[str, float]:
-        """By figure: how far the simulated one is off, as a share of the measured."""
-        return {name: abs(self.simulated[name] / self.measured[name] - 1) for name in FIGURES}
+        """Error of each simulated metric, as a fraction of the measured one."""
+        return {name: abs(self.simulated[name] / self.measured[name] - 1) for name in METRICS}
 
 
-def questions(count: int = 48) -> list[str]:
-    """Users' texts of different lengths, to record a trace of."""
-    things = ("sky", "sea", "moon", "grass", "snow", "desert", "forest", "river")
-    asked = (
+def example_prompts(count: int = 48) -> list[str]:
+    """Return user messages of different lengths, from which a trace is recorded."""
+    topics = ("sky", "sea", "moon", "grass", "snow", "desert", "forest", "river")
+    questions = (
         "Why is the {0} the colour that it is?",
         "Write two sentences about the {0}.",
         "List three facts: the {0}.",
@@ -90,8 +93,8 @@ def questions(count: int = 48) -> list[str]:
     rest = " Think of how the {1} and the {2} look at night, at noon and in the rain, and of who lives there."
     texts = []
     for i in range(count):
-        a, b, c = things[i % 8], things[(i + 3) % 8], things[(i + 5) % 8]
-        texts.append((asked[i % 3] + rest * (i % 5)).format(a, b, c))
+        a, b, c = topics[i % 8], topics[(i + 3) % 8], topics[(i + 5) % 8]
+        texts.append((questions[i % 3] + rest * (i % 5)).format(a, b, c))
     return texts
 
 
@@ -100,194 +103,190 @@ async def compare(
     profile: Profile,
     trace: Path,
     prompts: Sequence[Sequence[int]],
-    policy: Path,
     *,
+    policy: Path,
     settings: Sequence[Setting] = SETTINGS,
     requests: int = 24,
     cores: float = 2.0,
-    report: Report = unseen,
-) -> list[Compared]:
-    """Run every setting for real, and simulate it with the profile and the trace.
+    report: Report = no_report,
+) -> list[Comparison]:
+    """Run every setting with real nodes, and simulate it with the profile and the trace.
 
     Args:
-        profile: of this machine, measured before; nothing is fitted to what is measured here.
-        trace: of the family's answers to the prompts.
-        policy: calibrated, for modes `exact` and `token`.
-        requests: of each setting, and a third of them for each of its sessions at the least.
-        cores: of this machine, which the nodes share.
+        family: folder of the family, or its name in the store.
+        profile: profile of this machine, measured beforehand; nothing is fitted to the runs compared here.
+        trace: trace of the family's answers to the prompts.
+        prompts: token ids of the prompts.
+        policy: calibrated policy file for the modes exact and token.
+        settings: settings to compare.
+        requests: requests per setting, and at least a third of this number per session.
+        cores: cores of this machine that the nodes share.
+        report: called with the progress.
 
     Raises:
-        ConfigError: a trace of something else.
+        ConfigError: the trace is not a trace of these prompts.
     """
-    header, records = read_trace(trace)
-    if len(records) < len(prompts) or any(
-        record.prompt_tokens != len(prompts[record.number]) for record in records[: len(prompts)]
-    ):
-        raise ConfigError(f"{trace}: not a trace of these prompts")
-    cuts = [part.tolist() for part in np.array_split(header.exits, _CUTS)]
-    relays = await _relay_costs(family, profile, cuts, sorted({setting.round_trip_ms for setting in settings}))
+    experiment = _Experiment(family, profile, trace, prompts, policy=policy, cores=cores)
+    relay_costs = await experiment.relay_costs(sorted({setting.round_trip_ms for setting in settings}))
     found = []
     for i, setting in enumerate(settings):
         report("settings", i, len(settings))
         count = max(requests, requests * setting.sessions // 3)
-        measured = await _measured(family, profile, cuts, setting, records, prompts, policy, count)
-        simulated = _simulated(
-            header, cuts, setting, profile, trace, policy, count, cores, relays[setting.round_trip_ms]
+        measured = await experiment.measure(setting, count)
+        found.append(
+            Comparison(setting, measured, experiment.simulate(setting, count, *relay_costs[setting.round_trip_ms]))
         )
-        found.append(Compared(setting, measured, simulated))
     report("settings", len(settings), len(settings))
     return found
 
 
-async def _relay_costs(
-    family: str, profile: Profile, cuts: Sequence[Sequence[int]], trips_ms: Sequence[float]
-) -> dict[float, tuple[float, float]]:
-    """By its nominal round trip: what a relay's really is beyond that of no relay, and its processor time, in ms.
+class _Experiment:
+    """The nodes and requests that are both measured and simulated; see `compare` for the arguments."""
 
-    A link's figures are measured before they are used, as `ruyi-flow profile --link` would: timers are late by a
-    millisecond or so.
-    """
-    relays = {i: Relay(delay_s=trip / 2000) for i, trip in enumerate((0.0, *trips_ms), 1)}
-    async with daemons(cuts, family=family, dtype=profile.dtype, threads=1) as client, AsyncExitStack() as stack:
-        node = str(client.topology.nodes[1].address)
-        dialled = {i: await stack.enter_async_context(relay.run(node)) for i, relay in relays.items()}
-        found: dict[int, list[tuple[float, float]]] = {i: [] for i in (0, *dialled)}
-        for i, address in {0: node, **dialled}.items():
-            rounds = 300 if i < 2 else 60  # processor time is counted in hundredths of a second
-            for _ in range(3):
-                before = sum(psutil.Process().cpu_times()[:2])
-                link = await measure_link(address, rounds=rounds, payload=1000)
-                found[i].append((link.round_trip_ms, 1e3 * (sum(psutil.Process().cpu_times()[:2]) - before) / rounds))
-    middle = {i: [statistics.median(pair[k] for pair in pairs) for k in (0, 1)] for i, pairs in found.items()}
-    return {
-        trip: (middle[i][0] - middle[0][0], max(0.0, middle[1][1] - middle[0][1])) for i, trip in enumerate(trips_ms, 2)
-    }
+    def __init__(
+        self,
+        family: str,
+        profile: Profile,
+        trace: Path,
+        prompts: Sequence[Sequence[int]],
+        *,
+        policy: Path,
+        cores: float,
+    ) -> None:
+        self._profile, self._trace, self._prompts, self._policy, self._cores = profile, trace, prompts, policy, cores
+        self._header, self._records = read_trace(trace)
+        if len(self._records) < len(prompts) or any(
+            record.prompt_tokens != len(prompts[record.number]) for record in self._records[: len(prompts)]
+        ):
+            raise ConfigError(f"{trace}: not a trace of these prompts; record it with the same prompts")
+        self._cuts = [part.tolist() for part in np.array_split(self._header.exits, _NODES)]
+        self._node_options: dict[str, Any] = {"family": family, "dtype": profile.dtype}
 
+    async def relay_costs(self, round_trips_ms: Sequence[float]) -> dict[float, tuple[float, float]]:
+        """Measure what relays add to a direct link: milliseconds per round trip, and of CPU time per message.
 
-def _routing(setting: Setting, policy: Path) -> dict[str, Any]:
-    if setting.mode == "cascade":
-        return {"mode": "cascade", "threshold": 0.6, "draft": 4}
-    return {"mode": setting.mode, "draft": 8, "policy": policy}
+        The actual delay is simulated, not the nominal one, as `ruyi-flow profile --link` would measure it: timers are
+        late by about a millisecond.
 
+        Returns:
+            Both numbers for each nominal round trip.
+        """
+        relays = {i: Relay(delay_s=trip / 2000) for i, trip in enumerate((0.0, *round_trips_ms), 1)}
+        async with running_nodes(self._cuts, **self._node_options, threads=1) as client, AsyncExitStack() as stack:
+            direct = str(client.topology.nodes[1].address)
+            addresses = {i: await stack.enter_async_context(relay.run(direct)) for i, relay in relays.items()}
+            found: dict[int, list[tuple[float, float]]] = {i: [] for i in (0, *addresses)}
+            for i, address in {0: direct, **addresses}.items():
+                rounds = 300 if i < 2 else 60  # many where CPU time counts, since it has steps of 10 ms
+                for _ in range(3):
+                    before = _cpu_seconds()
+                    link = await measure_link(address, rounds=rounds, payload=1000)
+                    found[i].append((link.round_trip_ms, 1e3 * (_cpu_seconds() - before) / rounds))
+        medians = {i: [statistics.median(pair[k] for pair in pairs) for k in (0, 1)] for i, pairs in found.items()}
+        message_ms = max(0.0, medians[1][1] - medians[0][1])
+        return {trip: (medians[i][0] - medians[0][0], message_ms) for i, trip in enumerate(round_trips_ms, 2)}
 
-async def _measured(
-    family: str,
-    profile: Profile,
-    cuts: Sequence[Sequence[int]],
-    setting: Setting,
-    records: Sequence[Record],
-    prompts: Sequence[Sequence[int]],
-    policy: Path,
-    requests: int,
-) -> dict[str, float]:
-    relays = {
-        i: Relay(delay_s=setting.round_trip_ms / 2000, bytes_per_s=setting.mbit * 125_000) for i in range(1, len(cuts))
-    }
-    routing, coming, stats = _routing(setting, policy), iter(range(requests + 1)), []
-    async with AsyncExitStack() as stack:
-        client: AsyncClient = await stack.enter_async_context(
-            daemons(
-                cuts,
-                family=family,
-                dtype=profile.dtype,
-                weights=profile.weights or None,
-                threads=profile.threads,
-                relay_to=relays,
-            )
-        )
+    def _routing(self, setting: Setting) -> dict[str, Any]:
+        if setting.mode == "cascade":
+            return {"mode": "cascade", "threshold": 0.6, "draft": 4}
+        return {"mode": setting.mode, "draft": 8, "policy": self._policy}
 
-        async def answer(number: int) -> Stats:
-            record = records[number % len(records)]
-            reply = await client.generate(
-                prompts[record.number], max_new_tokens=len(record.answer), eos_token_ids=(), **routing
-            )
-            return reply.stats
+    async def measure(self, setting: Setting, requests: int) -> dict[str, float]:
+        """Run the nodes behind relays, and return the metrics."""
+        profile, stats = self._profile, list[Stats]()
+        delay_s, bytes_per_s = setting.round_trip_ms / 2000, setting.mbit * 125_000
+        relays = {i: Relay(delay_s=delay_s, bytes_per_s=bytes_per_s) for i in range(1, _NODES)}
+        numbers = iter(range(requests + 1))
+        async with running_nodes(
+            self._cuts,
+            **self._node_options,
+            weights=profile.weights or None,
+            threads=profile.threads,
+            relay_to=relays,
+        ) as client:
 
-        async def user() -> None:
-            for number in coming:
-                stats.append(await answer(number))
+            async def answer(number: int) -> Stats:
+                record = self._records[number % len(self._records)]
+                options = self._routing(setting) | {"max_new_tokens": len(record.answer), "eos_token_ids": ()}
+                return (await client.generate(self._prompts[record.number], **options)).stats
 
-        await answer(next(coming))  # connections, caches, what rounds take
-        await asyncio.gather(*(user() for _ in range(setting.sessions)))
-    return _figures(stats)
+            async def user() -> None:
+                for number in numbers:
+                    stats.append(await answer(number))
 
+            await answer(next(numbers))  # warms up connections, caches and estimates of round trips
+            await asyncio.gather(*(user() for _ in range(setting.sessions)))
+        return {
+            "first_token_ms": 1e3 * statistics.median(one.first_token_s for one in stats),
+            "token_ms": 1e3 * statistics.median(one.token_s for one in stats),
+            "bytes_per_token": sum(hop.bytes_up for one in stats for hop in one.hops)
+            / sum(one.new_tokens for one in stats),
+        }
 
-def _figures(stats: Sequence[Stats]) -> dict[str, float]:
-    up = sum(hop.bytes_up for one in stats for hop in one.hops)
-    return {
-        "first_token_ms": 1e3 * statistics.median(one.first_token_s for one in stats),
-        "token_ms": 1e3 * statistics.median(one.token_s for one in stats),
-        "bytes_per_token": up / sum(one.new_tokens for one in stats),
-    }
-
-
-def _simulated(
-    header: Header,
-    cuts: Sequence[Sequence[int]],
-    setting: Setting,
-    profile: Profile,
-    trace: Path,
-    policy: Path,
-    requests: int,
-    cores: float,
-    relay: tuple[float, float],
-) -> dict[str, float]:
-    names = [f"n{i}" for i in range(len(cuts))]
-    routing = _routing(setting, policy)
-    if "policy" in routing:
-        routing["file"] = str(routing.pop("policy").resolve())
-    trip_ms, message_ms = relay
-    speed = {"round_trip_ms": trip_ms, "up_mbit": setting.mbit, "down_mbit": setting.mbit}
-    data: dict[str, Any] = {
-        "family": header.name,
-        "nodes": [{"name": n, "exits": [*e], "profile": "measured"} for n, e in zip(names, cuts, strict=True)],
-        "links": [{"from": a, "to": b, "encoding": "bf16", **speed} for a, b in itertools.pairwise(names)],
-        "hosts": {"here": {"cores": cores, "nodes": names, "message_ms": message_ms}},
-        "policy": routing,
-        "trace": str(trace.resolve()),
-        "load": {
-            "arrivals": {"kind": "closed", "users": setting.sessions},
-            "turns": {"think_s": 0},
-            "prompts": {"kind": "trace"},
-            "answers": {"kind": "trace"},
-            "before": 1,
-            "requests": requests,
-        },
-    }
-    scenario = Scenario.from_data(data, base=Path(), where="fidelity")
-    metrics = Simulation(scenario, where="fidelity", profiles=[profile] * len(cuts)).run().metrics
-    return {
-        "first_token_ms": 1e3 * metrics["first_token_s"]["p50"],
-        "token_ms": 1e3 * metrics["token_s"]["p50"],
-        "bytes_per_token": metrics["bytes_up_per_token"],
-    }
+    def simulate(self, setting: Setting, requests: int, round_trip_ms: float, message_ms: float) -> dict[str, float]:
+        """Simulate the same nodes with the measured costs of the relays, and return the metrics."""
+        names = [f"n{i}" for i in range(_NODES)]
+        routing = self._routing(setting)
+        if "policy" in routing:
+            routing["file"] = str(routing.pop("policy").resolve())
+        speed = {"round_trip_ms": round_trip_ms, "up_mbit": setting.mbit, "down_mbit": setting.mbit}
+        data: dict[str, Any] = {
+            "family": self._header.name,
+            "nodes": [
+                {"name": n, "exits": [*e], "profile": "measured"} for n, e in zip(names, self._cuts, strict=True)
+            ],
+            "links": [{"from": a, "to": b, "encoding": "bf16", **speed} for a, b in itertools.pairwise(names)],
+            "hosts": {"here": {"cores": self._cores, "nodes": names, "message_ms": message_ms}},
+            "policy": routing,
+            "trace": str(self._trace.resolve()),
+            "load": {
+                "arrivals": {"kind": "closed", "users": setting.sessions},
+                "turns": {"think_s": 0},
+                "prompts": {"kind": "trace"},
+                "answers": {"kind": "trace"},
+                "before": 1,
+                "requests": requests,
+            },
+        }
+        scenario = Scenario.from_data(data, base=Path(), where="fidelity")
+        metrics = Simulation(scenario, where="fidelity", profiles=[self._profile] * _NODES).run().metrics
+        return {
+            "first_token_ms": 1e3 * metrics["first_token_s"]["p50"],
+            "token_ms": 1e3 * metrics["token_s"]["p50"],
+            "bytes_per_token": metrics["bytes_up_per_token"],
+        }
 
 
-def summary(found: Sequence[Compared]) -> dict[str, dict[str, float]]:
-    """By figure: the median and the largest error."""
-    errors = {name: [one.errors[name] for one in found] for name in FIGURES}
+def _cpu_seconds() -> float:
+    """CPU time of this process so far."""
+    return sum(psutil.Process().cpu_times()[:2])
+
+
+def summary(found: Sequence[Comparison]) -> dict[str, dict[str, float]]:
+    """Return the median and the largest error of each metric, as fractions."""
+    errors = {name: [one.errors[name] for one in found] for name in METRICS}
     return {name: {"median": statistics.median(values), "largest": max(values)} for name, values in errors.items()}
 
 
-def markdown(found: Sequence[Compared], machine: Mapping[str, Any]) -> str:
-    """docs/fidelity.md."""
+def markdown(found: Sequence[Comparison], machine: Mapping[str, Any]) -> str:
+    """Return the text of docs/fidelity.md."""
     lines = [
-        *_ABOUT,
+        *_INTRODUCTION,
         "",
-        "| mode | round trip | Mbit/s | sessions | first token, ms | simulated | a token, ms | simulated | "
-        "bytes a token | simulated |",
+        "| mode | round trip | Mbit/s | sessions | TTFT, ms | simulated | TPOT, ms | simulated | "
+        "bytes per token | simulated |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
         s = one.setting
         cells = [s.mode, f"{s.round_trip_ms:g} ms", f"{s.mbit:g}", str(s.sessions)]
-        for name in FIGURES:
+        for name in METRICS:
             digits = 0 if name == "bytes_per_token" else 1
-            sign = one.simulated[name] / one.measured[name] - 1
-            cells += [f"{one.measured[name]:,.{digits}f}", f"{one.simulated[name]:,.{digits}f} ({sign:+.0%})"]
+            error = one.simulated[name] / one.measured[name] - 1
+            cells += [f"{one.measured[name]:,.{digits}f}", f"{one.simulated[name]:,.{digits}f} ({error:+.0%})"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| error | median | largest |", "|---|---|---|"]
-    for name, row in summary(found).items():
-        lines.append(f"| {name.replace('_', ' ')} | {row['median']:.1%} | {row['largest']:.1%} |")
-    about = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}"
-    return "\n".join([*lines, "", f"Machine: {about}.", ""])
+    lines += ["", "| error of the simulation | median | largest |", "|---|---|---|"]
+    for title, row in zip(("TTFT", "TPOT", "bytes per token"), summary(found).values(), strict=True):
+        lines.append(f"| {title} | {row['median']:.1%} | {row['largest']:.1%} |")
+    here = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}"
+    return "\n".join([*lines, "", f"Machine: {here}.", ""])

@@ -1,24 +1,25 @@
-"""Benches of the whole family in one process, alone or against other engines: decoding, taking in a prompt."""
+"""Benchmarks of the whole family in one process, alone or against other engines: decode and prefill."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ruyi_flow.bench import Against
-from ruyi_flow.bench.engines import OURS, Engine, as_transformers, llama_cpp, ours, transformers
-from ruyi_flow.bench.nodes import PROMPT, check_whole, prompts
-from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
+from ruyi_flow.bench import Against, engines
+from ruyi_flow.bench.engines import Engine
+from ruyi_flow.bench.measurement import Measurement, Report, Setup, interleaved, no_report, ratios
+from ruyi_flow.bench.nodes import PROMPT, check_token_count, tokenize_prompts
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import parse_dtype
 from ruyi_flow.local import Family, load_family
 
-__all__ = ["decode", "per_token", "prefill"]
+__all__ = ["decode", "prefill", "seconds_per_token"]
 
 
 def decode(
@@ -27,26 +28,22 @@ def decode(
     against: Sequence[Against] = (),
     early_exit: int | None = None,
     gguf: Path | None = None,
-    report: Report = unseen,
-) -> Measured:
-    """Time a token, batch 1, greedy, at the last exit; the prompt's own time is subtracted.
+    report: Report = no_report,
+) -> Measurement:
+    """Measure the time per output token at batch 1, greedy, at the last exit; prefill time is subtracted.
 
     Args:
-        early_exit: the layer after which transformers drafts; the family's second exit when left out.
-        gguf: the file for llama.cpp; the demo family's is fetched when left out.
+        setup: settings of the benchmark.
+        against: engines to compare with.
+        early_exit: number of layers that draft in transformers-early-exit. Default: up to the family's second exit.
+        gguf: file for llama.cpp. Default: the demo family's, fetched when missing.
+        report: called with the progress.
 
     Raises:
-        ConfigError: an engine that is not installed, or cannot run this, or an option of one that is not asked for.
+        ConfigError: an engine is not installed or cannot run this family, or an option belongs to an engine that
+            `against` does not name.
     """
-    family = _load(setup, report)
-    ids = prompts(family.checkpoint, [PROMPT])[0]
-    engines = _engines(setup, family, against, len(ids) + setup.tokens, gguf, early_exit, report)
-    spent: dict[str, list[float]] = {name: [] for name in engines}
-    for name, counts in turns([*engines], setup.rounds, report):
-        took = per_token(engines[name], ids, setup.tokens)
-        if counts:
-            spent[name].append(took)
-    return _compared("decode", setup, engines, spent, 1, "ms a token")
+    return _compare(setup, against, gguf=gguf, early_exit=early_exit, report=report)
 
 
 def prefill(
@@ -55,99 +52,108 @@ def prefill(
     prompt_tokens: int,
     against: Sequence[Against] = (),
     gguf: Path | None = None,
-    report: Report = unseen,
-) -> Measured:
-    """Time to take in a prompt of so many tokens, up to the first new one; see `decode`.
+    report: Report = no_report,
+) -> Measurement:
+    """Measure the time to first token of a prompt of this many tokens; see `decode` for the other arguments.
 
     Raises:
-        ConfigError: an engine that is not installed, or that cannot run this.
+        ConfigError: an engine is not installed or cannot run this family.
     """
     if Against.EARLY_EXIT in against:
-        raise ConfigError(f"--against {Against.EARLY_EXIT}: it drafts, which is for decode only")
-    family = _load(setup, report)
-    text = prompts(family.checkpoint, [PROMPT])[0]
-    ids = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
-    engines = _engines(setup, family, against, prompt_tokens + 1, gguf, None, report)
-    spent: dict[str, list[float]] = {name: [] for name in engines}
-    for name, counts in turns([*engines], setup.rounds, report):
-        began = time.perf_counter()
-        engines[name].prefill(ids)
-        if counts:
-            spent[name].append(time.perf_counter() - began)
-    return _compared("prefill", setup, engines, spent, prompt_tokens, "ms a prompt")
+        raise ConfigError(f"--against {Against.EARLY_EXIT}: this engine drafts, so it is valid for decode only")
+    return _compare(setup, against, prompt_tokens=prompt_tokens, gguf=gguf, report=report)
 
 
-def per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
-    """Seconds a token after the first.
+def seconds_per_token(engine: Engine, ids: Sequence[int], tokens: int) -> float:
+    """Return the seconds per token after the first: an answer of one token is subtracted.
 
     Raises:
         RuyiFlowError: the engine ended its answer early.
     """
-    took = []
-    for n in (1, tokens):
+    seconds = []
+    for count in (1, tokens):
         began = time.perf_counter()
-        made = engine.generate(ids, n)
-        took.append(time.perf_counter() - began)
-        check_whole(engine.name, made, n)
-    return (took[1] - took[0]) / (tokens - 1)
+        generated = engine.generate(ids, count)
+        seconds.append(time.perf_counter() - began)
+        check_token_count(engine.name, generated, count)
+    return (seconds[1] - seconds[0]) / (tokens - 1)
 
 
-def _load(setup: Setup, report: Report) -> Family:
+def _compare(
+    setup: Setup,
+    against: Sequence[Against],
+    *,
+    prompt_tokens: int | None = None,
+    gguf: Path | None,
+    early_exit: int | None = None,
+    report: Report,
+) -> Measurement:
+    """Load the engines and time them in interleaved rounds; `prompt_tokens` selects prefill, None decode."""
     torch.set_num_threads(setup.threads)
     report("loading", 0, 1)
     family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights, device=setup.device)
     report("loading", 1, 1)
-    return family
+    ids = tokenize_prompts(family.checkpoint, [PROMPT])[0]
+    if prompt_tokens is not None:
+        ids = (ids * (prompt_tokens // len(ids) + 1))[:prompt_tokens]
+    positions = len(ids) + setup.tokens
+    compared = _engines(setup, family, against, positions=positions, gguf=gguf, early_exit=early_exit, report=report)
+    times: dict[str, list[float]] = {name: [] for name in compared}
+    for name, is_measured in interleaved([*compared], setup.rounds, report):
+        began = time.perf_counter()
+        if prompt_tokens is None:
+            seconds = seconds_per_token(compared[name], ids, setup.tokens)
+        else:
+            compared[name].prefill(ids)
+            seconds = time.perf_counter() - began
+        if is_measured:
+            times[name].append(seconds)
+    bench, unit = ("decode", "token") if prompt_tokens is None else ("prefill", "prompt")
+    results = {}
+    for name in times:
+        median = statistics.median(times[name])
+        results[name] = {f"ms_per_{unit}": 1e3 * median, "tokens_per_s": (prompt_tokens or 1) / median}
+        if name != engines.RUYI_FLOW:
+            results[name] |= ratios("ratio", times[name], times[engines.RUYI_FLOW])
+    others = {name: engine.description for name, engine in compared.items() if name != engines.RUYI_FLOW}
+    settings = asdict(setup) | {"against": others} | ({"prompt_tokens": prompt_tokens} if prompt_tokens else {})
+    samples = {f"ms per {unit}": {name: [1e3 * s for s in times[name]] for name in times}}
+    return Measurement(bench, settings, results, samples)
 
 
 def _engines(
     setup: Setup,
     family: Family,
     against: Sequence[Against],
+    *,
     positions: int,
     gguf: Path | None,
     early_exit: int | None,
     report: Report,
 ) -> dict[str, Engine]:
-    """Ours and those it is compared with, by name."""
-    for option, given, kind in (("--gguf", gguf, Against.LLAMA_CPP), ("--early-exit", early_exit, Against.EARLY_EXIT)):
-        if given is not None and kind not in against:
-            raise ConfigError(
-                f"{option} is for --against {kind}, which is not asked for; add it, or leave {option} out"
-            )
-    engines, model = [ours(family)], None
+    """Load the engines, by name: Ruyi Flow first, then those it is compared with."""
+    for option, value, kind in (("--gguf", gguf, Against.LLAMA_CPP), ("--early-exit", early_exit, Against.EARLY_EXIT)):
+        if value is not None and kind not in against:
+            raise ConfigError(f"{option} requires --against {kind}; add that, or remove {option}")
+    loaded, model = [engines.ruyi_flow(family)], None
     for kind in dict.fromkeys(against):
         report(f"loading {kind}", 0, 1)
         if kind is Against.LLAMA_CPP:
             if gguf is None and setup.family != store.DEMO:
                 raise ConfigError(f"--against {kind} needs --gguf FILE, of the same model as {setup.family!r}")
-            engines.append(llama_cpp(gguf, threads=setup.threads, positions=positions))
+            loaded.append(engines.llama_cpp(gguf, threads=setup.threads, positions=positions))
         else:
-            model = model or as_transformers(family.checkpoint, dtype=parse_dtype(setup.dtype)).to(setup.device)
-            engines.append(transformers(model, _drafting(family, early_exit) if kind is Against.EARLY_EXIT else None))
+            model = model or engines.as_transformers(family.checkpoint, dtype=parse_dtype(setup.dtype)).to(setup.device)
+            layers = _draft_layers(family, early_exit) if kind is Against.EARLY_EXIT else None
+            loaded.append(engines.transformers(model, layers))
         report(f"loading {kind}", 1, 1)
-    return {engine.name: engine for engine in engines}
+    return {engine.name: engine for engine in loaded}
 
 
-def _drafting(family: Family, early_exit: int | None) -> int:
-    """How many layers draft: as asked, or up to the family's second exit."""
+def _draft_layers(family: Family, early_exit: int | None) -> int:
+    """Return how many layers draft: the chosen number, or up to the family's second exit."""
     layers, exits = family.config.num_layers, family.exits
     chosen = exits[min(1, len(exits) - 2)] if early_exit is None else early_exit
     if not 0 < chosen < layers:
         raise ConfigError(f"--early-exit is {chosen}; it must be one of the model's layers 1 … {layers - 1}")
     return chosen
-
-
-def _compared(
-    bench: str, setup: Setup, engines: dict[str, Engine], spent: dict[str, list[float]], tokens: int, unit: str
-) -> Measured:
-    results = {}
-    for name, times in spent.items():
-        took = statistics.median(times)
-        results[name] = {unit.replace(" a ", "_per_"): 1e3 * took, "tokens_per_s": tokens / took}
-        if name != OURS:
-            results[name] |= ratio("ratio", times, spent[OURS])
-    others = {name: engine.about for name, engine in engines.items() if name != OURS}
-    more = {"prompt_tokens": tokens} if bench == "prefill" else {}
-    samples = {unit: {name: [1e3 * t for t in times] for name, times in spent.items()}}
-    return Measured(bench, settings(setup, against=others, **more), results, samples)

@@ -1,4 +1,4 @@
-"""Node processes for benches, and what they are asked."""
+"""Node processes for benchmarks, and the prompts that they answer."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ruyi_flow.requests import PromptInput
 from ruyi_flow.serving.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
 
-__all__ = ["PROMPT", "PROMPTS", "ask", "check_whole", "daemons", "prompts"]
+__all__ = ["PROMPT", "PROMPTS", "check_token_count", "generate_exactly", "running_nodes", "tokenize_prompts"]
 
 PROMPT = "Why is the sky blue?"
 
 PROMPTS = (PROMPT, "Write a short note to a friend who moved to another city.", "How do plants make food?")
-"""Where much depends on how often branches agree, which they do more along some answers than along others."""
+"""Prompts of benchmarks of drafts: how often branches agree differs from answer to answer, so several are needed."""
 
 
-def prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
-    """Users' texts as token ids, through the family's chat template.
+def tokenize_prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of user messages, rendered with the family's chat template.
 
     Raises:
         RequestError: the family has no tokenizer or no chat template.
@@ -38,27 +38,27 @@ def prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
     return [prompt_ids(text, tokenizer, vocab_size=vocab, family=folder) for text in texts]
 
 
-async def ask(client: AsyncClient, prompt: PromptInput, tokens: int, **options: Any) -> Reply:
-    """An answer of exactly so many tokens, all of them the last exit's; without drafts, unless options say so.
+async def generate_exactly(client: AsyncClient, prompt: PromptInput, tokens: int, **options: Any) -> Reply:
+    """Generate an answer of exactly this many tokens; in mode exact without drafts, unless the options differ.
 
     Raises:
-        RuyiFlowError: it ended early.
+        RuyiFlowError: the answer ended early.
     """
     reply = await client.generate(
         prompt, **{"mode": "exact", "draft": 0} | options, max_new_tokens=tokens, eos_token_ids=()
     )
-    check_whole("an answer", len(reply.tokens), tokens)
+    check_token_count("an answer", len(reply.tokens), tokens)
     return reply
 
 
-def check_whole(what: str, came: int, asked: int) -> None:
-    """Raise RuyiFlowError unless as many tokens came as were asked for: figures a token would be of others."""
-    if came != asked:
-        raise RuyiFlowError(f"{what} ended after {came} of {asked} tokens; is its context too short?")
+def check_token_count(what: str, generated: int, wanted: int) -> None:
+    """Raise RuyiFlowError unless all wanted tokens were generated: a time per token would be wrong."""
+    if generated != wanted:
+        raise RuyiFlowError(f"{what} ended after {generated} of {wanted} tokens; is its context too short?")
 
 
 @asynccontextmanager
-async def daemons(
+async def running_nodes(
     cuts: Sequence[Sequence[int]],
     *,
     family: str = store.DEMO,
@@ -71,27 +71,29 @@ async def daemons(
     relay_to: Mapping[int, Relay] | None = None,
     cores: Sequence[int] | None = None,
 ) -> AsyncIterator[AsyncClient]:
-    """Node processes n0, n1, … on loopback that serve, and a client of them; all are gone when the block is left.
+    """Start node processes n0, n1, … on loopback and yield a client of them; leaving the block ends them.
 
     Args:
-        cuts: the exits of each.
-        family: a folder, or a name in the store.
-        weights: how each node holds its products, or how all of them do.
-        threads: of each node.
-        device: that they compute on.
-        limits: of each node, as in a topology.
-        relay_to: by a node's number, a relay in front of it.
-        cores: that all nodes stay on.
+        cuts: exits of each node.
+        family: folder of the family, or its name in the store.
+        encoding: number format of hidden states on the links.
+        dtype: number format of hidden states in the nodes.
+        weights: number format of the weight matrices, one for all nodes or one for each. Default: as in the family.
+        threads: CPU threads of each node.
+        device: torch device of all nodes.
+        limits: `limits` of each node, as in a topology file.
+        relay_to: relays in front of nodes, by the node's number.
+        cores: numbers of the cores that the nodes may use. Default: all.
 
     Raises:
-        ConfigError: a topology of this cannot work.
+        ConfigError: the topology of these nodes is not valid.
         NodeError: a node does not start.
     """
     async with AsyncExitStack() as stack:
         addresses = [f"127.0.0.1:{port}" for port in free_ports(len(cuts))]
         names = [f"n{i}" for i in range(len(cuts))]
-        dialled = {i: await stack.enter_async_context(relay.run(addresses[i])) for i, relay in (relay_to or {}).items()}
-        held = [weights] * len(cuts) if weights is None or isinstance(weights, str) else weights
+        relays = {i: await stack.enter_async_context(relay.run(addresses[i])) for i, relay in (relay_to or {}).items()}
+        formats = [weights] * len(cuts) if weights is None or isinstance(weights, str) else weights
         common = {
             "dtype": dtype,
             "threads": threads,
@@ -103,10 +105,10 @@ async def daemons(
             "family": str(store.locate(family).resolve()),
             "nodes": [
                 {"name": n, "address": a, "exits": [*e], "weights": w and str(w), **common}
-                for n, a, e, w in zip(names, addresses, cuts, held, strict=True)
+                for n, a, e, w in zip(names, addresses, cuts, formats, strict=True)
             ],
             "links": [
-                {"from": names[i - 1], "to": names[i], "encoding": encoding, "address": dialled.get(i)}
+                {"from": names[i - 1], "to": names[i], "encoding": encoding, "address": relays.get(i)}
                 for i in range(1, len(cuts))
             ],
         }

@@ -1,151 +1,147 @@
-"""Benches of a family that is cut: what a hop costs on this machine, and what drafts are worth on a slow link."""
+"""Benchmarks of a family that is cut over several nodes: the cost of a hop, early exits, drafts over a slow link."""
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ruyi_flow.bench.engines import ours
-from ruyi_flow.bench.in_process import per_token
-from ruyi_flow.bench.nodes import PROMPT, PROMPTS, ask, daemons, prompts
-from ruyi_flow.bench.report import Measured, Report, Setup, ratio, settings, turns, unseen
+from ruyi_flow.bench import engines
+from ruyi_flow.bench.in_process import seconds_per_token
+from ruyi_flow.bench.measurement import Measurement, Report, Setup, available_cores, interleaved, no_report, ratios
+from ruyi_flow.bench.nodes import PROMPT, PROMPTS, generate_exactly, running_nodes, tokenize_prompts
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.local import load_family
+from ruyi_flow.local import Family, load_family
 from ruyi_flow.testing import Relay
 from ruyi_flow.types import Token
 
 __all__ = ["exits", "hop", "wan"]
 
-_WARM_TOKENS = 16
-_TEXTS = ("Why is the {0} blue?", "Write two sentences about the {0}.", "List three facts about the {0}.")
+_WARM_UP_TOKENS = 16
+_TEMPLATES = ("Why is the {0} blue?", "Write two sentences about the {0}.", "List three facts about the {0}.")
 _LONGEST_DRAFT = 16
-"""Of adaptive drafts, which end where they do not pay."""
+"""Limit of adaptive drafts, which end earlier once a longer draft is not expected to save time."""
 
 
-async def hop(setup: Setup, *, report: Report = unseen) -> Measured:
-    """Three node processes, last exit, one token a round trip, against the same stages in one process and in one node.
+async def hop(setup: Setup, *, report: Report = no_report) -> Measurement:
+    """Measure the time a hop adds: three node processes against one node process and the whole family in one process.
 
-    All of them stay on the same cores, as many as threads, so that what is compared has the same neighbours and clock.
-    `three_free` is three nodes that run where the kernel puts them.
+    The last exit decides every token, with one round trip per token. All run on the same cores, as many as threads, so
+    that they share the same load and clock; `three_free` is three nodes that the operating system may place anywhere.
 
     Raises:
-        ConfigError: a family with fewer than three exits.
+        ConfigError: the family has fewer than three exits.
     """
-    family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights)
-    if len(family.exits) < 3:
-        raise ConfigError(f"family {setup.family!r} has exits {list(family.exits)}; three nodes need three")
-    ids, engine = prompts(family.checkpoint, [PROMPT])[0], ours(family)
-    torch.set_num_threads(setup.threads)
-    cores = _cores()[: setup.threads] or None
-    cuts = [part.tolist() for part in np.array_split(family.exits, 3)]
-    nodes: dict[str, Any] = {
-        "family": setup.family,
-        "dtype": setup.dtype,
-        "weights": setup.weights,
-        "threads": setup.threads,
-    }
-    spent: dict[str, list[float]] = {"process": [], "node": [], "three": [], "three_free": []}
+    family, cuts = _three_way(setup)
+    ids, engine = tokenize_prompts(family.checkpoint, [PROMPT])[0], engines.ruyi_flow(family)
+    cores = available_cores()[: setup.threads] or None
+    times: dict[str, list[float]] = {"process": [], "node": [], "three": [], "three_free": []}
     parts: dict[str, list[float]] = {"compute": [], "queue": [], "wire": []}
     report("starting nodes", 0, 1)
     async with (
-        daemons(cuts, cores=cores, **nodes) as three,
-        daemons([family.exits], cores=cores, **nodes) as one,
-        daemons(cuts, **nodes) as free,
+        running_nodes(cuts, cores=cores, **setup.node_options) as three,
+        running_nodes([family.exits], cores=cores, **setup.node_options) as one,
+        running_nodes(cuts, **setup.node_options) as free,
     ):
         report("starting nodes", 1, 1)
         clients = {"three": three, "node": one, "three_free": free}
-        for name, counts in turns([*spent], setup.rounds, report):
-            # The others' turns have pushed this one's code out of the caches.
+        for name, is_measured in interleaved([*times], setup.rounds, report):
+            # A short answer first: the others' runs have evicted this one's code and weights from the CPU caches.
             if name == "process":
-                with _staying_on(cores):
-                    per_token(engine, ids, _WARM_TOKENS)
-                    took = per_token(engine, ids, setup.tokens)
+                with _pinned_to(cores):
+                    seconds_per_token(engine, ids, _WARM_UP_TOKENS)
+                    seconds = seconds_per_token(engine, ids, setup.tokens)
             else:
-                await ask(clients[name], ids, _WARM_TOKENS)
-                stats = (await ask(clients[name], ids, setup.tokens)).stats
-                took = stats.token_s
-                for part in parts if counts and name == "three" else ():
+                await generate_exactly(clients[name], ids, _WARM_UP_TOKENS)
+                stats = (await generate_exactly(clients[name], ids, setup.tokens)).stats
+                seconds = stats.token_s
+                for part in parts if is_measured and name == "three" else ():
                     parts[part].append(sum(getattr(h, f"{part}_s") for h in stats.hops) / setup.tokens)
-            if counts:
-                spent[name].append(took)
-    results = {name: {"ms_per_token": 1e3 * statistics.median(times)} for name, times in spent.items()}
+            if is_measured:
+                times[name].append(seconds)
+    results = _ms_per_token(times)
     for name, base in (("three", "process"), ("three", "node"), ("three_free", "process")):
-        extra = [(a - b) / 2 for a, b in zip(spent[name], spent[base], strict=True)]
+        extra = [(a - b) / 2 for a, b in zip(times[name], times[base], strict=True)]
         results[name][f"beyond_{base}_ms_per_hop"] = 1e3 * statistics.median(extra)
     results["three"] |= {f"{part}_ms_per_token": 1e3 * statistics.median(values) for part, values in parts.items()}
-    samples = {"ms a token": {name: [1e3 * t for t in times] for name, times in spent.items()}}
-    return Measured("hop", settings(setup, cuts=cuts, cores=cores), results, samples)
+    return _measurement("hop", setup, {"cuts": cuts, "cores": cores}, results=results, times=times)
 
 
-async def exits(setup: Setup, *, policy: Path, report: Report = unseen) -> Measured:
-    """Mode token at a policy, three node processes on loopback, against the whole family's last exit in one process.
+async def exits(setup: Setup, *, policy: Path, report: Report = no_report) -> Measurement:
+    """Measure early exits on one machine: three nodes in mode token against the whole family in one process.
 
-    Every process may use all threads, so all of the work is counted on the same cores. `compute` is the share of the
-    whole family's operations that answers took, by the exits that decided: catch-up, drafts and branches included.
+    Every process may use all threads, so both sides compute on the same cores. `compute` is the operations of the
+    answers, catch-up and branches included, as a share of those of the whole family up to its last exit.
+
+    Args:
+        setup: settings of the benchmark.
+        policy: a policy file of `ruyi-flow calibrate`.
+        report: called with the progress.
 
     Raises:
-        ConfigError: a family with fewer than three exits, or a file that is no policy.
+        ConfigError: the family has fewer than three exits, or the policy file is not valid.
     """
     PolicyFile.load(policy)
-    family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights)
-    config = family.config
-    if len(family.exits) < 3:
-        raise ConfigError(f"family {setup.family!r} has exits {list(family.exits)}; three nodes need three")
-    texts = [text.format(thing) for text in _TEXTS for thing in ("sky", "sea")]
-    asked, engine = prompts(family.checkpoint, texts), ours(family)
-    torch.set_num_threads(setup.threads)
-    cuts = [part.tolist() for part in np.array_split(family.exits, 3)]
-    spent: dict[str, list[float]] = {"process": [], "three": []}
+    family, cuts = _three_way(setup)
+    config, engine = family.config, engines.ruyi_flow(family)
+    texts = [template.format(topic) for template in _TEMPLATES for topic in ("sky", "sea")]
+    prompts = tokenize_prompts(family.checkpoint, texts)
+    times: dict[str, list[float]] = {"process": [], "three": []}
     decided = dict.fromkeys(family.exits, 0)
-    computed = 0.0
+    flops = 0.0
     report("starting nodes", 0, 1)
-    async with daemons(
-        cuts, family=setup.family, dtype=setup.dtype, weights=setup.weights, threads=setup.threads
-    ) as client:
+    async with running_nodes(cuts, **setup.node_options) as client:
         report("starting nodes", 1, 1)
-        for name, counts in turns([*spent], setup.rounds, report):
-            took = 0.0
-            for ids in asked:
+        for name, is_measured in interleaved([*times], setup.rounds, report):
+            seconds = 0.0
+            for ids in prompts:
                 if name == "process":
-                    took += per_token(engine, ids, setup.tokens)
+                    seconds += seconds_per_token(engine, ids, setup.tokens)
                     continue
-                reply = await ask(client, ids, setup.tokens, mode="token", draft=0, policy=policy)
-                took += reply.stats.token_s
-                if counts:
+                reply = await generate_exactly(client, ids, setup.tokens, mode="token", draft=0, policy=policy)
+                seconds += reply.stats.token_s
+                if is_measured:
                     for token in reply.tokens:
                         decided[token.exit] += 1
-                    computed += _computed(config, reply.tokens)
-            if counts:
-                spent[name].append(took / len(asked))
+                    flops += _answer_flops(config, reply.tokens)
+            if is_measured:
+                times[name].append(seconds / len(prompts))
     tokens = sum(decided.values())
-    whole = tokens * (config.num_layers * config.layer_flops(0) + config.head_flops)
-    results = {name: {"ms_per_token": 1e3 * statistics.median(times)} for name, times in spent.items()}
-    results["three"] |= ratio("speedup", spent["process"], spent["three"])
-    results["three"] |= {f"exit_{p}": n / tokens for p, n in decided.items()} | {"compute": computed / whole}
-    samples = {"ms a token": {name: [1e3 * t for t in times] for name, times in spent.items()}}
-    return Measured("exits", settings(setup, cuts=cuts, policy=str(policy)), results, samples)
+    whole_flops = tokens * (config.num_layers * config.layer_flops(0) + config.head_flops)
+    results = _ms_per_token(times)
+    results["three"] |= ratios("speedup", times["process"], times["three"])
+    results["three"] |= {f"exit_{p}": n / tokens for p, n in decided.items()} | {"compute": flops / whole_flops}
+    return _measurement("exits", setup, {"cuts": cuts, "policy": str(policy)}, results=results, times=times)
 
 
-def _computed(config: FamilyConfig, tokens: Sequence[Token]) -> float:
-    """Operations of an answer after its prompt: layers run for every position up to the last one asked, branches for
-    those that are asked."""
-    layer, spent = config.layer_flops(0), 0.0
+def _three_way(setup: Setup) -> tuple[Family, list[list[int]]]:
+    """Load the whole family, and divide its exits among three nodes."""
+    family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights)
+    if len(family.exits) < 3:
+        raise ConfigError(f"family {setup.family!r} has exits {list(family.exits)}; three nodes need three exits")
+    torch.set_num_threads(setup.threads)
+    return family, [part.tolist() for part in np.array_split(family.exits, 3)]
+
+
+def _answer_flops(config: FamilyConfig, tokens: Sequence[Token]) -> float:
+    """Operations of an answer after prefill: layers run for all positions up to the last one that reaches them."""
+    layer, flops = config.layer_flops(0), 0.0
     for (first, exit), depth in zip(config.stages(config.exits), config.branch_layers, strict=True):
-        asked = [i for i, token in enumerate(tokens) if token.exit >= exit]
-        if asked:
-            spent += (asked[-1] + 1) * (exit - first) * layer + len(asked) * (depth * layer + config.head_flops)
-    return spent
+        reached = [i for i, token in enumerate(tokens) if token.exit >= exit]
+        if reached:
+            flops += (reached[-1] + 1) * (exit - first) * layer + len(reached) * (depth * layer + config.head_flops)
+    return flops
 
 
 async def wan(
@@ -154,69 +150,75 @@ async def wan(
     round_trip_ms: float = 50,
     drafts: Sequence[int] = (1, 4),
     policy: Path | None = None,
-    report: Report = unseen,
-) -> Measured:
-    """Two nodes with a slow link between them, mode exact: no drafts, drafts of constant length, adaptive ones.
+    report: Report = no_report,
+) -> Measurement:
+    """Measure drafts in mode exact over a slow link between two nodes: none, of constant length, and adaptive.
 
-    Each answers a few prompts, of which the mean counts.
+    Each variant answers several prompts; the mean over the prompts counts.
 
     Args:
-        round_trip_ms: of the link.
-        policy: a file of `ruyi-flow calibrate`, by which adaptive drafts know where to end; without it there are none.
+        setup: settings of the benchmark.
+        round_trip_ms: round trip time of the link, in milliseconds.
+        drafts: lengths of the constant drafts, in tokens.
+        policy: a policy file of `ruyi-flow calibrate`, which adaptive drafts need. Default: no adaptive drafts.
+        report: called with the progress.
 
     Raises:
-        ConfigError: a family with one exit, or a file that is no policy.
+        ConfigError: the family has only one exit, or the policy file is not valid.
     """
     checkpoint = Checkpoint(store.locate(setup.family))
-    exits, asked = checkpoint.config.exits, prompts(checkpoint, PROMPTS)
+    exits, prompts = checkpoint.config.exits, tokenize_prompts(checkpoint, PROMPTS)
     if len(exits) < 2:
-        raise ConfigError(f"family {setup.family!r} has exits {list(exits)}; two nodes need two")
+        raise ConfigError(f"family {setup.family!r} has exits {list(exits)}; two nodes need two exits")
     cuts = [[*exits[: len(exits) // 2]], [*exits[len(exits) // 2 :]]]
-    kinds: dict[str, dict[str, Any]] = {f"draft_{n}": {"draft": n} for n in (0, *drafts)}
+    variants: dict[str, dict[str, Any]] = {f"draft_{n}": {"draft": n} for n in (0, *drafts)}
     if policy is not None:
-        PolicyFile.load(policy)  # what is wrong with it is told before the nodes start
-        kinds["adaptive"] = {"draft": _LONGEST_DRAFT, "policy": policy}
+        PolicyFile.load(policy)  # reports errors before the nodes start
+        variants["adaptive"] = {"draft": _LONGEST_DRAFT, "policy": policy}
     relay = Relay(delay_s=round_trip_ms / 2000)
-    spent: dict[str, list[float]] = {name: [] for name in kinds}
-    drafted, held = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    drafted, accepted = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0)
     report("starting nodes", 0, 1)
-    async with daemons(
-        cuts,
-        family=setup.family,
-        dtype=setup.dtype,
-        weights=setup.weights,
-        threads=setup.threads,
-        relay_to={1: relay},
-    ) as client:
+    async with running_nodes(cuts, **setup.node_options, relay_to={1: relay}) as client:
         report("starting nodes", 1, 1)
-        for name, counts in turns([*kinds], setup.rounds, report):
-            made = [(await ask(client, ids, setup.tokens, **kinds[name])).stats for ids in asked]
-            if counts:
-                spent[name].append(statistics.mean(stats.token_s for stats in made))
-                drafted[name] += sum(stats.drafted for stats in made)
-                held[name] += sum(stats.accepted for stats in made)
-    results = {name: {"ms_per_token": 1e3 * statistics.median(times)} for name, times in spent.items()}
-    for name in kinds:
+        for name, is_measured in interleaved([*variants], setup.rounds, report):
+            stats = [(await generate_exactly(client, ids, setup.tokens, **variants[name])).stats for ids in prompts]
+            if is_measured:
+                times[name].append(statistics.mean(one.token_s for one in stats))
+                drafted[name] += sum(one.drafted for one in stats)
+                accepted[name] += sum(one.accepted for one in stats)
+    results = _ms_per_token(times)
+    for name in variants:
         if name != "draft_0":
-            results[name] |= ratio("speedup", spent["draft_0"], spent[name])
-            results[name]["held"] = held[name] / max(1, drafted[name])
-    samples = {"ms a token": {name: [1e3 * t for t in times] for name, times in spent.items()}}
+            results[name] |= ratios("speedup", times["draft_0"], times[name])
+            results[name]["held"] = accepted[name] / max(1, drafted[name])
     more = {"cuts": cuts, "round_trip_ms": round_trip_ms, "policy": policy and str(policy)}
-    return Measured("wan", settings(setup, **more), results, samples)
+    return _measurement("wan", setup, more, results=results, times=times)
 
 
-def _cores() -> list[int]:
-    """The cores that this process may run on; none where the system does not say."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+def _ms_per_token(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    return {name: {"ms_per_token": 1e3 * statistics.median(seconds)} for name, seconds in times.items()}
+
+
+def _measurement(
+    bench: str,
+    setup: Setup,
+    more: Mapping[str, Any],
+    *,
+    results: dict[str, dict[str, float]],
+    times: Mapping[str, Sequence[float]],
+) -> Measurement:
+    samples = {name: [1e3 * s for s in seconds] for name, seconds in times.items()}
+    return Measurement(bench, asdict(setup) | dict(more), results, {"ms per token": samples})
 
 
 @contextmanager
-def _staying_on(cores: Sequence[int] | None) -> Iterator[None]:
-    """Keep this thread on some cores for as long as the block lasts."""
+def _pinned_to(cores: Sequence[int] | None) -> Iterator[None]:
+    """Keep this thread on some cores while the block lasts; None changes nothing."""
     if cores is None:
         yield
         return
-    before = _cores()
+    before = available_cores()
     os.sched_setaffinity(0, cores)
     try:
         yield

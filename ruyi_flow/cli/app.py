@@ -74,9 +74,11 @@ def main() -> None:
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
     try:
         app()
+    except SystemExit as end:
+        if end.code == 130:  # typer turns Ctrl-C into this
+            sys.stderr.write("interrupted\n")
+        raise
     except (RuyiFlowError, OSError) as error:  # OSError: files and folders that cannot be read or written
         # Not through rich: a message must stay one line in logs and pipes, and may contain brackets.
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -13,18 +13,18 @@ from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import (
-    coloured,
     err,
-    figures,
-    legend,
-    node_log,
+    log_writer,
+    node_legend,
     out,
     print_json,
     progress_bar,
-    say,
+    stats_line,
     stats_table,
     status_table,
+    step_printer,
     token_table,
+    token_text,
 )
 from ruyi_flow.cli.nodes import start_nodes
 from ruyi_flow.cli.options import (
@@ -63,14 +63,14 @@ def demo(
 
     loaded, text = networked(topology), prompt_text(prompt)
     if loaded.family == store.DEMO:
-        store.pull(store.DEMO, say=say(), bars=err.is_terminal)
+        store.pull(store.DEMO, say=step_printer(), bars=err.is_terminal)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
         from ruyi_flow.serving.supervisor import supervise
 
         stop = on_signals()
-        async with supervise(topology, loaded, node_log(loaded)) as supervisor:
+        async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:
                 out.print(status_table(await client.status()))
@@ -176,7 +176,7 @@ def explain_(
         cells = (repr(row.text), row.node, str(row.exit), *numbers, row.reason, last, f"{row.bytes_up:,}")
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)
-    out.print(figures(reply.stats), soft_wrap=True)
+    out.print(stats_line(reply.stats), soft_wrap=True)
     same = sum(row.agrees for row in rows)
     out.print(f"{same} of {len(rows)} tokens are those that the last branch predicts after the same text")
     if html is not None:
@@ -198,7 +198,7 @@ def chat(
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     with Client(loaded, timeout_s=timeout_s) as client:
-        out.print(legend(loaded), "[dim]/help for help[/dim]")
+        out.print(node_legend(loaded), "[dim]/help for help[/dim]")
         while True:
             try:
                 text = input("> ").strip()
@@ -219,7 +219,7 @@ def chat(
                     if isinstance(event, Final):
                         final = event
                         break
-                    out.print(coloured(loaded, event), end="")
+                    out.print(token_text(loaded, event), end="")
                     answer += event.text
             except KeyboardInterrupt:
                 out.print(" [dim](interrupted)[/dim]", end="")
@@ -232,7 +232,7 @@ def chat(
             out.print()
             messages.append({"role": "assistant", "content": answer})
             if final is not None:
-                out.print(f"[dim]{figures(final.stats)}[/dim]", soft_wrap=True)
+                out.print(f"[dim]{stats_line(final.stats)}[/dim]", soft_wrap=True)
 
 
 async def show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:
@@ -243,9 +243,9 @@ async def show(client: Any, topology: Topology, prompt: str, options: dict[str, 
             if isinstance(event, Final):
                 return tokens, event
             if not tokens:
-                out.print(legend(topology))
+                out.print(node_legend(topology))
             tokens.append(event)
-            out.print(coloured(topology, event), end="", soft_wrap=True)
+            out.print(token_text(topology, event), end="", soft_wrap=True)
     finally:
         if tokens:
             out.print()

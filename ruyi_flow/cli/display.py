@@ -1,10 +1,10 @@
-"""What commands print: answers coloured by tier, tables of figures, progress, logs told apart."""
+"""Output of the commands: answers coloured by tier, tables of statistics, progress bars and node logs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,33 +19,33 @@ from ruyi_flow.errors import NodeError
 from ruyi_flow.types import NodeStatus, Stats, Token
 
 __all__ = [
-    "coloured",
+    "comma_list",
     "counting_bar",
     "err",
-    "figures",
-    "join",
-    "legend",
-    "node_log",
+    "node_legend",
+    "log_writer",
     "out",
     "print_json",
     "progress_bar",
-    "say",
+    "stats_line",
     "stats_table",
     "status_table",
+    "step_printer",
     "token_table",
+    "token_text",
     "training_bar",
 ]
 
-_WIDTH = None if sys.stdout.isatty() else 120  # a pipe has no width; rich would take 80 and cut the tables
-out = Console(width=_WIDTH)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+_PIPE_WIDTH = 120  # rich would assume 80 for a pipe and cut the tables
+out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
 _COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 
 
 @contextmanager
 def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) -> Iterator[Callable[[float], None]]:
-    """A bar (or a spinner, when there is no total) on a terminal; gives a function that takes how much is done."""
+    """Show a progress bar, or a spinner without a total; yields a function that takes the amount done so far."""
     columns = [TextColumn("{task.description}"), BarColumn() if total else SpinnerColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
@@ -54,7 +54,7 @@ def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) 
 
 @contextmanager
 def counting_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for work in several parts; gives a function of the part's name, how much of it is done, and of how much."""
+    """Show one progress bar for each part of the work; yields a function of (part's name, done, total)."""
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}")]
     columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
@@ -70,7 +70,7 @@ def counting_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], N
 
 @contextmanager
 def training_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar with speed and time left; gives a function of how much is done, of how much, tokens a second and a note."""
+    """Show a progress bar with speed and time left; yields a function of (done, total, tokens per second, note)."""
     text = TextColumn(
         "{task.completed:,.0f}/{task.total:,.0f} · {task.fields[speed]:,.0f} tokens/s {task.fields[note]}"
     )
@@ -82,12 +82,13 @@ def training_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., No
         )
 
 
-def say(quiet: bool = False) -> Callable[[str], None]:
-    """Prints a step of something that takes its time."""
+def step_printer(quiet: bool = False) -> Callable[[str], None]:
+    """Return a function that prints one step of a long task to standard error; it does nothing when quiet."""
     return lambda step: None if quiet else err.print(f"[dim]{escape(step)}[/dim]", soft_wrap=True)
 
 
 def print_json(value: object) -> None:
+    """Print a value to standard output as one line of JSON."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -95,17 +96,21 @@ def _colour(topology: Topology, name: str) -> str:
     return _COLOURS[[node.name for node in topology.nodes].index(name) % len(_COLOURS)]
 
 
-def coloured(topology: Topology, token: Token) -> Text:
+def token_text(topology: Topology, token: Token) -> Text:
+    """Return a token's text in the colour of the node that decided it."""
     return Text(token.text, style=_colour(topology, token.node))
 
 
-def legend(topology: Topology) -> Text:
+def node_legend(topology: Topology) -> Text:
+    """Return every node's name and exits in the node's colour."""
     return Text("  ").join(
-        Text(f"{node.label} (exits {join(node.exits)})", style=_colour(topology, node.name)) for node in topology.nodes
+        Text(f"{node.label} (exits {comma_list(node.exits)})", style=_colour(topology, node.name))
+        for node in topology.nodes
     )
 
 
-def node_log(topology: Topology) -> Any:
+def log_writer(topology: Topology) -> Callable[[str, str], None]:
+    """Return a function of (node name, line) that prints a line of a node's log in the node's colour."""
     width = max(len(node.name) for node in topology.nodes)
 
     def log(name: str, line: str) -> None:
@@ -115,7 +120,8 @@ def node_log(topology: Topology) -> Any:
 
 
 def token_table(topology: Topology, tokens: list[Token]) -> Table:
-    table = Table("#", "token", "decided by", "exit", "confidence", "why")
+    """Return a table with one row per token: the node and exit that decided it, its confidence and the reason."""
+    table = Table("#", "token", "decided by", "exit", "confidence", "reason")
     for i, token in enumerate(tokens):
         colour, node = _colour(topology, token.node), topology.node(token.node)
         name = node.label if node.label == node.name else f"{node.label} ({node.name})"
@@ -126,20 +132,23 @@ def token_table(topology: Topology, tokens: list[Token]) -> Table:
 
 
 def stats_table(stats: Stats) -> Table:
-    n = max(1, stats.new_tokens)
-    table = Table("node", "compute", "queue", "wire", "blocks", "positions", "bytes up", "bytes down")
+    """Return a table of what each node spent on an answer; the caption is `stats_line`."""
+    tokens = max(1, stats.new_tokens)
+    times = ("compute\nms/token", "queue\nms/token", "link\nms/token")
+    table = Table("node", *times, "messages\nreceived", "positions\nreceived", "bytes\nup", "bytes\ndown")
     for hop in stats.hops:
-        times = (f"{1000 * seconds / n:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
+        spent = (f"{1000 * seconds / tokens:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
         counts = (f"{count:,}" for count in (hop.messages, hop.positions, hop.bytes_up, hop.bytes_down))
-        table.add_row(hop.node, *times, *counts)
-    table.caption = f"compute, queue and wire in ms a token\n{figures(stats)}"
+        table.add_row(hop.node, *spent, *counts)
+    table.caption = stats_line(stats)
     table.caption_justify = "left"
     return table
 
 
-def figures(stats: Stats) -> str:
+def stats_line(stats: Stats) -> str:
+    """Return one line that sums up an answer: tokens, times, escalations, accepted drafts, bytes sent up, seed."""
     up = sum(hop.bytes_up for hop in stats.hops)
-    drafts = f", {stats.accepted} of {stats.drafted} drafts held" if stats.drafted else ""
+    drafts = f", {stats.accepted} of {stats.drafted} drafted tokens accepted" if stats.drafted else ""
     return (
         f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, "
         f"then {1000 * stats.token_s:.1f} ms each · {stats.escalations} escalations{drafts} · "
@@ -148,26 +157,29 @@ def figures(stats: Stats) -> str:
 
 
 def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
-    table = Table("node", "state", "exits", "layers", "params", "MB (tensors)", "sessions", "positions", "next")
+    """Return a table of the nodes' states; the caption lists why a node could not be asked."""
+    headers = ("node", "state", "exits", "trunk\nlayers", "parameters\n(millions)", "memory, MB\n(tensors)")
+    table = Table(*headers, "sessions\nopen/max", "KV positions\nused/max", "next node")
     table.columns[0].no_wrap = True
-    for name, s in answers.items():
-        if isinstance(s, NodeError):
+    for name, status in answers.items():
+        if isinstance(status, NodeError):
             table.add_row(name, Text("down", style="red"))
-            table.caption = Text(f"{table.caption or ''}\n{s}".strip(), style="red")
+            table.caption = Text(f"{table.caption or ''}\n{status}".strip(), style="red")
             continue
         table.add_row(
-            s.node if s.tier == s.node else f"{s.node} ({s.tier})",
-            s.state,
-            join(s.exits),
-            f"{s.first_layer}-{s.last_layer - 1}",
-            f"{s.parameters / 1e6:,.1f}M",
-            f"{s.resident_bytes / 1e6:,.0f} ({s.tensor_bytes / 1e6:,.0f})",
-            f"{s.sessions}/{s.max_sessions}" + (f" + {s.waiting} waiting" if s.waiting else ""),
-            f"{s.used_positions}/{s.max_positions}",
-            f"{s.next_node} {s.next_state}",
+            status.node if status.tier == status.node else f"{status.node} ({status.tier})",
+            status.state,
+            comma_list(status.exits),
+            f"{status.first_layer}-{status.last_layer - 1}",
+            f"{status.parameters / 1e6:,.1f}",
+            f"{status.resident_bytes / 1e6:,.0f} ({status.tensor_bytes / 1e6:,.0f})",
+            f"{status.sessions}/{status.max_sessions}" + (f" + {status.waiting} waiting" if status.waiting else ""),
+            f"{status.used_positions}/{status.max_positions}",
+            f"{status.next_node} {status.next_state}",
         )
     return table
 
 
-def join(numbers: Any) -> str:
-    return ", ".join(map(str, numbers))
+def comma_list(values: Iterable[object]) -> str:
+    """Return the values as text, separated by commas."""
+    return ", ".join(map(str, values))

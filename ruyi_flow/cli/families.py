@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
-from ruyi_flow.cli.display import counting_bar, err, out, print_json, say, training_bar
+from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer, training_bar
 from ruyi_flow.cli.options import JsonOption, integers
 from ruyi_flow.errors import ConfigError
 
@@ -43,7 +43,7 @@ def pull(
     from ruyi_flow.family.checkpoint import Checkpoint
 
     began = time.monotonic()
-    given_exits, steps, show = integers(exits, "--exits"), list[str](), say(as_json)
+    given_exits, steps, show = integers(exits, "--exits"), list[str](), step_printer(as_json)
 
     def count(step: str) -> None:
         steps.append(step)
@@ -105,7 +105,7 @@ def train(
             f"family {plan.family!r} has no tokenizer.json, which this command needs; add one to its folder"
         )
     quiet = as_json or not is_first
-    show = say(quiet)
+    show = step_printer(quiet)
     if self_distill:
         with training_bar("answering", quiet=quiet) as progress:
             file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
-from ruyi_flow.cli.display import counting_bar, err, join, node_log, out, print_json, progress_bar, status_table
+from ruyi_flow.cli.display import comma_list, counting_bar, err, log_writer, out, print_json, progress_bar, status_table
 from ruyi_flow.cli.options import (
     DEFAULT_TOPOLOGY,
     JsonOption,
@@ -105,7 +105,7 @@ def shard(
         return
     table = Table("node", "exits", "MB", "folder")
     for item in shards:
-        table.add_row(item["node"], join(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
+        table.add_row(item["node"], comma_list(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
     out.print(table)
     if cost:
         table = Table("weights", "same tokens", "of", "perplexity", title="loss of quality", title_justify="left")
@@ -211,7 +211,7 @@ def up(
         from ruyi_flow.serving.supervisor import supervise
 
         stop = on_signals()
-        async with supervise(topology, loaded, node_log(loaded)) as supervisor:
+        async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
             asked = "" if topology == DEFAULT_TOPOLOGY else f" --topology {topology}"
             err.print(

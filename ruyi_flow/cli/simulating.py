@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
-from ruyi_flow.cli.display import counting_bar, err, join, out, print_json
+from ruyi_flow.cli.display import comma_list, counting_bar, err, out, print_json
 from ruyi_flow.cli.options import JsonOption, check_target, load_topology
 from ruyi_flow.config.topology import check_address
 from ruyi_flow.errors import ConfigError
@@ -334,7 +334,7 @@ def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
     columns = [*dict.fromkeys(found.labels)]
     table = Table("exits", "thresholds", "draft", *(f"{label}\n[dim]predicted[/]" for label in columns))
     for i, one in enumerate(found.finalists):
-        exits = "\n".join(f"{name} {join(held)}" for name, held in zip(names, one.cut, strict=True) if held)
+        exits = "\n".join(f"{name} {comma_list(held)}" for name, held in zip(names, one.cut, strict=True) if held)
         thresholds = "\n".join(f"{p}: {'never' if t > 1 else f'{t:.3f}'}" for p, t in one.thresholds.items())
         pairs = dict(zip(found.labels, zip(one.simulated, one.predicted, strict=True), strict=True))
         cells = (f"{pairs[label][0]:.4g}\n[dim]{pairs[label][1]:.4g}[/]" for label in columns)
@@ -343,7 +343,7 @@ def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
         )
     out.print(table)
     best = found.finalists[0]
-    cut = ", ".join(f"{name} {join(held)}" for name, held in zip(names, best.cut, strict=True) if held)
+    cut = ", ".join(f"{name} {comma_list(held)}" for name, held in zip(names, best.cut, strict=True) if held)
     asked = ", ".join(str(bound) for bound in found.bounds)
     values = best.simulated
     if found.met:

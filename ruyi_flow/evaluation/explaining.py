@@ -132,7 +132,7 @@ def _measure_exit(
     if scale is None or curve is None:
         plain = measure(logits, Score.MAX_PROBABILITY).tolist()
         return (plain if scale is None else None), plain
-    raw = measure(logits, scale.score, curve.temperature, probe=probe, read=states).tolist()
+    raw = measure(logits, scale.score, curve.temperature, probe=probe, head_input=states).tolist()
     return raw, [curve(score) for score in raw]
 
 

@@ -22,7 +22,7 @@ from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.start import READ_TOKENS
-from ruyi_flow.runtime.scores import measure_all, reading
+from ruyi_flow.runtime.scores import loss_and_entropy, measure_all
 from ruyi_flow.training.distill import Answer, answers
 from ruyi_flow.types import Encoding, Weights
 
@@ -160,7 +160,7 @@ class _Recorder:
         found: dict[int, ExitRecord] = {}
         for p, logits, states in exit_logits(self.family.model, exits, [tree], [torch.arange(begin, len(tree))]):
             following = torch.tensor(answer.prompt[begin + 1 :], device=logits.device)
-            means = reading(logits[:middle], following)
+            means = loss_and_entropy(logits[:middle], following)
             tokens = logits[middle:].argmax(-1).int().cpu().numpy()
             found[p] = ExitRecord(tokens, self._scores(p, logits[middle:], states[middle:]), *means)
         return found
@@ -178,7 +178,9 @@ class _Recorder:
         sizes = [len(option) for option in question.options]
         exits: dict[int, ExitRecord] = {}
         for p, logits, _ in exit_logits(self.family.model, self.family.exits, [tree], [torch.tensor(rows)]):
-            means = reading(logits[: n - 1 - begin], torch.tensor(question.prompt[begin + 1 :], device=logits.device))
+            means = loss_and_entropy(
+                logits[: n - 1 - begin], torch.tensor(question.prompt[begin + 1 :], device=logits.device)
+            )
             log_probs = logits[n - begin :].log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0]
             likely = torch.stack([part.sum() for part in log_probs.split(sizes)])[None]
             chosen, scores = int(likely.argmax()), self._scores(p, likely, None)
@@ -189,4 +191,4 @@ class _Recorder:
     def _scores(self, exit: int, logits: Tensor, states: Tensor | None) -> NDArray[np.float32]:
         """Score logits: (n, vocab) -> (n, scores, temperatures). The last exit has no probe and scores 1 by it."""
         probe = self.family.model.branch_at[exit].probe
-        return measure_all(logits, self.names, TEMPERATURES, probe=probe, read=states).cpu().numpy()
+        return measure_all(logits, self.names, TEMPERATURES, probe=probe, head_input=states).cpu().numpy()

@@ -1,8 +1,8 @@
-"""From logits to tokens: history-dependent processors, temperature, top-k, top-p, and noise that no topology changes.
+"""Sampling of tokens from logits: repetition rules, temperature, top-k, top-p, and reproducible noise.
 
-A token is `argmax(processed logits / T + gumbel(seed, position, token))` (the Gumbel-max trick), with the noise from a
-counter-based hash, so the same seed gives the same token on every node and for every draft length. Drafter and verifier
-share the noise, so verifying a draft is comparing two tokens. The processors are transformers' own.
+A token is `argmax(processed logits / temperature + gumbel(seed, position, token))` (the Gumbel-max trick). The noise is
+a hash of its arguments, so the same seed gives the same token on every node and for every draft length. Drafter and
+verifier share the noise, so a draft is verified by comparing two tokens. The processors are those of transformers.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from transformers import (
 
 from ruyi_flow.errors import NodeFault, RequestError
 from ruyi_flow.requests import SamplingParams
-from ruyi_flow.runtime.scores import PLAIN, Confidence, likeliest
+from ruyi_flow.runtime.scores import PLAIN, Confidence, most_probable
 
 __all__ = ["Sampler", "gumbel"]
 
 
 class Sampler:
-    """Picks tokens for one session.
+    """Picks the tokens of one session.
 
     Args:
-        params: with `seed` and `eos_token_ids` filled in.
-        prompt_length: where `min_new_tokens` counts from.
+        params: sampling parameters, with `seed` and `eos_token_ids` set.
+        prompt_length: tokens of the prompt, from which `min_new_tokens` is counted.
     """
 
     def __init__(self, params: SamplingParams, prompt_length: int) -> None:
@@ -55,25 +55,26 @@ class Sampler:
         logits: Tensor,
         positions: Sequence[int],
         history: Sequence[int],
+        *,
         confidence: Confidence = PLAIN,
-        read: Tensor | None = None,
+        head_input: Tensor | None = None,
         known: tuple[list[int], list[float]] | None = None,
     ) -> tuple[list[int], list[float]]:
-        """The token after each of some positions, and how sure the branch is of its likeliest one.
+        """Pick the token that follows each of m positions, and compute the branch's confidence in it.
 
         Args:
-            logits: (m, vocab) of a branch, any number format.
-            positions: m positions; the token after `positions[i]` sees `history[:positions[i] + 1]`.
+            logits: (m, vocab) of a branch, in any number format.
+            positions: m positions; the token after `positions[i]` depends on `history[:positions[i] + 1]`.
             history: token ids of the session, drafts included.
-            confidence: reads the branch's confidence off the processed logits.
-            read: (m, hidden) that the branch's head read, where the confidence is a probe's.
-            known: what `likeliest` says of these logits, where somebody has looked already.
+            confidence: computes the confidence from the processed logits.
+            head_input: (m, hidden) input of the branch's LM head; a probe's confidence needs it.
+            known: `most_probable(logits)`, if it has been computed already.
 
         Returns:
-            m tokens and m confidences.
+            m tokens and m confidences in the most probable token of each row.
 
         Raises:
-            RequestError: the processors leave no token.
+            RequestError: the processors exclude every token.
             NodeFault: the logits are not numbers.
         """
         if self.processors:
@@ -82,26 +83,26 @@ class Sampler:
             logits = torch.cat(
                 [self.processors(ids[None, : p + 1], logits[i : i + 1].clone()) for i, p in enumerate(positions)]
             )
-        tokens, plain = known if known is not None and not self.processors else likeliest(logits)
-        sure = plain if confidence.plain else confidence(logits, read)
-        if not all(0 <= c <= 1.001 for c in sure):  # false for what is not a number
+        tokens, plain = known if known is not None and not self.processors else most_probable(logits)
+        confidences = plain if confidence.plain else confidence(logits, head_input)
+        if not all(0 <= c <= 1.001 for c in confidences):  # also true for NaN
             if self.processors and (logits == -math.inf).all(-1).any():
-                raise RequestError("no token is left to pick: no_repeat_ngram_size and min_new_tokens rule out all")
+                raise RequestError(
+                    "no token is left: no_repeat_ngram_size and min_new_tokens exclude all; lower one of them"
+                )
             raise NodeFault(
                 "the branch's logits are not numbers: float16 may be too narrow for this family (use bfloat16), or its "
                 "weights are broken"
             )
         if self.params.temperature > 0:
-            return [self._draw(logits[i].float(), p) for i, p in enumerate(positions)], sure
-        return tokens, sure
+            return [self._draw(logits[i].float(), p) for i, p in enumerate(positions)], confidences
+        return tokens, confidences
 
     def _draw(self, logits: Tensor, position: int) -> int:
         params = self.params
-        scores = (
-            TemperatureLogitsWarper(params.temperature)(None, logits[None])
-            if params.temperature != 1.0
-            else logits[None]
-        )
+        scores = logits[None]
+        if params.temperature != 1.0:
+            scores = TemperatureLogitsWarper(params.temperature)(None, scores)
         if 0 < params.top_k < scores.shape[-1]:
             scores = TopKLogitsWarper(params.top_k)(None, scores)
         survivors = torch.isfinite(scores[0]).nonzero()[:, 0]
@@ -113,15 +114,15 @@ class Sampler:
 
 
 def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise as a function of (seed, position, token) alone.
+    """Compute standard Gumbel noise that depends on nothing but (seed, position, token).
 
     Args:
-        seed: of the request.
-        position: of the token that is picked.
+        seed: sampling seed of the request.
+        position: position of the token that is picked.
         tokens: (k,) int64 token ids.
 
     Returns:
-        (k,) float64
+        (k,) noise in float64.
     """
     key = _mix(torch.tensor([seed], dtype=torch.int64)) ^ position
     bits = _mix(_mix(key).to(tokens.device) ^ tokens)
@@ -130,7 +131,7 @@ def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014) on int64, whose products wrap like uint64's."""
+    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014); int64 products wrap like those of uint64."""
     x = x + (0x9E3779B97F4A7C15 - 2**64)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)

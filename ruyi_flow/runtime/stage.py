@@ -20,7 +20,7 @@ from ruyi_flow.routing.start import Reading
 from ruyi_flow.runtime.attention import LONG_PAGE, BatchedAttention, CachedAttention, flash_attention
 from ruyi_flow.runtime.cuda_graphs import Graphs
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.scores import Confidence, likeliest, reading
+from ruyi_flow.runtime.scores import Confidence, loss_and_entropy, most_probable
 
 __all__ = ["Shard", "ShardSession"]
 
@@ -80,7 +80,7 @@ class Shard:
         one = pieces[0] if len(pieces) == 1 else None
         states = one.states if one else torch.cat([piece.states for piece in pieces])
         rope = self._rope(pieces)
-        if self.graphs is not None and self.graphs.take(pieces):
+        if self.graphs is not None and self.graphs.accepts(pieces):
             boundary = self.graphs.trunk(stage, pieces, states, rope)
         else:
             boundary = self.model.run(states, first_layer, exit, rope=rope, attention=self._attention(pieces))
@@ -118,7 +118,7 @@ class Shard:
             rows += [before + row for row in piece.asked]
             before += piece.count
         chosen = None if len(rows) == before else torch.tensor(rows, dtype=torch.int64, device=boundary.device)
-        if self.graphs is not None and self.graphs.take(pieces):
+        if self.graphs is not None and self.graphs.accepts(pieces):
             read, logits = self.graphs.branch(exit, pieces, boundary, rope)
             if chosen is not None:
                 read, logits = read[chosen], logits[chosen]
@@ -130,7 +130,7 @@ class Shard:
             if normed is None:
                 return
             read, logits = normed, self.model.head_at[exit].run(normed)
-        tokens, sure = likeliest(logits)
+        tokens, sure = most_probable(logits)
         start = 0
         for piece in pieces:
             stop = start + len(piece.asked)
@@ -190,10 +190,12 @@ class ShardSession(Session):
         rates_prompt = self.rates_prompt(work.stage, stop)
         if rates_prompt:
             following = torch.tensor(self.token_ids[stop - len(logits) + 1 : stop], device=logits.device)
-            loss, entropy = reading(logits[:-1], following)
+            loss, entropy = loss_and_entropy(logits[:-1], following)
             logits, read, known = logits[-1:], read[-1:], (known[0][-1:], known[1][-1:])
-        tokens, sure = self.sampler.pick(logits, piece.wants, self.token_ids, self._confidence[exit], read, known)
+        tokens, confidences = self.sampler.pick(
+            logits, piece.wants, self.token_ids, confidence=self._confidence[exit], head_input=read, known=known
+        )
         if rates_prompt:
-            self.choose_start(Reading(self.prompt_length, loss, entropy, sure[0]))
+            self.choose_start(Reading(self.prompt_length, loss, entropy, confidences[0]))
         assert work.found is not None
-        work.found += zip(tokens, sure, strict=True)
+        work.found += zip(tokens, confidences, strict=True)

@@ -1,41 +1,38 @@
-"""All nodes of a topology on this machine: one process each, watched, their logs told apart, none left behind."""
+"""Runs all nodes of a topology on this machine: one process per node, restarted after a crash, ended together."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
+from ruyi_flow.transport.peer import Peer
 
 __all__ = ["Supervisor", "supervise"]
 
-logger = logging.getLogger(__name__)
-
-_RESTARTS = 3
-"""A node that ends by itself is started again this many times in a row, each after a longer wait."""
+_MAX_CRASHES = 3
+"""Crashes in a row after which a node is still restarted, each time after a longer pause."""
 
 _STABLE_S = 60.0
-"""A node that has run for this long starts with a clean slate."""
+"""A node that has run for this many seconds starts counting its crashes from zero again."""
 
-_LINE_BYTES = 2**20
-"""Longest line of a node's log."""
+_MAX_LINE_BYTES = 2**20
+"""Longest line of a node's log that is passed on."""
 
 
 class Supervisor:
     """The processes of a topology's nodes.
 
     Args:
-        path: the topology file, which every node reads for itself.
-        topology: the same, loaded.
+        path: the topology file, which every node process reads itself.
+        topology: the same topology, loaded.
         log: called with (node name, line) for every line that a node prints.
     """
 
@@ -53,34 +50,39 @@ class Supervisor:
             The seconds it took.
 
         Raises:
-            NodeError: a node ended, or does not serve in time.
+            NodeError: a node ended, or did not serve within `timeout_s`.
         """
         began = time.monotonic()
         await self._check_ports()
-        self._tasks = [asyncio.create_task(self._keep(node.name)) for node in self._topology.nodes]
+        self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:
-            task.add_done_callback(self._kept)
-        async with AsyncClient(self._topology) as client:
-            while time.monotonic() - began < timeout_s:
-                if self._failed.done():
+            task.add_done_callback(self._task_ended)
+        for node in self._topology.nodes:
+            peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+            try:
+                while not self._failed.done():
+                    with suppress(NodeError):
+                        await peer.status(timeout_s=1.0)
+                        break
+                    if time.monotonic() - began > timeout_s:
+                        raise NodeError(f"node {node.name!r} does not serve after {timeout_s:g} s; see its log")
+                    await asyncio.sleep(0.1)
+                else:
                     raise self._failed.result()
-                status = await client.status(timeout_s=1.0)
-                if not any(isinstance(answer, NodeError) for answer in status.values()):
-                    return time.monotonic() - began
-                await asyncio.sleep(0.1)
-        waiting = [name for name, answer in status.items() if isinstance(answer, NodeError)]
-        raise NodeError(f"not serving after {timeout_s:g} s: {', '.join(waiting)}; their logs say why")
+            finally:
+                await peer.close()
+        return time.monotonic() - began
 
     async def wait(self) -> None:
-        """Wait for good; ends only with a node that cannot be kept up.
+        """Wait until a node ends that cannot be restarted.
 
         Raises:
-            NodeError: that node.
+            NodeError: always; names the node that ended, and the reason.
         """
         raise await asyncio.shield(self._failed)
 
     async def stop(self) -> None:
-        """End every node: politely, then by force after its grace time."""
+        """End every node with SIGTERM, and after its grace time with SIGKILL."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -88,11 +90,11 @@ class Supervisor:
         await asyncio.gather(*(_end(process, grace_s) for process in self._processes.values()))
 
     async def _check_ports(self) -> None:
-        """A node that is there already would answer in place of the one that is started, and fail it."""
+        """Refuse an address where something listens already: it would answer in place of the new node."""
         for node in self._topology.nodes:
             host, _, port = str(node.address).rpartition(":")
             try:
-                _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1.0)
+                _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), 1.0)
             except (OSError, TimeoutError):
                 continue
             writer.close()
@@ -102,8 +104,8 @@ class Supervisor:
                 node=node.name,
             )
 
-    async def _keep(self, name: str) -> None:
-        """Run a node's process, again when it crashes."""
+    async def _keep_running(self, name: str) -> None:
+        """Run a node's process and restart it when it crashes."""
         crashes = 0
         while True:
             began = time.monotonic()
@@ -113,25 +115,25 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                limit=_LINE_BYTES,
+                limit=_MAX_LINE_BYTES,
                 start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which ends the nodes in order
             )
             self._processes[name] = process
             assert process.stdout is not None
-            while line := await _line_of(process.stdout):
+            while line := await _read_line(process.stdout):
                 text = line.decode(errors="replace").rstrip()
                 self._last_lines[name] = text
                 self._log(name, text)
             code = await process.wait()
             crashes = 1 if time.monotonic() - began > _STABLE_S else crashes + 1
-            if code in (0, 2) or crashes > _RESTARTS:  # 2: it said what is wrong; trying again cannot help
+            if code in (0, 2) or crashes > _MAX_CRASHES:  # 2: the node reported an error that a restart cannot mend
                 break
             self._log(name, f"ended with {code}; starting it again")
             await asyncio.sleep(0.25 * 2**crashes)
-        said = self._last_lines.get(name, "").removeprefix("error: ")
-        self._fail(NodeError(f"node {name!r} ended with {code}: {said}", node=name))
+        reason = self._last_lines.get(name, "").removeprefix("error: ")
+        self._fail(NodeError(f"node {name!r} ended with {code}: {reason}", node=name))
 
-    def _kept(self, task: asyncio.Task[None]) -> None:
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(NodeError(f"a node's process cannot be run: {error}"))
 
@@ -142,7 +144,7 @@ class Supervisor:
 
 @asynccontextmanager
 async def supervise(path: Path, topology: Topology, log: Callable[[str, str], None]) -> AsyncIterator[Supervisor]:
-    """A supervisor whose nodes are all gone when the block is left."""
+    """Make a `Supervisor` for the block; all its nodes have ended when the block is left."""
     supervisor = Supervisor(path, topology, log)
     try:
         yield supervisor
@@ -150,8 +152,8 @@ async def supervise(path: Path, topology: Topology, log: Callable[[str, str], No
         await asyncio.shield(asyncio.ensure_future(supervisor.stop()))
 
 
-async def _line_of(stream: asyncio.StreamReader) -> bytes:
-    """The next line; of one that is too long, what comes after the part that was dropped."""
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    """Read the next line; of a line that is too long, only the end."""
     while True:
         try:
             return await stream.readline()
@@ -163,7 +165,7 @@ async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
     if process.returncode is not None:
         return
     process.send_signal(signal.SIGTERM)
-    if process.stdout is not None:  # nobody reads its log any more: a full pipe must not hold it up
+    if process.stdout is not None:  # nobody reads its log any more: a full pipe must not block it
         drain = asyncio.create_task(process.stdout.read())
     try:
         await asyncio.wait_for(process.wait(), grace_s)

@@ -1,11 +1,11 @@
-"""`make bench`: what the system reaches on this machine; tables, then one JSON line. Never part of the tests.
+"""`make bench`: measures the system on this machine; prints tables and one line of JSON. Not part of the tests.
 
-Everything that is compared runs in turn in one run, since machines are noisy, and medians are shown.
+Compared runs are interleaved because machines are noisy; the results are medians.
 
     python -m tests.bench [NAME …] [--rounds N] [--trace FILE …]
 
-`bound` and `cascade` compute on traces (ruyi-flow trace) and are left out without one; `simulator-long`, which
-takes ten minutes, unless it is named. `--help` lists the names.
+`bound` and `cascade` need traces (ruyi-flow trace) and run only with --trace. `simulator-long` takes ten minutes and
+runs only when it is named. `--help` lists the names.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from rich.table import Table
 
 from ruyi_flow.bench import Against
 from ruyi_flow.bench.in_process import decode
-from ruyi_flow.bench.nodes import PROMPT, ask, daemons
+from ruyi_flow.bench.measurement import Measurement, Setup, describe_machine
+from ruyi_flow.bench.nodes import PROMPT, generate_exactly, running_nodes
 from ruyi_flow.bench.over_links import hop, wan
-from ruyi_flow.bench.report import Measured, Setup, machine
 from ruyi_flow.family import store
 from ruyi_flow.testing import free_ports
 from ruyi_flow.types import NodeStatus
@@ -44,64 +44,64 @@ from tests.bench.simulator import bench_simulator, bench_simulator_long
 console = Console(width=110)
 
 
-def flat(found: Measured) -> dict[str, Any]:
-    """A bench's figures in one row."""
+def flat(found: Measurement) -> dict[str, Any]:
+    """Return a benchmark's results as one flat dictionary."""
     return {f"{name}_{key}": value for name, row in found.results.items() for key, value in row.items()}
 
 
 def bench_whole(rounds: int) -> dict[str, Any]:
-    """The whole family in one process against transformers' generate: bf16, batch 1, 2 threads."""
+    """Decode: the whole family in one process against transformers; bf16, batch 1, 2 threads."""
     found = decode(Setup(store.DEMO, rounds=rounds), against=[Against.TRANSFORMERS])
     return flat(found) | {"goal": "ratio >= 1.15"}
 
 
 async def bench_hop(rounds: int) -> dict[str, Any]:
-    """Three node processes, last exit, one token a round trip, against the same stages in one process."""
+    """Cost of a hop: three node processes against one process; last exit, one token per round trip."""
     found = await hop(Setup(store.DEMO, threads=1, tokens=48, rounds=4 * rounds))
-    return flat(found) | {"goal": "three_beyond_process <= 1.5 a hop"}
+    return flat(found) | {"goal": "three_beyond_process <= 1.5 ms per hop"}
 
 
 async def bench_bytes(rounds: int) -> dict[str, Any]:
-    """Bytes of a position on the wire, exact with and without drafts."""
+    """Bytes sent up per position in mode exact, with and without drafts."""
     found: dict[str, Any] = {}
-    for encoding, most in (("bf16", 2 * 576 + 64), ("int8", 576 + 32)):
-        async with daemons([[5, 11], [17, 23], [29]], encoding=encoding) as client:
+    for encoding, limit in (("bf16", 2 * 576 + 64), ("int8", 576 + 32)):
+        async with running_nodes([[5, 11], [17, 23], [29]], encoding=encoding) as client:
             for draft in (0, 4):
-                hop = (await ask(client, PROMPT, 32, draft=draft)).stats.hops[1]
+                hop = (await generate_exactly(client, PROMPT, 32, draft=draft)).stats.hops[1]
                 found[f"{encoding}_draft_{draft}_bytes_per_position"] = hop.bytes_up / hop.positions
-        found[f"{encoding}_goal"] = f"<= {most}"
+        found[f"{encoding}_goal"] = f"<= {limit}"
     return found
 
 
 async def bench_wan(rounds: int) -> dict[str, Any]:
-    """A link of 20 ms round trip between the device and the rest: drafts against one token a round trip."""
+    """Drafts against one token per round trip; two nodes, link with a round trip of 20 ms."""
     return flat(await wan(Setup(store.DEMO, threads=1, tokens=48, rounds=rounds), round_trip_ms=20, drafts=(1, 4, 8)))
 
 
 async def bench_start(rounds: int) -> dict[str, Any]:
-    """From the start of a process to a serving node, what it holds, and what an import costs."""
+    """Seconds until three nodes serve, their memory, and seconds of an import."""
     found: dict[str, Any] = {}
     began = time.perf_counter()
-    async with daemons([[5, 11], [17, 23], [29]]) as client:
+    async with running_nodes([[5, 11], [17, 23], [29]]) as client:
         found["three_daemons_serve_after_s"] = time.perf_counter() - began
-        await ask(client, PROMPT, 32)
+        await generate_exactly(client, PROMPT, 32)
         for name, status in (await client.status()).items():
             assert isinstance(status, NodeStatus)
             found[f"{name}_resident_mb"] = status.resident_bytes / 1e6
             found[f"{name}_tensors_mb"] = status.tensor_bytes / 1e6
     for module in ("ruyi_flow", "torch"):
-        spent = []
+        seconds = []
         for _ in range(3):
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", f"import {module}"], check=True)  # noqa: ASYNC221
-            spent.append(time.perf_counter() - began)
-        found[f"import_{module}_s"] = statistics.median(spent)
-    found["goal"] = "a daemon serves after 10 s at the most"
+            seconds.append(time.perf_counter() - began)
+        found[f"import_{module}_s"] = statistics.median(seconds)
+    found["goal"] = "a node serves within 10 s"
     return found
 
 
 def bench_train(rounds: int) -> dict[str, Any]:
-    """Training branches of 1, 1, 2 and 2 layers on a frozen trunk, once what the trunk gives is on disk."""
+    """Training of branches with 1, 1, 2 and 2 layers on a frozen trunk whose states are on disk."""
     steps, found = 30, {}
     cores = torch.get_num_threads()
     with TemporaryDirectory() as folder:
@@ -124,14 +124,16 @@ def bench_train(rounds: int) -> dict[str, Any]:
             subprocess.run(command, check=True, capture_output=True, env=environment)
             return float(json.loads((here / "out" / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_s"])
 
-        found["first_pass_with_the_trunk"] = tokens_per_s(1, 8, 30)  # longer than the text, so everything is kept then
-        sides = {f"processes_{n}_of_batch_{b}": (n, b) for n, b in ((1, 16), (1, 8), (cores, 4))}
-        speeds: dict[str, list[float]] = {name: [] for name in sides}
+        found["first_pass_with_the_trunk"] = tokens_per_s(
+            1, 8, 30
+        )  # more steps than the text has, so all trunk states are on disk afterwards
+        variants = {f"processes_{n}_of_batch_{b}": (n, b) for n, b in ((1, 16), (1, 8), (cores, 4))}
+        speeds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(max(1, rounds // 2)):
-            for name, (processes, batch) in sides.items():
+            for name, (processes, batch) in variants.items():
                 speeds[name].append(tokens_per_s(processes, batch, steps))
         found |= {name: statistics.median(values) for name, values in speeds.items()}
-    return found | {"unit": "tokens a second", "goal": "1100 or more at a batch of choice"}
+    return found | {"unit": "tokens per second", "goal": ">= 1100 at any batch size"}
 
 
 BENCHES = {
@@ -147,32 +149,37 @@ BENCHES = {
     "simulator": bench_simulator,
     "simulator-long": bench_simulator_long,
 }
-ON_TRACES = {"bound": bench_bound, "cascade": bench_cascade}
-
-
-LONG = "simulator-long"
+TRACE_BENCHES = {"bound": bench_bound, "cascade": bench_cascade}
 
 
 def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benches", nargs="*", choices=[*BENCHES, *ON_TRACES, []], help="all of them when none is named")
-    parser.add_argument("--rounds", type=int, default=5, help="counted runs of each side (default 5)")
-    parser.add_argument("--trace", type=Path, action="append", default=[], help="for bound and cascade")
+    parser.add_argument(
+        "benches", nargs="*", choices=[*BENCHES, *TRACE_BENCHES, []], help="benchmarks to run (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measured runs of each variant (default: 5)")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        action="append",
+        default=[],
+        help="trace file for bound and cascade; may be given several times",
+    )
     arguments = parser.parse_args()
     store.pull(store.DEMO)
-    results: dict[str, Any] = {"machine": machine(torch.get_num_threads())}
+    results: dict[str, Any] = {"machine": describe_machine(torch.get_num_threads())}
     for name in arguments.benches or [
-        *(name for name in BENCHES if name != LONG),
-        *(ON_TRACES if arguments.trace else ()),
+        *(name for name in BENCHES if name != "simulator-long"),
+        *(TRACE_BENCHES if arguments.trace else ()),
     ]:
-        bench = BENCHES.get(name) or partial(ON_TRACES[name], traces=arguments.trace)
-        meaning = (ON_TRACES | BENCHES)[name].__doc__
-        with console.status(f"{name}: {meaning}"):
+        bench = BENCHES.get(name) or partial(TRACE_BENCHES[name], traces=arguments.trace)
+        title = (TRACE_BENCHES | BENCHES)[name].__doc__
+        with console.status(f"{name}: {title}"):
             found = bench(arguments.rounds)
             if asyncio.iscoroutine(found):
                 found = asyncio.run(found)
-        table = Table(title=meaning, title_justify="left", show_header=False)
+        table = Table(title=title, title_justify="left", show_header=False)
         for key, value in found.items():
             table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
         console.print(table)

@@ -1,4 +1,4 @@
-"""What messages cost where many sessions share a link: each on its session's stream, and together."""
+"""Cost of messages of many sessions over one link: on a stream for each session, and batched on one stream."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Block, Decision, Encoding, Final, Hop, NodeStatus, Reason, Stage, Token, Verdict
 
-_HIDDEN, _MOST, _ROUNDS = 576, 4 * 1024 * 1024, 60
+_HIDDEN_SIZE, _MAX_MESSAGE_BYTES, _ROUNDS = 576, 4 * 1024 * 1024, 60
 
 
 class _Step:
-    """A shared step that takes no time: answers `sessions` blocks as soon as all of them are there."""
+    """A node whose steps take no time: it answers the blocks of all sessions once every session has sent one."""
 
     def __init__(self, sessions: int) -> None:
         self.name, self._sessions, self._waiting = "deep", sessions, list[asyncio.Future[None]]()
@@ -57,62 +57,62 @@ class _Step:
         raise NotImplementedError
 
 
-def _serve(sessions: int, told: Connection) -> None:
+def _serve(sessions: int, connection: Connection) -> None:
     async def serve() -> None:
-        server = Server(_Step(sessions), "127.0.0.1:0", max_message_bytes=_MOST)
+        server = Server(_Step(sessions), "127.0.0.1:0", max_message_bytes=_MAX_MESSAGE_BYTES)
         await server.start()
-        told.send(server.address)
+        connection.send(server.address)
         await asyncio.Event().wait()
 
     asyncio.run(serve())
 
 
 async def _round_ms(address: str, sessions: int, together: bool) -> float:
-    """Milliseconds of a round in which every session sends a state and gets its verdict."""
-    peer = Peer("deep", address, max_message_bytes=_MOST)
+    """Return the milliseconds of a round in which every session sends a state and receives a verdict."""
+    peer = Peer("deep", address, max_message_bytes=_MAX_MESSAGE_BYTES)
     if not together:
         peer.batches.accepts = lambda message: False  # type: ignore[method-assign]
     policy = Policy.resolve(Routing(), (5, 29))
     opening = SessionOpen(
         family="family",
         first_layer=6,
-        hidden_size=_HIDDEN,
+        hidden_size=_HIDDEN_SIZE,
         encoding=Encoding.BF16,
         max_positions=4096,
         prompt_length=1,
         policy=policy,
     )
     stages = [RemoteStage(peer, opening, timeout_s=30) for _ in range(sessions)]
-    states = torch.zeros(1, _HIDDEN, dtype=torch.bfloat16)
+    states = torch.zeros(1, _HIDDEN_SIZE, dtype=torch.bfloat16)
 
-    async def go(stage: RemoteStage, start: int, count: int) -> None:
+    async def run_rounds(stage: RemoteStage, start: int, count: int) -> None:
         for position in range(start, start + count):
             await stage.advance(Block(position, states, (5,), (position,)))
 
-    await asyncio.gather(*(go(stage, 0, 10) for stage in stages))
+    await asyncio.gather(*(run_rounds(stage, 0, 10) for stage in stages))
     began = time.perf_counter()
-    await asyncio.gather(*(go(stage, 10, _ROUNDS) for stage in stages))
-    spent = time.perf_counter() - began
+    await asyncio.gather(*(run_rounds(stage, 10, _ROUNDS) for stage in stages))
+    seconds = time.perf_counter() - began
     for stage in stages:
         await stage.close()
     await peer.close()
-    return 1e3 * spent / _ROUNDS
+    return 1e3 * seconds / _ROUNDS
 
 
 async def bench_messages(rounds: int) -> dict[str, Any]:
-    """Blocks of one bf16 state of n sessions, and their verdicts: a round in ms, on own streams and together."""
+    """Milliseconds of a round of n sessions, one bf16 state each: own streams against one batched stream."""
     found: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     for sessions in (2, 4, 16, 64):
-        mine, its = context.Pipe()
-        process = context.Process(target=_serve, args=(sessions, its), daemon=True)
+        receiver, sender = context.Pipe()
+        process = context.Process(target=_serve, args=(sessions, sender), daemon=True)
         process.start()
-        address = await asyncio.to_thread(mine.recv)
-        spent: dict[bool, list[float]] = {False: [], True: []}
+        address = await asyncio.to_thread(receiver.recv)
+        times: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(rounds):
-            for together in spent:
-                spent[together].append(await _round_ms(address, sessions, together))
+            for together in times:
+                times[together].append(await _round_ms(address, sessions, together))
         process.terminate()
-        found[f"{sessions}_own_ms"], found[f"{sessions}_together_ms"] = map(statistics.median, spent.values())
-        found[f"{sessions}_ratio"] = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
+        found[f"{sessions}_own_ms"], found[f"{sessions}_together_ms"] = map(statistics.median, times.values())
+        found[f"{sessions}_ratio"] = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     return found

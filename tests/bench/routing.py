@@ -1,4 +1,4 @@
-"""Benches of routing: what a decision costs, whether bounds hold, what probes, cascades and drafts are worth."""
+"""Benchmarks of routing: the cost of a decision, whether bounds hold, the gains of probes, cascades and drafts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ruyi_flow.bench.nodes import PROMPTS, daemons
+from ruyi_flow.bench.nodes import PROMPTS, running_nodes
 from ruyi_flow.calibration.bounds import split_prompts
 from ruyi_flow.calibration.cascade import CascadeOutcome, calibrate_cascade
 from ruyi_flow.calibration.curves import Floats, confidences, ece, fit_curves, raw_confidences
@@ -31,32 +31,32 @@ POLICY = Path("configs/policies/smollm2-5-percent.yaml")
 
 
 def bench_policy(rounds: int) -> dict[str, Any]:
-    """What the policy takes for one token at one exit: its curve, its judgment, the walk; microseconds."""
+    """Microseconds of the policy for one token at one exit: calibration curve, verdict and walk."""
     file, found, n = PolicyFile.load(POLICY), dict[str, Any](), 20_000
     scale = Routing().updated(file.options({})).scale
     assert scale is not None
     exits = (*file.thresholds, 29)
     curve, first = scale.curves[exits[0]], exits[0]
-    numbers = np.random.default_rng(0).random(n).tolist()
+    scores = np.random.default_rng(0).random(n).tolist()
     for name, routing in (
         ("token", Routing().updated(file.options({}))),
         ("cascade", Routing(Mode.CASCADE, threshold=0.2, window=16)),
     ):
-        policy, spent = Policy.resolve(routing, exits), []
+        policy, times = Policy.resolve(routing, exits), []
         for _ in range(rounds):
             judge = Judge(policy, first)
             began = time.perf_counter()
-            for position, score in enumerate(numbers):
+            for position, score in enumerate(scores):
                 Walk.of(judge, Block(position, None, (0,), (position,)), ((7, curve(score)),))
-            spent.append((time.perf_counter() - began) / n)
-        found[f"{name}_us_a_token"] = 1e6 * statistics.median(spent)
+            times.append((time.perf_counter() - began) / n)
+        found[f"{name}_us_a_token"] = 1e6 * statistics.median(times)
     return found | {"goal": "<= 20"}
 
 
 def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
-    """40 random splits: does the bound hold, how much of it is used; calibration errors; probes.
+    """Bounds over 40 random splits: how often they hold and how much of them is used; calibration errors; probes.
 
-    Three prompts in four choose; for the bound of 0.02, which takes more prompts to show, nine in ten.
+    Three quarters of the prompts choose the thresholds, nine tenths for the bound of 0.02, which needs more prompts.
     """
     trace = _trace(traces, Scorer.AGREEMENT)
     costs = {p: float(p + 1) for p in trace.header.exits}
@@ -68,24 +68,25 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
         return [trace.select(sorted(part.tolist())) for part in np.split(order, [int(share * len(order))])]
 
     for bound, share in ((0.02, 0.9), (0.05, 0.75), (0.1, 0.75)):
-        held, used, early, without = 0, [], [], 0
+        kept, used, early, without = 0, [], [], 0
         for seed in range(40):
             known, new = parts(seed, share)
             curves = fit_curves(_tuned(known, seed))
-            sure, score = confidences(known, curves, scores[-1]), scores[-1]
+            score = scores[-1]
+            confidence = confidences(known, curves, score)
             try:
-                replay = Replay(known, sure, costs)
+                replay = Replay(known, confidence, costs)
                 chosen = choose_thresholds(replay, max_disagreement=bound, seed=seed).thresholds
             except ConfigError:
                 without += 1
-                held += 1
+                kept += 1
                 continue
             o = Replay(new, confidences(new, curves, score), costs).outcome(chosen)
-            held += o.disagreement <= bound
+            kept += o.disagreement <= bound
             used.append(o.disagreement / bound)
             early.append(1 - o.decided[trace.header.exits[-1]])
         name = f"bound_{bound:g}"
-        found |= {f"{name}_kept_in_40": held, f"{name}_no_policy": without}
+        found |= {f"{name}_kept_in_40": kept, f"{name}_no_policy": without}
         if used:
             found |= {f"{name}_mean_used": statistics.mean(used), f"{name}_decided_early": statistics.mean(early)}
     errors: dict[str, list[float]] = {}
@@ -95,14 +96,16 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
         uncalibrated = Replay(new, raw, costs)
         shared = [(t, uncalibrated.outcome(dict.fromkeys(raw, t))) for t in np.linspace(0.2, 0.999, 120)]
         for score in scores:
-            sure = confidences(new, curves, score)
+            confidence = confidences(new, curves, score)
             for p, agrees in new.agrees.items():
-                errors.setdefault(f"ece_{score}_exit_{p}", []).append(ece(sure[p], agrees))
-                errors.setdefault(f"auc_{score}_exit_{p}", []).append(_auc(sure[p], agrees))
+                errors.setdefault(f"ece_{score}_exit_{p}", []).append(ece(confidence[p], agrees))
+                errors.setdefault(f"auc_{score}_exit_{p}", []).append(_auc(confidence[p], agrees))
             for device in (trace.header.exits[1], trace.header.exits[-2]):
                 for level in (0.8, 0.85, 0.9, 0.95):
-                    base = min(_beyond(o, device) for _, o in shared if o.agreement >= level)
-                    mine = _least(known, confidences(known, curves, score), new, sure, device, level)
+                    base = min(_escalated(o, device) for _, o in shared if o.agreement >= level)
+                    mine = _fewest_escalated(
+                        known, confidences(known, curves, score), new, confidence, device=device, level=level
+                    )
                     key = f"{score}_asks_beyond_{device}_at_{level:g}"
                     fewer.setdefault(key, []).append(1 - mine / base)
     found |= {name: statistics.mean(values) for name, values in errors.items()}
@@ -110,7 +113,7 @@ def bench_bound(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
 
 
 def bench_cascade(rounds: int, traces: Sequence[Path]) -> dict[str, Any]:
-    """What cascades keep of the last exit's worth, and of its compute, on prompts that did not choose them."""
+    """Quality and compute of cascades relative to the last exit, on prompts that were not used for calibration."""
     found: dict[str, Any] = {}
     for file in traces:
         trace = Trace.load(file)
@@ -134,47 +137,51 @@ def _points(outcomes: Sequence[CascadeOutcome]) -> str:
 
 
 async def bench_drafts(rounds: int) -> dict[str, Any]:
-    """Mode exact over 20, 50 and 100 ms round trips: drafts that stop where they do not pay, against constant ones."""
+    """Adaptive drafts against constant ones in mode exact, with round trips of 20, 50 and 100 ms."""
     found: dict[str, Any] = {}
     for round_trip_ms in (20, 50, 100):
         relay = Relay(delay_s=round_trip_ms / 2000)
-        spent: dict[str, list[float]] = {}
-        said: dict[str, set[tuple[int, ...]]] = {prompt: set() for prompt in PROMPTS}
-        # In float32, where drafts never change an answer; in bfloat16 a near tie may fall otherwise.
-        async with daemons([[5, 11], [17, 23, 29]], dtype="float32", encoding="f32", relay_to={1: relay}) as client:
+        times: dict[str, list[float]] = {}
+        answers: dict[str, set[tuple[int, ...]]] = {prompt: set() for prompt in PROMPTS}
+        # In float32 drafts never change an answer; in bfloat16 a near tie may be decided differently.
+        async with running_nodes(
+            [[5, 11], [17, 23, 29]], dtype="float32", encoding="f32", relay_to={1: relay}
+        ) as client:
             for i in range(max(2, rounds)):
                 for name in ("0", "1", "2", "4", "8", "adaptive"):
-                    times = [await _drafted(client, name, prompt, said) for prompt in PROMPTS]
+                    seconds = [await _seconds_per_token(client, name, prompt, answers) for prompt in PROMPTS]
                     if i:
-                        spent.setdefault(name, []).append(statistics.mean(times))
-        assert all(len(answers) == 1 for answers in said.values()), "drafts changed an answer"
-        for name, times in spent.items():
-            found[f"{round_trip_ms}_ms_draft_{name}_ms_per_token"] = 1e3 * statistics.median(times)
-        best = min((statistics.median(t), name) for name, t in spent.items() if name != "adaptive")[1]
-        ratios = [a / b for a, b in zip(spent[best], spent["adaptive"], strict=True)]
+                        times.setdefault(name, []).append(statistics.mean(seconds))
+        assert all(len(different) == 1 for different in answers.values()), "drafts changed an answer"
+        for name, seconds in times.items():
+            found[f"{round_trip_ms}_ms_draft_{name}_ms_per_token"] = 1e3 * statistics.median(seconds)
+        best = min((statistics.median(t), name) for name, t in times.items() if name != "adaptive")[1]
+        ratios = [a / b for a, b in zip(times[best], times["adaptive"], strict=True)]
         found[f"{round_trip_ms}_ms_adaptive_against_best_constant_{best}"] = statistics.median(ratios)
     return found | {"goal": ">= 1 at each round trip"}
 
 
-async def _drafted(client: AsyncClient, name: str, prompt: str, said: dict[str, set[tuple[int, ...]]]) -> float:
+async def _seconds_per_token(
+    client: AsyncClient, name: str, prompt: str, answers: dict[str, set[tuple[int, ...]]]
+) -> float:
     options: dict[str, Any] = {"mode": "exact", "draft": 16, "policy": POLICY}
     if name != "adaptive":
         options = {"mode": "exact", "draft": int(name)}
     reply = await client.generate(prompt, max_new_tokens=48, min_new_tokens=48, timeout_s=300, **options)
-    said[prompt].add(tuple(reply.token_ids))
+    answers[prompt].add(tuple(reply.token_ids))
     return reply.stats.token_s
 
 
 def _trace(traces: Sequence[Path], scorer: Scorer) -> Trace:
     fitting = [file for file in traces if Trace.load(file).header.scorer == scorer]
     if not fitting:
-        raise ConfigError(f"this bench needs --trace FILE with scorer {scorer} (ruyi-flow trace)")
+        raise ConfigError(f"this benchmark needs --trace FILE, a trace with scorer {scorer} (ruyi-flow trace)")
     return Trace.load(*fitting)
 
 
-def _auc(sure: Floats, agrees: Any) -> float:
-    """Area under the ROC curve, of the raw order: how often a token that agrees is surer than one that does not."""
-    values, ranks = np.unique(sure, return_inverse=True)
+def _auc(confidence: Floats, agrees: Any) -> float:
+    """Area under the ROC curve: how often a token that agrees has the higher confidence of two."""
+    values, ranks = np.unique(confidence, return_inverse=True)
     counts = np.bincount(ranks)
     middle = np.cumsum(counts) - (counts - 1) / 2
     yes = int(agrees.sum())
@@ -186,16 +193,22 @@ def _tuned(trace: Trace, seed: int) -> Trace:
     return trace.select(split_prompts(len(trace.records), seed)[0])
 
 
-def _beyond(o: Any, device: int) -> float:
-    """Share of tokens that are asked beyond an exit."""
+def _escalated(o: Any, device: int) -> float:
+    """Share of tokens that escalate beyond the device's last exit."""
     return float(sum(share for p, share in o.decided.items() if p > device))
 
 
-def _least(
-    known: Trace, inside: dict[int, Floats], new: Trace, sure: dict[int, Floats], device: int, level: float
+def _fewest_escalated(
+    known: Trace,
+    known_confidence: dict[int, Floats],
+    new: Trace,
+    new_confidence: dict[int, Floats],
+    *,
+    device: int,
+    level: float,
 ) -> float:
-    """The least that calibrated thresholds ask beyond a device's exits at this agreement; chosen on other prompts."""
+    """Smallest share of tokens that escalate beyond a device at this agreement, with thresholds from other prompts."""
     costs = {p: 1.0 if p > device else 0.001 * p for p in known.header.exits}
-    replay = Replay(new, sure, costs)
-    tried = [replay.outcome(thresholds) for thresholds in Replay(known, inside, costs).candidates()]
-    return min((_beyond(o, device) for o in tried if o.agreement >= level), default=1.0)
+    replay = Replay(new, new_confidence, costs)
+    tried = [replay.outcome(thresholds) for thresholds in Replay(known, known_confidence, costs).candidates()]
+    return min((_escalated(o, device) for o in tried if o.agreement >= level), default=1.0)

@@ -1,4 +1,4 @@
-"""What the simulator itself costs: time and memory by how much it simulates."""
+"""Time and memory of the simulator itself, by the number of simulated tokens."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 SIZES = (10_000, 100_000, 1_000_000)
-"""Tokens, about."""
+"""Approximate numbers of simulated tokens."""
 
 SCENARIO = Path("configs/sim/three-tiers.yaml")
-_TOKENS = 50
-"""Of a request there, on average."""
+_TOKENS_PER_REQUEST = 50
+"""Mean tokens of a request in that scenario."""
 
 
 def bench_simulator(rounds: int) -> dict[str, Any]:
-    """Seconds and memory of a three-tier scenario, by tokens: medians, each run in a process of its own."""
-    return _grown(SIZES, rounds) | {"goal": "1,000,000 tokens in at most 60 s, memory that does not grow with them"}
+    """Seconds and memory of a three-tier scenario: medians, every run in its own process."""
+    return _by_size(SIZES, rounds) | {"goal": "1,000,000 tokens in at most 60 s, memory independent of the tokens"}
 
 
 def bench_simulator_long(rounds: int) -> dict[str, Any]:
-    """The same up to ten million tokens, once."""
-    return _grown((1_000_000, 3_000_000, 10_000_000), 1) | {"goal": "the same time a token"}
+    """Seconds and memory of up to ten million simulated tokens, one run each."""
+    return _by_size((1_000_000, 3_000_000, 10_000_000), 1) | {"goal": "the same time per token"}
 
 
-def _grown(sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def _by_size(sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {}
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -49,20 +49,20 @@ def _grown(sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
 
 
 def _simulated(tokens: int) -> tuple[int, float, float]:
-    """Tokens, seconds, and MB that the process has grown by after the first tenth."""
+    """Return tokens, seconds, and the MB by which the process grew after the first tenth."""
     import psutil
 
     from ruyi_flow.sim.run import Simulation
     from ruyi_flow.sim.scenario import Scenario
 
-    scenario = Scenario.read(SCENARIO, [f"load.requests={max(1, tokens // _TOKENS)}"])
+    scenario = Scenario.read(SCENARIO, [f"load.requests={max(1, tokens // _TOKENS_PER_REQUEST)}"])
     sizes: list[int] = []
     began = time.perf_counter()
 
-    def seen(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         if done > total / 10:
             sizes.append(psutil.Process().memory_info().rss)
 
-    metrics = Simulation(scenario, where=str(SCENARIO)).run(seen).metrics
-    spent = time.perf_counter() - began
-    return metrics["tokens"], spent, (max(sizes) - sizes[0]) / 1e6 if sizes else 0.0
+    metrics = Simulation(scenario, where=str(SCENARIO)).run(progress).metrics
+    seconds = time.perf_counter() - began
+    return metrics["tokens"], seconds, (max(sizes) - sizes[0]) / 1e6 if sizes else 0.0

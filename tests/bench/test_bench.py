@@ -1,27 +1,33 @@
-"""`ruyi-flow bench`: what it prints, and what it refuses. Nothing here looks at how long anything took."""
+"""`ruyi-flow bench`: its output and its errors. No test depends on measured times."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from gguf import GGUFWriter
 
-from ruyi_flow.bench.report import turns, unseen
+from ruyi_flow.bench.measurement import interleaved, no_report
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.testing import tiny_family
 from tests.config.test_policy_file import write
 
 pytestmark = pytest.mark.timeout(120)
 
 MACHINE = {"processor", "cores", "threads", "memory_gb", "python", "torch", "ruyi_flow", "date"}
-ASKED = {"family", "weights", "dtype", "threads", "tokens", "rounds"}
+SETTINGS = {"family", "weights", "dtype", "threads", "tokens", "rounds"}
 
 
 @pytest.fixture
 def measured(run, spoken: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Run a bench of the tiny family with tiny sizes; gives the object of its last line."""
+    """Run a benchmark of the tiny family with tiny sizes; return the JSON object of its last line."""
 
     def call(bench: str, *arguments: str, tokens: bool = True):  # type: ignore[no-untyped-def]
         sizes = ["--rounds", "1", "--threads", "1", "--dtype", "float32", *(["--tokens", "4"] if tokens else [])]
@@ -30,7 +36,7 @@ def measured(run, spoken: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
         assert code == 0, err
         found = json.loads(out.splitlines()[-1])
         assert set(found) == {"bench", "settings", "results", "machine", "plot"} and found["bench"] == bench
-        assert set(found["machine"]) == MACHINE and set(found["settings"]) >= ASKED
+        assert set(found["machine"]) == MACHINE and set(found["settings"]) >= SETTINGS
         assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
         for name in () if "--json" in arguments else found["results"]:
             assert f"│ {name} " in out
@@ -41,7 +47,7 @@ def measured(run, spoken: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def tiny_gguf(file: Path, vocab: int) -> Path:
-    """A Llama of random weights without a tokenizer."""
+    """Write a Llama with random weights and no tokenizer."""
     hidden, inner = 32, 64
     writer, random = GGUFWriter(file, "llama"), np.random.default_rng(0)
     writer.add_context_length(512)
@@ -84,7 +90,7 @@ def test_prefill_takes_a_prompt_of_the_length_asked_for(measured) -> None:  # ty
     assert set(found["results"]["transformers"]) == {"ms_per_prompt", "tokens_per_s", "ratio", "ratio_lowest"}
 
 
-def test_llama_cpp_runs_a_file(measured, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_llama_cpp_runs_a_gguf_file(measured, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("llama_cpp")
     file = tiny_gguf(tmp_path / "tiny.gguf", 300)
     against = ("--against", "llama.cpp", "--gguf", str(file))
@@ -93,13 +99,13 @@ def test_llama_cpp_runs_a_file(measured, tmp_path: Path) -> None:  # type: ignor
         assert set(found["results"]["llama.cpp"]) >= {"tokens_per_s", "ratio", "ratio_lowest"}
 
 
-def test_hop_tells_what_a_hop_costs(measured) -> None:  # type: ignore[no-untyped-def]
+def test_hop_reports_the_cost_of_a_hop(measured) -> None:  # type: ignore[no-untyped-def]
     found = measured("hop")
     rows = found["results"]
     assert found["settings"]["cuts"] == [[2], [4], [6]] and list(rows) == ["process", "node", "three", "three_free"]
-    beyond = {"beyond_process_ms_per_hop", "beyond_node_ms_per_hop"}
+    added = {"beyond_process_ms_per_hop", "beyond_node_ms_per_hop"}
     parts = {f"{part}_ms_per_token" for part in ("compute", "queue", "wire")}
-    assert set(rows["three"]) == {"ms_per_token"} | beyond | parts
+    assert set(rows["three"]) == {"ms_per_token"} | added | parts
     assert set(rows["three_free"]) == {"ms_per_token", "beyond_process_ms_per_hop"}
 
 
@@ -130,7 +136,7 @@ def test_serve_compares_many_with_one(measured) -> None:  # type: ignore[no-unty
 
 
 @pytest.mark.parametrize("bench", ["serve", "wan"])
-def test_tokens_that_do_not_come_are_not_counted(run, spoken: Path, tmp_path: Path, bench: str) -> None:  # type: ignore[no-untyped-def]
+def test_an_answer_that_ends_early_is_an_error(run, spoken: Path, tmp_path: Path, bench: str) -> None:  # type: ignore[no-untyped-def]
     short = shutil.copytree(spoken, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
@@ -139,8 +145,8 @@ def test_tokens_that_do_not_come_are_not_counted(run, spoken: Path, tmp_path: Pa
     assert code == 2 and out == "" and "ended after" in err and "of 60 tokens; is its context too short?" in err
 
 
-def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
-    assert list(turns(["a", "b"], 1, unseen)) == [("a", False), ("b", False), ("a", True), ("b", True)]
+def test_compared_runs_are_interleaved_and_the_first_round_warms_up() -> None:
+    assert list(interleaved(["a", "b"], 1, no_report)) == [("a", False), ("b", False), ("a", True), ("b", True)]
 
 
 @pytest.mark.parametrize(
@@ -159,19 +165,19 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
         (("hop", "--family", "{tiny}"), "has no tokenizer.json"),
         (("decode", "--against", "llama.cpp"), "needs --gguf FILE"),
         (("decode", "--against", "transformers-early-exit", "--early-exit", "7"), "layers 1 … 6"),
-        (("decode", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
-        (("prefill", "--against", "transformers", "--gguf", "x.gguf"), "--gguf is for --against llama.cpp"),
+        (("decode", "--gguf", "x.gguf"), "--gguf requires --against llama.cpp"),
+        (("prefill", "--against", "transformers", "--gguf", "x.gguf"), "--gguf requires --against llama.cpp"),
         (
             ("decode", "--against", "transformers", "--early-exit", "2"),
-            "--early-exit is for --against transformers-early-",
+            "--early-exit requires --against transformers-early-",
         ),
         (("decode", "--threads", "5000"), "Invalid value for '--threads'"),
-        (("prefill", "--against", "transformers-early-exit"), "for decode only"),
+        (("prefill", "--against", "transformers-early-exit"), "valid for decode only"),
         (("prefill", "--prompt-tokens", "1000"), "1001 positions"),
         (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),
     ],
 )
-def test_what_cannot_be_measured_is_one_clear_error(  # type: ignore[no-untyped-def]
+def test_a_wrong_option_is_one_clear_error(  # type: ignore[no-untyped-def]
     run, spoken: Path, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     bench, *given = (a.format(tiny=tiny) for a in arguments)
@@ -185,21 +191,44 @@ def test_what_cannot_be_measured_is_one_clear_error(  # type: ignore[no-untyped-
     ("module", "arguments"),
     [("llama_cpp", ("--against", "llama.cpp", "--gguf", "x.gguf")), ("matplotlib", ())],
 )
-def test_an_extra_that_is_not_installed_is_named(  # type: ignore[no-untyped-def]
+def test_a_missing_extra_is_named(  # type: ignore[no-untyped-def]
     run, spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     sizes = ("--threads", "1", "--out", str(tmp_path))
     code, out, err = run("bench", "decode", "--family", str(spoken), *sizes, *arguments)
     assert code == 2 and out == "" and "pip install 'ruyi-flow[bench]'" in err and err.count("\n") == 1
 
 
-def test_a_gguf_file_that_is_none_is_refused(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_broken_gguf_file_is_refused(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("llama_cpp")
     (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxx")
-    for name, message in (("bad.gguf", "llama.cpp cannot run it"), ("none.gguf", "no such file")):
+    for name, message in (("bad.gguf", "llama.cpp cannot run this file"), ("none.gguf", "no such file")):
         against = ("--against", "llama.cpp", "--gguf", str(tmp_path / name))
         code, _, err = run(
             "bench", "decode", "--family", str(spoken), "--threads", "1", "--out", str(tmp_path), *against
         )
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_profile_and_its_processes_quietly(tmp_path: Path) -> None:
+    family = tiny_family(tmp_path / "family", max_position_embeddings=2048)
+    command = [sys.executable, "-m", "ruyi_flow.cli", "profile", str(family), "--dtype", "float32", "--rounds", "1"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "profile")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of its own, like a command in a terminal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
+    ) as profiling:
+        workers: list[psutil.Process] = []
+        while not workers:
+            assert profiling.poll() is None
+            time.sleep(0.05)
+            children = psutil.Process(profiling.pid).children()
+            workers = [child for child in children if "--multiprocessing-fork" in child.cmdline()]
+        os.killpg(profiling.pid, signal.SIGINT)
+        output, _ = profiling.communicate(timeout=60)
+    assert (profiling.returncode, output) == (130, "interrupted\n")
+    assert psutil.wait_procs(workers, timeout=10)[1] == []

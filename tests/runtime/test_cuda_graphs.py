@@ -1,4 +1,4 @@
-"""Short steps as padded rows: what of CUDA's way can be told on a CPU, and the rest where there is a GPU."""
+"""Short steps as padded rows, on the CPU; the tests of CUDA graphs and flash-attn need a GPU."""
 
 import asyncio
 import itertools
@@ -37,7 +37,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 @dataclass(frozen=True)
 class Rows:
-    """A block of a step."""
+    """The attributes of a `Piece` that a plan needs."""
 
     pages: PageRun
     start: int
@@ -49,34 +49,34 @@ def test_steps_are_padded_to_powers_of_two() -> None:
     assert [padded_positions(n) for n in (1, 256, 257, 512, 513, 5000)] == [256, 256, 512, 512, 1024, 8192]
 
 
-def test_a_plan_places_every_row_and_leaves_the_padding_outside_the_pool() -> None:
+def test_a_plan_places_every_row_and_keeps_the_padding_outside_the_pool() -> None:
     num_pages, pages = 20, 2
     blocks = [Rows(PageRun(0, 3, 5), 300, 2), Rows(PageRun(1, 18, 2), 0, 1)]
-    told = plan(blocks, 4, pages * LONG_PAGE, num_pages)
-    at, lengths, tables = told[:4], told[4:8], told[8:]
+    numbers = plan(blocks, 4, pages * LONG_PAGE, num_pages)
+    at, lengths, tables = numbers[:4], numbers[4:8], numbers[8:]
     assert at == [3 * PAGE_SIZE + 300, 3 * PAGE_SIZE + 301, 18 * PAGE_SIZE, num_pages * PAGE_SIZE]
     assert lengths == [301, 302, 1, 1]
     assert tables == [3, 7, 3, 7, 18, 20, 20, 20]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_page_table_finds_all_of_any_run_in_the_memory_as_it_lies(seed: int) -> None:
+def test_a_page_table_covers_a_run_of_pages_without_copies(seed: int) -> None:
     rng, num_pages = random.Random(seed), 40
-    pool, held = PagePool(num_pages * PAGE_SIZE), torch.arange(2 * (num_pages * PAGE_SIZE + LONG_PAGE) * 3)
-    held = held.view(2, -1, 3)
-    pages = long_pages(held)
-    assert pages.data_ptr() == held.data_ptr(), "a view"
+    pool, memory = PagePool(num_pages * PAGE_SIZE), torch.arange(2 * (num_pages * PAGE_SIZE + LONG_PAGE) * 3)
+    memory = memory.view(2, -1, 3)
+    pages = long_pages(memory)
+    assert pages.data_ptr() == memory.data_ptr(), "a view"
     assert pages.shape == (num_pages + 1, LONG_PAGE, 2, 3) and pages.stride(-1) == 1
     for owner in range(6):
         run = pool.allocate(owner, rng.randint(1, 6 * PAGE_SIZE))
         length = run.count * PAGE_SIZE
         table = page_table(run.first, padded_positions(length), num_pages)
         found = pages[torch.tensor(table)].flatten(0, 1)[:length]
-        assert torch.equal(found, held[:, run.positions].transpose(0, 1))
+        assert torch.equal(found, memory[:, run.positions].transpose(0, 1))
 
 
-def written(blocks: Sequence[Rows], num_pages: int, heads: int, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """(2, 2, heads, positions, 16) memory with numbers where the blocks' sessions have been, and none elsewhere."""
+def filled_memory(blocks: Sequence[Rows], num_pages: int, heads: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return (2, 2, heads, positions, 16) memory: random numbers before the blocks' rows, NaN elsewhere."""
     torch.manual_seed(0)
     memory = torch.full((2, 2, heads, num_pages * PAGE_SIZE + LONG_PAGE, 16), torch.nan, device=device, dtype=dtype)
     for block in blocks:
@@ -86,7 +86,7 @@ def written(blocks: Sequence[Rows], num_pages: int, heads: int, device: str, dty
 
 
 def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
-    """Rows as sequences of their own give what each session's block gives, padding and unwritten pages or not."""
+    """Check that padded rows give the same as each session's block, despite padding and unwritten pages."""
     num_pages, heads, kv_heads, d = 24, 6, 2, 16
     blocks = [
         Rows(PageRun(0, 2, 3), 150, 3),
@@ -94,28 +94,30 @@ def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
         Rows(PageRun(2, 7, 10), 299, 1),
         Rows(PageRun(3, 23, 1), 9, 5),
     ]
-    memory, n = written(blocks, num_pages, kv_heads, device, dtype), 10
+    memory, n = filled_memory(blocks, num_pages, kv_heads, device, dtype), 10
     q, k, v = (torch.randn(n, h, d, device=device, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     ours = memory.clone()
-    told = torch.tensor(plan(blocks, 16, 512, num_pages), dtype=torch.int32, device=device)
-    at, lengths, tables = told.split((16, 16, 32))
+    numbers = torch.tensor(plan(blocks, 16, 512, num_pages), dtype=torch.int32, device=device)
+    at, lengths, tables = numbers.split((16, 16, 32))
     flash = flash_attention(torch.device(device), dtype, d)
     padded = [torch.cat([t, torch.full_like(t[:6], torch.nan)]) for t in (q, k, v)]
-    found = PagedAttention(ours, at, lengths, tables.view(16, 2), flash)(1, *padded, None)[:n]
+    found = PagedAttention(ours, at, lengths, tables.view(16, 2), flash=flash)(1, *padded, None)[:n]
     each = [CachedAttention(memory[:, :, :, b.pages.positions], b.start, b.count) for b in blocks]
     expected = BatchedAttention(each, memory, at[:n].long())(1, q, k, v, None)
     assert found.isfinite().all() and (found - expected).abs().max() <= within
     pool = slice(0, num_pages * PAGE_SIZE)
-    assert torch.equal(ours[:, :, :, pool].nan_to_num(7), memory[:, :, :, pool].nan_to_num(7)), "the same is kept"
+    assert torch.equal(ours[:, :, :, pool].nan_to_num(7), memory[:, :, :, pool].nan_to_num(7)), (
+        "both write the same to the KV cache"
+    )
 
 
-def test_rows_as_sequences_give_what_each_sessions_block_gives() -> None:
+def test_padded_rows_give_the_same_as_blocks() -> None:
     check_paged("cpu", torch.float32, 1e-5)
 
 
 @pytest.mark.cuda
 @on_cuda
-def test_rows_as_sequences_give_the_same_on_cuda() -> None:
+def test_padded_rows_give_the_same_as_blocks_on_cuda() -> None:
     check_paged("cuda", torch.float32, 1e-4)
 
 
@@ -123,8 +125,8 @@ def test_rows_as_sequences_give_the_same_on_cuda() -> None:
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
 @on_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flash_attns_pages_give_what_sdpa_gives_session_by_session(dtype: torch.dtype) -> None:
-    assert flash_attention(torch.device("cuda"), dtype, 16) is not None, "it is installed, and cannot be loaded"
+def test_paged_flash_attn_gives_the_same_as_sdpa(dtype: torch.dtype) -> None:
+    assert flash_attention(torch.device("cuda"), dtype, 16) is not None, "flash-attn is installed but cannot be loaded"
     check_paged("cuda", dtype, 2e-2)
 
 
@@ -133,12 +135,12 @@ def test_flash_attns_pages_give_what_sdpa_gives_session_by_session(dtype: torch.
     [
         ("", (8, 0), 256, None),
         ("", (7, 5), 64, "it needs compute capability 8.0, cuda has 7.5"),
-        ("", (9, 0), 288, "it has heads of up to 256 values, the family's have 288"),
+        ("", (9, 0), 288, "it supports heads of up to 256 values, the family's have 288"),
         ("import flash_attn_2_cuda_that_is_not_there", (8, 0), 64, "it cannot be loaded: No module named"),
         ("raise OSError('libcudart.so.11.0: no such file')", (8, 0), 64, "it cannot be loaded: libcudart"),
     ],
 )
-def test_flash_attn_that_cannot_run_is_left_out_and_the_log_says_why(
+def test_flash_attn_that_cannot_run_is_not_used_and_the_log_gives_the_reason(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -162,8 +164,8 @@ def test_flash_attn_that_cannot_run_is_left_out_and_the_log_says_why(
 PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90, 7)]
 
 
-async def together(shard: Shard) -> list[list[tuple[int, float]]]:
-    """What several sessions at once are answered."""
+async def answer_at_once(shard: Shard) -> list[list[tuple[int, float]]]:
+    """Return the tokens and confidences of several concurrent sessions."""
     worker = ThreadWorker(1, budget=128)
     sessions = [open_session(shard, POLICY, SamplingParams(), len(prompt), 400) for prompt in PROMPTS]
     tasks = (worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, PROMPTS, strict=True))
@@ -181,23 +183,23 @@ def shard(folder: Path, device: str, *, paged: bool, dtype: torch.dtype = torch.
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, on_cuda])])
-async def test_sessions_are_answered_the_same_in_padded_steps(tiny: Path, device: str) -> None:
-    expected = await together(shard(tiny, "cpu", paged=False))
+async def test_padded_steps_give_the_same_answers(tiny: Path, device: str) -> None:
+    expected = await answer_at_once(shard(tiny, "cpu", paged=False))
     ours = shard(tiny, device, paged=True)
-    for _ in range(2):  # on CUDA, the second time of graphs
-        found = await together(ours)
+    for _ in range(2):  # on CUDA the second run replays graphs
+        found = await answer_at_once(ours)
         assert [[token for token, _ in answer] for answer in found] == [
             [token for token, _ in answer] for answer in expected
         ]
-        for (_, sure), (_, expected_sure) in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
-            assert abs(sure - expected_sure) < 1e-4
+        for (_, one), (_, other) in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            assert abs(one - other) < 1e-4
     assert ours.graphs is not None and (ours.graphs.num_captured > 0) == (device == "cuda")
 
 
-def test_what_a_step_gives_outlives_the_next_of_its_shape(tiny: Path) -> None:
+def test_a_steps_states_survive_the_next_step_of_the_same_shape(tiny: Path) -> None:
     ours, plain = Pipeline([shard(tiny, "cpu", paged=True)]), Pipeline([shard(tiny, "cpu", paged=False)])
     for pipeline in (ours, plain):
-        for position, token in enumerate((5, 17, 40, 11)):  # four steps of one shape, whose states wait
+        for position, token in enumerate((5, 17, 40, 11)):  # four steps of one shape, whose states are kept
             pipeline.feed([token], [position])
         pipeline.escalate(1, 4, [0, 3])
     for depth, position in itertools.product((0, 1), (0, 3)):
@@ -207,7 +209,7 @@ def test_what_a_step_gives_outlives_the_next_of_its_shape(tiny: Path) -> None:
 @pytest.mark.cuda
 @on_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_replayed_step_gives_what_the_same_step_gives_without_a_graph(tiny: Path, dtype: torch.dtype) -> None:
+def test_a_replayed_graph_gives_the_same_as_the_step_without_a_graph(tiny: Path, dtype: torch.dtype) -> None:
     with_graphs, without = (shard(tiny, "cuda", paged=True, dtype=dtype) for _ in range(2))
     assert with_graphs.graphs is not None and without.graphs is not None
     without.graphs.captures = False
@@ -218,4 +220,6 @@ def test_a_replayed_step_gives_what_the_same_step_gives_without_a_graph(tiny: Pa
     for position in range(300):
         one, other = (pipeline.logits(0)[position] for pipeline in pipelines)
         assert (one - other).abs().max() < (1e-4 if dtype is torch.float32 else 5e-2)
-    assert with_graphs.graphs.num_captured == 4 and without.graphs.num_captured == 0, "two parts, two reaches"
+    assert with_graphs.graphs.num_captured == 4 and without.graphs.num_captured == 0, (
+        "trunk and branch, for one and for two long pages"
+    )

@@ -1,4 +1,4 @@
-"""Sampling: transformers' processors, and noise that depends on seed, position and token alone."""
+"""Sampling: the processors of transformers, and noise that depends on seed, position and token only."""
 
 import math
 
@@ -46,13 +46,13 @@ def test_draws_follow_transformers_distribution() -> None:
         token = Sampler(params, 6).pick(scores, [5], history)[0][0]
         counts[token] += 1
     assert counts[expected == 0].sum() == 0
-    # Pearson's chi-squared; 58 is the 0.999 quantile for 29 degrees of freedom, and the seeds are fixed
+    # Pearson's chi-squared; 58 is the 0.999 quantile for 29 degrees of freedom. The seeds are fixed.
     kept = expected * draws > 5
     chi2 = ((counts - expected * draws)[kept] ** 2 / (expected * draws)[kept]).sum()
     assert chi2 < 58
 
 
-def test_the_same_seed_draws_the_same_whatever_else_is_in_the_batch() -> None:
+def test_the_same_seed_draws_the_same_token_in_any_batch() -> None:
     scores, history = logits(4, 50), [1, 2, 3, 4, 5, 6, 7, 8]
     sampler = Sampler(DEMO, 2)
     together = sampler.pick(scores, [3, 4, 5, 6], history)
@@ -78,7 +78,7 @@ def test_noise_is_standard_gumbel_and_uncorrelated() -> None:
 
 
 def test_noise_is_pinned() -> None:
-    """Another value here is another wire protocol: nodes of two versions would no longer agree."""
+    """Other values would change the wire protocol: nodes of two versions would draw different tokens."""
     assert gumbel(42, 7, torch.tensor([0, 1, 49151])).tolist() == pytest.approx(PINNED, abs=1e-12)
 
 
@@ -92,7 +92,7 @@ def test_greedy_confidence_is_the_largest_probability() -> None:
     assert confidence == pytest.approx(scores.softmax(-1).amax(-1).tolist(), abs=1e-6)
 
 
-def test_min_new_tokens_holds_the_end_back() -> None:
+def test_min_new_tokens_excludes_the_end_token() -> None:
     scores = torch.zeros(1, 10)
     scores[0, 2] = 9.0
     sampler = Sampler(SamplingParams(min_new_tokens=2, eos_token_ids=(2,)), prompt_length=3)
@@ -121,12 +121,12 @@ def test_min_new_tokens_holds_the_end_back() -> None:
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_parameters_that_cannot_be_are_refused(options: dict[str, object], message: str) -> None:
+def test_invalid_parameters_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**options)  # type: ignore[arg-type]
 
 
-def test_logits_that_leave_nothing_to_pick_are_said() -> None:
+def test_logits_without_a_valid_token_are_an_error() -> None:
     params = SamplingParams(no_repeat_ngram_size=1, eos_token_ids=(), seed=0)
     with pytest.raises(RequestError, match="no token is left"):
         Sampler(params, 2).pick(logits(1, 4), [3], [0, 1, 2, 3])
@@ -136,7 +136,7 @@ def test_logits_that_leave_nothing_to_pick_are_said() -> None:
                 Sampler(given, 1).pick(torch.full((1, 9), bad), [0], [0])
 
 
-def test_whole_numbers_do_for_parameters_that_are_not() -> None:
+def test_integers_are_accepted_for_float_parameters() -> None:
     params = SamplingParams(temperature=2, top_p=1, seed=3)
     assert isinstance(params.temperature, float) and isinstance(params.top_p, float)
     assert Sampler(params, 1).pick(logits(1, 50), [0], [0])[0][0] < 50

@@ -30,7 +30,7 @@ class Recorder:
         self.logits: dict[int, Tensor] = {}
 
     def pick(
-        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], *_: object
+        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], **_: object
     ) -> tuple[list[int], list[float]]:
         for row, position in zip(logits, positions, strict=True):
             self.logits[position] = row.float().cpu()

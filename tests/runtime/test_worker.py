@@ -88,7 +88,7 @@ async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
     good, bad = (open_session(shard, POLICY, SamplingParams(), 3, 40) for _ in range(2))
 
     class Refusing:
-        def pick(self, *_: object) -> None:
+        def pick(self, *_: object, **__: object) -> None:
             raise RequestError("no token is left")
 
     bad.sampler = Refusing()  # type: ignore[assignment]

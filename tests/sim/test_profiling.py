@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
-from ruyi_flow.bench.profile.cores import cores_for
+from ruyi_flow.bench.measurement import describe_machine
+from ruyi_flow.bench.profile.cores import estimate_cores
 from ruyi_flow.bench.profile.family import profile_family
 from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.profile.nodes import profile_nodes
-from ruyi_flow.bench.report import machine
 from ruyi_flow.errors import ConfigError, NodeUnavailable
 from ruyi_flow.evaluation.scorers import Question
 from ruyi_flow.evaluation.tracing import record_trace
@@ -82,13 +82,13 @@ def test_what_cannot_be_profiled_is_refused_before_anything_is_measured(  # type
 
 
 def test_cores_are_seen_by_how_much_longer_steps_take_at_once() -> None:
-    assert cores_for((0.01, 0.01), 0.01) == 3.0, "nobody waits for anybody"
-    assert cores_for((0.01, 1e-6), 0.03) == pytest.approx(1.0, abs=0.02), "three without pauses on one core"
-    assert cores_for((0.01, 1e-6), 0.015) == pytest.approx(2.0, abs=0.02)
+    assert estimate_cores((0.01, 0.01), 0.01) == 3.0, "nobody waits for anybody"
+    assert estimate_cores((0.01, 1e-6), 0.03) == pytest.approx(1.0, abs=0.02), "three without pauses on one core"
+    assert estimate_cores((0.01, 1e-6), 0.015) == pytest.approx(2.0, abs=0.02)
 
 
 def test_a_context_that_is_too_short_is_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="has a context of 512; profiles need 1024 at the least"):
+    with pytest.raises(ConfigError, match="has a context of 512; profiles need at least 1024"):
         profile_family(str(tiny), dtype="float32", rounds=1)
 
 
@@ -111,14 +111,14 @@ async def test_real_nodes_and_simulated_ones_are_compared(family: Path, measured
     setting = Setting("cascade", 4.0, 100.0, 2)
     policy = tmp_path / "none.yaml"  # cascade has its own thresholds
     found = await compare(
-        str(family), measured, tmp_path / "t", prompts, policy, settings=[setting], requests=6, cores=2
+        str(family), measured, tmp_path / "t", prompts, policy=policy, settings=[setting], requests=6, cores=2
     )
     [one] = found
     assert set(one.measured) == set(one.simulated) == set(summary(found))
     assert one.measured["bytes_per_token"] > 0 and one.simulated["token_ms"] > 0
-    assert "| cascade | 4 ms | 100 | 2 |" in markdown(found, machine(1))
+    assert "| cascade | 4 ms | 100 | 2 |" in markdown(found, describe_machine(1))
     with pytest.raises(ConfigError, match="not a trace of these prompts"):
-        await compare(str(family), measured, tmp_path / "t", [*prompts, [3]], policy, settings=[setting])
+        await compare(str(family), measured, tmp_path / "t", [*prompts, [3]], policy=policy, settings=[setting])
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Profiles for the simulator: what stages take on this machine, what is around steps, running nodes, links."""
+"""Measurement of profiles for the simulator: stages in this process, node processes, running nodes, links."""

@@ -1,9 +1,10 @@
-"""How nodes that take turns share a machine's cores."""
+"""Measurement of how many cores a machine offers to node processes that compute at the same time."""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
+import signal
 import statistics
 import time
 from typing import Any
@@ -11,80 +12,90 @@ from typing import Any
 import numpy as np
 import torch
 
-from ruyi_flow.bench.profile.stages import NEAR, filled, sweep
+from ruyi_flow.bench.profile.stages import NEAR_CONTEXT, filled_session, time_stages
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.types import Weights
 
-__all__ = ["AT_ONCE", "cores_for", "steps_at_once"]
+__all__ = ["CONTENDERS", "concurrent_step_times", "estimate_cores"]
 
-AT_ONCE = 3
-"""Processes that show how nodes share a machine's cores."""
-_TURNS_S = 12.0
-"""How long their steps are counted."""
+CONTENDERS = 3
+"""Processes that compete for the machine's cores in the measurement."""
+_MEASURED_S = 12.0
+"""Seconds during which the processes' steps are timed."""
 
 
-def steps_at_once(family: str, dtype: str, weights: Weights | None, threads: int, count: int) -> tuple[float, float]:
-    """What a step takes where so many processes do steps with pauses, and a pause; means."""
+def concurrent_step_times(
+    family: str, *, dtype: str, weights: Weights | None, threads: int, processes: int
+) -> tuple[float, float]:
+    """Run steps with random pauses in several processes at once; return the mean seconds of a step and of a pause."""
     context = multiprocessing.get_context("spawn")
-    together, results = context.Barrier(count), context.Queue()
-    processes = [
-        context.Process(target=_take_turns, args=(family, dtype, weights, threads, i, together, results), daemon=True)
-        for i in range(count)
+    barrier, results = context.Barrier(processes), context.Queue()
+    options = {"dtype": dtype, "weights": weights, "threads": threads}
+    workers = [
+        context.Process(target=_run_steps, args=(family, seed, barrier, results), kwargs=options, daemon=True)
+        for seed in range(processes)
     ]
-    for process in processes:
-        process.start()
+    # Workers inherit this mask: Ctrl-C in a terminal reaches this process only, which then ends them without traces.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    for worker in workers:
+        worker.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        steps, pauses = zip(*(results.get(timeout=120) for _ in processes), strict=True)
+        steps, pauses = zip(*(results.get(timeout=120) for _ in workers), strict=True)
         return statistics.mean(steps), statistics.mean(pauses)
     finally:
-        for process in processes:
-            process.join(10)
+        for worker in workers:
+            worker.terminate()
+            worker.join(10)
 
 
-def _take_turns(
-    family: str, dtype: str, weights: Weights | None, threads: int, seed: int, together: Any, results: Any
+def _run_steps(
+    family: str, seed: int, barrier: Any, results: Any, *, dtype: str, weights: Weights | None, threads: int
 ) -> None:
-    """Steps with pauses between them that are about as long, as a node has them whose sessions are elsewhere."""
+    """Alternate steps with pauses about as long as a step, like a node whose sessions wait for other nodes."""
     torch.set_num_threads(threads)
-    checkpoint, pause = Checkpoint(store.locate(family)), random.Random(seed).expovariate
+    checkpoint, random_pause = Checkpoint(store.locate(family)), random.Random(seed).expovariate
     model = load_slice(
         checkpoint, checkpoint.config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights
     )
     shard = Shard(model, max_positions=1024, max_sessions=1)
     with torch.inference_mode():
-        session = filled(shard, NEAR)
-        length = sum(sweep([session], 1, "trunk"))
-        together.wait(120)
-        end, steps, paused, count = time.perf_counter() + _TURNS_S, 0.0, 0.0, 0
+        session = filled_session(shard, NEAR_CONTEXT)
+        step_s = sum(time_stages([session], 1, "trunk"))
+        barrier.wait(120)
+        end, stepped_s, paused_s, count = time.perf_counter() + _MEASURED_S, 0.0, 0.0, 0
         while time.perf_counter() < end:
-            session.rewind(NEAR)
-            steps += sum(sweep([session], 1, "trunk"))
+            session.rewind(NEAR_CONTEXT)
+            stepped_s += sum(time_stages([session], 1, "trunk"))
             began = time.perf_counter()
-            time.sleep(pause(1 / length))
-            paused, count = paused + time.perf_counter() - began, count + 1
-        results.put((steps / count, paused / count))
+            time.sleep(random_pause(1 / step_s))
+            paused_s, count = paused_s + time.perf_counter() - began, count + 1
+        results.put((stepped_s / count, paused_s / count))
 
 
-def cores_for(alone: tuple[float, float], together_s: float) -> float:
-    """How many cores it looks like to processes that do steps with pauses, by how much longer steps take at once; as
-    many as there are processes at the most.
+def estimate_cores(alone: tuple[float, float], concurrent_s: float) -> float:
+    """Estimate how many cores explain the slowdown of steps of `CONTENDERS` processes at once, at most as many.
 
-    With n of them in a step each is served at min(1, cores / n): the closed queue with one server of that rate (as for
-    machines and their repairmen; Kleinrock 1975, 3.8), whose response time grows as the cores become fewer.
+    With n processes in a step, each progresses at the rate min(1, cores / n): a closed queue with one server of that
+    rate (the machine-repairman model; Kleinrock 1975, 3.8), whose response time grows as the cores become fewer.
+
+    Args:
+        alone: mean seconds of a step and of a pause of one process alone.
+        concurrent_s: mean seconds of a step of the processes at once.
     """
     step_s, pause_s = alone
 
-    def response(cores: float) -> float:
-        share, shares, rates = 1.0, [1.0], [0.0]
-        for n in range(1, AT_ONCE + 1):
+    def response_s(cores: float) -> float:
+        weight, weights, rates = 1.0, [1.0], [0.0]
+        for n in range(1, CONTENDERS + 1):
             rates.append(min(n, cores) / step_s)
-            share *= (AT_ONCE - n + 1) / pause_s / rates[n]
-            shares.append(share)
-        inside = sum(n * share for n, share in enumerate(shares))
-        return inside / sum(share * rate for share, rate in zip(shares, rates, strict=True))
+            weight *= (CONTENDERS - n + 1) / pause_s / rates[n]
+            weights.append(weight)
+        in_steps = sum(n * weight for n, weight in enumerate(weights))
+        return in_steps / sum(weight * rate for weight, rate in zip(weights, rates, strict=True))
 
-    tried = np.linspace(0.5, AT_ONCE, 251)
-    return float(min(tried, key=lambda cores: abs(response(cores) - together_s)))
+    candidates = np.linspace(0.5, CONTENDERS, 251)
+    return float(min(candidates, key=lambda cores: abs(response_s(cores) - concurrent_s)))

@@ -1,4 +1,4 @@
-"""A family's profile on this machine: its stages, and what goes on around them."""
+"""A family's profile on this machine: the times of its stages, and the overheads of nodes around them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ruyi_flow.bench.profile.cores import AT_ONCE, cores_for, steps_at_once
+from ruyi_flow.bench.measurement import Report, describe_machine, no_report
+from ruyi_flow.bench.profile.cores import CONTENDERS, concurrent_step_times, estimate_cores
 from ruyi_flow.bench.profile.messages import message_sizes
-from ruyi_flow.bench.profile.nodes import measure_around, measure_pauses
-from ruyi_flow.bench.profile.stages import NEAR, ROWS, SESSIONS, measure_stages
-from ruyi_flow.bench.report import Report, machine, unseen
+from ruyi_flow.bench.profile.nodes import measure_overheads, measure_pauses
+from ruyi_flow.bench.profile.stages import NEAR_CONTEXT, ROWS, SESSIONS, measure_stages
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
@@ -31,8 +31,8 @@ from ruyi_flow.types import Weights
 
 __all__ = ["profile_family"]
 
-_FAR = 1024
-"""The context that shows what attention costs, beside a near one."""
+_FAR_CONTEXT = 1024
+"""Longer of the two contexts whose difference gives the cost of attention."""
 
 
 def profile_family(
@@ -42,32 +42,35 @@ def profile_family(
     weights: Weights | None = None,
     threads: int = 1,
     rounds: int = 7,
-    report: Report = unseen,
+    report: Report = no_report,
 ) -> Profile:
-    """Measure every stage of a family in this process, and what goes on around steps with two node processes.
+    """Measure every stage of a family in this process, and the overheads around steps with two node processes.
 
-    Stages run in turn, from the first to the last, so that each finds the caches as serving leaves them.
+    Stages run one after the other, from the first to the last, so that each finds the CPU caches as in serving.
 
     Args:
-        rounds: of each number of rows, the median counts.
-        threads: CPU threads of every process.
-        report: told how far it is.
+        family: folder of the family, or its name in the store.
+        dtype: number format of hidden states: bfloat16, float32 or float16.
+        weights: number format of the weight matrices. Default: as in the family.
+        threads: CPU threads of each process.
+        rounds: runs of each measurement, of which the median counts.
+        report: called with the progress.
 
     Raises:
         CheckpointError: the family cannot be read.
-        ConfigError: the machine cannot run it so.
+        ConfigError: the family's context is too short, or this machine cannot run it with these settings.
     """
     checkpoint = Checkpoint(store.locate(family))
     config = checkpoint.config
     torch.set_num_threads(threads)
     model = load_slice(checkpoint, config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights)
-    far = min(_FAR, config.max_positions - 2 * ROWS[-1])
-    if far <= NEAR:
-        raise ConfigError(f"family {family!r} has a context of {config.max_positions}; profiles need 1024 at the least")
-    room = far + 2 * ROWS[-1] + (SESSIONS + 2) * (NEAR + 2 * ROWS[-1])
-    shard = Shard(model, max_positions=room, max_sessions=SESSIONS + 2)
+    far = min(_FAR_CONTEXT, config.max_positions - 2 * ROWS[-1])
+    if far <= NEAR_CONTEXT:
+        raise ConfigError(f"family {family!r} has a context of {config.max_positions}; profiles need at least 1024")
+    capacity = far + 2 * ROWS[-1] + (SESSIONS + 2) * (NEAR_CONTEXT + 2 * ROWS[-1])
+    shard = Shard(model, max_positions=capacity, max_sessions=SESSIONS + 2)
     stages = measure_stages(shard, far, rounds, report)
-    weight = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     found = Profile(
         kind="measured",
         source=f"ruyi-flow profile {family}",
@@ -78,44 +81,44 @@ def profile_family(
         dtype=dtype,
         weights="" if weights is None else str(weights),
         threads=threads,
-        machine=machine(threads) | {"weight_bytes": weight},
-        step_s=asyncio.run(_handover(shard, threads)),
+        machine=describe_machine(threads) | {"weight_bytes": weight_bytes},
+        step_s=asyncio.run(_handover_s(shard, threads)),
         **message_sizes(config.hidden_size, config.vocab_size, Policy.resolve(Routing(), config.exits)),
     )
     del shard, model
-    report("steps at once", 0, 2)
-    alone = steps_at_once(family, dtype, weights, threads, 1)
-    report("steps at once", 1, 2)
-    found.machine["cores_for_nodes"] = round(
-        cores_for(alone, steps_at_once(family, dtype, weights, threads, AT_ONCE)[0]), 3
-    )
-    report("steps at once", 2, 2)
+    options: dict[str, Any] = {"dtype": dtype, "weights": weights, "threads": threads}
+    report("concurrent steps", 0, 2)
+    alone = concurrent_step_times(family, **options, processes=1)
+    report("concurrent steps", 1, 2)
+    concurrent_s, _ = concurrent_step_times(family, **options, processes=CONTENDERS)
+    found.machine["cores_for_nodes"] = round(estimate_cores(alone, concurrent_s), 3)
+    report("concurrent steps", 2, 2)
     if len(config.exits) > 1:
-        nodes: dict[str, Any] = {"family": family, "dtype": dtype, "weights": weights, "threads": threads}
+        node_options = {"family": family, **options}
         report("nodes", 0, 2)
-        around = asyncio.run(measure_around(config.exits, nodes))
+        overheads = asyncio.run(measure_overheads(config.exits, node_options))
         report("nodes", 1, 2)
-        found = replace(found, **around, **asyncio.run(measure_pauses(stages, nodes)))
+        found = replace(found, **overheads, **asyncio.run(measure_pauses(stages, node_options)))
         report("nodes", 2, 2)
     return found
 
 
-async def _handover(shard: Shard, threads: int) -> float:
-    """What a task takes on its way to the compute thread and back."""
+async def _handover_s(shard: Shard, threads: int) -> float:
+    """Median seconds that a task spends on its way to the compute thread and back."""
     worker = ThreadWorker(threads)
     session = open_session(shard, Policy.resolve(Routing(draft=0), shard.exits), SamplingParams(), 1, 256)
-    took = []
+    seconds = []
+
+    def task() -> Task[None]:
+        yield Pass(session, 0, session.embed((1,)), ())
+
     try:
-        for position in range(60):
+        for _ in range(60):
             session.token_ids.append(1)
-
-            def task(position: int = position) -> Task[None]:
-                yield Pass(session, 0, session.embed((1,)), ())
-
             began = time.perf_counter()
-            _, _, ran = await worker.run(task())
-            took.append(time.perf_counter() - began - ran)
+            _, _, computed_s = await worker.run(task())
+            seconds.append(time.perf_counter() - began - computed_s)
     finally:
         worker.shutdown()
         session.close()
-    return statistics.median(took)
+    return statistics.median(seconds)

@@ -1,7 +1,8 @@
-"""What a family's stages take in this process, by rows and by what their branches do."""
+"""Measurement of a family's stages in this process, by the rows of a step and by the work of their branches."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ruyi_flow.bench.report import Report
+from ruyi_flow.bench.measurement import Report
 from ruyi_flow.loop.session import Pass, Session
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.confidence import Curve, Scale, Score
@@ -19,126 +20,128 @@ from ruyi_flow.sim.profile import StageCost
 from ruyi_flow.testing import open_session
 from ruyi_flow.types import Mode
 
-__all__ = ["NEAR", "ROWS", "SESSIONS", "ascending", "filled", "measure_stages", "sweep"]
+__all__ = ["NEAR_CONTEXT", "ROWS", "SESSIONS", "filled_session", "measure_stages", "non_decreasing", "time_stages"]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Of a step, that are measured."""
-NEAR = 64
-"""The context that the cost of attention is taken from, beside a far one."""
+"""Measured numbers of rows in a step."""
+NEAR_CONTEXT = 64
+"""Shorter of the two contexts whose difference gives the cost of attention, in positions."""
 SESSIONS = 8
-"""In a step, for what each further one costs."""
-_MANY = 128
-"""Rows that show what each of them attends to, beside what reading the context takes."""
+"""Sessions in the step that shows what each further session costs."""
+_MANY_ROWS = 128
+"""Rows of the step that separates a row's attention from reading the KV cache once."""
+_MOST_HEAD_ROWS = 64
+"""Most rows with LM head that are measured: only drafts and the ends of prompts need logits."""
 
 
 def measure_stages(shard: Shard, far: int, rounds: int, report: Report) -> tuple[StageCost, ...]:
-    """Times of every stage, by rows and by what its branch does."""
-    took: dict[tuple[str, int, int], list[list[float]]] = defaultdict(lambda: [[] for _ in shard.exits])
+    """Measure the cost of every stage by medians over the rounds; `far` is the longer of two contexts, in positions."""
+    seconds: dict[tuple[str, int, int], list[list[float]]] = defaultdict(lambda: [[] for _ in shard.exits])
     with torch.inference_mode():
-        one, scaled = filled(shard, far), filled(shard, NEAR, _scale(shard))
-        kinds = [("trunk", n, NEAR) for n in ROWS] + [("branch", n, NEAR) for n in ROWS]
-        kinds += [("head", n, NEAR) for n in ROWS if n <= 64]
-        kinds += [("scaled", 1, NEAR), ("head", 1, NEAR)] * 3  # a small difference, seen more often
-        kinds += [("trunk", n, far) for n in (1, _MANY)] + [("head", n, far) for n in (1, 16)]
+        plain, scaled = filled_session(shard, far), filled_session(shard, NEAR_CONTEXT, _scale(shard))
+        kinds = [("trunk", n, NEAR_CONTEXT) for n in ROWS] + [("branch", n, NEAR_CONTEXT) for n in ROWS]
+        kinds += [("head", n, NEAR_CONTEXT) for n in ROWS if n <= _MOST_HEAD_ROWS]
+        kinds += [("scaled", 1, NEAR_CONTEXT), ("head", 1, NEAR_CONTEXT)] * 3  # more samples of a small difference
+        kinds += [("trunk", n, far) for n in (1, _MANY_ROWS)] + [("head", n, far) for n in (1, 16)]
         total = (rounds + 1) * len(kinds)
         for done in range(total):
             kind = kinds[done % len(kinds)]
             what, rows, context = kind
-            session = scaled if what == "scaled" else one
+            session = scaled if what == "scaled" else plain
             session.rewind(context)
-            for stage, seconds in enumerate(sweep([session], rows, "head" if what == "scaled" else what)):
+            for stage, stage_s in enumerate(time_stages([session], rows, "head" if what == "scaled" else what)):
                 if done >= len(kinds):  # the first round warms up
-                    took[kind][stage].append(seconds)
+                    seconds[kind][stage].append(stage_s)
             if done % 16 == 0:
                 report("stages", done, total)
         report("stages", total, total)
-        several = [filled(shard, NEAR) for _ in range(SESSIONS)]
+        several = [filled_session(shard, NEAR_CONTEXT) for _ in range(SESSIONS)]
         for i in range(rounds + 1):
             for session in several:
-                session.rewind(NEAR)
-            for stage, seconds in enumerate(sweep(several, 1, "trunk")):
+                session.rewind(NEAR_CONTEXT)
+            for stage, stage_s in enumerate(time_stages(several, 1, "trunk")):
                 if i:
-                    took["sessions", SESSIONS, NEAR][stage].append(seconds)
-        for session in (one, scaled, *several):
+                    seconds["sessions", SESSIONS, NEAR_CONTEXT][stage].append(stage_s)
+        for session in (plain, scaled, *several):
             session.close()
-    middle = {kind: [statistics.median(times) for times in by_stage] for kind, by_stage in took.items()}
-    return tuple(_cost(shard, stage, middle, far) for stage in range(len(shard.exits)))
+    medians = {kind: [statistics.median(times) for times in by_stage] for kind, by_stage in seconds.items()}
+    return tuple(_cost(shard, stage, medians, far) for stage in range(len(shard.exits)))
 
 
-def _cost(shard: Shard, stage: int, middle: Mapping[tuple[str, int, int], Sequence[float]], far: int) -> StageCost:
-    """One stage's cost from medians."""
+def _cost(shard: Shard, stage: int, medians: Mapping[tuple[str, int, int], Sequence[float]], far: int) -> StageCost:
+    """Derive one stage's cost from the medians of all measurements, by (work, rows, context) and stage."""
 
-    def at(what: str, rows: int, context: int = NEAR) -> float:
-        return middle[what, rows, context][stage]
+    def at(what: str, rows: int, context: int = NEAR_CONTEXT) -> float:
+        return medians[what, rows, context][stage]
 
     def slopes(what: str, many: int) -> tuple[float, float]:
-        """What a row's attending to a position takes, and what reading that position's keys and values does."""
-        one, all = ((at(what, n, far) - at(what, n)) / (far - NEAR) for n in (1, many))
-        attending = max(0.0, (all - one) / (many - 1))
-        return attending, max(0.0, one - attending)
+        """Seconds per context position: of one row's attention to it, and of reading its KV cache once."""
+        one_row, many_rows = ((at(what, n, far) - at(what, n)) / (far - NEAR_CONTEXT) for n in (1, many))
+        attention = max(0.0, (many_rows - one_row) / (many - 1))
+        return attention, max(0.0, one_row - attention)
 
-    attended, context = slopes("trunk", _MANY)
-    both = slopes("head", 16)
-    reading = max(0.0, both[0] - attended), max(0.0, both[1] - context)
-    trunk = [max(0.0, at("trunk", n) - attended * n * (NEAR + n / 2) - context * (NEAR + n)) for n in ROWS]
+    attended, context = slopes("trunk", _MANY_ROWS)
+    with_branch = slopes("head", 16)
+    branch_attended, branch_context = max(0.0, with_branch[0] - attended), max(0.0, with_branch[1] - context)
+    trunk = [
+        max(0.0, at("trunk", n) - attended * n * (NEAR_CONTEXT + n / 2) - context * (NEAR_CONTEXT + n)) for n in ROWS
+    ]
     branch = [max(0.0, at("branch", n) - at("trunk", n)) for n in ROWS]
     head = [
-        max(0.0, at("head", n) - at("branch", n) - (reading[0] * n + reading[1]) * (NEAR + n)) for n in ROWS if n <= 64
+        max(0.0, at("head", n) - at("branch", n) - (branch_attended * n + branch_context) * (NEAR_CONTEXT + n))
+        for n in ROWS
+        if n <= _MOST_HEAD_ROWS
     ]
-    while len(head) < len(ROWS):  # nobody reads more rows than a draft has, or a prompt's end
+    while len(head) < len(ROWS):  # extrapolated: no step needs logits of so many rows
         head.append(2 * head[-1])
     first, exit = shard.model.stages[stage]
     config = shard.config
-    slot = 2 * config.num_kv_heads * config.head_dim * shard.memory.element_size()
+    layer_kv_bytes = 2 * config.num_kv_heads * config.head_dim * shard.memory.element_size()
     layers = exit - first + config.branch_layers[config.exits.index(exit)]
     return StageCost(
         exit=exit,
         first_layer=first,
         rows=ROWS,
-        trunk_s=ascending(trunk),
-        branch_s=ascending(branch),
-        head_s=ascending(head),
+        trunk_s=non_decreasing(trunk),
+        branch_s=non_decreasing(branch),
+        head_s=non_decreasing(head),
         attended_s=attended,
         context_s=context,
-        branch_attended_s=reading[0],
-        branch_context_s=reading[1],
+        branch_attended_s=branch_attended,
+        branch_context_s=branch_context,
         session_s=max(0.0, (at("sessions", SESSIONS) - at("trunk", SESSIONS)) / (SESSIONS - 1)),
         scale_s=max(0.0, at("scaled", 1) - at("head", 1)),
         weight_bytes=2 * layers * config.layer_parameters,
-        kv_bytes=layers * slot,
+        kv_bytes=layers * layer_kv_bytes,
     )
 
 
-def ascending(times: Sequence[float]) -> tuple[float, ...]:
-    """More rows never take less; noise says so now and then."""
-    out: list[float] = []
-    for seconds in times:
-        out.append(max(seconds, out[-1] if out else 0.0))
-    return tuple(out)
+def non_decreasing(times: Sequence[float]) -> tuple[float, ...]:
+    """Raise every time to the largest before it: more rows never take less time, except by noise."""
+    return tuple(itertools.accumulate((max(0.0, seconds) for seconds in times), max))
 
 
 def _scale(shard: Shard) -> Scale:
-    """Calibrated confidence of the dearest kind that the family has."""
+    """Make a calibrated confidence with the most expensive score that the family supports."""
     score = Score.PROBE if shard.config.probe_size else Score.NEGATIVE_ENTROPY
     curve = Curve(1.2, tuple(i / 20 for i in range(20)), tuple(i / 20 for i in range(20)))
     return Scale(score, {p: curve for p in shard.config.exits[:-1]})
 
 
-def filled(shard: Shard, positions: int, scale: Scale | None = None) -> Session:
-    """A session whose branches all look, with so many positions."""
+def filled_session(shard: Shard, positions: int, scale: Scale | None = None) -> Session:
+    """Open a session with this many positions in the KV caches of all stages and branches."""
     policy = Policy.resolve(Routing(mode=Mode.TOKEN, threshold=1.0, draft=0, scale=scale), shard.exits)
     params = SamplingParams(eos_token_ids=())
     session = open_session(shard, policy, params, 1, min(shard.config.max_positions, positions + ROWS[-1]))
     while len(session.token_ids) < positions:
-        list(sweep([session], min(256, positions - len(session.token_ids)), "branch"))
+        list(time_stages([session], min(256, positions - len(session.token_ids)), "branch"))
     return session
 
 
-def sweep(sessions: Sequence[Session], rows: int, what: str) -> Iterator[float]:
-    """Run every stage on so many rows of each session; gives what each took.
+def time_stages(sessions: Sequence[Session], rows: int, what: str) -> Iterator[float]:
+    """Run every stage on new rows of each session; yield the seconds of each stage.
 
-    Args:
-        what: trunk: its branch does nothing; branch: takes rows in; head: and reads them all.
+    `what` is trunk (no branch), branch (also fill the branch's KV cache) or head (also pick a token for each row).
     """
     like = sessions[0].embed((0,))
     for session in sessions:
