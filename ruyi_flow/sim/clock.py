@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -129,8 +129,8 @@ class VirtualTime:
     async def pause(self) -> None:
         await self.sleep(0)
 
-    def sleep(self, seconds: float) -> Awaitable[None]:
-        """Await it to wait for so long."""
+    def sleep(self, seconds: float) -> _Sleep:
+        """Return the event of so many seconds from now, which can be awaited."""
         return _Sleep(self.env, seconds)
 
 
@@ -157,15 +157,20 @@ class Shared:
         """At the moment."""
         return len(self._takers)
 
-    async def take(self, units: float) -> None:
-        """Use so many units, and wait until they are used; who is interrupted uses no more of them."""
-        if units <= 0:
-            return
+    def start(self, units: float) -> simpy.Event:
+        """Use so many units; the event happens when they are used."""
         self._go_on()
         event = self._time.env.event()
         self._count += 1
         heapq.heappush(self._takers, (self._served + units, self._count, event))
         self._set_alarm()
+        return event
+
+    async def take(self, units: float) -> None:
+        """Use so many units, and wait until they are used; who is interrupted uses no more of them."""
+        if units <= 0:
+            return
+        event = self.start(units)
         try:
             await until(event)
         except BaseException:

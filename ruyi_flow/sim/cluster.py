@@ -15,7 +15,7 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import Shared, VirtualTime
 from ruyi_flow.sim.link import Direction, Outages, VirtualRemote
-from ruyi_flow.sim.node import VirtualStages, VirtualWorker
+from ruyi_flow.sim.node import OnStep, VirtualStages, VirtualWorker
 from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.results import Recorder
 from ruyi_flow.sim.scenario import Scenario, SimNode, Span
@@ -135,12 +135,18 @@ class Cluster:
         node, limits = this.node, this.node.limits
         rooms = Rooms(limits.max_positions, limits.max_sessions, this.profile.context)
         stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, rooms)
-        busy, told = self._recorder.timeline.series(f"busy {node.name}"), self._told(node.name, number)
-        costs, cores = this.profile, self._cores.get(node.name)
-        cold = costs.cold if costs.pauses_s else None
-        rounds = (costs.round_s, costs.round_cpu_s) if tier == 0 else (0.0, 0.0)
+        costs, entry = this.profile, tier == 0
         worker = VirtualWorker(
-            time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, cold, busy.add, told
+            time,
+            stages,
+            budget=limits.max_step_positions,
+            step_s=costs.step_s,
+            round_s=costs.round_s if entry else 0.0,
+            round_cpu_s=costs.round_cpu_s if entry else 0.0,
+            cores=self._cores.get(node.name),
+            cold=costs.cold if costs.pauses_s else None,
+            add_busy=self._recorder.timeline.series(f"busy {node.name}").add,
+            on_step=self._on_step(node.name, number),
         )
         way = up = down = None
         if self._links[tier] is not None:
@@ -223,17 +229,17 @@ class Cluster:
             spans = heapq.merge(spans, _breaks(node.mtbf_s, node.mttr_s, source))
         return Outages(spans)
 
-    def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None] | None:
-        """See `sim.node.Told`; None where nobody wants to know."""
+    def _on_step(self, name: str, number: int) -> OnStep | None:
+        """Return what writes a node's steps to the Chrome trace; None where there is none."""
         events, exits = self._recorder.events, self._scenario.node(name).exits
         if events is None:
             return None
 
-        def told(began: float, took: float, stage: int, rows: int) -> None:
+        def on_step(began: float, took: float, stage: int, rows: int) -> None:
             if not events.full:
                 events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
 
-        return told
+        return on_step
 
     def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, int], None] | None:
         """See `sim.link.Told`; None where nobody wants to know."""

@@ -13,7 +13,7 @@ from ruyi_flow.loop.chain import Chain
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.clock import Shared, VirtualTime, until
 from ruyi_flow.sim.profile import Profile
-from ruyi_flow.sim.results import Amount
+from ruyi_flow.sim.results import TimedAmount
 from ruyi_flow.types import Block, Hop, Verdict
 
 __all__ = ["Direction", "Outages", "VirtualRemote"]
@@ -99,7 +99,7 @@ class Direction:
         loss: float = 0.0,
         outages: Outages | None = None,
         random: Any = None,
-        note: Callable[[Amount], None] = lambda amount: None,
+        note: Callable[[TimedAmount], None] = lambda amount: None,
         told: Told | None = None,
     ) -> None:
         self._time, self._latency_s, self._jitter_s, self._loss = time, latency_s, jitter_s, loss

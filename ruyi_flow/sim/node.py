@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import simpy
 
 from ruyi_flow.loop.capacity import Rooms
 from ruyi_flow.loop.pages import Run
@@ -16,15 +17,15 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import Shared, VirtualTime, until
 from ruyi_flow.sim.profile import StepCost
-from ruyi_flow.sim.results import Amount
+from ruyi_flow.sim.results import TimedAmount
 from ruyi_flow.types import SamplingParams
 
-__all__ = ["Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
+__all__ = ["OnStep", "Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
 
 T = TypeVar("T")
 
-Told = Callable[[float, float, int, int], None]
-"""Told of a step: when it began, how long it took, its stage and its rows."""
+OnStep = Callable[[float, float, int, int], None]
+"""Called with a step's start and length in seconds, its stage's index and its number of rows."""
 
 
 class Rows:
@@ -149,67 +150,69 @@ class VirtualSession(Session):
 
 
 class _Waiter:
-    """Who waits for a task in virtual time."""
+    """The caller of `VirtualWorker.run` that waits for one task."""
 
-    __slots__ = ("event", "gone", "result")
+    __slots__ = ("event", "gone", "outcome")
 
     def __init__(self) -> None:
         self.event: Any = None
-        self.result: Any = None
+        """The event it waits for; None for the caller that takes the node's steps itself."""
+        self.outcome: Any = None
+        """(result, error, seconds waited, seconds run) of the task, once it has ended."""
         self.gone = False
 
     def cancelled(self) -> bool:
         return self.gone
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    parts: Parts
-    began: float
-    cost: float
-
-
 class VirtualWorker:
-    """A `Worker` whose steps take what they cost.
+    """A `Worker` whose steps take their cost in virtual time.
+
+    Whoever runs a task on an idle node also takes the node's steps, without a scheduler as long as it is alone. Tasks
+    that come meanwhile join its steps; when its own task is done, a process of the node goes on with theirs.
 
     Args:
-        time: where.
-        stages: whose.
-        budget: positions of a step.
-        step_s: of a task, beyond its steps, unless it is brief.
-        round_s: of every task: the entry node's rounds.
-        round_cpu_s: processor time of one, where there are cores.
-        cores: of the machine, where nodes share it.
-        cold: what the first step after a pause takes more, by the pause; None for nothing.
-        note: takes in the seconds of every step, from when it began.
-        told: told of every step.
+        time: the simulation's virtual time.
+        stages: the node's stages.
+        budget: most positions in one step.
+        step_s: seconds that a task takes beyond its steps, unless it is brief.
+        round_s: seconds that every task takes beyond its steps: the overhead of a round on the entry node.
+        round_cpu_s: processor seconds of that overhead; only used with `cores`.
+        cores: the cores that the node shares with other nodes of its machine. Default: a core of its own.
+        cold: gives the extra seconds of the first step after a pause of so many seconds. Default: none.
+        add_busy: takes the start and the length of every step.
+        on_step: called after every step. Default: not called.
     """
 
     def __init__(
         self,
         time: VirtualTime,
         stages: VirtualStages,
+        *,
         budget: int,
         step_s: float = 0.0,
         round_s: float = 0.0,
         round_cpu_s: float = 0.0,
         cores: Shared | None = None,
         cold: Callable[[float], float] | None = None,
-        note: Callable[[Amount], None] = lambda amount: None,
-        told: Told | None = None,
+        add_busy: Callable[[TimedAmount], None] = lambda busy: None,
+        on_step: OnStep | None = None,
     ) -> None:
         self._cold, self._idle_since = cold, -math.inf
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores = time, stages, cores
-        self._note, self._told = note, told
-        self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
-        self._busy = self._in_step = False
-        self._later: list[Callable[[], object]] = []
-        """What is to be run after the step that is under way, in which jobs have a part that may be forgotten."""
+        self._add_busy, self._on_step = add_busy, on_step
+        self._steps = Steps(budget, self._ended, lambda job, error: self._ended(job, None, error))
+        self._budget = budget
+        self._busy = False
+        """Whether somebody takes the node's steps."""
+        self._under_way: tuple[Parts, float, simpy.Event] | None = None
+        """The step of several tasks that is under way: its parts, when it began, and the event of its end."""
+        self._submitted: list[Callable[[], object]] = []
         self.busy_s = 0.0
-        """Seconds of steps so far."""
+        """Seconds of all steps so far."""
         self.waited_s = 0.0
-        """That tasks have waited, all together."""
+        """Seconds that all tasks have waited so far."""
 
     def run(
         self, task: Task[T], *, brief: bool = False, since: float | None = None
@@ -217,13 +220,14 @@ class VirtualWorker:
         around_s = self._round_s if brief else self._round_s + self._step_s
         if self._cores is not None and self._round_cpu_s:
             self._time.start(self._cores.take(self._round_cpu_s))
-        return (self._with_others if self._busy else self._alone)(task, around_s, since)
+        return (self._join if self._busy else self._lead)(task, around_s, since)
 
-    async def _with_others(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+    async def _join(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+        """Run a task on a node whose steps somebody else takes."""
         waiter = _Waiter()
         try:
             self._steps.add(Job(task, waiter, self._time.now(), since=since))
-            if waiter.result is None:
+            if waiter.outcome is None:
                 waiter.event = self._time.env.event()
                 await until(waiter.event)
             if around_s:
@@ -231,18 +235,19 @@ class VirtualWorker:
         except BaseException:
             waiter.gone = True  # interrupted: the step that it has a part in goes on without it
             raise
-        return self._given(waiter)
+        return self._result(waiter)
 
-    async def _alone(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
-        """Run a task on the idle node: without the scheduler, until there is another one.
+    async def _lead(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+        """Run a task on the idle node, and take the node's steps until it is done.
 
-        What it takes around its steps is waited for with the first of them, which is an event less.
+        As long as it is alone, it needs no scheduler, and `around_s` passes with its first step: an event less.
         """
         time, now, stages, others = self._time, self._time.now, self._stages, self._steps.jobs
         self._busy, asked, ran_s = True, now(), 0.0
         before_s, began = around_s, asked
         if self._cold is not None:
             before_s += self._cold(asked - self._idle_since)
+        waiter: _Waiter | None = None
         try:
             work = next(task)
             while not others:
@@ -252,123 +257,87 @@ class VirtualWorker:
                 await (time.sleep(cost) if self._cores is None else self._cores.take(cost))
                 ended_s = now()
                 took = max(0.0, ended_s - began - around_s)
-                self.busy_s += took
-                self._note((began, took, took))
-                if self._told is not None:
-                    self._told(began, took, work.stage, rows)
+                self._count(began, took, work.stage, rows)
                 stages.run(parts)
                 ran_s += took
                 began, before_s, around_s = ended_s, 0.0, 0.0
                 if not work.rows:
                     work = task.send(work.found)
-        except StopIteration as ended:
+            waiter = _Waiter()
+            job = Job(task, waiter, asked, since=since)
+            job.work, job.ran_s = work, ran_s
+            self._steps.join(job)
+            while waiter.outcome is None:
+                await self._step()
+            return self._result(waiter)
+        except StopIteration as ended:  # it was alone to its end
             result: T = ended.value
-        except BaseException:  # interrupted, or the task failed: the node is free again
-            self._leave()
+        except BaseException:
+            if waiter is not None:
+                waiter.gone = True  # interrupted: others go on without it
             raise
-        else:
-            return await self._joined(task, work, asked, since, ran_s)
-        self._leave()
+        finally:
+            if others:
+                time.start(self._take_steps())
+            else:
+                self._busy, self._idle_since = False, now()
         waited = began - asked - ran_s
         self.waited_s += waited
         return result, waited, ran_s
 
-    async def _joined(
-        self, task: Task[T], work: Pass, asked: float, since: float | None, ran_s: float
-    ) -> tuple[T, float, float]:
-        """Go on with a task together with others, and take the node's steps until it is done."""
-        waiter = _Waiter()
-        job = Job(task, waiter, asked, since=since)
-        job.work, job.ran_s = work, ran_s
-        self._steps.join(job)
-        try:
-            while waiter.result is None:
-                await self._do(self._begin())
-        except BaseException:  # interrupted: others go on without it
-            waiter.gone = True
-            raise
-        self._leave()
-        return self._given(waiter)
+    async def _take_steps(self) -> None:
+        """Take the node's steps while there are jobs, after the task of who took them is done."""
+        while self._steps.jobs:
+            await self._step()
+        self._busy, self._idle_since = False, self._time.now()
 
-    def _given(self, waiter: _Waiter) -> tuple[Any, float, float]:
-        result, error, waited, ran_s = waiter.result
+    async def _step(self) -> None:
+        """Take a step of the scheduler's jobs: the next one, or the rest of one whose taker was interrupted."""
+        if self._under_way is None:
+            parts = self._steps.next()
+            cost = self._stages.cost([(job.running, rows) for job, rows in parts])
+            ends = self._time.sleep(cost) if self._cores is None else self._cores.start(cost)
+            self._under_way = parts, self._time.now(), ends
+        parts, began, ends = self._under_way
+        await until(ends)
+        took = self._time.now() - began
+        self._count(began, took, parts[0][0].running.stage, sum(rows for _, rows in parts))
+        run(parts)
+        self._steps.ran(took)
+        self._under_way = None
+        if self._submitted:
+            self._run_submitted()
+
+    def _count(self, began: float, took: float, stage: int, rows: int) -> None:
+        self.busy_s += took
+        self._add_busy((began, took, took))
+        if self._on_step is not None:
+            self._on_step(began, took, stage, rows)
+
+    def _ended(self, job: Job, result: object, error: Exception | None = None) -> None:
+        waiter = job.waiter
+        assert isinstance(waiter, _Waiter)
+        waiter.outcome = result, error, self._time.now() - job.asked - job.ran_s, job.ran_s
+        if waiter.event is not None:
+            waiter.event.succeed()
+
+    def _result(self, waiter: _Waiter) -> tuple[Any, float, float]:
+        result, error, waited, ran_s = waiter.outcome
         self.waited_s += waited
         if error is not None:
             raise error
         return result, waited, ran_s
 
-    def _leave(self) -> None:
-        """Who took the node's steps is done; those who are there go on."""
-        if self._steps.jobs:
-            self._time.start(self._go_on())
-        else:
-            self._busy, self._idle_since = False, self._time.now()
-
     def submit(self, call: Callable[[], object]) -> None:
-        self._later.append(call)
-        if not self._in_step:
-            self._run_later()
+        self._submitted.append(call)
+        if self._under_way is None:
+            self._run_submitted()
 
-    def _run_later(self) -> None:
+    def _run_submitted(self) -> None:
         self._steps.forget_cancelled()
-        later, self._later = self._later, []
-        for call in later:
+        calls, self._submitted = self._submitted, []
+        for call in calls:
             call()
 
     def shutdown(self) -> None:
         pass
-
-    def _begin(self) -> _Step:
-        self._in_step = True
-        parts = self._steps.next()
-        return _Step(parts, self._time.now(), self._stages.cost([(job.running, rows) for job, rows in parts]))
-
-    async def _pass(self, cost: float) -> None:
-        if self._cores is None:
-            await self._time.sleep(cost)
-        else:
-            await self._cores.take(cost)
-
-    async def _do(self, step: _Step) -> None:
-        try:
-            await self._pass(step.cost)
-        except BaseException:  # interrupted
-            self._time.start(self._take_over(step))  # others may have a part in it
-            raise
-        self._end(step)
-
-    def _end(self, step: _Step) -> None:
-        took = self._time.now() - step.began
-        self.busy_s += took
-        self._note((step.began, took, took))
-        if self._told is not None:
-            rows = sum(rows for _, rows in step.parts)
-            self._told(step.began, took, step.parts[0][0].running.stage, rows)
-        run(step.parts)
-        self._steps.ran(took)
-        self._in_step = False
-        if self._later:
-            self._run_later()
-
-    async def _take_over(self, step: _Step) -> None:
-        await self._pass(max(0.0, step.began + step.cost - self._time.now()))
-        self._end(step)
-        await self._go_on()
-
-    async def _go_on(self) -> None:
-        while self._steps.jobs:
-            await self._do(self._begin())
-        self._leave()
-
-    def _ended(self, job: Job, result: object) -> None:
-        self._tell(job, result, None)
-
-    def _failed(self, job: Job, error: Exception) -> None:
-        self._tell(job, None, error)
-
-    def _tell(self, job: Job, result: object, error: Exception | None) -> None:
-        waiter = job.waiter
-        assert isinstance(waiter, _Waiter)
-        waiter.result = result, error, self._time.now() - job.asked - job.ran_s, job.ran_s
-        if waiter.event is not None:
-            waiter.event.succeed()

@@ -18,12 +18,12 @@ from ddsketch import DDSketch
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.types import Hop
 
-__all__ = ["PARTS", "Amount", "Answered", "Events", "Recorder", "Result", "Series", "Spread", "Timeline"]
+__all__ = ["PARTS", "TimedAmount", "Answered", "Events", "Recorder", "Result", "Series", "Spread", "Timeline"]
 
 PARTS = ("room", "compute", "queue", "wire")
 """What a request's time on a node goes into."""
 
-Amount = tuple[float, float, float]
+TimedAmount = tuple[float, float, float]
 """When, how much, and evenly over how many seconds from then."""
 
 _ACCURACY = 0.002
@@ -136,7 +136,7 @@ class Series:
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self._noted = array("d")
-        self.add: Callable[[Amount], None] = self._noted.extend
+        self.add: Callable[[TimedAmount], None] = self._noted.extend
         """Take an amount in; in C, since a token has several. They go into their bins together, see `Timeline.fold`."""
         self.sums = np.zeros(0)
         """By bin; those after the last one are 0."""
