@@ -1,4 +1,4 @@
-"""Machines that nodes may run on, from their data sheets; docs/simulation-costs.md has what is known of each."""
+"""The machines that nodes can be simulated on, from data sheets; docs/simulation-costs.md lists them."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from typing import Literal
 __all__ = ["HARDWARE", "Hardware"]
 
 _LAYER_S = {"phone": 2e-4, "board": 2e-4, "laptop": 8e-5, "cpu": 8e-5, "gpu": 1e-4}
-"""Launching one layer's kernels, by kind. docs/simulation-costs.md says where these come from."""
+"""Seconds of launching one layer's kernels, by kind of machine; docs/simulation-costs.md has the sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One machine, or one accelerator of a machine, that runs a node."""
+    """A machine, or one accelerator of a machine, that runs a node."""
 
     name: str
     label: str
-    """For people."""
+    """Name for display."""
     kind: Literal["phone", "board", "laptop", "cpu", "gpu"]
     flops: float
-    """Dense operations a second at the best, in bfloat16 or float16; in float32 where a CPU has no faster format."""
+    """Peak dense operations per second in 16 bits, or in float32 for a CPU without a faster format."""
     bandwidth: float
-    """Bytes a second from memory at the best."""
+    """Peak memory bandwidth in bytes per second."""
     memory_bytes: int
-    """Nominal, in gigabytes of 10^9; what the system and the programs take is not subtracted."""
+    """Nominal memory in bytes, a gigabyte being 10^9. It includes what the system and programs take."""
     idle_w: float
-    """Watts with a model in memory and nothing to do."""
+    """Power in watts with a model loaded but no step running."""
     busy_w: float
-    """Watts at full load."""
+    """Power in watts at full load."""
     price_per_hour: float | None
-    """USD, on demand; None for what people own."""
+    """On-demand price in US dollars; None for machines that users own."""
     source: str
-    """Of the speeds and the memory."""
+    """Source of the operations, the bandwidth and the memory."""
     power_source: str
-    """Of the watts and the price."""
+    """Source of the power and the price."""
     flops_share: float = 0.5
-    """Of `flops`, what products reach."""
+    """Share of the peak operations that matrix products reach."""
     bandwidth_share: float = 0.7
-    """Of `bandwidth`, what they reach."""
+    """Share of the peak bandwidth that matrix products reach."""
     launch_s: float | None = None
-    """Of one layer's kernels; None takes the kind's."""
+    """Seconds of launching one layer's kernels. Default: that of the machine's kind."""
 
     @property
     def layer_s(self) -> float:
-        """Seconds that one layer's kernels take to be launched."""
+        """Seconds of launching one layer's kernels."""
         return _LAYER_S[self.kind] if self.launch_s is None else self.launch_s
 
     def bound_s(self, flops: float, moved: float) -> float:
-        """Seconds to compute so many operations and to move so many bytes, at once."""
+        """Return the seconds of computing so many operations while moving so many bytes."""
         return max(flops / (self.flops * self.flops_share), moved / (self.bandwidth * self.bandwidth_share))
 
 
@@ -329,4 +329,4 @@ _MACHINES = (
 )
 
 HARDWARE: Mapping[str, Hardware] = {hardware.name: hardware for hardware in _MACHINES}
-"""By name, the slower kinds first."""
+"""The machines by name, the slower kinds first."""

@@ -1,4 +1,4 @@
-"""A node in virtual time: the product's sessions and steps, with rows that are counted and not computed."""
+"""A node in virtual time: the product's own sessions and steps, over states that are counted instead of computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ruyi_flow.loop.session import Pass, Session
 from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
-from ruyi_flow.sim.clock import Shared, VirtualTime, until
+from ruyi_flow.sim.clock import SharedCapacity, VirtualTime, until
 from ruyi_flow.sim.profile import StepCost
 from ruyi_flow.sim.results import TimedAmount
 from ruyi_flow.types import SamplingParams
@@ -29,7 +29,7 @@ OnStep = Callable[[float, float, int, int], None]
 
 
 class Rows:
-    """States that are only counted."""
+    """A stand-in for a tensor of hidden states: it only has a number of rows."""
 
     __slots__ = ("shape",)
 
@@ -42,23 +42,24 @@ class Rows:
 
 
 _ONE = Rows(1)
-"""Of a token, which is nearly always."""
+"""The state of one token, by far the most frequent case."""
 
 
 class VirtualStages:
-    """A node's consecutive stages.
+    """A node's consecutive stages in virtual time.
 
     Args:
-        exits: where they end.
-        first: whether they start with the embedding.
-        costs: of each of them.
-        scripts: by a session's seed, what the branches say in it.
-        rooms: for sessions.
+        exits: the exits that the stages end at.
+        first: whether the first stage starts with the embedding.
+        costs: the step cost of each stage.
+        scripts: what the branches predict in each session, by the session's sampling seed.
+        rooms: the node's capacity for sessions.
     """
 
     def __init__(
         self,
         exits: tuple[int, ...],
+        *,
         first: bool,
         costs: Sequence[StepCost],
         scripts: Mapping[int, Script],
@@ -69,7 +70,7 @@ class VirtualStages:
 
     @property
     def is_entry(self) -> bool:
-        """See `Stages`."""
+        """See `Stages.is_entry`."""
         return self._first
 
     def open(
@@ -81,7 +82,7 @@ class VirtualStages:
         *,
         stands_in: bool = False,
     ) -> VirtualSession:
-        """See `runtime.stage.Shard.open`; the seed says whose script it follows."""
+        """See `runtime.stage.Shard.open`. The sampling seed selects the session's script."""
         script = self._scripts[params.seed or 0]
         return self.rooms.open(
             max_positions,
@@ -91,28 +92,38 @@ class VirtualStages:
         )
 
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
-        """Seconds that the next rows of passes take together."""
+        """Return the seconds of a step that runs the next rows of several passes."""
         work, count = parts[0]
         stage = work.stage
         costs = self._costs[stage]
-        if count == 1 and len(parts) == 1:  # a token, which is nearly always
+        if count == 1 and len(parts) == 1:  # one token: by far the most frequent case
             session = work.session
             start = session.positions[stage]
             read = len(session.asked(stage, start, 1, work.wants)) if work.looks else 0
-            return costs.of_one(start + 1, work.looks, read, 0 if session.policy.scale is None else read)
+            return costs.seconds_of_one(start + 1, work.looks, read, 0 if session.policy.scale is None else read)
         rows = taken = read = scaled = context = read_context = read_attended = 0
         attended = 0.0
         for work, count in parts:
             start = work.session.positions[stage]
-            held = start + count
-            rows, context, attended = rows + count, context + held, attended + count * (start + 0.5 * count)
+            stop = start + count
+            rows, context, attended = rows + count, context + stop, attended + count * (start + 0.5 * count)
             if work.looks:
                 asked = len(work.session.asked(stage, start, count, work.wants))
                 taken, read = taken + count, read + asked
                 if asked:
-                    read_attended, read_context = read_attended + asked * held, read_context + held
+                    read_attended, read_context = read_attended + asked * stop, read_context + stop
                     scaled += 0 if work.session.policy.scale is None else asked
-        return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context, scaled)
+        return costs.seconds(
+            rows,
+            attended,
+            context,
+            sessions=len(parts),
+            taken=taken,
+            read=read,
+            read_attended=read_attended,
+            read_context=read_context,
+            scaled=scaled,
+        )
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """See `Stages.run`."""
@@ -126,7 +137,7 @@ class VirtualStages:
 
 
 class VirtualSession(Session):
-    """A session whose branches say what its script has."""
+    """A session whose branches predict what its script says."""
 
     def __init__(self, shard: VirtualStages, session_id: int, run: Run, script: Script, *rest: Any) -> None:
         super().__init__(shard, session_id, run, script.vocab_size, *rest)
@@ -139,11 +150,11 @@ class VirtualSession(Session):
         return Rows(sum(s.shape[0] for s in states))
 
     def look(self, work: Pass, start: int, stop: int) -> None:
-        """What the branch says at the wanted ones of some positions."""
+        """Add what the branch predicts at the wanted positions from start to before stop."""
         looks, found, first = self._looks[work.stage], work.found, self.prompt_length - 1
         assert found is not None
         if self.begins(work.stage, stop):
-            self.begin(self._script.reading)
+            self.begin(self._script.prompt_reading)
         for position in work.wants:
             if start <= position < stop:
                 found.append(looks[(position - first) % len(looks)])
@@ -193,7 +204,7 @@ class VirtualWorker:
         step_s: float = 0.0,
         round_s: float = 0.0,
         round_cpu_s: float = 0.0,
-        cores: Shared | None = None,
+        cores: SharedCapacity | None = None,
         cold: Callable[[float], float] | None = None,
         add_busy: Callable[[TimedAmount], None] = lambda busy: None,
         on_step: OnStep | None = None,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruyi_flow.sim.clock import Shared, VirtualTime
+from ruyi_flow.sim.clock import SharedCapacity, VirtualTime
 
 
 def play(time: VirtualTime, *coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -111,7 +111,7 @@ def test_a_pause_lets_the_others_go_first() -> None:
 def ends(capacity: float, most: float | None, jobs: Sequence[tuple[float, float]]) -> list[float]:
     """When jobs, (at, units), are done."""
     time = VirtualTime()
-    shared = Shared(time, capacity, most)
+    shared = SharedCapacity(time, capacity, most)
 
     async def job(at: float, units: float) -> float:
         await time.sleep(at)
@@ -119,7 +119,7 @@ def ends(capacity: float, most: float | None, jobs: Sequence[tuple[float, float]
         return time.now()
 
     found = play(time, *(job(at, units) for at, units in jobs))
-    assert shared.takers == 0
+    assert shared.num_users == 0
     return found
 
 
@@ -179,7 +179,7 @@ def test_virtual_service_is_processor_sharing(capacity: float, share: float, job
 
 def test_who_is_interrupted_leaves_its_share_to_the_others() -> None:
     time = VirtualTime()
-    shared = Shared(time, 10.0)
+    shared = SharedCapacity(time, 10.0)
 
     async def job(units: float) -> float:
         await shared.take(units)
@@ -189,7 +189,7 @@ def test_who_is_interrupted_leaves_its_share_to_the_others() -> None:
         gone = time.start(job(1000.0))
         await time.sleep(4.0)
         await gone.drop()
-        return shared.takers
+        return shared.num_users
 
     # 5 a second for 4 s, then 10.
     assert play(time, job(50.0), drops()) == [pytest.approx(7.0), 1]
