@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -97,7 +97,7 @@ def profile(
     family: Annotated[str, typer.Argument(help="Family to measure: a folder, or a name in the store.")] = "smollm2",
     out_file: Annotated[Path, typer.Option("--out", "-o", help="Profile file to write.")] = Path("profile.msgpack"),
     dtype: Annotated[str, typer.Option(help="Data type to compute in: bfloat16, float32 or float16.")] = "bfloat16",
-    weights: Annotated[Weights | None, typer.Option(help="Format of the weights. Default: that of dtype.")] = None,
+    weights: Annotated[Weights | None, typer.Option(help="Format of the weights. Default: as in the family.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads per node.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median is used.")] = 7,
     nodes: Annotated[
@@ -155,14 +155,13 @@ def profile(
     if as_json:
         print_json({**asdict(found), "file": str(out_file)})
         return
-    table = Table(title=f"{out_file}: milliseconds per step", title_justify="left")
-    table.add_column("stage")
-    for n in found.stages[0].rows:
-        table.add_column(f"{n} rows" if n > 1 else "1 row", justify="right")
-    for stage in found.stages:
-        for name, times in (("trunk", stage.trunk_s), ("head, all rows read", stage.head_s)):
-            table.add_row(f"exit {stage.exit}: {name}", *(f"{1e3 * t:.2f}" for t in times))
-    out.print(table)
+    rows = [
+        (f"exit {stage.exit}: {name}", *(f"{1e3 * t:.2f}" for t in times))
+        for stage in found.stages
+        for name, times in (("trunk", stage.trunk_s), ("head, all rows read", stage.head_s))
+    ]
+    columns = ("stage", *(f"{n} rows" if n > 1 else "1 row" for n in found.stages[0].rows))
+    out.print(_table(f"{out_file}: milliseconds per step", columns, rows))
     out.print(
         f"overhead: {1e3 * found.round_s:.2f} ms per round, {1e3 * found.exchange_s:.2f} ms per message between nodes "
         f"and its answer, {1e3 * found.step_s:.2f} ms to the compute thread and back; nodes on this machine share "
@@ -371,22 +370,11 @@ def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
 
 def show(metrics: dict[str, Any]) -> None:
     """Print tables of a simulation's metrics."""
-    times = Table(title="latency in seconds", title_justify="left")
-    times.add_column("")
-    for column in ("mean", "p50", "p90", "p95", "p99"):
-        times.add_column(column, justify="right")
-    for name, key in (
-        ("time to first token", "first_token_s"),
-        ("time per output token", "token_s"),
-        ("total", "total_s"),
-    ):
-        times.add_row(name, *(f"{value:.4g}" for value in metrics[key].values()))
-    out.print(times)
-    nodes = Table(title="nodes", title_justify="left")
-    for column in ("node", "count", "busy", "busiest", "tasks waiting", "energy", "cost"):
-        nodes.add_column(column, justify="left" if column == "node" else "right")
-    for name, node in metrics["nodes"].items():
-        nodes.add_row(
+    labels = {"time to first token": "first_token_s", "time per output token": "token_s", "total": "total_s"}
+    times = [(name, *(f"{value:.4g}" for value in metrics[key].values())) for name, key in labels.items()]
+    out.print(_table("latency in seconds", ("", "mean", "p50", "p90", "p95", "p99"), times))
+    nodes = [
+        (
             name,
             f"{node['count']:,}",
             f"{node['utilisation']:.1%}",
@@ -395,18 +383,19 @@ def show(metrics: dict[str, Any]) -> None:
             f"{node['energy_j']:,.0f} J",
             f"${node['cost_usd']:.4g}",
         )
-    out.print(nodes)
-    if metrics["links"]:
-        links = Table(title="links", title_justify="left")
-        for column in ("link", "up", "down", "up, mean", "down, mean"):
-            links.add_column(column, justify="left" if column == "link" else "right")
-        for name, link in metrics["links"].items():
-            links.add_row(
-                name,
-                *(f"{link[key] / 1e6:,.2f} MB" for key in ("bytes_up", "bytes_down")),
-                *(f"{link[key]:,.3f} Mbit/s" for key in ("up_mbit", "down_mbit")),
-            )
-        out.print(links)
+        for name, node in metrics["nodes"].items()
+    ]
+    out.print(_table("nodes", ("node", "count", "busy", "busiest", "tasks waiting", "energy", "cost"), nodes))
+    links = [
+        (
+            name,
+            *(f"{link[key] / 1e6:,.2f} MB" for key in ("bytes_up", "bytes_down")),
+            *(f"{link[key]:,.3f} Mbit/s" for key in ("up_mbit", "down_mbit")),
+        )
+        for name, link in metrics["links"].items()
+    ]
+    if links:
+        out.print(_table("links", ("link", "up", "down", "up, mean", "down, mean"), links))
     decided = ", ".join(f"{p}: {share:.1%}" for p, share in metrics["decided"].items())
     out.print(
         f"{metrics['requests']:,} requests, {metrics['tokens']:,} tokens, {metrics['tokens_per_s']:,.1f} tokens/s; "
@@ -416,3 +405,13 @@ def show(metrics: dict[str, Any]) -> None:
         + (f"; {metrics['failed']:,} failed: {metrics['errors']}" if metrics["failed"] else ""),
         highlight=False,
     )
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Return a table of text on the left and numbers on the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

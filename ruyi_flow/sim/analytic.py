@@ -105,12 +105,6 @@ def check_fits(name: str, stages: Sequence[StageCost], *, memory_bytes: float, p
 
     A head that stages share is counted at each of them, because a profile does not say which stages share one.
 
-    Args:
-        name: the machine's or node's name, for the error message.
-        stages: the stages that run there.
-        memory_bytes: size of the memory.
-        positions: positions of the KV cache.
-
     Raises:
         ConfigError: they do not fit.
     """

@@ -202,29 +202,20 @@ def scripts_for(scenario: Scenario, profiles: Sequence[Profile], scale: Scale | 
 
 def _check_family(header: Header, scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
     """Refuse a trace of another family."""
-    trace = f"{where}: trace: {scenario.trace} is of"
-    if header.exits != scenario.all_exits:
-        raise ConfigError(
-            f"{trace} a family with exits {list(header.exits)}, but this one has {list(scenario.all_exits)}; trace "
-            f"this family (ruyi-flow trace)"
-        )
+    pairs: list[tuple[str, Any, str, Any]] = [("exits", [*header.exits], "the nodes have", [*scenario.all_exits])]
     for node, profile in zip(scenario.nodes, profiles, strict=True):
-        if header.hidden_size != profile.hidden_size:
-            raise ConfigError(
-                f"{trace} a family with hidden size {header.hidden_size}, but the costs of {node.name!r} are of one "
-                f"with {profile.hidden_size}; trace this family (ruyi-flow trace)"
-            )
+        costs = f"the costs of {node.name!r} are of a family with"
+        pairs.append(("hidden size", header.hidden_size, costs, profile.hidden_size))
         if node.hardware is not None and header.branch_layers:
-            shape = family_shape(scenario.family, scenario.exits, where)
-            if header.branch_layers != shape.branch_layers:
-                raise ConfigError(
-                    f"{trace} a family with {list(header.branch_layers)} layers in its branches, but {scenario.family} "
-                    f"has {list(shape.branch_layers)}; trace this family (ruyi-flow trace)"
-                )
-        if profile.kind == "measured" and profile.family != header.family:
+            layers = family_shape(scenario.family, scenario.exits, where).branch_layers
+            pairs.append(("layers per branch", [*header.branch_layers], f"{scenario.family} has", [*layers]))
+        if profile.kind == "measured":
+            pairs.append(("fingerprint", header.family, costs, profile.family))
+    for what, traced, owner, wanted in pairs:
+        if traced != wanted:
             raise ConfigError(
-                f"{trace} family {header.family[:12]}, but the profile of {node.name!r} is of {profile.family[:12]}; "
-                f"trace and profile the same family"
+                f"{where}: trace: {scenario.trace} is of a family with {what} {traced}, but {owner} {wanted}; trace "
+                "this family (ruyi-flow trace)"
             )
 
 

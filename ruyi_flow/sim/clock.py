@@ -150,11 +150,6 @@ class SharedCapacity:
         self._users: list[tuple[float, int, simpy.Event]] = []
         self._count = self._alarms = 0
 
-    @property
-    def num_users(self) -> int:
-        """Number of users at this moment."""
-        return len(self._users)
-
     def start(self, units: float) -> simpy.Event:
         """Begin to use so many units; the event that is returned happens when they are used up."""
         self._advance()

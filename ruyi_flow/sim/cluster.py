@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ruyi_flow.loop.capacity import Rooms
 from ruyi_flow.loop.chain import Chain
@@ -14,10 +15,10 @@ from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import SharedCapacity, VirtualTime
-from ruyi_flow.sim.link import Direction, OnMessage, Outages, VirtualRemote
-from ruyi_flow.sim.node import OnStep, VirtualStages, VirtualWorker
+from ruyi_flow.sim.link import Direction, Outages, VirtualRemote
+from ruyi_flow.sim.node import VirtualStages, VirtualWorker
 from ruyi_flow.sim.profile import Profile, StepCost
-from ruyi_flow.sim.results import Recorder
+from ruyi_flow.sim.results import AddSlice, Recorder
 from ruyi_flow.sim.scenario import Scenario, SimNode, Span
 from ruyi_flow.types import Encoding, SamplingParams, Stage
 
@@ -147,7 +148,7 @@ class Cluster:
             cores=self._cores.get(node.name),
             cold=costs.cold if costs.pauses_s else None,
             add_busy=self._recorder.timeline.series(f"busy {node.name}").add,
-            on_step=self._on_step(node.name, number),
+            add_slice=self._slices(node.name, f"{node.name} {number}"),
         )
         way = up = down = None
         if self._links[tier] is not None:
@@ -203,6 +204,7 @@ class Cluster:
         link = self._links[tier]
         assert link is not None
         key = (tier, self._target(tier, number) if link.shared else number)
+        name = f"{link.source}-{link.target}"
         if key not in self._pipes:
             outages = Outages(_spans(link.down))
 
@@ -216,8 +218,8 @@ class Cluster:
                     loss=link.loss,
                     outages=outages,
                     random=self._random,
-                    add_bytes=self._recorder.timeline.series(f"{way} {link.source}-{link.target}").add,
-                    on_message=self._on_message(f"{link.source}-{link.target}", way, key[1]),
+                    add_bytes=self._recorder.timeline.series(f"{way} {name}").add,
+                    add_slice=self._slices(f"link {name}", f"{way} {key[1]}"),
                 )
 
             self._pipes[key] = direction("up", link.up_mbit), direction("down", link.down_mbit)
@@ -230,29 +232,10 @@ class Cluster:
             spans = heapq.merge(spans, _random_outages(node.mtbf_s, node.mttr_s, source))
         return Outages(spans)
 
-    def _on_step(self, name: str, number: int) -> OnStep | None:
-        """Return what writes a node's steps to the Chrome trace; None where there is none."""
-        events, exits = self._recorder.events, self._scenario.node(name).exits
-        if events is None:
-            return None
-
-        def on_step(began: float, took: float, stage: int, rows: int) -> None:
-            if not events.full:
-                events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
-
-        return on_step
-
-    def _on_message(self, link: str, way: str, number: int) -> OnMessage | None:
-        """Return what writes a link's messages to the Chrome trace; None where there is none."""
+    def _slices(self, process: str, thread: str) -> AddSlice | None:
+        """Return what adds slices to a thread of the Chrome trace; None if no trace is written."""
         events = self._recorder.events
-        if events is None:
-            return None
-
-        def on_message(began: float, came: float, count: int) -> None:
-            if not events.full:
-                events.slice(f"link {link}", f"{way} {number}", "message", began, came - began, bytes=count)
-
-        return on_message
+        return None if events is None else partial(events.slice, process, thread)
 
 
 def _spans(down: tuple[Span, ...]) -> list[tuple[float, float]]:

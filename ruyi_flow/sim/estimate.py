@@ -286,14 +286,8 @@ class Estimate:
         first = samples.agrees.get(samples.exits[0], agreed)
         looks = [i == self._deepest or thresholds.get(p, 0.0) <= 1.0 for i, p in enumerate(samples.exits)]
         looks[0] = looks[0] or draft > 0
-        rounds = _Rounds.follow(
-            at,
-            first == agreed,
-            starts=self._starts,
-            lengths=samples.answers,
-            draft=draft,
-            stages=len(samples.exits),
-        )
+        answers = {"starts": self._starts, "lengths": samples.answers}
+        rounds = _Rounds.follow(at, first == agreed, **answers, draft=draft, stages=len(samples.exits))
         rate = samples.rate or self._closed_rate(rounds, looks)
         return self._at(rate, rounds, looks) | {"agreement": float(agreed.mean())}
 
@@ -421,18 +415,12 @@ class Estimate:
 
     def _step(self, stage: int, rounds: _Rounds, sessions: float, looks: bool) -> float:
         """Return the seconds of a step of so many sessions."""
-        count, context = max(1, round(sessions)), self._context
+        count, x = max(1, round(sessions)), self._context
         rows = max(count, round(float(rounds.rows[stage]) * sessions))
         read = min(rows, max(1, round(float(rounds.wants[stage]) * sessions))) if looks else 0
+        branch = {"taken": rows if looks else 0, "read": read}
         return self._costs[stage].seconds(
-            rows,
-            rows * context,
-            count * context,
-            sessions=count,
-            taken=rows if looks else 0,
-            read=read,
-            read_attended=read * context,
-            read_context=count * context,
+            rows, rows * x, count * x, sessions=count, read_attended=read * x, read_context=count * x, **branch
         )
 
     def _prompts(self, stage: int, looks: bool) -> Floats:

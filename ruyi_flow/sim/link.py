@@ -13,19 +13,16 @@ from ruyi_flow.loop.chain import Chain
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.clock import SharedCapacity, VirtualTime, until
 from ruyi_flow.sim.profile import Profile
-from ruyi_flow.sim.results import TimedAmount
+from ruyi_flow.sim.results import AddSlice, TimedAmount
 from ruyi_flow.types import Block, Hop, Verdict
 
-__all__ = ["LEAST_RTO_S", "SEGMENT", "Direction", "OnMessage", "Outages", "VirtualRemote"]
+__all__ = ["LEAST_RTO_S", "SEGMENT", "Direction", "Outages", "VirtualRemote"]
 
 SEGMENT = 1448
 """Payload of a TCP segment on Ethernet, in bytes."""
 
 LEAST_RTO_S = 0.2
 """Shortest retransmission timeout of TCP, in seconds (Linux)."""
-
-OnMessage = Callable[[float, float, int], None]
-"""Called with the seconds at which a message began to be sent and arrived, and with its bytes."""
 
 
 class Outages:
@@ -86,7 +83,7 @@ class Direction:
         outages: when the link is down; messages under way wait for the end. Default: never.
         random: source of uniform and normal values; only used with jitter or loss.
         add_bytes: takes the bytes of every message, with when and for how long it was being sent.
-        on_message: called when a message has arrived. Default: not called.
+        add_slice: adds a message that has arrived to the Chrome trace. Default: no trace.
     """
 
     def __init__(
@@ -101,7 +98,7 @@ class Direction:
         outages: Outages | None = None,
         random: Any = None,
         add_bytes: Callable[[TimedAmount], None] = lambda sent: None,
-        on_message: OnMessage | None = None,
+        add_slice: AddSlice | None = None,
     ) -> None:
         self._time, self._latency_s, self._jitter_s, self._loss = time, latency_s, jitter_s, loss
         self._bytes_per_s, self._pipe = bytes_per_s, None
@@ -112,7 +109,7 @@ class Direction:
         self._free_s = 0.0
         """Second at which the last message of the only flow is sent."""
         self._outages, self._random = outages or Outages(), random
-        self._add_bytes, self._on_message = add_bytes, on_message
+        self._add_bytes, self._add_slice = add_bytes, add_slice
         self.carried = 0
         """Bytes carried so far."""
 
@@ -141,8 +138,8 @@ class Direction:
         while self._outages and (end := self._outages.ends(now := self._time.now())) > now:
             await self._time.sleep(end - now)
         self._add_bytes((began, count, sending))
-        if self._on_message is not None:
-            self._on_message(began, self._time.now(), count)
+        if self._add_slice is not None:
+            self._add_slice("message", began, self._time.now() - began, bytes=count)
 
     async def _send_in_order(self, pipe: SharedCapacity, count: int, flow: int) -> None:
         before, sent = self._last.get(flow), self._time.env.event()

@@ -17,15 +17,12 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import SharedCapacity, VirtualTime, until
 from ruyi_flow.sim.profile import StepCost
-from ruyi_flow.sim.results import TimedAmount
+from ruyi_flow.sim.results import AddSlice, TimedAmount
 from ruyi_flow.types import SamplingParams
 
-__all__ = ["OnStep", "Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
+__all__ = ["Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
 
 T = TypeVar("T")
-
-OnStep = Callable[[float, float, int, int], None]
-"""Called with a step's start and length in seconds, its stage's index and its number of rows."""
 
 
 class Rows:
@@ -192,7 +189,7 @@ class VirtualWorker:
         cores: the cores that the node shares with other nodes of its machine. Default: a core of its own.
         cold: gives the extra seconds of the first step after a pause of so many seconds. Default: none.
         add_busy: takes the start and the length of every step.
-        on_step: called after every step. Default: not called.
+        add_slice: adds a step that has ended to the Chrome trace. Default: no trace.
     """
 
     def __init__(
@@ -207,12 +204,12 @@ class VirtualWorker:
         cores: SharedCapacity | None = None,
         cold: Callable[[float], float] | None = None,
         add_busy: Callable[[TimedAmount], None] = lambda busy: None,
-        on_step: OnStep | None = None,
+        add_slice: AddSlice | None = None,
     ) -> None:
         self._cold, self._idle_since = cold, -math.inf
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores = time, stages, cores
-        self._add_busy, self._on_step = add_busy, on_step
+        self._add_busy, self._add_slice = add_busy, add_slice
         self._steps = Steps(budget, self._ended, lambda job, error: self._ended(job, None, error))
         self._budget = budget
         self._busy = False
@@ -322,8 +319,8 @@ class VirtualWorker:
     def _count(self, began: float, took: float, stage: int, rows: int) -> None:
         self.busy_s += took
         self._add_busy((began, took, took))
-        if self._on_step is not None:
-            self._on_step(began, took, stage, rows)
+        if self._add_slice is not None:
+            self._add_slice(f"exit {self._stages.exits[stage]}", began, took, rows=rows)
 
     def _ended(self, job: Job, result: object, error: Exception | None = None) -> None:
         waiter = job.waiter

@@ -32,7 +32,7 @@ from ruyi_flow.sim.parallel import simulate_all
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Progress, Simulation
 from ruyi_flow.sim.scenario import Scenario, SimLink
-from ruyi_flow.sim.sweep import MOST_FAILED
+from ruyi_flow.sim.sweep import MOST_FAILED, metric
 from ruyi_flow.types import Mode
 
 __all__ = ["MINIMIZE", "Candidate", "Constraint", "Plan", "cuts", "plan", "with_cut", "write_topology"]
@@ -44,10 +44,10 @@ _TIMES = ("first_token_s", "token_s", "total_s")
 _PARTS = ("mean", "p50", "p90", "p95", "p99")
 _NUMBERS = ("agreement", "bytes_up_per_token", "joules_per_token", "usd_per_million_tokens", "tokens_per_s")
 
-MINIMIZE: Mapping[str, tuple[str, str]] = {
-    "bytes": ("bytes_up_per_token", ""),
-    "cost": ("usd_per_million_tokens", ""),
-    "energy": ("joules_per_token", ""),
+MINIMIZE: Mapping[str, tuple[str, ...]] = {
+    "bytes": ("bytes_up_per_token",),
+    "cost": ("usd_per_million_tokens",),
+    "energy": ("joules_per_token",),
     "latency": ("token_s", "mean"),
 }
 """The quantities that can be minimized, and their keys in metrics.json."""
@@ -86,6 +86,11 @@ class Constraint:
                 raise ConfigError(f"--objective {one!r}: {hint}, as in 'p95 token_s < 0.08' or 'agreement > 0.9'")
             found.append(cls(metric, part or "", sign[0] == "<", float(number)))
         return found
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The metric's keys in metrics.json."""
+        return (self.metric, self.part) if self.part else (self.metric,)
 
     @property
     def label(self) -> str:
@@ -159,7 +164,7 @@ def plan(
     """Search for the cut and the thresholds that meet an objective and minimize a quantity.
 
     Args:
-        scenario: the nodes, links and load. Its policy's thresholds are ignored.
+        scenario: the nodes, links and load.
         objective: see `Constraint.parse`.
         minimize: one of `MINIMIZE`.
         min_agreement: smallest allowed share of tokens that agree with the last exit's.
@@ -180,7 +185,7 @@ def plan(
         Constraint("agreement", "", False, min_agreement),
         Constraint("failed", "", True, MOST_FAILED),
     )
-    wanted = [(one.metric, one.part) for one in constraints] + [MINIMIZE[minimize], ("token_s", "p95")]
+    wanted = [*(one.path for one in constraints), MINIMIZE[minimize], ("token_s", "p95")]
     profiles = profiles_of(scenario, where)
     _check(scenario, profiles, where)
     samples = Samples.draw(scenario, Simulation(scenario, where=where).scripts, where)
@@ -204,7 +209,8 @@ def plan(
             continue
         estimate = Estimate(arranged, [profiles[k] for k in used], samples)
         for thresholds, draft in itertools.product(estimate.thresholds(prices), {0, scenario.policy.draft}):
-            predicted = _values(estimate.metrics(thresholds, draft), wanted)
+            estimated = estimate.metrics(thresholds, draft)
+            predicted = tuple(metric(estimated, path) for path in wanted)
             candidates.append(Candidate(cut, thresholds, draft, predicted))
     if not candidates:
         raise ConfigError(f"{where}: no cut is possible: {impossible[0][1]}")
@@ -219,7 +225,7 @@ def plan(
             ended = {}
             with closing(simulate_all(runs, jobs=jobs)) as ended_runs:
                 for i, metrics in ended_runs:
-                    ended[i] = replace(chosen[i], simulated=_values(metrics, wanted))
+                    ended[i] = replace(chosen[i], simulated=tuple(metric(metrics, path) for path in wanted))
                     progress(len(every) + len(found) + len(ended), total)
             found += [ended[i] for i in sorted(ended)]
     found.sort(key=lambda c: c.order(constraints, c.simulated))
@@ -366,14 +372,6 @@ def _best(
         taken[one.cut] = taken.get(one.cut, 0) + 1
         (first if taken[one.cut] <= most_per_cut else rest).append(one)
     return [*first, *rest][:count]
-
-
-def _values(metrics: Mapping[str, Any], wanted: Sequence[tuple[str, str]]) -> tuple[float, ...]:
-    out = []
-    for metric, part in wanted:
-        value = metrics[metric] / max(1, metrics["requests"]) if metric == "failed" else metrics[metric]
-        out.append(float(value[part] if part else value))
-    return tuple(out)
 
 
 def _check(scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:

@@ -20,6 +20,7 @@ from ruyi_flow.types import Hop
 
 __all__ = [
     "PARTS",
+    "AddSlice",
     "Distribution",
     "Events",
     "Recorder",
@@ -32,6 +33,9 @@ __all__ = [
 
 PARTS = ("room", "compute", "queue", "wire")
 """The parts of a request's time on a node: waiting for admission, computing, waiting for a step, and the network."""
+
+AddSlice = Callable[..., None]
+"""`Events.slice` of a certain process and thread."""
 
 TimedAmount = tuple[float, float, float]
 """A start in seconds, an amount, and the seconds from the start over which the amount is spread evenly."""
@@ -252,7 +256,8 @@ class Recorder:
         self.began_s, self.ended_s = math.inf, 0.0
         self._file = None if folder is None else (folder / "requests.csv").open("w", newline="", encoding="utf-8")
         self._rows = None if self._file is None else csv.writer(self._file)
-        self._events = None if folder is None else Events(folder / "trace.json")
+        self.events = None if folder is None else Events(folder / "trace.json")
+        """The Chrome trace; None without a folder."""
         if self._rows is not None:
             self._rows.writerow(
                 ["number", "device", "at_s", "prompt_tokens", "new_tokens", "first_token_s", "token_s", "total_s"]
@@ -260,11 +265,6 @@ class Recorder:
                 + [f"exit_{p}" for p in self.exits]
                 + [f"{node}_{part}_s" for node in self.nodes for part in PARTS]
             )
-
-    @property
-    def events(self) -> Events | None:
-        """The Chrome trace; None without a folder."""
-        return self._events
 
     def add(self, one: RequestOutcome) -> None:
         """Add a request that has ended."""
@@ -277,8 +277,8 @@ class Recorder:
                 + [one.exits.get(p, 0) for p in self.exits]
                 + [f"{one.parts[part].get(node, 0.0):.6f}" for node in self.nodes for part in PARTS]
             )
-        if self._events is not None:
-            self._events.request(one)
+        if self.events is not None:
+            self.events.request(one)
         self.done += 1
         if one.number < self.skip:
             return
@@ -343,8 +343,8 @@ class Recorder:
         """Close the files."""
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self.events is not None:
+            self.events.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,15 +359,6 @@ class Result:
     """Name of the scenario's file, without the suffix."""
 
 
-@dataclass(slots=True)
-class _Thread:
-    """A thread of a Chrome trace."""
-
-    tid: int
-    end_s: float = 0.0
-    """Second at which its last slice ends."""
-
-
 class Events:
     """A Chrome trace (Trace Event Format; open it in ui.perfetto.dev or chrome://tracing), written during the run.
 
@@ -379,8 +370,8 @@ class Events:
         self._file.write("[\n")
         self._count, self._comma = 0, ""
         self._processes: dict[str, int] = {}
-        self._threads: dict[tuple[int, str], list[_Thread]] = {}
-        """The threads of each process and name; as many as had overlapping slices."""
+        self._threads: dict[tuple[int, str], dict[int, float]] = {}
+        """The second at which each thread is free, by process and name: more than one thread where slices overlap."""
         self._num_threads = 0
 
     @property
@@ -397,17 +388,13 @@ class Events:
             return
         self._count += 1
         pid = self._process(process)
-        threads = self._threads.setdefault((pid, thread), [])
-        for row in threads:
-            if row.end_s <= at_s + 1e-9:
-                break
-        else:
-            self._num_threads += 1
-            row = _Thread(self._num_threads)
-            threads.append(row)
-            self._line("M", pid, row.tid, name="thread_name", args={"name": thread})
-        row.end_s = at_s + for_s
-        self._line("X", pid, row.tid, name=name, ts=_us(at_s), dur=_us(for_s), args=about)
+        threads = self._threads.setdefault((pid, thread), {})
+        tid = next((tid for tid, free_s in threads.items() if free_s <= at_s + 1e-9), 0)
+        if not tid:
+            tid = self._num_threads = self._num_threads + 1
+            self._line("M", pid, tid, name="thread_name", args={"name": thread})
+        threads[tid] = at_s + for_s
+        self._line("X", pid, tid, name=name, ts=_us(at_s), dur=_us(for_s), args=about)
 
     def request(self, one: RequestOutcome) -> None:
         """Add a request: its arrival, its first token and its end."""

@@ -7,8 +7,8 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _EVENTS = 4_000
 """Events between two reports of progress."""
 
 _COLLECTED = 20_000
-"""New objects after which Python's garbage collector looks for cycles."""
+"""New objects after which Python looks for cycles. A simulation hardly makes any, and looking took 5 % of its time."""
 
 Progress = Callable[[int, int], None]
 """Called now and then with how much is done, and of how much in all."""
@@ -108,7 +108,9 @@ class Simulation:
         arriving = self._time.process(self._arrive())
         most = load.requests + load.before if load.requests else math.inf
         seconds = math.ceil(load.duration_s or 0)
-        with _rare_garbage_collection():
+        usual = gc.get_threshold()
+        gc.set_threshold(_COLLECTED, *usual[1:])
+        try:
             while recorder.done < most and (not arriving.triggered or self._under_way):
                 try:
                     for _ in range(_EVENTS):
@@ -122,6 +124,8 @@ class Simulation:
                     progress(recorder.done, self._expected)
                 else:
                     progress(min(seconds, int(self._time.now() - self._began_s)), seconds)
+        finally:
+            gc.set_threshold(*usual)
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         recorder.close()
@@ -210,13 +214,7 @@ class Simulation:
             history += question + answer
 
     async def _ask(self, number: int, which: int, *, device: int, prompt: int, answer: int) -> None:
-        """Play one request, from its arrival at the device to its last token.
-
-        Args:
-            number: number of the request.
-            which: number of the script that the branches follow.
-            prompt, answer: lengths in tokens.
-        """
+        """Play a request, from its arrival at the device to its last token, with the script number `which`."""
         entry, began = self.profiles[0], self._time.now()
         outages = self._cluster.instance(0, device).outages
         may_fail = bool(outages)
@@ -332,17 +330,6 @@ class Simulation:
         found |= {"cost_usd": cost, "usd_per_million_tokens": 1e6 * cost / tokens}
         simulated = {"simulated_s": end, "seed": self.scenario.seed}
         return {**found, "nodes": nodes, "links": links, **simulated}
-
-
-@contextmanager
-def _rare_garbage_collection() -> Iterator[None]:
-    """Collect garbage less often: a simulation hardly makes cycles, and looking for them took 5 % of its time."""
-    usual = gc.get_threshold()
-    gc.set_threshold(_COLLECTED, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 def simulate(

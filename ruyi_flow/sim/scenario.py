@@ -150,8 +150,8 @@ class Load(Model):
     """Number of requests asked one by one before the load begins and not counted, so that nodes have measured the times
     that drafting is decided by."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """First share of `requests`, of a replay's rows, or of `duration_s`, whose requests are not counted. Until it is over,
-    the activity of nodes and links is not counted either."""
+    """First share of `requests`, of a replay's rows, or of `duration_s`, that is not counted: neither its requests nor
+    the activity of nodes and links until then."""
 
     @model_validator(mode="after")
     def _ends(self) -> Load:
@@ -224,26 +224,15 @@ class Scenario(Topology):
 
     @classmethod
     def from_data(cls, data: dict[str, Any], *, base: Path, where: str) -> Scenario:
-        """Validate a scenario that is already parsed.
-
-        Args:
-            data: the scenario as a mapping.
-            base: folder that relative paths refer to.
-            where: name of the scenario's file, for error messages.
-
-        Raises:
-            ConfigError: a key is wrong.
-        """
+        """Validate a scenario that is already parsed; relative paths in it refer to the folder `base`."""
         data = copy.deepcopy(data)
         if isinstance(data.get("family"), str):
             data["family"] = resolve_folder(data["family"], base.resolve(), where)
-        places: list[tuple[Any, str]] = [(data, "trace"), (data, "profile"), (data.get("policy"), "file")]
         load = data.get("load")
-        places += [(node, "profile") for node in data.get("nodes") or ()] if isinstance(data.get("nodes"), list) else []
-        places.append((load.get("arrivals") if isinstance(load, dict) else None, "file"))
-        for mapping, key in places:
-            if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
-                mapping[key] = str((base / Path(mapping[key]).expanduser()).resolve())
+        arrivals = load.get("arrivals") if isinstance(load, dict) else None
+        places = [(data, "trace"), (data, "profile"), (data.get("policy"), "file"), (arrivals, "file")]
+        for mapping, key in [*places, *((node, "profile") for node in _rows(data, "nodes"))]:
+            _make_absolute(mapping, key, base)
         try:
             scenario = cls.model_validate(data)
         except ValidationError as error:
@@ -318,25 +307,30 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: a topology must be a mapping with the keys family, nodes, links and policy")
     if isinstance(below.get("family"), str):
         below["family"] = resolve_folder(below["family"], file.parent.resolve(), str(file))
-    for node in below["nodes"] if isinstance(below.get("nodes"), list) else ():
-        if isinstance(node, dict) and isinstance(node.get("shard"), str):
-            node["shard"] = str((file.parent / node["shard"]).resolve())
-    policy = below.get("policy")
-    if isinstance(policy, dict) and isinstance(policy.get("file"), str):
-        policy["file"] = str((file.parent / policy["file"]).resolve())
+    for mapping, key in [(below.get("policy"), "file"), *((node, "shard") for node in _rows(below, "nodes"))]:
+        _make_absolute(mapping, key, file.parent)
     merged = {**below, **data}
     for key, names in (("nodes", ("name",)), ("links", ("from", "to"))):
-        mine = data.get(key)
-        if not isinstance(mine, list) or not isinstance(below.get(key), list):
+        if not isinstance(data.get(key), list) or not isinstance(below.get(key), list):
             continue
-        rows = [dict(row) for row in below[key] if isinstance(row, dict)]
-        for row in mine:
+        merged[key] = rows = _rows(below, key)
+        for row in data[key]:
             match = [r for r in rows if isinstance(row, dict) and all(r.get(n) == row.get(n) for n in names)]
             if not match:
                 raise ConfigError(f"{path}: {key}: {row!r} is not in {file}; use a name of that file")
             match[0].update(row)
-        merged[key] = rows
     return merged
+
+
+def _rows(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the mappings in a list of a file's data; none if it is malformed."""
+    return [row for row in data[key] if isinstance(row, dict)] if isinstance(data.get(key), list) else []
+
+
+def _make_absolute(mapping: Any, key: str, base: Path) -> None:
+    """Make a path in a mapping absolute, if it is there."""
+    if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
+        mapping[key] = str((base / Path(mapping[key]).expanduser()).resolve())
 
 
 def replace_key(data: dict[str, Any], override: str, where: str) -> None:
@@ -354,30 +348,26 @@ def replace_key(data: dict[str, Any], override: str, where: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: write key=value, as in nodes.edge.count=4")
     value = parse_value(text, f"--set {key}")
-    *path, last = key.split(".")
+    parts = key.split(".")
     here: Any = data
-    for i, part in enumerate([*path, last]):
-        final = i == len(path)
+    for i, part in enumerate(parts):
+        at: Any = part
         if isinstance(here, list):
-            index = _index(here, part)
-            if index is None:
-                names = [name for row in here if (name := _name(row))] or [str(i) for i in range(len(here))]
+            at = _index(here, part)
+            if at is None:
+                names = [name for row in here if (name := _name(row))] or [str(n) for n in range(len(here))]
                 raise ConfigError(
-                    f"{where}: --set {key}: no {part!r} in {'.'.join(path[:i])}; "
+                    f"{where}: --set {key}: no {part!r} in {'.'.join(parts[:i])}; "
                     f"it has {', '.join(names) or 'nothing'}{did_you_mean(part, names)}"
                 )
-            if final:
-                here[index] = value
-            else:
-                here = here[index]
-        elif isinstance(here, dict):
-            part_key: Any = int(part) if part.isdigit() and int(part) in here else part
-            if final:
-                here[part_key] = value
-            else:
-                here = here.setdefault(part_key, {})
+        elif not isinstance(here, dict):
+            raise ConfigError(f"{where}: --set {key}: {'.'.join(parts[:i])} is a single value without keys")
+        elif part.isdigit() and int(part) in here:
+            at = int(part)
+        if i + 1 == len(parts):
+            here[at] = value
         else:
-            raise ConfigError(f"{where}: --set {key}: {'.'.join(path[:i])} is a single value without keys")
+            here = here.setdefault(at, {}) if isinstance(here, dict) else here[at]
 
 
 def _index(rows: list[Any], part: str) -> int | None:

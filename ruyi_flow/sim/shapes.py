@@ -78,11 +78,6 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {"ruyi-7b": RUYI_7B, "ruyi2": RUYI2,
 def family_shape(family: str, exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
     """Return a family's shape: one of `FAMILIES`, or read from the config.json of a folder.
 
-    Args:
-        family: a name in `FAMILIES`, or a folder.
-        exits: the exits to use of a folder's family. Default (None): all.
-        where: name of the scenario's file, for error messages.
-
     Raises:
         ConfigError: the family is neither a known name nor a folder with a config.json.
     """

@@ -36,6 +36,7 @@ __all__ = [
     "MeanOverSeeds",
     "Point",
     "half_width",
+    "metric",
     "pareto_front",
     "plot_front",
     "sweep",
@@ -59,7 +60,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "beyond_first": (),
     "joules_per_token": ("joules_per_token",),
     "usd_per_million_tokens": ("usd_per_million_tokens",),
-    "failed": (),
+    "failed": ("failed",),
 }
 """Columns of a sweep's results, with their keys in metrics.json. `beyond_first` is the share of tokens that are not
 decided on the first node, `failed` the share of requests that failed."""
@@ -325,21 +326,19 @@ def _hash(scenario: Scenario, digests: dict[Path, str], where: str) -> str:
 
 
 def _point(keys: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], scenario: Scenario) -> Point:
-    figures = {}
+    means = {}
     for name, path in METRICS.items():
-        values = []
-        for metrics in runs:
-            if name == "beyond_first":
-                values.append(share_beyond_first(metrics, scenario))
-            elif name == "failed":
-                values.append(metrics["failed"] / max(1, metrics["requests"]))
-            else:
-                value: Any = metrics
-                for part in path:
-                    value = value[part]
-                values.append(float(value))
-        figures[name] = MeanOverSeeds(math.fsum(values) / len(values), half_width(values))
-    return Point(keys, figures, all(metrics["tokens"] for metrics in runs))
+        values = [metric(m, path) if path else share_beyond_first(m, scenario) for m in runs]
+        means[name] = MeanOverSeeds(math.fsum(values) / len(values), half_width(values))
+    return Point(keys, means, all(metrics["tokens"] for metrics in runs))
+
+
+def metric(metrics: Mapping[str, Any], path: Sequence[str]) -> float:
+    """Return a number of metrics.json by its keys; "failed" is turned into a share of the requests."""
+    value: Any = metrics
+    for key in path:
+        value = value[key]
+    return float(value / max(1, metrics["requests"]) if path == ("failed",) else value)
 
 
 def share_beyond_first(metrics: Mapping[str, Any], scenario: Scenario) -> float:

@@ -119,7 +119,7 @@ def ends(capacity: float, most: float | None, jobs: Sequence[tuple[float, float]
         return time.now()
 
     found = play(time, *(job(at, units) for at, units in jobs))
-    assert shared.num_users == 0
+    assert len(shared._users) == 0
     return found
 
 
@@ -189,7 +189,7 @@ def test_who_is_interrupted_leaves_its_share_to_the_others() -> None:
         gone = time.start(job(1000.0))
         await time.sleep(4.0)
         await gone.drop()
-        return shared.num_users
+        return len(shared._users)
 
     # 5 a second for 4 s, then 10.
     assert play(time, job(50.0), drops()) == [pytest.approx(7.0), 1]

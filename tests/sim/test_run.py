@@ -486,7 +486,7 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
         build(behaviour=None, trace="t")
     record(load_family(tiny, dtype="float32"), [Asked((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
     with pytest.raises(
-        ConfigError, match="is of family .* the profile of .* is of family; trace and profile the same family"
+        ConfigError, match="with fingerprint .*, but the costs of 'n0' are of a family with family; trace this family"
     ):
         build(behaviour=None, trace="t")
     with pytest.raises(ConfigError, match="unknown hardware 'h10'; known: snapdragon"):
@@ -548,7 +548,7 @@ def test_a_trace_of_another_family_is_refused(tmp_path: Path, tiny: Path) -> Non
     with pytest.raises(ConfigError, match=r"bad.yaml: trace: .* hidden size 32, but the costs of 'n0' .* 128; trace"):
         build(hidden_size=128)
     with pytest.raises(
-        ConfigError, match=r"bad.yaml: trace: .* layers in its branches, .* has \[1, 2, 1\]; trace this"
+        ConfigError, match=r"bad.yaml: trace: .* layers per branch .*, but .* has \[1, 2, 1\]; trace this"
     ):
         build(early_exit_branch_layers=[1, 2, 1])
 
