@@ -1,4 +1,4 @@
-"""Virtual time: waiting, starting and dropping; and capacities that are shared."""
+"""Virtual time: waiting, starting and dropping coroutines; and shared capacities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ruyi_flow.sim.clock import SharedCapacity, VirtualTime
 
 
 def play(time: VirtualTime, *coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
-    """What each gives, once nothing is left to happen."""
+    """Run coroutines until nothing is left to happen, and return their results."""
     processes = [time.process(coroutine) for coroutine in coroutines]
     time.env.run()
     assert all(process.triggered for process in processes), "it waits for something that never comes"
@@ -109,7 +109,7 @@ def test_a_pause_lets_the_others_go_first() -> None:
 
 
 def ends(capacity: float, most: float | None, jobs: Sequence[tuple[float, float]]) -> list[float]:
-    """When jobs, (at, units), are done."""
+    """Return when jobs, each an arrival and its units, are done."""
     time = VirtualTime()
     shared = SharedCapacity(time, capacity, most)
 
@@ -147,7 +147,7 @@ def test_a_capacity_is_shared_evenly(
 
 
 def step_by_step(capacity: float, most: float, jobs: Sequence[tuple[float, float]]) -> list[float]:
-    """The same from the definition: everybody's rate from one arrival or departure to the next."""
+    """Compute the same from the definition: all rates are constant from one arrival or departure to the next."""
     now, done = 0.0, [at for at, _ in jobs]
     left = {i: units for i, (_, units) in enumerate(jobs) if units > 0}
     while left:

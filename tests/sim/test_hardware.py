@@ -1,4 +1,4 @@
-"""Costs that are computed: the roofline, the machines, and the families that need no checkpoint."""
+"""Computed costs: the roofline, the machines, and the families that need no checkpoint."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Links in virtual time: whose messages wait for whose, and when they are down."""
+"""Links in virtual time: the order of messages, shared bandwidth, and outages."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from ruyi_flow.sim.link import Direction, Outages
 
 
 def _arrivals(*messages: tuple[float, int, int], shared: bool) -> list[float]:
-    """When messages are there, each sent at a time, with its bytes, by a flow, over 1,000 bytes a second."""
+    """Return when messages (second, bytes, flow) arrive over a link of 1,000 bytes per second."""
     time = VirtualTime()
     link, came = Direction(time, latency_s=0.5, bytes_per_s=1000.0, shared=shared), [0.0] * len(messages)
 

@@ -1,4 +1,4 @@
-"""What users ask, and when."""
+"""Arrivals, conversations and numbers of tokens of a load, and replays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ruyi_flow.sim.load import Conversation, TokenCounts, conversations, draw_tu
 from ruyi_flow.sim.scenario import Arrivals, Lengths, Load, Turns
 
 SIGMAS = 4
-"""How far from what is expected a draw at a fixed seed may be."""
+"""Largest allowed distance of a statistic from its expectation, in standard deviations."""
 
 
 def times(seconds: float, **arrivals: object) -> list[float]:
@@ -26,7 +26,7 @@ def times(seconds: float, **arrivals: object) -> list[float]:
 
 
 def dispersion(found: list[float], window: float, seconds: float) -> float:
-    """Variance over mean of the numbers of arrivals in windows; 1 for a Poisson process."""
+    """Return variance / mean of the number of arrivals per window; 1 for a Poisson process."""
     counts = [0] * int(seconds / window)
     for at in found:
         counts[min(len(counts) - 1, int(at / window))] += 1

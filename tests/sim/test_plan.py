@@ -1,4 +1,4 @@
-"""Plans: every cut is considered, estimates are near what is simulated, and what is written can be deployed."""
+"""Plans: all cuts are considered, estimates are close to simulations, and the topology written can be deployed."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_cuts_are_all_ways_to_share_the_exits_out() -> None:
     assert cuts((2, 4), 3) == [((2, 4), (), ()), ((2,), (4,), ()), ((2,), (), (4,))]
 
 
-def test_an_objective_is_bounds_with_and_between() -> None:
+def test_an_objective_is_constraints_joined_by_and() -> None:
     assert Constraint.parse("p95 token_s < 0.08 and agreement>=.9") == [
         Constraint("token_s", "p95", True, 0.08),
         Constraint("agreement", "", False, 0.9),
@@ -71,7 +71,7 @@ QUIET = {
 @pytest.mark.parametrize("draft", [0, 4])
 @pytest.mark.parametrize("cut", [((2,), (4,), (6,)), ((2, 4), (), (6,)), ((2, 4, 6), (), ())], ids=str)
 def test_an_estimate_is_what_is_simulated_where_nobody_waits(tmp_path: Path, cut: Any, draft: int) -> None:
-    """Within a tenth: the draws differ, and what the module says is left out."""
+    """The two agree within 10 %: the draws differ, and the estimate does not model everything."""
     chosen = Candidate(cut, {2: 0.8, 4: 0.6}, draft, ())
     asked = with_cut(Scenario.read(scenario(tmp_path, load=QUIET)), cut, chosen)
     predicted, found = estimate(asked).metrics(chosen.thresholds, draft), Simulation(asked).run().metrics

@@ -1,4 +1,4 @@
-"""What is measured for the simulator: stages, running nodes, links; and the simulator beside real processes."""
+"""Measurements for the simulator (stages, running nodes, links), and the simulator against real processes."""
 
 from pathlib import Path
 

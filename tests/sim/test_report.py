@@ -1,4 +1,4 @@
-"""What a run leaves to look at: report.html and trace.json."""
+"""The report.html and the trace.json of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXITS = (2, 4, 6, 8)
 
 
 def scenario(folder: Path, **changes: Any) -> Scenario:
-    """Four phones, an edge node and a cloud of a family with four exits."""
+    """Return a scenario of four phones, an edge node and a cloud node with a family of four exits."""
 
     def stage(exit: int) -> StageCost:
         return StageCost(
@@ -58,13 +58,13 @@ def run(folder: Path, **changes: Any) -> tuple[Result, Page]:
 
 @pytest.fixture(scope="module")
 def town(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Page]:
-    """A run of the scenario as it is: its folder, what was found, its report."""
+    """Return the folder, the result and the report of a run of the unchanged scenario."""
     folder = tmp_path_factory.mktemp("town")
     return folder / "run", *run(folder)
 
 
 class Page(HTMLParser):
-    """A page's words, headings, rows, plots, and whatever it would fetch."""
+    """The words, headings, rows and plots of a page, and everything that it would fetch."""
 
     VOID = ("meta", "br", "hr", "img", "link", "input")
 
@@ -182,7 +182,7 @@ def test_a_run_that_takes_no_time_is_shown_too(tmp_path: Path) -> None:
     assert result.metrics["total_s"]["mean"] == 0 and result.metrics["tokens"] == 500 and len(page.plots) == 4
 
 
-def test_failures_alone_are_told_and_not_plotted(tmp_path: Path) -> None:
+def test_failures_alone_are_reported_and_not_plotted(tmp_path: Path) -> None:
     nodes = [
         {"name": "phone", "exits": [2], "count": 4},
         {"name": "edge", "exits": [4, 6, 8], "down": [{"at_s": 0, "for_s": 1e6}]},
@@ -248,7 +248,7 @@ def test_without_matplotlib_nothing_is_simulated(tmp_path: Path, monkeypatch: py
 
 
 def figures(busy: tuple[float, float], link: float, **spent: tuple[float, float]) -> dict[str, Any]:
-    """Of a run over a phone and a cloud; what the mean request spent on each, by part."""
+    """Return metrics of a run over a phone and a cloud, with what the mean request spent on each, by part."""
     parts = {
         name: {k: spent.get(k, (0, 0))[i] for k in ("room", "compute", "queue", "wire")}
         for i, name in enumerate(("phone", "cloud"))
@@ -354,7 +354,7 @@ def test_time_over_the_run_adds_up(town: tuple[Path, Result, Page]) -> None:
     assert total("tokens") == metrics["tokens"]
 
 
-def test_waiting_for_room_is_no_nodes_work_and_no_wires(tmp_path: Path) -> None:
+def test_waiting_for_admission_is_neither_work_nor_network_time(tmp_path: Path) -> None:
     nodes = [
         {"name": "phone", "exits": [2], "count": 4},
         {"name": "cloud", "exits": [4, 6, 8], "limits": {"max_sessions": 1, "max_wait_s": 600}},

@@ -103,7 +103,7 @@ def hops(**spent: dict[str, Any]) -> dict[str, Hop]:
     return {node: Hop(node, **parts) for node, parts in spent.items()}
 
 
-def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
+def test_statistics_are_of_the_counted_requests(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, exits=(2, 4), nodes=("phone", "cloud"), skip=1)
     recorder.add(answered(0, total_s=99.0, agreed=0))
     recorder.add(
@@ -147,7 +147,7 @@ def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
     assert float(rows[1]["agreement"]) == pytest.approx(2 / 3, abs=1e-4)
 
 
-def test_a_run_without_answers_has_figures_too() -> None:
+def test_a_run_without_answers_has_statistics_too() -> None:
     recorder = Recorder(None, exits=(2,), nodes=("phone",))
     assert recorder.statistics()["tokens_per_s"] == 0 and recorder.statistics()["total_s"]["p99"] == 0
     recorder.add(answered(0, new_tokens=0, exits={}, agreed=0, error="CapacityError"))
@@ -182,7 +182,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def names(events: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, str]]:
-    """By process and thread: what both are called."""
+    """Return the names of each process and thread."""
     processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     return {key: (processes[key[0]], name) for key, name in threads.items()}

@@ -31,11 +31,11 @@ from tests.sim.conftest import Simulate, data, profile
 
 ROW_S = 1e-4
 ONE = Profile("measured", "theory", "family", 32, 4096, (StageCost(6, 0, (1, 2), (ROW_S, 2 * ROW_S), (0, 0), (0, 0)),))
-"""A server whose steps take a time for each row."""
+"""A server whose steps take a fixed time per row."""
 
 
 def queue(tmp_path: Path, rate: float, prompts: list[int], seed: int) -> dict[str, Any]:
-    """Requests of one token that are served one after the other: Poisson arrivals, service by the prompt's length."""
+    """Return a scenario of one-token requests served one by one: Poisson arrivals, service times by prompt length."""
     source, now = random.Random(seed), 0.0
     with (tmp_path / "load.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -244,6 +244,25 @@ def test_a_run_lasts_as_long_as_it_says_though_nobody_waits_for_an_answer(
     found = simulate(data(((2, 4, 6),), load=load, policy={"mode": "fixed"})).metrics
     assert found["simulated_s"] > 2900
     assert 40 < found["requests"] < 400
+
+
+@pytest.mark.parametrize(
+    ("load", "total"),
+    [
+        ({"requests": 20, "before": 2}, 22),
+        ({"arrivals": {"kind": "even"}, "duration_s": 30}, 30),
+        ({"arrivals": {"kind": "replay", "file": "log.csv"}}, 3),
+    ],
+)
+def test_progress_counts_requests_or_seconds_of_a_load_that_has_no_number_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: dict[str, Any], total: int
+) -> None:
+    monkeypatch.setattr("ruyi_flow.sim.run._EVENTS", 10)
+    (tmp_path / "log.csv").write_text("at_s\n1\n2\n3\n")
+    scenario = Scenario.from_data(data(load=load | {"answers": {"tokens": 5}}), base=tmp_path, where="test.yaml")
+    seen: list[tuple[int, int]] = []
+    Simulation(scenario, profiles=[profile()] * 3).run(lambda *done: seen.append(done))
+    assert seen == sorted(seen) and {of for _, of in seen} == {total} and 0.6 * total < seen[-1][0] <= total
 
 
 def test_a_step_after_a_pause_takes_longer(simulate: Simulate) -> None:

@@ -1,4 +1,4 @@
-"""Sweeps: the same figures as single simulations, nothing simulated twice, no process left behind."""
+"""Sweeps: the same results as single simulations, nothing simulated twice, no process left behind."""
 
 import csv
 import importlib.util
@@ -148,7 +148,7 @@ def test_another_shape_of_the_family_is_another_run(tmp_path: Path) -> None:
     assert len(list(out.glob("*.json"))) == 2
 
 
-def test_what_is_wrong_with_any_point_is_told_before_the_first_one_runs(tmp_path: Path) -> None:
+def test_an_error_at_any_point_is_raised_before_the_first_run(tmp_path: Path) -> None:
     path, out = scenario(tmp_path), tmp_path / "out"
     for grid, message in (
         (
