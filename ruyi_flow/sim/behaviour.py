@@ -45,8 +45,12 @@ class Script:
 class Scripts(Protocol):
     """A source of scripts."""
 
-    def prompt(self, number: int) -> int:
-        """Return the recorded length of a request's prompt in tokens; 0 if it is not recorded."""
+    def lengths(self, number: int) -> tuple[int, int]:
+        """Return the recorded tokens of a request's prompt and answer; 0 if they are not recorded."""
+        ...
+
+    def least(self) -> tuple[int, int]:
+        """Return the fewest recorded tokens of any prompt, and of any answer; 0 if they are not recorded."""
         ...
 
     def script(self, number: int, length: int) -> Script:
@@ -88,16 +92,13 @@ class RecordedScripts:
         self._temperature = {p: header.temperatures.index(t) for p, t in temperatures.items()}
         self._known: dict[int, Script] = {}
 
-    def prompt(self, number: int) -> int:
-        """See `Scripts.prompt`."""
-        return self._records[number % len(self._records)].prompt_tokens
-
-    def answer(self, number: int) -> int:
-        """Return the recorded length of a request's answer in tokens."""
-        return len(self._records[number % len(self._records)].answer)
+    def lengths(self, number: int) -> tuple[int, int]:
+        """See `Scripts.lengths`."""
+        record = self._records[number % len(self._records)]
+        return record.prompt_tokens, len(record.answer)
 
     def least(self) -> tuple[int, int]:
-        """Return the fewest tokens of any prompt, and of any answer."""
+        """See `Scripts.least`."""
         return min(r.prompt_tokens for r in self._records), min(len(r.answer) for r in self._records)
 
     def script(self, number: int, length: int) -> Script:
@@ -142,9 +143,13 @@ class DrawnScripts:
         early = [_quantile(agreement[p]) * math.sqrt(1 + spread**2) for p in self._exits[:-1]]
         self._middles = np.array(early)[:, None]
 
-    def prompt(self, number: int) -> int:
-        """See `Scripts.prompt`."""
-        return 0
+    def lengths(self, number: int) -> tuple[int, int]:
+        """See `Scripts.lengths`."""
+        return 0, 0
+
+    def least(self) -> tuple[int, int]:
+        """See `Scripts.least`."""
+        return 0, 0
 
     def script(self, number: int, length: int) -> Script:
         """See `Scripts.script`."""

@@ -127,7 +127,7 @@ class VirtualTime:
         await self.sleep(0)
 
     def sleep(self, seconds: float) -> _Sleep:
-        """Return the event of so many seconds from now, which can be awaited."""
+        """Return an event that happens after `seconds` seconds and can be awaited."""
         return _Sleep(self.env, seconds)
 
 
@@ -151,7 +151,7 @@ class SharedCapacity:
         self._count = self._alarms = 0
 
     def start(self, units: float) -> simpy.Event:
-        """Begin to use so many units; the event that is returned happens when they are used up."""
+        """Begin to use `units` units, and return the event of having used them."""
         self._advance()
         event = self._time.env.event()
         self._count += 1
@@ -160,7 +160,7 @@ class SharedCapacity:
         return event
 
     async def take(self, units: float) -> None:
-        """Use so many units, and wait until they are used up. An interrupted user gives the rest back."""
+        """Use `units` units and wait until they are used. An interrupted user gives the rest back."""
         if units <= 0:
             return
         event = self.start(units)

@@ -63,7 +63,7 @@ from numpy.typing import NDArray
 from ruyi_flow.calibration.thresholds import path
 from ruyi_flow.calibration.trace import Header, Trace
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.sim.behaviour import RecordedScripts, Scripts
+from ruyi_flow.sim.behaviour import Scripts
 from ruyi_flow.sim.costs import power_and_price
 from ruyi_flow.sim.link import LEAST_RTO_S, SEGMENT
 from ruyi_flow.sim.load import Conversation, TokenCounts, conversations, draw_turns
@@ -103,7 +103,6 @@ class Samples:
         """
         load, source = scenario.workload, random.Random(f"{scenario.seed}/plan")
         prompts, answers = TokenCounts(load.prompts), TokenCounts(load.answers)
-        recorded = scripts if isinstance(scripts, RecordedScripts) else None
         closed = load.arrivals.kind == "closed"
         users = (Conversation(0.0, 0, 0) for _ in itertools.count())
         asked: list[tuple[int, int]] = []
@@ -111,9 +110,9 @@ class Samples:
         for one in users if closed else conversations(load, scenario.nodes[0].count, source, where):
             history, last = 0, one.at_s
             for _ in range(one.turns or draw_turns(load, source)):
-                number = len(asked)
-                question = one.prompt_tokens or prompts.draw(recorded.prompt(number) if recorded else 0, source)
-                answer = one.answer_tokens or answers.draw(recorded.answer(number) if recorded else 0, source)
+                recorded = scripts.lengths(len(asked))
+                question = one.prompt_tokens or prompts.draw(recorded[0], source)
+                answer = one.answer_tokens or answers.draw(recorded[1], source)
                 asked.append((history + question, answer))
                 history, tokens = history + question + answer, tokens + answer
             if len(asked) >= _REQUESTS or tokens >= _TOKENS:
@@ -255,13 +254,11 @@ class Estimate:
         early = exits[:-1]
         if not early:
             return [{}]
-        delay, steps, context = 0.0, [], self._context
+        delay, steps, x = 0.0, [], self._context
         for i in range(len(exits)):
             if i and self._node[i] != self._node[i - 1]:
                 delay += self._hop(self._node[i - 1], 1.0, 0.0)
-            delay += self._costs[i].seconds(
-                1, context, context, taken=1, read=1, read_attended=context, read_context=context
-            )
+            delay += self._costs[i].seconds(1, x, x, taken=1, read=1, read_attended=x, read_context=x)
             steps.append(delay)
         header = Header("", "", exits, 1, {}, "", 1, (), ())
         prompt = np.repeat(np.arange(len(samples.answers)), samples.answers)
@@ -342,19 +339,15 @@ class Estimate:
         at_once = np.arange(len(stages))[:, None] <= where
         before_s = self._profiles[0].request_s + self._scenario.client_ms / 1000
         first = before_s + took[began] - step[0] + np.where(at_once, opening_s, 0.0).sum(0)
-        first -= np.concatenate([[0.0], np.cumsum(step[1:])])[
-            where
-        ]  # the prompt's last step includes its last position's
+        first -= np.concatenate([[0.0], np.cumsum(step[1:])])[where]  # a prompt's last step includes its last position
         others = np.add.reduceat(took, began) - took[began] + np.where(at_once, 0.0, opening_s).sum(0)
         alone, failed = first + others, 0.0
         for k, node in enumerate(nodes):
             i = self._node.index(k)
             there = rate / node.count * np.where(opened[i], alone, 0.0)  # Little's law
             sessions, most = float(there.mean()), node.limits.max_sessions
-            if (
-                sessions >= most
-                or float((there * (samples.prompts + samples.answers)).mean()) >= node.limits.max_positions
-            ):
+            positions = float((there * (samples.prompts + samples.answers)).mean())
+            if sessions >= most or positions >= node.limits.max_positions:
                 return _overloaded()
             queued, each_s = _erlang_c(sessions, most), float(alone[opened[i]].mean()) if opened[i].any() else 0.0
             waits = np.maximum(0.0, np.log(max(1e-300, queued) / self._chance[k])) * each_s / (most - sessions)

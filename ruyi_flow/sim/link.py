@@ -311,7 +311,7 @@ class VirtualRemote:
         if opens:
             asked = self._time.now()
             self._chain = await self._open(self._opening)
-            began += self._time.now() - asked  # waiting for admission there is no time of the wire
+            began += self._time.now() - asked  # waiting for admission does not count as network time
         assert self._chain is not None
         came = self._time.now()
         verdict = await self._chain.advance(block)

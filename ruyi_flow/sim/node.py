@@ -164,7 +164,7 @@ class _Waiter:
 
     def __init__(self) -> None:
         self.event: Any = None
-        """The event it waits for; None for the caller that takes the node's steps itself."""
+        """The event that it waits for; None for the caller that takes the node's steps."""
         self.outcome: Any = None
         """(result, error, seconds waited, seconds run) of the task, once it has ended."""
         self.gone = False
@@ -176,18 +176,18 @@ class _Waiter:
 class VirtualWorker:
     """A `Worker` whose steps take their cost in virtual time.
 
-    Whoever runs a task on an idle node also takes the node's steps, without a scheduler as long as it is alone. Tasks
-    that come meanwhile join its steps; when its own task is done, a process of the node goes on with theirs.
+    The caller that runs a task on an idle node takes the node's steps. As long as it is alone, it does so without a
+    scheduler. Tasks that arrive meanwhile join its steps. When its own task is done, a process takes the other steps.
 
     Args:
         time: the simulation's virtual time.
         stages: the node's stages.
         budget: most positions in one step.
-        step_s: seconds that a task takes beyond its steps, unless it is brief.
-        round_s: seconds that every task takes beyond its steps: the overhead of a round on the entry node.
-        round_cpu_s: processor seconds of that overhead; only used with `cores`.
+        step_s: overhead of a task in seconds, unless it is brief.
+        round_s: overhead of every task in seconds, for a round on the entry node.
+        round_cpu_s: processor seconds of that round; only used with `cores`.
         cores: the cores that the node shares with other nodes of its machine. Default: a core of its own.
-        cold: gives the extra seconds of the first step after a pause of so many seconds. Default: none.
+        cold: returns the extra seconds of the first step after a pause, from its seconds. Default: none.
         add_busy: takes the start and the length of every step.
         add_slice: adds a step that has ended to the Chrome trace. Default: no trace.
     """
@@ -213,7 +213,7 @@ class VirtualWorker:
         self._steps = Steps(budget, self._ended, lambda job, error: self._ended(job, None, error))
         self._budget = budget
         self._busy = False
-        """Whether somebody takes the node's steps."""
+        """Whether the node's steps are being taken."""
         self._under_way: tuple[Parts, float, simpy.Event] | None = None
         """The step of several tasks that is under way: its parts, when it began, and the event of its end."""
         self._submitted: list[Callable[[], object]] = []
@@ -231,7 +231,7 @@ class VirtualWorker:
         return (self._join if self._busy else self._lead)(task, around_s, since)
 
     async def _join(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
-        """Run a task on a node whose steps somebody else takes."""
+        """Run a task on a busy node, whose steps another caller takes."""
         waiter = _Waiter()
         try:
             self._steps.add(Job(task, waiter, self._time.now(), since=since))
@@ -241,14 +241,14 @@ class VirtualWorker:
             if around_s:
                 await self._time.sleep(around_s)
         except BaseException:
-            waiter.gone = True  # interrupted: the step that it has a part in goes on without it
+            waiter.gone = True  # interrupted: the step under way continues without it
             raise
         return self._result(waiter)
 
     async def _lead(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
         """Run a task on the idle node, and take the node's steps until it is done.
 
-        As long as it is alone, it needs no scheduler, and `around_s` passes with its first step: an event less.
+        As long as it is alone, `around_s` passes together with its first step, which saves an event.
         """
         time, now, stages, others = self._time, self._time.now, self._stages, self._steps.jobs
         self._busy, asked, ran_s = True, now(), 0.0
@@ -282,7 +282,7 @@ class VirtualWorker:
             result: T = ended.value
         except BaseException:
             if waiter is not None:
-                waiter.gone = True  # interrupted: others go on without it
+                waiter.gone = True  # interrupted: the other tasks continue without it
             raise
         finally:
             if others:
@@ -294,13 +294,13 @@ class VirtualWorker:
         return result, waited, ran_s
 
     async def _take_steps(self) -> None:
-        """Take the node's steps while there are jobs, after the task of who took them is done."""
+        """Take the node's steps until there are no jobs, after the leading task is done."""
         while self._steps.jobs:
             await self._step()
         self._busy, self._idle_since = False, self._time.now()
 
     async def _step(self) -> None:
-        """Take a step of the scheduler's jobs: the next one, or the rest of one whose taker was interrupted."""
+        """Take the scheduler's next step, or finish the one under way if whoever began it was interrupted."""
         if self._under_way is None:
             parts = self._steps.next()
             cost = self._stages.cost([(job.running, rows) for job, rows in parts])

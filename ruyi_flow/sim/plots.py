@@ -223,7 +223,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
     )
     spent: Mapping[str, Mapping[str, float]] = result.metrics["spent_s"]
     mean = result.metrics["total_s"]["mean"]
-    _split(what, -1, spent, total_s=mean, about=f"{time_text(mean)}, the mean of all", colours=colours)
+    _split(what, -1, spent, colours, total_s=mean, about=f"{time_text(mean)}, the mean of all")
     for y, (_, one) in enumerate(rows):
         first, end = one.at_s + one.first_token_s, one.at_s + one.total_s
         when.plot([one.at_s, end], [y, y], color=_INK, linewidth=3, alpha=0.5, solid_capstyle="butt")
@@ -231,7 +231,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
         parts = {n: {part: times.get(n, 0.0) for part, times in one.parts.items()} for n in colours}
         tokens = "1 token" if one.new_tokens == 1 else f"{one.new_tokens:,} tokens"
         about = f"{time_text(one.total_s)}, {tokens}" + (f", {one.error}" if one.error else "")
-        _split(what, y, parts, total_s=one.total_s, about=about, colours=colours)
+        _split(what, y, parts, colours, total_s=one.total_s, about=about)
         what.plot([one.first_token_s], [y], "|", color=_INK, markersize=10, markeredgewidth=1.5)
     when.set_yticks(range(-1, len(rows)), ["mean", *(name for name, _ in rows)])
     when.set_ylim(len(rows) - 0.4, -1.6)
@@ -249,13 +249,13 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
 
 
 def _split(
-    axis: Any,
+    ax: Any,
     y: int,
     spent: Mapping[str, Mapping[str, float]],
+    colours: Mapping[str, str],
     *,
     total_s: float,
     about: str,
-    colours: Mapping[str, str],
 ) -> None:
     """Draw a request's time as a bar, split by node and part; the rest of its time comes last."""
     left = 0.0
@@ -263,10 +263,10 @@ def _split(
         for part, seconds in parts.items():
             if seconds > 0:
                 look = {"color": colours[node], "alpha": _OPACITY[part], "hatch": _HATCH.get(part)}
-                axis.barh(y, seconds, 0.7, left, linewidth=0, **look)
+                ax.barh(y, seconds, 0.7, left, linewidth=0, **look)
                 left += seconds
-    axis.barh(y, max(0.0, total_s - left), 0.7, left, color=_FAINT, linewidth=0)
-    axis.annotate(about, (max(left, total_s), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.barh(y, max(0.0, total_s - left), 0.7, left, color=_FAINT, linewidth=0)
+    ax.annotate(about, (max(left, total_s), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _figure(rows: int, columns: int, *, width: float, height: float, **layout: Any) -> tuple[Any, list[Any]]:

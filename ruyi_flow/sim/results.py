@@ -18,18 +18,7 @@ from ddsketch import DDSketch
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.types import Hop
 
-__all__ = [
-    "PARTS",
-    "AddSlice",
-    "Distribution",
-    "Events",
-    "Recorder",
-    "RequestOutcome",
-    "Result",
-    "Series",
-    "TimedAmount",
-    "Timeline",
-]
+__all__ = ["AddSlice", "Distribution", "Events", "Recorder", "RequestOutcome", "Result", "TimedAmount", "Timeline"]
 
 PARTS = ("room", "compute", "queue", "wire")
 """The parts of a request's time on a node: waiting for admission, computing, waiting for a step, and the network."""

@@ -18,7 +18,7 @@ from ruyi_flow.errors import ConfigError, NodeUnavailable, RuyiFlowError
 from ruyi_flow.loop.chain import decode
 from ruyi_flow.loop.pages import PagePool
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.sim.behaviour import RecordedScripts, Script, scripts_for
+from ruyi_flow.sim.behaviour import Script, scripts_for
 from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.sim.cluster import Cluster
 from ruyi_flow.sim.costs import check_stages, power_and_price, profiles_of
@@ -98,7 +98,7 @@ class Simulation:
         """Number of requests before counting begins; None if the warm-up is a share of `duration_s`."""
 
     def run(self, progress: Progress = lambda done, total: None) -> Result:
-        """Simulate until the load has ended and all requests have.
+        """Simulate until the load and all requests have ended.
 
         Args:
             progress: called with requests or, if their number is not known, with seconds of `load.duration_s`.
@@ -206,10 +206,10 @@ class Simulation:
             if self._asked == self._uncounted:
                 self._count_from_now()
             number, self._asked = self._asked, self._asked + 1
-            recorded = self.scripts if isinstance(self.scripts, RecordedScripts) else None
             script = begun + _TURN * turn
-            question = one.prompt_tokens or self._prompts.draw(recorded.prompt(script) if recorded else 0, source)
-            answer = one.answer_tokens or self._answers.draw(recorded.answer(script) if recorded else 0, source)
+            recorded = self.scripts.lengths(script)
+            question = one.prompt_tokens or self._prompts.draw(recorded[0], source)
+            answer = one.answer_tokens or self._answers.draw(recorded[1], source)
             await self._ask(number, script, device=one.device, prompt=history + question, answer=answer)
             history += question + answer
 
@@ -266,7 +266,7 @@ class Simulation:
 
     def _check_lengths(self) -> None:
         """Refuse a load whose shortest request does not fit the entry node."""
-        recorded = self.scripts.least() if isinstance(self.scripts, RecordedScripts) else (1, 1)
+        recorded = self.scripts.least()
         prompt, answer = self._prompts.least(recorded[0]), self._answers.least(recorded[1])
         least = prompt + answer
         if isinstance(self._conversations, list):
@@ -348,9 +348,7 @@ def simulate(
     check_matplotlib()
     Simulation(scenario, where=where)  # raises its errors before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=".new-", dir=folder
-    ) as made:  # an interrupted run leaves the last one as it was
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as made:  # an interrupted run leaves the last one
         new = Path(made)
         (new / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
         result = Simulation(scenario, where=where, folder=new).run(progress)
