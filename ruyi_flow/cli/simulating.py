@@ -1,10 +1,10 @@
-"""Commands that ask "what if": profiles, simulations, sweeps, plans."""
+"""The commands of the simulator: profile, simulate, sweep and plan."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,23 +26,25 @@ if TYPE_CHECKING:
 
 __all__ = ["plan", "profile", "simulate", "sweep"]
 
-ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology with a load.")]
+ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology and a load.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Replace a key by a YAML value: nodes.edge.count=4, links.phone-edge.round_trip_ms=80, "
-        "nodes.edge.hardware=l4, behaviour=null, 'policy.thresholds={5: 0.9}'. May be given several times.",
+        help="Set a key of the scenario to a YAML value: nodes.edge.count=4, links.phone-edge.round_trip_ms=80, "
+        "nodes.edge.hardware=l4, behaviour=null, 'policy.thresholds={5: 0.9}'. Can be repeated.",
     ),
 ]
+
+JobsOption = Annotated[int | None, typer.Option(min=1, help="Simulations at a time. Default: one per core.")]
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process here: what is left has nothing to clean up.
+    """Exit at once on Ctrl-C.
 
-    Thousands of coroutines that wait in virtual time would say so, and a pool's thread may wait for a process that was
-    killed while it wrote.
+    Otherwise Python would warn of thousands of coroutines that wait in virtual time, and a pool's thread might wait for
+    a process that was killed while writing. Nothing needs to be cleaned up.
     """
     try:
         yield
@@ -55,19 +57,19 @@ def _interruptible() -> Iterator[None]:
 def simulate(
     scenario: ScenarioArgument,
     changes: SetOption = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the scenario's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random draws. Default: the scenario's.")] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Run folder; runs/sim/<scenario> when left out.")
+        Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/sim/<scenario>.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Play a deployment in virtual time: latency, traffic, energy, cost and quality, before it is bought.
+    """Simulate a deployment: predict its latency, traffic, energy, cost and quality before you buy it.
 
-    A scenario is a topology with a load; relative paths in it are meant from its
-    own folder. configs/sim has three, docs/simulation.md all keys.
+    A scenario is a topology and a load; relative paths in it refer to its own
+    folder. configs/sim has examples, docs/simulation.md lists all keys.
 
-    The run folder has the resolved scenario, requests.csv (every request's
-    timeline), metrics.json, trace.json (open it in ui.perfetto.dev) and report.html.
+    The run folder contains report.html, metrics.json, requests.csv (a row per
+    request), trace.json (open it in ui.perfetto.dev) and the resolved scenario.
 
     Example: ruyi-flow simulate configs/sim/factory.yaml --set load.requests=200
     --set nodes.box.hardware=l4 --out runs/sim/l4
@@ -77,10 +79,12 @@ def simulate(
 
     seeds = [] if seed is None else [f"seed={seed}"]
     asked = Scenario.read(scenario, [*(changes or ()), *seeds])
+    load = asked.workload
+    counted = "requests" if load.requests or load.arrivals.kind == "replay" else "seconds of virtual time"
     folder = folder or Path("runs/sim") / scenario.stem
     check_target(folder, "--out", folder=True)
     with _interruptible(), counting_bar(quiet=as_json) as bar:
-        result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar("requests", done, total))
+        result = run(asked, folder, where=str(scenario), progress=lambda done, total: bar(counted, done, total))
     if as_json:
         print_json(result.metrics)
         return
@@ -90,30 +94,32 @@ def simulate(
 
 @app.command(rich_help_panel=Panel.SIMULATE)
 def profile(
-    family: Annotated[str, typer.Argument(help="A folder, or a name in the store.")] = "smollm2",
-    out_file: Annotated[Path, typer.Option("--out", "-o", help="The profile.")] = Path("profile.msgpack"),
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
-    weights: Annotated[Weights | None, typer.Option(help="How products hold their weights.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a node.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Of every measurement; the median counts.")] = 7,
+    family: Annotated[str, typer.Argument(help="Family to measure: a folder, or a name in the store.")] = "smollm2",
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="Profile file to write.")] = Path("profile.msgpack"),
+    dtype: Annotated[str, typer.Option(help="Data type to compute in: bfloat16, float32 or float16.")] = "bfloat16",
+    weights: Annotated[Weights | None, typer.Option(help="Format of the weights. Default: as in the family.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads per node.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median is used.")] = 7,
     nodes: Annotated[
         Path | None,
-        typer.Option("--nodes", help="Measure the running nodes of this topology file instead, from outside."),
+        typer.Option(
+            "--nodes", help="Measure the running nodes of this topology file from outside, instead of this machine."
+        ),
     ] = None,
     link: Annotated[
         str | None,
         typer.Option(
             "--link",
-            help="Measure the link to the node at host:port instead: round trip, jitter and the bandwidth "
-            "upwards (not downwards, nor losses); writes nothing.",
+            help="Only measure the link to the node at host:port: round trip, jitter and bandwidth upwards "
+            "(not downwards, nor losses). Prints the result and writes no file.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what a family's stages cost on this machine, for `ruyi-flow simulate`.
+    """Measure how fast this machine runs a family's stages, for `ruyi-flow simulate`.
 
-    A scenario names the file as its profile, or as that of one node. docs/simulation.md
-    goes on from there.
+    A scenario uses the file as its `profile`, or as the `profile` of one node;
+    see docs/simulation.md.
 
     Examples: ruyi-flow profile smollm2 --weights int8 --out here.msgpack
 
@@ -130,13 +136,13 @@ def profile(
             check_address(link)
         except ValueError as error:
             raise ConfigError(f"--link {link}: {error}") from None
-        figures = asyncio.run(measure_link(link))
+        measured = asyncio.run(measure_link(link))
         if as_json:
-            print_json(asdict(figures))
+            print_json(asdict(measured))
         else:
             out.print(
-                f"round_trip_ms: {figures.round_trip_ms:.2f}\njitter_ms: {figures.jitter_ms:.2f}\n"
-                f"up_mbit: {figures.up_mbit:.1f}"
+                f"round_trip_ms: {measured.round_trip_ms:.2f}\njitter_ms: {measured.jitter_ms:.2f}\n"
+                f"up_mbit: {measured.up_mbit:.1f}"
             )
         return
     check_target(out_file, "--out")
@@ -149,17 +155,16 @@ def profile(
     if as_json:
         print_json({**asdict(found), "file": str(out_file)})
         return
-    table = Table(title=f"{out_file}: milliseconds a step", title_justify="left")
-    table.add_column("stage")
-    for n in found.stages[0].rows:
-        table.add_column(f"{n} rows" if n > 1 else "1 row", justify="right")
-    for stage in found.stages:
-        for name, times in (("trunk", stage.trunk_s), ("branch, all read", stage.head_s)):
-            table.add_row(f"exit {stage.exit}: {name}", *(f"{1e3 * t:.2f}" for t in times))
-    out.print(table)
+    rows = [
+        (f"exit {stage.exit}: {name}", *(f"{1e3 * t:.2f}" for t in times))
+        for stage in found.stages
+        for name, times in (("trunk", stage.trunk_s), ("head, all rows read", stage.head_s))
+    ]
+    columns = ("stage", *(f"{n} rows" if n > 1 else "1 row" for n in found.stages[0].rows))
+    out.print(_table(f"{out_file}: milliseconds per step", columns, rows))
     out.print(
-        f"around: {1e3 * found.round_s:.2f} ms a round, {1e3 * found.exchange_s:.2f} ms an exchange between nodes, "
-        f"{1e3 * found.step_s:.2f} ms to the compute thread and back; nodes share "
+        f"overhead: {1e3 * found.round_s:.2f} ms per round, {1e3 * found.exchange_s:.2f} ms per message between nodes "
+        f"and its answer, {1e3 * found.step_s:.2f} ms to the compute thread and back; nodes on this machine share "
         f"{found.machine.get('cores_for_nodes', 1)} cores",
         highlight=False,
     )
@@ -170,33 +175,36 @@ def sweep(
     scenario: ScenarioArgument,
     grid: Annotated[
         list[str],
-        typer.Option("--grid", help="A key and its values: nodes.edge.count=1,2,4 or policy.threshold=0.5:0.9:0.1."),
+        typer.Option(
+            "--grid",
+            help="A key and its values: nodes.edge.count=1,2,4 or policy.threshold=0.5:0.9:0.1. Can be repeated.",
+        ),
     ],
     changes: SetOption = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Seeds of each point, from 0 on.")] = 5,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time; left out: as many as cores.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Number of seeds per point, from 0 on.")] = 5,
+    jobs: JobsOption = None,
     ray: Annotated[
         str | None,
         typer.Option(
-            help="Run on a Ray cluster (extra 'ray') where the scenario's files are at the same paths: its address, "
-            "'auto' to find one, 'local' to start one here."
+            help="Address of a Ray cluster to run on (needs the extra 'ray' and the scenario's files at the same "
+            "paths): 'auto' finds a running one, 'local' starts one here. Default: processes of this machine."
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Sweep folder; runs/sweep/<scenario> when left out.")
+        Path | None, typer.Option("--out", "-o", help="Sweep folder. Default: runs/sweep/<scenario>.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Simulate a scenario at every point of a grid; say which points nothing beats.
+    """Simulate a scenario at every point of a grid, and list the Pareto-optimal points.
 
-    Several --grid give the product of their values. Every point runs with seeds
-    0, 1, …; figures are means, with the half-width of their 95 % confidence
-    interval (Student's t). The folder keeps each run that has ended: the same
-    command goes on where it was broken off, and simulates only what is new.
+    Several --grid options give all combinations of their values. Every point runs
+    with several seeds; the results are means, with the half-width of their 95 %
+    confidence interval (Student's t). Finished runs stay in the folder, so the same
+    command resumes an interrupted sweep, and a larger grid only simulates new points.
 
-    In the folder: results.csv; pareto.csv, the points that no other one beats in
-    p95 time per token, bytes up, agreement and cost at once (* in the table);
-    pareto.png. Points where more than 1 % of the requests failed are not compared.
+    The folder contains results.csv, pareto.csv and pareto.png. Points (* in the
+    table) are Pareto-optimal in p95 time per token, bytes up, agreement and cost.
+    Points where more than 1 % of the requests failed are not compared.
 
     Example: ruyi-flow sweep scenario.yaml --grid nodes.edge.count=1,2,4
     --grid policy.threshold=0.5:0.9:0.1
@@ -217,12 +225,12 @@ def sweep(
             ray=ray,
             progress=lambda done, total: bar("runs", done, total),
         )
-    written = sweeps.write(folder, points)
+    written = sweeps.write_tables(folder, points)
     try:
-        written.append(sweeps.draw(folder, points))
-    except ConfigError as error:  # the figures are there without it
+        written.append(sweeps.plot_front(folder, points))
+    except ConfigError as error:  # the tables are complete without the plot
         err.print(f"[dim]{escape(str(error))}[/]")
-    best = sweeps.front(points)
+    best = sweeps.pareto_front(points)
     if as_json:
         rows = [asdict(point) | {"front": is_best} for point, is_best in zip(points, best, strict=True)]
         print_json({"folder": str(folder), "repeat": repeat, "points": rows})
@@ -230,31 +238,31 @@ def sweep(
     table = Table()
     for axis in axes:
         table.add_column(axis.key.replace(".", ".\u200b"), overflow="fold")
-    shown = [name for name in _SWEPT if name != "failed" or any(point.figures[name].mean for point in points)]
-    for column in (*(_SWEPT[name] for name in shown), ""):
+    shown = [name for name in _COLUMNS if name != "failed" or any(point.figures[name].mean for point in points)]
+    for column in (*(_COLUMNS[name] for name in shown), ""):
         table.add_column(column, justify="right")
     for point, is_best in zip(points, best, strict=True):
         cells = []
         for name in shown:
-            figure = point.figures[name]
-            cells.append(f"{figure.mean:.4g}" + ("" if figure.half is None else f"\n±{figure.half:.2g}"))
+            found = point.figures[name]
+            cells.append(f"{found.mean:.4g}" + ("" if found.half is None else f"\n±{found.half:.2g}"))
         table.add_row(*map(str, point.keys.values()), *cells, "*" if is_best else "", style="bold" if is_best else None)
     out.print(table)
     err.print(f"[dim]{escape(', '.join(map(str, written)))}[/]", soft_wrap=True)
 
 
-_SWEPT = {
-    "first_token_p95_s": "first p95, s",
-    "token_p95_s": "token p95, s",
+_COLUMNS = {
+    "first_token_p95_s": "TTFT p95, s",
+    "token_p95_s": "TPOT p95, s",
     "tokens_per_s": "tokens/s",
     "bytes_up_per_token": "bytes up",
-    "agreement": "agrees",
-    "beyond_first": "beyond first",
+    "agreement": "agreement",
+    "beyond_first": "decided deeper",
     "joules_per_token": "J/token",
     "usd_per_million_tokens": "$/M",
     "failed": "failed",
 }
-"""Columns of a sweep's table; results.csv has the medians too."""
+"""Columns of a sweep's table; results.csv also has medians."""
 
 
 @app.command(rich_help_panel=Panel.SIMULATE)
@@ -263,36 +271,36 @@ def plan(
     objective: Annotated[
         str,
         typer.Option(
-            help="What must hold: mean, p50, p90, p95 or p99 of first_token_s, token_s or total_s; or agreement, "
-            "bytes_up_per_token, joules_per_token, usd_per_million_tokens, tokens_per_s. Several with 'and' between."
+            help="Requirements, joined by 'and', such as 'p95 token_s < 0.08'. Metrics: mean, p50, p90, p95 or p99 of "
+            "first_token_s, token_s or total_s; agreement, bytes_up_per_token, joules_per_token, "
+            "usd_per_million_tokens, tokens_per_s."
         ),
     ],
     minimize: Annotated[
-        str, typer.Option(help="Of what meets it, take the least bytes (upwards), cost, energy or latency.")
+        str, typer.Option(help="What to minimize among plans that meet the objective: bytes, cost, energy or latency.")
     ] = "bytes",
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="At least this share of the tokens is the last exit's.")
+        float, typer.Option(min=0, max=1, help="Smallest share of tokens that agree with the last exit's.")
     ] = 0.95,
-    finalists: Annotated[int, typer.Option(min=1, help="So many candidates are simulated.")] = 6,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Simulations at a time; left out: as many as cores.")] = None,
+    finalists: Annotated[int, typer.Option(min=1, help="Number of candidates to simulate.")] = 6,
+    jobs: JobsOption = None,
     changes: SetOption = None,
-    out_file: Annotated[Path, typer.Option("--out", "-o", help="The topology file.")] = Path("topology.yaml"),
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="Topology file to write.")] = Path("topology.yaml"),
     as_json: JsonOption = False,
 ) -> None:
-    """Search where to cut the family over a scenario's nodes, with which thresholds.
+    """Search for the best way to cut a family over a scenario's nodes, and for the thresholds.
 
-    The nodes, their links and the load are the scenario's. What is searched:
-    which consecutive exits each node gets (all but the first may be left out),
-    the thresholds, and whether to draft. Equations rank all candidates, the
-    simulator decides among the finalists, and the best one becomes a topology
-    that ruyi-flow up takes. Where none meets the objective, that is said,
-    nothing is written, and the exit status is 1.
+    The nodes, links and load are the scenario's. The search chooses which
+    consecutive exits each node gets (all nodes but the first may get none), the
+    thresholds, and whether to draft. Equations rank all candidates, simulations
+    the finalists. The best one is written as a topology file for ruyi-flow up.
+    If none meets the objective, nothing is written and the exit status is 1.
 
     Example: ruyi-flow plan scenario.yaml --objective "p95 token_s < 0.08"
     --minimize cost --out topology.yaml
     """
     from ruyi_flow.sim.plan import plan as search
-    from ruyi_flow.sim.plan import write
+    from ruyi_flow.sim.plan import write_topology
     from ruyi_flow.sim.scenario import Scenario
 
     asked = Scenario.read(scenario, changes or ())
@@ -310,7 +318,7 @@ def plan(
         )
     names = [node.name for node in asked.nodes]
     if found.met:
-        write(found, out_file, scenario.parent)
+        write_topology(found, out_file, scenario.parent)
     if as_json:
         rows = [
             {
@@ -330,11 +338,11 @@ def plan(
 
 
 def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
-    """A table of the finalists, and which one it is to be."""
+    """Print a table of the finalists, and which one was chosen."""
     columns = [*dict.fromkeys(found.labels)]
     table = Table("exits", "thresholds", "draft", *(f"{label}\n[dim]predicted[/]" for label in columns))
     for i, one in enumerate(found.finalists):
-        exits = "\n".join(f"{name} {comma_list(held)}" for name, held in zip(names, one.cut, strict=True) if held)
+        exits = "\n".join(f"{name} {comma_list(own)}" for name, own in zip(names, one.cut, strict=True) if own)
         thresholds = "\n".join(f"{p}: {'never' if t > 1 else f'{t:.3f}'}" for p, t in one.thresholds.items())
         pairs = dict(zip(found.labels, zip(one.simulated, one.predicted, strict=True), strict=True))
         cells = (f"{pairs[label][0]:.4g}\n[dim]{pairs[label][1]:.4g}[/]" for label in columns)
@@ -343,37 +351,30 @@ def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
         )
     out.print(table)
     best = found.finalists[0]
-    cut = ", ".join(f"{name} {comma_list(held)}" for name, held in zip(names, best.cut, strict=True) if held)
-    asked = ", ".join(str(bound) for bound in found.bounds)
+    cut = ", ".join(f"{name} {comma_list(own)}" for name, own in zip(names, best.cut, strict=True) if own)
+    asked = ", ".join(str(one) for one in found.constraints)
     values = best.simulated
     if found.met:
         least = f"the least {found.labels[-2]} ({values[-2]:.4g})"
-        out.print(f"chosen: {cut}: of the finalists that keep {asked}, it has {least}; written: {out_file}")
+        out.print(f"chosen: {cut}; it has {least} of the finalists that meet {asked}; written: {out_file}")
     else:
         missed = ", ".join(
-            f"{bound.label} {value:.4g}"
-            for bound, value in zip(found.bounds, values, strict=False)
-            if bound.excess(value)
+            f"{one.label} {value:.4g}"
+            for one, value in zip(found.constraints, values, strict=False)
+            if one.excess(value)
         )
-        out.print(f"none of the finalists keeps {asked}; the nearest: {cut}, which has {missed}; nothing was written")
-    left_out = f"; {len(found.impossible)} cuts cannot be, as {found.impossible[0][1]}" if found.impossible else ""
-    err.print(f"[dim]{found.tried:,} candidates[/]{escape(left_out)}", soft_wrap=True)
+        out.print(f"no finalist meets {asked}; nothing was written. The closest: {cut}, with {missed}")
+    skipped = f"; {len(found.impossible)} cuts are not possible: {found.impossible[0][1]}" if found.impossible else ""
+    err.print(f"[dim]{found.tried:,} candidates[/]{escape(skipped)}", soft_wrap=True)
 
 
 def show(metrics: dict[str, Any]) -> None:
-    """Tables of a simulation's figures."""
-    times = Table(title="seconds", title_justify="left")
-    times.add_column("")
-    for column in ("mean", "p50", "p90", "p95", "p99"):
-        times.add_column(column, justify="right")
-    for name, key in (("to the first token", "first_token_s"), ("a token after it", "token_s"), ("in all", "total_s")):
-        times.add_row(name, *(f"{value:.4g}" for value in metrics[key].values()))
-    out.print(times)
-    nodes = Table(title="nodes", title_justify="left")
-    for column in ("node", "count", "busy", "busiest", "waiting", "energy", "cost"):
-        nodes.add_column(column, justify="left" if column == "node" else "right")
-    for name, node in metrics["nodes"].items():
-        nodes.add_row(
+    """Print tables of a simulation's metrics."""
+    labels = {"time to first token": "first_token_s", "time per output token": "token_s", "total": "total_s"}
+    times = [(name, *(f"{value:.4g}" for value in metrics[key].values())) for name, key in labels.items()]
+    out.print(_table("latency in seconds", ("", "mean", "p50", "p90", "p95", "p99"), times))
+    nodes = [
+        (
             name,
             f"{node['count']:,}",
             f"{node['utilisation']:.1%}",
@@ -382,24 +383,35 @@ def show(metrics: dict[str, Any]) -> None:
             f"{node['energy_j']:,.0f} J",
             f"${node['cost_usd']:.4g}",
         )
-    out.print(nodes)
-    if metrics["links"]:
-        links = Table(title="links", title_justify="left")
-        for column in ("link", "up", "down", "up, mean", "down, mean"):
-            links.add_column(column, justify="left" if column == "link" else "right")
-        for name, link in metrics["links"].items():
-            links.add_row(
-                name,
-                *(f"{link[key] / 1e6:,.2f} MB" for key in ("bytes_up", "bytes_down")),
-                *(f"{link[key]:,.3f} Mbit/s" for key in ("up_mbit", "down_mbit")),
-            )
-        out.print(links)
+        for name, node in metrics["nodes"].items()
+    ]
+    out.print(_table("nodes", ("node", "count", "busy", "busiest", "tasks waiting", "energy", "cost"), nodes))
+    links = [
+        (
+            name,
+            *(f"{link[key] / 1e6:,.2f} MB" for key in ("bytes_up", "bytes_down")),
+            *(f"{link[key]:,.3f} Mbit/s" for key in ("up_mbit", "down_mbit")),
+        )
+        for name, link in metrics["links"].items()
+    ]
+    if links:
+        out.print(_table("links", ("link", "up", "down", "up, mean", "down, mean"), links))
     decided = ", ".join(f"{p}: {share:.1%}" for p, share in metrics["decided"].items())
     out.print(
-        f"{metrics['requests']:,} requests, {metrics['tokens']:,} tokens, {metrics['tokens_per_s']:,.1f} a second; "
-        f"decided at exit {decided}; {metrics['agreement']:.1%} the last exit's; "
-        f"{metrics['bytes_up_per_token']:,.0f} bytes up a token; {metrics['joules_per_token']:.3g} J a token; "
-        f"${metrics['usd_per_million_tokens']:.3g} a million tokens"
+        f"{metrics['requests']:,} requests, {metrics['tokens']:,} tokens, {metrics['tokens_per_s']:,.1f} tokens/s; "
+        f"decided at exit {decided}; {metrics['agreement']:.1%} agree with the last exit; per token "
+        f"{metrics['bytes_up_per_token']:,.0f} bytes up and {metrics['joules_per_token']:.3g} J; "
+        f"${metrics['usd_per_million_tokens']:.3g} per million tokens"
         + (f"; {metrics['failed']:,} failed: {metrics['errors']}" if metrics["failed"] else ""),
         highlight=False,
     )
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Return a table of text on the left and numbers on the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,8 +1,8 @@
-"""What the stages of a family cost on a machine, computed and not measured: a roofline.
+"""Profiles that are computed by a roofline model (Williams, Waterman and Patterson 2009) instead of measured.
 
-What is computed takes the longer of two times, that of the operations and that of the bytes, and a fixed time a layer
-for launching kernels (Williams, Waterman and Patterson 2009). docs/simulation-costs.md has the equations, the machines
-with their sources, what the model leaves out, and how far it is from what was measured here.
+A computation takes the longer of two times, that of its operations and that of the bytes it moves, plus a fixed time
+per layer for launching kernels. docs/simulation-costs.md has the equations, the machines with their sources, the
+limits of the model, and its error against measurements.
 """
 
 from __future__ import annotations
@@ -16,45 +16,52 @@ from ruyi_flow.sim.hardware import Hardware
 from ruyi_flow.sim.profile import Profile, StageCost
 from ruyi_flow.types import Weights
 
-__all__ = ["analytic", "check_fits"]
+__all__ = ["check_fits", "roofline_profile"]
 
 _ROWS = tuple(2**i for i in range(10))
-"""1 … 512, the rows whose times a profile lists."""
+"""The numbers of rows that a profile lists times for: 1, 2, 4 … 512."""
 
 
-def analytic(config: FamilyConfig, hardware: Hardware, *, weights: str, name: str) -> Profile:
-    """What every stage of a family costs on a machine, by the roofline.
+def roofline_profile(config: FamilyConfig, hardware: Hardware, *, weights: str, name: str) -> Profile:
+    """Compute the profile of all stages of a family on a machine.
 
     Args:
-        config: the family.
-        hardware: where it runs. One machine runs all stages here; take from the profile those that it is to run.
-        weights: bf16, int8 or int4; products are computed in 16 bits either way.
-        name: the family's, for people.
+        config: the family's shape.
+        hardware: the machine.
+        weights: format of the weights: bf16, int8 or int4. Products are computed in 16 bits in any case.
+        name: the family's name, for display.
 
     Raises:
-        ConfigError: weights that are none of these.
+        ConfigError: unknown weights.
     """
     if weights not in list(Weights):
-        raise ConfigError(f"weights are {weights!r}; known: {', '.join(Weights)}")
-    held = Weights(weights)
+        raise ConfigError(f"unknown weights {weights!r}; known: {', '.join(Weights)}")
+    stored = Weights(weights)
     hidden, keys = config.hidden_size, 2 * config.num_kv_heads * config.head_dim
-    flops, layer, state, kv = config.layer_flops(0), config.layer_bytes(held), config.layer_state_bytes, config.kv_bytes
+    flops, layer, state, kv = (
+        config.layer_flops(0),
+        config.layer_bytes(stored),
+        config.layer_state_bytes,
+        config.kv_bytes,
+    )
 
     def layers(count: int, rows: int) -> float:
         return count * (hardware.bound_s(rows * flops, layer + rows * (state + kv)) + hardware.layer_s)
 
-    taking = layer * hidden * keys / config.layer_parameters  # of a layer's weights, those of keys and values
+    kv_weights = layer * hidden * keys / config.layer_parameters  # bytes of a layer's key and value weights
 
     def last(rows: int) -> float:
-        """Keys and values of a branch's last layer."""
-        return hardware.bound_s(rows * 2.0 * hidden * keys, taking + rows * (2 * (hidden + keys) + kv))
+        """Seconds of computing the keys and values of a branch's last layer."""
+        return hardware.bound_s(rows * 2.0 * hidden * keys, kv_weights + rows * (2 * (hidden + keys) + kv))
 
     def rest(rows: int) -> float:
-        """The rest of a branch's last layer."""
-        return hardware.bound_s(rows * (flops - 2.0 * hidden * keys), layer - taking + rows * state) + hardware.layer_s
+        """Seconds of the rest of a branch's last layer."""
+        return (
+            hardware.bound_s(rows * (flops - 2.0 * hidden * keys), layer - kv_weights + rows * state) + hardware.layer_s
+        )
 
     def head(rows: int) -> float:
-        moved = config.head_bytes(held) + rows * 2 * (hidden + config.vocab_size)
+        moved = config.head_bytes(stored) + rows * 2 * (hidden + config.vocab_size)
         return hardware.bound_s(rows * config.head_flops, moved) + hardware.layer_s
 
     attended = hardware.bound_s(config.layer_flops(1) - flops, 0)
@@ -63,7 +70,7 @@ def analytic(config: FamilyConfig, hardware: Hardware, *, weights: str, name: st
     stages = []
     for (first, exit), depth in zip(config.stages(config.exits), config.branch_layers, strict=True):
         count = exit - first
-        own = (count + depth) * layer + 2 * hidden + config.head_bytes(held)
+        own = (count + depth) * layer + 2 * hidden + config.head_bytes(stored)
         stages.append(
             StageCost(
                 exit=exit,
@@ -88,25 +95,25 @@ def analytic(config: FamilyConfig, hardware: Hardware, *, weights: str, name: st
         hidden_size=hidden,
         context=config.max_positions,
         stages=tuple(stages),
-        weights=str(held),
+        weights=str(stored),
         machine=asdict(hardware),
     )
 
 
-def check_fits(stages: Sequence[StageCost], hardware: Hardware, positions: int) -> None:
-    """Refuse stages whose weights, and so many positions' keys and values, are more than a machine's memory.
+def check_fits(name: str, stages: Sequence[StageCost], *, memory_bytes: float, positions: int) -> None:
+    """Check that the weights of stages and a KV cache of so many positions fit a machine's memory.
 
-    A head that stages share counts at each of them, since a profile does not say which do.
+    A head that stages share is counted at each of them, because a profile does not say which stages share one.
 
     Raises:
-        ConfigError: says what is needed, what there is, and what to do.
+        ConfigError: they do not fit.
     """
     weights = sum(stage.weight_bytes for stage in stages)
     caches = positions * sum(stage.kv_bytes for stage in stages)
-    if weights + caches > hardware.memory_bytes:
+    if weights + caches > memory_bytes:
         exits = ", ".join(str(stage.exit) for stage in stages)
         raise ConfigError(
-            f"{hardware.name}: exits {exits} need {weights / 1e9:.2f} GB for weights and {caches / 1e9:.2f} GB for the "
-            f"keys and values of {positions} positions; it has {hardware.memory_bytes / 1e9:g} GB: give it fewer "
-            "exits, weights in fewer bits or fewer positions"
+            f"{name}: exits {exits} need {weights / 1e9:.2f} GB for weights and {caches / 1e9:.2f} GB for a KV cache "
+            f"of {positions} positions, but it has {memory_bytes / 1e9:g} GB: use fewer exits, weights in fewer bits "
+            "or a smaller limits.max_positions"
         )

@@ -1,4 +1,4 @@
-"""What branches say in the simulator: along recorded answers, or drawn from a model of how often they agree."""
+"""What branches predict in the simulator: taken from recorded answers, or drawn from a model of their agreement."""
 
 from __future__ import annotations
 
@@ -18,116 +18,121 @@ from ruyi_flow.routing.confidence import Scale, Score
 from ruyi_flow.routing.start import Reading
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.scenario import Scenario
-from ruyi_flow.sim.shapes import geometry
+from ruyi_flow.sim.shapes import family_shape
 
-__all__ = ["Drawn", "Recorded", "Script", "Scripts", "scripts_of"]
+__all__ = ["DrawnScripts", "RecordedScripts", "Script", "Scripts", "scripts_for"]
 
-_SAID = 1
-"""The token that the last exit says at an even position of a drawn answer; what matters of tokens is who agrees."""
+_FIRST_TOKEN = 1
+"""The last exit's first token in a drawn answer. Only agreement of tokens matters, not which ones they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the branches say along one answer."""
+    """What the branches predict along one answer."""
 
     looks: Mapping[int, Sequence[tuple[int, float]]]
-    """By exit: a token and a confidence for each position of the answer."""
-    reading: Reading
-    """What the first branch makes of the prompt."""
+    """The predicted token and its confidence at each position of the answer, by exit."""
+    prompt_reading: Reading
+    """The first branch's statistics of the prompt, which choose the exit to start at."""
     vocab_size: int
 
     @property
     def last(self) -> Sequence[tuple[int, float]]:
-        """The last exit's."""
+        """The last exit's predictions."""
         return self.looks[max(self.looks)]
 
 
 class Scripts(Protocol):
-    """Where scripts come from."""
+    """A source of scripts."""
 
-    def prompt(self, number: int) -> int:
-        """Tokens of a request's prompt, where recorded; else 0."""
+    def lengths(self, number: int) -> tuple[int, int]:
+        """Return the recorded tokens of a request's prompt and answer; 0 if they are not recorded."""
+        ...
+
+    def least(self) -> tuple[int, int]:
+        """Return the fewest recorded tokens of any prompt, and of any answer; 0 if they are not recorded."""
         ...
 
     def script(self, number: int, length: int) -> Script:
-        """For a request's answer of so many tokens; 0 for as many as recorded."""
+        """Return the script of a request's answer of `length` tokens; 0 for the recorded length."""
         ...
 
 
-class Recorded:
+class RecordedScripts:
     """Scripts from a trace: every branch's tokens and confidences along the last exit's answers.
 
-    Where a branch decides another token than the last exit's, what follows is still what was recorded after the last
-    exit's own: a trace cannot know better.
+    After a branch has decided a token that differs from the last exit's, the script still continues as recorded: what
+    the branches would predict then is not in the trace.
 
     Args:
-        header, records: of the trace.
-        scale: what confidence means; None is the likeliest token's probability.
+        header, records: the content of the trace.
+        scale: how confidence is computed. Default (None): the probability of the most probable token.
 
     Raises:
-        ConfigError: the trace is empty, or lacks the score or a temperature that the scale needs.
+        ConfigError: the trace is empty, or does not contain the score or a temperature of the scale.
     """
 
     def __init__(self, header: Header, records: Sequence[Record], scale: Scale | None) -> None:
         if not records:
-            raise ConfigError("the trace is empty: it has no answer to follow")
+            raise ConfigError("the trace is empty; record answers (ruyi-flow trace)")
         self._header, self._records, self._scale = header, records, scale
         self._last = header.exits[-1]
         score = scale.score if scale else Score.MAX_PROBABILITY
         if score not in header.scores:
-            raise ConfigError(f"the trace has no score {score.value!r}; it has {', '.join(header.scores)}")
+            raise ConfigError(
+                f"the trace has no score {score.value!r}, only {', '.join(header.scores)}; record it again"
+            )
         self._score = header.scores.index(score)
         temperatures = {p: scale.curves[p].temperature if scale and p in scale.curves else 1.0 for p in header.exits}
         missing = [t for t in temperatures.values() if t not in header.temperatures]
         if missing:
-            raise ConfigError(f"the trace has no temperature {missing[0]:g}; it has {list(header.temperatures)}")
+            raise ConfigError(
+                f"the trace has no temperature {missing[0]:g}, only {list(header.temperatures)}; record it again"
+            )
         self._temperature = {p: header.temperatures.index(t) for p, t in temperatures.items()}
         self._known: dict[int, Script] = {}
 
-    def prompt(self, number: int) -> int:
-        """See `Scripts`."""
-        return self._records[number % len(self._records)].prompt_tokens
-
-    def answer(self, number: int) -> int:
-        """Tokens of a request's answer."""
-        return len(self._records[number % len(self._records)].answer)
+    def lengths(self, number: int) -> tuple[int, int]:
+        """See `Scripts.lengths`."""
+        record = self._records[number % len(self._records)]
+        return record.prompt_tokens, len(record.answer)
 
     def least(self) -> tuple[int, int]:
-        """The fewest tokens of a prompt, and of an answer."""
+        """See `Scripts.least`."""
         return min(r.prompt_tokens for r in self._records), min(len(r.answer) for r in self._records)
 
     def script(self, number: int, length: int) -> Script:
-        """See `Scripts`; an answer longer than recorded goes round."""
+        """See `Scripts.script`. An answer that is longer than recorded repeats the record."""
         i = number % len(self._records)
         if i not in self._known:
-            self._known[i] = self._read(self._records[i])
+            self._known[i] = self._convert(self._records[i])
         return self._known[i]
 
-    def _read(self, record: Record) -> Script:
+    def _convert(self, record: Record) -> Script:
         looks = {}
         for p, e in record.exits.items():
-            sure: NDArray[Any] = e.scores[:, self._score, self._temperature[p]]
+            confidence: NDArray[Any] = e.scores[:, self._score, self._temperature[p]]
             if self._scale is not None and p in self._scale.curves:
                 curve = self._scale.curves[p]
-                sure = np.interp(sure, curve.scores, curve.chances)
-            looks[p] = list(zip(e.tokens.tolist(), sure.tolist(), strict=True))
+                confidence = np.interp(confidence, curve.scores, curve.chances)
+            looks[p] = list(zip(e.tokens.tolist(), confidence.tolist(), strict=True))
         first = record.exits[min(record.exits)]
         reading = Reading(record.prompt_tokens, first.prompt_loss, first.prompt_entropy, looks[min(looks)][0][1])
         return Script(looks, reading, 2**31 - 1)
 
 
-class Drawn:
-    """Scripts from a model, where there is no trace.
+class DrawnScripts:
+    """Scripts from a model, for when there is no trace.
 
-    Each position is easy or hard: a normal value that all branches share by `correlation`. A branch's chance to agree
-    with the last exit there is the normal distribution's of (threshold + spread * value), with the threshold such that
-    the mean chance is the branch's agreement; its confidence is that chance, so it is calibrated. Whether it agrees is
-    drawn with that chance. `spread` is how well branches know: 0 makes every position as likely as the mean.
+    At each position every early branch has a normal value z, easy or hard; `correlation` is the correlation of the
+    branches' values. The branch agrees with the last exit with probability Φ(m + spread * z), where m is such that
+    the mean probability is the branch's agreement. That probability is also its confidence, which is so calibrated.
+    With a `spread` of 0 every position has the mean probability.
 
     Args:
-        agreement: by exit, the last one's being 1.
+        agreement: each exit's rate of agreement with the last exit; 1 for the last exit itself.
         spread, correlation: see above.
-        seed: of the draws; a request's own depend on its number too.
+        seed: seed of the draws, which also depend on the request's number.
     """
 
     def __init__(
@@ -138,40 +143,46 @@ class Drawn:
         early = [_quantile(agreement[p]) * math.sqrt(1 + spread**2) for p in self._exits[:-1]]
         self._middles = np.array(early)[:, None]
 
-    def prompt(self, number: int) -> int:
-        """See `Scripts`."""
-        return 0
+    def lengths(self, number: int) -> tuple[int, int]:
+        """See `Scripts.lengths`."""
+        return 0, 0
+
+    def least(self) -> tuple[int, int]:
+        """See `Scripts.least`."""
+        return 0, 0
 
     def script(self, number: int, length: int) -> Script:
-        """See `Scripts`."""
+        """See `Scripts.script`."""
         length = max(1, length)
         random = np.random.default_rng((self._seed, number))
         shared = random.standard_normal(length)
-        said = (np.arange(length) % 1000 + _SAID).tolist()
+        tokens_of_last = (np.arange(length) % 1000 + _FIRST_TOKEN).tolist()
         size = len(self._exits) - 1, length
         values = self._shared[0] * shared + self._shared[1] * random.standard_normal(size)
-        sure = _cdf(self._middles + self._spread * values)
-        tokens = np.where(random.random(size) < sure, said, 0).tolist()
-        looks = {p: list(zip(t, c, strict=True)) for p, t, c in zip(self._exits, tokens, sure.tolist(), strict=False)}
-        looks[self._exits[-1]] = [(token, 1.0) for token in said]
+        confidence = _cdf(self._middles + self._spread * values)
+        tokens = np.where(random.random(size) < confidence, tokens_of_last, 0).tolist()
+        looks = {
+            p: list(zip(t, c, strict=True)) for p, t, c in zip(self._exits, tokens, confidence.tolist(), strict=False)
+        }
+        looks[self._exits[-1]] = [(token, 1.0) for token in tokens_of_last]
         first = looks[self._exits[0]]
         mean = sum(c for _, c in first) / length
         loss = -math.log(max(1e-3, mean))
         return Script(looks, Reading(1, loss, loss, first[0][1]), 2**31 - 1)
 
 
-def scripts_of(scenario: Scenario, profiles: Sequence[Profile], scale: Scale | None, where: str) -> Scripts:
-    """What the branches say in a scenario: along its trace, or drawn by its behaviour.
+def scripts_for(scenario: Scenario, profiles: Sequence[Profile], scale: Scale | None, where: str) -> Scripts:
+    """Return a scenario's scripts: from its trace, or drawn from its behaviour.
 
     Args:
-        scenario: checked.
-        profiles: of its nodes.
-        scale: of its policy; what confidence means.
-        where: its file's name, for messages.
+        scenario: the deployment.
+        profiles: its nodes' profiles.
+        scale: how its policy computes confidence.
+        where: name of the scenario's file, for error messages.
 
     Raises:
-        ConfigError: the trace cannot be read, is of another family than the scenario's or the profiles', or lacks what
-            the scale needs; or there is neither a trace nor a behaviour.
+        ConfigError: the trace cannot be read, is of another family than the scenario's or the profiles', or does not
+            contain what the scale needs; or there is neither a trace nor a behaviour.
     """
     if scenario.trace is not None:
         try:
@@ -180,50 +191,41 @@ def scripts_of(scenario: Scenario, profiles: Sequence[Profile], scale: Scale | N
             raise ConfigError(f"{where}: trace: {error}") from None
         _check_family(header, scenario, profiles, where)
         try:
-            return Recorded(header, records, scale)
+            return RecordedScripts(header, records, scale)
         except ConfigError as error:
             raise ConfigError(f"{where}: trace: {scenario.trace}: {error}") from None
     exits = scenario.all_exits
     agreement = {} if scenario.behaviour is None else dict(scenario.behaviour.agreement)
     if scenario.behaviour is None and len(exits) > 1:
         raise ConfigError(
-            f"{where}: trace: nobody knows what the branches say; name a trace (ruyi-flow trace), or a behaviour, "
-            f"as in behaviour: {{agreement: {{{exits[0]}: 0.7}}}}"
+            f"{where}: trace: it is not known what the branches predict; give a trace (ruyi-flow trace), or a "
+            f"behaviour, as in behaviour: {{agreement: {{{exits[0]}: 0.7}}}}"
         )
     options = {} if scenario.behaviour is None else scenario.behaviour.model_dump(exclude={"agreement"})
-    return Drawn({**agreement, exits[-1]: 1.0}, seed=scenario.seed, **options)
+    return DrawnScripts({**agreement, exits[-1]: 1.0}, seed=scenario.seed, **options)
 
 
 def _check_family(header: Header, scenario: Scenario, profiles: Sequence[Profile], where: str) -> None:
     """Refuse a trace of another family."""
-    trace = f"{where}: trace: {scenario.trace} is of"
-    if header.exits != scenario.all_exits:
-        raise ConfigError(
-            f"{trace} a family with exits {list(header.exits)}, this one has {list(scenario.all_exits)}; trace this "
-            f"family (ruyi-flow trace)"
-        )
+    pairs: list[tuple[str, Any, str, Any]] = [("exits", [*header.exits], "the nodes have", [*scenario.all_exits])]
     for node, profile in zip(scenario.nodes, profiles, strict=True):
-        if header.hidden_size != profile.hidden_size:
-            raise ConfigError(
-                f"{trace} a family whose states have {header.hidden_size} values, the costs of {node.name!r} of one "
-                f"with {profile.hidden_size}; trace this family"
-            )
+        costs = f"the costs of {node.name!r} are of a family with"
+        pairs.append(("hidden size", header.hidden_size, costs, profile.hidden_size))
         if node.hardware is not None and header.branch_layers:
-            shape = geometry(scenario.family, scenario.exits, where)
-            if header.branch_layers != shape.branch_layers:
-                raise ConfigError(
-                    f"{trace} a family with {list(header.branch_layers)} layers in its branches, {scenario.family} has "
-                    f"{list(shape.branch_layers)}; trace this family"
-                )
-        if profile.kind == "measured" and profile.family != header.family:
+            layers = family_shape(scenario.family, scenario.exits, where).branch_layers
+            pairs.append(("layers per branch", [*header.branch_layers], f"{scenario.family} has", [*layers]))
+        if profile.kind == "measured":
+            pairs.append(("fingerprint", header.family, costs, profile.family))
+    for what, traced, owner, wanted in pairs:
+        if traced != wanted:
             raise ConfigError(
-                f"{trace} family {header.family[:12]}, the profile of {profile.family[:12]}; trace and profile the "
-                f"same one"
+                f"{where}: trace: {scenario.trace} is of a family with {what} {traced}, but {owner} {wanted}; trace "
+                "this family (ruyi-flow trace)"
             )
 
 
 def _cdf(x: Any) -> Any:
-    """Of the normal distribution, by Abramowitz and Stegun 7.1.26: an error of at most 1.5e-7, without scipy."""
+    """Return Φ(x) of the normal distribution, by Abramowitz and Stegun 7.1.26: the error is at most 1.5e-7."""
     z = np.abs(x) / math.sqrt(2)
     t = 1 / (1 + 0.3275911 * z)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
@@ -232,5 +234,5 @@ def _cdf(x: Any) -> Any:
 
 
 def _quantile(share: float) -> float:
-    """Of the normal distribution."""
+    """Return the normal distribution's quantile."""
     return NormalDist().inv_cdf(min(max(share, 1e-6), 1 - 1e-6))

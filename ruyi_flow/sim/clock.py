@@ -1,9 +1,9 @@
-"""Virtual time, on SimPy: the waits of the loop, and things that share a capacity."""
+"""The virtual clock, built on SimPy, and capacities that several users share evenly."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,13 +12,13 @@ import simpy
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.loop.clock import Event, Pending
 
-__all__ = ["Shared", "VirtualTime", "until"]
+__all__ = ["SharedCapacity", "VirtualTime", "until"]
 
 T = TypeVar("T")
 
 
 class until:  # noqa: N801 (reads as a word: `await until(event)`)
-    """Waits for a SimPy event, in a coroutine that runs as a SimPy process."""
+    """An awaitable that waits for a SimPy event, in a coroutine that runs as a SimPy process."""
 
     __slots__ = ("_event",)
 
@@ -30,14 +30,14 @@ class until:  # noqa: N801 (reads as a word: `await until(event)`)
 
 
 class _Sleep(simpy.Timeout):  # type: ignore[misc]  # SimPy has no types
-    """A time-out that can be awaited; by an iterator in C, since nobody wants what it is worth."""
+    """A timeout that can be awaited. It has no value, so an iterator in C, which is faster, does."""
 
     def __await__(self) -> Iterator[simpy.Event]:
         return iter((self,))
 
 
 class _Event:
-    """A `loop.clock.Event`."""
+    """An `Event` of `loop/clock.py` in virtual time."""
 
     __slots__ = ("_env", "happened")
 
@@ -54,7 +54,7 @@ class _Event:
 
 
 class _Process:
-    """A `loop.clock.Pending`."""
+    """A `Pending` of `loop/clock.py` in virtual time."""
 
     __slots__ = ("_process",)
 
@@ -76,18 +76,18 @@ class _Process:
             pass
 
 
-def _forgive(event: simpy.Event) -> None:
-    """A failure of the simulated system is told to who awaits it, if anybody does at that moment.
+def _keep_failure(event: simpy.Event) -> None:
+    """Keep a coroutine's failure for whoever awaits it, now or later, instead of ending the simulation.
 
-    Ctrl-C ends the simulation, whoever awaits what it hit.
+    Ctrl-C always ends the simulation.
     """
     if not event.ok and not isinstance(event.value, Exception):
         raise event.value
     event.defused = True
 
 
-def _forgive_ours(event: simpy.Event) -> None:
-    """The same of the simulated system's own failures; any other is a mistake in this program, and ends it."""
+def _ignore_simulated_failure(event: simpy.Event) -> None:
+    """Ignore failures of the simulated system; end the simulation at any other one, a mistake in this program."""
     if event.ok or isinstance(event.value, (RuyiFlowError, simpy.Interrupt)):
         event.defused = True
     else:
@@ -95,15 +95,12 @@ def _forgive_ours(event: simpy.Event) -> None:
 
 
 class VirtualTime:
-    """A `loop.clock.Clock` of a SimPy environment.
-
-    What runs in it are SimPy processes made of coroutines.
-    """
+    """A `Clock` of `loop/clock.py` on a SimPy environment, whose processes are coroutines."""
 
     def __init__(self) -> None:
         self.env = simpy.Environment()
         self.now: Callable[[], float] = partial(getattr, self.env, "_now")
-        """See `Clock`; what runs no Python costs a quarter, and nothing is called more often."""
+        """See `Clock.now`. Nothing is called more often, and a call without Python code takes a quarter of the time."""
 
     def event(self) -> Event:
         return _Event(self.env)
@@ -117,86 +114,87 @@ class VirtualTime:
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
         process = self.env.process(coroutine)  # a coroutine is a generator to SimPy
-        process.callbacks.append(_forgive)
+        process.callbacks.append(_keep_failure)
         return _Process(process)
 
     def process(self, coroutine: Coroutine[Any, Any, Any]) -> simpy.Process:
-        """Run a coroutine as a SimPy process that nobody need await."""
+        """Run a coroutine as a SimPy process that need not be awaited."""
         process = self.env.process(coroutine)
-        process.callbacks.append(_forgive_ours)
+        process.callbacks.append(_ignore_simulated_failure)
         return process
 
     async def pause(self) -> None:
         await self.sleep(0)
 
-    def sleep(self, seconds: float) -> Awaitable[None]:
-        """Await it to wait for so long."""
+    def sleep(self, seconds: float) -> _Sleep:
+        """Return an event that happens after `seconds` seconds and can be awaited."""
         return _Sleep(self.env, seconds)
 
 
-class Shared:
-    """A capacity that all who want some of it at a time share evenly: a link's bandwidth, a machine's cores.
+class SharedCapacity:
+    """A capacity that its users share evenly at every moment: a link's bandwidth, a machine's cores.
 
-    Processor sharing: with n takers each gets min(most, capacity / n). Virtual service makes an arrival and a departure
-    cost O(log n): everybody's service grows at the same rate, so whoever has the least left when it comes ends first.
+    This is processor sharing: each of n users gets min(most, capacity / n). All users are served at the same rate, so
+    they end in the order of (served so far + units left) at their arrival; a heap of that makes an arrival or a
+    departure cost O(log n).
 
     Args:
-        time: where.
-        capacity: units a second.
-        most: units a second that one taker can use; None for all of them.
+        time: the simulation's virtual time.
+        capacity: units per second of all users together.
+        most: most units per second of one user. Default: the whole capacity.
     """
 
     def __init__(self, time: VirtualTime, capacity: float, most: float | None = None) -> None:
         self._time, self._capacity, self._most = time, capacity, capacity if most is None else most
         self._served = self._then = 0.0
-        self._takers: list[tuple[float, int, simpy.Event]] = []
-        self._count = self._wakes = 0
+        self._users: list[tuple[float, int, simpy.Event]] = []
+        self._count = self._alarms = 0
 
-    @property
-    def takers(self) -> int:
-        """At the moment."""
-        return len(self._takers)
-
-    async def take(self, units: float) -> None:
-        """Use so many units, and wait until they are used; who is interrupted uses no more of them."""
-        if units <= 0:
-            return
-        self._go_on()
+    def start(self, units: float) -> simpy.Event:
+        """Begin to use `units` units, and return the event of having used them."""
+        self._advance()
         event = self._time.env.event()
         self._count += 1
-        heapq.heappush(self._takers, (self._served + units, self._count, event))
+        heapq.heappush(self._users, (self._served + units, self._count, event))
         self._set_alarm()
+        return event
+
+    async def take(self, units: float) -> None:
+        """Use `units` units and wait until they are used. An interrupted user gives the rest back."""
+        if units <= 0:
+            return
+        event = self.start(units)
         try:
             await until(event)
         except BaseException:
-            self._go_on()
-            self._takers = [taker for taker in self._takers if taker[2] is not event]
-            heapq.heapify(self._takers)
+            self._advance()
+            self._users = [user for user in self._users if user[2] is not event]
+            heapq.heapify(self._users)
             self._set_alarm()
             raise
 
     @property
     def _rate(self) -> float:
-        return min(self._most, self._capacity / len(self._takers)) if self._takers else 0.0
+        return min(self._most, self._capacity / len(self._users)) if self._users else 0.0
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
         now = self._time.now()
         self._served += (now - self._then) * self._rate
         self._then = now
 
     def _set_alarm(self) -> None:
-        self._wakes += 1
-        if self._takers:
-            left = max(0.0, self._takers[0][0] - self._served) / self._rate
-            alarm = self._time.env.timeout(left, self._wakes)
-            alarm.callbacks.append(self._rings)
+        self._alarms += 1
+        if self._users:
+            left = max(0.0, self._users[0][0] - self._served) / self._rate
+            alarm = self._time.env.timeout(left, self._alarms)
+            alarm.callbacks.append(self._on_alarm)
 
-    def _rings(self, alarm: simpy.Event) -> None:
-        if alarm.value != self._wakes:
-            return  # somebody came or left since
-        self._go_on()
-        end = self._takers[0][0]
-        self._served = max(self._served, end)  # whatever rounding says, the first one is done
-        while self._takers and self._takers[0][0] <= self._served:
-            heapq.heappop(self._takers)[2].succeed()
+    def _on_alarm(self, alarm: simpy.Event) -> None:
+        if alarm.value != self._alarms:
+            return  # a later arrival or departure has set another alarm
+        self._advance()
+        end = self._users[0][0]
+        self._served = max(self._served, end)  # the first one is done, whatever rounding errors say
+        while self._users and self._users[0][0] <= self._served:
+            heapq.heappop(self._users)[2].succeed()
         self._set_alarm()

@@ -1,4 +1,4 @@
-"""A scenario's nodes and links in virtual time, made as they are first needed."""
+"""A scenario's nodes and links in virtual time, each made when it is first needed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ruyi_flow.loop.capacity import Capacity
 from ruyi_flow.loop.chain import Chain
@@ -13,11 +14,11 @@ from ruyi_flow.loop.front_door import FrontDoor
 from ruyi_flow.requests import SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.sim.behaviour import Script
-from ruyi_flow.sim.clock import Shared, VirtualTime
+from ruyi_flow.sim.clock import SharedCapacity, VirtualTime
 from ruyi_flow.sim.link import Direction, Outages, VirtualRemote
 from ruyi_flow.sim.node import VirtualStages, VirtualWorker
 from ruyi_flow.sim.profile import Profile, StepCost
-from ruyi_flow.sim.results import Recorder
+from ruyi_flow.sim.results import AddSlice, Recorder
 from ruyi_flow.sim.scenario import Scenario, SimNode, Span
 from ruyi_flow.types import Encoding, Stage
 
@@ -26,43 +27,44 @@ __all__ = ["Cluster", "Instance"]
 
 @dataclass(slots=True)
 class Instance:
-    """One node that is there."""
+    """One simulated node."""
 
     worker: VirtualWorker
     front_door: FrontDoor
     outages: Outages
     up: Direction | None
     down: Direction | None
-    """Its link to the next one."""
+    """Both directions of the link to the next node; None on the last tier."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Tier:
-    """Nodes that are alike."""
+    """The identical nodes of one depth."""
 
     node: SimNode
     profile: Profile
     costs: tuple[StepCost, ...]
     first_layer: int
     row_bytes: int
-    """Of a state on the link to the next tier; 0 on the last."""
+    """Bytes of one position's state on the link to the next tier; 0 on the last tier."""
 
 
 class Cluster:
-    """Nodes and links.
+    """The nodes and links of a scenario.
 
     Args:
-        scenario: which.
-        profiles: of each of its nodes.
-        time: where.
-        scripts: by a request's number, what the branches say in it.
-        recorder: told of steps.
+        scenario: the deployment.
+        profiles: the profile of each entry of `scenario.nodes`.
+        time: the simulation's virtual time.
+        scripts: what the branches predict in each request under way, by the request's number.
+        recorder: takes the nodes' and links' activity.
     """
 
     def __init__(
         self,
         scenario: Scenario,
         profiles: tuple[Profile, ...],
+        *,
         time: VirtualTime,
         scripts: Mapping[int, Script],
         recorder: Recorder,
@@ -78,17 +80,17 @@ class Cluster:
         self._links = [scenario.link_after(i) for i in range(len(scenario.nodes))]
         self.instances: list[dict[int, Instance]] = [{} for _ in self._tiers]
         self._pipes: dict[tuple[int, int], tuple[Direction, Direction]] = {}
-        self.rooms: dict[int, dict[str, float]] = {}
-        """By the number of a request under way: seconds that it has waited for room, by node."""
-        self._cores: dict[str, Shared] = {}
+        self.admission_s: dict[int, dict[str, float]] = {}
+        """Seconds that each request under way has waited for admission: by the request's number, then by node."""
+        self._cores: dict[str, SharedCapacity] = {}
         self._message_s: dict[str, float] = {}
         for machine in scenario.hosts.values():
-            shared = Shared(time, machine.cores, 1.0)
+            shared = SharedCapacity(time, machine.cores, 1.0)
             self._cores |= dict.fromkeys(machine.nodes, shared)
             self._message_s |= dict.fromkeys(machine.nodes, machine.message_ms / 1000)
 
     async def open(self, device: int, policy: Policy, params: SamplingParams, prompt: int) -> Chain:
-        """A session on a device; see `FrontDoor.open`. The request's number is the sampling's seed."""
+        """Open a session on a device; see `FrontDoor.open`. The sampling seed is the request's number."""
         profile = self._tiers[0].profile
         opening = SessionOpen(
             family=profile.family,
@@ -103,7 +105,7 @@ class Cluster:
         return await self._enter(0, self.instance(0, device), opening)
 
     async def _enter(self, tier: int, there: Instance, opening: SessionOpen) -> Chain:
-        """Open a session on a node, and note how long that waited for room."""
+        """Open a session on a node, and record how long it waited for admission."""
         began = self._time.now()
         try:
             return await there.front_door.open(opening, None)
@@ -111,12 +113,12 @@ class Cluster:
             waited, number = self._time.now() - began, opening.sampling.seed or 0
             if waited and number in self._scripts:
                 name = self._tiers[tier].node.name
-                rooms = self.rooms.setdefault(number, {})
-                rooms[name] = rooms.get(name, 0.0) + waited
+                admission_s = self.admission_s.setdefault(number, {})
+                admission_s[name] = admission_s.get(name, 0.0) + waited
                 self._recorder.timeline.series(f"room {name}").add((began, waited, waited))
 
-    def forget_what_was_done(self) -> None:
-        """Count the nodes' times and the links' bytes from this moment on."""
+    def reset_counters(self) -> None:
+        """Restart the counters of the nodes' times and the links' bytes at 0."""
         for there in self.instances:
             for instance in there.values():
                 instance.worker.busy_s = instance.worker.waited_s = 0.0
@@ -124,7 +126,7 @@ class Cluster:
             up.carried = down.carried = 0
 
     def instance(self, tier: int, number: int) -> Instance:
-        """One of a tier's nodes."""
+        """Return one of a tier's nodes, by its number from 0."""
         found = self.instances[tier].get(number)
         if found is None:
             found = self.instances[tier][number] = self._make(tier, number)
@@ -134,13 +136,19 @@ class Cluster:
         this, time = self._tiers[tier], self._time
         node, limits = this.node, this.node.limits
         capacity = Capacity(limits.max_positions, limits.max_sessions, this.profile.context)
-        stages = VirtualStages(node.exits, tier == 0, this.costs, self._scripts, capacity)
-        busy, told = self._recorder.timeline.series(f"busy {node.name}"), self._told(node.name, number)
-        costs, cores = this.profile, self._cores.get(node.name)
-        cold = costs.cold if costs.pauses_s else None
-        rounds = (costs.round_s, costs.round_cpu_s) if tier == 0 else (0.0, 0.0)
+        stages = VirtualStages(node.exits, first=tier == 0, costs=this.costs, scripts=self._scripts, capacity=capacity)
+        costs, entry = this.profile, tier == 0
         worker = VirtualWorker(
-            time, stages, limits.max_step_positions, costs.step_s, *rounds, cores, cold, busy.add, told
+            time,
+            stages,
+            budget=limits.max_step_positions,
+            step_s=costs.step_s,
+            round_s=costs.round_s if entry else 0.0,
+            round_cpu_s=costs.round_cpu_s if entry else 0.0,
+            cores=self._cores.get(node.name),
+            cold=costs.cold if costs.pauses_s else None,
+            add_busy=self._recorder.timeline.series(f"busy {node.name}").add,
+            add_slice=self._slices(node.name, f"{node.name} {number}"),
         )
         way = up = down = None
         if self._links[tier] is not None:
@@ -153,7 +161,7 @@ class Cluster:
         return Instance(worker, front_door, self._outages(node, number), up, down)
 
     def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:
-        """See `loop.front_door.Connect`."""
+        """Return how a node's sessions reach the next tier; see `front_door.Connect`."""
         link, this = self._links[tier], self._tiers[tier]
         assert link is not None
         target = self._target(tier, number)
@@ -170,18 +178,18 @@ class Cluster:
 
                 return VirtualRemote(
                     self._time,
-                    self._tiers[tier + 1].node.name,
-                    replace(onward, policy=policy),
-                    open,
-                    up,
-                    down,
-                    number,
-                    this.row_bytes,
-                    this.profile,
-                    link.timeout_s,
-                    there.outages,
-                    self._cores.get(this.node.name),
-                    self._message_s.get(this.node.name, 0.0),
+                    name=self._tiers[tier + 1].node.name,
+                    opening=replace(onward, policy=policy),
+                    open=open,
+                    up=up,
+                    down=down,
+                    flow=number,
+                    row_bytes=this.row_bytes,
+                    profile=this.profile,
+                    timeout_s=link.timeout_s,
+                    outages=there.outages,
+                    cores=self._cores.get(this.node.name),
+                    message_s=self._message_s.get(this.node.name, 0.0),
                 )
 
             return beyond
@@ -189,28 +197,29 @@ class Cluster:
         return way
 
     def _target(self, tier: int, number: int) -> int:
-        """Which of the next tier's nodes a node talks to."""
+        """Return the number of the next tier's node that a node talks to."""
         return number * self._tiers[tier + 1].node.count // self._tiers[tier].node.count
 
     def _link(self, tier: int, number: int) -> tuple[Direction, Direction]:
         link = self._links[tier]
         assert link is not None
         key = (tier, self._target(tier, number) if link.shared else number)
+        name = f"{link.source}-{link.target}"
         if key not in self._pipes:
             outages = Outages(_spans(link.down))
 
             def direction(way: str, mbit: float | None) -> Direction:
                 return Direction(
                     self._time,
-                    link.round_trip_ms / 2000,
-                    link.jitter_ms / 1000,
-                    None if mbit is None else mbit * 125_000,
-                    link.shared,
-                    link.loss,
-                    outages,
-                    self._random,
-                    self._recorder.timeline.series(f"{way} {link.source}-{link.target}").add,
-                    self._carried(f"{link.source}-{link.target}", way, key[1]),
+                    latency_s=link.round_trip_ms / 2000,
+                    jitter_s=link.jitter_ms / 1000,
+                    bytes_per_s=None if mbit is None else mbit * 125_000,
+                    shared=link.shared,
+                    loss=link.loss,
+                    outages=outages,
+                    random=self._random,
+                    add_bytes=self._recorder.timeline.series(f"{way} {name}").add,
+                    add_slice=self._slices(f"link {name}", f"{way} {key[1]}"),
                 )
 
             self._pipes[key] = direction("up", link.up_mbit), direction("down", link.down_mbit)
@@ -220,40 +229,21 @@ class Cluster:
         spans: Iterator[tuple[float, float]] = iter(_spans(node.down))
         if node.mtbf_s is not None:
             source = random.Random(f"{self._scenario.seed}/faults/{node.name}/{number}")
-            spans = heapq.merge(spans, _breaks(node.mtbf_s, node.mttr_s, source))
+            spans = heapq.merge(spans, _random_outages(node.mtbf_s, node.mttr_s, source))
         return Outages(spans)
 
-    def _told(self, name: str, number: int) -> Callable[[float, float, int, int], None] | None:
-        """See `sim.node.Told`; None where nobody wants to know."""
-        events, exits = self._recorder.events, self._scenario.node(name).exits
-        if events is None:
-            return None
-
-        def told(began: float, took: float, stage: int, rows: int) -> None:
-            if not events.full:
-                events.slice(name, f"{name} {number}", f"exit {exits[stage]}", began, took, rows=rows)
-
-        return told
-
-    def _carried(self, link: str, way: str, number: int) -> Callable[[float, float, int], None] | None:
-        """See `sim.link.Told`; None where nobody wants to know."""
+    def _slices(self, process: str, thread: str) -> AddSlice | None:
+        """Return what adds slices to a thread of the Chrome trace; None if no trace is written."""
         events = self._recorder.events
-        if events is None:
-            return None
-
-        def told(began: float, came: float, count: int) -> None:
-            if not events.full:
-                events.slice(f"link {link}", f"{way} {number}", "message", began, came - began, bytes=count)
-
-        return told
+        return None if events is None else partial(events.slice, process, thread)
 
 
 def _spans(down: tuple[Span, ...]) -> list[tuple[float, float]]:
     return sorted((span.at_s, span.at_s + span.for_s) for span in down)
 
 
-def _breaks(mtbf_s: float, mttr_s: float, source: random.Random) -> Iterator[tuple[float, float]]:
-    """When a node that breaks by itself is down, without end."""
+def _random_outages(mtbf_s: float, mttr_s: float, source: random.Random) -> Iterator[tuple[float, float]]:
+    """Yield the random outages of a node without end, as (from, to) in seconds."""
     now = 0.0
     while True:
         now += source.expovariate(1 / mtbf_s)

@@ -1,4 +1,4 @@
-"""Machines that nodes may run on, from their data sheets; docs/simulation-costs.md has what is known of each."""
+"""The machines that nodes can be simulated on, from data sheets; docs/simulation-costs.md lists them."""
 
 from __future__ import annotations
 
@@ -9,47 +9,45 @@ from typing import Literal
 __all__ = ["HARDWARE", "Hardware"]
 
 _LAYER_S = {"phone": 2e-4, "board": 2e-4, "laptop": 8e-5, "cpu": 8e-5, "gpu": 1e-4}
-"""Launching one layer's kernels, by kind. docs/simulation-costs.md says where these come from."""
+"""Seconds of launching one layer's kernels, by kind of machine; docs/simulation-costs.md has the sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One machine, or one accelerator of a machine, that runs a node."""
+    """A machine, or one accelerator of a machine, that runs a node."""
 
     name: str
     label: str
-    """For people."""
+    """Name for display."""
     kind: Literal["phone", "board", "laptop", "cpu", "gpu"]
     flops: float
-    """Dense operations a second at the best, in bfloat16 or float16; in float32 where a CPU has no faster format."""
+    """Peak dense operations per second in 16 bits, or in float32 for a CPU without a faster format."""
     bandwidth: float
-    """Bytes a second from memory at the best."""
+    """Peak memory bandwidth in bytes per second."""
     memory_bytes: int
-    """Nominal, in gigabytes of 10^9; what the system and the programs take is not subtracted."""
+    """Nominal memory in bytes, a gigabyte being 10^9. It includes what the system and programs take."""
     idle_w: float
-    """Watts with a model in memory and nothing to do."""
+    """Power in watts with a model loaded but no step running."""
     busy_w: float
-    """Watts at full load."""
-    price_per_hour: float | None
-    """USD, on demand; None for what people own."""
+    """Power in watts at full load."""
     source: str
-    """Of the speeds and the memory."""
+    """Source of the operations, the bandwidth and the memory."""
     power_source: str
-    """Of the watts and the price."""
+    """Source of the power and the price."""
+    price_per_hour: float | None = None
+    """On-demand price in US dollars; None for machines that users own."""
     flops_share: float = 0.5
-    """Of `flops`, what products reach."""
+    """Share of the peak operations that matrix products reach."""
     bandwidth_share: float = 0.7
-    """Of `bandwidth`, what they reach."""
-    launch_s: float | None = None
-    """Of one layer's kernels; None takes the kind's."""
+    """Share of the peak bandwidth that matrix products reach."""
 
     @property
     def layer_s(self) -> float:
-        """Seconds that one layer's kernels take to be launched."""
-        return _LAYER_S[self.kind] if self.launch_s is None else self.launch_s
+        """Seconds of launching one layer's kernels."""
+        return _LAYER_S[self.kind]
 
     def bound_s(self, flops: float, moved: float) -> float:
-        """Seconds to compute so many operations and to move so many bytes, at once."""
+        """Return the seconds of computing so many operations while moving so many bytes."""
         return max(flops / (self.flops * self.flops_share), moved / (self.bandwidth * self.bandwidth_share))
 
 
@@ -74,7 +72,6 @@ _MACHINES = (
         memory_bytes=12 * 10**9,
         idle_w=0.5,
         busy_w=5.0,
-        price_per_hour=None,
         source="64 bits of LPDDR5X at 4,800 MHz (https://droidholic.com/snapdragon-8-gen-3-launched/); GPU: Adreno "
         f"750, 1,536 lanes at 903 MHz, twice the rate in float16 ({_UNREAD})",
         power_source=_NO_WATTS,
@@ -88,7 +85,6 @@ _MACHINES = (
         memory_bytes=8 * 10**9,
         idle_w=0.5,
         busy_w=5.0,
-        price_per_hour=None,
         source="GPU: https://hmc-tech.com/gpu/apple-6-core-a17-pro-vs-imagination-img-axe-2-16; 8 GB of LPDDR5 "
         "(https://grokipedia.com/page/Apple_A17), 64 bits at 3,200 MHz",
         power_source=_NO_WATTS,
@@ -102,7 +98,6 @@ _MACHINES = (
         memory_bytes=8 * 10**9,
         idle_w=0.5,
         busy_w=5.0,
-        price_per_hour=None,
         source="bandwidth and cores: https://forumsr.anandtech.com/show/21534/qualcomm-adds-snapdragon-7s-gen-3-"
         "midtier-snapdragon-gets-cortexa720-treatment; its GPU's rate is not published, so the four large cores "
         "(2.5 and 3 x 2.4 GHz, 32 float16 operations a cycle: Cortex-A720's two 128-bit units)",
@@ -117,7 +112,6 @@ _MACHINES = (
         memory_bytes=8 * 10**9,
         idle_w=3.3,
         busy_w=9.8,
-        price_per_hour=None,
         source="32 bits of LPDDR4X at 4,267 MT/s, four Cortex-A76 at 2.4 GHz "
         "(https://circuitdigest.com/news/the-new-raspberry-pi-5-is-here-faster-than-ever), "
         "16 float32 operations a cycle each",
@@ -134,7 +128,6 @@ _MACHINES = (
         memory_bytes=8 * 10**9,
         idle_w=3.75,
         busy_w=25.0,
-        price_per_hour=None,
         source="67 sparse int8 TOPS, a quarter of that in dense float16; 102 GB/s (NVIDIA's data sheet as in "
         "https://www.brojogopalsapui.com/ai-foundations/sub_contents/AI_hardware/jetson_orin_nano_light.html)",
         power_source=f"25 W: as the speeds; {_RULE}",
@@ -148,7 +141,6 @@ _MACHINES = (
         memory_bytes=16 * 10**9,
         idle_w=3.75,
         busy_w=25.0,
-        price_per_hour=None,
         source="NVIDIA Jetson Orin NX Series data sheet: 128 bits of LPDDR5; GPU as the Orin Nano's, at 918 MHz "
         "(https://gist.github.com/atinfinity/8cede915acda05d0ff427c09604735dd) against its 1,020",
         power_source="10 to 25 W "
@@ -164,7 +156,6 @@ _MACHINES = (
         memory_bytes=64 * 10**9,
         idle_w=9.0,
         busy_w=60.0,
-        price_per_hour=None,
         source="NVIDIA Jetson AGX Orin Series technical brief: 170 sparse int8 TOPS of the GPU, a quarter of that "
         f"in dense float16; 256 bits of LPDDR5 ({_UNREAD})",
         power_source="https://forums.developer.nvidia.com/t/maximum-power-consumption-bounds-for-orin-agx/323456; "
@@ -179,7 +170,6 @@ _MACHINES = (
         memory_bytes=16 * 10**9,
         idle_w=4.7,
         busy_w=17.0,
-        price_per_hour=None,
         source="https://abachy.com/news/apples-m3-series-chips-enhanced-performance-and-advanced-gpus; ten of the "
         "GPU cores of https://hmc-tech.com/gpu/apple-32-core-m4-max-vs-apple-40-core-m3-max",
         power_source=f"idle: its battery over 15 hours of browsing ({_BATTERY}); "
@@ -194,7 +184,6 @@ _MACHINES = (
         memory_bytes=64 * 10**9,
         idle_w=6.0,
         busy_w=56.0,
-        price_per_hour=None,
         source="https://hmc-tech.com/gpu/apple-32-core-m4-max-vs-apple-40-core-m3-max; 400 GB/s: Apple's "
         f"specifications ({_UNREAD})",
         power_source=f"idle: its battery over 12 hours of browsing ({_BATTERY}); "
@@ -209,7 +198,6 @@ _MACHINES = (
         memory_bytes=32 * 10**9,
         idle_w=4.2,
         busy_w=28.0,
-        price_per_hour=None,
         source="GPU: https://fpsbench.com/compare/gpu/amd-radeon-760m-vs-amd-radeon-780m; 128 bits of LPDDR5X-7500 "
         "(https://cputronic.com/cpu/amd-ryzen-7-7840u)",
         power_source=f"28 W: https://cputronic.com/cpu/amd-ryzen-7-7840u; {_RULE}",
@@ -329,4 +317,4 @@ _MACHINES = (
 )
 
 HARDWARE: Mapping[str, Hardware] = {hardware.name: hardware for hardware in _MACHINES}
-"""By name, the slower kinds first."""
+"""The machines by name, the slower kinds first."""

@@ -1,4 +1,4 @@
-"""Who asks what, and when: conversations one after the other, drawn from a scenario's load."""
+"""Conversations drawn from a scenario's load: when they begin, on which device, with how many tokens."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from dataclasses import dataclass
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.scenario import Arrivals, Lengths, Load
 
-__all__ = ["Conversation", "Lengthy", "conversations", "turns"]
+__all__ = ["Conversation", "TokenCounts", "conversations", "draw_turns"]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A user's first question, when it comes."""
+    """The beginning of a user's conversation. Numbers that are 0 are drawn later."""
 
     at_s: float
+    """Second of the first question."""
     device: int
     turns: int
-    """0 where they are still to be drawn, as what follows."""
     prompt_tokens: int = 0
     answer_tokens: int = 0
 
 
-class Lengthy:
-    """Draws numbers of tokens."""
+class TokenCounts:
+    """A distribution from which numbers of tokens are drawn."""
 
     def __init__(self, lengths: Lengths) -> None:
         self._lengths = lengths
 
     def draw(self, recorded: int, source: random.Random) -> int:
-        """A number of tokens; `recorded` is the trace's."""
+        """Draw a number of tokens; `recorded` is the trace's number."""
         lengths = self._lengths
         if lengths.kind == "constant":
             return lengths.tokens
@@ -45,22 +45,23 @@ class Lengthy:
         return max(1, min(lengths.most, recorded))
 
     def least(self, recorded: int) -> int:
-        """The fewest tokens that it draws; `recorded` are the trace's fewest."""
+        """Return the fewest tokens that can be drawn; `recorded` is the trace's fewest."""
         lengths = self._lengths
         fewest = {"constant": lengths.tokens, "uniform": lengths.low, "lognormal": 1}
         return fewest.get(lengths.kind, max(1, min(lengths.most, recorded)))
 
 
 def conversations(load: Load, devices: int, source: random.Random, where: str) -> Iterable[Conversation]:
-    """Conversations in the order that they begin: a list for a replay, else without end but for `duration_s`.
+    """Return conversations in order of their beginning: a list for a replay, otherwise endless or up to `duration_s`.
 
     Args:
-        devices: how many there are; each conversation is on one of them, drawn evenly.
-        source: of randomness.
-        where: the scenario's name, for messages.
+        load: the scenario's load.
+        devices: number of devices; each conversation is on one of them, drawn uniformly.
+        source: source of random numbers.
+        where: name of the scenario's file, for error messages.
 
     Raises:
-        ConfigError: the file to replay is not one, or has nothing to replay.
+        ConfigError: the file to replay cannot be read, is malformed, or has nothing to replay.
     """
     return _replayed(load, devices, where) if load.arrivals.kind == "replay" else _drawn(load, devices, source)
 
@@ -74,8 +75,8 @@ def _drawn(load: Load, devices: int, source: random.Random) -> Iterator[Conversa
         yield Conversation(now, source.randrange(devices), 0)
 
 
-def turns(load: Load, source: random.Random) -> int:
-    """Questions of one conversation, of a geometric distribution."""
+def draw_turns(load: Load, source: random.Random) -> int:
+    """Draw the number of questions of a conversation, from a geometric distribution."""
     mean = load.turns.mean
     if mean <= 1:
         return 1
@@ -83,7 +84,7 @@ def turns(load: Load, source: random.Random) -> int:
 
 
 def _gaps(arrivals: Arrivals, source: random.Random) -> Iterator[float]:
-    """Seconds between arrivals."""
+    """Yield the seconds between arrivals."""
     rate = arrivals.rate
     if arrivals.kind == "even":
         while True:
@@ -92,7 +93,7 @@ def _gaps(arrivals: Arrivals, source: random.Random) -> Iterator[float]:
         while True:
             yield source.expovariate(rate)
     if arrivals.kind == "diurnal":
-        # Thinning (Lewis and Shedler 1979): arrivals at the highest rate, of which the moment's share is kept.
+        # Thinning (Lewis and Shedler 1979): draw arrivals at the highest rate, keep the present rate's share of them.
         highest, swing = rate * arrivals.peak_factor, arrivals.peak_factor - 1
         now = last = 0.0
         while True:
@@ -105,7 +106,7 @@ def _gaps(arrivals: Arrivals, source: random.Random) -> Iterator[float]:
     calm = rate / (1 - share + share * arrivals.busy_factor)
     rates, stays, state = (calm, calm * arrivals.busy_factor), (arrivals.calm_s, arrivals.burst_s), 0
     left, gap = source.expovariate(1 / stays[0]), 0.0
-    while True:  # memoryless: what is left of a gap when the state changes is drawn anew
+    while True:  # memoryless: when the state changes, the rest of the gap is drawn anew
         step = source.expovariate(rates[state])
         if step < left:
             left -= step
@@ -126,7 +127,7 @@ def _replayed(load: Load, devices: int, where: str) -> list[Conversation]:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = csv.DictReader(lines)
             if "at_s" not in (rows.fieldnames or ()):
-                raise ConfigError(f"{key}: {file} has no column at_s; it has {rows.fieldnames}")
+                raise ConfigError(f"{key}: {file} has no column at_s, only {rows.fieldnames}; add it")
             last = 0.0
             for number, row in enumerate(rows):
                 here = f"{key}: {file}, line {rows.line_num}"
@@ -137,9 +138,11 @@ def _replayed(load: Load, devices: int, where: str) -> list[Conversation]:
                 except (TypeError, ValueError) as error:
                     raise ConfigError(f"{here}: {error}") from None
                 if not last <= at < math.inf or prompt < 0 or answer < 0:
-                    raise ConfigError(f"{here}: times must ascend from 0, lengths be 0 or more")
+                    raise ConfigError(f"{here}: at_s must ascend from 0, and numbers of tokens must be 0 or more")
                 if not 0 <= device < devices:
-                    raise ConfigError(f"{here}: device {device}, but nodes.0.count is {devices}; they count from 0")
+                    raise ConfigError(
+                        f"{here}: device {device} does not exist: nodes.0.count is {devices}, counted from 0"
+                    )
                 last = at
                 if at <= most_s:
                     found.append(Conversation(at, device, 1, prompt, answer))
@@ -149,6 +152,6 @@ def _replayed(load: Load, devices: int, where: str) -> list[Conversation]:
         raise ConfigError(f"{key}: {file} cannot be read as CSV: {error}") from None
     if not found:
         raise ConfigError(
-            f"{key}: {file} has nothing to replay{'' if most_s == math.inf else ' within load.duration_s'}"
+            f"{key}: {file} has no row to replay{'' if most_s == math.inf else ' within load.duration_s'}"
         )
     return found

@@ -1,32 +1,30 @@
-"""A node in virtual time: the product's sessions and steps, with rows that are counted and not computed."""
+"""A node in virtual time: the product's own sessions and steps, over states that are counted instead of computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import simpy
 
 from ruyi_flow.loop.capacity import Capacity, Lease
 from ruyi_flow.loop.scheduler import rows_alone
 from ruyi_flow.loop.session import Pass, Session
-from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run_parts
+from ruyi_flow.loop.steps import Job, Parts, Steps, Task
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.behaviour import Script
-from ruyi_flow.sim.clock import Shared, VirtualTime, until
+from ruyi_flow.sim.clock import SharedCapacity, VirtualTime, until
 from ruyi_flow.sim.profile import StepCost
-from ruyi_flow.sim.results import Amount
+from ruyi_flow.sim.results import AddSlice, TimedAmount
 
 __all__ = ["Rows", "VirtualSession", "VirtualStages", "VirtualWorker"]
 
 T = TypeVar("T")
 
-Told = Callable[[float, float, int, int], None]
-"""Told of a step: when it began, how long it took, its stage and its rows."""
-
 
 class Rows:
-    """States that are only counted."""
+    """A stand-in for a tensor of hidden states: it only has a number of rows."""
 
     __slots__ = ("shape",)
 
@@ -39,23 +37,24 @@ class Rows:
 
 
 _ONE = Rows(1)
-"""Of a token, which is nearly always."""
+"""The state of one token, by far the most frequent case."""
 
 
 class VirtualStages:
-    """A node's consecutive stages.
+    """A node's consecutive stages in virtual time.
 
     Args:
-        exits: where they end.
-        first: whether they start with the embedding.
-        costs: of each of them.
-        scripts: by a session's seed, what the branches say in it.
-        capacity: for sessions.
+        exits: the exits that the stages end at.
+        first: whether the first stage starts with the embedding.
+        costs: the step cost of each stage.
+        scripts: what the branches predict in each session, by the session's sampling seed.
+        capacity: the node's capacity for sessions.
     """
 
     def __init__(
         self,
         exits: tuple[int, ...],
+        *,
         first: bool,
         costs: Sequence[StepCost],
         scripts: Mapping[int, Script],
@@ -66,37 +65,49 @@ class VirtualStages:
 
     @property
     def is_entry(self) -> bool:
-        """See `Stages`."""
+        """See `Stages.is_entry`."""
         return self._first
 
     def open(self, opening: SessionOpen, lease: Lease, *, covers_next: bool = False) -> VirtualSession:
-        """Start a session; see `Stages.open`. The seed says which script it follows."""
+        """Start a session; see `Stages.open`. The sampling seed selects its script."""
         script = self._scripts[opening.sampling.seed or 0]
         return VirtualSession(self, lease, opening, script=script, covers_next=covers_next)
 
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
-        """Seconds that the next rows of passes take together."""
+        """Return the seconds of a step that runs the next rows of several passes."""
         work, count = parts[0]
         stage = work.stage
         costs = self._costs[stage]
-        if count == 1 and len(parts) == 1:  # a token, which is nearly always
+        if count == 1 and len(parts) == 1:  # one token: by far the most frequent case
             session = work.session
             start = session.positions[stage]
             read = len(session.rows_to_read(stage, start, 1, work.wants)) if work.looks else 0
-            return costs.of_one(start + 1, work.looks, read, 0 if session.policy.routing.scale is None else read)
+            return costs.seconds_of_one(
+                start + 1, work.looks, read, 0 if session.policy.routing.scale is None else read
+            )
         rows = taken = read = scaled = context = read_context = read_attended = 0
         attended = 0.0
         for work, count in parts:
             start = work.session.positions[stage]
-            held = start + count
-            rows, context, attended = rows + count, context + held, attended + count * (start + 0.5 * count)
+            stop = start + count
+            rows, context, attended = rows + count, context + stop, attended + count * (start + 0.5 * count)
             if work.looks:
                 asked = len(work.session.rows_to_read(stage, start, count, work.wants))
                 taken, read = taken + count, read + asked
                 if asked:
-                    read_attended, read_context = read_attended + asked * held, read_context + held
+                    read_attended, read_context = read_attended + asked * stop, read_context + stop
                     scaled += 0 if work.session.policy.routing.scale is None else asked
-        return costs.of(rows, attended, context, len(parts), taken, read, read_attended, read_context, scaled)
+        return costs.seconds(
+            rows,
+            attended,
+            context,
+            sessions=len(parts),
+            taken=taken,
+            read=read,
+            read_attended=read_attended,
+            read_context=read_context,
+            scaled=scaled,
+        )
 
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
         """See `Stages.run`."""
@@ -110,7 +121,7 @@ class VirtualStages:
 
 
 class VirtualSession(Session):
-    """A session whose branches say what its script has."""
+    """A session whose branches predict what its script says."""
 
     def __init__(
         self, stages: VirtualStages, lease: Lease, opening: SessionOpen, *, script: Script, covers_next: bool
@@ -125,78 +136,80 @@ class VirtualSession(Session):
         return Rows(sum(s.shape[0] for s in states))
 
     def look(self, work: Pass, start: int, stop: int) -> None:
-        """What the branch says at the wanted ones of some positions."""
+        """Add what the branch predicts at the wanted positions from start to before stop."""
         looks, found, first = self._looks[work.stage], work.found, self.prompt_length - 1
         assert found is not None
         if self.rates_prompt(work.stage, stop):
-            self.choose_start(self._script.reading)
+            self.choose_start(self._script.prompt_reading)
         for position in work.wants:
             if start <= position < stop:
                 found.append(looks[(position - first) % len(looks)])
 
 
 class _Waiter:
-    """Who waits for a task in virtual time."""
+    """The caller of `VirtualWorker.run` that waits for one task."""
 
-    __slots__ = ("event", "gone", "result")
+    __slots__ = ("event", "gone", "outcome")
 
     def __init__(self) -> None:
         self.event: Any = None
-        self.result: Any = None
+        """The event that it waits for; None for the caller that takes the node's steps."""
+        self.outcome: Any = None
+        """(result, error, seconds waited, seconds run) of the task, once it has ended."""
         self.gone = False
 
     def cancelled(self) -> bool:
         return self.gone
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    parts: Parts
-    began: float
-    cost: float
-
-
 class VirtualWorker:
-    """A `Worker` whose steps take what they cost.
+    """A `Worker` whose steps take their cost in virtual time.
+
+    The caller that runs a task on an idle node takes the node's steps. As long as it is alone, it does so without a
+    scheduler. Tasks that arrive meanwhile join its steps. When its own task is done, a process takes the other steps.
 
     Args:
-        time: where.
-        stages: whose.
-        budget: positions of a step.
-        step_s: of a task, beyond its steps, unless it is brief.
-        round_s: of every task: the entry node's rounds.
-        round_cpu_s: processor time of one, where there are cores.
-        cores: of the machine, where nodes share it.
-        cold: what the first step after a pause takes more, by the pause; None for nothing.
-        note: takes in the seconds of every step, from when it began.
-        told: told of every step.
+        time: the simulation's virtual time.
+        stages: the node's stages.
+        budget: most positions in one step.
+        step_s: overhead of a task in seconds, unless it is brief.
+        round_s: overhead of every task in seconds, for a round on the entry node.
+        round_cpu_s: processor seconds of that round; only used with `cores`.
+        cores: the cores that the node shares with other nodes of its machine. Default: a core of its own.
+        cold: returns the extra seconds of the first step after a pause, from its seconds. Default: none.
+        add_busy: takes the start and the length of every step.
+        add_slice: adds a step that has ended to the Chrome trace. Default: no trace.
     """
 
     def __init__(
         self,
         time: VirtualTime,
         stages: VirtualStages,
+        *,
         budget: int,
         step_s: float = 0.0,
         round_s: float = 0.0,
         round_cpu_s: float = 0.0,
-        cores: Shared | None = None,
+        cores: SharedCapacity | None = None,
         cold: Callable[[float], float] | None = None,
-        note: Callable[[Amount], None] = lambda amount: None,
-        told: Told | None = None,
+        add_busy: Callable[[TimedAmount], None] = lambda busy: None,
+        add_slice: AddSlice | None = None,
     ) -> None:
         self._cold, self._idle_since = cold, -math.inf
         self._step_s, self._round_s, self._round_cpu_s = step_s, round_s, round_cpu_s
         self._time, self._stages, self._cores = time, stages, cores
-        self._note, self._told = note, told
-        self._steps, self._budget = Steps(budget, self._ended, self._failed), budget
-        self._busy = self._in_step = False
-        self._later: list[Callable[[], object]] = []
-        """What is to be run after the step that is under way, in which jobs have a part that may be forgotten."""
+        self._add_busy, self._add_slice = add_busy, add_slice
+        self._steps = Steps(budget, self._ended, lambda job, error: self._ended(job, None, error))
+        self._budget = budget
+        self._busy = False
+        """Whether the node's steps are being taken."""
+        self._under_way: tuple[Parts, float, simpy.Event] | None = None
+        """The step of several tasks that is under way: its parts, when it began, and the event of its end."""
+        self._submitted: list[Callable[[], object]] = []
         self.busy_s = 0.0
-        """Seconds of steps so far."""
+        """Seconds of all steps so far."""
         self.waited_s = 0.0
-        """That tasks have waited, all together."""
+        """Seconds that all tasks have waited so far."""
 
     def run(
         self, task: Task[T], *, brief: bool = False, since: float | None = None
@@ -204,32 +217,34 @@ class VirtualWorker:
         around_s = self._round_s if brief else self._round_s + self._step_s
         if self._cores is not None and self._round_cpu_s:
             self._time.start(self._cores.take(self._round_cpu_s))
-        return (self._with_others if self._busy else self._alone)(task, around_s, since)
+        return (self._join if self._busy else self._lead)(task, around_s, since)
 
-    async def _with_others(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+    async def _join(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+        """Run a task on a busy node, whose steps another caller takes."""
         waiter = _Waiter()
         try:
             self._steps.add(Job(task, waiter, self._time.now(), since=since))
-            if waiter.result is None:
+            if waiter.outcome is None:
                 waiter.event = self._time.env.event()
                 await until(waiter.event)
             if around_s:
                 await self._time.sleep(around_s)
         except BaseException:
-            waiter.gone = True  # interrupted: the step that it has a part in goes on without it
+            waiter.gone = True  # interrupted: the step under way continues without it
             raise
-        return self._given(waiter)
+        return self._result(waiter)
 
-    async def _alone(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
-        """Run a task on the idle node: without the scheduler, until there is another one.
+    async def _lead(self, task: Task[T], around_s: float, since: float | None) -> tuple[T, float, float]:
+        """Run a task on the idle node, and take the node's steps until it is done.
 
-        What it takes around its steps is waited for with the first of them, which is an event less.
+        As long as it is alone, `around_s` passes together with its first step, which saves an event.
         """
         time, now, stages, others = self._time, self._time.now, self._stages, self._steps.jobs
         self._busy, asked, ran_s = True, now(), 0.0
         before_s, began = around_s, asked
         if self._cold is not None:
             before_s += self._cold(asked - self._idle_since)
+        waiter: _Waiter | None = None
         try:
             work = next(task)
             while not others:
@@ -239,123 +254,87 @@ class VirtualWorker:
                 await (time.sleep(cost) if self._cores is None else self._cores.take(cost))
                 ended_s = now()
                 took = max(0.0, ended_s - began - around_s)
-                self.busy_s += took
-                self._note((began, took, took))
-                if self._told is not None:
-                    self._told(began, took, work.stage, rows)
+                self._count(began, took, work.stage, rows)
                 stages.run(parts)
                 ran_s += took
                 began, before_s, around_s = ended_s, 0.0, 0.0
                 if not work.rows:
                     work = task.send(work.found)
-        except StopIteration as ended:
+            waiter = _Waiter()
+            job = Job(task, waiter, asked, since=since)
+            job.work, job.ran_s = work, ran_s
+            self._steps.join(job)
+            while waiter.outcome is None:
+                await self._step()
+            return self._result(waiter)
+        except StopIteration as ended:  # it was alone to its end
             result: T = ended.value
-        except BaseException:  # interrupted, or the task failed: the node is free again
-            self._leave()
+        except BaseException:
+            if waiter is not None:
+                waiter.gone = True  # interrupted: the other tasks continue without it
             raise
-        else:
-            return await self._joined(task, work, asked, since, ran_s)
-        self._leave()
+        finally:
+            if others:
+                time.start(self._take_steps())
+            else:
+                self._busy, self._idle_since = False, now()
         waited = began - asked - ran_s
         self.waited_s += waited
         return result, waited, ran_s
 
-    async def _joined(
-        self, task: Task[T], work: Pass, asked: float, since: float | None, ran_s: float
-    ) -> tuple[T, float, float]:
-        """Go on with a task together with others, and take the node's steps until it is done."""
-        waiter = _Waiter()
-        job = Job(task, waiter, asked, since=since)
-        job.work, job.ran_s = work, ran_s
-        self._steps.join(job)
-        try:
-            while waiter.result is None:
-                await self._do(self._begin())
-        except BaseException:  # interrupted: others go on without it
-            waiter.gone = True
-            raise
-        self._leave()
-        return self._given(waiter)
+    async def _take_steps(self) -> None:
+        """Take the node's steps until there are no jobs, after the leading task is done."""
+        while self._steps.jobs:
+            await self._step()
+        self._busy, self._idle_since = False, self._time.now()
 
-    def _given(self, waiter: _Waiter) -> tuple[Any, float, float]:
-        result, error, waited, ran_s = waiter.result
+    async def _step(self) -> None:
+        """Take the scheduler's next step, or finish the one under way if whoever began it was interrupted."""
+        if self._under_way is None:
+            parts = self._steps.next()
+            cost = self._stages.cost([(job.running, rows) for job, rows in parts])
+            ends = self._time.sleep(cost) if self._cores is None else self._cores.start(cost)
+            self._under_way = parts, self._time.now(), ends
+        parts, began, ends = self._under_way
+        await until(ends)
+        took = self._time.now() - began
+        self._count(began, took, parts[0][0].running.stage, sum(rows for _, rows in parts))
+        run(parts)
+        self._steps.ran(took)
+        self._under_way = None
+        if self._submitted:
+            self._run_submitted()
+
+    def _count(self, began: float, took: float, stage: int, rows: int) -> None:
+        self.busy_s += took
+        self._add_busy((began, took, took))
+        if self._add_slice is not None:
+            self._add_slice(f"exit {self._stages.exits[stage]}", began, took, rows=rows)
+
+    def _ended(self, job: Job, result: object, error: Exception | None = None) -> None:
+        waiter = job.waiter
+        assert isinstance(waiter, _Waiter)
+        waiter.outcome = result, error, self._time.now() - job.asked - job.ran_s, job.ran_s
+        if waiter.event is not None:
+            waiter.event.succeed()
+
+    def _result(self, waiter: _Waiter) -> tuple[Any, float, float]:
+        result, error, waited, ran_s = waiter.outcome
         self.waited_s += waited
         if error is not None:
             raise error
         return result, waited, ran_s
 
-    def _leave(self) -> None:
-        """Who took the node's steps is done; those who are there go on."""
-        if self._steps.jobs:
-            self._time.start(self._go_on())
-        else:
-            self._busy, self._idle_since = False, self._time.now()
-
     def submit(self, call: Callable[[], object]) -> None:
-        self._later.append(call)
-        if not self._in_step:
-            self._run_later()
+        self._submitted.append(call)
+        if self._under_way is None:
+            self._run_submitted()
 
-    def _run_later(self) -> None:
+    def _run_submitted(self) -> None:
         self._steps.forget_cancelled()
-        later, self._later = self._later, []
-        for call in later:
+        calls, self._submitted = self._submitted, []
+        for call in calls:
             call()
 
     def shutdown(self) -> None:
         pass
-
-    def _begin(self) -> _Step:
-        self._in_step = True
-        parts = self._steps.next()
-        return _Step(parts, self._time.now(), self._stages.cost([(job.running, rows) for job, rows in parts]))
-
-    async def _pass(self, cost: float) -> None:
-        if self._cores is None:
-            await self._time.sleep(cost)
-        else:
-            await self._cores.take(cost)
-
-    async def _do(self, step: _Step) -> None:
-        try:
-            await self._pass(step.cost)
-        except BaseException:  # interrupted
-            self._time.start(self._take_over(step))  # others may have a part in it
-            raise
-        self._end(step)
-
-    def _end(self, step: _Step) -> None:
-        took = self._time.now() - step.began
-        self.busy_s += took
-        self._note((step.began, took, took))
-        if self._told is not None:
-            rows = sum(rows for _, rows in step.parts)
-            self._told(step.began, took, step.parts[0][0].running.stage, rows)
-        run_parts(step.parts)
-        self._steps.ran(took)
-        self._in_step = False
-        if self._later:
-            self._run_later()
-
-    async def _take_over(self, step: _Step) -> None:
-        await self._pass(max(0.0, step.began + step.cost - self._time.now()))
-        self._end(step)
-        await self._go_on()
-
-    async def _go_on(self) -> None:
-        while self._steps.jobs:
-            await self._do(self._begin())
-        self._leave()
-
-    def _ended(self, job: Job, result: object) -> None:
-        self._tell(job, result, None)
-
-    def _failed(self, job: Job, error: Exception) -> None:
-        self._tell(job, None, error)
-
-    def _tell(self, job: Job, result: object, error: Exception | None) -> None:
-        waiter = job.waiter
-        assert isinstance(waiter, _Waiter)
-        waiter.result = result, error, self._time.now() - job.asked - job.ran_s, job.ran_s
-        if waiter.event is not None:
-            waiter.event.succeed()

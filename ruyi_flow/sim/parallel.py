@@ -1,4 +1,4 @@
-"""Simulations side by side: over processes of this machine, or over a Ray cluster."""
+"""Parallel simulations: in processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 
-__all__ = ["play"]
+__all__ = ["simulate_all"]
 
 
-def play(
+def simulate_all(
     runs: Sequence[tuple[Scenario, str]], *, jobs: int | None = None, ray: str | None = None
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    """Simulate scenarios in parallel; gives the number and the metrics of each as it ends.
+    """Simulate scenarios in parallel; yield the index and the metrics of each when it ends.
 
-    Closing the iterator, or Ctrl-C, ends what still runs.
+    Closing the generator, or Ctrl-C, stops the simulations that still run.
 
     Args:
-        runs: with their names for messages.
-        jobs: processes at a time; all cores' when left out.
-        ray: address of a Ray cluster to run on instead; "local" starts one here.
+        runs: scenarios, each with the name of its file for error messages.
+        jobs: most processes at a time. Default: one per core.
+        ray: address of a Ray cluster to run on instead of processes; "local" starts one here.
 
     Raises:
-        ConfigError: Ray is asked for and not installed; or a process was killed.
+        ConfigError: Ray is asked for but not installed, or a process was killed.
     """
     if not runs:
         return
@@ -40,25 +40,25 @@ def play(
         return
     before = set(multiprocessing.active_children())
     most = min(len(runs), jobs or _cores())
-    pool = ProcessPoolExecutor(most, multiprocessing.get_context("spawn"), initializer=_begin)
-    whole = False
+    pool = ProcessPoolExecutor(most, multiprocessing.get_context("spawn"), initializer=_prepare)
+    finished = False
     try:
         futures = {pool.submit(_run, *run): i for i, run in enumerate(runs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
-        whole = True
+        finished = True
     except BrokenProcessPool:
         raise ConfigError(
-            "a process that simulated has ended (out of memory?); take fewer at a time (--jobs) and run it again"
+            "a simulating process was killed (out of memory?); run again with fewer at a time (--jobs)"
         ) from None
     finally:
-        if whole:
+        if finished:
             pool.shutdown()
         else:
             processes = set(multiprocessing.active_children()) - before
             for process in processes:
                 process.kill()
-            # Nor is the pool waited for: it may wait for what a process did not send to its end.
+            # Do not wait for the pool: it may itself wait for the rest of what a killed process was sending.
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.join()
@@ -68,17 +68,17 @@ def _run(scenario: Scenario, where: str) -> dict[str, Any]:
     return Simulation(scenario, where=where).run().metrics
 
 
-def _begin() -> None:
-    """In a process that simulates: Ctrl-C is for its parent, without which it ends."""
+def _prepare() -> None:
+    """Prepare a simulating process: it leaves Ctrl-C to its parent, and exits when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _cores() -> int:
@@ -93,9 +93,9 @@ def _on_ray(runs: Sequence[tuple[Scenario, str]], address: str) -> Generator[tup
     ray.init(address=address, log_to_driver=False)
     try:
         remote: Callable[..., Any] = ray.remote(_run).remote
-        left = {remote(*run): i for i, run in enumerate(runs)}
-        while left:
-            for done in ray.wait([*left])[0]:
-                yield left.pop(done), ray.get(done)
+        running = {remote(*run): i for i, run in enumerate(runs)}
+        while running:
+            for done in ray.wait([*running])[0]:
+                yield running.pop(done), ray.get(done)
     finally:
         ray.shutdown()

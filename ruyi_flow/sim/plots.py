@@ -1,4 +1,4 @@
-"""A run's plots: SVG for a page whose style sheet gives them its own colours, by day and night."""
+"""The plots of a run as SVG, in the colours of the page that shows them, light or dark."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ruyi_flow.sim.results import Result
 __all__ = ["bytes_text", "check_matplotlib", "plots", "time_text"]
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""Of nodes in turn, the entry's first: for the colour-blind too (Okabe and Ito 2008), on white and on black."""
+"""Colours of the nodes, the entry node's first. The colour-blind can tell them apart (Okabe and Ito 2008)."""
 
 _INK, _FAINT = "#0a0b0c", "#1a1b1c"
-"""Stand in a plot for the page's own colours, which differ by day and night."""
+"""Placeholders that are replaced by the page's own colours, light or dark."""
 
 _OPACITY = {"room": 0.6, "compute": 1.0, "queue": 0.6, "wire": 0.3}
 _HATCH = {"room": "xxxx", "queue": "/////"}
-"""What a request's time on a node goes into, as it is drawn."""
+"""Opacity and hatching of the parts of a request's time on a node (`PARTS`)."""
 
 _BINS = 120
-"""Of a plot over time, at the most."""
+"""Most bins of a plot over time."""
 
 
 def check_matplotlib() -> None:
-    """See whether there can be plots.
+    """Check that plots can be made.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -36,11 +36,11 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("the report needs matplotlib: pip install 'ruyi-flow[sim]'") from None
+        raise ConfigError("the report needs matplotlib, which is not installed: pip install 'ruyi-flow[sim]'") from None
 
 
 def plots(result: Result) -> list[str]:
-    """As HTML, each with its title and legend; none where no request was answered.
+    """Return the plots as HTML, each with its title and legend; none if no request was answered.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -72,20 +72,20 @@ def plots(result: Result) -> list[str]:
         **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _FAINT),
     }
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own style is
+        matplotlib.rcdefaults()  # ignore the user's own style
         matplotlib.rcParams.update(looks)
         return [_latency(result), _over_time(result, colours), _decided(result, colours), _requests(result, colours)]
 
 
 def _latency(result: Result) -> str:
-    """Cumulative distributions."""
+    """Plot the cumulative distributions of the latencies."""
     recorder = result.recorder
-    spreads = {"time to the first token": recorder.first, "time per token after it": recorder.token}
-    spreads["time of the whole answer"] = recorder.whole
-    known = {name: spread for name, spread in spreads.items() if spread.count}
+    latencies = {"time to first token": recorder.first, "time per output token": recorder.token}
+    latencies["time of the whole answer"] = recorder.whole
+    known = {name: distribution for name, distribution in latencies.items() if distribution.count}
     figure, panels = _figure(1, len(known), width=3.6 * len(known), height=2.9)
-    for axis, (name, spread) in zip(panels, known.items(), strict=True):
-        points = spread.points(200)
+    for axis, (name, distribution) in zip(panels, known.items(), strict=True):
+        points = distribution.points(200)
         if points[0][0] > 0 and points[-1][0] > 20 * points[0][0]:
             _log_time(axis, points[-1][0] / points[0][0])
         else:
@@ -93,13 +93,13 @@ def _latency(result: Result) -> str:
             axis.xaxis.set_major_formatter(lambda value, _, scale=scale: f"{scale * value:,.6g}")
             axis.set_xlabel(unit)
         axis.plot([v for v, _ in points], [s for _, s in points], color=_COLOURS[0], drawstyle="steps-post")
-        marks = [(spread.at(q), q) for q in (0.5, 0.95, 0.99)]
+        marks = [(distribution.at(q), q) for q in (0.5, 0.95, 0.99)]
         axis.plot([v for v, _ in marks], [q for _, q in marks], "o", color=_COLOURS[5], markersize=4)
         axis.set_title(f"{name}\n" + ", ".join(f"p{100 * q:.0f} {time_text(v)}" for v, q in marks))
         axis.set_ylim(0, 1.02)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     panels[0].set_ylabel("share of requests")
-    return _drawn("Latency", figure, {"p50, p95, p99": _chip(_COLOURS[5])})
+    return _as_html("Latency", figure, {"p50, p95, p99": _chip(_COLOURS[5])})
 
 
 def _log_time(axis: Any, span: float) -> None:
@@ -112,15 +112,15 @@ def _log_time(axis: Any, span: float) -> None:
 
 
 def _over_time(result: Result, colours: Mapping[str, str]) -> str:
-    """Nodes, queues, tokens and links over the run."""
+    """Plot the activity of nodes, queues and links, and the throughput, over the run."""
     timeline, scenario = result.recorder.timeline, result.scenario
     counts = {node.name: node.count for node in scenario.nodes}
     links = {f"{link.source}-{link.target}": link.target for link in scenario.links}
     rows: list[tuple[str, list[tuple[str, str, str, float]]]] = [
         ("busy, %\nof a tier", [(f"busy {n}", colour, "-", 100 / counts[n]) for n, colour in colours.items()]),
         ("tasks waiting", [(f"queue {n}", colour, "-", 1.0) for n, colour in colours.items()]),
-        ("sessions\nwithout room", [(f"room {n}", colour, "-", 1.0) for n, colour in colours.items()]),
-        ("tokens\na second", [("tokens", _INK, "-", 1.0)]),
+        ("sessions waiting\nfor admission", [(f"room {n}", colour, "-", 1.0) for n, colour in colours.items()]),
+        ("tokens\nper second", [("tokens", _INK, "-", 1.0)]),
         (
             "links,\nMbit/s",
             [
@@ -152,19 +152,19 @@ def _over_time(result: Result, colours: Mapping[str, str]) -> str:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.set_xlim(0, edges[-1])
-    panels[-1].set_xlabel(f"{unit} of virtual time; each step is {time_text(timeline.width_s * step)}")
+    panels[-1].set_xlabel(f"{unit} of virtual time, in bins of {time_text(timeline.width_s * step)}")
     figure.align_ylabels()
     about = {n: _chip(colour) for n, colour in colours.items()}
     about |= {f"up, to {t}": _chip(colours[t], "line") for t in links.values()}
     if links:
         about["down"] = _chip("currentColor", "dots")
     if any(_outages(result, colours)):
-        about["down for a planned while"] = _chip("currentColor", "wire")
-    return _drawn("Over time", figure, about)
+        about["planned outage"] = _chip("currentColor", "wire")
+    return _as_html("Over time", figure, about)
 
 
 def _outages(result: Result, colours: Mapping[str, str]) -> list[tuple[Any, str]]:
-    """Planned ones that began, and whose; the first hundred."""
+    """Return the first hundred planned outages of the run, each with the colour of its node."""
     scenario, end = result.scenario, result.metrics["simulated_s"]
     spans = [(span, colours[node.name]) for node in scenario.nodes for span in node.down]
     spans += [(span, colours[link.target]) for link in scenario.links for span in link.down]
@@ -172,12 +172,12 @@ def _outages(result: Result, colours: Mapping[str, str]) -> list[tuple[Any, str]
 
 
 def _merged(rates: Sequence[float], step: int, scale: float) -> list[float]:
-    """Means of so many at a time."""
+    """Return scaled means of `step` values at a time."""
     return [scale * sum(rates[i : i + step]) / step for i in range(0, len(rates), step)]
 
 
 def _decided(result: Result, colours: Mapping[str, str]) -> str:
-    """Tokens by exit, and bytes by link."""
+    """Plot the share of tokens decided at each exit, and the bytes of each link."""
     scenario, metrics = result.scenario, result.metrics
     links = metrics["links"]
     figure, panels = _figure(1, 1 + bool(links), width=10.8 if links else 5.4, height=max(2.9, 0.7 + 0.36 * len(links)))
@@ -187,7 +187,7 @@ def _decided(result: Result, colours: Mapping[str, str]) -> str:
         [100 * metrics["decided"][exit] for exit, _ in exits],
         color=[colour for _, colour in exits],
     )
-    if len(exits) <= 10:  # else they would overlap
+    if len(exits) <= 10:  # more labels would overlap
         panels[0].bar_label(bars, fmt="{:.3g} %", fontsize=8)
     panels[0].grid(False, axis="x")
     panels[0].set(title="where tokens were decided", xlabel="exit", ylabel="% of tokens")
@@ -209,11 +209,11 @@ def _decided(result: Result, colours: Mapping[str, str]) -> str:
         panels[1].grid(False, axis="y")
         panels[1].margins(x=0.2)
         panels[1].set(title="what links carried", xlabel="MB")
-    return _drawn("Tokens and bytes", figure, about)
+    return _as_html("Tokens and bytes", figure, about)
 
 
 def _requests(result: Result, colours: Mapping[str, str]) -> str:
-    """Some requests, each from its arrival to its end, and what its time went into."""
+    """Plot some requests from arrival to end, and what their time was spent on."""
     recorder = result.recorder
     chosen = sorted(recorder.chosen, key=lambda one: one.number)
     slow = [one for one in recorder.slowest if one not in chosen]
@@ -223,7 +223,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
     )
     spent: Mapping[str, Mapping[str, float]] = result.metrics["spent_s"]
     mean = result.metrics["total_s"]["mean"]
-    _split(what, -1, spent, mean, f"{time_text(mean)}, the mean of all", colours)
+    _split(what, -1, spent, colours, total_s=mean, about=f"{time_text(mean)}, the mean of all")
     for y, (_, one) in enumerate(rows):
         first, end = one.at_s + one.first_token_s, one.at_s + one.total_s
         when.plot([one.at_s, end], [y, y], color=_INK, linewidth=3, alpha=0.5, solid_capstyle="butt")
@@ -231,7 +231,7 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
         parts = {n: {part: times.get(n, 0.0) for part, times in one.parts.items()} for n in colours}
         tokens = "1 token" if one.new_tokens == 1 else f"{one.new_tokens:,} tokens"
         about = f"{time_text(one.total_s)}, {tokens}" + (f", {one.error}" if one.error else "")
-        _split(what, y, parts, one.total_s, about, colours)
+        _split(what, y, parts, colours, total_s=one.total_s, about=about)
         what.plot([one.first_token_s], [y], "|", color=_INK, markersize=10, markeredgewidth=1.5)
     when.set_yticks(range(-1, len(rows)), ["mean", *(name for name, _ in rows)])
     when.set_ylim(len(rows) - 0.4, -1.6)
@@ -239,32 +239,38 @@ def _requests(result: Result, colours: Mapping[str, str]) -> str:
         axis.grid(False, axis="y")
         axis.tick_params(axis="y", length=0)
     when.set(title="when", xlabel="s of virtual time")
-    what.set(title="what the time went into, added up", xlabel="s from the arrival")
+    what.set(title="what the time was spent on, added up", xlabel="s since the arrival")
     what.set_xlim(0, 1.3 * what.dataLim.x1 or 1.0)
     about_all = {n: _chip(colour) for n, colour in colours.items()}
-    about_all |= {"computing": _chip("currentColor"), "waiting for a turn": _chip("currentColor", "queue")}
-    about_all |= {"waiting for room": _chip("currentColor", "room"), "anything else": _chip(_FAINT)}
-    about_all |= {"on the way there and back": _chip("currentColor", "wire")}
-    return _drawn("Requests", figure, about_all | {"first token": _chip(_INK, "tick")})
+    about_all |= {"computing": _chip("currentColor"), "waiting for a step": _chip("currentColor", "queue")}
+    about_all |= {"waiting for admission": _chip("currentColor", "room"), "anything else": _chip(_FAINT)}
+    about_all |= {"network": _chip("currentColor", "wire")}
+    return _as_html("Requests", figure, about_all | {"first token": _chip(_INK, "tick")})
 
 
 def _split(
-    axis: Any, y: int, spent: Mapping[str, Mapping[str, float]], total_s: float, about: str, colours: Mapping[str, str]
+    ax: Any,
+    y: int,
+    spent: Mapping[str, Mapping[str, float]],
+    colours: Mapping[str, str],
+    *,
+    total_s: float,
+    about: str,
 ) -> None:
-    """A bar of a request's time by node and what it went into; what is left of it is none of these."""
+    """Draw a request's time as a bar, split by node and part; the rest of its time comes last."""
     left = 0.0
     for node, parts in spent.items():
         for part, seconds in parts.items():
             if seconds > 0:
                 look = {"color": colours[node], "alpha": _OPACITY[part], "hatch": _HATCH.get(part)}
-                axis.barh(y, seconds, 0.7, left, linewidth=0, **look)
+                ax.barh(y, seconds, 0.7, left, linewidth=0, **look)
                 left += seconds
-    axis.barh(y, max(0.0, total_s - left), 0.7, left, color=_FAINT, linewidth=0)
-    axis.annotate(about, (max(left, total_s), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.barh(y, max(0.0, total_s - left), 0.7, left, color=_FAINT, linewidth=0)
+    ax.annotate(about, (max(left, total_s), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _figure(rows: int, columns: int, *, width: float, height: float, **layout: Any) -> tuple[Any, list[Any]]:
-    """A figure of so many inches, and its panels in order."""
+    """Return a figure with its size in inches, and its panels in order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -274,7 +280,7 @@ def _figure(rows: int, columns: int, *, width: float, height: float, **layout: A
 
 
 def _chip(colour: str, like: str = "compute") -> str:
-    """A sample of a colour, for a legend."""
+    """Return a sample of a colour for a legend."""
     return f'<i class={like} style="color:{_for_page(colour)}"></i>'
 
 
@@ -282,14 +288,14 @@ def _for_page(text: str) -> str:
     return text.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
 
 
-def _drawn(title: str, figure: Any, legend: Mapping[str, str]) -> str:
-    """A figure as HTML, its legend above it."""
+def _as_html(title: str, figure: Any, legend: Mapping[str, str]) -> str:
+    """Return a figure as HTML, with its legend above it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Groups' ids are the same in every plot and nobody refers to them; in HTML no name space is declared.
+    # Groups' ids repeat from plot to plot and nothing refers to them; HTML declares no XML name spaces.
     svg = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", re.sub(r'<g id="[^"]*"', "<g", svg))
     svg = re.sub(r'^<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{title}"', svg)
     chips = "".join(f"<span>{chip}{escape(name)}</span>" for name, chip in legend.items())
@@ -300,7 +306,7 @@ def _drawn(title: str, figure: Any, legend: Mapping[str, str]) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """To read."""
+    """Return a time in a readable unit."""
     if seconds >= 7200:
         return f"{seconds / 3600:,.1f} h"
     if seconds >= 600:
@@ -309,7 +315,7 @@ def time_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """To read."""
+    """Return a number of bytes in a readable unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Profiles: what a family's stages cost on one machine, measured or computed, as one msgpack file.
+"""Profiles: the costs of a family's stages on one machine, measured or computed, in one msgpack file.
 
     {"format": "ruyi-flow profile", "version": 1, "kind": "measured" | "analytic", "source": str, "family": str,
      "hidden_size": int, "context": int, "dtype": str, "weights": str, "threads": int, "machine": {…},
@@ -9,17 +9,17 @@
                  "attended_s": s, "context_s": s, "branch_attended_s": s, "branch_context_s": s, "session_s": s,
                  "scale_s": s, "weight_bytes": n, "kv_bytes": n}]}
 
-A step of `n` rows of `k` sessions, of which the branch takes in `b` and reads `r`, takes
+A step of n rows of k sessions, b of whose rows enter the branch and r of which are read by its head, takes
 
     trunk(n) + attended_s * A + context_s * C + session_s * (k - 1)
         + branch(b) + head(r) + branch_attended_s * A' + branch_context_s * C' + scale_s * r'
 
-where A is the sum over rows of the positions that each attends to, and C the sum over sessions of the positions that
-they hold afterwards, whose keys and values are read once; A' and C' are the same for the rows that are read. The
-functions are straight between the grid's points, go on straight past them, and are 0 at 0. `branch` is what the
-branch's keys and values take, `head` the rest of it: it is run for the rows that are read alone, r' of which have
-calibrated confidence. The first step after a pause takes `cold` of its length more: straight between the points, from
-0 at none, and no more past the last.
+seconds. A is the sum over rows of the positions that each row attends to. C is the sum over sessions of the positions
+in their KV cache after the step, which is read once. A' and C' are the same sums over the rows that are read. trunk,
+branch and head are 0 at 0 rows, linear between the listed numbers of rows, and extended linearly beyond them. branch
+is the time of the branch's keys and values, head that of the rest of the branch, which only runs for the rows that are
+read; r' of those have calibrated confidence. The first step after a pause takes `cold` seconds more: linear between
+the listed pauses from 0 at none, and constant beyond the last.
 """
 
 from __future__ import annotations
@@ -40,112 +40,116 @@ _FORMAT = "ruyi-flow profile"
 _VERSION = 1
 
 _TABLE = 512
-"""Rows up to which times are looked up in a list."""
+"""Largest number of rows whose time is looked up in a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What one stage costs; see the module."""
+    """The costs of one stage, in the terms of the formula in the module's docstring."""
 
     exit: int
     first_layer: int
     rows: tuple[int, ...]
-    """Ascending, from 1."""
+    """Numbers of rows for which times are listed, ascending from 1."""
     trunk_s: tuple[float, ...]
+    """Seconds of the trunk layers, for each number of rows."""
     branch_s: tuple[float, ...]
-    """Of the branch's keys and values."""
+    """Seconds of the branch's keys and values, for each number of rows."""
     head_s: tuple[float, ...]
-    """Of the rest of the branch, the head included."""
+    """Seconds of the rest of the branch, including the LM head, for each number of rows."""
     attended_s: float = 0.0
     context_s: float = 0.0
     branch_attended_s: float = 0.0
     branch_context_s: float = 0.0
     session_s: float = 0.0
     scale_s: float = 0.0
-    """Of calibrated confidence, for each row that is read: the probe, its curve."""
+    """Seconds of calibrating the confidence of one row: the probe and its curve."""
     weight_bytes: int = 0
-    """Of the stage's own tensors."""
+    """Bytes of the stage's own tensors."""
     kv_bytes: int = 0
-    """Of a position's keys and values."""
+    """Bytes of one position in the stage's KV cache."""
 
     def __post_init__(self) -> None:
-        """Refuse what is not a cost with a ValueError."""
+        """Raise a ValueError for rows or times that make no sense."""
         times = (self.trunk_s, self.branch_s, self.head_s)
         if not self.rows or self.rows[0] != 1 or any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
             raise ValueError(f"stage {self.exit}: rows must ascend from 1")
         if any(len(t) != len(self.rows) or min(t) < 0 for t in times):
-            raise ValueError(f"stage {self.exit}: there must be a time of 0 or more for each number of rows")
+            raise ValueError(f"stage {self.exit}: each number of rows needs a time of 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A family's stages on one machine."""
+    """The costs of a family's stages on one machine."""
 
     kind: str
-    """measured or analytic"""
+    """How the costs were found: "measured" or "analytic"."""
     source: str
-    """How it came about; for people."""
+    """Where the costs come from, for display."""
     family: str
-    """Fingerprint where it was measured, else a name."""
+    """The family's fingerprint if the costs were measured, otherwise its name."""
     hidden_size: int
     context: int
-    """Positions of a session, at the most."""
+    """Most positions of a session."""
     stages: tuple[StageCost, ...]
     dtype: str = "bfloat16"
     weights: str = ""
     threads: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
     step_s: float = 0.0
-    """Of a task that goes to the compute thread and back; a lone session's brief ones do not."""
+    """Seconds of handing a task to the compute thread and back; brief tasks of a lone session do without."""
     round_s: float = 0.0
-    """Of a round at the entry node, beyond its steps: deciding, text, the message to the user."""
+    """Seconds of a round on the entry node in addition to its steps: deciding, decoding text, the reply to the user."""
     request_s: float = 0.0
-    """Of a request at the entry node, before its first step."""
+    """Seconds of a request on the entry node before its first step."""
     exchange_s: float = 0.0
-    """Of a question and its answer between nodes, beyond the link: both ends' messages."""
+    """Seconds of the messages of a question and its answer at both nodes, in addition to the link's time."""
     exchange_byte_s: float = 0.0
-    """The same for each byte."""
+    """The same per byte of the question."""
     round_cpu_s: float = 0.0
+    """Processor seconds of a round in addition to its steps, on all cores; for nodes that share cores."""
     exchange_cpu_s: float = 0.0
-    """Processor time of a round and of an exchange beyond steps, all over the machine: where nodes share its cores."""
+    """Processor seconds of a question and its answer in addition to steps, on all cores; for nodes that share cores."""
     pauses_s: tuple[float, ...] = ()
+    """Pauses in seconds, ascending, that `cold_s` lists times for."""
     cold_s: tuple[float, ...] = ()
-    """What a node's first step after so long a pause takes more: caches have lost its code and data, the core slept."""
+    """Extra seconds of a node's first step after each pause, when the processor's caches have gone cold."""
     open_bytes: int = 320
-    """Of the handshake."""
+    """Bytes of the handshake."""
     up_bytes: int = 24
-    """Of a question, beyond its positions."""
+    """Bytes of a question without its positions."""
     position_bytes: int = 4
-    """Of a position in it, beyond its state."""
+    """Bytes of one position in a question without its state."""
     down_bytes: int = 48
-    """Of an answer, beyond its decisions."""
+    """Bytes of an answer without its decisions."""
     decision_bytes: int = 12
+    """Bytes of one decision in an answer."""
 
     def __post_init__(self) -> None:
-        """Refuse pauses without what follows them with a ValueError."""
+        """Raise a ValueError for pauses that do not ascend or lack a time."""
         if len(self.pauses_s) != len(self.cold_s) or any(
             a >= b for a, b in zip((0.0, *self.pauses_s), self.pauses_s, strict=False)
         ):
-            raise ValueError("pauses must ascend from above 0, with a time for each")
+            raise ValueError("pauses must be above 0 and ascend, with a time for each")
 
     def cold(self, pause_s: float) -> float:
-        """Seconds that the first step after a pause takes more."""
+        """Return the extra seconds of the first step after a pause."""
         return float(np.interp(pause_s, (0.0, *self.pauses_s), (0.0, *self.cold_s))) if self.pauses_s else 0.0
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Of its stages, ascending."""
+        """The exits that the stages end at, ascending."""
         return tuple(stage.exit for stage in self.stages)
 
     def stage(self, exit: int) -> StageCost:
-        """The stage that ends at an exit; a KeyError when it is not there."""
+        """Return the stage that ends at an exit; raise a KeyError if there is none."""
         for stage in self.stages:
             if stage.exit == exit:
                 return stage
         raise KeyError(exit)
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the profile's file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
         try:
@@ -159,12 +163,12 @@ class Profile:
         """Read a profile file.
 
         Raises:
-            ConfigError: it is not there, or not a profile, or of another version.
+            ConfigError: the file is missing, is not a profile, or has another version.
         """
         try:
             raw = msgpack.unpackb(path.read_bytes())
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such profile; make one: ruyi-flow profile FAMILY --out {path}") from None
+            raise ConfigError(f"{path}: no such profile; make it with: ruyi-flow profile FAMILY --out {path}") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except Exception:  # msgpack raises several kinds, some of them bare
@@ -174,8 +178,8 @@ class Profile:
                 raise ValueError
             version = raw.pop("version")
             if version != _VERSION:
-                todo = "update this program" if version > _VERSION else "measure again"
-                raise ConfigError(f"{path}: a profile of version {version}, not {_VERSION}: {todo}")
+                todo = "update Ruyi Flow" if version > _VERSION else "measure again (ruyi-flow profile)"
+                raise ConfigError(f"{path}: this profile has version {version}, not {_VERSION}: {todo}")
             listed: list[dict[str, Any]] = raw.pop("stages")
             stages = tuple(StageCost(**{k: _frozen(v) for k, v in stage.items()}) for stage in listed)
             return cls(stages=stages, **{k: _frozen(v) for k, v in raw.items()})
@@ -185,11 +189,11 @@ class Profile:
 
 
 class StepCost:
-    """The time of a stage's steps, looked up.
+    """The seconds of a stage's steps.
 
     Args:
-        stage: what it costs.
-        scale: factor on all of it.
+        stage: the stage's costs.
+        scale: factor on all of its costs.
     """
 
     def __init__(self, stage: StageCost, scale: float = 1.0) -> None:
@@ -201,19 +205,23 @@ class StepCost:
         self._session, self._scale = scale * stage.session_s, scale * stage.scale_s
         self._lines = []
         for taken, read, scaled in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)):
-            none, one = (self.of(1, x - 0.5, x, 1, taken, read, read * x, x, scaled) for x in (0.0, 1.0))
+            flags = {"taken": taken, "read": read, "scaled": scaled}
+            none, one = (
+                self.seconds(1, x - 0.5, x, read_attended=read * x, read_context=x, **flags) for x in (0.0, 1.0)
+            )
             self._lines.append((none, one - none))
 
-    def of_one(self, context: int, taken: bool, read: int, scaled: int) -> float:
-        """Seconds of a step of one row alone; `of` is linear in the positions held, so that its line says it."""
+    def seconds_of_one(self, context: int, taken: bool, read: int, scaled: int) -> float:
+        """Return the seconds of a step of a single row: `seconds` is linear in the context, so a line is stored."""
         at_none, each = self._lines[taken + read + scaled]
         return at_none + each * context
 
-    def of(
+    def seconds(
         self,
         rows: int,
         attended: float,
         context: float,
+        *,
         sessions: int = 1,
         taken: int = 0,
         read: int = 0,
@@ -221,17 +229,17 @@ class StepCost:
         read_context: float = 0.0,
         scaled: int = 0,
     ) -> float:
-        """Seconds of a step.
+        """Return the seconds of a step.
 
         Args:
-            rows: of all sessions together.
+            rows: rows of all sessions together.
             attended: sum over rows of the positions that each attends to.
-            context: sum over sessions of the positions that they hold afterwards.
-            sessions: in the step.
-            taken: rows whose keys and values the branch takes in; 0 where it is not run.
-            read: rows that the branch reads.
-            read_attended, read_context: as above, of those rows and their sessions.
-            scaled: of those rows, the ones whose confidence is calibrated.
+            context: sum over sessions of the positions in their KV cache after the step.
+            sessions: number of sessions in the step.
+            taken: rows that enter the branch; 0 if it does not run.
+            read: rows that the branch's head reads.
+            read_attended, read_context: `attended` and `context` of those rows and their sessions.
+            scaled: number of those rows whose confidence is calibrated.
         """
         spent = (
             (self._trunk[rows] if rows <= _TABLE else _past(self._trunk, rows))
@@ -250,7 +258,7 @@ class StepCost:
 
 
 def _table(rows: Sequence[int], times: Sequence[float], scale: float) -> list[float]:
-    """Times of 0 … _TABLE rows; 0 of none."""
+    """Return the times of 0 to _TABLE rows; no rows take no time."""
     xs, ys = np.array(rows, float), np.array(times, float) * scale
     wanted = np.arange(_TABLE + 1)
     found = np.interp(wanted, xs, ys)
@@ -270,5 +278,5 @@ def _frozen(value: Any) -> Any:
 
 
 def _past(table: list[float], rows: int) -> float:
-    """Of more rows than the table has."""
+    """Return the time of more rows than the table has."""
     return table[_TABLE] + (rows - _TABLE) * (table[_TABLE] - table[_TABLE - 1])

@@ -1,4 +1,4 @@
-"""A run's report.html: figures, plots and the scenario in one file that needs nothing else."""
+"""A run's report.html: statistics, plots and the scenario in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ruyi_flow.sim.results import Result
 
 __all__ = ["bottleneck", "write_report"]
 
-_FULL = 0.8
-"""What is busy for this share of the time is what holds the others up."""
+_BOTTLENECK = 0.8
+"""Share of the time from which a busy node or link is called the bottleneck."""
 
 _MOST_TEXT = 100_000
-"""Characters of the scenario that are shown."""
+"""Most characters of the scenario that are shown."""
 
 
 def write_report(folder: Path, result: Result) -> None:
-    """Write report.html; the same result gives the same file.
+    """Write report.html. The same result gives the same file.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -48,9 +48,9 @@ def write_report(folder: Path, result: Result) -> None:
 
 
 def bottleneck(metrics: Mapping[str, Any]) -> str:
-    """Where a run's mean request spends its time, and what is nearest to being full, in a sentence."""
+    """Return a sentence on where the mean request spends its time, and which node or link is busiest."""
     if metrics["failed"] == metrics["requests"]:
-        return "No request was answered, so nothing is known of where their time goes."
+        return "No request was answered, so it is not known where their time goes."
     spent: dict[str, dict[str, float]] = metrics["spent_s"]
     total = max(metrics["total_s"]["mean"], sum(sum(parts.values()) for parts in spent.values()))
     if not total:
@@ -63,22 +63,22 @@ def bottleneck(metrics: Mapping[str, Any]) -> str:
     for (name, link), target in zip(metrics["links"].items(), [*spent][1:], strict=True):
         places.append((link["utilisation"], f"the link {name}", spent[target]["wire"]))
     busy, fullest, seconds = max(places, key=lambda place: place[0])
-    if busy >= _FULL:
+    if busy >= _BOTTLENECK:
         return (
             f"The bottleneck is {fullest}, busy {busy:.0%} of the time; "
-            f"waiting for it and its own work take {seconds / total:.0%} {of_mean}."
+            f"its work and waiting for it take {seconds / total:.0%} {of_mean}."
         )
     words = {
-        "room": "waiting for room on {} (its limits)",
+        "room": "waiting for admission to {} (its limits)",
         "compute": "computing on {}",
-        "queue": "waiting for a turn on {}",
-        "wire": "the way to {} and back",
+        "queue": "waiting for a step of {}",
+        "wire": "the network to {} and back",
     }
     ways = [(s, words[kind].format(node)) for node, parts in spent.items() for kind, s in parts.items()]
     most, where = max(ways, key=lambda way: way[0])
     return (
         f"The largest part {of_mean} is {where}, {most / total:.0%}; "
-        f"no node or link is busy all the time, {fullest} most of all, {busy:.1%} of it."
+        f"no node or link is a bottleneck, the busiest is {fullest}, {busy:.1%} of the time."
     )
 
 
@@ -86,21 +86,21 @@ def _cards(metrics: Mapping[str, Any]) -> str:
     first, token = metrics["first_token_s"], metrics["token_s"]
     cards = [
         ("requests", f"{metrics['requests']:,}", f"{metrics['failed']:,} failed"),
-        ("tokens a second", f"{metrics['tokens_per_s']:,.1f}", f"{metrics['tokens']:,} in all"),
-        ("first token, p50", time_text(first["p50"]), f"p95 {time_text(first['p95'])}"),
-        ("a token, p50", time_text(token["p50"]), f"p95 {time_text(token['p95'])}"),
+        ("tokens per second", f"{metrics['tokens_per_s']:,.1f}", f"{metrics['tokens']:,} in all"),
+        ("time to first token, p50", time_text(first["p50"]), f"p95 {time_text(first['p95'])}"),
+        ("time per output token, p50", time_text(token["p50"]), f"p95 {time_text(token['p95'])}"),
         (
-            "the last exit's tokens",
+            "agreement with the last exit",
             f"{metrics['agreement']:.1%}",
-            f"{metrics['escalations_per_token']:.2f} asked a token",
+            f"{metrics['escalations_per_token']:.2f} escalations per token",
         ),
         (
-            "up, a token",
+            "bytes up per token",
             bytes_text(metrics["bytes_up_per_token"]),
             f"down {bytes_text(metrics['bytes_down_per_token'])}",
         ),
-        ("energy, a token", f"{metrics['joules_per_token']:.3g} J", f"{metrics['energy_j']:,.0f} J in all"),
-        ("a million tokens", f"${metrics['usd_per_million_tokens']:.3g}", f"${metrics['cost_usd']:.3g} in all"),
+        ("energy per token", f"{metrics['joules_per_token']:.3g} J", f"{metrics['energy_j']:,.0f} J in all"),
+        ("cost per million tokens", f"${metrics['usd_per_million_tokens']:.3g}", f"${metrics['cost_usd']:.3g} in all"),
     ]
     inner = "".join(f"<div>{name}<b>{value}</b><small>{more}</small></div>" for name, value, more in cards)
     return f"<div class=cards>{inner}</div>"
@@ -115,15 +115,15 @@ def _tables(result: Result) -> list[str]:
             [
                 (name, *(time_text(seconds) for seconds in metrics[key].values()))
                 for name, key in (
-                    ("to the first token", "first_token_s"),
-                    ("a token after it", "token_s"),
+                    ("time to first token", "first_token_s"),
+                    ("time per output token", "token_s"),
                     ("whole answer", "total_s"),
                 )
             ],
         ),
         _table(
             "Nodes",
-            ("node", "count", "used", "exits", "busy", "busiest one", "tasks waiting", "energy", "cost", "profile"),
+            ("node", "count", "used", "exits", "busy", "busiest", "tasks waiting", "energy", "cost", "profile"),
             [
                 (
                     node.name,
@@ -142,7 +142,7 @@ def _tables(result: Result) -> list[str]:
         ),
         _table(
             "Links",
-            ("link", "up", "down", "up, mean", "down, mean", "busy", "busiest one", "energy", "cost"),
+            ("link", "up", "down", "up, mean", "down, mean", "busy", "busiest", "energy", "cost"),
             [
                 (
                     name,
@@ -164,7 +164,7 @@ def _tables(result: Result) -> list[str]:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Nothing where there are no rows."""
+    """Return a table as HTML; nothing if it has no rows."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)

@@ -1,4 +1,4 @@
-"""What a simulation found: every request's timeline, and their figures, in a memory that does not grow with them."""
+"""The results of a simulation: statistics, timelines and events, in memory that does not grow with the requests."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from ddsketch import DDSketch
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.types import Hop
 
-__all__ = ["PARTS", "Amount", "Answered", "Events", "Recorder", "Result", "Series", "Spread", "Timeline"]
+__all__ = ["AddSlice", "Distribution", "Events", "Recorder", "RequestOutcome", "Result", "TimedAmount", "Timeline"]
 
 PARTS = ("room", "compute", "queue", "wire")
-"""What a request's time on a node goes into."""
+"""The parts of a request's time on a node: waiting for admission, computing, waiting for a step, and the network."""
 
-Amount = tuple[float, float, float]
-"""When, how much, and evenly over how many seconds from then."""
+AddSlice = Callable[..., None]
+"""`Events.slice` of a certain process and thread."""
+
+TimedAmount = tuple[float, float, float]
+"""A start in seconds, an amount, and the seconds from the start over which the amount is spread evenly."""
 
 _ACCURACY = 0.002
-"""Relative, of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
+"""Relative accuracy of percentiles (Masson, Rim and Lee 2019, DDSketch)."""
 
 _BINS = 400
-"""Of a timeline, at the most; twice as wide ones take their place when there are more."""
+"""Most bins of a timeline; when it needs more, bins are merged in pairs."""
 
 _EVENTS = 40_000
-"""Of a Chrome trace, the first ones."""
+"""Most events in a Chrome trace; later ones are dropped."""
 
 _SLOWEST = 4
-"""Requests kept whole because nothing took longer."""
+"""Number of the slowest requests that are kept whole."""
 
 
 @dataclass(slots=True)
-class Answered:
-    """One request, as it went."""
+class RequestOutcome:
+    """The course of one request."""
 
     number: int
     device: int
@@ -49,24 +52,24 @@ class Answered:
     prompt_tokens: int
     new_tokens: int = 0
     first_token_s: float = 0.0
-    """From its arrival."""
+    """Seconds from the arrival to the first token."""
     total_s: float = 0.0
     agreed: int = 0
-    """Tokens that are the last exit's."""
+    """Tokens that agree with the last exit's."""
     drafted: int = 0
     accepted: int = 0
     escalations: int = 0
     error: str = ""
-    """Why it failed: the error's name."""
+    """Name of the error that it failed with; empty if it was answered."""
     exits: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
-    """Tokens decided at each."""
-    room_s: dict[str, float] = field(default_factory=dict)
-    """Waiting for room, by node."""
+    """Number of tokens decided at each exit."""
+    admission_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of waiting for admission, by node."""
     hops: dict[str, Hop] = field(default_factory=dict)
-    """What each node spent."""
+    """What each node spent, by its name."""
 
     def add(self, hop: Hop) -> None:
-        """What a node spent on one more round."""
+        """Add what a node spent on one more round."""
         if hop.node in self.hops:
             self.hops[hop.node].add(hop)
         else:
@@ -74,10 +77,10 @@ class Answered:
 
     @property
     def parts(self) -> dict[str, dict[str, float]]:
-        """What its time went into: seconds by node."""
+        """Seconds by part (`PARTS`), then by node."""
         hops = self.hops.items()
         return {
-            "room": self.room_s,
+            "room": self.admission_s,
             "compute": {node: hop.compute_s for node, hop in hops},
             "queue": {node: hop.queue_s for node, hop in hops},
             "wire": {node: hop.wire_s for node, hop in hops},
@@ -85,22 +88,22 @@ class Answered:
 
     @property
     def bytes_up(self) -> int:
-        """Of all links."""
+        """Bytes that all links carried upwards."""
         return sum(hop.bytes_up for hop in self.hops.values())
 
     @property
     def bytes_down(self) -> int:
-        """Of all links."""
+        """Bytes that all links carried downwards."""
         return sum(hop.bytes_down for hop in self.hops.values())
 
     @property
     def token_s(self) -> float:
-        """Time per token after the first."""
+        """Seconds per token after the first."""
         return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
 
 
-class Spread:
-    """Mean and percentiles of a number, as it comes in."""
+class Distribution:
+    """Mean and percentiles of a stream of values."""
 
     def __init__(self) -> None:
         self._sketch = DDSketch(_ACCURACY)
@@ -108,45 +111,45 @@ class Spread:
         self.count = 0
 
     def add(self, value: float) -> None:
-        """One more."""
+        """Add a value."""
         self._sketch.add(value)
         self._sum += value
         self.count += 1
 
     def at(self, share: float) -> float:
-        """A percentile, within 0.2 % of its value; 0 where nothing came in."""
+        """Return the quantile at a share from 0 to 1, within 0.2 % of its value; 0 without values."""
         found = self._sketch.get_quantile_value(share)
         return 0.0 if found is None else float(found)
 
-    def figures(self) -> dict[str, float]:
-        """Mean, p50, p90, p95 and p99."""
+    def summary(self) -> dict[str, float]:
+        """Return mean, p50, p90, p95 and p99."""
         mean = self._sum / self.count if self.count else 0.0
         return {"mean": mean, **{f"p{q}": self.at(q / 100) for q in (50, 90, 95, 99)}}
 
     def points(self, count: int = 100) -> list[tuple[float, float]]:
-        """(value, share at or below it) of a distribution's curve."""
+        """Return `count` points (value, share of values at or below it) of the cumulative distribution."""
         return [(self.at(i / count), i / count) for i in range(1, count + 1)] if self.count else []
 
 
 class Series:
-    """An amount over time, in the bins of its timeline."""
+    """One quantity over time, in the bins of its timeline."""
 
-    __slots__ = ("_noted", "_timeline", "add", "sums")
+    __slots__ = ("_pending", "_timeline", "add", "sums")
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
-        self._noted = array("d")
-        self.add: Callable[[Amount], None] = self._noted.extend
-        """Take an amount in; in C, since a token has several. They go into their bins together, see `Timeline.fold`."""
+        self._pending = array("d")
+        self.add: Callable[[TimedAmount], None] = self._pending.extend
+        """Add an amount; it goes into its bins at the next `fold`. A method in C, because a token adds several."""
         self.sums = np.zeros(0)
-        """By bin; those after the last one are 0."""
+        """The sum of each bin; bins past the end are 0."""
 
     def fold(self) -> None:
-        """Put what was taken in into its bins."""
-        if not self._noted:
+        """Put the pending amounts into their bins."""
+        if not self._pending:
             return
-        at_s, amount, for_s = np.array(self._noted).reshape(-1, 3).T
-        del self._noted[:]
+        at_s, amount, for_s = np.array(self._pending).reshape(-1, 3).T
+        del self._pending[:]
         until_s = at_s + for_s
         width = self._timeline.widened(until_s.max())
         first, last = (at_s / width).astype(int), (until_s / width).astype(int)
@@ -159,32 +162,32 @@ class Series:
         sums[: len(self.sums)] = self.sums
         np.add.at(sums, first, head)
         np.add.at(sums, last, np.where(over, amount - head - inner * (last - first - 1), 0.0))
-        steps = np.zeros(count)  # those in between get the same: it begins after the first and ends before the last
+        steps = np.zeros(count)  # every bin between the first and the last gets the same
         np.add.at(steps, np.minimum(first + 1, last), inner)
         np.subtract.at(steps, last, inner)
         self.sums = sums + np.cumsum(steps)
 
 
 class Timeline:
-    """Amounts over time, in bins that widen as time goes on."""
+    """Several quantities over time, in bins that widen as the run gets longer."""
 
     def __init__(self) -> None:
         self._width_s = 0.01
         self._series: dict[str, Series] = {}
 
     def series(self, name: str) -> Series:
-        """One amount."""
+        """Return a quantity's series, made when it is first asked for."""
         if name not in self._series:
             self._series[name] = Series(self)
         return self._series[name]
 
     def fold(self) -> None:
-        """Put everything into its bins; to be called now and then, so that what was taken in stays short."""
+        """Put all pending amounts into their bins. Call it now and then, so that memory stays small."""
         for series in self._series.values():
             series.fold()
 
     def widened(self, until_s: float) -> float:
-        """Make room for a moment; the width of a bin then."""
+        """Widen the bins until they reach a moment; return their width in seconds."""
         while until_s / self._width_s >= _BINS:
             self._width_s *= 2
             for series in self._series.values():
@@ -194,46 +197,46 @@ class Timeline:
 
     @property
     def width_s(self) -> float:
-        """Of a bin."""
+        """Width of a bin in seconds."""
         self.fold()
         return self._width_s
 
     def rate(self, name: str) -> list[float]:
-        """Amounts a second, by bin."""
+        """Return a quantity's amount per second, by bin."""
         self.fold()
         rates: list[float] = (self.series(name).sums / self.width_s).tolist()
         return rates
 
     @property
     def names(self) -> list[str]:
-        """What is in it."""
+        """The quantities that have any amount."""
         self.fold()
         return [name for name, series in self._series.items() if len(series.sums)]
 
 
 class Recorder:
-    """Takes everything in.
+    """Collects the requests of a run into statistics, requests.csv and trace.json.
 
     Args:
-        folder: requests.csv and trace.json go there while it runs; None keeps the figures only.
-        exits: of the family.
-        nodes: names, the entry's first.
-        skip: requests whose numbers are lower are not counted.
-        chosen: so many requests at the most, spread over the run, are kept whole.
+        folder: where requests.csv and trace.json are written during the run; None writes no files.
+        exits: the family's exits.
+        nodes: names of the nodes, the entry node first.
+        skip: requests with a lower number are not counted.
+        chosen: most requests, spread evenly over the run, that are kept whole.
     """
 
     def __init__(
-        self, folder: Path | None, exits: Sequence[int], nodes: Sequence[str], skip: float = 0, chosen: int = 12
+        self, folder: Path | None, *, exits: Sequence[int], nodes: Sequence[str], skip: float = 0, chosen: int = 12
     ) -> None:
         self.exits, self.nodes, self.skip = tuple(exits), tuple(nodes), skip
-        self.first, self.token, self.whole = Spread(), Spread(), Spread()
+        self.first, self.token, self.whole = Distribution(), Distribution(), Distribution()
         self.timeline = Timeline()
-        self.chosen: list[Answered] = []
+        self.chosen: list[RequestOutcome] = []
         self._most_chosen, self._stride = chosen, 1
-        self.slowest: list[Answered] = []
-        """The slowest one first."""
+        self.slowest: list[RequestOutcome] = []
+        """The slowest requests, the slowest one first."""
         self.spent: dict[str, dict[str, float]] = {node: dict.fromkeys(PARTS, 0.0) for node in self.nodes}
-        """Seconds by node, of all requests that were answered."""
+        """Seconds of all answered requests together: by node, then by part."""
         self.done = self.counted = self.failed = 0
         self.tokens = self.agreed = self.drafted = self.accepted = self.escalations = 0
         self.bytes_up = self.bytes_down = 0
@@ -242,7 +245,8 @@ class Recorder:
         self.began_s, self.ended_s = math.inf, 0.0
         self._file = None if folder is None else (folder / "requests.csv").open("w", newline="", encoding="utf-8")
         self._rows = None if self._file is None else csv.writer(self._file)
-        self._events = None if folder is None else Events(folder / "trace.json")
+        self.events = None if folder is None else Events(folder / "trace.json")
+        """The Chrome trace; None without a folder."""
         if self._rows is not None:
             self._rows.writerow(
                 ["number", "device", "at_s", "prompt_tokens", "new_tokens", "first_token_s", "token_s", "total_s"]
@@ -251,13 +255,8 @@ class Recorder:
                 + [f"{node}_{part}_s" for node in self.nodes for part in PARTS]
             )
 
-    @property
-    def events(self) -> Events | None:
-        """Where slices of a Chrome trace go."""
-        return self._events
-
-    def add(self, one: Answered) -> None:
-        """A request has ended."""
+    def add(self, one: RequestOutcome) -> None:
+        """Add a request that has ended."""
         if self._rows is not None:
             self._rows.writerow(
                 [one.number, one.device, f"{one.at_s:.6f}", one.prompt_tokens, one.new_tokens]
@@ -267,8 +266,8 @@ class Recorder:
                 + [one.exits.get(p, 0) for p in self.exits]
                 + [f"{one.parts[part].get(node, 0.0):.6f}" for node in self.nodes for part in PARTS]
             )
-        if self._events is not None:
-            self._events.request(one)
+        if self.events is not None:
+            self.events.request(one)
         self.done += 1
         if one.number < self.skip:
             return
@@ -294,8 +293,8 @@ class Recorder:
         for p, count in one.exits.items():
             self.decided[p] += count
 
-    def _keep(self, one: Answered) -> None:
-        """Keep every so-manieth request, twice as few whenever there are too many; and the slowest ones."""
+    def _keep(self, one: RequestOutcome) -> None:
+        """Keep every n-th request, where n doubles whenever there are too many, and the slowest ones."""
         if self.whole.count % self._stride == 0:
             self.chosen.append(one)
             if len(self.chosen) > self._most_chosen:
@@ -305,8 +304,8 @@ class Recorder:
             self.slowest.sort(key=lambda a: -a.total_s)
             del self.slowest[_SLOWEST:]
 
-    def figures(self) -> dict[str, Any]:
-        """Of the requests that count; latencies are those of the answers that are whole."""
+    def statistics(self) -> dict[str, Any]:
+        """Return statistics of the counted requests; latencies are of the answered ones only."""
         span, tokens = max(1e-9, self.ended_s - self.began_s), max(1, self.tokens)
         answered = max(1, self.whole.count)
         return {
@@ -316,9 +315,9 @@ class Recorder:
             "tokens": self.tokens,
             "span_s": span if self.tokens else 0.0,
             "tokens_per_s": self.tokens / span if self.tokens else 0.0,
-            "first_token_s": self.first.figures(),
-            "token_s": self.token.figures(),
-            "total_s": self.whole.figures(),
+            "first_token_s": self.first.summary(),
+            "token_s": self.token.summary(),
+            "total_s": self.whole.summary(),
             "spent_s": {node: {k: s / answered for k, s in parts.items()} for node, parts in self.spent.items()},
             "decided": {str(p): count / tokens for p, count in self.decided.items()},
             "agreement": self.agreed / tokens,
@@ -333,35 +332,26 @@ class Recorder:
         """Close the files."""
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self.events is not None:
+            self.events.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a simulation found."""
+    """The result of a simulation."""
 
     scenario: Scenario
     metrics: dict[str, Any]
-    """Nothing in it depends on the machine that simulated: the same seed gives the same."""
+    """The content of metrics.json. It only depends on the scenario and its seed, not on the machine that simulated."""
     recorder: Recorder
     name: str
-    """The scenario's: its file's, without the suffix."""
-
-
-@dataclass(slots=True)
-class _Thread:
-    """Of a Chrome trace."""
-
-    tid: int
-    end_s: float = 0.0
-    """Of its last slice."""
+    """Name of the scenario's file, without the suffix."""
 
 
 class Events:
-    """A Chrome trace (the Trace Event Format; chrome://tracing and ui.perfetto.dev open it), written as it happens.
+    """A Chrome trace (Trace Event Format; open it in ui.perfetto.dev or chrome://tracing), written during the run.
 
-    A tier or a link is a process, each of its nodes or directions a thread; a request is an async event.
+    A tier or a link is shown as a process, each of its nodes or directions as a thread, a request as an async event.
     """
 
     def __init__(self, path: Path) -> None:
@@ -369,38 +359,34 @@ class Events:
         self._file.write("[\n")
         self._count, self._comma = 0, ""
         self._processes: dict[str, int] = {}
-        self._threads: dict[tuple[int, str], list[_Thread]] = {}
-        """Of each name, as many as were needed at once."""
+        self._threads: dict[tuple[int, str], dict[int, float]] = {}
+        """The second at which each thread is free, by process and name: more than one thread where slices overlap."""
         self._num_threads = 0
 
     @property
     def full(self) -> bool:
-        """Whether it takes no more."""
+        """Whether it has all the events that it takes."""
         return self._count >= _EVENTS
 
     def slice(self, process: str, thread: str, name: str, at_s: float, for_s: float, **about: Any) -> None:
-        """Something that a node or a link did for a while; to be told in the order of their ends.
+        """Add an activity of a node or a link. Activities must be added in the order of their ends.
 
-        Slices of one thread that overlap are drawn wrongly, so one that does goes to another of the same name.
+        Viewers draw overlapping slices of a thread wrongly, so such a slice goes to another thread of the same name.
         """
         if self.full:
             return
         self._count += 1
         pid = self._process(process)
-        threads = self._threads.setdefault((pid, thread), [])
-        for row in threads:
-            if row.end_s <= at_s + 1e-9:
-                break
-        else:
-            self._num_threads += 1
-            row = _Thread(self._num_threads)
-            threads.append(row)
-            self._line("M", pid, row.tid, name="thread_name", args={"name": thread})
-        row.end_s = at_s + for_s
-        self._line("X", pid, row.tid, name=name, ts=_us(at_s), dur=_us(for_s), args=about)
+        threads = self._threads.setdefault((pid, thread), {})
+        tid = next((tid for tid, free_s in threads.items() if free_s <= at_s + 1e-9), 0)
+        if not tid:
+            tid = self._num_threads = self._num_threads + 1
+            self._line("M", pid, tid, name="thread_name", args={"name": thread})
+        threads[tid] = at_s + for_s
+        self._line("X", pid, tid, name=name, ts=_us(at_s), dur=_us(for_s), args=about)
 
-    def request(self, one: Answered) -> None:
-        """A request from its arrival to its end, and its first token."""
+    def request(self, one: RequestOutcome) -> None:
+        """Add a request: its arrival, its first token and its end."""
         if self.full:
             return
         self._count += 3
@@ -413,7 +399,7 @@ class Events:
         self._line("e", pid, 0, ts=_us(one.at_s + one.total_s), **row)
 
     def close(self) -> None:
-        """End the file."""
+        """Finish the file."""
         self._file.write("\n]\n")
         self._file.close()
 
@@ -429,5 +415,5 @@ class Events:
 
 
 def _us(seconds: float) -> float:
-    """Microseconds, to the nanosecond."""
+    """Return microseconds, rounded to the nanosecond."""
     return round(1e6 * seconds, 3)

@@ -1,4 +1,4 @@
-"""A simulation: a scenario's load on its cluster, in virtual time, the same for the same seed."""
+"""Running a simulation: a scenario's load on its cluster in virtual time. The same seed gives the same results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +19,48 @@ from ruyi_flow.loop.chain import decode
 from ruyi_flow.loop.pages import PagePool
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.sim.behaviour import Recorded, Script, scripts_of
+from ruyi_flow.sim.behaviour import Script, scripts_for
 from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.sim.cluster import Cluster
-from ruyi_flow.sim.costs import check_stages, profiles_of, rates
-from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
+from ruyi_flow.sim.costs import check_stages, power_and_price, profiles_of
+from ruyi_flow.sim.load import Conversation, TokenCounts, conversations, draw_turns
 from ruyi_flow.sim.plots import check_matplotlib
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
-from ruyi_flow.sim.results import Answered, Recorder, Result
+from ruyi_flow.sim.results import Recorder, RequestOutcome, Result
 from ruyi_flow.sim.scenario import Scenario
 
 __all__ = ["Progress", "Result", "Simulation", "metrics_text", "simulate"]
 
 _TURN = 1_000_003
-"""Between the numbers of scripts of one conversation's turns."""
+"""Distance between the script numbers of consecutive turns of a conversation."""
 
-_AGAIN_S = 1.0
-"""After which a user who does not think asks again, when refused at once."""
+_RETRY_S = 1.0
+"""Seconds after which a user without thinking time asks again, when a request was refused at once."""
 
 _EVENTS = 4_000
-"""Between two looks at how far it is."""
+"""Events between two reports of progress."""
 
 _COLLECTED = 20_000
-"""Objects more than before, after which Python looks for cycles."""
+"""New objects after which Python looks for cycles. A simulation hardly makes any, and looking took 5 % of its time."""
 
 Progress = Callable[[int, int], None]
-"""Told now and then how many requests are done, of how many; 0 where that is not known."""
+"""Called now and then with how much is done, and of how much in all."""
 
 
 class Simulation:
-    """A scenario, ready to run.
+    """A simulation of one scenario, which can be run once.
 
     Args:
-        scenario: checked.
-        where: its file's name, for messages.
-        folder: for requests.csv and trace.json; None writes nothing.
-        profiles: of the nodes, where they are known already.
+        scenario: the deployment and its load.
+        where: name of the scenario's file, for error messages.
+        folder: where requests.csv and trace.json are written. Default: nothing is written.
+        profiles: the nodes' profiles. Default: read from the files, or computed for the hardware, that the scenario
+            names.
 
     Raises:
-        ConfigError: profiles, a trace or a file to replay that cannot be read, costs or a trace of another family, or
-            a load of which nothing fits.
+        ConfigError: a profile, a trace or a file to replay cannot be read; profiles or trace are of another family;
+            or not even the shortest request fits the entry node.
     """
 
     def __init__(
@@ -77,30 +78,39 @@ class Simulation:
         self._routing = scenario.policy.routing()
         self._policy = Policy.resolve(self._routing, scenario.all_exits)
         self._source = random.Random(f"{scenario.seed}/load")
-        self.scripts = scripts_of(scenario, self.profiles, self._routing.scale, where)
+        self.scripts = scripts_for(scenario, self.profiles, self._routing.scale, where)
         load = scenario.workload
         self._conversations = conversations(load, scenario.nodes[0].count, self._source, where)
-        self._prompts, self._answers = Lengthy(load.prompts), Lengthy(load.answers)
+        self._prompts, self._answers = TokenCounts(load.prompts), TokenCounts(load.answers)
         self._check_lengths()
-        self._recorder = Recorder(folder, scenario.all_exits, [node.name for node in scenario.nodes], math.inf)
+        names = [node.name for node in scenario.nodes]
+        self._recorder = Recorder(folder, exits=scenario.all_exits, nodes=names, skip=math.inf)
         self._time = VirtualTime()
         self._live: dict[int, Script] = {}
-        self._cluster = Cluster(scenario, self.profiles, self._time, self._live, self._recorder)
+        self._cluster = Cluster(scenario, self.profiles, time=self._time, scripts=self._live, recorder=self._recorder)
         self._begun = self._asked = self._under_way = 0
         self._began_s = self._counts_from_s = 0.0
         known = [len(self._conversations)] if isinstance(self._conversations, list) else []
         known += [] if load.requests is None else [load.requests]
+        self._expected = load.before + min(known) if known else None
+        """Number of requests in all; None if only `load.duration_s` ends the load."""
         self._uncounted = load.before + int(load.warmup * min(known)) if known else None
-        """Requests before counting begins; None where only time says when."""
+        """Number of requests before counting begins; None if the warm-up is a share of `duration_s`."""
 
     def run(self, progress: Progress = lambda done, total: None) -> Result:
-        """Simulate until the load has ended and every answer is there."""
+        """Simulate until the load and all requests have ended.
+
+        Args:
+            progress: called with requests or, if their number is not known, with seconds of `load.duration_s`.
+        """
         load = self.scenario.workload
         step, recorder = self._time.env.step, self._recorder
         arriving = self._time.process(self._arrive())
-        total = load.requests + load.before if load.requests else 0
-        most = total or math.inf
-        with _collecting_seldom():
+        most = load.requests + load.before if load.requests else math.inf
+        seconds = math.ceil(load.duration_s or 0)
+        usual = gc.get_threshold()
+        gc.set_threshold(_COLLECTED, *usual[1:])
+        try:
             while recorder.done < most and (not arriving.triggered or self._under_way):
                 try:
                     for _ in range(_EVENTS):
@@ -110,7 +120,12 @@ class Simulation:
                 except simpy.core.EmptySchedule:
                     break
                 recorder.timeline.fold()
-                progress(recorder.done, total)
+                if self._expected:
+                    progress(recorder.done, self._expected)
+                else:
+                    progress(min(seconds, int(self._time.now() - self._began_s)), seconds)
+        finally:
+            gc.set_threshold(*usual)
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         recorder.close()
@@ -119,7 +134,7 @@ class Simulation:
     # ---- the load ----
 
     async def _arrive(self) -> None:
-        """Let conversations begin."""
+        """Start the load's conversations, each at its time."""
         load = self.scenario.workload
         devices = self.scenario.nodes[0].count
         for i in range(load.before):
@@ -153,19 +168,19 @@ class Simulation:
         self._count_from_now()
 
     def _count_from_now(self) -> None:
-        """Requests that come, and what nodes and links do, count from this moment on."""
+        """Count new requests, and the nodes' and links' activity, from this moment on."""
         if math.isinf(self._recorder.skip):
             self._recorder.skip, self._counts_from_s = self._asked, self._time.now()
-            self._cluster.forget_what_was_done()
+            self._cluster.reset_counters()
 
     @property
     def _full(self) -> bool:
-        """Whether nobody may ask any more."""
+        """Whether the load has no more requests."""
         load = self.scenario.workload
         return load.requests is not None and self._asked >= load.requests + load.before
 
     async def _converse(self, device: int) -> None:
-        """A user who asks as soon as there is an answer, over and over."""
+        """Play a user of a closed load: one conversation after the other."""
         load = self.scenario.workload
         while not self._full and (load.duration_s is None or self._time.now() - self._began_s < load.duration_s):
             asked_s = self._time.now()
@@ -173,17 +188,17 @@ class Simulation:
             if load.turns.think_s:
                 await self._time.sleep(self._source.expovariate(1 / load.turns.think_s))
             elif self._time.now() == asked_s:
-                await self._time.sleep(_AGAIN_S)
+                await self._time.sleep(_RETRY_S)
 
     async def _talk(self, one: Conversation) -> None:
-        """A conversation: each turn's prompt is all that was said before it, and a question more.
+        """Play a conversation: the prompt of each turn is the history so far and a new question.
 
-        It has its own source of randomness, so that scenarios with another policy or other nodes are asked the same.
+        Each conversation has its own random source, so that scenarios that differ in policy or nodes get the same load.
         """
-        load, said = self.scenario.workload, 0
+        load, history = self.scenario.workload, 0
         begun, self._begun = self._begun, self._begun + 1
         source = random.Random(f"{self.scenario.seed}/{begun}")
-        for turn in range(one.turns or turns(load, source)):
+        for turn in range(one.turns or draw_turns(load, source)):
             if turn and load.turns.think_s:
                 await self._time.sleep(source.expovariate(1 / load.turns.think_s))
             if self._full:
@@ -191,19 +206,19 @@ class Simulation:
             if self._asked == self._uncounted:
                 self._count_from_now()
             number, self._asked = self._asked, self._asked + 1
-            recorded = self.scripts if isinstance(self.scripts, Recorded) else None
             script = begun + _TURN * turn
-            question = one.prompt_tokens or self._prompts.draw(recorded.prompt(script) if recorded else 0, source)
-            answer = one.answer_tokens or self._answers.draw(recorded.answer(script) if recorded else 0, source)
-            await self._ask(number, script, one.device, said + question, answer)
-            said += question + answer
+            recorded = self.scripts.lengths(script)
+            question = one.prompt_tokens or self._prompts.draw(recorded[0], source)
+            answer = one.answer_tokens or self._answers.draw(recorded[1], source)
+            await self._ask(number, script, device=one.device, prompt=history + question, answer=answer)
+            history += question + answer
 
-    async def _ask(self, number: int, which: int, device: int, prompt: int, answer: int) -> None:
-        """One request, from its arrival at the device to its last token."""
+    async def _ask(self, number: int, which: int, *, device: int, prompt: int, answer: int) -> None:
+        """Play a request, from its arrival at the device to its last token, with the script number `which`."""
         entry, began = self.profiles[0], self._time.now()
         outages = self._cluster.instance(0, device).outages
         may_fail = bool(outages)
-        one = Answered(number, device, began, prompt)
+        one = RequestOutcome(number, device, began, prompt)
         script = self._live[number] = self.scripts.script(which, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
         last, exits, tokens = script.last, one.exits, self._recorder.timeline.series("tokens")
@@ -220,7 +235,7 @@ class Simulation:
                         decisions, hops, drafted, accepted = round_
                         now = self._time.now()
                         if may_fail and outages.hit(began, now):
-                            raise NodeUnavailable("the entry node went down, and lost its sessions")
+                            raise NodeUnavailable("the entry node went down and lost its sessions")
                         one.total_s = after = now - began
                         one.first_token_s = one.first_token_s or after
                         one.drafted += drafted
@@ -229,7 +244,7 @@ class Simulation:
                         for hop in hops:
                             one.add(hop)
                             if hop.queue_s:
-                                # It waited at some time before; the last moments are the nearest that is known.
+                                # When exactly it waited is not known; the last moments are the best guess.
                                 lately = min(after, hop.queue_s)
                                 queue = self._recorder.timeline.series(f"queue {hop.node}")
                                 queue.add((now - lately, hop.queue_s, lately))
@@ -243,30 +258,31 @@ class Simulation:
         except RuyiFlowError as error:
             one.error = type(error).__name__
             one.total_s = self._time.now() - began
-        one.room_s = self._cluster.rooms.pop(number, {})
+        one.admission_s = self._cluster.admission_s.pop(number, {})
         del self._live[number]
         self._recorder.add(one)
 
-    # ---- what it is made of ----
+    # ---- checks and results ----
 
     def _check_lengths(self) -> None:
-        """Refuse a load of which not even the shortest request fits the entry node."""
-        recorded = self.scripts.least() if isinstance(self.scripts, Recorded) else (1, 1)
+        """Refuse a load whose shortest request does not fit the entry node."""
+        recorded = self.scripts.least()
         prompt, answer = self._prompts.least(recorded[0]), self._answers.least(recorded[1])
         least = prompt + answer
         if isinstance(self._conversations, list):
             least = min((one.prompt_tokens or prompt) + (one.answer_tokens or answer) for one in self._conversations)
-        context, room = self.profiles[0].context, self.scenario.nodes[0].limits.max_positions
-        if least > min(context, PagePool(room).num_positions):
-            limit = "nodes.0.limits.max_positions" if room < context else "the family's context"
+        context, capacity = self.profiles[0].context, self.scenario.nodes[0].limits.max_positions
+        if least > min(context, PagePool(capacity).num_positions):
+            small = capacity < context
+            limit = "nodes.0.limits.max_positions" if small else "the family's context"
             raise ConfigError(
-                f"{self._where}: load: no request fits: the shortest prompt with its answer has {least} tokens, "
-                f"{limit} is {min(context, room)}; ask for fewer{', or raise that' if room < context else ''}"
+                f"{self._where}: load: no request fits: the shortest prompt with its answer has {least} tokens, but "
+                f"{limit} is {min(context, capacity)}: set shorter prompts or answers{', or raise it' if small else ''}"
             )
 
     def _metrics(self) -> dict[str, Any]:
-        """Everything in numbers, from when counting began; what a node's time and bytes cost included."""
-        found, recorder = self._recorder.figures(), self._recorder
+        """Return the content of metrics.json, which covers the time since counting began."""
+        found, recorder = self._recorder.statistics(), self._recorder
         end = recorder.ended_s if recorder.counted else self._time.now()
         span = max(1e-9, end - self._counts_from_s)
         nodes, links = {}, {}
@@ -274,7 +290,7 @@ class Simulation:
         for tier, (node, profile) in enumerate(zip(self.scenario.nodes, self.profiles, strict=True)):
             there = self._cluster.instances[tier].values()
             busy, waited = sum(i.worker.busy_s for i in there), sum(i.worker.waited_s for i in there)
-            idle_w, busy_w, price = rates(node)
+            idle_w, busy_w, price = power_and_price(node)
             joules = busy * busy_w + max(0.0, node.count * span - busy) * idle_w
             dollars = node.count * span / 3600 * price
             nodes[node.name] = {
@@ -316,29 +332,23 @@ class Simulation:
         return {**found, "nodes": nodes, "links": links, **simulated}
 
 
-@contextmanager
-def _collecting_seldom() -> Iterator[None]:
-    """What a simulation makes is nearly never in a cycle, and looking for those took a twentieth of its time."""
-    usual = gc.get_threshold()
-    gc.set_threshold(_COLLECTED, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-
-
 def simulate(
     scenario: Scenario, folder: Path, *, where: str = "scenario", progress: Progress = lambda done, total: None
 ) -> Result:
-    """Run a scenario, and leave a run folder: scenario.yaml, requests.csv, trace.json, metrics.json, report.html.
+    """Simulate a scenario and write its run folder: scenario.yaml, requests.csv, trace.json, metrics.json, report.html.
+
+    Args:
+        folder: the run folder. Its files are replaced together at the end.
+        where: name of the scenario's file, for error messages.
+        progress: see `Simulation.run`.
 
     Raises:
-        ConfigError: see `Simulation`, or matplotlib is not installed; nothing is written then.
+        ConfigError: see `Simulation`, or matplotlib is not installed; nothing is written.
     """
     check_matplotlib()
-    Simulation(scenario, where=where)  # what is wrong with it is told before a folder is made
+    Simulation(scenario, where=where)  # raises its errors before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as made:  # a run that breaks off leaves the last one
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as made:  # an interrupted run leaves the last one
         new = Path(made)
         (new / "scenario.yaml").write_text(scenario.text(), encoding="utf-8")
         result = Simulation(scenario, where=where, folder=new).run(progress)
@@ -350,5 +360,5 @@ def simulate(
 
 
 def metrics_text(metrics: dict[str, Any]) -> str:
-    """metrics.json."""
+    """Return the text of metrics.json."""
     return json.dumps(metrics, indent=2, sort_keys=True) + "\n"

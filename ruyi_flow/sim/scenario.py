@@ -1,6 +1,6 @@
-"""Scenario files: a topology whose nodes are many and cost something, whose links are slow, and a load.
+"""Scenario files: a topology with the number and cost of its nodes, the speed of its links, and a load.
 
-YAML in, frozen and validated models out, with the same messages as for topologies.
+YAML is parsed into frozen and validated models, with the same error messages as for topologies.
 """
 
 from __future__ import annotations
@@ -25,54 +25,60 @@ Share = Annotated[Float, Field(ge=0, le=1)]
 
 
 class Span(Model):
-    """A time when something is down."""
+    """A planned outage."""
 
     at_s: Weight
+    """Second at which it begins."""
     for_s: Positive
+    """Length in seconds."""
 
 
 class SimNode(Node):
-    """A node, or as many alike as `count` says."""
+    """A node, or `count` identical nodes."""
 
     count: Int = Field(default=1, ge=1, le=10_000_000)
-    """Of them; each talks to one of the next tier, shared out evenly."""
+    """Number of identical nodes. They are spread evenly over the nodes of the next tier."""
     profile: Path | None = None
-    """What its stages cost (`ruyi-flow profile`)."""
+    """File with the costs of its stages (`ruyi-flow profile`). Default: the scenario's profile."""
     hardware: str | None = None
-    """Compute the costs for this instead: a machine of docs/simulation-costs.md."""
+    """Machine of docs/simulation-costs.md to compute the costs for, instead of a profile."""
     speed: Positive = 1.0
-    """Steps go so many times as fast as the profile says."""
+    """Factor on the speed of all steps."""
     idle_w: Weight | None = None
+    """Power of one node in watts while no step runs. Default: the hardware's, or 0."""
     busy_w: Weight | None = None
-    """Power of one of them while no step runs, and while one does; the hardware's own when left out."""
+    """Power of one node in watts while a step runs. Default: the hardware's, or 0."""
     price_per_hour: Weight | None = None
-    """Of one of them, in dollars; the hardware's own when left out."""
+    """Price of one node in dollars per hour. Default: the hardware's, or 0."""
     down: tuple[Span, ...] = ()
-    """When all of them are down; their sessions are lost."""
+    """Planned outages of all these nodes, which lose their sessions. Default: none."""
     mtbf_s: Annotated[Float, Field(ge=1, allow_inf_nan=False)] | None = None
-    """Each goes down by itself after such a time on average, and is back after `mttr_s`."""
+    """Mean seconds until a node fails by itself. Default: it never does."""
     mttr_s: Positive = 60.0
+    """Seconds until a node that failed by itself is up again."""
 
 
 class SimLink(Link):
-    """A link, one for each node at its lower end."""
+    """A link; each node at its lower end has one of its own."""
 
     round_trip_ms: Weight = 0.0
-    """Of an empty message and its answer."""
+    """Round trip of an empty message and its answer, in milliseconds."""
     jitter_ms: Weight = 0.0
-    """Standard deviation of what each way takes beyond that; never less."""
+    """Standard deviation, in milliseconds, of the normal value whose absolute is added to each way."""
     up_mbit: Positive | None = None
+    """Bandwidth upwards in Mbit/s. Default: unlimited."""
     down_mbit: Positive | None = None
-    """Bandwidth, which the link's flows share; None is no limit."""
+    """Bandwidth downwards in Mbit/s. Default: unlimited."""
     shared: bool = False
     """Whether all nodes at the lower end share that bandwidth, as phones in one cell do."""
     loss: Annotated[Float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of segments that are lost and sent again."""
+    """Share of TCP segments that are lost and sent again."""
     down: tuple[Span, ...] = ()
+    """Planned outages. Default: none."""
     price_per_gb: Weight = 0.0
-    """In dollars, both ways."""
+    """Price of traffic in either direction, in dollars per gigabyte."""
     joules_per_mb: Weight = 0.0
-    """That the lower end's radio takes."""
+    """Energy of the lower end's radio in joules per megabyte."""
 
 
 class Lengths(Model):
@@ -80,120 +86,137 @@ class Lengths(Model):
 
     kind: Literal["constant", "uniform", "lognormal", "trace"] = "constant"
     tokens: Int = Field(default=64, ge=1, le=2**20)
-    """`constant`"""
+    """Number of tokens of kind "constant"."""
     low: Int = Field(default=1, ge=1)
+    """Smallest number of tokens of kind "uniform"."""
     high: Int = Field(default=128, ge=1, le=2**20)
-    """`uniform`, both included"""
+    """Largest number of tokens of kind "uniform"."""
     median: Annotated[Float, Field(gt=0, le=2**20)] = 64.0
+    """Median number of tokens of kind "lognormal"."""
     sigma: Annotated[Float, Field(ge=0, le=10)] = 0.7
-    """`lognormal`: of its logarithm"""
+    """Standard deviation of the logarithm of kind "lognormal"."""
     most: Int = Field(default=2048, ge=1, le=2**20)
-    """`lognormal` and `trace`: no more than that."""
+    """Largest number of tokens of kinds "lognormal" and "trace"; larger ones are cut to it."""
 
 
 class Arrivals(Model):
-    """When conversations begin."""
+    """The process by which conversations begin."""
 
     kind: Literal["poisson", "even", "bursty", "diurnal", "closed", "replay"] = "poisson"
     rate: Annotated[Float, Field(ge=1e-6, allow_inf_nan=False)] = 1.0
-    """A second, over all devices, on average."""
+    """Mean number of conversations per second, over all devices."""
     busy_factor: Annotated[Float, Field(ge=1)] = 4.0
-    """`bursty`: how much higher the rate is in a burst than between bursts."""
+    """Rate in a burst divided by the rate between bursts, for kind "bursty" (a two-state Markov-modulated Poisson
+    process)."""
     burst_s: Positive = 10.0
+    """Mean length of a burst in seconds, for kind "bursty"."""
     calm_s: Positive = 50.0
-    """`bursty`: how long bursts and calms last on average (a Markov-modulated Poisson process of two states)."""
+    """Mean time between bursts in seconds, for kind "bursty"."""
     peak_factor: Annotated[Float, Field(ge=1, le=2)] = 1.8
-    """`diurnal`: the highest rate over the mean one, of a sine."""
+    """Highest rate divided by the mean rate, for kind "diurnal" (a sine)."""
     period_s: Positive = 86400.0
+    """Period of the sine in seconds, for kind "diurnal"."""
     users: Int = Field(default=1, ge=1)
-    """`closed`: each asks again as soon as it has an answer and has thought."""
+    """Number of users, for kind "closed": each asks again after its answer and its thinking time."""
     file: Path | None = None
-    """`replay`: a CSV with a column at_s, and prompt_tokens, answer_tokens and device (from 0) where it has them."""
+    """CSV file, for kind "replay". Columns: at_s; optionally prompt_tokens, answer_tokens and device (from 0)."""
 
 
 class Turns(Model):
-    """Questions of a conversation."""
+    """The questions of a conversation. The prompt of each contains the whole conversation before it."""
 
     mean: Annotated[Float, Field(ge=1, le=1000)] = 1.0
-    """Of a geometric distribution. Each takes all before it as its prompt."""
+    """Mean number of questions, of a geometric distribution."""
     think_s: Weight = 10.0
-    """From an answer's end to the next question, on average (exponential)."""
+    """Mean seconds from an answer to the next question, of an exponential distribution."""
 
 
 class Load(Model):
-    """What users ask."""
+    """The users' requests."""
 
     arrivals: Arrivals = Arrivals()
+    """When conversations begin."""
     prompts: Lengths = Lengths()
+    """Tokens of a question; the prompt also contains the conversation before it."""
     answers: Lengths = Lengths()
+    """Tokens of an answer."""
     turns: Turns = Turns()
+    """Questions of a conversation."""
     requests: Int | None = Field(default=None, ge=1)
-    """The run ends with so many answers."""
+    """Number of requests after which the run ends. Default: `duration_s` ends it."""
     duration_s: Positive | None = None
-    """Or conversations begin for so long, and what runs then ends."""
+    """Seconds during which conversations begin; those under way are then finished. Default: `requests` ends the run."""
     before: Int = Field(default=0, ge=0)
-    """So many requests are asked one by one before the load begins, and not counted: a system that has been running has
-    measured what its rounds take."""
+    """Number of requests asked one by one before the load begins and not counted, so that nodes have measured the times
+    that drafting is decided by."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """This share of `requests`, or of a replay's, the first ones, is not counted; nor are those that come in this share
-    of `duration_s`. Nodes and links are counted from then on, too."""
+    """First share of `requests`, of a replay's rows, or of `duration_s`, that is not counted: neither its requests nor
+    the activity of nodes and links until then."""
 
     @model_validator(mode="after")
     def _ends(self) -> Load:
         if self.requests is None and self.duration_s is None and self.arrivals.kind != "replay":
-            raise ValueError("say when it ends: requests: 1000, or duration_s: 600")
+            raise ValueError("it never ends; set requests: 1000 or duration_s: 600")
         return self
 
 
 class Behaviour(Model):
-    """What branches say, drawn where there is no trace; see `sim/behaviour.py: Drawn`."""
+    """A model of the branches' predictions, for when there is no trace; see `sim/behaviour.py: DrawnScripts`."""
 
     agreement: dict[Int, Annotated[Float, Field(gt=0, lt=1)]]
-    """Of each early exit with the last one."""
+    """Share of tokens at which each early exit agrees with the last one."""
     spread: Weight = 0.9
+    """How much confidence varies over positions. Default: as in the demo family's recorded answers."""
     correlation: Share = 0.55
-    """Both as the demo family's recorded answers have them (docs/simulation.md)."""
+    """Correlation of the early exits' confidences. Default: as in the demo family's recorded answers."""
 
 
 class Host(Model):
     """A machine whose cores several nodes share."""
 
     cores: Positive
+    """Number of cores; it may be a fraction."""
     message_ms: Weight = 0.0
-    """Processor time that a question between nodes takes on it beyond the profile's: of a proxy, a tunnel, a relay."""
+    """Extra processor time of a question between nodes in milliseconds, for example of a proxy or a tunnel."""
     nodes: tuple[str, ...] = Field(min_length=1)
+    """Names of the nodes that run on it."""
 
 
 class Scenario(Topology):
-    """A deployment, and what is asked of it."""
+    """A deployment and its load."""
 
     nodes: tuple[SimNode, ...] = Field(min_length=1)
     links: tuple[SimLink, ...] = ()
     workload: Load = Field(alias="load")
+    """The users' requests."""
     trace: Path | None = None
-    """Of `ruyi-flow trace`: what the branches say."""
+    """File of `ruyi-flow trace` with the branches' predictions. Default: they are drawn, see `behaviour`."""
     behaviour: Behaviour | None = None
+    """Model of the branches' predictions, instead of a trace."""
     profile: Path | None = None
-    """Of the nodes that name none."""
+    """File with the costs of the nodes that have neither a profile nor a hardware (`ruyi-flow profile`)."""
     hosts: dict[str, Host] = {}
+    """Machines whose cores several nodes share, by name. Default: each node has a core of its own."""
     client_ms: Weight = 0.0
-    """What a user's request takes on the entry node before its first step, beyond the profile's."""
+    """Extra milliseconds of a request on the entry node before its first step, in addition to the profile's."""
     seed: Int = Field(default=0, ge=0)
+    """Seed of all random draws."""
 
     @classmethod
     def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> Scenario:
-        """Read a scenario, with keys replaced.
+        """Read a scenario file and replace keys.
 
         Args:
-            overrides: key=value, as in nodes.edge.count=4 or links.0.round_trip_ms=80.
+            path: the file.
+            overrides: keys to replace as key=value, for example nodes.edge.count=4 or links.0.round_trip_ms=80.
 
         Raises:
-            ConfigError: with the file, the key's path, the value and the fix.
+            ConfigError: the file cannot be read, or a key is wrong.
         """
         path = Path(path)
         data = read_yaml(path, "scenario")
         if not isinstance(data, dict):
-            raise ConfigError(f"{path}: a scenario is a mapping with the keys of a topology and load")
+            raise ConfigError(f"{path}: a scenario must be a mapping with the keys of a topology and the key load")
         data = _on_topology(data, path)
         for override in overrides:
             replace_key(data, override, str(path))
@@ -201,17 +224,15 @@ class Scenario(Topology):
 
     @classmethod
     def from_data(cls, data: dict[str, Any], *, base: Path, where: str) -> Scenario:
-        """Check a scenario that is a mapping already; relative paths are meant from `base`."""
+        """Validate a scenario that is already parsed; relative paths in it refer to the folder `base`."""
         data = copy.deepcopy(data)
         if isinstance(data.get("family"), str):
             data["family"] = resolve_folder(data["family"], base.resolve(), where)
-        places: list[tuple[Any, str]] = [(data, "trace"), (data, "profile"), (data.get("policy"), "file")]
         load = data.get("load")
-        places += [(node, "profile") for node in data.get("nodes") or ()] if isinstance(data.get("nodes"), list) else []
-        places.append((load.get("arrivals") if isinstance(load, dict) else None, "file"))
-        for mapping, key in places:
-            if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
-                mapping[key] = str((base / Path(mapping[key]).expanduser()).resolve())
+        arrivals = load.get("arrivals") if isinstance(load, dict) else None
+        places = [(data, "trace"), (data, "profile"), (data.get("policy"), "file"), (arrivals, "file")]
+        for mapping, key in [*places, *((node, "profile") for node in _rows(data, "nodes"))]:
+            _make_absolute(mapping, key, base)
         try:
             scenario = cls.model_validate(data)
         except ValidationError as error:
@@ -221,19 +242,19 @@ class Scenario(Topology):
         return scenario
 
     def text(self) -> str:
-        """As a scenario file that says all that this one does."""
+        """Return the text of an equivalent scenario file with absolute paths."""
         data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
     def link_after(self, tier: int) -> SimLink | None:
-        """From the nodes of a tier, 0 being the entry's, to the next; None after the last."""
+        """Return the link from the nodes of a tier, counted from 0, to the next tier; None after the last one."""
         if tier + 1 == len(self.nodes):
             return None
         ends = self.nodes[tier].name, self.nodes[tier + 1].name
         return next(link for link in self.links if (link.source, link.target) == ends)
 
     def _check_addresses(self, where: str) -> None:
-        """A scenario needs none."""
+        """Accept nodes without addresses, which a simulation does not need."""
 
     def _check_rest(self, where: str) -> None:
         names = [node.name for node in self.nodes]
@@ -243,38 +264,38 @@ class Scenario(Topology):
                     raise ConfigError(f"{where}: hosts.{host}.nodes: no node {name!r}{did_you_mean(name, names)}")
         for i, node in enumerate(self.nodes):
             if node.profile and node.hardware:
-                raise ConfigError(f"{where}: nodes.{i}: give a profile or a hardware, not both")
+                raise ConfigError(f"{where}: nodes.{i}: profile and hardware cannot be combined; remove one of them")
             if not (node.profile or node.hardware or self.profile):
                 raise ConfigError(
-                    f"{where}: nodes.{i}.profile: nobody knows what {node.name!r} costs; measure this machine "
-                    "(ruyi-flow profile FAMILY --out this.msgpack) and name the file, or name a hardware"
+                    f"{where}: nodes.{i}.profile: the costs of {node.name!r} are missing; give the file of a measured "
+                    "profile (ruyi-flow profile FAMILY --out this.msgpack), or a hardware"
                 )
             if i and node.count > self.nodes[i - 1].count:
                 raise ConfigError(
-                    f"{where}: nodes.{i}.count: {node.count} of {node.name!r} for {self.nodes[i - 1].count} of "
-                    f"{self.nodes[i - 1].name!r}: some would have nobody to serve"
+                    f"{where}: nodes.{i}.count: {node.count} of {node.name!r} are more than the "
+                    f"{self.nodes[i - 1].count} of {self.nodes[i - 1].name!r} that they serve; lower it"
                 )
         if self.trace is not None and self.behaviour is not None:
-            raise ConfigError(f"{where}: give a trace or a behaviour, not both")
+            raise ConfigError(f"{where}: trace and behaviour cannot be combined; remove one of them")
         early = self.all_exits[:-1]
         if self.behaviour is not None and set(self.behaviour.agreement) != set(early):
             raise ConfigError(
-                f"{where}: behaviour.agreement: names exits {sorted(self.behaviour.agreement)}; "
-                f"the early exits here are {list(early)}"
+                f"{where}: behaviour.agreement: has exits {sorted(self.behaviour.agreement)}, but the early exits of "
+                f"the nodes are {list(early)}; give one value for each of them"
             )
         for what, lengths in (("prompts", self.workload.prompts), ("answers", self.workload.answers)):
             if lengths.kind == "trace" and self.trace is None:
-                raise ConfigError(f"{where}: load.{what}.kind: there is no trace to take them from; name one")
+                raise ConfigError(f"{where}: load.{what}.kind: 'trace' requires a trace; set the key trace")
             if lengths.kind == "uniform" and lengths.low > lengths.high:
-                raise ConfigError(f"{where}: load.{what}: low is above high")
+                raise ConfigError(f"{where}: load.{what}: low is above high; swap them")
         arrivals = self.workload.arrivals
         if arrivals.kind == "replay" and (arrivals.file is None or not arrivals.file.exists()):
-            missing = "what to replay is missing" if arrivals.file is None else f"{arrivals.file} is not there"
-            raise ConfigError(f"{where}: load.arrivals.file: {missing}; name a CSV file")
+            missing = "kind 'replay' requires it" if arrivals.file is None else f"{arrivals.file} does not exist"
+            raise ConfigError(f"{where}: load.arrivals.file: {missing}; give a CSV file")
 
 
 def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A scenario that names a topology's file: that, with the scenario's keys over it, nodes and links by name."""
+    """Put a scenario's keys over those of the topology file that it names, matching nodes and links by name."""
     named = data.pop("topology", None)
     if named is None:
         return data
@@ -283,67 +304,70 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
     file = path.parent / Path(named).expanduser()
     below = read_yaml(file, "topology")
     if not isinstance(below, dict):
-        raise ConfigError(f"{file}: a topology is a mapping with the keys family, nodes, links and policy")
+        raise ConfigError(f"{file}: a topology must be a mapping with the keys family, nodes, links and policy")
     if isinstance(below.get("family"), str):
         below["family"] = resolve_folder(below["family"], file.parent.resolve(), str(file))
-    for node in below["nodes"] if isinstance(below.get("nodes"), list) else ():
-        if isinstance(node, dict) and isinstance(node.get("shard"), str):
-            node["shard"] = str((file.parent / node["shard"]).resolve())
-    policy = below.get("policy")
-    if isinstance(policy, dict) and isinstance(policy.get("file"), str):
-        policy["file"] = str((file.parent / policy["file"]).resolve())
+    for mapping, key in [(below.get("policy"), "file"), *((node, "shard") for node in _rows(below, "nodes"))]:
+        _make_absolute(mapping, key, file.parent)
     merged = {**below, **data}
     for key, names in (("nodes", ("name",)), ("links", ("from", "to"))):
-        mine = data.get(key)
-        if not isinstance(mine, list) or not isinstance(below.get(key), list):
+        if not isinstance(data.get(key), list) or not isinstance(below.get(key), list):
             continue
-        rows = [dict(row) for row in below[key] if isinstance(row, dict)]
-        for row in mine:
+        merged[key] = rows = _rows(below, key)
+        for row in data[key]:
             match = [r for r in rows if isinstance(row, dict) and all(r.get(n) == row.get(n) for n in names)]
             if not match:
-                raise ConfigError(f"{path}: {key}: {row!r} is not in {file}; name what is there")
+                raise ConfigError(f"{path}: {key}: {row!r} is not in {file}; use a name of that file")
             match[0].update(row)
-        merged[key] = rows
     return merged
 
 
+def _rows(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the mappings in a list of a file's data; none if it is malformed."""
+    return [row for row in data[key] if isinstance(row, dict)] if isinstance(data.get(key), list) else []
+
+
+def _make_absolute(mapping: Any, key: str, base: Path) -> None:
+    """Make a path in a mapping absolute, if it is there."""
+    if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
+        mapping[key] = str((base / Path(mapping[key]).expanduser()).resolve())
+
+
 def replace_key(data: dict[str, Any], override: str, where: str) -> None:
-    """Set a key of a file's data.
+    """Set a key of a scenario file's data.
 
     Args:
-        override: key=value; in lists a key is a number, or a node's name, or a link's as from-to.
+        data: the data, which is changed.
+        override: key=value. In a list, a key is an index, a node's name, or a link's ends as from-to.
+        where: name of the file, for error messages.
 
     Raises:
-        ConfigError: there is no such place.
+        ConfigError: the key does not exist, or the value is not valid YAML.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: write key=value, as in nodes.edge.count=4")
     value = parse_value(text, f"--set {key}")
-    *path, last = key.split(".")
+    parts = key.split(".")
     here: Any = data
-    for i, part in enumerate([*path, last]):
-        final = i == len(path)
+    for i, part in enumerate(parts):
+        at: Any = part
         if isinstance(here, list):
-            index = _index(here, part)
-            if index is None:
-                names = [name for row in here if (name := _name(row))] or [str(i) for i in range(len(here))]
+            at = _index(here, part)
+            if at is None:
+                names = [name for row in here if (name := _name(row))] or [str(n) for n in range(len(here))]
                 raise ConfigError(
-                    f"{where}: --set {key}: no {part!r} in {'.'.join(path[:i])}; "
+                    f"{where}: --set {key}: no {part!r} in {'.'.join(parts[:i])}; "
                     f"it has {', '.join(names) or 'nothing'}{did_you_mean(part, names)}"
                 )
-            if final:
-                here[index] = value
-            else:
-                here = here[index]
-        elif isinstance(here, dict):
-            part_key: Any = int(part) if part.isdigit() and int(part) in here else part
-            if final:
-                here[part_key] = value
-            else:
-                here = here.setdefault(part_key, {})
+        elif not isinstance(here, dict):
+            raise ConfigError(f"{where}: --set {key}: {'.'.join(parts[:i])} is a single value without keys")
+        elif part.isdigit() and int(part) in here:
+            at = int(part)
+        if i + 1 == len(parts):
+            here[at] = value
         else:
-            raise ConfigError(f"{where}: --set {key}: {'.'.join(path[:i])} has no keys in it")
+            here = here.setdefault(at, {}) if isinstance(here, dict) else here[at]
 
 
 def _index(rows: list[Any], part: str) -> int | None:
@@ -353,7 +377,7 @@ def _index(rows: list[Any], part: str) -> int | None:
 
 
 def _name(row: Any) -> str:
-    """What a node or a link is called; nothing where it has no name."""
+    """Return the name of a node or a link; "" if it has none."""
     if not isinstance(row, dict):
         return ""
     return str(row.get("name") or "-".join(str(row[end]) for end in ("from", "to") if end in row))

@@ -1,4 +1,4 @@
-"""Shapes of families that need no checkpoint to be simulated."""
+"""Shapes of families that can be simulated without a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.family.config import FamilyConfig
 
-__all__ = ["FAMILIES", "RUYI2", "RUYI_7B", "SMOLLM2", "geometry"]
+__all__ = ["FAMILIES", "RUYI2", "RUYI_7B", "SMOLLM2", "family_shape"]
+
+# Each mapping has the keys of config.json, for `FamilyConfig.parse`.
 
 RUYI_7B: Mapping[str, Any] = {
     # config.json of huggingface.co/TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725. Exits and sizes, 3B to 7B:
@@ -50,7 +52,7 @@ RUYI2: Mapping[str, Any] = {
     "vocab_size": 151936,
 }
 SMOLLM2: Mapping[str, Any] = {
-    # The demo family: SmolLM2-135M-Instruct with the branches of family/demo/recipe.yaml, its probes left out.
+    # The demo family: SmolLM2-135M-Instruct with the branches of family/demo/recipe.yaml, without its probes.
     "model_type": "ruyi_llama",
     "early_exit_points": [5, 11, 17, 23, 29],
     "early_exit_branch_layers": [1, 2, 2, 2, 1],
@@ -68,17 +70,15 @@ SMOLLM2: Mapping[str, Any] = {
     "eos_token_id": 2,
     "vocab_size": 49152,
 }
-"""Each in config.json's words, for `FamilyConfig.parse`."""
-
 FAMILIES: Mapping[str, Mapping[str, Any]] = {"ruyi-7b": RUYI_7B, "ruyi2": RUYI2, "smollm2": SMOLLM2}
-"""By the name that a scenario gives."""
+"""Shapes by the family's name in a scenario."""
 
 
-def geometry(family: str, exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
-    """A family's shape: one of `FAMILIES`, or a folder's config.json.
+def family_shape(family: str, exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
+    """Return a family's shape: one of `FAMILIES`, or read from the config.json of a folder.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the family is neither a known name nor a folder with a config.json.
     """
     if family.lower() in FAMILIES:
         return FamilyConfig.parse(FAMILIES[family.lower()])
@@ -87,6 +87,6 @@ def geometry(family: str, exits: tuple[int, ...] | None, where: str) -> FamilyCo
         return FamilyConfig.parse(json.loads(file.read_text(encoding="utf-8")), exits=exits, where=str(file))
     except (OSError, ValueError):
         raise ConfigError(
-            f"{where}: family: hardware's costs need the family's shape, and {family!r} is neither a folder with a "
-            f"config.json nor one of {', '.join(FAMILIES)}{did_you_mean(family, [*FAMILIES])}"
+            f"{where}: family: {family!r} is neither a folder with a config.json nor one of "
+            f"{', '.join(FAMILIES)}; the costs of hardware need the family's shape{did_you_mean(family, [*FAMILIES])}"
         ) from None

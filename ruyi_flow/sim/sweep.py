@@ -1,8 +1,8 @@
-"""Sweeps: a scenario at every point of a grid, with several seeds each, in parallel; what is done is not done again.
+"""Sweeps: a scenario at every point of a grid, with several seeds each, simulated in parallel and at most once.
 
-A folder holds, for each finished run, `<hash>.json` (its metrics.json), where the hash is of the resolved scenario,
-seed included, and of what the files that it names hold. results.csv has a row for each point, pareto.csv the points
-that no other one beats, and pareto.png shows them.
+The sweep's folder contains `<hash>.json`, a metrics.json, for each finished run. The hash covers the resolved scenario
+with its seed, the content of the files that it names, and the version of Ruyi Flow. results.csv has a row for each
+point, pareto.csv one for each Pareto-optimal point, and pareto.png shows them.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ import yaml
 from ruyi_flow import __version__
 from ruyi_flow.config.yaml_files import parse_value
 from ruyi_flow.errors import ConfigError, RuyiFlowError
-from ruyi_flow.sim.parallel import play
+from ruyi_flow.sim.parallel import simulate_all
 from ruyi_flow.sim.run import Progress, Simulation, metrics_text
 from ruyi_flow.sim.scenario import Scenario
 
 __all__ = [
-    "FIGURES",
+    "METRICS",
     "MOST_FAILED",
     "Axis",
-    "Figure",
+    "MeanOverSeeds",
     "Point",
-    "beyond_first",
-    "draw",
-    "front",
     "half_width",
+    "metric",
+    "pareto_front",
+    "plot_front",
     "sweep",
-    "write",
+    "write_tables",
 ]
 
 MOST_FAILED = 0.01
-"""Share of the requests that may fail: where more do, the other figures say nothing of what users get."""
+"""Largest share of failed requests at which a point is still compared with others."""
 
 _MOST_RUNS = 100_000
+"""Most simulations of a sweep."""
 
-FIGURES: Mapping[str, tuple[str, ...]] = {
+METRICS: Mapping[str, tuple[str, ...]] = {
     "first_token_p50_s": ("first_token_s", "p50"),
     "first_token_p95_s": ("first_token_s", "p95"),
     "token_p50_s": ("token_s", "p50"),
@@ -59,10 +60,10 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
     "beyond_first": (),
     "joules_per_token": ("joules_per_token",),
     "usd_per_million_tokens": ("usd_per_million_tokens",),
-    "failed": (),
+    "failed": ("failed",),
 }
-"""What is told of a point: its name, and where metrics.json has it. `beyond_first` is the share of the tokens that are
-decided beyond the first node, `failed` the share of the requests that failed."""
+"""Columns of a sweep's results, with their keys in metrics.json. `beyond_first` is the share of tokens that are not
+decided on the first node, `failed` the share of requests that failed."""
 
 _COSTS: Mapping[str, str] = {
     "token_p95_s": "p95 time per token, s",
@@ -70,28 +71,28 @@ _COSTS: Mapping[str, str] = {
     "agreement": "1 - agreement",
     "usd_per_million_tokens": "$ per million tokens",
 }
-"""What a point is weighed by, and what the drawing calls it."""
+"""The quantities, smaller being better, that Pareto-optimal points are found by, with their labels in the plot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A key of the scenario, and the values that it takes."""
+    """A key of the scenario, and the values that it takes in a sweep."""
 
     key: str
     values: tuple[Any, ...]
 
     @classmethod
     def parse(cls, text: str) -> Axis:
-        """From key=1,2,4 or key=low:high:step, both ends included.
+        """Parse key=1,2,4 or key=low:high:step, which includes both ends.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: the text is neither.
         """
         key, equals, listed = text.partition("=")
         if not equals or not key or not listed.strip():
             raise ConfigError(f"--grid {text!r}: write key=1,2,4 or key=low:high:step, as in nodes.edge.count=1,2,4")
         if key == "seed":
-            raise ConfigError(f"--grid {text!r}: seeds are not a key to sweep; --repeat 5 takes seeds 0 to 4")
+            raise ConfigError(f"--grid {text!r}: the seed cannot be swept; use --repeat 5 for seeds 0 to 4")
         number = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
         if match := re.fullmatch(f"{number}:{number}:{number}", listed):
             low, high, step = (float(part) for part in match.groups())
@@ -99,38 +100,38 @@ class Axis:
                 raise ConfigError(f"--grid {text!r}: low:high:step needs low <= high and a step above 0")
             count = int((high - low) / step + 1e-9) + 1
             if count > _MOST_RUNS:
-                raise ConfigError(f"--grid {text!r}: {count:,} values; take a larger step")
+                raise ConfigError(f"--grid {text!r}: {count:,} values are too many; use a larger step")
             whole = all(part.strip().lstrip("+-").isdigit() for part in match.groups())
             found = [round(low + i * step, 12) for i in range(count)]
             return cls(key, tuple(int(value) for value in found) if whole else tuple(found))
         if re.fullmatch(f"{number}:{number}", listed):
             raise ConfigError(f"--grid {text!r}: a range is low:high:step, as in {listed.strip()}:1")
-        values = parse_value(f"[{listed}]", f"--grid {key}")  # commas inside of brackets belong to a value
+        values = parse_value(f"[{listed}]", f"--grid {key}")  # YAML keeps commas in brackets within one value
         return cls(key, tuple(values))
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A mean over seeds."""
+class MeanOverSeeds:
+    """The mean of a metric over seeds."""
 
     mean: float
     half: float | None
-    """Of its 95 % confidence interval; None where there was one seed."""
+    """Half-width of the mean's 95 % confidence interval; None with a single seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point of a grid, and what was found there."""
+    """One point of a grid, with its results."""
 
     keys: Mapping[str, Any]
-    figures: Mapping[str, Figure]
-    """By `FIGURES`."""
+    figures: Mapping[str, MeanOverSeeds]
+    """The mean of each of `METRICS`."""
     answered: bool
-    """Whether every run gave tokens; else its figures say nothing."""
+    """Whether every run decided tokens; if not, its means have no meaning."""
 
     @property
-    def counts(self) -> bool:
-        """Whether it is compared with others: every run gave tokens, and hardly a request failed."""
+    def comparable(self) -> bool:
+        """Whether it is compared with other points: every run decided tokens, and hardly any request failed."""
         return self.answered and self.figures["failed"].mean <= MOST_FAILED
 
 
@@ -145,18 +146,23 @@ def sweep(
     ray: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> list[Point]:
-    """Simulate a scenario at every point of a grid, with seeds 0 … repeat-1.
+    """Simulate a scenario at every point of a grid, with seeds 0 to repeat - 1.
 
-    Runs that the folder has already are taken from there. Each that ends is there at once, so a sweep that was broken
-    off goes on where it was.
+    Runs that the folder already contains are not repeated. Each run is saved when it ends, so an interrupted sweep
+    resumes where it stopped.
 
     Args:
-        jobs: processes at a time; all cores' when left out.
-        ray: address of a Ray cluster to run on instead.
-        progress: told how many runs are done, of how many.
+        scenario: the scenario's file.
+        axes: the keys to vary, and their values.
+        folder: the sweep's folder.
+        overrides: keys to replace at every point, as key=value.
+        repeat: number of seeds of each point.
+        jobs: most processes at a time. Default: one per core.
+        ray: address of a Ray cluster to run on instead of processes; see `simulate_all`.
+        progress: called with the number of runs done, and of all.
 
     Raises:
-        ConfigError: what is wrong with any point, before the first one runs.
+        ConfigError: the scenario is wrong at some point. This is raised before the first run.
     """
     points = _points(scenario, axes, overrides, repeat)
     runs: dict[str, tuple[Scenario, str]] = {}
@@ -167,10 +173,10 @@ def sweep(
         names.append([name for name, _ in hashed])
         runs.update((name, (one, where)) for name, one in hashed)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name: metrics for name in runs if (metrics := _read(folder / f"{name}.json")) is not None}
+    found = {name: metrics for name in runs if (metrics := _read_metrics(folder / f"{name}.json")) is not None}
     left = [name for name in runs if name not in found]
     progress(len(found), len(runs))
-    with closing(play([runs[name] for name in left], jobs=jobs, ray=ray)) as ended:
+    with closing(simulate_all([runs[name] for name in left], jobs=jobs, ray=ray)) as ended:
         for number, metrics in ended:
             found[left[number]] = metrics
             _write_whole(folder / f"{left[number]}.json", metrics_text(metrics))
@@ -181,33 +187,33 @@ def sweep(
     ]
 
 
-def front(points: Sequence[Point]) -> list[bool]:
-    """Whether no other point is as good in everything that counts and better in something.
+def pareto_front(points: Sequence[Point]) -> list[bool]:
+    """Return for each point whether it is Pareto-optimal: no other point is as good in all costs and better in one.
 
-    What counts: p95 time per token, bytes up per token, 1 - agreement, dollars per million tokens. A point where more
-    than 1 % of the requests failed is none of the best and beats none.
+    The costs are p95 time per token, bytes up per token, 1 - agreement, and dollars per million tokens. Points where
+    more than 1 % of the requests failed are not compared.
     """
     costs = [_costs(point) for point in points]
 
     def beaten(i: int) -> bool:
         mine = costs[i]
         return any(
-            points[j].counts and other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
+            points[j].comparable and other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
             for j, other in enumerate(costs)
         )
 
-    return [point.counts and not beaten(i) for i, point in enumerate(points)]
+    return [point.comparable and not beaten(i) for i, point in enumerate(points)]
 
 
-def write(folder: Path, points: Sequence[Point]) -> list[Path]:
-    """Write results.csv and pareto.csv: keys, then each figure's mean and half-width, empty where there is none."""
-    best = front(points)
+def write_tables(folder: Path, points: Sequence[Point]) -> list[Path]:
+    """Write results.csv and pareto.csv: the keys, then the mean and the half-width, if any, of each metric."""
+    best = pareto_front(points)
     written = []
     for name, rows in (
         ("results.csv", points),
         ("pareto.csv", [p for p, is_best in zip(points, best, strict=True) if is_best]),
     ):
-        lines = [[*points[0].keys, *(column for figure in FIGURES for column in (figure, f"{figure}_half"))]]
+        lines = [[*points[0].keys, *(column for metric in METRICS for column in (metric, f"{metric}_half"))]]
         for point in rows:
             pairs = [(f"{f.mean:.6g}", "" if f.half is None else f"{f.half:.3g}") for f in point.figures.values()]
             lines.append([*map(str, point.keys.values()), *itertools.chain.from_iterable(pairs)])
@@ -218,25 +224,25 @@ def write(folder: Path, points: Sequence[Point]) -> list[Path]:
     return written
 
 
-def draw(folder: Path, points: Sequence[Point]) -> Path:
-    """Write pareto.png: time per token against traffic, quality and cost, the front marked.
+def plot_front(folder: Path, points: Sequence[Point]) -> Path:
+    """Write pareto.png: time per token against traffic, quality and cost, with Pareto-optimal points marked.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure as Drawing
+        from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("pareto.png needs the extra: pip install 'ruyi-flow[sim]'") from None
-    shown = [(point, best) for point, best in zip(points, front(points), strict=True) if point.counts]
-    drawing = Drawing(figsize=(13, 4.2), layout="constrained")
+        raise ConfigError("pareto.png needs matplotlib, which is not installed: pip install 'ruyi-flow[sim]'") from None
+    shown = [(point, best) for point, best in zip(points, pareto_front(points), strict=True) if point.comparable]
+    drawing = Figure(figsize=(13, 4.2), layout="constrained")
     (x_name, x_label), *others = _COSTS.items()
     for panel, (name, label) in zip(drawing.subplots(1, 3), others, strict=True):
         for marked, style in ((False, {"color": "0.6", "marker": "o"}), (True, {"color": "tab:red", "marker": "D"})):
             here = [point for point, best in shown if best is marked]
             xs, ys = [_cost(point, x_name) for point in here], [_cost(point, name) for point in here]
             errors = [[p.figures[n].half or 0.0 for p in here] for n in (x_name, name)]
-            text = "no other point is better" if marked else "the others"
+            text = "Pareto-optimal" if marked else "others"
             panel.errorbar(xs, ys, errors[1], errors[0], linestyle="", elinewidth=0.6, label=text, **style)
         panel.set(xlabel=x_label, ylabel=label)
         panel.grid(alpha=0.3)
@@ -247,7 +253,7 @@ def draw(folder: Path, points: Sequence[Point]) -> Path:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Of the 95 % confidence interval of a mean (Student's t); None for fewer than two values."""
+    """Return the half-width of a mean's 95 % confidence interval (Student's t); None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
@@ -262,18 +268,20 @@ def half_width(values: Sequence[float]) -> float | None:
 def _points(
     scenario: Path, axes: Sequence[Axis], overrides: Sequence[str], repeat: int
 ) -> list[tuple[dict[str, Any], list[Scenario], str]]:
-    """Keys, a scenario a seed, and the name in messages, of each point of the grid."""
+    """Return the keys, a scenario per seed, and the name in messages, of each point of the grid."""
     if repeat < 1:
-        raise ConfigError(f"--repeat is {repeat}; it must be 1 or more")
+        raise ConfigError(f"--repeat {repeat}: it must be 1 or more")
     keys = [axis.key for axis in axes]
     for override in overrides:
         if override.partition("=")[0] == "seed":
-            raise ConfigError(f"--set {override}: every point has seeds of its own; --repeat 5 takes seeds 0 to 4")
+            raise ConfigError(f"--set {override}: a sweep sets the seeds itself; use --repeat 5 for seeds 0 to 4")
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"--grid: {twice[0]} is there twice; give all of its values in one")
+        raise ConfigError(f"--grid: {twice[0]} is given twice; give all of its values in one --grid")
     count = math.prod(len(axis.values) for axis in axes)
     if count * repeat > _MOST_RUNS:
-        raise ConfigError(f"--grid: {count:,} points with {repeat} seeds each; {_MOST_RUNS:,} runs are the most")
+        raise ConfigError(
+            f"--grid: {count:,} points with {repeat} seeds each are more than {_MOST_RUNS:,} runs; use fewer values"
+        )
     found, wrong = [], []
     for values in itertools.product(*(axis.values for axis in axes)):
         point = dict(zip(keys, values, strict=True))
@@ -283,8 +291,8 @@ def _points(
             first = Scenario.read(scenario, [*overrides, *set_here, "seed=0"])
             Simulation(first, where=where)
         except RuyiFlowError as error:
-            said = str(error).removeprefix(f"{where}: ").removeprefix(f"{scenario}: ").removeprefix("--set ")
-            wrong.append(f"{where}: {said}")
+            reason = str(error).removeprefix(f"{where}: ").removeprefix(f"{scenario}: ").removeprefix("--set ")
+            wrong.append(f"{where}: {reason}")
             continue
         found.append((point, [first.model_copy(update={"seed": seed}) for seed in range(repeat)], where))
     if wrong:
@@ -294,7 +302,7 @@ def _points(
 
 
 def _hash(scenario: Scenario, digests: dict[Path, str], where: str) -> str:
-    """Of what determines a run's figures: the scenario with its seed, the files that it names, and this program."""
+    """Return a hash of all that determines a run's metrics: the scenario, its seed and files, and our version."""
     files = {
         "trace": scenario.trace,
         "profile": scenario.profile,
@@ -312,33 +320,29 @@ def _hash(scenario: Scenario, digests: dict[Path, str], where: str) -> str:
                 try:
                     digests[file] = hashlib.sha256(file.read_bytes()).hexdigest()
                 except OSError as error:
-                    raise ConfigError(
-                        f"{where}: {key}: {file} cannot be read: {error.strerror}; name another"
-                    ) from None
+                    raise ConfigError(f"{where}: {key}: {file} cannot be read: {error.strerror}") from None
             whole.update(digests[file].encode())
     return whole.hexdigest()[:24]
 
 
 def _point(keys: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], scenario: Scenario) -> Point:
-    figures = {}
-    for name, path in FIGURES.items():
-        values = []
-        for metrics in runs:
-            if name == "beyond_first":
-                values.append(beyond_first(metrics, scenario))
-            elif name == "failed":
-                values.append(metrics["failed"] / max(1, metrics["requests"]))
-            else:
-                value: Any = metrics
-                for part in path:
-                    value = value[part]
-                values.append(float(value))
-        figures[name] = Figure(math.fsum(values) / len(values), half_width(values))
-    return Point(keys, figures, all(metrics["tokens"] for metrics in runs))
+    means = {}
+    for name, path in METRICS.items():
+        values = [metric(m, path) if path else share_beyond_first(m, scenario) for m in runs]
+        means[name] = MeanOverSeeds(math.fsum(values) / len(values), half_width(values))
+    return Point(keys, means, all(metrics["tokens"] for metrics in runs))
 
 
-def beyond_first(metrics: Mapping[str, Any], scenario: Scenario) -> float:
-    """The share of the tokens that are decided beyond the first node."""
+def metric(metrics: Mapping[str, Any], path: Sequence[str]) -> float:
+    """Return a number of metrics.json by its keys; "failed" is turned into a share of the requests."""
+    value: Any = metrics
+    for key in path:
+        value = value[key]
+    return float(value / max(1, metrics["requests"]) if path == ("failed",) else value)
+
+
+def share_beyond_first(metrics: Mapping[str, Any], scenario: Scenario) -> float:
+    """Return the share of tokens that are not decided on the first node."""
     own = {str(p) for p in scenario.nodes[0].exits}
     return math.fsum(share for p, share in metrics["decided"].items() if p not in own)
 
@@ -353,10 +357,10 @@ def _costs(point: Point) -> tuple[float, ...]:
 
 
 def _student_975(df: int) -> float:
-    """The 0.975 quantile of Student's t, by bisection of its distribution (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    """Return the 0.975 quantile of Student's t, by bisection of its CDF (Abramowitz and Stegun 26.7.3, 26.7.4)."""
 
     def inside(t: float) -> float:
-        """The chance of a value between -t and t."""
+        """Return the probability of a value between -t and t."""
         angle = math.atan(t / math.sqrt(df))
         sine, square = math.sin(angle), math.cos(angle) ** 2
         odd = df % 2
@@ -377,7 +381,7 @@ def _student_975(df: int) -> float:
 # ---- files ----
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_metrics(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

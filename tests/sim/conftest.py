@@ -1,4 +1,4 @@
-"""Small costs and scenarios that tests of the simulator share."""
+"""Small profiles and scenarios for the tests of the simulator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ EXITS = (2, 4, 6)
 
 
 def stage(exit: int, first: int, step_s: float = 0.01, row_s: float = 0.0, **more: Any) -> StageCost:
-    """A stage whose steps take so long, and so much more a row."""
+    """Return a stage whose steps take step_s seconds and row_s more per row."""
     rows = (1, 512)
     return StageCost(
         exit, first, rows, (step_s + row_s, step_s + 512 * row_s), (0.001, 0.001), (0.002, 0.002 + 511 * 0.0001), **more
@@ -22,14 +22,14 @@ def stage(exit: int, first: int, step_s: float = 0.01, row_s: float = 0.0, **mor
 
 
 def profile(exits: tuple[int, ...] = EXITS, **more: Any) -> Profile:
-    """Of a family with these exits."""
+    """Return a profile of a family with these exits."""
     befores = (0, *exits)
     stages = tuple(stage(p, first) for p, first in zip(exits, befores, strict=False))
     return Profile("measured", "a test", "family", 32, 4096, stages, **more)
 
 
 def data(cuts: tuple[tuple[int, ...], ...] = ((2,), (4,), (6,)), **changes: Any) -> dict[str, Any]:
-    """A scenario of nodes n0, n1, … as its file would have it."""
+    """Return the data of a scenario file with nodes n0, n1, …"""
     names = [f"n{i}" for i in range(len(cuts))]
     base: dict[str, Any] = {
         "family": "family",
@@ -48,7 +48,7 @@ Simulate = Callable[..., Result]
 
 @pytest.fixture
 def simulate(tmp_path: Path) -> Simulate:
-    """Runs a scenario that is given as data."""
+    """Return a function that simulates a scenario given as data."""
 
     def run(given: dict[str, Any], costs: Profile | None = None, folder: Path | None = None) -> Result:
         scenario = Scenario.from_data(given, base=tmp_path, where="test.yaml")

@@ -1,4 +1,4 @@
-"""Virtual time: waiting, starting and dropping; and capacities that are shared."""
+"""Virtual time: waiting, starting and dropping coroutines; and shared capacities."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruyi_flow.sim.clock import Shared, VirtualTime
+from ruyi_flow.sim.clock import SharedCapacity, VirtualTime
 
 
 def play(time: VirtualTime, *coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
-    """What each gives, once nothing is left to happen."""
+    """Run coroutines until nothing is left to happen, and return their results."""
     processes = [time.process(coroutine) for coroutine in coroutines]
     time.env.run()
     assert all(process.triggered for process in processes), "it waits for something that never comes"
@@ -109,9 +109,9 @@ def test_a_pause_lets_the_others_go_first() -> None:
 
 
 def ends(capacity: float, most: float | None, jobs: Sequence[tuple[float, float]]) -> list[float]:
-    """When jobs, (at, units), are done."""
+    """Return when jobs, each an arrival and its units, are done."""
     time = VirtualTime()
-    shared = Shared(time, capacity, most)
+    shared = SharedCapacity(time, capacity, most)
 
     async def job(at: float, units: float) -> float:
         await time.sleep(at)
@@ -119,7 +119,7 @@ def ends(capacity: float, most: float | None, jobs: Sequence[tuple[float, float]
         return time.now()
 
     found = play(time, *(job(at, units) for at, units in jobs))
-    assert shared.takers == 0
+    assert len(shared._users) == 0
     return found
 
 
@@ -147,7 +147,7 @@ def test_a_capacity_is_shared_evenly(
 
 
 def step_by_step(capacity: float, most: float, jobs: Sequence[tuple[float, float]]) -> list[float]:
-    """The same from the definition: everybody's rate from one arrival or departure to the next."""
+    """Compute the same from the definition: all rates are constant from one arrival or departure to the next."""
     now, done = 0.0, [at for at, _ in jobs]
     left = {i: units for i, (_, units) in enumerate(jobs) if units > 0}
     while left:
@@ -179,7 +179,7 @@ def test_virtual_service_is_processor_sharing(capacity: float, share: float, job
 
 def test_who_is_interrupted_leaves_its_share_to_the_others() -> None:
     time = VirtualTime()
-    shared = Shared(time, 10.0)
+    shared = SharedCapacity(time, 10.0)
 
     async def job(units: float) -> float:
         await shared.take(units)
@@ -189,7 +189,7 @@ def test_who_is_interrupted_leaves_its_share_to_the_others() -> None:
         gone = time.start(job(1000.0))
         await time.sleep(4.0)
         await gone.drop()
-        return shared.takers
+        return len(shared._users)
 
     # 5 a second for 4 s, then 10.
     assert play(time, job(50.0), drops()) == [pytest.approx(7.0), 1]

@@ -1,8 +1,8 @@
-"""Costs that are computed: the roofline, the machines, and the families that need no checkpoint."""
+"""Computed costs: the roofline, the machines, and the families that need no checkpoint."""
 
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.loading import load_slice
-from ruyi_flow.sim.analytic import analytic, check_fits
+from ruyi_flow.sim.analytic import check_fits, roofline_profile
 from ruyi_flow.sim.hardware import HARDWARE, Hardware
-from ruyi_flow.sim.profile import Profile, StepCost
+from ruyi_flow.sim.profile import Profile, StageCost, StepCost
 from ruyi_flow.sim.shapes import RUYI2, RUYI_7B, SMOLLM2
 from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Weights
@@ -30,7 +30,7 @@ def bytes_a_second(hardware: Hardware) -> float:
 
 @pytest.mark.parametrize("weights", list(Weights))
 def test_one_row_takes_as_long_as_reading_the_weights(weights: Weights) -> None:
-    profile = analytic(RUYI, H100, weights=weights, name="Ruyi-7B")
+    profile = roofline_profile(RUYI, H100, weights=weights, name="Ruyi-7B")
     for stage in profile.stages:
         layers = stage.exit - stage.first_layer
         reading = layers * RUYI.layer_bytes(weights) / bytes_a_second(H100)
@@ -47,7 +47,7 @@ def test_bf16_weights_are_two_bytes_a_parameter() -> None:
 
 def test_many_rows_take_as_long_as_their_operations() -> None:
     pi = HARDWARE["raspberry-pi-5"]
-    stage = analytic(RUYI, pi, weights="bf16", name="Ruyi-7B").stage(11)
+    stage = roofline_profile(RUYI, pi, weights="bf16", name="Ruyi-7B").stage(11)
     rate = pi.flops * pi.flops_share
     by_rows = dict(zip(stage.rows, stage.trunk_s, strict=True))
     assert by_rows[512] == pytest.approx(11 * (512 * RUYI.layer_flops(0) / rate + pi.layer_s))
@@ -57,16 +57,22 @@ def test_many_rows_take_as_long_as_their_operations() -> None:
 
 def test_a_step_never_gets_cheaper_by_rows_or_context() -> None:
     for hardware in HARDWARE.values():
-        for stage in analytic(RUYI, hardware, weights="int4", name="Ruyi-7B").stages:
+        for stage in roofline_profile(RUYI, hardware, weights="int4", name="Ruyi-7B").stages:
             for times in (stage.trunk_s, stage.branch_s, stage.head_s):
                 assert all(a <= b for a, b in pairwise(times))
             step = StepCost(stage)
-            far = step.of(1, 4096, 4096, taken=1, read=1, read_attended=4096, read_context=4096)
-            assert far > step.of(1, 0, 0, taken=1, read=1) > step.of(1, 0, 0, taken=1) > step.of(1, 0, 0) > 0
+            far = step.seconds(1, 4096, 4096, taken=1, read=1, read_attended=4096, read_context=4096)
+            assert (
+                far
+                > step.seconds(1, 0, 0, taken=1, read=1)
+                > step.seconds(1, 0, 0, taken=1)
+                > step.seconds(1, 0, 0)
+                > 0
+            )
 
 
 def test_attending_is_computing_for_each_row_and_reading_for_each_session() -> None:
-    stage = analytic(RUYI, H100, weights="bf16", name="Ruyi-7B").stage(15)
+    stage = roofline_profile(RUYI, H100, weights="bf16", name="Ruyi-7B").stage(15)
     assert stage.context_s == pytest.approx(4 * 2048 / bytes_a_second(H100))  # a layer's, as published
     assert stage.attended_s == pytest.approx(4 * 4 * 28 * 128 / (H100.flops * H100.flops_share))
     assert stage.branch_attended_s == pytest.approx(stage.attended_s / 4)
@@ -75,7 +81,7 @@ def test_attending_is_computing_for_each_row_and_reading_for_each_session() -> N
 
 def test_a_branch_takes_rows_in_for_less_than_it_reads_them() -> None:
     config = FamilyConfig.parse(SMOLLM2)
-    profile = analytic(config, HARDWARE["cloud-2-vcpu"], weights="bf16", name="SmolLM2")
+    profile = roofline_profile(config, HARDWARE["cloud-2-vcpu"], weights="bf16", name="SmolLM2")
     one, two = profile.stage(5), profile.stage(17)  # layers in their branches
     layer = one.trunk_s[-1] / 5
     assert layer / 40 < one.branch_s[-1] < layer / 5
@@ -84,7 +90,7 @@ def test_a_branch_takes_rows_in_for_less_than_it_reads_them() -> None:
 
 
 def test_fewer_bits_decode_faster_and_compute_no_faster() -> None:
-    wide, eight, four = (analytic(RUYI, H100, weights=w, name="x").stage(27) for w in ("bf16", "int8", "int4"))
+    wide, eight, four = (roofline_profile(RUYI, H100, weights=w, name="x").stage(27) for w in ("bf16", "int8", "int4"))
     assert wide.trunk_s[0] > eight.trunk_s[0] > four.trunk_s[0]
     assert wide.branch_s[0] > eight.branch_s[0] > four.branch_s[0]
     assert wide.head_s[0] > eight.head_s[0] > four.head_s[0]
@@ -95,7 +101,7 @@ def test_fewer_bits_decode_faster_and_compute_no_faster() -> None:
 def test_the_trunk_costs_the_same_wherever_it_is_cut() -> None:
     def cut(*exits: int) -> Profile:
         config = FamilyConfig.parse({**RUYI_7B, "early_exit_points": list(exits)})
-        return analytic(config, H100, weights="int8", name="x")
+        return roofline_profile(config, H100, weights="int8", name="x")
 
     whole, parts = cut(27), cut(3, 11, 15, 26, 27)
     for i in range(len(whole.stages[0].rows)):
@@ -111,14 +117,14 @@ def test_the_trunk_costs_the_same_wherever_it_is_cut() -> None:
 def test_bytes_are_those_of_the_tensors_that_a_node_holds(tmp_path: Path, base: str, weights: Weights) -> None:
     folder = tiny_family(tmp_path / "f", base=base, vocab_size=64, intermediate_size=64, head_dim=16)
     checkpoint = Checkpoint(folder)
-    profile = analytic(checkpoint.config, H100, weights=weights, name="tiny")
+    profile = roofline_profile(checkpoint.config, H100, weights=weights, name="tiny")
     for exits in ((2,), (4, 6)):
         held = load_slice(checkpoint, exits, dtype=torch.bfloat16, weights=weights).tensor_bytes()
         assert held == sum(profile.stage(exit).weight_bytes for exit in exits)
 
 
 def test_a_profile_comes_back_from_its_file_with_the_machine(tmp_path: Path) -> None:
-    profile = analytic(RUYI, HARDWARE["l4"], weights="int8", name="Ruyi-7B")
+    profile = roofline_profile(RUYI, HARDWARE["l4"], weights="int8", name="Ruyi-7B")
     profile.save(tmp_path / "p")
     assert Profile.load(tmp_path / "p") == profile
     assert profile.machine["busy_w"] == 72 and profile.kind == "analytic" and profile.context == 131072
@@ -126,21 +132,25 @@ def test_a_profile_comes_back_from_its_file_with_the_machine(tmp_path: Path) -> 
 
 def test_what_does_not_fit_is_refused_with_its_size() -> None:
     l4 = HARDWARE["l4"]
-    stages = analytic(RUYI, l4, weights="bf16", name="Ruyi-7B").stages
-    check_fits(stages[-2:], l4, 100_000)
+    stages = roofline_profile(RUYI, l4, weights="bf16", name="Ruyi-7B").stages
+
+    def check(memory_bytes: int, positions: int, stages: Sequence[StageCost] = stages) -> None:
+        check_fits("l4", stages, memory_bytes=memory_bytes, positions=positions)
+
+    check(l4.memory_bytes, 100_000, stages[-2:])
     with pytest.raises(
         ConfigError, match=r"l4: exits 11, 15, 19, 23, 27 need 21\.46 GB for weights and 0\.00 GB .*21 GB"
     ):
-        check_fits(stages, replace(l4, memory_bytes=21 * 10**9), 0)
+        check(21 * 10**9, 0)
     positions = (l4.memory_bytes - sum(s.weight_bytes for s in stages)) // sum(s.kv_bytes for s in stages)
-    check_fits(stages, l4, positions)
-    with pytest.raises(ConfigError, match="fewer exits"):
-        check_fits(stages, l4, positions + 1)
+    check(l4.memory_bytes, positions)
+    with pytest.raises(ConfigError, match="use fewer exits"):
+        check(l4.memory_bytes, positions + 1)
 
 
 def test_unknown_weights_are_refused() -> None:
-    with pytest.raises(ConfigError, match="weights are 'fp8'; known: bf16, int8, int4"):
-        analytic(RUYI, H100, weights="fp8", name="x")
+    with pytest.raises(ConfigError, match="unknown weights 'fp8'; known: bf16, int8, int4"):
+        roofline_profile(RUYI, H100, weights="fp8", name="x")
 
 
 def test_the_families_have_the_published_sizes() -> None:

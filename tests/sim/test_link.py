@@ -1,4 +1,4 @@
-"""Links in virtual time: whose messages wait for whose, and when they are down."""
+"""Links in virtual time: the order of messages, shared bandwidth, and outages."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from ruyi_flow.sim.link import Direction, Outages
 
 
 def _arrivals(*messages: tuple[float, int, int], shared: bool) -> list[float]:
-    """When messages are there, each sent at a time, with its bytes, by a flow, over 1,000 bytes a second."""
+    """Return when messages (second, bytes, flow) arrive over a link of 1,000 bytes per second."""
     time = VirtualTime()
-    link, came = Direction(time, 0.5, bytes_per_s=1000.0, shared=shared), [0.0] * len(messages)
+    link, came = Direction(time, latency_s=0.5, bytes_per_s=1000.0, shared=shared), [0.0] * len(messages)
 
     async def send(i: int, at: float, count: int, flow: int) -> None:
         await time.sleep(at)
@@ -39,7 +39,7 @@ def test_connections_share_a_link_evenly() -> None:
 def test_what_is_given_up_leaves_the_link_to_the_next() -> None:
     for shared in (False, True):
         time = VirtualTime()
-        link = Direction(time, 0.5, bytes_per_s=1000.0, shared=shared)
+        link = Direction(time, latency_s=0.5, bytes_per_s=1000.0, shared=shared)
         long = time.process(link.carry(9000))
         time.env.run(until=2.0)
         long.interrupt()

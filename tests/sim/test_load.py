@@ -1,4 +1,4 @@
-"""What users ask, and when."""
+"""Arrivals, conversations and numbers of tokens of a load, and replays."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.sim.load import Conversation, Lengthy, conversations, turns
+from ruyi_flow.sim.load import Conversation, TokenCounts, conversations, draw_turns
 from ruyi_flow.sim.scenario import Arrivals, Lengths, Load, Turns
 
 SIGMAS = 4
-"""How far from what is expected a draw at a fixed seed may be."""
+"""Largest allowed distance of a statistic from its expectation, in standard deviations."""
 
 
 def times(seconds: float, **arrivals: object) -> list[float]:
@@ -26,7 +26,7 @@ def times(seconds: float, **arrivals: object) -> list[float]:
 
 
 def dispersion(found: list[float], window: float, seconds: float) -> float:
-    """Variance over mean of the numbers of arrivals in windows; 1 for a Poisson process."""
+    """Return variance / mean of the number of arrivals per window; 1 for a Poisson process."""
     counts = [0] * int(seconds / window)
     for at in found:
         counts[min(len(counts) - 1, int(at / window))] += 1
@@ -92,7 +92,7 @@ def test_conversations_are_on_all_devices_alike_and_the_same_for_a_seed() -> Non
 @pytest.mark.parametrize("mean", [1.0, 1.3, 5.0])
 def test_turns_are_geometric(mean: float) -> None:
     load, source = Load(turns=Turns(mean=mean), requests=1), random.Random(0)
-    drawn = [turns(load, source) for _ in range(20_000)]
+    drawn = [draw_turns(load, source) for _ in range(20_000)]
     assert min(drawn) == 1
     spread = math.sqrt(mean * (mean - 1))
     assert abs(statistics.fmean(drawn) - mean) <= SIGMAS * spread / math.sqrt(20_000)
@@ -101,8 +101,8 @@ def test_turns_are_geometric(mean: float) -> None:
 
 def test_lengths_are_of_their_distribution() -> None:
     def draw(**lengths: object) -> list[int]:
-        lengthy, source = Lengthy(Lengths.model_validate(lengths)), random.Random(3)
-        return [lengthy.draw(77, source) for _ in range(5000)]
+        counts, source = TokenCounts(Lengths.model_validate(lengths)), random.Random(3)
+        return [counts.draw(77, source) for _ in range(5000)]
 
     assert set(draw(kind="constant", tokens=9)) == {9}
     assert set(draw(kind="uniform", low=3, high=6)) == {3, 4, 5, 6}
@@ -137,28 +137,28 @@ def test_a_replay_is_what_its_file_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "no column at_s"),
-        ("time\n1\n", "no column at_s; it has ['time']"),
+        ("time\n1\n", "no column at_s, only ['time']"),
         ("at_s\nsoon\n", "line 2: could not convert"),
         ("at_s,prompt_tokens\n1,3\n2,many\n", "line 3: invalid literal"),
-        ("at_s\n3\n2\n", "line 3: times must ascend"),
-        ("at_s\n-1\n", "line 2: times must ascend"),
-        ("at_s\ninf\n", "line 2: times must ascend"),
-        ("at_s\nnan\n", "line 2: times must ascend"),
-        ("at_s,device\n1,0\n1,2\n2,3\n", "line 4: device 3, but nodes.0.count is 3"),
-        ("at_s,device\n1,-1\n", "line 2: device -1, but"),
-        ("at_s\n", "has nothing to replay"),
-        ("at_s,answer_tokens\n1,-4\n", "line 2: times must ascend from 0, lengths be 0 or more"),
+        ("at_s\n3\n2\n", "line 3: at_s must ascend"),
+        ("at_s\n-1\n", "line 2: at_s must ascend"),
+        ("at_s\ninf\n", "line 2: at_s must ascend"),
+        ("at_s\nnan\n", "line 2: at_s must ascend"),
+        ("at_s,device\n1,0\n1,2\n2,3\n", "line 4: device 3 does not exist: nodes.0.count is 3"),
+        ("at_s,device\n1,-1\n", "line 2: device -1 does not exist"),
+        ("at_s\n", "has no row to replay"),
+        ("at_s,answer_tokens\n1,-4\n", "line 2: at_s must ascend from 0, and numbers of tokens must be 0 or more"),
     ],
 )
-def test_a_file_that_cannot_be_replayed_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_cannot_be_replayed_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "log.csv"
     file.write_text(text)
     with pytest.raises(ConfigError) as refused:
         replay(file)
-    assert told in str(refused.value) and str(refused.value).startswith(f"x.yaml: load.arrivals.file: {file}")
+    assert message in str(refused.value) and str(refused.value).startswith(f"x.yaml: load.arrivals.file: {file}")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

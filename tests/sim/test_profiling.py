@@ -1,4 +1,4 @@
-"""What is measured for the simulator: stages, running nodes, links; and the simulator beside real processes."""
+"""Measurements for the simulator (stages, running nodes, links), and the simulator against real processes."""
 
 from pathlib import Path
 
@@ -49,10 +49,12 @@ def test_a_profile_has_every_stage_and_comes_back_from_its_file(
 def test_a_tokens_line_is_what_steps_cost() -> None:
     by_position = {"attended_s": 1e-6, "context_s": 2e-6, "branch_attended_s": 3e-6, "branch_context_s": 5e-6}
     costs = StepCost(stage(2, 0, **by_position, scale_s=7e-4), 0.7)
-    for held in (1, 17, 900):
+    for x in (1, 17, 900):
         for taken, read, scaled in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)):
-            whole = costs.of(1, held - 0.5, held, 1, taken, read, read * held, held, scaled)
-            assert costs.of_one(held, bool(taken), read, scaled) == pytest.approx(whole, rel=1e-12) and whole > 0
+            whole = costs.seconds(
+                1, x - 0.5, x, taken=taken, read=read, read_attended=read * x, read_context=x, scaled=scaled
+            )
+            assert costs.seconds_of_one(x, bool(taken), read, scaled) == pytest.approx(whole, rel=1e-12) and whole > 0
 
 
 def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: report.html and trace.json."""
+"""The report.html and the trace.json of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXITS = (2, 4, 6, 8)
 
 
 def scenario(folder: Path, **changes: Any) -> Scenario:
-    """Four phones, an edge node and a cloud of a family with four exits."""
+    """Return a scenario of four phones, an edge node and a cloud node with a family of four exits."""
 
     def stage(exit: int) -> StageCost:
         return StageCost(
@@ -58,13 +58,13 @@ def run(folder: Path, **changes: Any) -> tuple[Result, Page]:
 
 @pytest.fixture(scope="module")
 def town(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Page]:
-    """A run of the scenario as it is: its folder, what was found, its report."""
+    """Return the folder, the result and the report of a run of the unchanged scenario."""
     folder = tmp_path_factory.mktemp("town")
     return folder / "run", *run(folder)
 
 
 class Page(HTMLParser):
-    """A page's words, headings, rows, plots, and whatever it would fetch."""
+    """The words, headings, rows and plots of a page, and everything that it would fetch."""
 
     VOID = ("meta", "br", "hr", "img", "link", "input")
 
@@ -125,8 +125,10 @@ def test_a_report_shows_the_run_and_needs_nothing_else(town: tuple[Path, Result,
     assert rows["phone-edge"][5] == f"{metrics['links']['phone-edge']['utilisation']:.1%}" != "0.0%"
     assert rows["edge-cloud"][5] == "no limit"
     latency, over_time, decided, requests = page.plots
-    assert {"time to the first token", "time per token after it", "time of the whole answer"} <= set(latency)
-    assert {"tokens", "a second", "links,"} <= set(over_time) and any("s of virtual time" in word for word in over_time)
+    assert {"time to first token", "time per output token", "time of the whole answer"} <= set(latency)
+    assert {"tokens", "per second", "links,"} <= set(over_time) and any(
+        "s of virtual time" in word for word in over_time
+    )
     assert {"2", "4", "6", "8", "phone-edge, up", "edge-cloud, down"} <= set(decided)
     assert {"mean", f"#{result.recorder.chosen[0].number}"} <= set(requests)
     assert any(word.endswith("20 tokens") for word in requests)
@@ -168,7 +170,7 @@ def test_one_node_has_no_link_to_show(tmp_path: Path) -> None:
 def test_one_token_has_no_time_per_token_to_show(tmp_path: Path) -> None:
     load = {"requests": 1, "answers": {"tokens": 1}}
     _, page = run(tmp_path, load=load)
-    assert "time per token after it" not in page.plots[0] and "time to the first token" in page.plots[0]
+    assert "time per output token" not in page.plots[0] and "time to first token" in page.plots[0]
     assert any(word.endswith(", 1 token") for word in page.plots[3])
 
 
@@ -180,7 +182,7 @@ def test_a_run_that_takes_no_time_is_shown_too(tmp_path: Path) -> None:
     assert result.metrics["total_s"]["mean"] == 0 and result.metrics["tokens"] == 500 and len(page.plots) == 4
 
 
-def test_failures_alone_are_told_and_not_plotted(tmp_path: Path) -> None:
+def test_failures_alone_are_reported_and_not_plotted(tmp_path: Path) -> None:
     nodes = [
         {"name": "phone", "exits": [2], "count": 4},
         {"name": "edge", "exits": [4, 6, 8], "down": [{"at_s": 0, "for_s": 1e6}]},
@@ -235,7 +237,9 @@ def test_a_report_stays_small(tmp_path: Path) -> None:
 def test_without_matplotlib_nothing_is_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     asked = scenario(tmp_path)
-    with pytest.raises(ConfigError, match=r"the report needs matplotlib: pip install 'ruyi-flow\[sim\]'"):
+    with pytest.raises(
+        ConfigError, match=r"the report needs matplotlib, which is not installed: pip install 'ruyi-flow\[sim\]'"
+    ):
         simulate(asked, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -244,7 +248,7 @@ def test_without_matplotlib_nothing_is_simulated(tmp_path: Path, monkeypatch: py
 
 
 def figures(busy: tuple[float, float], link: float, **spent: tuple[float, float]) -> dict[str, Any]:
-    """Of a run over a phone and a cloud; what the mean request spent on each, by part."""
+    """Return metrics of a run over a phone and a cloud, with what the mean request spent on each, by part."""
     parts = {
         name: {k: spent.get(k, (0, 0))[i] for k in ("room", "compute", "queue", "wire")}
         for i, name in enumerate(("phone", "cloud"))
@@ -260,19 +264,19 @@ def figures(busy: tuple[float, float], link: float, **spent: tuple[float, float]
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("found", "sentence"),
     [
         (figures((0.1, 0.2), 0.05, compute=(2.0, 0.5), wire=(0, 1.0)), "computing on phone, 50%; no node or link"),
-        (figures((0.1, 0.2), 0.05, compute=(0.5, 0.5), wire=(0, 3.0)), "the way to cloud and back, 75%"),
-        (figures((0.1, 0.25), 0.05, room=(0, 2.4), compute=(1, 0)), "waiting for room on cloud (its limits), 60%"),
+        (figures((0.1, 0.2), 0.05, compute=(0.5, 0.5), wire=(0, 3.0)), "the network to cloud and back, 75%"),
+        (figures((0.1, 0.25), 0.05, room=(0, 2.4), compute=(1, 0)), "waiting for admission to cloud (its limits), 60%"),
         (
             figures((0.1, 0.25), 0.05, queue=(1.0, 0)),
-            "a turn on phone, 25%; no node or link is busy all the time, cloud",
+            "a step of phone, 25%; no node or link is a bottleneck, the busiest is cloud",
         ),
-        (figures((0.1, 0.25), 0.3, compute=(1.0, 0)), "the link phone-cloud most of all, 30.0% of it"),
+        (figures((0.1, 0.25), 0.3, compute=(1.0, 0)), "the busiest is the link phone-cloud, 30.0% of the time"),
         (
             figures((0.1, 0.95), 0.3, compute=(1.0, 0.5), queue=(0, 2.5)),
-            "is cloud, busy 95% of the time; waiting for it",
+            "is cloud, busy 95% of the time; its work and waiting for it",
         ),
         (figures((0.1, 0.95), 0.3, compute=(1.0, 0.5), queue=(0, 2.5)), "take 75% of the mean request's 4 s."),
         (figures((0.1, 0.85), 0.99, wire=(0, 3.6)), "is the link phone-cloud, busy 99% of the time"),
@@ -280,8 +284,8 @@ def figures(busy: tuple[float, float], link: float, **spent: tuple[float, float]
         (figures((0.1, 0.2), 0.05, compute=(6.0, 0.0), wire=(0, 2.0)), "computing on phone, 75%"),
     ],
 )
-def test_the_bottleneck_is_named(found: dict[str, Any], told: str) -> None:
-    assert told in bottleneck(found)
+def test_the_bottleneck_is_named(found: dict[str, Any], sentence: str) -> None:
+    assert sentence in bottleneck(found)
 
 
 def test_the_bottleneck_of_a_full_link_is_the_link(tmp_path: Path) -> None:
@@ -350,7 +354,7 @@ def test_time_over_the_run_adds_up(town: tuple[Path, Result, Page]) -> None:
     assert total("tokens") == metrics["tokens"]
 
 
-def test_waiting_for_room_is_no_nodes_work_and_no_wires(tmp_path: Path) -> None:
+def test_waiting_for_admission_is_neither_work_nor_network_time(tmp_path: Path) -> None:
     nodes = [
         {"name": "phone", "exits": [2], "count": 4},
         {"name": "cloud", "exits": [4, 6, 8], "limits": {"max_sessions": 1, "max_wait_s": 600}},
@@ -362,4 +366,4 @@ def test_waiting_for_room_is_no_nodes_work_and_no_wires(tmp_path: Path) -> None:
     assert spent["cloud"]["room"] > 0.5 * mean and spent["phone"]["room"] == 0
     assert spent["cloud"]["wire"] < 0.5 * mean
     assert sum(sum(parts.values()) for parts in spent.values()) == pytest.approx(mean, rel=0.05)
-    assert "room" in page.text and "without room" in page.plots[1]
+    assert "room" in page.text and "for admission" in page.plots[1]

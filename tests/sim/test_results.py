@@ -1,4 +1,4 @@
-"""Figures of a run, in a memory that does not grow with it; and its Chrome trace."""
+"""Statistics of a run, in memory that does not grow with it, and its Chrome trace."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruyi_flow.sim.results import Answered, Events, Recorder, Spread, Timeline
+from ruyi_flow.sim.results import Distribution, Events, Recorder, RequestOutcome, Timeline
 from ruyi_flow.types import Hop
 
-# ---- Spread ----
+# ---- Distribution ----
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=300))
 def test_percentiles_are_within_what_is_said_of_them(values: list[float]) -> None:
-    spread = Spread()
+    distribution = Distribution()
     for value in values:
-        spread.add(value)
-    figures = spread.figures()
-    assert spread.count == len(values) and figures["mean"] == pytest.approx(np.mean(values))
-    for name, found in figures.items():
+        distribution.add(value)
+    summary = distribution.summary()
+    assert distribution.count == len(values) and summary["mean"] == pytest.approx(np.mean(values))
+    for name, found in summary.items():
         if name != "mean":
             exact = np.quantile(values, int(name[1:]) / 100, method="lower")
             assert found == pytest.approx(exact, rel=0.00201)
-    points = spread.points(20)
+    points = distribution.points(20)
     assert [share for _, share in points] == pytest.approx([i / 20 for i in range(1, 21)])
     assert [value for value, _ in points] == sorted(value for value, _ in points)
     assert points[-1][0] == pytest.approx(max(values), rel=0.00201)
 
 
 def test_a_spread_of_nothing_is_zero_and_has_no_curve() -> None:
-    assert Spread().figures() == {"mean": 0, "p50": 0, "p90": 0, "p95": 0, "p99": 0}
-    assert Spread().points() == []
+    assert Distribution().summary() == {"mean": 0, "p50": 0, "p90": 0, "p95": 0, "p99": 0}
+    assert Distribution().points() == []
 
 
 def test_zeros_count() -> None:
-    spread = Spread()
+    distribution = Distribution()
     for value in (0.0, 0.0, 0.0, 8.0):
-        spread.add(value)
-    assert spread.figures() == {"mean": 2.0, "p50": 0.0, "p90": 0.0, "p95": 0.0, "p99": 0.0}
-    assert spread.points(4)[-1] == (pytest.approx(8.0, rel=0.002), 1.0)
+        distribution.add(value)
+    assert distribution.summary() == {"mean": 2.0, "p50": 0.0, "p90": 0.0, "p95": 0.0, "p99": 0.0}
+    assert distribution.points(4)[-1] == (pytest.approx(8.0, rel=0.002), 1.0)
 
 
 # ---- Timeline ----
@@ -93,18 +93,18 @@ def test_nothing_is_lost_and_bins_stay_few(amounts: list[tuple[str, float, float
 # ---- Recorder ----
 
 
-def answered(number: int, **about: Any) -> Answered:
+def answered(number: int, **about: Any) -> RequestOutcome:
     defaults: dict[str, Any] = {"at_s": float(number), "prompt_tokens": 5, "new_tokens": 3}
     defaults |= {"first_token_s": 0.5, "total_s": 1.5, "agreed": 2, "exits": {2: 2, 4: 1}}
-    return Answered(number, 0, **{**defaults, **about})
+    return RequestOutcome(number, 0, **{**defaults, **about})
 
 
 def hops(**spent: dict[str, Any]) -> dict[str, Hop]:
     return {node: Hop(node, **parts) for node, parts in spent.items()}
 
 
-def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, (2, 4), ("phone", "cloud"), skip=1)
+def test_statistics_are_of_the_counted_requests(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, exits=(2, 4), nodes=("phone", "cloud"), skip=1)
     recorder.add(answered(0, total_s=99.0, agreed=0))
     recorder.add(
         answered(
@@ -113,7 +113,9 @@ def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
             escalations=2,
         )
     )
-    recorder.add(answered(2, total_s=2.5, hops=hops(phone={"compute_s": 1.0, "queue_s": 0.4}), room_s={"cloud": 0.2}))
+    recorder.add(
+        answered(2, total_s=2.5, hops=hops(phone={"compute_s": 1.0, "queue_s": 0.4}), admission_s={"cloud": 0.2})
+    )
     recorder.add(answered(3, new_tokens=0, exits={}, first_token_s=0.0, total_s=9.0, agreed=0, error="NodeUnavailable"))
     recorder.add(
         answered(
@@ -128,7 +130,7 @@ def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
         )
     )
     recorder.close()
-    found = recorder.figures()
+    found = recorder.statistics()
     expected = {"requests": 4, "failed": 2, "errors": {"DeadlineExceeded": 1, "NodeUnavailable": 1}, "tokens": 7}
     expected |= {"span_s": 11.0, "tokens_per_s": 7 / 11, "decided": {"2": 4 / 7, "4": 3 / 7}, "agreement": 5 / 7}
     expected |= {"escalations_per_token": 2 / 7, "drafted": 4, "accepted": 0, "bytes_up_per_token": 35 / 7}
@@ -145,18 +147,18 @@ def test_figures_are_those_of_the_requests_that_count(tmp_path: Path) -> None:
     assert float(rows[1]["agreement"]) == pytest.approx(2 / 3, abs=1e-4)
 
 
-def test_a_run_without_answers_has_figures_too() -> None:
-    recorder = Recorder(None, (2,), ("phone",))
-    assert recorder.figures()["tokens_per_s"] == 0 and recorder.figures()["total_s"]["p99"] == 0
+def test_a_run_without_answers_has_statistics_too() -> None:
+    recorder = Recorder(None, exits=(2,), nodes=("phone",))
+    assert recorder.statistics()["tokens_per_s"] == 0 and recorder.statistics()["total_s"]["p99"] == 0
     recorder.add(answered(0, new_tokens=0, exits={}, agreed=0, error="CapacityError"))
-    found = recorder.figures()
+    found = recorder.statistics()
     assert (found["requests"], found["failed"], found["tokens"], found["span_s"]) == (1, 1, 0, 0)
     assert recorder.chosen == [] and recorder.slowest == []
 
 
 @pytest.mark.parametrize("count", [1, 11, 12, 13, 500, 4097])
 def test_few_requests_are_kept_from_all_over_the_run_and_the_slowest(count: int) -> None:
-    recorder = Recorder(None, (2, 4), ("phone",), skip=3)
+    recorder = Recorder(None, exits=(2, 4), nodes=("phone",), skip=3)
     for number in range(count + 3):
         recorder.add(answered(number, total_s=1.0 + (number * 7919) % 1009))
     kept = [one.number for one in recorder.chosen]
@@ -180,7 +182,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def names(events: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, str]]:
-    """By process and thread: what both are called."""
+    """Return the names of each process and thread."""
     processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     return {key: (processes[key[0]], name) for key, name in threads.items()}

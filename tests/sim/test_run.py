@@ -31,11 +31,11 @@ from tests.sim.conftest import Simulate, data, profile
 
 ROW_S = 1e-4
 ONE = Profile("measured", "theory", "family", 32, 4096, (StageCost(6, 0, (1, 2), (ROW_S, 2 * ROW_S), (0, 0), (0, 0)),))
-"""A server whose steps take a time for each row."""
+"""A server whose steps take a fixed time per row."""
 
 
 def queue(tmp_path: Path, rate: float, prompts: list[int], seed: int) -> dict[str, Any]:
-    """Requests of one token that are served one after the other: Poisson arrivals, service by the prompt's length."""
+    """Return a scenario of one-token requests served one by one: Poisson arrivals, service times by prompt length."""
     source, now = random.Random(seed), 0.0
     with (tmp_path / "load.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -246,6 +246,25 @@ def test_a_run_lasts_as_long_as_it_says_though_nobody_waits_for_an_answer(
     assert 40 < found["requests"] < 400
 
 
+@pytest.mark.parametrize(
+    ("load", "total"),
+    [
+        ({"requests": 20, "before": 2}, 22),
+        ({"arrivals": {"kind": "even"}, "duration_s": 30}, 30),
+        ({"arrivals": {"kind": "replay", "file": "log.csv"}}, 3),
+    ],
+)
+def test_progress_counts_requests_or_seconds_of_a_load_that_has_no_number_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: dict[str, Any], total: int
+) -> None:
+    monkeypatch.setattr("ruyi_flow.sim.run._EVENTS", 10)
+    (tmp_path / "log.csv").write_text("at_s\n1\n2\n3\n")
+    scenario = Scenario.from_data(data(load=load | {"answers": {"tokens": 5}}), base=tmp_path, where="test.yaml")
+    seen: list[tuple[int, int]] = []
+    Simulation(scenario, profiles=[profile()] * 3).run(lambda *done: seen.append(done))
+    assert seen == sorted(seen) and {of for _, of in seen} == {total} and 0.6 * total < seen[-1][0] <= total
+
+
 def test_a_step_after_a_pause_takes_longer(simulate: Simulate) -> None:
     warm, cold = profile(), profile(pauses_s=(0.01, 1.0), cold_s=(0.2, 0.5))
     assert (cold.cold(0.005), cold.cold(60.0), warm.cold(9.0)) == pytest.approx((0.1, 0.5, 0.0))
@@ -433,13 +452,13 @@ def test_populations_are_shared_out_evenly(simulate: Simulate) -> None:
         ({"load": {"arrivals": {"rate": float("inf")}, "requests": 1}}, "load.arrivals.rate"),
         ({"load": {"arrivals": {"rate": 5e-324}, "requests": 1}}, "load.arrivals.rate: 5e-324: must be 1e-06 or more"),
         ({"load": {"warmup": 1, "requests": 1}}, "load.warmup: 1: "),
-        ({"load": {"arrivals": {"rate": 1}}}, "say when it ends"),
+        ({"load": {"arrivals": {"rate": 1}}}, "it never ends; set requests"),
         ({"load": {"arrivals": {"rte": 1}, "requests": 1}}, "did you mean 'rate'?"),
         ({"load": None}, "load: this key is required"),
-        ({"profile": None}, "nodes.0.profile: nobody knows what 'n0' costs"),
-        ({"behaviour": {"agreement": {2: 0.5}}}, "behaviour.agreement: names exits [2]"),
+        ({"profile": None}, "nodes.0.profile: the costs of 'n0' are missing"),
+        ({"behaviour": {"agreement": {2: 0.5}}}, "behaviour.agreement: has exits [2], but"),
         ({"behaviour": {"agreement": {2: 0.5, 4: 1.5}}}, "behaviour.agreement"),
-        ({"trace": "t", "behaviour": {"agreement": {2: 0.5, 4: 0.6}}}, "give a trace or a behaviour, not both"),
+        ({"trace": "t", "behaviour": {"agreement": {2: 0.5, 4: 0.6}}}, "trace and behaviour cannot be combined"),
         ({"hosts": {"h": {"cores": 2, "nodes": ["n7"]}}}, "hosts.h.nodes: no node 'n7'"),
         ({"links": [{"from": "n1", "to": "n0"}]}, "skips or goes back"),
         ({"seed": "x"}, "seed: 'x'"),
@@ -455,7 +474,7 @@ def test_populations_are_shared_out_evenly(simulate: Simulate) -> None:
         ({"links": [{"from": "n0", "to": "n1", "shared": 5}]}, "links.0.shared: 5: must be true or false"),
         (
             {"load": {"requests": 1, "arrivals": {"kind": "replay", "file": "none.csv"}}},
-            "none.csv is not there; name a CSV file",
+            "none.csv does not exist; give a CSV file",
         ),
     ],
 )
@@ -469,7 +488,7 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
     def build(**change: Any) -> None:
         Simulation(Scenario.from_data(data(**change), base=tmp_path, where="bad.yaml"), where="bad.yaml")
 
-    with pytest.raises(ConfigError, match="bad.yaml: profile: .*no such profile; make one: ruyi-flow profile"):
+    with pytest.raises(ConfigError, match="bad.yaml: profile: .*no such profile; make it with: ruyi-flow profile"):
         build()
     with pytest.raises(ConfigError, match="bad.yaml: nodes.0.profile: .*q: no such profile"):
         build(nodes=[{"name": "n0", "exits": [2, 4, 6], "profile": "q"}], links=[])
@@ -480,17 +499,19 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
     with pytest.raises(ConfigError, match=r"nodes.1.exits: the profile of 'n1' has no stage at exit 4"):
         build()
     profile().save(tmp_path / "p")
-    with pytest.raises(ConfigError, match="trace: nobody knows what the branches say"):
+    with pytest.raises(ConfigError, match="trace: it is not known what the branches predict"):
         build(behaviour=None)
     with pytest.raises(ConfigError, match="bad.yaml: trace: .*t: cannot be read: No such.*; ruyi-flow trace records"):
         build(behaviour=None, trace="t")
     record_trace(load_family(tiny, dtype="float32"), [Question((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
-    with pytest.raises(ConfigError, match="is of family .* the profile of family; trace and profile the same one"):
+    with pytest.raises(
+        ConfigError, match="with fingerprint .*, but the costs of 'n0' are of a family with family; trace this family"
+    ):
         build(behaviour=None, trace="t")
-    with pytest.raises(ConfigError, match="hardware: 'h10' is not known; known: snapdragon"):
+    with pytest.raises(ConfigError, match="unknown hardware 'h10'; known: snapdragon"):
         nodes = [{"name": "n0", "exits": [2, 4, 6], "hardware": "h10"}]
         build(profile=None, family="ruyi2", nodes=nodes, links=[])
-    with pytest.raises(ConfigError, match="family: hardware's costs need the family's shape"):
+    with pytest.raises(ConfigError, match="family: 'family' is neither a folder with a config.json nor one of ruyi-7b"):
         build(profile=None, nodes=[{"name": "n0", "exits": [2, 4, 6], "hardware": "l4"}], links=[])
     with pytest.raises(ConfigError, match="it has 8 GB"):
         nodes = [{"name": "n0", "exits": [2, 21, 39], "hardware": "raspberry-pi-5"}]
@@ -506,13 +527,15 @@ def test_bytes_that_let_nothing_up_are_refused(simulate: Simulate) -> None:
 
 def test_what_is_asked_must_fit_somewhere(tmp_path: Path, simulate: Simulate) -> None:
     asked = data(load={"requests": 3, "prompts": {"tokens": 5000}, "answers": {"tokens": 12}})
-    with pytest.raises(ConfigError, match=r"test.yaml: load: no request fits: .* 5012 tokens, the family's context is"):
+    with pytest.raises(
+        ConfigError, match=r"test.yaml: load: no request fits: .* 5012 tokens, but the family's context is"
+    ):
         simulate(asked)
     asked["load"]["prompts"] = {"kind": "uniform", "low": 20, "high": 5000}
     assert simulate(asked).metrics["failed"] < 3
     asked["nodes"][0]["limits"] = {"max_positions": 64}
     asked["load"] |= {"prompts": {"kind": "constant", "tokens": 60}}
-    with pytest.raises(ConfigError, match=r"has 72 tokens, nodes.0.limits.max_positions is 64; ask for fewer, or"):
+    with pytest.raises(ConfigError, match=r"has 72 tokens, but nodes.0.limits.max_positions is 64: set shorter"):
         simulate(asked)
     (tmp_path / "log.csv").write_text("at_s,prompt_tokens,answer_tokens\n1,70,3\n2,60,4\n3,60,\n")
     asked["load"] = {"arrivals": {"kind": "replay", "file": "log.csv"}, "answers": {"tokens": 9}}
@@ -541,12 +564,10 @@ def test_a_trace_of_another_family_is_refused(tmp_path: Path, tiny: Path) -> Non
         Simulation(Scenario.from_data(asked, base=tmp_path, where="bad.yaml"), where="bad.yaml")
 
     build()
-    with pytest.raises(
-        ConfigError, match=r"bad.yaml: trace: .* states have 32 values, the costs of 'n0' .* 128; trace"
-    ):
+    with pytest.raises(ConfigError, match=r"bad.yaml: trace: .* hidden size 32, but the costs of 'n0' .* 128; trace"):
         build(hidden_size=128)
     with pytest.raises(
-        ConfigError, match=r"bad.yaml: trace: .* layers in its branches, .* has \[1, 2, 1\]; trace this"
+        ConfigError, match=r"bad.yaml: trace: .* layers per branch .*, but .* has \[1, 2, 1\]; trace this"
     ):
         build(early_exit_branch_layers=[1, 2, 1])
 

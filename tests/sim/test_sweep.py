@@ -1,4 +1,4 @@
-"""Sweeps: the same figures as single simulations, nothing simulated twice, no process left behind."""
+"""Sweeps: the same results as single simulations, nothing simulated twice, no process left behind."""
 
 import csv
 import importlib.util
@@ -18,7 +18,17 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.sim.shapes import SMOLLM2
-from ruyi_flow.sim.sweep import FIGURES, Axis, Figure, Point, draw, front, half_width, sweep, write
+from ruyi_flow.sim.sweep import (
+    METRICS,
+    Axis,
+    MeanOverSeeds,
+    Point,
+    half_width,
+    pareto_front,
+    plot_front,
+    sweep,
+    write_tables,
+)
 from tests.sim.small import profile, scenario
 
 
@@ -44,7 +54,7 @@ def test_a_grid_is_a_list_or_a_range_with_both_ends(text: str, values: tuple[obj
         ("a=", "write key=1,2,4"),
         ("a=2:1:1", "low <= high"),
         ("a=1:2:0", "a step above 0"),
-        ("a=0:1:1e-9", "take a larger step"),
+        ("a=0:1:1e-9", "use a larger step"),
         ("a=[1", "is not valid YAML: expected ',' or ']'"),
         ("a=1:5", "a range is low:high:step, as in 1:5:1"),
         ("a=1,1:05", "YAML takes 1:05 for a number in base 60"),
@@ -67,7 +77,7 @@ def test_half_widths_are_students(n: int, t: float) -> None:
 
 
 def point(name: str, answered: bool = True, **figures: float) -> Point:
-    return Point({"name": name}, {key: Figure(figures.get(key, 0.0), None) for key in FIGURES}, answered)
+    return Point({"name": name}, {key: MeanOverSeeds(figures.get(key, 0.0), None) for key in METRICS}, answered)
 
 
 def test_the_front_is_what_nothing_else_beats() -> None:
@@ -80,28 +90,28 @@ def test_the_front_is_what_nothing_else_beats() -> None:
         point("silent", answered=False, agreement=1.0),
         point("refusing", token_p95_s=0.5, agreement=1.0, failed=0.02),
     ]
-    best = [p.keys["name"] for p, is_best in zip(points, front(points), strict=True) if is_best]
+    best = [p.keys["name"] for p, is_best in zip(points, pareto_front(points), strict=True) if is_best]
     assert best == ["fast", "slim", "as slim", "right"]
 
 
 def test_a_sweep_finds_what_single_simulations_find(tmp_path: Path) -> None:
-    path, told = scenario(tmp_path), []
+    path, seen = scenario(tmp_path), []
     axes = [Axis.parse("nodes.edge.count=1,2"), Axis.parse("policy.threshold=0.5,0.9")]
-    points = sweep(path, axes, tmp_path / "out", repeat=2, progress=lambda *done: told.append(done))
+    points = sweep(path, axes, tmp_path / "out", repeat=2, progress=lambda *done: seen.append(done))
     assert [tuple(p.keys.values()) for p in points] == [(1, 0.5), (1, 0.9), (2, 0.5), (2, 0.9)]
-    assert told[0] == (0, 8) and told[-1] == (8, 8)
+    assert seen[0] == (0, 8) and seen[-1] == (8, 8)
     changed = ["nodes.edge.count=2", "policy.threshold=0.5"]
     runs = [Simulation(Scenario.read(path, [*changed, f"seed={seed}"])).run().metrics for seed in (0, 1)]
     found = points[2].figures
     times = [m["token_s"]["p95"] for m in runs]
-    assert found["token_p95_s"] == Figure(sum(times) / 2, half_width(times))
+    assert found["token_p95_s"] == MeanOverSeeds(sum(times) / 2, half_width(times))
     assert found["beyond_first"].mean == pytest.approx(sum(1 - m["decided"]["2"] for m in runs) / 2)
-    table, pareto = write(tmp_path / "out", points)
+    table, pareto = write_tables(tmp_path / "out", points)
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 4 and float(rows[2]["token_p95_s"]) == pytest.approx(sum(times) / 2, rel=1e-5)
-    assert len(list(csv.DictReader(pareto.read_text().splitlines()))) == sum(front(points))
+    assert len(list(csv.DictReader(pareto.read_text().splitlines()))) == sum(pareto_front(points))
     pytest.importorskip("matplotlib")
-    assert draw(tmp_path / "out", points).read_bytes().startswith(b"\x89PNG")
+    assert plot_front(tmp_path / "out", points).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
@@ -138,10 +148,13 @@ def test_another_shape_of_the_family_is_another_run(tmp_path: Path) -> None:
     assert len(list(out.glob("*.json"))) == 2
 
 
-def test_what_is_wrong_with_any_point_is_told_before_the_first_one_runs(tmp_path: Path) -> None:
+def test_an_error_at_any_point_is_raised_before_the_first_run(tmp_path: Path) -> None:
     path, out = scenario(tmp_path), tmp_path / "out"
     for grid, message in (
-        ("nodes.edge.count=1,99", "scenario.yaml at nodes.edge.count=99: nodes.1.count: 99 of 'edge' for 8 of 'phone'"),
+        (
+            "nodes.edge.count=1,99",
+            "scenario.yaml at nodes.edge.count=99: nodes.1.count: 99 of 'edge' are more than the 8 of 'phone'",
+        ),
         ("policy.treshold=0.5", "policy.treshold: 0.5: unknown key"),
         ("nodes.hedge.count=1", "no 'hedge' in nodes; it has phone, edge, cloud; did you mean 'edge'?"),
         ("client_ms=2020-12-25", "client_ms: datetime.date(2020, 12, 25): must be a number"),
@@ -155,9 +168,9 @@ def test_what_is_wrong_with_any_point_is_told_before_the_first_one_runs(tmp_path
             sweep(path, [Axis.parse(grid)], out)
         assert message in str(error.value)
     assert not out.exists()
-    with pytest.raises(ConfigError, match="is there twice"):
+    with pytest.raises(ConfigError, match="is given twice"):
         sweep(path, [Axis.parse("seeds=1"), Axis.parse("seeds=2")], out)
-    with pytest.raises(ConfigError, match="--set seed=7: .*--repeat 5 takes seeds 0 to 4"):
+    with pytest.raises(ConfigError, match="--set seed=7: .*--repeat 5 for seeds 0 to 4"):
         sweep(path, [Axis.parse("policy.threshold=0.5")], out, overrides=["seed=7"])
     with pytest.raises(ConfigError, match=r"at policy.threshold=0.5: profile: .*none.msgpack cannot be read: No such"):
         every = [f"nodes.{name}.profile=costs.msgpack" for name in ("phone", "edge", "cloud")]
@@ -178,7 +191,7 @@ def test_the_command_prints_a_table_or_json(run, tmp_path: Path) -> None:  # typ
     assert code == 0 and "*" in out and "±" in out and "results.csv" in err
     found = json.loads(run(*arguments, "--repeat", "2", "--json")[1])
     assert [p["keys"] for p in found["points"]] == [{"policy.threshold": 0.5}, {"policy.threshold": 0.9}]
-    assert all(set(p["figures"]) == set(FIGURES) for p in found["points"])
+    assert all(set(p["figures"]) == set(METRICS) for p in found["points"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
