@@ -269,7 +269,7 @@ def summary(found: Sequence[Comparison]) -> dict[str, dict[str, float]]:
 
 
 def markdown(found: Sequence[Comparison], machine: Mapping[str, Any]) -> str:
-    """Return the text of docs/fidelity.md."""
+    """Return the text of docs/results/fidelity.md."""
     lines = [
         *_INTRODUCTION,
         "",

@@ -173,7 +173,7 @@ def calibrate(
     cautious to bold, until one fails (Learn then Test). The test takes hundreds
     to thousands of prompts, more for a smaller bound; with too few prompts it
     reports roughly how many more are needed and writes nothing.
-    docs/calibration.md tells what is guaranteed.
+    docs/guides/modes-and-calibration.md tells what is guaranteed.
 
     Example: ruyi-flow calibrate trace.msgpack --max-disagreement 0.05
     --out policy.yaml

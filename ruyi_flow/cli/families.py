@@ -75,7 +75,7 @@ def pull(
 
 @app.command(rich_help_panel=Panel.TRAIN)
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); see docs/training.md.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); see docs/guides/training.md.")],
     self_distill: Annotated[
         bool,
         typer.Option("--self-distill", help="First make training data: the last branch answers the recipe's prompts."),

@@ -66,7 +66,7 @@ def simulate(
     """Simulate a deployment: predict its latency, traffic, energy, cost and quality before you buy it.
 
     A scenario is a topology and a load; relative paths in it refer to its own
-    folder. configs/sim has examples, docs/simulation.md lists all keys.
+    folder. configs/sim has examples, docs/guides/simulation-and-planning.md lists all keys.
 
     The run folder contains report.html, metrics.json, requests.csv (a row per
     request), trace.json (open it in ui.perfetto.dev) and the resolved scenario.
@@ -119,7 +119,7 @@ def profile(
     """Measure how fast this machine runs a family's stages, for `ruyi-flow simulate`.
 
     A scenario uses the file as its `profile`, or as the `profile` of one node;
-    see docs/simulation.md.
+    see docs/guides/simulation-and-planning.md.
 
     Examples: ruyi-flow profile smollm2 --weights int8 --out here.msgpack
 

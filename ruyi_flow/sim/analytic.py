@@ -1,8 +1,8 @@
 """Profiles that are computed by a roofline model (Williams, Waterman and Patterson 2009) instead of measured.
 
 A computation takes the longer of two times, that of its operations and that of the bytes it moves, plus a fixed time
-per layer for launching kernels. docs/simulation-costs.md has the equations, the machines with their sources, the
-limits of the model, and its error against measurements.
+per layer for launching kernels. docs/reference/simulation-costs.md has the equations, the machines with their sources,
+the limits of the model, and its error against measurements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machines that nodes can be simulated on, from data sheets; docs/simulation-costs.md lists them."""
+"""The machines that nodes can be simulated on, from data sheets; docs/reference/simulation-costs.md lists them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 __all__ = ["HARDWARE", "Hardware"]
 
 _LAYER_S = {"phone": 2e-4, "board": 2e-4, "laptop": 8e-5, "cpu": 8e-5, "gpu": 1e-4}
-"""Seconds of launching one layer's kernels, by kind of machine; docs/simulation-costs.md has the sources."""
+"""Seconds of launching one layer's kernels, by kind of machine; docs/reference/simulation-costs.md has the sources."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -299,7 +299,7 @@ class VirtualWorker:
         await until(ends)
         took = self._time.now() - began
         self._count(began, took, parts[0][0].running.stage, sum(rows for _, rows in parts))
-        run(parts)
+        run_parts(parts)
         self._steps.ran(took)
         self._under_way = None
         if self._submitted:

@@ -41,7 +41,7 @@ class SimNode(Node):
     profile: Path | None = None
     """File with the costs of its stages (`ruyi-flow profile`). Default: the scenario's profile."""
     hardware: str | None = None
-    """Machine of docs/simulation-costs.md to compute the costs for, instead of a profile."""
+    """Machine of docs/reference/simulation-costs.md to compute the costs for, instead of a profile."""
     speed: Positive = 1.0
     """Factor on the speed of all steps."""
     idle_w: Weight | None = None
