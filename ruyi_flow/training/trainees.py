@@ -335,7 +335,7 @@ def _published_layer(layer: DecoderLayer, prefix: str) -> dict[str, Tensor]:
 
 
 def _start_branch(branch: Branch, base: FamilySlice, exit: int, start: str) -> None:
-    """Initialize a branch with the family's own, and further layers as `Recipe.start` says."""
+    """Initialize a branch with the family's own, and new layers as `Recipe.start` requires."""
     old = base.branch_at[exit]
     branch.norm.load_state_dict(old.norm.state_dict())
     for i, layer in enumerate(branch.stack):
