@@ -243,8 +243,7 @@ class Checkpoint:
             raise CheckpointError(f"{file}: not a file of trained branches; ruyi-flow train writes them") from None
         if tuple(exits) != self.config.exits:
             raise CheckpointError(
-                f"{file}: its branches are for exits {exits}, but the family has exits {list(self.config.exits)}; "
-                "name the same exits"
+                f"{file}: its branches are for exits {exits}, but the family has exits {list(self.config.exits)}"
             )
         raw = {**self.config.to_dict(), **{f"early_exit_{key}": value for key, value in trained.items()}}
         self.config = FamilyConfig.parse(raw, where=str(file))

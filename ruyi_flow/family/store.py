@@ -96,7 +96,7 @@ def pull(
     say: Callable[[str], None] = lambda step: None,
     bars: bool = False,
 ) -> Path:
-    """Add a family to the store, unless it is there already.
+    """Add a family to the store, unless the store has it.
 
     Args:
         source: `smollm2`, a Hugging Face id (`Qwen/Qwen3-0.6B`), a ModelScope id (`modelscope:Qwen/Qwen3-0.6B`),

@@ -77,7 +77,7 @@ class Recipe(_Model):
     out: Path
     """Folder for the result, the metrics and the state to resume from; relative paths start at the recipe's folder."""
     scope: Literal["branches", "joint", "probes"] = "branches"
-    """What is trained: the early branches on a frozen trunk, trunk and branches together, or the branches' probes."""
+    """Parts to train. `branches`: early branches on a frozen trunk. `joint`: trunk and branches. `probes`: probes."""
     branch_layers: dict[int, Annotated[int, Field(ge=1)]] = {}
     """Number of decoder layers of the branch at each exit. Default: as in the family."""
     probe_size: int = Field(default=32, ge=1, le=4096)

@@ -7,6 +7,7 @@ results. `published` names the module's tensors as checkpoints do.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ruyi_flow.training.recipe import Recipe
 from ruyi_flow.training.trunk_states import TrunkStates, rope_and_attention
 
 __all__ = ["Branches", "Joint", "Probes", "cross_entropy"]
+
+_recomputed = partial(recompute, DecoderLayer.forward, use_reentrant=False)
 
 
 class Joint(nn.Module):
@@ -335,7 +338,7 @@ def _published_layer(layer: DecoderLayer, prefix: str) -> dict[str, Tensor]:
 
 
 def _start_branch(branch: Branch, base: FamilySlice, exit: int, start: str) -> None:
-    """Initialize a branch with the family's own, and further layers as `Recipe.start` says."""
+    """Initialize a branch with the family's own, and new layers as `Recipe.start` requires."""
     old = base.branch_at[exit]
     branch.norm.load_state_dict(old.norm.state_dict())
     for i, layer in enumerate(branch.stack):
@@ -377,11 +380,6 @@ def _branch_states(
         assert out is not None
         x = out
     return branch.norm.forward(x)
-
-
-def _recomputed(layer: DecoderLayer, *args: Any) -> Tensor | None:
-    out: Tensor | None = recompute(layer, *args, use_reentrant=False)
-    return out
 
 
 def _labels(rows: Packed) -> Tensor:
