@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs bench bench-sim protos clean
+.PHONY: demo test check docs bench bench-sim protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -29,6 +29,9 @@ bench-sim: $(READY)       ## the simulator against the running system; writes do
 
 protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
 	$(BIN)/python -m tests.generate_protos
+
+picture: $(READY)         ## draw docs/images/demo.svg from a run of the demo
+	$(BIN)/python -m tests.draw_demo
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || (echo "Python 3.11 to 3.13 is needed; set PYTHON=…" && exit 1)

@@ -33,11 +33,11 @@ class Reply:
     text: str
     """The answer's text."""
     tokens: tuple[Token, ...]
-    """Its tokens, each with the exit and the node that decided it."""
+    """Tokens of the answer, each with the exit and the node that decided it."""
     finish_reason: FinishReason
-    """Why it ended."""
+    """Why the answer ended."""
     stats: Stats
-    """Durations, drafts, and what each node spent."""
+    """Statistics of the answer: durations, drafts, and the time and traffic of each node."""
 
     @property
     def token_ids(self) -> list[int]:

@@ -30,7 +30,7 @@ Prompt = str | tuple[tuple[str, str], ...] | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a token is picked from a branch's logits, and when the answer ends.
+    """Sampling options: how a token is picked from a branch's logits, and when the answer ends.
 
     A token is `argmax(processed logits / temperature + gumbel(seed, position, token))`; see `runtime/sampling.py`.
     The command line shows the field docstrings as the help of its options.
@@ -102,7 +102,7 @@ class GenerateRequest:
     raw: bool = False
     """Whether a text is encoded as it is, instead of as one user turn of the chat template."""
     sampling: SamplingParams = SamplingParams()
-    """How tokens are picked and when the answer ends."""
+    """Sampling options."""
     routing: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `Routing` that the request sets; `Routing.updated` merges them with the topology's policy."""
 
@@ -127,7 +127,7 @@ class SessionOpen:
     prompt_length: int
     """Number of positions of the prompt."""
     sampling: SamplingParams = SamplingParams()
-    """How tokens are picked, with `seed` and `eos_token_ids` set."""
+    """Sampling options, with `seed` and `eos_token_ids` set."""
     policy: Policy
     """The thresholds of every exit."""
 

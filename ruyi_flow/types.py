@@ -50,7 +50,7 @@ def is_token_id(value: object) -> bool:
 
 
 class Mode(StrEnum):
-    """What decides a token. All modes are one mechanism with different thresholds."""
+    """The routing mode, which determines what decides a token: one mechanism with different thresholds."""
 
     FIXED = "fixed"
     """The branch at one exit decides every token."""
@@ -103,7 +103,7 @@ class FinishReason(StrEnum):
 
 
 class Encoding(StrEnum):
-    """How boundary states are encoded on a link."""
+    """The encoding of boundary states on a link."""
 
     F32 = "f32"
     BF16 = "bf16"
@@ -118,12 +118,12 @@ class Encoding(StrEnum):
 
 
 class Upload(StrEnum):
-    """When a node sends boundary states to the next one."""
+    """The time at which a node sends boundary states to the next one."""
 
     ON_DEMAND = "on-demand"
     """Only with a question, so that nothing is sent in vain."""
     AHEAD = "ahead"
-    """Also while the link is idle, so that a question has less to send."""
+    """With a question and while the link is idle, so that a question has less to send."""
 
 
 class Weights(StrEnum):
@@ -158,14 +158,14 @@ class Decision(NamedTuple):
     exit: int
     """The exit whose branch decided it."""
     confidence: float
-    """That branch's confidence, 0 … 1."""
+    """Confidence of that branch, 0 … 1."""
     reason: Reason
     """Why it was decided there."""
 
 
 @dataclass(slots=True)
 class Hop:
-    """What one node spent on one verdict, or on a whole answer."""
+    """Time and traffic of one node, for one verdict or for a whole answer."""
 
     node: str
     """Name of the node."""
@@ -203,7 +203,7 @@ class Verdict(NamedTuple):
     decisions: tuple[Decision, ...]
     """Decisions for the wanted positions in order, up to the first that contradicts its draft."""
     hops: tuple[Hop, ...] = ()
-    """What every node on the way spent, the answering node first."""
+    """Time and traffic of every node on the way, the answering node first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ class Token:
     node: str
     """Name of the node that decided it."""
     confidence: float
-    """That branch's confidence, 0 … 1."""
+    """Confidence of that branch, 0 … 1."""
     reason: Reason
     """Why it was decided there."""
     after_s: float = 0.0
@@ -249,7 +249,7 @@ class Stats:
     escalations: int
     """Number of questions that the entry node asked the next node, each of them one round trip."""
     hops: tuple[Hop, ...]
-    """What each node spent on the whole answer, the entry node first."""
+    """Time and traffic of each node for the whole answer, the entry node first."""
 
     @property
     def token_s(self) -> float:
@@ -266,19 +266,19 @@ class Final:
     text: str
     """The complete answer."""
     stats: Stats
-    """Its statistics."""
+    """Statistics of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """What a node contains and does."""
+    """The state of a node."""
 
     node: str
     """Name of the node."""
     tier: str
-    """Its tier."""
+    """Tier of the node."""
     state: str
-    """Its state: serving or draining."""
+    """State of the node: serving or draining."""
     family: str
     """Fingerprint of its family."""
     exits: tuple[int, ...]
@@ -296,7 +296,7 @@ class NodeStatus:
     dtype: str
     """Number format of its layers and weights."""
     device: str
-    """Its torch device."""
+    """Torch device of the node."""
     sessions: int
     """Number of open sessions."""
     max_sessions: int

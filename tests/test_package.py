@@ -1,9 +1,12 @@
 """The package as a whole: what importing it does, and what it exports."""
 
+import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ruyi_flow
@@ -45,7 +48,37 @@ def test_generated_messages_are_up_to_date() -> None:
         assert (PACKAGE / name).read_text() == text, "run make protos"
 
 
-def test_every_module_and_public_name_says_what_it_is() -> None:
+def named_docstrings(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """Yield the docstring of every public class, function and field, by its name; None where there is none."""
+    for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if not statement.name.startswith("_"):
+                yield prefix + statement.name, ast.get_docstring(statement)
+                if isinstance(statement, ast.ClassDef):
+                    yield from named_docstrings(statement, f"{prefix}{statement.name}.")
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                yield prefix + statement.target.id, str(following.value.value)
+
+
+def documented() -> Iterator[tuple[str, str | None]]:
     for path in Path(ruyi_flow.__path__[0]).rglob("*.py"):
         if "_pb" not in path.parts:
-            assert path.read_text().startswith('"""'), path
+            tree = ast.parse(path.read_text())
+            yield str(path), ast.get_docstring(tree)
+            yield from ((f"{path}: {name}", text) for name, text in named_docstrings(tree))
+
+
+IMPLEMENTS = {"embed", "join", "submit", "shutdown", "forward", "backward", "event", "start", "run", "wait", "pause"}
+"""Methods whose docstring is that of the interface they implement."""
+
+
+def test_every_module_and_public_name_has_a_docstring() -> None:
+    lacking = [name for name, text in documented() if text is None and name.rpartition(".")[2] not in IMPLEMENTS]
+    assert not lacking
+
+
+def test_docstrings_stand_alone() -> None:
+    """A hover shows a docstring without the name it describes, so it must not begin as the rest of a sentence."""
+    fragment = re.compile(r"(Of|That|Those|Whose|In|At|By|For|With|To|As|Where|And|But|Also|Likewise)\b")
+    assert not [f"{name}: {text}" for name, text in documented() if text and fragment.match(text)]

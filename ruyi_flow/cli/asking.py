@@ -46,7 +46,7 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RuyiFlowError
 from ruyi_flow.types import Final, Mode, Stats, Token
 
-__all__ = ["chat", "demo", "explain_", "generate", "show"]
+__all__ = ["chat", "demo", "describe_gain", "explain_", "generate", "show"]
 
 
 @app.command(rich_help_panel=Panel.RUN)
@@ -85,7 +85,7 @@ def demo(
                 tokens, final = answer.result()
         out.print(token_table(loaded, tokens))
         out.print(stats_table(final.stats))
-        out.print(_gain(loaded, tokens, final.stats), soft_wrap=True)
+        out.print(describe_gain(loaded, tokens, final.stats), soft_wrap=True)
 
     asyncio.run(run())
 
@@ -252,7 +252,7 @@ async def show(client: Any, topology: Topology, prompt: str, options: dict[str, 
     raise NodeError("the stream ended before the answer was complete")
 
 
-def _gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:
+def describe_gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:
     """Return one sentence: what shallow nodes decided, and what was therefore not sent to deeper ones.
 
     The comparison is with a run in which the last exit decides every token, and every position is sent on every link.

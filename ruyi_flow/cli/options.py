@@ -51,7 +51,7 @@ _THRESHOLD_HELP = (
     "Modes token and cascade: the confidence (0 … 1) that early exits need to decide: 0.8 for all, or 5=0.9,11=0.8."
 )
 _POLICY_HELP = "Policy file of ruyi-flow calibrate, which sets the mode and its thresholds."
-_PANELS: dict[type, str] = {Routing: "Routing", SamplingParams: "Sampling"}
+_PANELS: dict[type, str] = {Routing: "Routing (default: the topology's policy)", SamplingParams: "Sampling"}
 
 
 def answer_options(
@@ -65,8 +65,8 @@ def answer_options(
     """
     parameters = [
         *_parameters(Routing, skip=("threshold", "thresholds", "start", "scale", "family")),
-        _parameter("threshold", str, _THRESHOLD_HELP, "Routing"),
-        _parameter("policy", Path, _POLICY_HELP, "Routing"),
+        _parameter("threshold", str, _THRESHOLD_HELP, _PANELS[Routing]),
+        _parameter("policy", Path, _POLICY_HELP, _PANELS[Routing]),
         *_parameters(SamplingParams, only=sampling, defaults=asdict(SamplingParams()) | defaults),
     ]
 

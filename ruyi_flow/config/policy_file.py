@@ -31,8 +31,11 @@ class CurvePoints(_Model):
     """The points of a calibration curve; see `routing.confidence.Curve`."""
 
     temperature: float = Field(gt=0)
+    """Temperature of the branch's distribution."""
     scores: tuple[float, ...] = Field(min_length=1)
+    """Scores of the curve's points, ascending."""
     chances: tuple[float, ...] = Field(min_length=1)
+    """Probabilities of agreement at these points, ascending."""
 
 
 def curve_points(curves: Mapping[int, Curve]) -> dict[int, CurvePoints]:
@@ -44,7 +47,9 @@ class StartRule(_Model):
     """The rule that chooses the first exit; see `routing.start.Start`."""
 
     weights: dict[int, tuple[float, ...]]
+    """Weights of a logistic regression on the prompt's statistics, by early exit."""
     chance: float
+    """The probability that suffices for an exit to begin."""
 
 
 class PolicyFile(_Model):

@@ -1,4 +1,4 @@
-"""YAML files that people write: read them, and say in their words what is wrong with one."""
+"""YAML files that people write: how they are read, and error messages for what is wrong in one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ __all__ = ["explain", "parse_value", "read_yaml"]
 
 
 def read_yaml(path: Path, what: str) -> object:
-    """A YAML file's data; `what` kind of file it is, for messages.
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        what: the kind of file, for error messages.
 
     Raises:
-        ConfigError: it is not there, or not readable, or not YAML.
+        ConfigError: the file is missing, unreadable or not YAML.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -32,10 +36,14 @@ def read_yaml(path: Path, what: str) -> object:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A YAML value of a command line; `where` names it in messages.
+    """Parse a YAML value of a command line.
+
+    Args:
+        text: the value.
+        where: the option, for error messages.
 
     Raises:
-        ConfigError: it is not YAML.
+        ConfigError: the text is not YAML.
     """
     try:
         return yaml.load(text, _Loader)
@@ -44,7 +52,7 @@ def parse_value(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings name no key twice, the last one would win silently; and without numbers in base 60."""
+    """A YAML loader that refuses duplicate keys, of which the last would win silently, and numbers in base 60."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -52,7 +60,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _wrong(key, "a key must be a text or a number, not a list or a mapping")
             if key.value in seen:
-                raise _wrong(key, f"the key {key.value!r} is there twice")
+                raise _wrong(key, f"the key {key.value!r} occurs twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -67,10 +75,10 @@ def _wrong(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
 
 
 def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
-    """What is wrong in a file, a line each, with the key's path, the value and the fix.
+    """Explain a validation error, one line per mistake with the key's path, the value and the fix.
 
     Args:
-        error: pydantic's.
+        error: the error of pydantic.
         root: the model of the whole file.
         where: the file's name.
     """
@@ -79,13 +87,13 @@ def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
     for item in items:
         loc, kind = item["loc"], item["type"]
         if kind == "too_short" and any(other["loc"][: len(loc)] == loc for other in items if other is not item):
-            continue  # its items are there, and wrong
+            continue  # its items exist and are wrong
         path = ".".join(str(part) for part in loc)
         value, context = item["input"], item.get("ctx", {})
         message = item["msg"].removeprefix("Value error, ")
         if kind == "extra_forbidden":
             known = _known_keys(root, loc)
-            message = f"unknown key; known here: {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
+            message = f"unknown key; the keys here are {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
         elif kind == "missing":
             value, message = None, "this key is required; add it"
         elif kind in ("enum", "literal_error"):
@@ -119,13 +127,13 @@ _KINDS = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
-    "less_than_equal": "must be {le} at the most",
+    "less_than_equal": "must be at most {le}",
 }
-"""pydantic's kinds of errors, in this package's words."""
+"""Messages for the kinds of errors of pydantic."""
 
 
 def _known_keys(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the model that an unknown key was found in."""
+    """Return the keys of the model in which an unknown key was found."""
     model: Any = root
     for part in loc[:-1]:
         if isinstance(part, int):

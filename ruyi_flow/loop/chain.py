@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 
 class Round(NamedTuple):
-    """What one proposal of the entry node settled."""
+    """The result of one proposal of the entry node."""
 
     decisions: tuple[Decision, ...]
     """The decided tokens, in order; at least one."""
     hops: tuple[Hop, ...]
-    """What each node spent, the entry node first."""
+    """Time and traffic of each node, the entry node first."""
     drafted: int = 0
     """Number of tokens drafted past the first position that was escalated."""
     accepted: int = 0
@@ -71,7 +71,7 @@ class Chain:
         self._session, self._worker, self._node, self._clock = session, worker, node, clock
         self._next, self._costs = next_stage or NextStage(session), costs or DraftCosts()
         self._since = clock.now()
-        """When the current work arrived at this node; all parts of a prompt arrived with the first."""
+        """Time of arrival of the current work at this node; all parts of a prompt arrived with the first."""
         self._ahead: list[tuple[int, float]] = []
         """The first branch's token and confidence at the last positions: drafted while an answer was awaited."""
 

@@ -19,7 +19,7 @@ _MAX_UPLOAD_POSITIONS = 32
 
 @dataclass(slots=True)
 class Uplink:
-    """What all sessions of a node have in flight to the next node."""
+    """The messages that all sessions of a node have in flight to the next node."""
 
     questions: int = 0
     """Number of questions that have not been answered."""

@@ -17,7 +17,7 @@ from ruyi_flow.errors import ConfigError
 __all__ = ["PATIENCE", "SHORT_ROWS", "Scheduler", "rows_alone"]
 
 PATIENCE = 8
-"""How often short work lets other short work at a shallower stage go first."""
+"""Number of times that short work lets other short work at a shallower stage go first."""
 
 SHORT_ROWS = 80
 """Work of at most so many rows is short and is never split: drafts that are verified, the rated end of a prompt."""

@@ -17,7 +17,7 @@ __all__ = ["Job", "Parts", "Steps", "Task", "Waiter", "Worker", "drive", "run_al
 
 T = TypeVar("T")
 Task = Generator[Pass, Found | None, T]
-"""What a worker runs. Each pass that it yields is answered with what the branch found."""
+"""A generator that a worker runs; each pass that it yields is answered with the branch's tokens and confidences."""
 
 Parts = Sequence[tuple["Job", int]]
 """A step: jobs whose passes are at one stage, and the number of rows of each."""

@@ -1,8 +1,8 @@
-"""How sure a branch is, as a number that means something: the probability that its token is the last branch's.
+"""Calibrated confidence: the probability that a branch's token is the one that the last branch would choose.
 
-A score (the likeliest token's probability, its lead over the second, minus the entropy, each at a temperature of the
-branch) becomes that probability through a curve that was fitted on a trace. Applying one is pure Python: it is done for
-every token.
+A score (the probability of the most probable token, its margin over the second, the negative entropy, each at the
+branch's own temperature) becomes that probability through a curve that was fitted on a trace. It runs for every token, so
+it is pure Python.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ __all__ = ["Calibration", "Curve", "Scale", "Score"]
 
 
 class Score(StrEnum):
-    """What a branch's distribution is reduced to."""
+    """The number that a branch's distribution is reduced to."""
 
     MAX_PROBABILITY = "max_probability"
+    """Probability of the most probable token."""
     MARGIN = "margin"
-    """The likeliest token's probability less the second's."""
+    """Probability of the most probable token minus that of the second."""
     NEGATIVE_ENTROPY = "negative_entropy"
+    """Negative entropy of the distribution, in nats."""
     PROBE = "probe"
-    """What the branch's probe says, where the family has probes."""
+    """Output of the branch's probe; only for families with probes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """From a score at a temperature to the probability of agreement: straight between its points, flat outside."""
+    """A piecewise linear map from a score at a temperature to the probability of agreement; it is constant outside."""
 
     temperature: float
+    """Temperature of the branch's distribution."""
     scores: tuple[float, ...]
-    """Ascending."""
+    """Scores of the curve's points, ascending."""
     chances: tuple[float, ...]
-    """Ascending, 0 … 1."""
+    """Probabilities of agreement at these points, ascending, 0 … 1."""
 
     def __post_init__(self) -> None:
-        """Refuse what is not a curve with a ValueError."""
+        """Raise a ValueError unless the curve is valid."""
         xs, ys = self.scores, self.chances
         if not xs or len(xs) != len(ys) or not 0 <= ys[0] or not ys[-1] <= 1:
             raise ValueError("its points must be scores with probabilities, at least one")
@@ -49,7 +52,7 @@ class Curve:
             raise ValueError("its temperature must be above 0")
 
     def __call__(self, score: float) -> float:
-        """The probability that a token with this score is the last branch's."""
+        """Return the probability that a token with this score is the last branch's."""
         xs, ys = self.scores, self.chances
         i = bisect_right(xs, score)
         if i == 0:
@@ -61,16 +64,19 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What confidence means in a session: a score, and each early exit's curve."""
+    """The meaning of confidence in a session: a score, and the curve of each early exit."""
 
     score: Score
+    """The score that the curves map."""
     curves: Mapping[int, Curve]
+    """The curve of each early exit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Curves of a family's early exits."""
+    """Fitted curves of a family's early exits."""
 
     family: str
-    """Fingerprint."""
+    """Fingerprint of the family."""
     curves: Mapping[Score, Mapping[int, Curve]]
+    """The curve of each early exit, by score."""

@@ -61,7 +61,7 @@ class DraftCosts:
 
 
 class DraftLength:
-    """How far one round drafts, given the node's costs and the probability that each draft is accepted.
+    """The draft length of one round, given the node's costs and the probability that each draft is accepted.
 
     Args:
         costs: the entry node's running means; this round reports its steps to them.

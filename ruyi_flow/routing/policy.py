@@ -34,13 +34,13 @@ _KEPT = ("draft", "fallback")
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How the tokens of an answer are decided; `Policy.resolve` turns it into thresholds for a family's exits.
+    """Routing options: what decides the tokens of an answer. `Policy.resolve` turns them into thresholds.
 
     The command line shows the field docstrings as the help of its options.
     """
 
     mode: Mode = Mode.EXACT
-    """What decides a token: fixed, token, cascade or exact. Default: the topology's policy."""
+    """Mode that decides a token: fixed, token, cascade or exact."""
     exit: int | None = None
     """Mode fixed: the exit that decides every token. Default: the last one."""
     threshold: float | None = None
@@ -58,7 +58,7 @@ class Routing:
     draft: int = 4
     """Draft at most this many tokens past an undecided position before asking the next stage; 0 asks at once."""
     scale: Scale | None = None
-    """What confidence means, from a policy file. Default: the uncalibrated probability of the most probable token."""
+    """Meaning of confidence, from a policy file. Default: the uncalibrated probability of the most probable token."""
     family: str | None = None
     """Fingerprint of the family that a policy file was calibrated for; other families refuse the request."""
 

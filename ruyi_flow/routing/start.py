@@ -1,4 +1,4 @@
-"""Which exit should answer a prompt, from what the first branch makes of it. Pure: no torch, clock or randomness."""
+"""The start rule of `cascade`, which chooses the exit that begins an answer from the prompt. Pure."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from dataclasses import dataclass
 __all__ = ["READ_TOKENS", "Reading", "Start"]
 
 READ_TOKENS = 64
-"""Of a prompt's last tokens, at most, the first branch's losses are taken: each costs a product with the vocabulary."""
+"""Number of tokens at a prompt's end whose losses are computed; each of them costs vocabulary logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the first branch makes of a prompt."""
+    """Statistics of a prompt under the first branch."""
 
     tokens: int
-    """Of the prompt."""
+    """Number of tokens of the prompt."""
     loss: float
-    """Mean over its last READ_TOKENS tokens, in nats."""
+    """Mean cross-entropy of the last READ_TOKENS tokens, in nats."""
     entropy: float
-    """Of the branch's distributions for these, likewise."""
+    """Mean entropy of the branch's distributions for these tokens, in nats."""
     confidence: float
-    """In its token after the prompt."""
+    """The branch's confidence in the first token after the prompt."""
 
     def features(self) -> tuple[float, ...]:
-        """What `Start` weighs; the first one is constant."""
+        """Return the features that `Start` weighs; the first one is constant."""
         return (1.0, self.loss, self.entropy, math.log(max(1, self.tokens)), self.confidence)
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The shallowest exit whose answer is likely enough to be as good as the last one's."""
+    """A rule that chooses the shallowest exit whose answer is probably as good as the last exit's."""
 
     weights: Mapping[int, tuple[float, ...]]
-    """By early exit: of a logistic regression on `Reading.features`; an exit without them never starts."""
+    """Weights of a logistic regression on `Reading.features`, by early exit; an exit without weights never begins."""
     chance: float
-    """That is likely enough, 0 … 1; above 1 none is."""
+    """The probability that suffices, 0 … 1; above 1 only the deepest exit begins."""
 
     def __post_init__(self) -> None:
-        """Refuse what is not a rule with a ValueError."""
+        """Raise a ValueError unless the rule is valid."""
         size = len(Reading(1, 0.0, 0.0, 0.0).features())
         if any(len(w) != size or not all(map(math.isfinite, w)) for w in self.weights.values()):
             raise ValueError(f"the weights of a start must be {size} numbers for each exit")
         if not 0 <= self.chance <= 2:
             raise ValueError("the chance of a start must be a number from 0 to 1, or above it for never")
 
-    def likely(self, exit: int, reading: Reading) -> float:
-        """How likely an early exit's answer is as good as the last one's."""
+    def probability(self, exit: int, reading: Reading) -> float:
+        """Return the probability that an early exit's answer is as good as the last one's."""
         odds = sum(w * x for w, x in zip(self.weights[exit], reading.features(), strict=True))
         return 1 / (1 + math.exp(-max(-50.0, min(50.0, odds))))
 
     def exit(self, reading: Reading, deepest: int) -> int:
-        """The exit to begin with; the deepest one where none is likely enough."""
+        """Return the exit that begins the answer; the deepest one if no probability suffices."""
         for p in sorted(self.weights):
-            if p < deepest and self.likely(p, reading) >= self.chance:
+            if p < deepest and self.probability(p, reading) >= self.chance:
                 return p
         return deepest

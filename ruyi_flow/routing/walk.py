@@ -13,7 +13,7 @@ __all__ = ["Look", "Walk"]
 
 
 class Look(NamedTuple):
-    """What one branch predicts at one position whose next token is wanted."""
+    """The prediction of one branch at one position whose next token is wanted."""
 
     position: int
     """The position."""
@@ -34,7 +34,7 @@ class Walk:
     exit: int
     """The stage's exit."""
     looks: list[Look] = field(default_factory=list)
-    """What the branch predicts, in the order of positions."""
+    """Predictions of the branch, in the order of positions."""
     undecided: list[int] = field(default_factory=list)
     """Positions that the next stage must be asked about."""
 

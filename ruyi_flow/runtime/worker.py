@@ -1,4 +1,4 @@
-"""Where a node computes: on the caller's thread, or on one compute thread that forms steps from the work of all
+"""The workers of a node, which compute on the caller's thread, or on one compute thread that forms steps from the work of all
 sessions while the event loop goes on."""
 
 from __future__ import annotations

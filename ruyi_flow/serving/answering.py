@@ -143,7 +143,7 @@ class Answering:
 
 
 class _Totals:
-    """What an answer's rounds add up to."""
+    """Sums over the rounds of an answer."""
 
     def __init__(self) -> None:
         self.new_tokens = self._drafted = self._accepted = self._escalations = 0

@@ -11,7 +11,7 @@ import simpy
 from ruyi_flow.loop.capacity import Capacity, Lease
 from ruyi_flow.loop.scheduler import rows_alone
 from ruyi_flow.loop.session import Pass, Session
-from ruyi_flow.loop.steps import Job, Parts, Steps, Task
+from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run_parts
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.behaviour import Script
 from ruyi_flow.sim.clock import SharedCapacity, VirtualTime, until

@@ -85,7 +85,7 @@ class Profile:
     kind: str
     """How the costs were found: "measured" or "analytic"."""
     source: str
-    """Where the costs come from, for display."""
+    """Origin of the costs, for display."""
     family: str
     """The family's fingerprint if the costs were measured, otherwise its name."""
     hidden_size: int

@@ -61,9 +61,9 @@ class RemoteStage:
         self._error: RuyiFlowError | None = None
         """Why the stream has ended."""
         self._fed_positions = self._fed_bytes = 0
-        """What `feed` has sent since the last `advance`."""
+        """Positions and bytes that `feed` has sent since the last `advance`."""
         self._waiting_since: float | None = None
-        """When the node last replied, while an answer of it is awaited."""
+        """Time of the node's last reply, while an answer is awaited."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def advance(self, block: Block) -> Verdict:

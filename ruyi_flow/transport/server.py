@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Service(Protocol):
-    """What a node does for its callers."""
+    """The calls that a node answers."""
 
     name: str
     """The node's name."""
