@@ -1,8 +1,8 @@
 """Calibrated confidence: the probability that a branch's token is the one that the last branch would choose.
 
 A score (the probability of the most probable token, its margin over the second, the negative entropy, each at the
-branch's own temperature) becomes that probability through a curve that was fitted on a trace. It runs for every token, so
-it is pure Python.
+branch's own temperature) becomes that probability through a curve that was fitted on a trace. It is pure Python, since
+it runs for every token.
 """
 
 from __future__ import annotations

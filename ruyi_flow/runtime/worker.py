@@ -1,5 +1,5 @@
-"""The workers of a node, which compute on the caller's thread, or on one compute thread that forms steps from the work of all
-sessions while the event loop goes on."""
+"""The workers of a node: one computes on the caller's thread, the other on a compute thread that forms steps from the
+work of all sessions while the event loop goes on."""
 
 from __future__ import annotations
 
