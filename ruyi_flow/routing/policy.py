@@ -28,8 +28,8 @@ NEVER = math.inf
 WINDOW = 8
 """Default number of tokens over which `cascade` averages confidence."""
 
-_KEPT = ("draft", "fallback")
-"""Options that do not depend on the mode: a request that sets another mode keeps the topology's values of them."""
+_OF_A_MODE = ("mode", "exit", "threshold", "thresholds", "window", "back", "start", "scale", "family")
+"""Options that belong to a mode: a request that sets one of them replaces all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,16 @@ class Routing:
     def updated(self, options: Mapping[str, Any]) -> Routing:
         """Return this routing with the options of a request.
 
-        An option that depends on the mode replaces everything but `draft` and `fallback`. Without a mode, `exit` means
-        `fixed`, and a threshold means `token`.
+        An option of a mode replaces all options of the mode; other options, such as `draft`, keep their values. Without
+        a mode, `exit` means `fixed`, and a threshold means `token`.
 
         Raises:
             RequestError: an option has a value that it cannot have.
         """
-        if all(name in _KEPT for name in options):
+        if not any(name in _OF_A_MODE for name in options):
             return replace(self, **options)
         implied = Mode.FIXED if "exit" in options else Mode.TOKEN
-        kept = {name: getattr(self, name) for name in _KEPT}
+        kept = {name: getattr(self, name) for name in self.names() if name not in _OF_A_MODE}
         return Routing(**({"mode": implied} | kept | dict(options)))
 
 
