@@ -18,7 +18,7 @@ import typer
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
-from ruyi_flow.requests import SamplingParams
+from ruyi_flow.requests import SamplingParams, parse_request
 from ruyi_flow.routing.policy import Routing
 
 __all__ = [
@@ -81,7 +81,9 @@ def answer_options(
                 options |= _thresholds(threshold)
             if "stop" in options:
                 options["stop"] = tuple(options["stop"])
-            command(**rest, options=defaults | options)
+            options = defaults | options
+            parse_request("", {name: value for name, value in options.items() if name != "policy"})  # fails early
+            command(**rest, options=options)
 
         added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *parameters)]
         run.__signature__ = signature.replace(parameters=added)  # type: ignore[attr-defined]

@@ -48,7 +48,7 @@ class Capacity:
 
     def __init__(self, max_positions: int, max_sessions: int, context: int) -> None:
         self.pool = PagePool(max_positions)
-        self.max_sessions, self._context = max_sessions, context
+        self.max_sessions, self.context = max_sessions, context
         self.leases: dict[int, Lease] = {}
         """The leases that have not been given back, by the number that owns their pages."""
         self.on_release: Callable[[], None] = lambda: None
@@ -63,9 +63,9 @@ class Capacity:
             CapacityError: there are too many sessions, or too few free pages.
             ContextLengthError: the family's context is shorter.
         """
-        if max_positions > self._context:
+        if max_positions > self.context:
             raise ContextLengthError(
-                f"this session needs {max_positions} positions; the family's context has {self._context}"
+                f"this session needs {max_positions} positions; the family's context has {self.context}"
             )
         with self._lock:
             if len(self.leases) >= self.max_sessions:

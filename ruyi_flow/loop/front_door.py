@@ -101,8 +101,9 @@ class FrontDoor:
             RequestError: the session needs more than the node has in all.
         """
         self._check_open()
-        total = self._stages.capacity.pool.num_positions
-        if opening.max_positions > total:
+        capacity = self._stages.capacity
+        total = capacity.pool.num_positions
+        if total < opening.max_positions <= capacity.context:
             raise RequestError(
                 f"this request needs {opening.max_positions} positions; node {self._name!r} has {total} in all "
                 "(limits.max_positions): lower max_new_tokens or raise the limit"

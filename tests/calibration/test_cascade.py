@@ -109,7 +109,7 @@ def replayed(trace: Trace, policy: PolicyFile) -> tuple[float, float]:
         first = record.exits[2]
         sure = {p: [scale.curves[p](float(x)) for x in e.scores[:, 0, 0]] for p, e in record.exits.items() if p != 6}
         reading = Reading(record.prompt_tokens, first.prompt_loss, first.prompt_entropy, sure[2][0])
-        start = 2 if resolved.start is None else resolved.start.exit(reading, 6)
+        start = 2 if resolved.routing.start is None else resolved.routing.start.exit(reading, 6)
         judges = [Judge(resolved.starting_at(start), p) for p in trace.header.exits]
         at = [
             next(j.exit for j in judges if j.decide(i, sure.get(j.exit, [1.0] * 99)[i]))

@@ -95,7 +95,7 @@ def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(  # typ
     text.write_text("some text")
     call = ("shard", "-t", str(rounded), "--prompts", str(asked), "--threads", "3")
     code, out, _ = run(*call, "-o", str(tmp_path / "a"))
-    assert code == 0 and "what few bits cost" in out and "perplexity: over the beginning of a text, --text FILE" in out
+    assert code == 0 and "loss of quality" in out and "add --text FILE to measure the perplexity" in out
     assert threads == [3]
     code, out, _ = run(*call, "-o", str(tmp_path / "b"), "--text", str(text), "--json")
     assert code == 0 and all(row["perplexity"] > 1 for row in json.loads(out)["quality"])
@@ -109,7 +109,7 @@ def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(  # typ
     [
         ("--prompts", None, "asked: cannot be read"),
         ("--prompts", b"{", "asked, line 1: expected {"),
-        ("--prompts", b"", "asked: has no prompts"),
+        ("--prompts", b"", "asked: contains no prompts"),
         ("--text", None, "asked: cannot be read as text"),
         ("--text", b"\xff", "asked: cannot be read as text"),
     ],
@@ -124,7 +124,7 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
     assert code == 2 and out == "" and message in err and err.count("\n") == 1 and not folder.exists()
     (tmp_path / "family" / "tokenizer.json").unlink()
     code, out, err = run("shard", "-t", str(rounded), "-o", str(folder), option, str(file))
-    assert code == 2 and "has no tokenizer.json, so what few bits cost" in err and not folder.exists()
+    assert code == 2 and "has no tokenizer.json, which --prompts and --text need" in err and not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
     [
         (("generate", "-t", "none.yaml", "-p", "x"), "none.yaml: no such topology file"),
         (("shard", "-t", "{topology}", "-o", "{topology}"), "cannot be written"),
-        (("shard", "-t", "{topology}", "-o", "x", "--text", "y"), "nothing is rounded here"),
+        (("shard", "-t", "{topology}", "-o", "x", "--text", "y"), "require a node with weights: int8 or int4"),
         (("up", "-t", "{topology}"), "runs inside its clients"),
         (("generate", "-t", "{topology}", "-p", "x"), "has no tokenizer.json"),
         (("generate", "-t", "{topology}", "-p", ""), "prompt is empty"),
@@ -145,7 +145,7 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
         ),
         (
             ("generate", "-t", "{topology}", "-p", "x", "--threshold", "0.5", "--window", "3"),
-            "window goes with mode 'cascade', not with 'token'",
+            "window requires mode 'cascade'; the mode is 'token'",
         ),
         (
             ("explain", "-t", "{topology}", "-p", "x", "--html", "{topology}/e.html"),
@@ -156,7 +156,7 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
         (("up", "{topology}"), "runs inside its clients"),
         (("node", "whole", "-t", "{topology}"), "no address to listen on"),
         (("node", "hole", "-t", "{topology}"), "did you mean 'whole'"),
-        (("status", "-t", "{topology}"), "there is nothing to ask"),
+        (("status", "-t", "{topology}"), "and has no status"),
         (("pull", "nothing"), "neither a folder"),
         (("pull", "smollm2", "--exits", "5;11"), "--exits is '5;11'"),
     ],
@@ -170,8 +170,9 @@ def test_a_user_error_is_one_line(run, topology: Path, home: Path, arguments: tu
 
 @pytest.mark.parametrize("command", ["generate", "explain", "chat", "demo"])
 def test_an_answer_has_a_token_at_least(run, topology: Path, command: str) -> None:  # type: ignore[no-untyped-def]
-    code, _, err = run(command, "-t", str(topology), "--max-new-tokens", "0")
-    assert code == 2 and "greater than or equal" in err
+    prompt = () if command == "chat" else ("-p", "hi")
+    code, _, err = run(command, "-t", str(topology), *prompt, "--max-new-tokens", "0")
+    assert code == 2 and ("max_new_tokens is 0" in err or "greater than or equal" in err)
 
 
 def test_help_teaches_tracing_and_calibrating(run) -> None:  # type: ignore[no-untyped-def]
@@ -202,7 +203,7 @@ def test_port_zero_is_nobodys_address(run, topology: Path) -> None:  # type: ign
     data["nodes"][0]["address"] = "127.0.0.1:0"
     topology.write_text(yaml.safe_dump(data))
     code, _, err = run("up", str(topology))
-    assert code == 2 and "nodes.0.address: nobody would know which port 0 becomes" in err
+    assert code == 2 and "nodes.0.address: port 0 picks a random port that clients cannot know" in err
 
 
 def test_without_the_default_topology_one_must_be_named(  # type: ignore[no-untyped-def]
@@ -253,7 +254,7 @@ def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have
     assert "&lt;b&gt;hi&lt;/b&gt;" in html and "<b>hi" not in html and "http" not in html
     assert html.count("<tr") == 1 + len(told)
     code, out, _ = run(*asked, "--mode", "exact")
-    assert code == 0 and f"{len(told) and 8} of 8 tokens are what the last branch would have said" in out
+    assert code == 0 and f"{len(told) and 8} of 8 tokens are those that the last branch predicts" in out
 
 
 def test_explain_shows_the_mean_that_decides_in_cascade(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

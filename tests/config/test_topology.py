@@ -96,7 +96,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("nodes.0.cores", [], ["nodes.0.cores", "at least one"]),
         ("nodes.0.exits", 5, ["nodes.0.exits", "must be a list"]),
         ("nodes.0.limits", 5, ["nodes.0.limits", "must be a mapping"]),
-        ("links.0.timeout_s", float("inf"), ["links.0.timeout_s", "1000000.0 at the most"]),
+        ("links.0.timeout_s", float("inf"), ["links.0.timeout_s", "must be at most 1000000.0"]),
         ("family", "~nosuchuser/x", ["family", "cannot be a folder or a name"]),
         ("family", "x" * 5000, ["family", "cannot be a folder or a name"]),
         ("nodes.0.threads", 0, ["nodes.0.threads", "0", "1 or more"]),

@@ -197,12 +197,14 @@ def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
     source = yaml.safe_load((Path(__file__).parents[2] / "configs" / "local.yaml").read_text())
     for node, port in zip(source["nodes"], free_ports(3), strict=True):
         node["address"] = f"127.0.0.1:{port}"
+    source["policy"]["file"] = str(Path(__file__).parents[2] / "configs" / source["policy"]["file"])
     path = tmp_path / "demo.yaml"
     path.write_text(yaml.safe_dump(source))
     command = [*COMMAND, "demo", "-t", str(path), "--max-new-tokens", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
-    # "sky" or "answer": a near tie in bfloat16, which falls by the order in which a processor's kernels add.
-    assert re.search("The (sky|answer)", done.stdout) and "cloud" in done.stdout and "deepest" in done.stdout
-    assert "Deeper branches confirmed" in done.stdout
+    assert "The capital of France is Paris" in done.stdout
+    assert {"confident", "deepest"} <= set(done.stdout.split()), "early exits decide some tokens, the cloud others"
+    found = re.search(r"Of 8 tokens, the device decided (\d) and the edge decided (\d)\. That avoided", done.stdout)
+    assert found and int(found[1]) > 0
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]

@@ -130,3 +130,16 @@ def test_a_limit_makes_its_exit_decide_everything() -> None:
     policy = Policy.resolve(Routing(Mode.EXACT), EXITS).limited_to(4)
     assert judged(policy, 4, 0.0) is Reason.LIMIT and policy.deepest == 4 and list(policy.thresholds) == [2]
     assert policy.limited_to(6) == policy
+
+
+def test_a_request_replaces_the_options_of_a_mode_and_keeps_the_others() -> None:
+    topology = Routing(Mode.CASCADE, threshold=0.5, window=3, draft=0, fallback=True, family="f")
+    assert topology.updated({}) == topology
+    assert topology.updated({"draft": 2}) == Routing(
+        Mode.CASCADE, threshold=0.5, window=3, draft=2, fallback=True, family="f"
+    )
+    assert topology.updated({"mode": "exact"}) == Routing(Mode.EXACT, draft=0, fallback=True)
+    assert topology.updated({"exit": 4}) == Routing(Mode.FIXED, exit=4, draft=0, fallback=True)
+    assert topology.updated({"threshold": 0.9, "draft": 1}) == Routing(
+        Mode.TOKEN, threshold=0.9, draft=1, fallback=True
+    )

@@ -80,7 +80,7 @@ def filled_memory(blocks: Sequence[Rows], num_pages: int, heads: int, device: st
     torch.manual_seed(0)
     memory = torch.full((2, 2, heads, num_pages * PAGE_SIZE + LONG_PAGE, 16), torch.nan, device=device, dtype=dtype)
     for block in blocks:
-        past = memory[:, :, :, block.run.positions][:, :, :, : block.start]
+        past = memory[:, :, :, block.pages.positions][:, :, :, : block.start]
         past.copy_(torch.randn_like(past))
     return memory
 

@@ -193,12 +193,12 @@ def test_limits_are_said(tiny: Path) -> None:
     first = open_session(piece, policy, SamplingParams(), 1, 200)
     with pytest.raises(CapacityError, match="this request needs 100 positions of KV cache; 0 of 256 are free"):
         open_session(piece, policy, SamplingParams(), 1, 100)
-    with pytest.raises(ContextLengthError, match="600 positions is past the family's context of 512"):
+    with pytest.raises(ContextLengthError, match="needs 600 positions; the family's context has 512"):
         open_session(piece, policy, SamplingParams(), 1, 600)
     first.close()
     first.close()
     sessions = [open_session(piece, policy, SamplingParams(), 1, 10) for _ in range(4)]
-    with pytest.raises(CapacityError, match="4 sessions are running, the limit here is 4"):
+    with pytest.raises(CapacityError, match="4 sessions are running"):
         open_session(piece, policy, SamplingParams(), 1, 10)
     for session in sessions:
         session.close()

@@ -480,8 +480,8 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
             ([b"\xff\xff\xff"], WireError, "not a SessionRequest"),
             ([pb.SessionRequest()], WireError, "must start with open"),
             ([block()], WireError, "must start with open, not with block"),
-            ([opening, opening], WireError, "open in the middle of a session"),
-            ([options_of(nodes, protocol=9)], HandshakeError, "speaks protocol 2, the caller 9"),
+            ([opening, opening], WireError, "open is not allowed in the middle of a session"),
+            ([options_of(nodes, protocol=9)], HandshakeError, "has protocol version 3, the caller 9"),
             ([options_of(nodes, family="x")], HandshakeError, "family fingerprint: the caller has x"),
             ([options_of(nodes, first_layer=4)], HandshakeError, "first layer: the caller has 4, node 'n1' has 2"),
             ([options_of(nodes, hidden_size=64)], HandshakeError, "hidden size: the caller has 64"),
@@ -489,13 +489,13 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
             ([options_of(nodes, policy=pb.Policy(deepest=5))], HandshakeError, "policy is for exits"),
             ([options_of(nodes, policy=pb.Policy(deepest=6))], HandshakeError, "policy is for exits"),
             ([options_of(nodes, policy=pb.Policy(deepest=2))], HandshakeError, "policy"),
-            ([options_of(nodes, max_positions=2**31)], ContextLengthError, "past the family's context"),
+            ([options_of(nodes, max_positions=2**31)], ContextLengthError, "the family's context has 512"),
             ([opening, block(start=3)], WireError, "starts at position 3; this session is at 0"),
             ([opening, block(wants=(5,))], WireError, "wants"),
             ([opening, block(rows=3)], WireError, "2 positions has 3 states"),
-            ([opening, block(ids=())], WireError, "without positions"),
+            ([opening, block(ids=())], WireError, "has no positions"),
             ([opening, block(ids=(5, 2**31))], WireError, "token ids"),
-            ([opening, block(ids=(5,) * 33, rows=33, wants=())], WireError, "the session asked for 32"),
+            ([opening, block(ids=(5,) * 33, rows=33, wants=())], WireError, "the session has 32"),
         ):
             with pytest.raises(kind, match=text):
                 await send(*messages)  # type: ignore[arg-type]

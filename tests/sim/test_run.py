@@ -501,7 +501,9 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
     profile().save(tmp_path / "p")
     with pytest.raises(ConfigError, match="trace: it is not known what the branches predict"):
         build(behaviour=None)
-    with pytest.raises(ConfigError, match="bad.yaml: trace: .*t: cannot be read: No such.*; ruyi-flow trace records"):
+    with pytest.raises(
+        ConfigError, match="bad.yaml: trace: .*t: cannot be read: No such.*; record a trace with ruyi-flow trace"
+    ):
         build(behaviour=None, trace="t")
     record_trace(load_family(tiny, dtype="float32"), [Question((3, 4, 5))], tmp_path / "t", max_new_tokens=4)
     with pytest.raises(
@@ -539,7 +541,7 @@ def test_what_is_asked_must_fit_somewhere(tmp_path: Path, simulate: Simulate) ->
         simulate(asked)
     (tmp_path / "log.csv").write_text("at_s,prompt_tokens,answer_tokens\n1,70,3\n2,60,4\n3,60,\n")
     asked["load"] = {"arrivals": {"kind": "replay", "file": "log.csv"}, "answers": {"tokens": 9}}
-    assert simulate(asked).metrics["errors"] == {"CapacityError": 2}
+    assert simulate(asked).metrics["errors"] == {"RequestError": 2}
 
 
 def test_a_replay_is_read_before_anything_is_written(tmp_path: Path) -> None:

@@ -155,13 +155,13 @@ def test_an_error_at_any_point_is_raised_before_the_first_run(tmp_path: Path) ->
             "nodes.edge.count=1,99",
             "scenario.yaml at nodes.edge.count=99: nodes.1.count: 99 of 'edge' are more than the 8 of 'phone'",
         ),
-        ("policy.treshold=0.5", "policy.treshold: 0.5: unknown key"),
+        ("policy.treshold=0.5", "policy: unknown option 'treshold'; did you mean 'threshold'"),
         ("nodes.hedge.count=1", "no 'hedge' in nodes; it has phone, edge, cloud; did you mean 'edge'?"),
         ("client_ms=2020-12-25", "client_ms: datetime.date(2020, 12, 25): must be a number"),
         ("client_ms=.nan", "client_ms: must be"),
         (
             "policy.threshold=0.5,-1,-2",
-            "it must be a number from 0 (always sure) to 1 (above it: never sure) (1 more of",
+            "it must be a number from 0 (always decide) to 1 (above it: never) (1 more of",
         ),
     ):
         with pytest.raises(ConfigError) as error:

@@ -232,7 +232,7 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
     for message, text in (
         (b"\xff\xff\xff", "not a SessionRequest"),
         (options_of(nodes), "open is not allowed in the middle of a session"),
-        (pb.SessionRequest(), "an empty message in the middle"),
+        (pb.SessionRequest(), "an empty message is not allowed in the middle"),
         (block(start=3), "starts at position 3"),
     ):
         found = await send((one, message), (other, pb.SessionRequest(rewind=pb.Rewind(position=0))))
