@@ -205,7 +205,7 @@ def calibrate_cascade(
         start=None if best.chance in (0.0, NEVER) else StartRule(weights=dict(tune.weights), chance=best.chance),
         promise={
             "max_loss": max_loss,
-            "sureness": confidence_level,
+            "confidence_level": confidence_level,
             "scorer": str(header.scorer),
             "prompts": count,
             "tested_on": len(unseen.records),

@@ -283,7 +283,7 @@ def calibrate_token(
         curves=curve_points(fitted.curves[score]),
         promise={
             "max_disagreement": max_disagreement,
-            "sureness": confidence_level if max_disagreement is not None else None,
+            "confidence_level": confidence_level if max_disagreement is not None else None,
             "budget": asdict(budget) if budget is not None else None,
             "prompts": count,
             "tested_on": choice.prompts,

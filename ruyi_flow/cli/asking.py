@@ -166,9 +166,9 @@ def explain_(
         print_json({"text": reply.text, "tokens": [asdict(row) for row in rows], "stats": asdict(reply.stats)})
         return
     cascade = resolved.routing.mode is Mode.CASCADE
-    sure = ("confidence", "mean", "needs") if cascade else ("confidence", "needs")
+    judged = ("confidence", "mean", "threshold") if cascade else ("confidence", "threshold")
     own = explaining.score_name(resolved)
-    table = Table("#", "token", "node", "exit", own, *sure, "why", "last branch", "bytes up", "ms")
+    table = Table("#", "token", "node", "exit", own, *judged, "reason", "last branch", "bytes up", "ms")
     for i, row in enumerate(rows):
         last = "the same" if row.agrees else repr(row.last)
         values = (row.own, row.confidence, *([row.mean] if cascade else []), row.threshold)

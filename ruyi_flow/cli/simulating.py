@@ -238,13 +238,13 @@ def sweep(
     table = Table()
     for axis in axes:
         table.add_column(axis.key.replace(".", ".\u200b"), overflow="fold")
-    shown = [name for name in _COLUMNS if name != "failed" or any(point.figures[name].mean for point in points)]
+    shown = [name for name in _COLUMNS if name != "failed" or any(point.statistics[name].mean for point in points)]
     for column in (*(_COLUMNS[name] for name in shown), ""):
         table.add_column(column, justify="right")
     for point, is_best in zip(points, best, strict=True):
         cells = []
         for name in shown:
-            found = point.figures[name]
+            found = point.statistics[name]
             cells.append(f"{found.mean:.4g}" + ("" if found.half is None else f"\n±{found.half:.2g}"))
         table.add_row(*map(str, point.keys.values()), *cells, "*" if is_best else "", style="bold" if is_best else None)
     out.print(table)

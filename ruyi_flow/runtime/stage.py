@@ -130,12 +130,12 @@ class Shard:
             if normed is None:
                 return
             read, logits = normed, self.model.head_at[exit].run(normed)
-        tokens, sure = most_probable(logits)
+        tokens, probabilities = most_probable(logits)
         start = 0
         for piece in pieces:
             stop = start + len(piece.asked)
             if stop > start:
-                known = tokens[start:stop], sure[start:stop]
+                known = tokens[start:stop], probabilities[start:stop]
                 try:
                     _session(piece).pick(piece, exit, logits[start:stop], read[start:stop], known)
                 except RuyiFlowError as error:

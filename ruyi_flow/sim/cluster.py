@@ -170,7 +170,7 @@ class Cluster:
         def way(opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
             onward = replace(opening, first_layer=first_layer, encoding=link.encoding)
 
-            def beyond(policy: Policy) -> Stage:
+            def make(policy: Policy) -> Stage:
                 there = self.instance(tier + 1, target)
 
                 async def open(asked: SessionOpen) -> Chain:
@@ -192,7 +192,7 @@ class Cluster:
                     message_s=self._message_s.get(this.node.name, 0.0),
                 )
 
-            return beyond
+            return make
 
         return way
 

@@ -124,7 +124,7 @@ class Point:
     """One point of a grid, with its results."""
 
     keys: Mapping[str, Any]
-    figures: Mapping[str, MeanOverSeeds]
+    statistics: Mapping[str, MeanOverSeeds]
     """The mean of each of `METRICS`."""
     answered: bool
     """Whether every run decided tokens; if not, its means have no meaning."""
@@ -132,7 +132,7 @@ class Point:
     @property
     def comparable(self) -> bool:
         """Whether it is compared with other points: every run decided tokens, and hardly any request failed."""
-        return self.answered and self.figures["failed"].mean <= MOST_FAILED
+        return self.answered and self.statistics["failed"].mean <= MOST_FAILED
 
 
 def sweep(
@@ -215,7 +215,7 @@ def write_tables(folder: Path, points: Sequence[Point]) -> list[Path]:
     ):
         lines = [[*points[0].keys, *(column for metric in METRICS for column in (metric, f"{metric}_half"))]]
         for point in rows:
-            pairs = [(f"{f.mean:.6g}", "" if f.half is None else f"{f.half:.3g}") for f in point.figures.values()]
+            pairs = [(f"{f.mean:.6g}", "" if f.half is None else f"{f.half:.3g}") for f in point.statistics.values()]
             lines.append([*map(str, point.keys.values()), *itertools.chain.from_iterable(pairs)])
         new = folder / f".{name}.{os.getpid()}.new"
         with new.open("w", newline="", encoding="utf-8") as file:
@@ -241,7 +241,7 @@ def plot_front(folder: Path, points: Sequence[Point]) -> Path:
         for marked, style in ((False, {"color": "0.6", "marker": "o"}), (True, {"color": "tab:red", "marker": "D"})):
             here = [point for point, best in shown if best is marked]
             xs, ys = [_cost(point, x_name) for point in here], [_cost(point, name) for point in here]
-            errors = [[p.figures[n].half or 0.0 for p in here] for n in (x_name, name)]
+            errors = [[p.statistics[n].half or 0.0 for p in here] for n in (x_name, name)]
             text = "Pareto-optimal" if marked else "others"
             panel.errorbar(xs, ys, errors[1], errors[0], linestyle="", elinewidth=0.6, label=text, **style)
         panel.set(xlabel=x_label, ylabel=label)
@@ -348,7 +348,7 @@ def share_beyond_first(metrics: Mapping[str, Any], scenario: Scenario) -> float:
 
 
 def _cost(point: Point, name: str) -> float:
-    mean = point.figures[name].mean
+    mean = point.statistics[name].mean
     return 1 - mean if name == "agreement" else mean
 
 

@@ -102,7 +102,7 @@ def test_a_sweep_finds_what_single_simulations_find(tmp_path: Path) -> None:
     assert seen[0] == (0, 8) and seen[-1] == (8, 8)
     changed = ["nodes.edge.count=2", "policy.threshold=0.5"]
     runs = [Simulation(Scenario.read(path, [*changed, f"seed={seed}"])).run().metrics for seed in (0, 1)]
-    found = points[2].figures
+    found = points[2].statistics
     times = [m["token_s"]["p95"] for m in runs]
     assert found["token_p95_s"] == MeanOverSeeds(sum(times) / 2, half_width(times))
     assert found["beyond_first"].mean == pytest.approx(sum(1 - m["decided"]["2"] for m in runs) / 2)
@@ -124,12 +124,12 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     files[0].write_text(json.dumps(marked))
     files[1].write_text('{"cut off')
     again = sweep(path, axes, out, repeat=1)
-    rates = {p.figures["tokens_per_s"].mean for p in again}
-    assert 12345.0 in rates and len(rates & {p.figures["tokens_per_s"].mean for p in first}) == 1
+    rates = {p.statistics["tokens_per_s"].mean for p in again}
+    assert 12345.0 in rates and len(rates & {p.statistics["tokens_per_s"].mean for p in first}) == 1
     profile(exchange_s=0.5).save(tmp_path / "costs.msgpack")  # the same scenario over other costs is another run
     other = sweep(path, axes, out, repeat=1)
     assert len(list(out.glob("*.json"))) == 4
-    assert other[1].figures["token_p95_s"].mean > first[1].figures["token_p95_s"].mean
+    assert other[1].statistics["token_p95_s"].mean > first[1].statistics["token_p95_s"].mean
 
 
 def test_another_shape_of_the_family_is_another_run(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_another_shape_of_the_family_is_another_run(tmp_path: Path) -> None:
     for size in (1536, 3072, 1536):
         (family / "config.json").write_text(json.dumps({**SMOLLM2, "intermediate_size": size}))
         [one] = sweep(path, [Axis.parse("load.requests=2")], out, repeat=1, jobs=1)
-        found.append(one.figures["token_p95_s"].mean)
+        found.append(one.statistics["token_p95_s"].mean)
     assert found[0] < found[1] and found[0] == found[2]
     assert len(list(out.glob("*.json"))) == 2
 
