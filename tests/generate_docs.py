@@ -61,7 +61,8 @@ def _cli() -> str:
 
 def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield every command below a group, in the order of `--help`."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(typer.Context(group)):
+        command = group.commands[name]
         if command.hidden:
             continue
         if hasattr(command, "commands"):
