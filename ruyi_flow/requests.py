@@ -53,7 +53,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """End the answer before the first occurrence of one of these strings."""
     eos_token_ids: tuple[int, ...] | None = None
-    """Token ids that end the answer; an empty list means none. Default: the family's own."""
+    """Token ids that end the answer. Default: the family's own. In Python, an empty tuple means none."""
     seed: int | None = None
     """Sampling seed. Default: random, returned in the statistics."""
 

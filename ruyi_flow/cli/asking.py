@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,7 +210,9 @@ def chat(
                 messages = list(start)
             elif text == "/help":
                 out.print("[dim]/reset forgets the conversation · Ctrl-C ends an answer · Ctrl-D ends the chat[/dim]")
-            if text in ("", "/reset", "/help"):
+            elif re.fullmatch("/[a-z]+", text):
+                out.print(f"[dim]unknown command {text}; /help lists them[/dim]")
+            if not text or re.fullmatch("/[a-z]+", text):
                 continue
             messages.append({"role": "user", "content": text})
             answer, final = "", None

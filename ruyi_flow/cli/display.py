@@ -40,6 +40,9 @@ _PIPE_WIDTH = 120  # rich would assume 80 for a pipe and cut the tables
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
+_LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
+"""Words for gRPC's states of a connection."""
+
 _COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 
 
@@ -175,7 +178,7 @@ def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
             f"{status.resident_bytes / 1e6:,.0f} ({status.tensor_bytes / 1e6:,.0f})",
             f"{status.sessions}/{status.max_sessions}" + (f" + {status.waiting} waiting" if status.waiting else ""),
             f"{status.used_positions}/{status.max_positions}",
-            f"{status.next_node} {status.next_state}",
+            f"{status.next_node}: {_LINK_STATES.get(status.next_state, status.next_state)}" if status.next_node else "",
         )
     return table
 

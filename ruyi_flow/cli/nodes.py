@@ -200,7 +200,9 @@ def node(
 
 @app.command(rich_help_panel=Panel.RUN)
 def up(
-    file: Annotated[Path | None, typer.Argument(metavar="TOPOLOGY", help="Topology file (YAML).")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="TOPOLOGY", help="Topology file (YAML); the same as --topology.")
+    ] = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""

@@ -48,7 +48,8 @@ RawOption = Annotated[bool, typer.Option("--raw", help="Send the text as it is, 
 TimeoutOption = Annotated[float, typer.Option(help="Seconds that the answer may take.")]
 
 _THRESHOLD_HELP = (
-    "Modes token and cascade: the confidence (0 … 1) that early exits need to decide: 0.8 for all, or 5=0.9,11=0.8."
+    "Modes token, which this implies, and cascade: confidence (0 … 1) that early exits need to decide: 0.8 for all, or "
+    "5=0.9,11=0.8; an exit that is not named never decides."
 )
 _POLICY_HELP = "Policy file of ruyi-flow calibrate, which sets the mode and its thresholds."
 _PANELS: dict[type, str] = {Routing: "Routing (default: the topology's policy)", SamplingParams: "Sampling"}

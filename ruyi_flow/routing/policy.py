@@ -42,7 +42,7 @@ class Routing:
     mode: Mode = Mode.EXACT
     """Mode that decides a token: fixed, token, cascade or exact."""
     exit: int | None = None
-    """Mode fixed: the exit that decides every token. Default: the last one."""
+    """Mode fixed, which this implies: the exit that decides every token. Default: the last one."""
     threshold: float | None = None
     """Modes token and cascade: the confidence (0 … 1) that an early exit needs to decide; above 1 is never reached."""
     thresholds: Mapping[int, float] | None = None
@@ -94,13 +94,14 @@ class Routing:
     def updated(self, options: Mapping[str, Any]) -> Routing:
         """Return this routing with the options of a request.
 
-        An option of a mode replaces all options of the mode; other options, such as `draft`, keep their values. Without
-        a mode, `exit` means `fixed`, and a threshold means `token`.
+        An option of a mode replaces all options of the mode; other options, such as `draft`, keep their values. The
+        name of the present mode alone changes nothing. Without a mode, `exit` means `fixed`, and a threshold `token`.
 
         Raises:
             RequestError: an option has a value that it cannot have.
         """
-        if not any(name in _OF_A_MODE for name in options):
+        of_a_mode = {name: value for name, value in options.items() if name in _OF_A_MODE}
+        if not of_a_mode or of_a_mode == {"mode": self.mode}:
             return replace(self, **options)
         implied = Mode.FIXED if "exit" in options else Mode.TOKEN
         kept = {name: getattr(self, name) for name in self.names() if name not in _OF_A_MODE}

@@ -67,7 +67,7 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     if kind is NodeUnavailable:
         return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
     if kind is DeadlineExceeded:
-        return DeadlineExceeded(f"{peer} did not answer before the deadline", node=node)
+        return DeadlineExceeded(f"{peer} did not answer before the deadline (timeout_s)", node=node)
     if kind is CapacityError:
         return CapacityError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})", node=node)
     if kind is RequestCancelled:

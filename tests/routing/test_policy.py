@@ -138,6 +138,7 @@ def test_a_request_replaces_the_options_of_a_mode_and_keeps_the_others() -> None
     assert topology.updated({"draft": 2}) == Routing(
         Mode.CASCADE, threshold=0.5, window=3, draft=2, fallback=True, family="f"
     )
+    assert topology.updated({"mode": "cascade"}) == topology, "the present mode keeps its thresholds"
     assert topology.updated({"mode": "exact"}) == Routing(Mode.EXACT, draft=0, fallback=True)
     assert topology.updated({"exit": 4}) == Routing(Mode.FIXED, exit=4, draft=0, fallback=True)
     assert topology.updated({"threshold": 0.9, "draft": 1}) == Routing(
