@@ -465,7 +465,7 @@ def test_populations_are_shared_out_evenly(simulate: Simulate) -> None:
         ({"seed": -1}, "seed: -1: must be 0 or more"),
         (
             {"load": {"requests": 1, "prompts": {"kind": "lognormal", "sigma": 1e300}}},
-            "load.prompts.sigma: 1e+300: must be 10 at the most",
+            "load.prompts.sigma: 1e+300: must be at most 10",
         ),
         ({"load": {"requests": 1, "prompts": {"kind": "lognormal", "median": 1e300}}}, "load.prompts.median: 1e+300"),
         ({"load": {"requests": 1, 5: 4}}, "load.5: 5: a key must be a text"),
@@ -623,7 +623,7 @@ def test_a_relative_family_folder_is_meant_from_the_file(tmp_path: Path, monkeyp
         ("nodes.n0.exits.7=3", "no '7' in nodes.n0.exits; it has 0"),
         ("seed=2020-13-45", "--set seed: '2020-13-45' is not valid YAML: month must be in 1..12"),
         ("load.requests=1:5", "YAML takes 1:5 for a number in base 60"),
-        ("policy.thresholds={2: 0.5, 2: 0.6}", "the key '2' is there twice"),
+        ("policy.thresholds={2: 0.5, 2: 0.6}", "the key '2' occurs twice"),
     ],
 )
 def test_what_cannot_be_set_is_said(tmp_path: Path, change: str, says: str) -> None:

@@ -191,7 +191,7 @@ def test_the_command_prints_a_table_or_json(run, tmp_path: Path) -> None:  # typ
     assert code == 0 and "*" in out and "±" in out and "results.csv" in err
     found = json.loads(run(*arguments, "--repeat", "2", "--json")[1])
     assert [p["keys"] for p in found["points"]] == [{"policy.threshold": 0.5}, {"policy.threshold": 0.9}]
-    assert all(set(p["figures"]) == set(METRICS) for p in found["points"])
+    assert all(set(p["statistics"]) == set(METRICS) for p in found["points"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

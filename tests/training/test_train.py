@@ -200,7 +200,7 @@ def test_recipes_that_cannot_run_are_refused(folder: Path, tiny: Path, changes: 
 def test_a_recipe_file_is_checked_like_a_topology(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("family: x\nout: o\nsteps: 1\ndata: [{path: a}]\nlosses: {kll: 1}\n")
-    with pytest.raises(ConfigError, match=r"losses\.kll: 1: unknown key; known here: kl, .*did you mean 'kl'"):
+    with pytest.raises(ConfigError, match=r"losses\.kll: 1: unknown key; the keys here are kl, .*did you mean 'kl'"):
         Recipe.load(path)
     path.write_text("family: x\nout: o\nsteps: 1\nself_distill: {batch: 4}\n")
     with pytest.raises(ConfigError, match="self_distill: .*: there is nothing to answer; set prompts: "):
