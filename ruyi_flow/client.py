@@ -15,7 +15,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
-from ruyi_flow.requests import GenerateRequest, PromptInput, parse_request
+from ruyi_flow.requests import GenerateRequest, PromptInput, check_option_names, option_names, parse_request
 from ruyi_flow.types import Final, FinishReason, NodeStatus, Stats, Token
 
 if TYPE_CHECKING:
@@ -280,7 +280,8 @@ def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateReq
         RequestError: an option is unknown, or an option or the prompt has a value that it cannot have.
         ConfigError: the policy file cannot be read.
     """
-    options = {name: value for name, value in options.items() if value is not None}
-    if (policy := options.pop("policy", None)) is not None:
-        options = PolicyFile.load(policy).options(options)
-    return parse_request(prompt, options)
+    check_option_names(options, option_names() | {"policy", "timeout_s"})
+    given = {name: value for name, value in options.items() if value is not None and name != "timeout_s"}
+    if (policy := given.pop("policy", None)) is not None:
+        given = PolicyFile.load(policy).options(given)
+    return parse_request(prompt, given)

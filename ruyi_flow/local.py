@@ -109,6 +109,9 @@ class Family:
         if exit is not None:
             options["exit"] = self._exit(exit)
         ids = self._ids(input_ids)
+        options = {name: value for name, value in options.items() if value is not None}
+        if refused := {"family", "raw"} & options.keys():
+            raise RequestError(f"{refused.pop()} is not an option of Family.generate, which takes token ids")
         if all(options.get(name) is None for name in ("mode", "exit", "threshold", "thresholds")):
             options["mode"] = Mode.FIXED
         if min_new_tokens is None:

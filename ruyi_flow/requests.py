@@ -17,8 +17,8 @@ __all__ = [
     "SamplingParams",
     "SessionOpen",
     "check_option_names",
+    "option_names",
     "parse_request",
-    "sampling_names",
 ]
 
 PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -132,9 +132,12 @@ class SessionOpen:
     """The thresholds of every exit."""
 
 
-def sampling_names() -> frozenset[str]:
-    """Return the names of the sampling options."""
-    return frozenset(f.name for f in fields(SamplingParams))
+_SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+
+
+def option_names() -> frozenset[str]:
+    """Return the names of the options of a request."""
+    return _SAMPLING | Routing.names() | {"raw"}
 
 
 def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
@@ -160,16 +163,12 @@ def parse_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRe
     Raises:
         RequestError: an unknown option, or a value that an option or the prompt cannot have.
     """
-    sampling, routing = sampling_names(), Routing.names()
-    check_option_names(options, sampling | routing | {"raw"})
-    given = {name: value for name, value in options.items() if name in routing and value is not None}
+    check_option_names(options, option_names())
+    given = {name: value for name, value in options.items() if value is not None}
+    raw = bool(given.pop("raw", False))
+    sampling = SamplingParams(**{name: given.pop(name) for name in _SAMPLING & given.keys()})
     Routing().updated(given)  # raises where a value cannot be
-    return GenerateRequest(
-        _parse_prompt(prompt),
-        bool(options.get("raw", False)),
-        SamplingParams(**{name: value for name, value in options.items() if name in sampling}),
-        given,
-    )
+    return GenerateRequest(_parse_prompt(prompt), raw, sampling, given)
 
 
 def _parse_prompt(prompt: PromptInput) -> Prompt:

@@ -179,9 +179,9 @@ def open_session(
     shard: Shard,
     policy: Policy,
     params: SamplingParams,
+    *,
     prompt_length: int,
     max_positions: int,
-    *,
     covers_next: bool = False,
 ) -> ShardSession:
     """Open a session on a shard, without admission.

@@ -242,6 +242,12 @@ async def test_the_sync_client_works_inside_a_running_loop(nodes: Cluster) -> No
     assert await asyncio.to_thread(ask) == 3
 
 
+@pytest.mark.parametrize(("given", "meant"), [("polcy", "policy"), ("timeout", "timeout_s"), ("modes", "mode")])
+def test_an_unknown_option_gets_a_suggestion(whole: Client, given: str, meant: str) -> None:
+    with pytest.raises(RequestError, match=f"unknown option '{given}'; did you mean '{meant}'"):
+        whole.generate("hi", **{given: "x"})
+
+
 def test_texts_that_a_family_cannot_take_are_refused(spoken: Path, tmp_path: Path) -> None:
     def client_of(folder: Path) -> Client:
         return Client(Topology.parse({"family": str(folder), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]}))

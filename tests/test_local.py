@@ -9,6 +9,7 @@ import torch
 
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.routing.confidence import Curve, Scale, Score
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def test_ids_that_cannot_be_are_refused(family: Family, ids: Any, message: str) 
         ({"tempreature": 1.0}, "unknown option 'tempreature'; did you mean 'temperature'"),
         ({"stop": "x"}, "stop strings need text"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"raw": True}, "raw is not an option of Family.generate"),
     ],
 )
 def test_options_that_cannot_be_are_refused(family: Family, options: dict[str, Any], message: str) -> None:
@@ -61,6 +63,15 @@ def test_no_end_tokens_means_the_familys_own(family: Family) -> None:
     ids = torch.tensor([[5, 6, 7]])
     given = family.generate(ids, max_new_tokens=8, min_new_tokens=0)
     assert torch.equal(family.generate(ids, max_new_tokens=8, min_new_tokens=0, eos_token_ids=None), given)
+
+
+def test_a_session_that_cannot_be_made_leaves_its_place_free(family: Family) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    probes = Scale(Score.PROBE, {2: Curve(1.0, (0.5,), (0.5,))})
+    for _ in range(2):
+        with pytest.raises(RequestError, match="probe"):
+            family.generate(ids, max_new_tokens=2, scale=probes)
+    assert len(family.generate(ids, max_new_tokens=2)[0]) == 2
 
 
 def test_threads_may_share_a_family(family: Family) -> None:

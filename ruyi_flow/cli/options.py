@@ -16,9 +16,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ruyi_flow.client import make_request
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
-from ruyi_flow.requests import SamplingParams, parse_request
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Routing
 
 __all__ = [
@@ -83,7 +84,7 @@ def answer_options(
             if "stop" in options:
                 options["stop"] = tuple(options["stop"])
             options = defaults | options
-            parse_request("", {name: value for name, value in options.items() if name != "policy"})  # fails early
+            make_request("", options)  # before anything is loaded or asked
             command(**rest, options=options)
 
         added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *parameters)]
@@ -103,7 +104,7 @@ def _parameters(
     defaults: Mapping[str, Any] | None = None,
 ) -> list[inspect.Parameter]:
     """Return a command-line option for each field of a dataclass, with the field's docstring as its help."""
-    hints, docs = get_type_hints(kind), field_docs(kind)
+    hints, docs = get_type_hints(kind), _field_docs(kind)
     names = [f.name for f in fields(kind) if f.name not in skip and (only is None or f.name in set(only))]
     made = []
     for name in names:
@@ -128,7 +129,7 @@ def _option_type(hint: Any) -> Any:
     return list[get_args(kind)[0]] if getattr(kind, "__origin__", None) is tuple else kind  # type: ignore[misc]
 
 
-def field_docs(kind: type) -> dict[str, str]:
+def _field_docs(kind: type) -> dict[str, str]:
     """Return the docstrings below the fields of a class, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)

@@ -159,8 +159,9 @@ class DefaultPolicy(Model):
             ConfigError: the policy file cannot be read.
             RequestError: an option is unknown, or the options contradict each other.
         """
-        options = self.model_extra or {}
-        check_option_names(options, Routing.names() | {"file"})
+        given = self.model_extra or {}
+        check_option_names(given, Routing.names() | {"file"})
+        options = {name: value for name, value in given.items() if value is not None}
         if self.file is not None:
             options = PolicyFile.load(self.file).options(options)
         return Routing().updated(options)

@@ -191,6 +191,7 @@ class Chain:
         return (
             self._next.is_certain
             and session.policy.deepest not in session.exits
+            and session.policy.routing.start is None  # the exit that begins is chosen first
             and all(judge.never_decides for judge in session.judges)
         )
 

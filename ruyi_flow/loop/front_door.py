@@ -117,13 +117,14 @@ class FrontDoor:
         try:
             self._check_open()  # the session may have waited
             covers_next = opening.policy.routing.fallback or self._budget is not None
+            open_next = None if self._connect is None else self._connect(opening, timeout_s)
             session = self._stages.open(opening, lease, covers_next=covers_next)
         except BaseException:  # whatever it is, nobody else would give the lease back
             lease.give_back()
             raise
         next_stage = NextStage(
             session,
-            None if self._connect is None else self._connect(opening, timeout_s),
+            open_next,
             gate=None if self._budget is None else self._budget.spend,
             ahead=self._ahead,
             clock=self._clock,

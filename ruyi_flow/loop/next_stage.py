@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, RuyiFlowError
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock, Pending
 from ruyi_flow.loop.session import Session, States
 from ruyi_flow.routing.policy import Policy
@@ -186,7 +186,7 @@ class NextStage:
         """
         try:
             await upload
-        except NodeError:
+        except RuyiFlowError:
             self._ahead = 0
             if self._unasked:
                 self._stage = None

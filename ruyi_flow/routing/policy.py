@@ -54,7 +54,7 @@ class Routing:
     start: Start | None = None
     """Mode cascade: the rule of a policy file that chooses the first exit from the prompt. Default: the shallowest."""
     fallback: bool = False
-    """Let the last reachable exit decide when the next node is lost or full, instead of failing."""
+    """Let the last reachable exit decide when the next node is lost or full for the moment, instead of failing."""
     draft: int = 4
     """Draft at most this many tokens past an undecided position before asking the next stage; 0 asks at once."""
     scale: Scale | None = None
@@ -72,11 +72,14 @@ class Routing:
             raise RequestError(f"window is {self.window!r}; it must be a whole number of tokens from 1 to 1024")
         if not isinstance(self.fallback, bool):
             raise RequestError(f"fallback is {self.fallback!r}; it must be True or False")
+        if not isinstance(self.family, str | None):
+            raise RequestError(f"family is {self.family!r}; it must be the fingerprint that a policy file contains")
         if not isinstance(self.start, Start | None) or not isinstance(self.scale, Scale | None):
             raise RequestError("start and scale must be a Start and a Scale; a policy file contains both")
         thresholds = [value for value in (self.threshold, self.back) if value is not None]
         if self.thresholds is not None:
-            if not isinstance(self.thresholds, Mapping) or not all(is_token_id(p) for p in self.thresholds):
+            exits = self.thresholds if isinstance(self.thresholds, Mapping) else ()
+            if not exits or not all(is_token_id(p) for p in exits):
                 raise RequestError(f"thresholds is {self.thresholds!r}; it must map exits to numbers, as in {{5: 0.9}}")
             thresholds += self.thresholds.values()
         for value in thresholds:

@@ -65,7 +65,11 @@ class Shard:
         Raises:
             RequestError: the family cannot serve the policy.
         """
-        return ShardSession(self, lease, opening, covers_next=covers_next)
+        try:
+            return ShardSession(self, lease, opening, covers_next=covers_next)
+        except BaseException:  # whatever it is, nobody else would give the lease back
+            lease.give_back()
+            raise
 
     @torch.inference_mode()
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:
@@ -137,7 +141,7 @@ class Shard:
             if stop > start:
                 known = tokens[start:stop], probabilities[start:stop]
                 try:
-                    _session(piece).pick(piece, exit, logits[start:stop], read[start:stop], known)
+                    _session(piece).pick(piece, exit, logits[start:stop], read=read[start:stop], known=known)
                 except RuyiFlowError as error:
                     piece.work.error = error
             start = stop
@@ -176,7 +180,9 @@ class ShardSession(Session):
             last = self._attention = CachedAttention(self._memory, start, count, self.stages.flash)
         return last
 
-    def pick(self, piece: Piece, exit: int, logits: Tensor, read: Tensor, known: tuple[list[int], list[float]]) -> None:
+    def pick(
+        self, piece: Piece, exit: int, logits: Tensor, *, read: Tensor, known: tuple[list[int], list[float]]
+    ) -> None:
         """Pick the wanted tokens of a piece.
 
         Args:

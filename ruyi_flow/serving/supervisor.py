@@ -71,6 +71,8 @@ class Supervisor:
                     raise self._failed.result()
             finally:
                 await peer.close()
+        if self._failed.done():  # a node that had served already
+            raise self._failed.result()
         return time.monotonic() - began
 
     async def wait(self) -> None:

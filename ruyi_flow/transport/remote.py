@@ -86,7 +86,7 @@ class RemoteStage:
             if not verdicts:
                 raise WireError("a block has no verdict")
         except WireError as error:
-            raise WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name) from None
+            raise self._answered_wrongly(error) from None
         self._replies.clear()
         hops = _sum(verdicts)
         mine = hops[0]
@@ -158,6 +158,7 @@ class RemoteStage:
                 assert self._reader is not None
                 await asyncio.wait([self._reader])  # the stream has ended, and the reader learns why
                 self._raise_error()
+                raise AssertionError("a reader that has ended says why") from None
 
     def _raise_error(self) -> None:
         """Raise why the session has ended, if it has."""
@@ -171,7 +172,7 @@ class RemoteStage:
             Whether it was answered; if not, it must be written to this session's stream.
         """
         batches = self._peer.batches
-        if self._peer.sessions < 2 or not self._number or len(messages) > 1 or self._owed:
+        if self._peer.sessions < 2 or not self._number or len(messages) != 1 or self._owed:
             return False
         self._raise_error()
         if not batches.accepts(messages[0]):
@@ -200,15 +201,12 @@ class RemoteStage:
                 if self._queue(data):
                     self._owed -= 1
                 self._wake()
-            code, details = await call.code(), await call.details()
-            if code is not grpc.StatusCode.OK:
-                failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), await call.trailing_metadata(), details)
-                error = error_of_call(failure, peer.name, peer.address)
         except grpc.aio.AioRpcError as failure:
             error = error_of_call(failure, peer.name, peer.address)
         except WireError as failure:
             error = failure
-        self._end(error)
+        finally:  # also when the connection was closed here, which cancels this task
+            self._end(error)
 
     def _queue(self, data: bytes) -> bool:
         """Parse a reply and queue it. A failure ends the session instead; return whether it was queued."""
@@ -217,7 +215,7 @@ class RemoteStage:
         try:
             reply = codec.parse(pb.SessionReply, data)
         except WireError as error:
-            self._end(WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name))
+            self._end(self._answered_wrongly(error))
             return False
         if reply.HasField("failure"):
             self._end(error_of(reply.failure.status, reply.failure.message, reply.failure.node))
@@ -226,6 +224,9 @@ class RemoteStage:
             self._number = reply.opened.session
         self._replies.append((reply, len(data)))
         return True
+
+    def _answered_wrongly(self, error: WireError) -> WireError:
+        return WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

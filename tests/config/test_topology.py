@@ -157,6 +157,11 @@ def test_only_what_is_wrong_is_said() -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_policy_key_without_a_value_is_not_given() -> None:
+    data = three() | {"policy": {"mode": "token", "threshold": 0.5, "exit": None}}
+    assert Topology.parse(data).policy.routing() == Routing(Mode.TOKEN, threshold=0.5)
+
+
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such topology file"):
         Topology.load(tmp_path / "none.yaml")

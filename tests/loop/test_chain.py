@@ -80,7 +80,9 @@ class World:
         sessions: list[ShardSession] = []
 
         def node(i: int, policy: Policy) -> Chain:
-            sessions.append(open_session(pieces[i], policy, params, len(prompt), len(prompt) + count))
+            sessions.append(
+                open_session(pieces[i], policy, params, prompt_length=len(prompt), max_positions=len(prompt) + count)
+            )
             beyond = None if i + 1 == len(pieces) else partial(node, i + 1)
             return chained(sessions[-1], f"n{i}", beyond, costs=None if i else costs, ahead=ahead)
 
@@ -138,7 +140,7 @@ routings = st.one_of(
     st.builds(
         Routing,
         mode=st.just(Mode.TOKEN),
-        thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), max_size=4),
+        thresholds=st.dictionaries(st.sampled_from(EXITS[:-1]), st.floats(0.0, 1.1), min_size=1),
         draft=st.sampled_from([0, 1, 2, 5]),
         scale=st.one_of(st.none(), scales),
     ),
@@ -255,7 +257,11 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
 
         async def close(self) -> None: ...
 
-    chain = chained(open_session(shard, policy, SamplingParams(), 3, 40), "n0", lambda policy: Agreeing())
+    chain = chained(
+        open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=40),
+        "n0",
+        lambda policy: Agreeing(),
+    )
     rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
     await chain.close()
     assert [len(r.decisions) for r in rounds] == [5, 5, 1]
@@ -287,7 +293,9 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
 
         async def close(self) -> None: ...
 
-    session = open_session(world.cuts[3][0], policy, SamplingParams(), len(prompt), len(prompt) + count)
+    session = open_session(
+        world.cuts[3][0], policy, SamplingParams(), prompt_length=len(prompt), max_positions=len(prompt) + count
+    )
     chain = chained(session, "n0", lambda policy: Slow(), costs=Whims(whims))  # type: ignore[arg-type, return-value]
     try:
         decided = [d.token async for settled in decode(chain, prompt, count) for d in settled.decisions]
@@ -313,7 +321,7 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
     given |= {"window": 2} if mode is Mode.CASCADE else {}
     routing = Routing(mode, draft=draft, fallback=True, **given)
     policy = Policy.resolve(routing, EXITS)
-    session = open_session(shard, policy, SamplingParams(), 3, 20, covers_next=True)
+    session = open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=True)
     chain = chained(session, "n0", lambda policy: Lost())
     decided = [d async for settled in decode(chain, [5, 6, 7], 12) for d in settled.decisions]
     await chain.close()
@@ -323,7 +331,11 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
     shard.capacity.check_integrity()
     with pytest.raises(NodeUnavailable):
         strict = Policy.resolve(Routing(Mode.EXACT, draft=draft), EXITS)
-        chain = chained(open_session(shard, strict, SamplingParams(), 3, 20), "n0", lambda policy: Lost())
+        chain = chained(
+            open_session(shard, strict, SamplingParams(), prompt_length=3, max_positions=20),
+            "n0",
+            lambda policy: Lost(),
+        )
         try:
             _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
         finally:
@@ -339,8 +351,8 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
         asked.append(positions)
         return Reason.BUDGET if len(asked) % 3 else None
 
-    deeper = chained(open_session(far, policy, SamplingParams(), 3, 20), "n1")
-    session = open_session(near, policy, SamplingParams(), 3, 20, covers_next=True)
+    deeper = chained(open_session(far, policy, SamplingParams(), prompt_length=3, max_positions=20), "n1")
+    session = open_session(near, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=True)
     chain = chained(session, "n0", lambda policy: deeper, gate=gate)
     ids, decided = [5, 6, 7], []
     async for settled in decode(chain, [5, 6, 7], 12):
@@ -367,8 +379,10 @@ async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world:
 
     for budget, expected in ((100, [(0, 12), (12, 8), (20, 8)]), (16, [(0, 12)]), (7, []), (0, [])):
         fed.clear()
-        deeper = chained(open_session(far, policy, SamplingParams(), 12, 40), "n1", kind=Noted)
-        session = open_session(near, policy, SamplingParams(), 12, 40)
+        deeper = chained(
+            open_session(far, policy, SamplingParams(), prompt_length=12, max_positions=40), "n1", kind=Noted
+        )
+        session = open_session(near, policy, SamplingParams(), prompt_length=12, max_positions=40)
         chain = chained(session, "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
         async for _ in decode(chain, list(range(3, 15)), 20):
             await turns()
@@ -417,10 +431,14 @@ async def test_what_goes_up_ahead_never_ends_an_answer(world: World, when: str) 
         nonlocal opened
         opened += 1
         kind = Full if opened == 1 else Chain
-        return chained(open_session(far, policy, SamplingParams(), len(prompt), 60), "n1", kind=kind)
+        return chained(
+            open_session(far, policy, SamplingParams(), prompt_length=len(prompt), max_positions=60), "n1", kind=kind
+        )
 
     policy = Policy.resolve(routing, EXITS)
-    chain = chained(open_session(near, policy, SamplingParams(), 12, 60), "n0", beyond, ahead=100)
+    chain = chained(
+        open_session(near, policy, SamplingParams(), prompt_length=12, max_positions=60), "n0", beyond, ahead=100
+    )
     found = []
     async for settled in decode(chain, prompt, 30):
         found += [(d.token, d.exit) for d in settled.decisions]
@@ -447,10 +465,12 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
             await arrives.wait()
 
     def beyond(policy: Policy) -> Chain:
-        return chained(open_session(far, policy, SamplingParams(), 100, 130), "n1", kind=Slow)
+        return chained(
+            open_session(far, policy, SamplingParams(), prompt_length=100, max_positions=130), "n1", kind=Slow
+        )
 
     def chain() -> Chain:
-        session = open_session(near, policy, SamplingParams(), 100, 130)
+        session = open_session(near, policy, SamplingParams(), prompt_length=100, max_positions=130)
         return chained(session, "n0", beyond, ahead=1000, uplink=uplink)
 
     async def go(chain: Chain) -> None:
@@ -480,7 +500,18 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
 
 @pytest.mark.parametrize("cuts", [[(2, 4, 6)], [(2,), (4, 6)], [(2,), (4,), (6,)]])
 @pytest.mark.parametrize(
-    "routing", [Routing(Mode.EXACT, draft=2), Routing(Mode.TOKEN, threshold=0.9)], ids=["exact", "token"]
+    "routing",
+    [
+        Routing(Mode.EXACT, draft=2),
+        Routing(Mode.TOKEN, threshold=0.9),
+        Routing(
+            Mode.CASCADE,
+            thresholds={2: 1.5, 4: 0.0},
+            start=Start({2: (-9.0, 0, 0, 0, 0), 4: (-9.0, 0, 0, 0, 0)}, 0.5),  # exit 6, although exit 4 is sure
+            draft=0,
+        ),
+    ],
+    ids=["exact", "token", "start"],
 )
 async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
     tmp_path: Path, cuts: list[tuple[int, ...]], routing: Routing
@@ -502,7 +533,9 @@ async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
         Shard(load_slice(checkpoint, cut, dtype=torch.float32), max_positions=2048, max_sessions=1) for cut in cuts
     ]
     for i, shard in reversed(list(enumerate(pieces))):
-        session = open_session(shard, policy, SamplingParams(), len(prompt), len(prompt) + 10)
+        session = open_session(
+            shard, policy, SamplingParams(), prompt_length=len(prompt), max_positions=len(prompt) + 10
+        )
         chain = chained(session, f"n{i}", (lambda s: lambda policy: s)(chain) if chain else None, kind=Noted)
     assert chain is not None
     decided = [d async for settled in decode(chain, prompt, 4) for d in settled.decisions]
@@ -524,7 +557,7 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
             make: Callable[[Policy], Stage] | None = (
                 (lambda s: lambda policy: s)(deeper) if deeper is not None else None
             )
-            deeper = chained(open_session(pieces[i], policy, params, 4, 60), f"n{i}", make)
+            deeper = chained(open_session(pieces[i], policy, params, prompt_length=4, max_positions=60), f"n{i}", make)
         assert isinstance(deeper, Chain)
         return deeper
 
@@ -546,7 +579,7 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
 
 async def test_a_block_that_does_not_continue_is_refused(world: World) -> None:
     shard = world.cuts[1][1]
-    session = open_session(shard, Policy.resolve(Routing(), EXITS), SamplingParams(), 1, 8)
+    session = open_session(shard, Policy.resolve(Routing(), EXITS), SamplingParams(), prompt_length=1, max_positions=8)
     chain = chained(session, "n1")
     states = torch.zeros(2, 32)
     for block, message in (

@@ -75,6 +75,8 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
         ({"mode": Mode.FIXED, "exit": "4"}, "exit is '4'"),
         ({"mode": Mode.TOKEN, "threshold": "high"}, "a threshold is 'high'"),
         ({"mode": Mode.TOKEN, "thresholds": [0.5]}, "must map exits to numbers"),
+        ({"mode": Mode.TOKEN, "thresholds": {}}, "must map exits to numbers"),
+        ({"family": 7}, "family is 7; it must be the fingerprint"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(routing: dict[str, Any], message: str) -> None:

@@ -167,7 +167,10 @@ PROMPTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)
 async def answer_at_once(shard: Shard) -> list[list[tuple[int, float]]]:
     """Return the tokens and confidences of several concurrent sessions."""
     worker = ThreadWorker(1, budget=128)
-    sessions = [open_session(shard, POLICY, SamplingParams(), len(prompt), 400) for prompt in PROMPTS]
+    sessions = [
+        open_session(shard, POLICY, SamplingParams(), prompt_length=len(prompt), max_positions=400)
+        for prompt in PROMPTS
+    ]
     tasks = (worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, PROMPTS, strict=True))
     found = [answer for answer, _, _ in await asyncio.gather(*tasks)]
     for session in sessions:

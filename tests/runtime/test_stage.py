@@ -62,7 +62,9 @@ class Pipeline:
     def __init__(self, pieces: Sequence[Shard], size: int = 500) -> None:
         exits = pieces[0].config.exits
         policy = Policy.resolve(LOOK_EVERYWHERE, exits)
-        self.sessions: list[ShardSession] = [open_session(p, policy, SamplingParams(), 1, size) for p in pieces]
+        self.sessions: list[ShardSession] = [
+            open_session(p, policy, SamplingParams(), prompt_length=1, max_positions=size) for p in pieces
+        ]
         self.stages = [(s, i) for s in self.sessions for i in range(len(s.exits))]
         self.recorders = {}
         for session in self.sessions:
@@ -190,16 +192,16 @@ def test_sessions_do_not_mix(tiny: Path) -> None:
 def test_limits_are_said(tiny: Path) -> None:
     [piece] = shards(tiny, [(2, 4, 6)], max_positions=256)
     policy = Policy.resolve(Routing(), (2, 4, 6))
-    first = open_session(piece, policy, SamplingParams(), 1, 200)
+    first = open_session(piece, policy, SamplingParams(), prompt_length=1, max_positions=200)
     with pytest.raises(CapacityError, match="this request needs 100 positions of KV cache; 0 of 256 are free"):
-        open_session(piece, policy, SamplingParams(), 1, 100)
+        open_session(piece, policy, SamplingParams(), prompt_length=1, max_positions=100)
     with pytest.raises(ContextLengthError, match="needs 600 positions; the family's context has 512"):
-        open_session(piece, policy, SamplingParams(), 1, 600)
+        open_session(piece, policy, SamplingParams(), prompt_length=1, max_positions=600)
     first.close()
     first.close()
-    sessions = [open_session(piece, policy, SamplingParams(), 1, 10) for _ in range(4)]
+    sessions = [open_session(piece, policy, SamplingParams(), prompt_length=1, max_positions=10) for _ in range(4)]
     with pytest.raises(CapacityError, match="4 sessions are running"):
-        open_session(piece, policy, SamplingParams(), 1, 10)
+        open_session(piece, policy, SamplingParams(), prompt_length=1, max_positions=10)
     for session in sessions:
         session.close()
     piece.capacity.check_integrity()

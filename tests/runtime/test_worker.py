@@ -60,14 +60,17 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard)
     prompts = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90)]
     alone = []
     for prompt in prompts:
-        session = open_session(shard, POLICY, SamplingParams(), len(prompt), 400)
+        session = open_session(shard, POLICY, SamplingParams(), prompt_length=len(prompt), max_positions=400)
         alone.append(drive(decoding(session, prompt, 8)))
         session.close()
     steps: list[list[tuple[Pass, int]]] = []
     run = shard.run
     shard.run = lambda parts: (steps.append(list(parts)), run(parts))[1]  # type: ignore[method-assign]
     worker = ThreadWorker(1, budget=64)
-    sessions = [open_session(shard, POLICY, SamplingParams(), len(prompt), 400) for prompt in prompts]
+    sessions = [
+        open_session(shard, POLICY, SamplingParams(), prompt_length=len(prompt), max_positions=400)
+        for prompt in prompts
+    ]
     results = await asyncio.gather(
         *(worker.run(decoding(session, prompt, 8)) for session, prompt in zip(sessions, prompts, strict=True))
     )
@@ -85,7 +88,7 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard)
 
 
 async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
-    good, bad = (open_session(shard, POLICY, SamplingParams(), 3, 40) for _ in range(2))
+    good, bad = (open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=40) for _ in range(2))
 
     class Refusing:
         def pick(self, *_: object, **__: object) -> None:
@@ -105,7 +108,7 @@ async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard
     worker.submit(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         await worker.run(doing(lambda: 1 / 0))
-    session = open_session(shard, POLICY, SamplingParams(), 1, 40)
+    session = open_session(shard, POLICY, SamplingParams(), prompt_length=1, max_positions=40)
 
     def wrong() -> Task[None]:
         yield Pass(session, 0, torch.zeros(1, 7), ())  # of another width
@@ -123,7 +126,7 @@ async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard
 async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safely(shard: Shard) -> None:
     worker, began, go = ThreadWorker(1), threading.Event(), threading.Event()
     first = asyncio.create_task(worker.run(doing(lambda: (began.set(), go.wait(10)))))
-    session = open_session(shard, POLICY, SamplingParams(), 1, 400)
+    session = open_session(shard, POLICY, SamplingParams(), prompt_length=1, max_positions=400)
     going = asyncio.Event()
     loop, run = asyncio.get_running_loop(), shard.run
     shard.run = lambda parts: (loop.call_soon_threadsafe(going.set), run(parts))[1]  # type: ignore[method-assign]
@@ -146,7 +149,7 @@ async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safe
 
 async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(shard: Shard) -> None:
     worker = ThreadWorker(1)
-    session = open_session(shard, POLICY, SamplingParams(), 1, 400)
+    session = open_session(shard, POLICY, SamplingParams(), prompt_length=1, max_positions=400)
 
     async def on_the_loop(brief: bool = True, pause_s: float = 0.0) -> bool:
         def task() -> Task[int]:
@@ -175,9 +178,12 @@ async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(
 async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing(shard: Shard) -> None:
     worker = ThreadWorker(1)
     worker.lend()
-    alone = drive(decoding(open_session(shard, POLICY, SamplingParams(), 3, 100), (5, 6, 7), 8))
+    alone = drive(
+        decoding(open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=100), (5, 6, 7), 8)
+    )
     await worker.run(
-        decoding(open_session(shard, POLICY, SamplingParams(), 3, 100), (5, 6, 7), 1), brief=True
+        decoding(open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=100), (5, 6, 7), 1),
+        brief=True,
     )  # measured
     run, on = shard.run, []
 
@@ -187,7 +193,7 @@ async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing
         run(parts)
 
     shard.run = slow  # type: ignore[method-assign]
-    session = open_session(shard, POLICY, SamplingParams(), 3, 100)
+    session = open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=100)
     found, queue_s, compute_s = await worker.run(decoding(session, (5, 6, 7), 8), brief=True)
     assert found == alone and len(on) == 24
     mine = on.count(here())

@@ -13,8 +13,9 @@ from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
 from ruyi_flow.transport import batches as wire
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.peer import METHODS
+from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.status import error_of
-from ruyi_flow.types import Mode
+from ruyi_flow.types import Mode, Upload
 from tests.conftest import Oracle
 from tests.serving.test_node import block, options_of
 
@@ -80,6 +81,29 @@ async def test_a_lone_session_keeps_to_its_own_stream(tiny: object, batches: lis
         for prompt in PROMPTS[:2]:  # one after the other
             await ask(client, prompt, 8)
         assert batches == []
+        await nodes.settle()
+
+
+async def test_sessions_at_once_may_send_states_ahead(
+    tiny: object, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = cut_topology(tiny, [[2], [4, 6]])
+    links = tuple(link.model_copy(update={"upload": Upload.AHEAD}) for link in topology.links)
+    waited, real = [], RemoteStage.arrived
+
+    async def noted(self: RemoteStage) -> None:
+        await real(self)
+        waited.append(self._peer.sessions)
+
+    monkeypatch.setattr(RemoteStage, "arrived", noted)
+    policy = Policy.resolve(Routing(Mode.CASCADE, threshold=0.5), (2, 4, 6))
+    alone = [[t for t, _ in oracle.decide(policy, prompt, 60)] for prompt in PROMPTS]
+    async with (
+        cluster(topology.model_copy(update={"links": links})) as nodes,
+        AsyncClient(nodes.topology) as client,
+    ):
+        replies = await asyncio.gather(*(ask(client, prompt, 60, mode="cascade", threshold=0.5) for prompt in PROMPTS))
+        assert list(map(ids, replies)) == alone and max(waited) > 1
         await nodes.settle()
 
 

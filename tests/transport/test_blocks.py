@@ -96,7 +96,9 @@ def test_states_that_are_rows_of_a_view_are_sent_as_they_read() -> None:
 @pytest.mark.parametrize("encoding", [Encoding.F32, Encoding.INT8])
 async def test_a_node_does_not_write_to_the_states_that_came_in(tiny: Path, encoding: Encoding) -> None:
     shard = Shard(load_slice(Checkpoint(tiny), (4, 6), dtype=torch.float32), max_positions=64, max_sessions=1)
-    session = open_session(shard, Policy(Routing(Mode.TOKEN, draft=0), {4: 0.5}, 6), SamplingParams(), 3, 16)
+    session = open_session(
+        shard, Policy(Routing(Mode.TOKEN, draft=0), {4: 0.5}, 6), SamplingParams(), prompt_length=3, max_positions=16
+    )
     came = there_and_back(Block(0, states(3, 32), (1, 2, 3), (2,)), encoding)
     before = came.states.clone()
     await Chain(session, InlineWorker(), "n1").advance(came)

@@ -106,7 +106,9 @@ def profile_family(
 async def _handover_s(shard: Shard, threads: int) -> float:
     """Median seconds that a task spends on its way to the compute thread and back."""
     worker = ThreadWorker(threads)
-    session = open_session(shard, Policy.resolve(Routing(draft=0), shard.exits), SamplingParams(), 1, 256)
+    session = open_session(
+        shard, Policy.resolve(Routing(draft=0), shard.exits), SamplingParams(), prompt_length=1, max_positions=256
+    )
     seconds = []
 
     def task() -> Task[None]:

@@ -132,7 +132,9 @@ def filled_session(shard: Shard, positions: int, scale: Scale | None = None) -> 
     """Open a session with this many positions in the KV caches of all stages and branches."""
     policy = Policy.resolve(Routing(mode=Mode.TOKEN, threshold=1.0, draft=0, scale=scale), shard.exits)
     params = SamplingParams(eos_token_ids=())
-    session = open_session(shard, policy, params, 1, min(shard.config.max_positions, positions + ROWS[-1]))
+    session = open_session(
+        shard, policy, params, prompt_length=1, max_positions=min(shard.config.max_positions, positions + ROWS[-1])
+    )
     while len(session.token_ids) < positions:
         list(time_stages([session], min(256, positions - len(session.token_ids)), "branch"))
     return session
