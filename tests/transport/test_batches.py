@@ -5,17 +5,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import pytest
+import torch
 
 from ruyi_flow.client import AsyncClient, Reply
 from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
 from ruyi_flow.transport import batches as wire
+from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
-from ruyi_flow.transport.peer import METHODS
+from ruyi_flow.transport.peer import METHODS, Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.status import error_of
-from ruyi_flow.types import Mode, Upload
+from ruyi_flow.types import Block, Mode
 from tests.conftest import Oracle
 from tests.serving.test_node import block, options_of
 
@@ -81,29 +83,6 @@ async def test_a_lone_session_keeps_to_its_own_stream(tiny: object, batches: lis
         for prompt in PROMPTS[:2]:  # one after the other
             await ask(client, prompt, 8)
         assert batches == []
-        await nodes.settle()
-
-
-async def test_sessions_at_once_may_send_states_ahead(
-    tiny: object, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    topology = cut_topology(tiny, [[2], [4, 6]])
-    links = tuple(link.model_copy(update={"upload": Upload.AHEAD}) for link in topology.links)
-    waited, real = [], RemoteStage.arrived
-
-    async def noted(self: RemoteStage) -> None:
-        await real(self)
-        waited.append(self._peer.sessions)
-
-    monkeypatch.setattr(RemoteStage, "arrived", noted)
-    policy = Policy.resolve(Routing(Mode.CASCADE, threshold=0.5), (2, 4, 6))
-    alone = [[t for t, _ in oracle.decide(policy, prompt, 60)] for prompt in PROMPTS]
-    async with (
-        cluster(topology.model_copy(update={"links": links})) as nodes,
-        AsyncClient(nodes.topology) as client,
-    ):
-        replies = await asyncio.gather(*(ask(client, prompt, 60, mode="cascade", threshold=0.5) for prompt in PROMPTS))
-        assert list(map(ids, replies)) == alone and max(waited) > 1
         await nodes.settle()
 
 
@@ -224,6 +203,22 @@ async def nodes(tiny: object) -> AsyncIterator[Cluster]:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as running:
         yield running
         await running.settle()
+
+
+async def test_sessions_at_once_may_send_states_ahead(nodes: Cluster) -> None:
+    opening = codec.open_from_pb(options_of(nodes).open)
+    peer = Peer("n1", str(nodes.topology.nodes[1].address), max_message_bytes=2**20)
+    stages, states = [RemoteStage(peer, opening, timeout_s=10) for _ in range(2)], torch.zeros(2, 32)
+    for stage in stages:
+        await stage.advance(Block(0, states, (5, 6), (1,)))
+    for stage in stages:
+        await stage.feed(Block(2, states, (7, 8), ()))
+        await stage.arrived()
+        await stage.arrived()  # nothing is on its way
+    for stage in stages:
+        assert len((await stage.advance(Block(4, states, (9, 10), (5,)))).decisions) == 1
+        await stage.close()
+    await peer.close()
 
 
 async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: Cluster) -> None:
