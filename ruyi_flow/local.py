@@ -133,12 +133,13 @@ class Family:
         if self._shard is None or self._shard.capacity.pool.num_positions < size:
             self._shard = Shard(self.model, max_positions=max(2048, size), max_sessions=1)
         opening = SessionOpen(max_positions=size, prompt_length=len(prompt), sampling=params, policy=policy)
-        chain = Chain(self._shard.open(opening, self._shard.capacity.lease(size)), InlineWorker(), "local")
+        lease = self._shard.capacity.lease(size)
         try:
+            chain = Chain(self._shard.open(opening, lease), InlineWorker(), "local")
             rounds = decode(chain, prompt, params.max_new_tokens)
             return [d.token async for settled in rounds for d in settled.decisions]
         finally:
-            await chain.close()
+            lease.give_back()  # a chain without a next stage holds nothing else
 
     def _ids(self, input_ids: Tensor) -> Tensor:
         """Check token ids."""

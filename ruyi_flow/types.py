@@ -121,9 +121,9 @@ class Upload(StrEnum):
     """The time at which a node sends boundary states to the next one."""
 
     ON_DEMAND = "on-demand"
-    """Only with a question, so that nothing is sent in vain."""
+    """States are sent only with a question, so that nothing is sent in vain."""
     AHEAD = "ahead"
-    """With a question and while the link is idle, so that a question has less to send."""
+    """States are sent with a question and while the link is idle, so that a question has less to send."""
 
 
 class Weights(StrEnum):

@@ -42,7 +42,8 @@ class Stages(Protocol):
 
         Args:
             opening: the handshake.
-            lease: the capacity for `opening.max_positions`; the session gives it back when it is closed.
+            lease: the capacity for `opening.max_positions`; the session gives it back when it is closed. The caller
+                does where no session can be started.
             covers_next: whether the last branch here must be able to decide in place of the next node.
         """
         ...

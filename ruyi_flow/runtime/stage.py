@@ -65,11 +65,7 @@ class Shard:
         Raises:
             RequestError: the family cannot serve the policy.
         """
-        try:
-            return ShardSession(self, lease, opening, covers_next=covers_next)
-        except BaseException:  # whatever it is, nobody else would give the lease back
-            lease.give_back()
-            raise
+        return ShardSession(self, lease, opening, covers_next=covers_next)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[tuple[Pass, int]]) -> None:

@@ -166,7 +166,7 @@ class SharedCapacity:
         event = self.start(units)
         try:
             await until(event)
-        except BaseException:
+        except BaseException:  # an interrupted user leaves its share to the others
             self._advance()
             self._users = [user for user in self._users if user[2] is not event]
             heapq.heapify(self._users)
