@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +21,9 @@ __all__ = [
     "option_names",
     "parse_request",
 ]
+
+MAX_STOPS, MAX_STOP_CHARS = 16, 1000
+"""Largest number of stop strings in a request, and of characters in one of them."""
 
 PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
 """A prompt as users give it: a text (one user turn), {"role": …, "content": …} messages, or token ids."""
@@ -83,7 +87,12 @@ class SamplingParams:
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(_is_valid_text(text) for text in stop):
-            raise RequestError(f"stop is {self.stop!r}; it must be non-empty texts")
+            raise RequestError(f"stop is {reprlib.repr(self.stop)}; it must be non-empty texts")
+        if len(stop) > MAX_STOPS or max(map(len, stop), default=0) > MAX_STOP_CHARS:
+            raise RequestError(
+                f"stop has {len(stop)} strings, the longest of {max(map(len, stop))} characters; there may be "
+                f"{MAX_STOPS} of {MAX_STOP_CHARS} characters"
+            )
         stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
         if self.eos_token_ids is not None:

@@ -15,7 +15,7 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.family.tokenizer import load_tokenizer, prompt_ids
+from ruyi_flow.family.tokenizer import PromptEncoder, load_tokenizer
 from ruyi_flow.requests import PromptInput
 from ruyi_flow.serving.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
@@ -34,8 +34,8 @@ def tokenize_prompts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[
     Raises:
         RequestError: the family has no tokenizer or no chat template.
     """
-    tokenizer, vocab, folder = load_tokenizer(checkpoint), checkpoint.config.vocab_size, str(checkpoint.folder)
-    return [prompt_ids(text, tokenizer, vocab_size=vocab, family=folder) for text in texts]
+    prompts = PromptEncoder(load_tokenizer(checkpoint), checkpoint.config, family=str(checkpoint.folder))
+    return [prompts.encode(text) for text in texts]
 
 
 async def generate_exactly(client: AsyncClient, prompt: PromptInput, tokens: int, **options: Any) -> Reply:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.every_exit import Tree, exit_logits
-from ruyi_flow.family.tokenizer import prompt_ids
+from ruyi_flow.family.tokenizer import PromptEncoder
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.requests import GenerateRequest
@@ -69,9 +69,8 @@ def explain(
     """
     if not tokens:
         return []
-    prompt = prompt_ids(
-        request.prompt, family.tokenizer, raw=request.raw, vocab_size=family.config.vocab_size, family=topology.family
-    )
+    prompts = PromptEncoder(family.tokenizer, family.config, family=topology.family)
+    prompt = prompts.encode(request.prompt, raw=request.raw)
     tree = Tree((*prompt, *(token.id for token in tokens[:-1])), ())
     rows = torch.arange(len(prompt) - 1, len(tree))
     own: list[float | None] = [None] * len(tokens)

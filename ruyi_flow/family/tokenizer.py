@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
 
 if TYPE_CHECKING:
     from ruyi_flow.family.checkpoint import Checkpoint
+    from ruyi_flow.family.config import FamilyConfig
     from ruyi_flow.requests import Prompt
 
-__all__ = ["check_context", "end_tokens", "load_tokenizer", "prompt_ids"]
+__all__ = ["PromptEncoder", "end_tokens", "load_tokenizer"]
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn in chat templates. The generation_config.json of many checkpoints omits them."""
@@ -54,63 +57,100 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Any, *, raw: bool = False, vocab_size: int, family: str) -> list[int]:
-    """Turn a prompt into token ids.
+class PromptEncoder:
+    """Turns prompts into token ids. It may be used on several threads.
 
     Args:
-        prompt: a text, (role, content) messages, or token ids.
-        tokenizer: the family's tokenizer, or None.
-        raw: encode a text as it is, instead of as one user turn of the chat template.
-        vocab_size: number of tokens of the family.
+        tokenizer: the family's transformers tokenizer, or None.
+        config: the family's configuration.
         family: the family's name, for error messages.
-
-    Raises:
-        RequestError: the prompt is empty, or the tokenizer or the chat template refuses it.
     """
-    if not prompt:
-        raise RequestError("the prompt is empty; give it some text")
-    if not isinstance(prompt, str) and isinstance(prompt[0], int):
-        ids = [i for i in prompt if isinstance(i, int)]
-        if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= vocab_size:
-            raise RequestError(f"token ids must be 0 … {vocab_size - 1}")
+
+    def __init__(self, tokenizer: Any, config: FamilyConfig, *, family: str) -> None:
+        self.tokenizer, self.context = tokenizer, config.max_positions
+        self._vocab_size, self._family = config.vocab_size, family
+        self._max_chars = 0
+        if tokenizer is not None:
+            tokenizer("a")  # transformers sets the backend up at its first call; later ones must not, beside a thread
+            self._max_chars = self.context * max(map(len, tokenizer.get_vocab()))
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Return a prompt's token ids. It may take seconds: an event loop must not wait for it.
+
+        Args:
+            prompt: a text, (role, content) messages, or token ids.
+            raw: encode a text as it is, instead of as one user turn of the chat template.
+
+        Raises:
+            RequestError: the prompt is empty, or the tokenizer or the chat template refuses it.
+            ContextLengthError: the prompt leaves no room for a new token in the family's context.
+        """
+        if not prompt:
+            raise RequestError("the prompt is empty; give it some text")
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            self._check_context(len(prompt), "tokens")
+            ids = [i for i in prompt if isinstance(i, int)]
+            if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab_size:
+                raise RequestError(f"token ids must be 0 … {self._vocab_size - 1}")
+            return ids
+        if self.tokenizer is None:
+            raise RequestError(f"family {self._family!r} has no tokenizer.json; give token ids as the prompt")
+        turns = [("user", prompt)] if isinstance(prompt, str) else [turn for turn in prompt if isinstance(turn, tuple)]
+        # What can never fit is refused before any work: a message has one token at least, a token not more characters
+        # than the longest one of the vocabulary.
+        self._check_context(len(turns), "messages")
+        chars = sum(len(role) + len(content) for role, content in turns)
+        if chars > self._max_chars:
+            raise ContextLengthError(
+                f"the prompt has {chars} characters, more than can fit into the family's context of "
+                f"{self.context} tokens; shorten it"
+            )
+        ids = self._encode(prompt, special=True) if isinstance(prompt, str) and raw else self._encode_turns(turns)
+        self._check_context(len(ids), "tokens")
         return ids
-    if tokenizer is None:
-        raise RequestError(f"family {family!r} has no tokenizer.json; give token ids as the prompt")
-    if isinstance(prompt, str) and raw:
-        return _encode(tokenizer, vocab_size, prompt)
-    turns = [("user", prompt)] if isinstance(prompt, str) else [turn for turn in prompt if isinstance(turn, tuple)]
-    if not any(content.strip() for _, content in turns):
-        raise RequestError("the prompt is empty; give it some text")
-    if tokenizer.chat_template is None:
-        raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program that comes with the family; it may raise anything
-        raise RequestError(f"the family's chat template refuses these messages: {error}") from None
-    return _encode(tokenizer, vocab_size, text, add_special_tokens=False)
+
+    def _encode_turns(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        if not any(content.strip() for _, content in turns):
+            raise RequestError("the prompt is empty; give it some text")
+        if self.tokenizer.chat_template is None:
+            raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
+        messages = [{"role": role, "content": content} for role, content in turns]
+        with _refusing("the family's chat template refuses these messages"):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        with _refusing("the family's tokenizer refuses this text"):
+            # The call for a batch lets other threads run meanwhile, the one for a single text does not.
+            ids: list[int] = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=special)[
+                0
+            ].ids
+        if not ids:
+            raise RequestError("the prompt is empty; give it some text")
+        if max(ids) >= self._vocab_size:
+            raise RequestError(
+                f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {self._vocab_size}"
+            )
+        return ids
+
+    def _check_context(self, count: int, what: str) -> None:
+        if count >= self.context:
+            raise ContextLengthError(
+                f"the prompt has {count} {what}, which leaves no room in the family's context of {self.context}; "
+                "shorten it"
+            )
 
 
-def check_context(prompt_length: int, context: int) -> None:
-    """Check that a prompt leaves room for at least one new token.
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn any exception of the block into a RequestError that begins with `what`.
 
-    Raises:
-        ContextLengthError: it does not.
+    A template is a program that comes with the family and may raise anything. The tokenizers library raises bare
+    Exceptions, and a panic of its Rust code is a BaseException.
     """
-    if prompt_length >= context:
-        raise ContextLengthError(
-            f"the prompt has {prompt_length} tokens, which leaves no room in the family's context of {context}; "
-            "shorten it"
-        )
-
-
-def _encode(tokenizer: Any, vocab_size: int, text: str, **options: bool) -> list[int]:
     try:
-        ids = list(tokenizer(text, **options)["input_ids"])
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise RequestError(f"the family's tokenizer refuses this text: {error}") from None
-    if not ids:
-        raise RequestError("the prompt is empty; give it some text")
-    if max(ids) >= vocab_size:
-        raise RequestError(f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {vocab_size}")
-    return ids
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{what}: {error}") from None

@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
-
-from tokenizers.decoders import DecodeStream
 
 from ruyi_flow.errors import RequestError
-from ruyi_flow.family.tokenizer import check_context, prompt_ids
+from ruyi_flow.family.tokenizer import PromptEncoder
 from ruyi_flow.loop.chain import Chain, Round, decode
 from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.types import Decision, Final, FinishReason, Hop, Stats, Token
+from ruyi_flow.serving.answer_text import AnswerText
+from ruyi_flow.types import Final, FinishReason, Hop, Stats, Token
 
 __all__ = ["Answering"]
 
@@ -30,12 +28,9 @@ class Answering:
 
     Args:
         open: opens a session on the entry node's stages, given the handshake and the deadline in seconds.
-        tokenizer: the family's tokenizer, or None.
-        family: the family's name, for error messages.
+        prompts: turns prompts into the family's tokens.
         fingerprint: the family's fingerprint, which a calibrated policy must have.
         eos_token_ids: the tokens that end an answer.
-        vocab_size: number of tokens of the family.
-        context: the family's context, in positions.
         routing: the routing of requests that set none.
         node_of: the node of every exit.
         max_draft: largest number of drafts that fit into one message on every link.
@@ -44,20 +39,16 @@ class Answering:
     def __init__(
         self,
         open: Callable[[SessionOpen, float | None], Awaitable[Chain]],
-        tokenizer: Any,
+        prompts: PromptEncoder,
         *,
-        family: str,
         fingerprint: str,
         eos_token_ids: tuple[int, ...],
-        vocab_size: int,
-        context: int,
         routing: Routing,
         node_of: Mapping[int, str],
         max_draft: int,
     ) -> None:
-        self._open, self._tokenizer = open, tokenizer
-        self._family, self._fingerprint, self._eos_token_ids = family, fingerprint, eos_token_ids
-        self._vocab_size, self._context, self._routing = vocab_size, context, routing
+        self._open, self._prompts, self._routing = open, prompts, routing
+        self._fingerprint, self._eos_token_ids = fingerprint, eos_token_ids
         self._node_of, self._max_draft = node_of, max_draft
 
     async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
@@ -73,19 +64,17 @@ class Answering:
         """
         began = time.perf_counter()
         policy = self._policy(request)
-        prompt = prompt_ids(
-            request.prompt, self._tokenizer, raw=request.raw, vocab_size=self._vocab_size, family=self._family
-        )
-        check_context(len(prompt), self._context)
-        params = self._sampling(request.sampling, self._context - len(prompt))
-        text = _AnswerText(self._tokenizer, params.stop)
+        prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
+        params = self._sampling(request.sampling, self._prompts.context - len(prompt))
+        text = AnswerText(self._prompts.tokenizer, params.stop)
         opening = SessionOpen(
             max_positions=len(prompt) + params.max_new_tokens,
             prompt_length=len(prompt),
             sampling=params,
             policy=policy,
         )
-        chain = await self._open(opening, timeout_s)
+        left = None if timeout_s is None else max(0.001, timeout_s - (time.perf_counter() - began))
+        chain = await self._open(opening, left)
         totals, finish = _Totals(), FinishReason.LENGTH
         try:
             async with aclosing(decode(chain, prompt, params.max_new_tokens)) as rounds:
@@ -110,7 +99,7 @@ class Answering:
                         break
         finally:
             await chain.close()
-        for token in text.release(self._node_of, everything=True):
+        for token in text.finish(self._node_of):
             yield token
         total_s = time.perf_counter() - began
         yield Final(finish, text.text, totals.stats(len(prompt), total_s, params.seed or 0))
@@ -128,7 +117,7 @@ class Answering:
 
     def _sampling(self, given: SamplingParams, room: int) -> SamplingParams:
         """Fill in the seed and the end tokens, and cut the answer's length to the positions that are left."""
-        if given.stop and self._tokenizer is None:
+        if given.stop and self._prompts.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this family has none")
         seed = given.seed
         if seed is None:
@@ -172,52 +161,3 @@ class _Totals:
             escalations=self._escalations,
             hops=tuple(self._hops.values()),
         )
-
-
-class _AnswerText:
-    """Turns decided tokens into text, and holds back what may be the start of a stop string.
-
-    Args:
-        tokenizer: the family's tokenizer, or None.
-        stop: the stop strings.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._stop = stop
-        self._pending: list[tuple[Decision, str, float, int]] = []
-        self._released = 0
-        self.text = ""
-        """The answer so far, without a stop string and what follows it."""
-        self.stopped = False
-        """Whether a stop string has occurred."""
-
-    def push(self, decision: Decision, after_s: float, bytes_up: int) -> None:
-        """Add a decided token, with its time and its bytes upward."""
-        piece = "" if self._tokenizer is None else self._stream.step(self._tokenizer, decision.token) or ""
-        # A stop string may begin before this piece, but must end in it.
-        start = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
-        self.text += piece
-        found = [i for i in (self.text.find(s, start) for s in self._stop) if i >= 0]
-        if found:
-            self.stopped = True
-            self.text = self.text[: min(found)]
-        self._pending.append((decision, piece, after_s, bytes_up))
-
-    def release(self, node_of: Mapping[int, str], everything: bool = False) -> list[Token]:
-        """Return the tokens whose text is certain, or all of them."""
-        certain = len(self.text)
-        if not everything and not self.stopped:
-            certain -= max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        tokens = []
-        while self._pending:
-            d, piece, after_s, bytes_up = self._pending[0]
-            end = self._released + len(piece)
-            if end > certain and not everything and not self.stopped:
-                break
-            shown = piece[: max(0, certain - self._released)]
-            tokens.append(Token(d.token, shown, d.exit, node_of[d.exit], d.confidence, d.reason, after_s, bytes_up))
-            self._released = end
-            del self._pending[0]
-        return tokens

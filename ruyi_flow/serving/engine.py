@@ -15,7 +15,7 @@ from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.loading import find_device, load_slice
-from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer
+from ruyi_flow.family.tokenizer import PromptEncoder, end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.loop.front_door import FrontDoor
 from ruyi_flow.requests import SessionOpen
@@ -134,16 +134,13 @@ class Engine:
         Raises:
             CheckpointError: the tokenizer files cannot be read.
         """
-        checkpoint, config = self.checkpoint, self.checkpoint.config
+        checkpoint = self.checkpoint
         tokenizer = load_tokenizer(checkpoint)
         return Answering(
             self.front_door.open,
-            tokenizer,
-            family=self.topology.family,
+            PromptEncoder(tokenizer, checkpoint.config, family=self.topology.family),
             fingerprint=checkpoint.fingerprint,
             eos_token_ids=end_tokens(checkpoint, tokenizer),
-            vocab_size=config.vocab_size,
-            context=config.max_positions,
             routing=self.topology.routing(),
             node_of={p: node.name for node in self.topology.nodes for p in node.exits},
             max_draft=self._max_draft,
