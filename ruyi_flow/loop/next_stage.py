@@ -136,7 +136,7 @@ class NextStage:
         self._ahead -= stop - start
         states = session.take_unsent(last, stop)
         if self._unasked or not start:
-            self._unasked.append(states)
+            self._unasked.append(session.compact(states))
         self._sent, self._uplink.uploader = stop, self
         block = Block(start, states, tuple(session.token_ids[start:stop]), ())
         self._uploading = self._clock.start(self._upload(block))
@@ -147,7 +147,7 @@ class NextStage:
             await self._finish_upload()
             await self._stage.rewind(position)
         if self._unasked:
-            self._unasked = [self._session.join(self._unasked)[:position]]
+            self._unasked = [self._session.compact(self._session.join(self._unasked)[:position])]
         self._sent = min(self._sent, position)
 
     async def close(self) -> None:

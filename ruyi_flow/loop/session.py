@@ -154,6 +154,10 @@ class Session(ABC):
     def join(self, states: Sequence[States]) -> States:
         """Concatenate rows."""
 
+    def compact(self, states: States) -> States:
+        """Return the same rows in memory of their own, if they would keep much more of it alive."""
+        return states
+
     def close(self) -> None:
         """Give the capacity back; the session must not be used any more."""
         self.lease.give_back()
@@ -188,7 +192,7 @@ class Session(ABC):
         """Count positions that a stage has run, and keep their (n, hidden) states for the next stage."""
         self.positions[stage] += boundary.shape[0]
         if self.stages.exits[stage] < self.policy.deepest:
-            self._unsent[stage].append(boundary)
+            self._unsent[stage].append(self.compact(boundary))
 
     def rates_prompt(self, stage: int, stop: int) -> bool:
         """Return whether a piece that ends before position `stop` ends a prompt from which the first exit is chosen."""
@@ -213,7 +217,7 @@ class Session(ABC):
         if count == joined.shape[0]:
             self._unsent[stage] = []
             return joined
-        self._unsent[stage] = [joined[count:]]
+        self._unsent[stage] = [self.compact(joined[count:])]
         return joined[:count]
 
     def rewind(self, position: int) -> None:
@@ -231,4 +235,4 @@ class Session(ABC):
             if start >= position:
                 self._unsent[stage], self._unsent_start[stage] = [], position
             elif self._unsent[stage]:
-                self._unsent[stage] = [self.join(self._unsent[stage])[: position - start]]
+                self._unsent[stage] = [self.compact(self.join(self._unsent[stage])[: position - start])]

@@ -169,6 +169,11 @@ class ShardSession(Session):
     def join(self, states: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(states))
 
+    def compact(self, states: Tensor) -> Tensor:
+        # A session's states are views of the step's, which others share. A copy of small ones frees the others' rows.
+        small = 2 * states.numel() * states.element_size() < states.untyped_storage().nbytes()
+        return states.clone() if small else states
+
     def attention(self, start: int, count: int) -> CachedAttention:
         """Return the attention of a piece at these positions; the stages after the first reuse it."""
         last = self._attention

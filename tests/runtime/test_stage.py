@@ -1,5 +1,6 @@
 """Stages with caches against whole sequences without: invariants 1, 2, 5 and 7, on float32."""
 
+import gc
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,3 +207,36 @@ def test_limits_are_said(tiny: Path) -> None:
         session.close()
     piece.capacity.check_integrity()
     assert piece.capacity.pool.used == 0
+
+
+def test_a_quiet_session_keeps_little_more_memory_alive_than_its_own_states(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "wide", hidden_size=256, exits=(1, 2), max_position_embeddings=2048)
+    (shard,) = shards(folder, [[1]], max_positions=4096)
+    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), (1, 2))  # always confident: nothing goes up
+    quiet = open_session(shard, policy, SamplingParams(), prompt_length=1, max_positions=600)
+
+    def tensor_bytes() -> int:
+        tensors = [
+            t for t in gc.get_objects() if type(t) is Tensor and t.layout is torch.strided and t.device.type == "cpu"
+        ]
+        return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+    def step_beside(prompt: int) -> None:
+        """Decode one token of the quiet session in the step of another one's prompt."""
+        other = open_session(shard, policy, SamplingParams(), prompt_length=prompt, max_positions=prompt)
+        quiet.token_ids.append(5)
+        other.token_ids.extend([7] * prompt)
+        mine = Pass(quiet, 0, quiet.embed((5,)), (len(quiet.token_ids) - 1,))
+        shard.run([(mine, 1), (Pass(other, 0, other.embed([7] * prompt), ()), prompt)])
+        other.close()
+
+    step_beside(200)
+    before = tensor_bytes()
+    for _ in range(40):
+        step_beside(200)
+    own = 40 * 256 * 4
+    assert own <= tensor_bytes() - before <= 2 * own
+    quiet.take_unsent(0, 20)  # the rest must not keep what was sent
+    assert tensor_bytes() - before <= own
+    quiet.rewind(25)
+    assert tensor_bytes() - before <= 10 * 256 * 4
