@@ -27,6 +27,9 @@ from ruyi_flow.types import Mode
 
 torch.set_num_threads(1)
 
+Command = Callable[..., tuple[int, str, str]]
+"""The command line, as the fixture `run` gives it: takes arguments, returns exit status, standard output and error."""
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
 )
@@ -58,7 +61,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _spoken(tmp_path_factory.mktemp("spoken") / "even", intermediate_size=64)
 
 
-def _spoken(folder: Path, **changes: int) -> Path:
+def _spoken(folder: Path, **changes: Any) -> Path:
     tiny_family(folder, vocab_size=261, eos_token_id=258, **changes)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
@@ -95,7 +98,7 @@ def confidence(family: Family, policy: Policy, exit: int, ids: list[int], logits
     if policy.routing.scale.score is Score.PROBE:
         model = family.model
         cos, sin = Rope(family.config, torch.float32, torch.device("cpu")).at(0, len(ids))
-        given = {"rope": (cos, sin), "attention": CausalAttention(1)}
+        given: dict[str, Any] = {"rope": (cos, sin), "attention": CausalAttention(1)}
         x = model.run(model.embed(torch.tensor(ids)), 0, exit, **given)
         read, probe = model.branch_states(exit, x, **given), model.branch_at[exit].probe
         assert read is not None and probe is not None
@@ -186,7 +189,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line with these arguments; gives exit status, standard output and standard error."""
 
     def call(*arguments: str) -> tuple[int, str, str]:

@@ -157,10 +157,8 @@ def _topology() -> str:
         ("A node's limits", topology.Limits, "limits."),
         ("A link", topology.Link, ""),
     )
-    policy = topology.Topology.model_fields["policy"].annotation
-    assert policy is not None
     options = {field.name for field in dataclasses.fields(Routing)}
-    rows = [*_rows(policy, "", skip=options), *_rows(Routing, "", skip={"start", "scale", "family"})]
+    rows = [*_rows(topology.DefaultPolicy, "", skip=options), *_rows(Routing, "", skip={"start", "scale", "family"})]
     return f"{tables}\n{_table('The policy', rows)}"
 
 

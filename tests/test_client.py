@@ -16,7 +16,7 @@ from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import RequestError, RuyiFlowError
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
-from ruyi_flow.types import Final, FinishReason
+from ruyi_flow.types import Final, FinishReason, NodeStatus
 
 
 @pytest.fixture
@@ -151,6 +151,12 @@ def test_the_sync_client_serves_several_threads(whole: Client) -> None:
     assert got == [expected] * 4
 
 
+def status_of(client: Client) -> NodeStatus:
+    status = client.status()["whole"]
+    assert isinstance(status, NodeStatus)
+    return status
+
+
 def test_an_abandoned_stream_frees_its_session(whole: Client) -> None:
     for _ in range(20):
         stream = whole.stream("hi", max_new_tokens=400, eos_token_ids=())
@@ -158,11 +164,11 @@ def test_an_abandoned_stream_frees_its_session(whole: Client) -> None:
         stream.close()
     whole.generate("hi", max_new_tokens=2)
     for _ in range(500):  # a session ends on the compute thread, right after its last step
-        if whole.status()["whole"].sessions == 0:  # type: ignore[union-attr]
+        if status_of(whole).sessions == 0:
             break
         time.sleep(0.01)
-    status = whole.status()["whole"]
-    assert status.sessions == 0 and status.used_positions == 0  # type: ignore[union-attr]
+    status = status_of(whole)
+    assert status.sessions == 0 and status.used_positions == 0
 
 
 def test_a_client_that_closes_ends_what_other_threads_ask(spoken: Path) -> None:

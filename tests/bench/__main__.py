@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,13 +103,19 @@ async def bench_start(rounds: int) -> dict[str, Any]:
 
 def bench_train(rounds: int) -> dict[str, Any]:
     """Training of branches with 1, 1, 2 and 2 layers on a frozen trunk whose states are on disk."""
-    steps, found = 30, {}
+    steps = 30
+    found: dict[str, Any] = {}
     cores = torch.get_num_threads()
     with TemporaryDirectory() as folder:
         here = Path(folder)
         text = "".join(file.read_text() for file in sorted(Path("docs").rglob("*.md")))
         (here / "text.txt").write_text(text)
-        plan = {"family": store.DEMO, "out": "out", "branch_layers": {17: 2, 23: 2}, "data": [{"path": "text.txt"}]}
+        plan: dict[str, Any] = {
+            "family": store.DEMO,
+            "out": "out",
+            "branch_layers": {17: 2, 23: 2},
+            "data": [{"path": "text.txt"}],
+        }
         plan |= {"validate_every": 1000, "save_every": 1000, "learning_rate": 1e-4}
 
         def tokens_per_s(processes: int, batch: int, steps: int) -> float:
@@ -136,7 +143,7 @@ def bench_train(rounds: int) -> dict[str, Any]:
     return found | {"unit": "tokens per second", "goal": ">= 1100 at any batch size"}
 
 
-BENCHES = {
+BENCHES: dict[str, Callable[[int], Any]] = {
     "whole": bench_whole,
     "hop": bench_hop,
     "bytes": bench_bytes,
@@ -149,7 +156,7 @@ BENCHES = {
     "simulator": bench_simulator,
     "simulator-long": bench_simulator_long,
 }
-TRACE_BENCHES = {"bound": bench_bound, "cascade": bench_cascade}
+TRACE_BENCHES: dict[str, Callable[..., Any]] = {"bound": bench_bound, "cascade": bench_cascade}
 
 
 def main() -> None:

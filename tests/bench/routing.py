@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ruyi_flow.bench.nodes import PROMPTS, running_nodes
 from ruyi_flow.calibration.bounds import split_prompts
@@ -47,7 +48,7 @@ def bench_policy(rounds: int) -> dict[str, Any]:
             judge = Judge(policy, first)
             began = time.perf_counter()
             for position, score in enumerate(scores):
-                Walk.of(judge, Block(position, None, (0,), (position,)), ((7, curve(score)),))
+                Walk.of(judge, Block(position, torch.empty(0), (0,), (position,)), ((7, curve(score)),))
             times.append((time.perf_counter() - began) / n)
         found[f"{name}_us_a_token"] = 1e6 * statistics.median(times)
     return found | {"goal": "<= 20"}

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,23 +20,26 @@ from ruyi_flow.bench.measurement import interleaved, no_report
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.testing import tiny_family
 from tests.config.test_policy_file import write
+from tests.conftest import Command
 
 pytestmark = pytest.mark.timeout(120)
+
+Measured = Callable[..., dict[str, Any]]
 
 MACHINE = {"processor", "cores", "threads", "memory_gb", "python", "torch", "ruyi_flow", "date"}
 SETTINGS = {"family", "weights", "dtype", "threads", "tokens", "rounds"}
 
 
 @pytest.fixture
-def measured(run, spoken: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+def measured(run: Command, spoken: Path, tmp_path: Path) -> Measured:
     """Run a benchmark of the tiny family with tiny sizes; return the JSON object of its last line."""
 
-    def call(bench: str, *arguments: str, tokens: bool = True):  # type: ignore[no-untyped-def]
+    def call(bench: str, *arguments: str, tokens: bool = True) -> dict[str, Any]:
         sizes = ["--rounds", "1", "--threads", "1", "--dtype", "float32", *(["--tokens", "4"] if tokens else [])]
         place = ["--family", str(spoken), "--out", str(tmp_path / "plots")]
         code, out, err = run("bench", bench, *place, *sizes, *arguments)
         assert code == 0, err
-        found = json.loads(out.splitlines()[-1])
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])
         assert set(found) == {"bench", "settings", "results", "machine", "plot"} and found["bench"] == bench
         assert set(found["machine"]) == MACHINE and set(found["settings"]) >= SETTINGS
         assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
@@ -72,7 +77,7 @@ def tiny_gguf(file: Path, vocab: int) -> Path:
     return file
 
 
-def test_decode_compares_with_transformers_in_one_line(measured) -> None:  # type: ignore[no-untyped-def]
+def test_decode_compares_with_transformers_in_one_line(measured: Measured) -> None:
     engines = ["--against", "transformers", "--against", "transformers-early-exit"]
     found = measured("decode", *engines, "--early-exit", "2", "--json")
     speed = {"ms_per_token", "tokens_per_s"}
@@ -83,14 +88,14 @@ def test_decode_compares_with_transformers_in_one_line(measured) -> None:  # typ
     assert found["settings"]["against"]["transformers-early-exit"].endswith("layers 1-2 draft")
 
 
-def test_prefill_takes_a_prompt_of_the_length_asked_for(measured) -> None:  # type: ignore[no-untyped-def]
+def test_prefill_takes_a_prompt_of_the_length_asked_for(measured: Measured) -> None:
     found = measured("prefill", "--prompt-tokens", "70", "--against", "transformers", tokens=False)
     assert found["settings"]["prompt_tokens"] == 70
     assert set(found["results"]["ruyi-flow"]) == {"ms_per_prompt", "tokens_per_s"}
     assert set(found["results"]["transformers"]) == {"ms_per_prompt", "tokens_per_s", "ratio", "ratio_lowest"}
 
 
-def test_llama_cpp_runs_a_gguf_file(measured, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_llama_cpp_runs_a_gguf_file(measured: Measured, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     file = tiny_gguf(tmp_path / "tiny.gguf", 300)
     against = ("--against", "llama.cpp", "--gguf", str(file))
@@ -99,7 +104,7 @@ def test_llama_cpp_runs_a_gguf_file(measured, tmp_path: Path) -> None:  # type: 
         assert set(found["results"]["llama.cpp"]) >= {"tokens_per_s", "ratio", "ratio_lowest"}
 
 
-def test_hop_reports_the_cost_of_a_hop(measured) -> None:  # type: ignore[no-untyped-def]
+def test_hop_reports_the_cost_of_a_hop(measured: Measured) -> None:
     found = measured("hop")
     rows = found["results"]
     assert found["settings"]["cuts"] == [[2], [4], [6]] and list(rows) == ["process", "node", "three", "three_free"]
@@ -109,7 +114,7 @@ def test_hop_reports_the_cost_of_a_hop(measured) -> None:  # type: ignore[no-unt
     assert set(rows["three_free"]) == {"ms_per_token", "beyond_process_ms_per_hop"}
 
 
-def test_wan_compares_drafts(measured, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_wan_compares_drafts(measured: Measured, spoken: Path, tmp_path: Path) -> None:
     policy = write(tmp_path / "policy.yaml", family=Checkpoint(spoken).fingerprint)
     found = measured("wan", "--round-trip", "2", "--policy", str(policy))
     rows = found["results"]
@@ -118,7 +123,7 @@ def test_wan_compares_drafts(measured, spoken: Path, tmp_path: Path) -> None:  #
         assert set(rows[name]) == {"ms_per_token", "speedup", "speedup_lowest", "held"} and 0 <= rows[name]["held"] <= 1
 
 
-def test_exits_compares_a_policy_with_the_whole_family(measured, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_exits_compares_a_policy_with_the_whole_family(measured: Measured, spoken: Path, tmp_path: Path) -> None:
     policy = write(tmp_path / "policy.yaml", family=Checkpoint(spoken).fingerprint)
     rows = measured("exits", "--policy", str(policy))["results"]
     assert set(rows["process"]) == {"ms_per_token"}
@@ -126,7 +131,7 @@ def test_exits_compares_a_policy_with_the_whole_family(measured, spoken: Path, t
     assert rows["three"]["compute"] > 0
 
 
-def test_serve_compares_many_with_one(measured) -> None:  # type: ignore[no-untyped-def]
+def test_serve_compares_many_with_one(measured: Measured) -> None:
     found = measured("serve", "--sessions", "3", "--rate", "50")
     rows = found["results"]
     quantiles = {f"{what}_p{q}_ms" for what in ("first_token", "token") for q in (50, 95)}
@@ -136,7 +141,7 @@ def test_serve_compares_many_with_one(measured) -> None:  # type: ignore[no-unty
 
 
 @pytest.mark.parametrize("bench", ["serve", "wan"])
-def test_an_answer_that_ends_early_is_an_error(run, spoken: Path, tmp_path: Path, bench: str) -> None:  # type: ignore[no-untyped-def]
+def test_an_answer_that_ends_early_is_an_error(run: Command, spoken: Path, tmp_path: Path, bench: str) -> None:
     short = shutil.copytree(spoken, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
@@ -177,8 +182,8 @@ def test_compared_runs_are_interleaved_and_the_first_round_warms_up() -> None:
         (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),
     ],
 )
-def test_a_wrong_option_is_one_clear_error(  # type: ignore[no-untyped-def]
-    run, spoken: Path, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+def test_a_wrong_option_is_one_clear_error(
+    run: Command, spoken: Path, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     bench, *given = (a.format(tiny=tiny) for a in arguments)
     family = [] if "--family" in given else ["--family", str(spoken)]
@@ -191,8 +196,8 @@ def test_a_wrong_option_is_one_clear_error(  # type: ignore[no-untyped-def]
     ("module", "arguments"),
     [("llama_cpp", ("--against", "llama.cpp", "--gguf", "x.gguf")), ("matplotlib", ())],
 )
-def test_a_missing_extra_is_named(  # type: ignore[no-untyped-def]
-    run, spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, arguments: tuple[str, ...]
+def test_a_missing_extra_is_named(
+    run: Command, spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     sizes = ("--threads", "1", "--out", str(tmp_path))
@@ -200,7 +205,7 @@ def test_a_missing_extra_is_named(  # type: ignore[no-untyped-def]
     assert code == 2 and out == "" and "pip install 'ruyi-flow[bench]'" in err and err.count("\n") == 1
 
 
-def test_a_broken_gguf_file_is_refused(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_broken_gguf_file_is_refused(run: Command, spoken: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxx")
     for name, message in (("bad.gguf", "llama.cpp cannot run this file"), ("none.gguf", "no such file")):

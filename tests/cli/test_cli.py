@@ -12,6 +12,7 @@ from ruyi_flow.client import Client
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.confidence import Curve
 from ruyi_flow.testing import tiny_family
+from tests.conftest import Command
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def topology(tmp_path: Path, tiny: Path) -> Path:
     return path
 
 
-def test_help_teaches_every_command(run) -> None:  # type: ignore[no-untyped-def]
+def test_help_teaches_every_command(run: Command) -> None:
     code, out, _ = run("--help")
     assert code == 0
     for command in ("pull", "shard", "node", "up", "demo", "generate", "chat", "status", "explain"):
@@ -33,7 +34,7 @@ def test_help_teaches_every_command(run) -> None:  # type: ignore[no-untyped-def
         assert run(command, "--help")[0] == 0
 
 
-def test_help_of_the_simulator_has_examples(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_help_of_the_simulator_has_examples(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     for command, words in (
         (
@@ -54,7 +55,7 @@ def test_help_of_the_simulator_has_examples(run, monkeypatch: pytest.MonkeyPatch
         assert [word for word in words if word not in shown] == []
 
 
-def test_pull_and_shard_report_in_json(run, tmp_path: Path, home: Path) -> None:  # type: ignore[no-untyped-def]
+def test_pull_and_shard_report_in_json(run: Command, tmp_path: Path, home: Path) -> None:
     plain = tiny_family(tmp_path / "plain", base="llama", ordinary=True)
     code, out, _ = run("pull", str(plain), "--name", "mine", "--exits", "2,4", "--json")
     facts = json.loads(out)
@@ -85,8 +86,8 @@ def rounded(tmp_path: Path, spoken: Path) -> Path:
     return file
 
 
-def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(  # type: ignore[no-untyped-def]
-    run, rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(
+    run: Command, rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
@@ -114,8 +115,8 @@ def test_shard_says_what_few_bits_cost_and_where_a_perplexity_comes_from(  # typ
         ("--text", b"\xff", "asked: cannot be read as text"),
     ],
 )
-def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-untyped-def]
-    run, rounded: Path, tmp_path: Path, option: str, content: bytes | None, message: str
+def test_shard_reads_what_it_measures_on_before_it_cuts(
+    run: Command, rounded: Path, tmp_path: Path, option: str, content: bytes | None, message: str
 ) -> None:
     file, folder = tmp_path / "asked", tmp_path / "shards"
     if content is not None:
@@ -161,7 +162,9 @@ def test_shard_reads_what_it_measures_on_before_it_cuts(  # type: ignore[no-unty
         (("pull", "smollm2", "--exits", "5;11"), "--exits is '5;11'"),
     ],
 )
-def test_a_user_error_is_one_line(run, topology: Path, home: Path, arguments: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_user_error_is_one_line(
+    run: Command, topology: Path, home: Path, arguments: tuple[str, ...], message: str
+) -> None:
     code, out, err = run(*(a.format(topology=topology) for a in arguments))
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message in err
@@ -169,13 +172,13 @@ def test_a_user_error_is_one_line(run, topology: Path, home: Path, arguments: tu
 
 
 @pytest.mark.parametrize("command", ["generate", "explain", "chat", "demo"])
-def test_an_answer_has_a_token_at_least(run, topology: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+def test_an_answer_has_a_token_at_least(run: Command, topology: Path, command: str) -> None:
     prompt = () if command == "chat" else ("-p", "hi")
     code, _, err = run(command, "-t", str(topology), *prompt, "--max-new-tokens", "0")
     assert code == 2 and ("max_new_tokens is 0" in err or "greater than or equal" in err)
 
 
-def test_help_teaches_tracing_and_calibrating(run) -> None:  # type: ignore[no-untyped-def]
+def test_help_teaches_tracing_and_calibrating(run: Command) -> None:
     for command, words in (
         ("trace", ("{PROMPTS}", "Example: ruyi-flow trace", "hundreds to thousands")),
         (
@@ -188,17 +191,17 @@ def test_help_teaches_tracing_and_calibrating(run) -> None:  # type: ignore[no-u
         assert all(word in out for word in words), command
 
 
-def test_an_unknown_option_is_refused(run) -> None:  # type: ignore[no-untyped-def]
+def test_an_unknown_option_is_refused(run: Command) -> None:
     code, _, err = run("generate", "--topolgy", "x")
     assert code == 2 and "topolgy" in err
 
 
-def test_a_log_level_that_is_none_is_refused(run, topology: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_log_level_that_is_none_is_refused(run: Command, topology: Path) -> None:
     code, _, err = run("node", "whole", "-t", str(topology), "--log-level", "foo")
     assert code == 2 and "'foo' is not one of" in err
 
 
-def test_port_zero_is_nobodys_address(run, topology: Path) -> None:  # type: ignore[no-untyped-def]
+def test_port_zero_is_nobodys_address(run: Command, topology: Path) -> None:
     data = yaml.safe_load(topology.read_text())
     data["nodes"][0]["address"] = "127.0.0.1:0"
     topology.write_text(yaml.safe_dump(data))
@@ -206,22 +209,22 @@ def test_port_zero_is_nobodys_address(run, topology: Path) -> None:  # type: ign
     assert code == 2 and "nodes.0.address: port 0 picks a random port that clients cannot know" in err
 
 
-def test_without_the_default_topology_one_must_be_named(  # type: ignore[no-untyped-def]
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_the_default_topology_one_must_be_named(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run("status")
     assert code == 2 and "(the default); name yours with --topology FILE" in err
 
 
-def test_the_version_is_the_packages(run) -> None:  # type: ignore[no-untyped-def]
+def test_the_version_is_the_packages(run: Command) -> None:
     from importlib.metadata import version
 
     assert run("--version") == (0, f"ruyi-flow {version('ruyi-flow')}\n", "")
 
 
-def test_a_store_that_cannot_be_written_is_said(  # type: ignore[no-untyped-def]
-    run, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_cannot_be_written_is_said(
+    run: Command, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RUYI_FLOW_HOME", str(tmp_path / "file"))
@@ -229,8 +232,8 @@ def test_a_store_that_cannot_be_written_is_said(  # type: ignore[no-untyped-def]
     assert code == 2 and err.startswith("error: ") and "file" in err and err.count("\n") == 1
 
 
-def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have(  # type: ignore[no-untyped-def]
-    run, spoken: Path, tmp_path: Path
+def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have(
+    run: Command, spoken: Path, tmp_path: Path
 ) -> None:
     file, page = tmp_path / "one.yaml", tmp_path / "answer.html"
     node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
@@ -257,7 +260,7 @@ def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have
     assert code == 0 and f"{len(told) and 8} of 8 tokens are those that the last branch predicts" in out
 
 
-def test_explain_shows_the_mean_that_decides_in_cascade(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_explain_shows_the_mean_that_decides_in_cascade(run: Command, spoken: Path, tmp_path: Path) -> None:
     file, page = tmp_path / "one.yaml", tmp_path / "answer.html"
     node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
     file.write_text(yaml.safe_dump({"family": str(spoken), "nodes": [node]}))
@@ -291,7 +294,7 @@ def test_explain_shows_the_mean_that_decides_in_cascade(run, spoken: Path, tmp_p
     assert " mean " not in run(*asked[:7], "--threshold", "0.5")[1]
 
 
-def test_explain_shows_the_score_that_confidence_is_made_of(run, spoken: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_explain_shows_the_score_that_confidence_is_made_of(run: Command, spoken: Path, tmp_path: Path) -> None:
     file, policy = tmp_path / "one.yaml", tmp_path / "p.yaml"
     node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}
     family = load_family(spoken, dtype="float32")
@@ -316,7 +319,7 @@ def test_explain_shows_the_score_that_confidence_is_made_of(run, spoken: Path, t
     assert " margin " in run(*asked)[1]
 
 
-def test_explain_holds_the_family_as_the_last_node_does(run, even: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_explain_holds_the_family_as_the_last_node_does(run: Command, even: Path, tmp_path: Path) -> None:
     file = tmp_path / "one.yaml"
     node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32", "weights": "int8"}
     file.write_text(yaml.safe_dump({"family": str(even), "nodes": [node]}))

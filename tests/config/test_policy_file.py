@@ -19,6 +19,7 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import Mode
 from tests.calibration.test_thresholds import HEADER, made
+from tests.conftest import Command
 
 
 def write(path: Path, **changes: object) -> Path:
@@ -216,7 +217,7 @@ def test_calibrate_fits_a_budget_or_a_cascade(
     assert out.read_bytes() == kept
 
 
-def test_calibrate_checks_where_it_writes_before_it_computes(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_calibrate_checks_where_it_writes_before_it_computes(run: Command, tmp_path: Path) -> None:
     trace, other, folder = tmp_path / "t.msgpack", tmp_path / "notes.yaml", tmp_path / "report"
     with Writer(trace, HEADER) as writer:
         writer.add(made(1, 8).records[0])

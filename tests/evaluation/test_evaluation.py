@@ -18,7 +18,9 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation import harness, report, run
 from ruyi_flow.evaluation.harness import ExitLM, ResultCache, cache_key
 from ruyi_flow.evaluation.run import Evaluation, evaluate
+from ruyi_flow.family.every_exit import exit_logits
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.training.corpus import read_prompts
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]  # the harness's warnings are its own
 
@@ -83,7 +85,9 @@ def test_contexts_that_do_not_fit_are_cut_as_the_harness_cuts_them(family: Famil
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
-def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_path: Path, batch_tokens: int) -> None:
+def test_continuations_of_one_context_are_cut_into_passes(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
+) -> None:
     generator = torch.Generator().manual_seed(2)
     context = (5, 6, 7)
     texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (1, 40, 1, 25, 60, 2, 40)]
@@ -91,7 +95,12 @@ def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_pa
     with ResultCache(tmp_path / "known.jsonl") as found:
         ours = ExitLM(family, 6, [4, 6], found, batch_tokens=batch_tokens, report=lambda *a: None)
         score = ours._score_batch
-        ours._score_batch = lambda batch: (sizes.append(sum(len(t) for t, _ in batch)), score(batch))[1]  # type: ignore
+
+        def noted(batch: Any) -> None:
+            sizes.append(sum(len(t) for t, _ in batch))
+            score(batch)
+
+        monkeypatch.setattr(ours, "_score_batch", noted)
         ours._score([(context, text) for text in texts])
         for text in texts:
             for exit in (4, 6):
@@ -104,7 +113,7 @@ def test_continuations_of_one_context_are_cut_into_passes(family: Family, tmp_pa
 def test_agreement_equals_the_logits_of_whole_sequences(family: Family, chats: Path, tmp_path: Path) -> None:
     ours = evaluate(family, tmp_path, tasks=["agreement", "text_agreement"], chats=chats)
     assert ours.rows[-1].values["agreement"] == 1.0 and ours.rows[-1].values["text_agreement"] == 1.0
-    prompts = list(run.read_prompts(chats, family.tokenizer))
+    prompts = list(read_prompts(chats, family.tokenizer))
     hits, tokens, likely = 0, 0, 0.0
     for prompt in prompts:
         answer = family.generate(torch.tensor([prompt]), max_new_tokens=128, min_new_tokens=0)[0].tolist()
@@ -131,7 +140,6 @@ def test_cached_results_are_not_computed_again(
     half = lines[: len(lines) // 2] + [lines[len(lines) // 2][:20]]  # like after a kill
     known.write_text("\n".join(half))
     asked: list[int] = []
-    exit_logits = harness.exit_logits
 
     def counted(*args: Any) -> Any:
         asked.append(len(args[2]))
@@ -145,7 +153,12 @@ def test_cached_results_are_not_computed_again(
             assert other.all_values[task] == pytest.approx(values, rel=1e-6)
     asked.clear()
     answers: list[Any] = []
-    monkeypatch.setattr(harness, "answers", lambda *a, **k: answers.append(a) or ())
+
+    def counted_answers(*given: Any, **options: Any) -> Any:
+        answers.append(given)
+        return ()
+
+    monkeypatch.setattr(harness, "answers", counted_answers)
     evaluate(family, tmp_path, tasks=tasks, data=data, chats=chats)
     assert not asked and not answers
 

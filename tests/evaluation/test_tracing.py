@@ -21,7 +21,8 @@ from ruyi_flow.evaluation.tracing import TEMPERATURES, record_trace
 from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
-from tests.conftest import confidence
+from ruyi_flow.training.distill import answers
+from tests.conftest import Command, confidence
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +135,10 @@ def test_a_record_is_written_when_its_answers_end(
     family: Family, prompts: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scorer: Scorer
 ) -> None:
     ended = 0
-    original = tracing.answers
 
     def counted(*given: Any, **options: Any) -> Iterator[Any]:
         nonlocal ended
-        for answer in original(*given, **options):
+        for answer in answers(*given, **options):
             ended += 1
             yield answer
 
@@ -316,8 +316,8 @@ def test_the_command(
     assert stop.value.code == 2 and "was recorded with another" in capsys.readouterr().err
 
 
-def test_the_command_reports_skipped_prompts_and_mistakes(  # type: ignore[no-untyped-def]
-    run, even: Path, family: Family, tmp_path: Path
+def test_the_command_reports_skipped_prompts_and_mistakes(
+    run: Command, even: Path, family: Family, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "t.msgpack"
     file.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in (3, family.config.max_positions, 5)))

@@ -17,7 +17,7 @@ from ruyi_flow.family.linear import GROUP, Linear, Quantized, pack
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import cluster, cut_topology, tiny_family
-from ruyi_flow.types import Weights
+from ruyi_flow.types import NodeStatus, Weights
 
 FEW = [Weights.INT8, Weights.INT4]
 IDS = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -126,7 +126,7 @@ def test_a_processor_without_bfloat16_widens_weights(
 OTHER_VECTORS = """
 import torch
 from ruyi_flow.family.linear import Linear, Quantized
-from ruyi_flow.types import Weights
+from ruyi_flow.types import NodeStatus, Weights
 
 for weights in (Weights.INT8, Weights.INT4):
     held, linear = Quantized.of(torch.randn(136, 64), weights), Linear(64, (136,), False)
@@ -219,7 +219,8 @@ async def test_exact_over_nodes_in_few_bits_is_the_family_in_few_bits(family: Pa
                     eos_token_ids=(),
                 )
                 assert reply.token_ids == expected
-            assert all(str(weights) in status.dtype for status in (await client.status()).values())
+            for status in (await client.status()).values():
+                assert isinstance(status, NodeStatus) and str(weights) in status.dtype
             await nodes.settle()
 
 

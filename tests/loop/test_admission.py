@@ -42,8 +42,11 @@ async def test_sessions_wait_in_order_until_there_is_capacity_for_the_first(capa
     assert capacity.pool.used == 0
 
 
-async def test_a_lease_given_back_while_a_session_joins_the_queue_is_not_missed(capacity: Capacity) -> None:
-    running, tried, lease = [], 0, capacity.lease
+async def test_a_lease_given_back_while_a_session_joins_the_queue_is_not_missed(
+    capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[Lease] = []
+    tried, lease = 0, capacity.lease
 
     def watched(max_positions: int) -> Lease:
         """The others end, on another thread, as soon as this one has been refused."""
@@ -58,7 +61,7 @@ async def test_a_lease_given_back_while_a_session_joins_the_queue_is_not_missed(
 
     admission = Admission(capacity, 3, 10)
     running += [await admission.admit(64) for _ in range(2)]
-    capacity.lease = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(capacity, "lease", watched)
     async with asyncio.timeout(2):
         (await admission.admit(64)).give_back()
     assert tried == 2

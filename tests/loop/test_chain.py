@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,12 @@ from ruyi_flow.types import Block, Decision, Mode, Reason, Stage, Verdict
 from tests.conftest import Oracle
 
 EXITS = (1, 3, 4, 6, 7)
-CUTS = [[EXITS], [(1,), (3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3,), (4,), (6,), (7,)]]
+CUTS: list[list[tuple[int, ...]]] = [
+    [EXITS],
+    [(1,), (3, 4, 6, 7)],
+    [(1, 3), (4, 6), (7,)],
+    [(1,), (3,), (4,), (6,), (7,)],
+]
 
 
 def chained(
@@ -46,6 +51,11 @@ def chained(
 ) -> Chain:
     """A chain of a session, whose next stage is made by `make` and has these options."""
     return kind(session, InlineWorker(), node, next_stage=NextStage(session, make, **options), costs=costs)
+
+
+def always(stage: Stage) -> Callable[[Policy], Stage]:
+    """Return what makes a next stage, where it has been made already."""
+    return lambda policy: stage
 
 
 class World:
@@ -87,7 +97,8 @@ class World:
             return chained(sessions[-1], f"n{i}", beyond, costs=None if i else costs, ahead=ahead)
 
         chain = node(0, policy)
-        decisions, escalations = [], 0
+        decisions: list[Decision] = []
+        escalations = 0
         async for settled in decode(chain, prompt, count):
             decisions += settled.decisions
             escalations += len(settled.hops) > 1
@@ -101,6 +112,27 @@ class World:
             piece.capacity.check_integrity()
             assert piece.capacity.pool.used == 0
         return decisions, escalations
+
+
+class Answering:
+    """A next stage that only answers questions, as `answer` does."""
+
+    def __init__(self, answer: Callable[[Block], Awaitable[Verdict]]) -> None:
+        self._answer = answer
+
+    async def advance(self, block: Block) -> Verdict:
+        return await self._answer(block)
+
+    async def feed(self, block: Block) -> None:
+        raise AssertionError("nothing goes up without a question")
+
+    async def arrived(self) -> None:
+        raise AssertionError("nothing goes up without a question")
+
+    async def rewind(self, position: int) -> None:
+        raise AssertionError("nothing that this stage was told is taken back")
+
+    async def close(self) -> None: ...
 
 
 class Whims(DraftCosts):
@@ -245,22 +277,16 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
     policy = Policy.resolve(Routing(Mode.EXACT, draft=4), EXITS)
     blocks: list[Block] = []
 
-    class Agreeing:
-        """Says of every wanted position what the draft says."""
-
-        async def advance(self, block: Block) -> Verdict:
-            blocks.append(block)
-            ids = (*block.token_ids, 60)
-            return Verdict(tuple(Decision(ids[p - block.start + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
-
-        async def rewind(self, position: int) -> None: ...
-
-        async def close(self) -> None: ...
+    async def agree(block: Block) -> Verdict:
+        """Say of every wanted position what the draft says."""
+        blocks.append(block)
+        ids = (*block.token_ids, 60)
+        return Verdict(tuple(Decision(ids[p - block.start + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
 
     chain = chained(
         open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=40),
         "n0",
-        lambda policy: Agreeing(),
+        lambda policy: Answering(agree),
     )
     rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
     await chain.close()
@@ -280,23 +306,17 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
     scale = Scale(Score.MAX_PROBABILITY, {1: Curve(1.0, (0.0, 1.0), (0.99, 1.0))})
     policy = Policy.resolve(Routing(Mode.EXACT, draft=4, scale=scale), EXITS)
 
-    class Slow:
-        """Says what the first branch says, after a while."""
-
-        async def advance(self, block: Block) -> Verdict:
-            assert list(block.token_ids) == said[block.start : block.start + len(block.token_ids)]
-            for _ in range(6):
-                await asyncio.sleep(0)
-            return Verdict(tuple(Decision(said[p + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
-
-        async def rewind(self, position: int) -> None: ...
-
-        async def close(self) -> None: ...
+    async def answer_slowly(block: Block) -> Verdict:
+        """Say what the first branch says, after a while."""
+        assert list(block.token_ids) == said[block.start : block.start + len(block.token_ids)]
+        for _ in range(6):
+            await asyncio.sleep(0)
+        return Verdict(tuple(Decision(said[p + 1], 7, 1.0, Reason.DEEPEST) for p in block.wants), ())
 
     session = open_session(
         world.cuts[3][0], policy, SamplingParams(), prompt_length=len(prompt), max_positions=len(prompt) + count
     )
-    chain = chained(session, "n0", lambda policy: Slow(), costs=Whims(whims))  # type: ignore[arg-type, return-value]
+    chain = chained(session, "n0", lambda policy: Answering(answer_slowly), costs=Whims(whims))
     try:
         decided = [d.token async for settled in decode(chain, prompt, count) for d in settled.decisions]
     finally:
@@ -307,22 +327,16 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
 @pytest.mark.parametrize("draft", [0, 3])
 @pytest.mark.parametrize("mode", [Mode.EXACT, Mode.TOKEN, Mode.CASCADE])
 async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mode, draft: int) -> None:
-    class Lost:
-        async def advance(self, block: Block) -> Verdict:
-            raise NodeUnavailable("gone")
-
-        async def rewind(self, position: int) -> None:
-            raise AssertionError("a lost stage is not asked anything")
-
-        async def close(self) -> None: ...
+    async def lost(block: Block) -> Verdict:
+        raise NodeUnavailable("gone")
 
     shard = world.cuts[2][0]
-    given = {} if mode is Mode.EXACT else {"threshold": 0.05}
+    given: dict[str, Any] = {} if mode is Mode.EXACT else {"threshold": 0.05}
     given |= {"window": 2} if mode is Mode.CASCADE else {}
     routing = Routing(mode, draft=draft, fallback=True, **given)
     policy = Policy.resolve(routing, EXITS)
     session = open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=True)
-    chain = chained(session, "n0", lambda policy: Lost())
+    chain = chained(session, "n0", lambda policy: Answering(lost))
     decided = [d async for settled in decode(chain, [5, 6, 7], 12) for d in settled.decisions]
     await chain.close()
     assert [(d.token, d.exit) for d in decided] == world.oracle.decide(policy.limited_to(3), [5, 6, 7], 12)
@@ -334,7 +348,7 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
         chain = chained(
             open_session(shard, strict, SamplingParams(), prompt_length=3, max_positions=20),
             "n0",
-            lambda policy: Lost(),
+            lambda policy: Answering(lost),
         )
         try:
             _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
@@ -383,7 +397,7 @@ async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world:
             open_session(far, policy, SamplingParams(), prompt_length=12, max_positions=40), "n1", kind=Noted
         )
         session = open_session(near, policy, SamplingParams(), prompt_length=12, max_positions=40)
-        chain = chained(session, "n0", lambda policy, deeper=deeper: deeper, ahead=budget)  # type: ignore[misc]
+        chain = chained(session, "n0", always(deeper), ahead=budget)
         async for _ in decode(chain, list(range(3, 15)), 20):
             await turns()
         await chain.close()
@@ -536,7 +550,7 @@ async def test_a_long_prompt_goes_in_parts_and_gives_the_same(
         session = open_session(
             shard, policy, SamplingParams(), prompt_length=len(prompt), max_positions=len(prompt) + 10
         )
-        chain = chained(session, f"n{i}", (lambda s: lambda policy: s)(chain) if chain else None, kind=Noted)
+        chain = chained(session, f"n{i}", always(chain) if chain else None, kind=Noted)
     assert chain is not None
     decided = [d async for settled in decode(chain, prompt, 4) for d in settled.decisions]
     await chain.close()
@@ -552,13 +566,11 @@ async def test_a_rewound_chain_goes_on_as_if_nothing_had_been(world: World) -> N
     params = SamplingParams()
 
     def chain() -> Chain:
-        deeper: Stage | None = None
+        deeper: Chain | None = None
         for i in reversed(range(3)):
-            make: Callable[[Policy], Stage] | None = (
-                (lambda s: lambda policy: s)(deeper) if deeper is not None else None
-            )
-            deeper = chained(open_session(pieces[i], policy, params, prompt_length=4, max_positions=60), f"n{i}", make)
-        assert isinstance(deeper, Chain)
+            session = open_session(pieces[i], policy, params, prompt_length=4, max_positions=60)
+            deeper = chained(session, f"n{i}", always(deeper) if deeper else None)
+        assert deeper is not None
         return deeper
 
     async def go(chain: Chain, ids: Sequence[int], count: int) -> list[int]:
@@ -604,7 +616,7 @@ def decision(token: int) -> Decision:
 
 def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
     policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS)
-    block = Block(3, None, (8, 9, 10, 11, 12), (4, 5, 6, 7))
+    block = Block(3, torch.empty(5, 0), (8, 9, 10, 11, 12), (4, 5, 6, 7))
     walk = Walk.of(Judge(policy, 1), block, [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
     assert [seen.position for seen in walk.looks] == [4, 5, 6]
     assert walk.undecided == [5]
@@ -613,7 +625,7 @@ def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
 
 
 def test_a_walk_without_looks_asks_everything() -> None:
-    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), Block(4, None, (9, 10), (4, 5)), None)
+    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), Block(4, torch.empty(2, 0), (9, 10), (4, 5)), None)
     assert walk.undecided == [4, 5]
     assert [d.token for d in walk.merge([decision(10), decision(3)])] == [10, 3]
     assert [d.token for d in walk.merge([decision(9)])] == [9]

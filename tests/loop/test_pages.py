@@ -10,7 +10,8 @@ from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, PageRun
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 700)), max_size=60))
 def test_any_sequence_of_allocations_keeps_the_pool_whole(steps: list[tuple[bool, int]]) -> None:
-    pool, runs = PagePool(1000), []
+    pool = PagePool(1000)
+    runs: list[PageRun] = []
     for owner, (release, size) in enumerate(steps):
         if release and runs:
             pool.release(runs.pop(size % len(runs)))

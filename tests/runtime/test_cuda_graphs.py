@@ -5,7 +5,6 @@ import itertools
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.loop.pages import PAGE_SIZE, PagePool, PageRun
+from ruyi_flow.loop.session import Piece
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.runtime.attention import (
     LONG_PAGE,
@@ -35,13 +35,11 @@ from tests.runtime.test_worker import POLICY, decoding
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The attributes of a `Piece` that a plan needs."""
-
-    pages: PageRun
-    start: int
-    count: int
+def rows(pages: PageRun, start: int, count: int) -> Piece:
+    """Return a piece that has the attributes that a plan reads, and no others."""
+    piece = Piece.__new__(Piece)
+    piece.pages, piece.start, piece.count = pages, start, count
+    return piece
 
 
 def test_steps_are_padded_to_powers_of_two() -> None:
@@ -51,7 +49,7 @@ def test_steps_are_padded_to_powers_of_two() -> None:
 
 def test_a_plan_places_every_row_and_keeps_the_padding_outside_the_pool() -> None:
     num_pages, pages = 20, 2
-    blocks = [Rows(PageRun(0, 3, 5), 300, 2), Rows(PageRun(1, 18, 2), 0, 1)]
+    blocks = [rows(PageRun(0, 3, 5), 300, 2), rows(PageRun(1, 18, 2), 0, 1)]
     numbers = plan(blocks, 4, pages * LONG_PAGE, num_pages)
     at, lengths, tables = numbers[:4], numbers[4:8], numbers[8:]
     assert at == [3 * PAGE_SIZE + 300, 3 * PAGE_SIZE + 301, 18 * PAGE_SIZE, num_pages * PAGE_SIZE]
@@ -75,7 +73,7 @@ def test_a_page_table_covers_a_run_of_pages_without_copies(seed: int) -> None:
         assert torch.equal(found, memory[:, run.positions].transpose(0, 1))
 
 
-def filled_memory(blocks: Sequence[Rows], num_pages: int, heads: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+def filled_memory(blocks: Sequence[Piece], num_pages: int, heads: int, device: str, dtype: torch.dtype) -> torch.Tensor:
     """Return (2, 2, heads, positions, 16) memory: random numbers before the blocks' rows, NaN elsewhere."""
     torch.manual_seed(0)
     memory = torch.full((2, 2, heads, num_pages * PAGE_SIZE + LONG_PAGE, 16), torch.nan, device=device, dtype=dtype)
@@ -89,10 +87,10 @@ def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
     """Check that padded rows give the same as each session's block, despite padding and unwritten pages."""
     num_pages, heads, kv_heads, d = 24, 6, 2, 16
     blocks = [
-        Rows(PageRun(0, 2, 3), 150, 3),
-        Rows(PageRun(1, 5, 1), 0, 1),
-        Rows(PageRun(2, 7, 10), 299, 1),
-        Rows(PageRun(3, 23, 1), 9, 5),
+        rows(PageRun(0, 2, 3), 150, 3),
+        rows(PageRun(1, 5, 1), 0, 1),
+        rows(PageRun(2, 7, 10), 299, 1),
+        rows(PageRun(3, 23, 1), 9, 5),
     ]
     memory, n = filled_memory(blocks, num_pages, kv_heads, device, dtype), 10
     q, k, v = (torch.randn(n, h, d, device=device, dtype=dtype) for h in (heads, kv_heads, kv_heads))
@@ -101,7 +99,8 @@ def check_paged(device: str, dtype: torch.dtype, within: float) -> None:
     at, lengths, tables = numbers.split((16, 16, 32))
     flash = flash_attention(torch.device(device), dtype, d)
     padded = [torch.cat([t, torch.full_like(t[:6], torch.nan)]) for t in (q, k, v)]
-    found = PagedAttention(ours, at, lengths, tables.view(16, 2), flash=flash)(1, *padded, None)[:n]
+    attention = PagedAttention(ours, at, lengths, tables.view(16, 2), flash=flash)
+    found = attention(1, padded[0], padded[1], padded[2], None)[:n]
     each = [CachedAttention(memory[:, :, :, b.pages.positions], b.start, b.count) for b in blocks]
     expected = BatchedAttention(each, memory, at[:n].long())(1, q, k, v, None)
     assert found.isfinite().all() and (found - expected).abs().max() <= within

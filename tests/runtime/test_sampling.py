@@ -1,6 +1,7 @@
 """Sampling: the processors of transformers, and noise that depends on seed, position and token only."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,9 +122,9 @@ def test_min_new_tokens_excludes_the_end_token() -> None:
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_invalid_parameters_are_refused(options: dict[str, object], message: str) -> None:
+def test_invalid_parameters_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        SamplingParams(**options)  # type: ignore[arg-type]
+        SamplingParams(**options)
 
 
 def test_logits_without_a_valid_token_are_an_error() -> None:

@@ -4,9 +4,11 @@ import gc
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from ruyi_flow.errors import CapacityError, ContextLengthError
@@ -17,6 +19,7 @@ from ruyi_flow.loop.session import Pass
 from ruyi_flow.loop.steps import Task, drive
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.testing import open_session, tiny_family
 from ruyi_flow.types import Mode
@@ -24,14 +27,15 @@ from ruyi_flow.types import Mode
 LOOK_EVERYWHERE = Routing(Mode.TOKEN, threshold=0.5)
 
 
-class Recorder:
-    """Takes the sampler's place and keeps the logits of each position."""
+class Recorder(Sampler):
+    """Keeps the logits of each position and picks token 0."""
 
     def __init__(self) -> None:
+        super().__init__(SamplingParams(), 1)
         self.logits: dict[int, Tensor] = {}
 
     def pick(
-        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], **_: object
+        self, logits: Tensor, positions: Sequence[int], history: Sequence[int], **_: Any
     ) -> tuple[list[int], list[float]]:
         for row, position in zip(logits, positions, strict=True):
             self.logits[position] = row.float().cpu()
@@ -67,9 +71,9 @@ class Pipeline:
             open_session(p, policy, SamplingParams(), prompt_length=1, max_positions=size) for p in pieces
         ]
         self.stages = [(s, i) for s in self.sessions for i in range(len(s.exits))]
-        self.recorders = {}
+        self.recorders = {id(session): Recorder() for session in self.sessions}
         for session in self.sessions:
-            session.sampler = self.recorders[id(session)] = Recorder()  # type: ignore[assignment]
+            session.sampler = self.recorders[id(session)]
 
     def feed(self, ids: Sequence[int], wants: Sequence[int]) -> None:
         session, stage = self.stages[0]
@@ -115,7 +119,7 @@ def test_sharded_is_whole(tmp_path: Path, cuts: list[tuple[int, ...]], length: i
         assert piece.capacity.pool.used == 0
 
 
-def padded(device: str) -> list[object]:
+def padded(device: str) -> list[ParameterSet]:
     """Short steps as they come and as padded rows, on a device."""
     cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     marks = cuda if device == "cuda" else []
@@ -127,7 +131,7 @@ def padded(device: str) -> list[object]:
 def test_cached_is_uncached_after_any_interleaving(seed: int, device: str, paged: bool, five: Path) -> None:
     rng = random.Random(seed)
     family: Family = load_family(five, dtype="float32")
-    cuts = rng.choice([[(1, 3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3, 4, 6), (7,)]])
+    cuts: list[tuple[int, ...]] = rng.choice([[(1, 3, 4, 6, 7)], [(1, 3), (4, 6), (7,)], [(1,), (3, 4, 6), (7,)]])
     pipeline = Pipeline(shards(five, cuts, device=device, paged=paged))
     ids: list[int] = []
     held = [0] * len(family.exits)

@@ -2,9 +2,9 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ from ruyi_flow.loop.session import Pass
 from ruyi_flow.loop.steps import Task, drive
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime import worker as worker_module
+from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
+from ruyi_flow.runtime.worker import _BRIEF_S as BRIEF_S
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.testing import open_session
 from ruyi_flow.types import Mode
@@ -32,6 +35,19 @@ def doing(call: Callable[[], object]) -> Task[object]:
     """A task that runs nothing through the layers."""
     return call()
     yield  # a generator
+
+
+Parts = Sequence[tuple[Pass, int]]
+
+
+def before_each_step(monkeypatch: pytest.MonkeyPatch, shard: Shard, call: Callable[[Parts], object]) -> None:
+    run = shard.run
+
+    def called(parts: Parts) -> None:
+        call(parts)
+        run(parts)
+
+    monkeypatch.setattr(shard, "run", called)
 
 
 @pytest.fixture
@@ -56,16 +72,17 @@ def decoding(session: ShardSession, ids: Sequence[int], count: int) -> Task[list
     return found
 
 
-async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard) -> None:
+async def test_tasks_share_steps_and_see_what_they_would_see_alone(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 300, 5, 90)]
     alone = []
     for prompt in prompts:
         session = open_session(shard, POLICY, SamplingParams(), prompt_length=len(prompt), max_positions=400)
         alone.append(drive(decoding(session, prompt, 8)))
         session.close()
-    steps: list[list[tuple[Pass, int]]] = []
-    run = shard.run
-    shard.run = lambda parts: (steps.append(list(parts)), run(parts))[1]  # type: ignore[method-assign]
+    steps: list[Parts] = []
+    before_each_step(monkeypatch, shard, lambda parts: steps.append(list(parts)))
     worker = ThreadWorker(1, budget=64)
     sessions = [
         open_session(shard, POLICY, SamplingParams(), prompt_length=len(prompt), max_positions=400)
@@ -90,16 +107,17 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(shard: Shard)
 async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
     good, bad = (open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=40) for _ in range(2))
 
-    class Refusing:
-        def pick(self, *_: object, **__: object) -> None:
+    class Refusing(Sampler):
+        def pick(self, *_: Any, **__: Any) -> NoReturn:
             raise RequestError("no token is left")
 
-    bad.sampler = Refusing()  # type: ignore[assignment]
+    bad.sampler = Refusing(SamplingParams(), 3)
     worker = ThreadWorker(1)
     results = await asyncio.gather(
         *(worker.run(decoding(session, [5, 6, 7], 4)) for session in (good, bad)), return_exceptions=True
     )
-    assert isinstance(results[1], RequestError) and len(results[0][0]) == 4  # type: ignore[index]
+    fine, refused = results
+    assert isinstance(refused, RequestError) and not isinstance(fine, BaseException) and len(fine[0]) == 4
     worker.shutdown()
 
 
@@ -123,16 +141,21 @@ async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard
         await worker.run(doing(here))
 
 
-async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safely(shard: Shard) -> None:
-    worker, began, go = ThreadWorker(1), threading.Event(), threading.Event()
-    first = asyncio.create_task(worker.run(doing(lambda: (began.set(), go.wait(10)))))
+async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safely(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, go = ThreadWorker(1), threading.Event()
+    loop, began, going = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def first_task() -> None:
+        loop.call_soon_threadsafe(began.set)
+        go.wait(10)
+
+    first = asyncio.create_task(worker.run(doing(first_task)))
     session = open_session(shard, POLICY, SamplingParams(), prompt_length=1, max_positions=400)
-    going = asyncio.Event()
-    loop, run = asyncio.get_running_loop(), shard.run
-    shard.run = lambda parts: (loop.call_soon_threadsafe(going.set), run(parts))[1]  # type: ignore[method-assign]
+    before_each_step(monkeypatch, shard, lambda parts: loop.call_soon_threadsafe(going.set))
     second = asyncio.create_task(worker.run(decoding(session, [5], 300)))
-    await asyncio.sleep(0)
-    assert began.wait(10)
+    await began.wait()
     go.set()
     await first
     await going.wait()
@@ -147,35 +170,62 @@ async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safe
     worker.shutdown()
 
 
-async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(shard: Shard) -> None:
+class HandClock:
+    """Takes the place of the worker's `time`: a step takes as long as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    made = HandClock()
+
+    def step(parts: Parts) -> None:
+        made.now += made.step_s
+
+    before_each_step(monkeypatch, shard, step)
+    monkeypatch.setattr(worker_module, "time", made)
+    return made
+
+
+async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(shard: Shard, clock: HandClock) -> None:
     worker = ThreadWorker(1)
     session = open_session(shard, POLICY, SamplingParams(), prompt_length=1, max_positions=400)
 
-    async def on_the_loop(brief: bool = True, pause_s: float = 0.0) -> bool:
+    async def on_the_loop(*, brief: bool = True, takes: float = 0.1) -> bool:
+        """Run a task of one step, and say whether it ended on the event loop.
+
+        Args:
+            takes: seconds that its step takes, as a share of what a brief task may take.
+        """
+        clock.step_s = takes * BRIEF_S
+
         def task() -> Task[int]:
             position = len(session.token_ids)
             session.token_ids.append(5)
             yield Pass(session, 0, session.embed((5,)), (position,))
             return here()
 
-        run = shard.run
-        shard.run = lambda parts: (time.sleep(pause_s), run(parts))[1]  # type: ignore[method-assign]
-        try:
-            return (await worker.run(task(), brief=brief))[0] == here()
-        finally:
-            shard.run = run  # type: ignore[method-assign]
+        return (await worker.run(task(), brief=brief))[0] == here()
 
     assert not await on_the_loop() and not await on_the_loop()  # a loop that is not lent is left alone
     worker.lend()
     assert not await on_the_loop()  # measured first
     assert await on_the_loop() and await on_the_loop()
     assert not await on_the_loop(brief=False)
-    assert not await on_the_loop(pause_s=0.03)  # nobody could know; it goes on in the thread
-    assert not await on_the_loop(pause_s=0.03) and not await on_the_loop() and await on_the_loop()
+    assert not await on_the_loop(takes=1.5)  # nobody could know; it goes on in the thread
+    assert not await on_the_loop(takes=1.5) and not await on_the_loop() and await on_the_loop()
     worker.shutdown()
 
 
-async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing(shard: Shard) -> None:
+async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing(
+    shard: Shard, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = ThreadWorker(1)
     worker.lend()
     alone = drive(
@@ -185,17 +235,12 @@ async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing
         decoding(open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=100), (5, 6, 7), 1),
         brief=True,
     )  # measured
-    run, on = shard.run, []
-
-    def slow(parts: Sequence[tuple[Pass, int]]) -> None:
-        on.append(here())
-        time.sleep(0.004)
-        run(parts)
-
-    shard.run = slow  # type: ignore[method-assign]
+    on: list[int] = []
+    before_each_step(monkeypatch, shard, lambda parts: on.append(here()))
+    clock.step_s = BRIEF_S / 4
     session = open_session(shard, POLICY, SamplingParams(), prompt_length=3, max_positions=100)
-    found, queue_s, compute_s = await worker.run(decoding(session, (5, 6, 7), 8), brief=True)
+    found, _, compute_s = await worker.run(decoding(session, (5, 6, 7), 8), brief=True)
     assert found == alone and len(on) == 24
-    mine = on.count(here())
-    assert 0 < mine < 10 and on[:mine] == [here()] * mine and compute_s > 24 * 0.004 > queue_s
+    assert [thread == here() for thread in on] == [True] * 4 + [False] * 20
+    assert compute_s == pytest.approx(24 * clock.step_s)
     worker.shutdown()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -26,6 +27,7 @@ from ruyi_flow.errors import (
     NodeUnavailable,
     RequestCancelled,
     RequestError,
+    RuyiFlowError,
     WireError,
 )
 from ruyi_flow.family.checkpoint import Checkpoint, cut
@@ -65,8 +67,13 @@ async def test_every_cut_over_nodes_gives_the_same_tokens(tiny: Path, oracle: Or
             assert [(t.id, t.exit) for t in reply.tokens] == oracle.decide(policy, PROMPT, 20)
             assert all(t.node == next(n.name for n in nodes.topology.nodes if t.exit in n.exits) for t in reply.tokens)
         start = Start({2: (4.0, -1.0, 0.0, 0.0, 0.0), 4: (8.0, -1.0, 0.0, 0.0, 0.0)}, 0.5)
-        for options in ({"threshold": 0.3}, {"threshold": 0.5, "back": 0.4}, {"threshold": 0.2, "start": start}):
-            cascade = Routing(Mode.CASCADE, window=3, draft=2, **options)  # type: ignore[arg-type]
+        cascades: list[dict[str, Any]] = [
+            {"threshold": 0.3},
+            {"threshold": 0.5, "back": 0.4},
+            {"threshold": 0.2, "start": start},
+        ]
+        for options in cascades:
+            cascade = Routing(Mode.CASCADE, window=3, draft=2, **options)
             reply = await client.generate(
                 PROMPT, mode="cascade", window=3, draft=2, max_new_tokens=20, eos_token_ids=(), **options
             )
@@ -190,7 +197,7 @@ async def test_drafts_never_outgrow_a_message(tmp_path: Path) -> None:
     limits = {"max_message_bytes": 64 * 1024, "max_positions": 4096}
     topology = cut_topology(folder, [[2], [4, 6]], limits=limits)
     async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
-        options = {"mode": "exact", "draft": 1024, "max_new_tokens": 1100, "eos_token_ids": ()}
+        options: dict[str, Any] = {"mode": "exact", "draft": 1024, "max_new_tokens": 1100, "eos_token_ids": ()}
         async with aclosing(client.stream(PROMPT, **options)) as stream:
             ids = [(await anext(stream)).id for _ in range(3)]
         assert ids == [token for token, _ in oracle.decide(Policy.resolve(Routing(), (2, 4, 6)), PROMPT, 3)]
@@ -393,7 +400,7 @@ async def test_another_family_is_refused_with_both_fingerprints(tiny: Path, tmp_
 
 async def test_bad_requests_are_refused_one_by_one(tiny: Path) -> None:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
-        for prompt, options, kind, message in (
+        bad: list[tuple[Any, dict[str, Any], type[RuyiFlowError], str]] = [
             ([], {}, RequestError, "prompt is empty"),
             ("", {}, RequestError, "prompt is empty"),
             ("hello", {}, RequestError, "has no tokenizer.json"),
@@ -416,9 +423,10 @@ async def test_bad_requests_are_refused_one_by_one(tiny: Path) -> None:
             ("\ud800", {}, RequestError, "not valid Unicode"),
             ([5], {"timeout_s": "soon"}, RequestError, "timeout_s is 'soon'"),
             ([5], {"timeout_s": 0}, RequestError, "timeout_s is 0"),
-        ):
+        ]
+        for prompt, options, kind, message in bad:
             with pytest.raises(kind, match=message):
-                await client.generate(prompt, **options)  # type: ignore[arg-type]
+                await client.generate(prompt, **options)
         await nodes.settle()
 
 
@@ -476,7 +484,7 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
 
         opening = options_of(nodes)
         assert len((await send(opening, block())).verdict.decisions) == 1
-        for messages, kind, text in (
+        refused: list[tuple[list[pb.SessionRequest | bytes], type[RuyiFlowError], str]] = [
             ([b"\xff\xff\xff"], WireError, "not a SessionRequest"),
             ([pb.SessionRequest()], WireError, "must start with open"),
             ([block()], WireError, "must start with open, not with block"),
@@ -496,9 +504,10 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
             ([opening, block(ids=())], WireError, "has no positions"),
             ([opening, block(ids=(5, 2**31))], WireError, "token ids"),
             ([opening, block(ids=(5,) * 33, rows=33, wants=())], WireError, "the session has 32"),
-        ):
+        ]
+        for messages, kind, text in refused:
             with pytest.raises(kind, match=text):
-                await send(*messages)  # type: ignore[arg-type]
+                await send(*messages)
         call = channel.stream_stream(METHODS["Session"])(timeout=5)
         with pytest.raises((CapacityError, NodeError)):
             try:
@@ -626,4 +635,5 @@ def test_a_topology_of_one_node_needs_no_network(tiny: Path, oracle: Oracle) -> 
         expected = oracle.decide(Policy.resolve(Routing(), (2, 4, 6)), PROMPT, 12)
         assert [(t.id, t.exit) for t in reply.tokens] == expected
         assert [hop.node for hop in reply.stats.hops] == ["whole"]
-        assert client.status()["whole"].state == "serving"  # type: ignore[union-attr]
+        status = client.status()["whole"]
+        assert isinstance(status, NodeStatus) and status.state == "serving"

@@ -20,7 +20,7 @@ def profile(**changes: Any) -> Profile:
     def times(seconds: float) -> tuple[float, ...]:
         return tuple(seconds * factor for factor in grows)
 
-    sizes = {"session_s": 2e-4, "weight_bytes": 1000, "kv_bytes": 10}
+    sizes: dict[str, Any] = {"session_s": 2e-4, "weight_bytes": 1000, "kv_bytes": 10}
     stages = [StageCost(p, p - 2, rows, times(0.004), times(0.0004), times(0.0008), 1e-8, **sizes) for p in EXITS]
     made = Profile("measured", "made up for tests", "fam", 64, 2048, tuple(stages), exchange_s=0.001)
     return replace(made, **changes)

@@ -20,6 +20,8 @@ from ruyi_flow.sim.estimate import Estimate, Samples
 from ruyi_flow.sim.plan import Candidate, Constraint, cuts, plan, with_cut
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.types import Mode
+from tests.conftest import Command
 from tests.sim.small import EXITS, profile, scenario
 
 
@@ -107,7 +109,7 @@ def test_what_goes_past_a_node_that_is_left_out_takes_its_links(tmp_path: Path) 
     assert (link.round_trip_ms, link.up_mbit, link.down_mbit) == (60, 20, None)
 
 
-def test_a_plan_is_a_topology_that_can_be_deployed(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_is_a_topology_that_can_be_deployed(run: Command, tmp_path: Path) -> None:
     path, out = scenario(tmp_path), tmp_path / "topology.yaml"
     # The phone cannot hold everything, and is too slow for it.
     profile(machine={"memory_bytes": 2000 + 2 * 10 * 16384}).save(tmp_path / "costs.msgpack")
@@ -118,7 +120,8 @@ def test_a_plan_is_a_topology_that_can_be_deployed(run, tmp_path: Path) -> None:
     made = networked(out)
     assert made == Topology.load(out) and made.all_exits == EXITS and 2 <= len(made.nodes)
     assert [node.address for node in made.nodes] == [f"127.0.0.1:{7101 + i}" for i in range(len(made.nodes))]
-    assert set(made.policy.thresholds or {}) == {2, 4} and made.policy.mode == "token"
+    routing = made.policy.routing()
+    assert set(routing.thresholds or {}) == {2, 4} and routing.mode is Mode.TOKEN
     found = json.loads(run(*arguments, "--json")[1])
     assert found["met"] and len(found["finalists"]) == 3
     best = found["finalists"][0]
@@ -130,7 +133,7 @@ def test_a_plan_is_a_topology_that_can_be_deployed(run, tmp_path: Path) -> None:
     assert best["simulated"]["bytes"] == min(f["simulated"]["bytes"] for f in kept)
 
 
-def test_an_objective_that_nothing_meets_writes_nothing(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_objective_that_nothing_meets_writes_nothing(run: Command, tmp_path: Path) -> None:
     out = tmp_path / "topology.yaml"
     objective = ("--objective", "p95 token_s < 0.0001", "--finalists", "2", "--out", str(out))
     code, printed, _ = run("plan", str(scenario(tmp_path)), *objective)
@@ -138,9 +141,9 @@ def test_an_objective_that_nothing_meets_writes_nothing(run, tmp_path: Path) -> 
     assert "no finalist meets" in printed and "The closest: phone" in printed
 
 
-def test_a_plan_with_a_policy_file_writes_another_beside_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_with_a_policy_file_writes_another_beside_it(run: Command, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    header = Header("fam", "fam", EXITS, 64, "bfloat16", 30, "", (Score.MAX_PROBABILITY,), (1.0,))
+    header = Header("fam", "fam", EXITS, 64, {}, "bfloat16", 30, (Score.MAX_PROBABILITY,), (1.0,))
     with Writer(tmp_path / "trace.msgpack", header) as writer:
         for number in range(20):
             said = random.integers(1, 100, 30).astype(np.int32)
@@ -187,9 +190,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_a_plan_needs_a_file_before_it_searches(  # type: ignore[no-untyped-def]
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_needs_a_file_before_it_searches(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = scenario(tmp_path)
     monkeypatch.setattr("ruyi_flow.sim.plan.plan", lambda *_, **__: pytest.fail("it searched"))
     for out, says in (

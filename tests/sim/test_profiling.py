@@ -18,6 +18,7 @@ from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import cluster, cut_topology, free_ports, tiny_family
+from tests.conftest import Command
 from tests.sim.conftest import data, profile, stage
 
 pytestmark = pytest.mark.timeout(180)
@@ -74,8 +75,8 @@ def test_a_profile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         (("--out", "{folder}/file/p"), "/file is a file; name a file in a folder"),
     ],
 )
-def test_what_cannot_be_profiled_is_refused_before_anything_is_measured(  # type: ignore[no-untyped-def]
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
+def test_what_cannot_be_profiled_is_refused_before_anything_is_measured(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("ruyi_flow.bench.profile.family.profile_family", lambda *_, **__: pytest.fail("it measured"))

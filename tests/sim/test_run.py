@@ -25,6 +25,7 @@ from ruyi_flow.sim.run import Simulation, metrics_text
 from ruyi_flow.sim.run import simulate as simulate_into
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import cluster, cut_topology
+from tests.conftest import Command
 from tests.sim.conftest import Simulate, data, profile
 
 # ---- queueing theory ----
@@ -633,7 +634,7 @@ def test_what_cannot_be_set_is_said(tmp_path: Path, change: str, says: str) -> N
     assert says in str(failed.value)
 
 
-def test_a_run_needs_a_folder(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_needs_a_folder(run: Command, tmp_path: Path) -> None:
     profile().save(tmp_path / "p")
     (tmp_path / "s.yaml").write_text(json.dumps(data()))
     for out in ("s.yaml", "s.yaml/below"):

@@ -29,6 +29,7 @@ from ruyi_flow.sim.sweep import (
     sweep,
     write_tables,
 )
+from tests.conftest import Command
 from tests.sim.small import profile, scenario
 
 
@@ -179,13 +180,13 @@ def test_an_error_at_any_point_is_raised_before_the_first_run(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
-def test_a_missing_ray_is_one_line(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_ray_is_one_line(run: Command, tmp_path: Path) -> None:
     grid = ("--grid", "nodes.edge.count=1", "--out", str(tmp_path / "out"))
     code, out, err = run("sweep", str(scenario(tmp_path)), *grid, "--ray", "auto")
     assert code == 2 and out == "" and err == "error: --ray: Ray is not installed; pip install 'ruyi-flow[ray]'\n"
 
 
-def test_the_command_prints_a_table_or_json(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_command_prints_a_table_or_json(run: Command, tmp_path: Path) -> None:
     arguments = ("sweep", str(scenario(tmp_path)), "--grid", "policy.threshold=0.5,0.9", "--out", str(tmp_path / "out"))
     code, out, err = run(*arguments, "--repeat", "2")
     assert code == 0 and "*" in out and "±" in out and "results.csv" in err

@@ -287,7 +287,7 @@ def test_the_command_distills_trains_and_says_what_to_do_next(
 def test_the_family_writes_prompts_itself_and_answers_them(folder: Path, spoken: Path) -> None:
     checkpoint = Checkpoint(spoken)
     tokenizer, ends = load_tokenizer(checkpoint), tuple(range(3, 30))  # so many ends, or it would never stop
-    own = {"own_prompts": 40, "max_new_tokens": 12, "batch": 16}
+    own: dict[str, Any] = {"own_prompts": 40, "max_new_tokens": 12, "batch": 16}
     asked = recipe(folder, self_distill=SelfDistill(**own), length=64)
     told: list[tuple[int, int]] = []
     file = distill(asked, checkpoint, tokenizer, ends, report=lambda done, of, _: told.append((done, of)))

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -43,8 +45,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def ask(client: AsyncClient, prompt: list[int], tokens: int, **options: object) -> Reply:
-    given = {"mode": "exact", "draft": 0} | options
-    return await client.generate(prompt, max_new_tokens=tokens, eos_token_ids=(), **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"mode": "exact", "draft": 0} | options
+    return await client.generate(prompt, max_new_tokens=tokens, eos_token_ids=(), **given)
 
 
 async def begin(client: AsyncClient, prompts: list[list[int]], **options: object) -> list[asyncio.Task[list[int]]]:
@@ -52,9 +54,9 @@ async def begin(client: AsyncClient, prompts: list[list[int]], **options: object
     begun = [asyncio.Event() for _ in prompts]
 
     async def answer(prompt: list[int], first: asyncio.Event) -> list[int]:
-        given = {"mode": "exact", "draft": 0, "max_new_tokens": 400} | options
+        given: dict[str, Any] = {"mode": "exact", "draft": 0, "max_new_tokens": 400} | options
         found = []
-        async for token in client.stream(prompt, eos_token_ids=(), **given):  # type: ignore[arg-type]
+        async for token in client.stream(prompt, eos_token_ids=(), **given):
             found.append(token.id)
             first.set()
         return found
@@ -68,7 +70,7 @@ def ids(reply: Reply) -> list[int]:
     return [token.id for token in reply.tokens]
 
 
-async def test_what_is_ready_together_goes_together(tiny: object, oracle: Oracle, batches: list[int]) -> None:
+async def test_what_is_ready_together_goes_together(tiny: Path, oracle: Oracle, batches: list[int]) -> None:
     async with cluster(cut_topology(tiny, [[2], [4], [6]])) as nodes, AsyncClient(nodes.topology) as client:
         replies = await asyncio.gather(*(ask(client, prompt, 24, draft=i % 3) for i, prompt in enumerate(PROMPTS)))
         for prompt, reply in zip(PROMPTS, replies, strict=True):
@@ -78,7 +80,7 @@ async def test_what_is_ready_together_goes_together(tiny: object, oracle: Oracle
         await nodes.settle()
 
 
-async def test_a_lone_session_keeps_to_its_own_stream(tiny: object, batches: list[int]) -> None:
+async def test_a_lone_session_keeps_to_its_own_stream(tiny: Path, batches: list[int]) -> None:
     async with cluster(cut_topology(tiny, [[2], [4], [6]])) as nodes, AsyncClient(nodes.topology) as client:
         for prompt in PROMPTS[:2]:  # one after the other
             await ask(client, prompt, 8)
@@ -87,7 +89,7 @@ async def test_a_lone_session_keeps_to_its_own_stream(tiny: object, batches: lis
 
 
 async def test_long_messages_keep_to_their_own_stream(
-    tiny: object, oracle: Oracle, batches: list[int], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, oracle: Oracle, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "SHORT_BYTES", 64)  # of a block with one state of 128 bytes
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
@@ -112,7 +114,7 @@ async def test_a_batch_is_no_larger_than_the_node_takes(batches: list[int]) -> N
     assert [[item.session for item in batch.items] for batch in written] == [[0, 1], [2, 3], [4], [5]]
 
 
-async def test_sessions_that_end_early_leave_the_others_alone(tiny: object, oracle: Oracle) -> None:
+async def test_sessions_that_end_early_leave_the_others_alone(tiny: Path, oracle: Oracle) -> None:
     async with cluster(cut_topology(tiny, [[2], [4], [6]])) as nodes, AsyncClient(nodes.topology) as client:
         staying = await begin(client, PROMPTS[:2], max_new_tokens=100)
         leaving = await begin(client, PROMPTS[2:5])
@@ -127,7 +129,7 @@ async def test_sessions_that_end_early_leave_the_others_alone(tiny: object, orac
         await nodes.settle()
 
 
-async def test_what_one_session_fails_with_is_its_own(tiny: object, oracle: Oracle, batches: list[int]) -> None:
+async def test_what_one_session_fails_with_is_its_own(tiny: Path, oracle: Oracle, batches: list[int]) -> None:
     relay = Relay()
     async with (
         cluster(cut_topology(tiny, [[2], [4], [6]]), {"n2": relay}) as nodes,
@@ -146,7 +148,7 @@ async def test_what_one_session_fails_with_is_its_own(tiny: object, oracle: Orac
         await nodes.settle()
 
 
-async def test_a_lost_node_ends_every_session_and_later_ones_find_it_again(tiny: object, oracle: Oracle) -> None:
+async def test_a_lost_node_ends_every_session_and_later_ones_find_it_again(tiny: Path, oracle: Oracle) -> None:
     relay = Relay()
     async with (
         cluster(cut_topology(tiny, [[2], [4, 6]]), {"n1": relay}) as nodes,
@@ -162,7 +164,7 @@ async def test_a_lost_node_ends_every_session_and_later_ones_find_it_again(tiny:
         await nodes.settle()
 
 
-async def test_deadlines_hold_for_sessions_together(tiny: object) -> None:
+async def test_deadlines_hold_for_sessions_together(tiny: Path) -> None:
     relay = Relay(delay_s=0.02)
     async with (
         cluster(cut_topology(tiny, [[2], [4, 6]], timeout_s=1.0), {"n1": relay}) as nodes,
@@ -180,7 +182,7 @@ async def test_deadlines_hold_for_sessions_together(tiny: object) -> None:
 
 
 async def test_where_streams_go_different_ways_each_session_keeps_to_its_own(
-    tiny: object, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
 
@@ -199,7 +201,7 @@ async def test_where_streams_go_different_ways_each_session_keeps_to_its_own(
 
 
 @pytest.fixture
-async def nodes(tiny: object) -> AsyncIterator[Cluster]:
+async def nodes(tiny: Path) -> AsyncIterator[Cluster]:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as running:
         yield running
         await running.settle()

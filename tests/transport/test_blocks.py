@@ -1,6 +1,7 @@
 """Blocks on the wire: what goes in comes out, sizes are the design's, and what contradicts itself is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -150,12 +151,12 @@ def test_arbitrary_bytes_are_a_message_or_a_wire_error(data: bytes) -> None:
         pass
 
 
-def tensor(**changes: object) -> pb.Block:
+def tensor(**changes: Any) -> pb.Block:
     message = sent(block(states(2, 8)), Encoding.INT8)
     for name, value in changes.items():
         if name == "scales":
             del message.states.scales[:]
-            message.states.scales.extend(value)  # type: ignore[arg-type]
+            message.states.scales.extend(value)
         else:
             setattr(message.states, name, value)
     return message

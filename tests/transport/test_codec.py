@@ -1,6 +1,7 @@
 """Messages: what goes in comes out."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from ruyi_flow.types import (
 SCALE = Scale(Score.MARGIN, {5: Curve(1.5, (0.1, 0.2), (0.25, 0.5)), 11: Curve(0.7, (0.3,), (1.0,))})
 
 
-EVERY_OPTION = {
+EVERY_OPTION: dict[str, Any] = {
     "mode": Mode.CASCADE,
     "exit": 11,
     "threshold": 0.5,
@@ -45,10 +46,10 @@ EVERY_OPTION = {
 
 
 def test_a_curve_that_is_none_is_refused() -> None:
-    message = pb.Open(encoding=1, sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1))
-    message.policy.MergeFrom(
-        pb.Policy(routing=pb.Routing(scale=pb.Scale(score=1, curves={5: pb.Curve(temperature=1)})))
-    )
+    sampling = pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1)
+    message = pb.Open(encoding=pb.ENCODING_F32, sampling=sampling)
+    scale = pb.Scale(score=pb.SCORE_MAX_PROBABILITY, curves={5: pb.Curve(temperature=1)})
+    message.policy.MergeFrom(pb.Policy(routing=pb.Routing(scale=scale)))
     with pytest.raises(WireError, match="the policy's scale is not valid: its points must be"):
         codec.open_from_pb(message)
 
@@ -56,7 +57,7 @@ def test_a_curve_that_is_none_is_refused() -> None:
 def test_a_start_that_is_none_is_refused() -> None:
     message = pb.GenerateRequest(raw="x", sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1))
     start = pb.Start(weights={5: pb.Weights(values=[1.0])}, chance=0.5)
-    message.routing.MergeFrom(pb.Routing(mode=4, threshold=0.5, start=start))
+    message.routing.MergeFrom(pb.Routing(mode=pb.MODE_CASCADE, threshold=0.5, start=start))
     with pytest.raises(WireError, match="start rule is not valid: the weights of a start must be 5 numbers"):
         codec.generate_from_pb(message)
 
