@@ -42,7 +42,7 @@ def test_what_can_never_fit_is_refused_before_it_is_encoded(spoken_encoder: Prom
         ("x" * context, f"{context} tokens"),
     ):
         with pytest.raises(ContextLengthError, match=what):
-            spoken_encoder.encode(prompt, raw=True)  # type: ignore[arg-type]
+            spoken_encoder.encode(prompt, raw=True)
 
 
 def test_a_panic_of_the_tokenizer_is_a_refusal(spoken: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from ruyi_flow.routing.start import Start
 from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
-from ruyi_flow.runtime.worker import InlineWorker
+from ruyi_flow.runtime.worker import InlineWorker, ThreadWorker
 from ruyi_flow.testing import open_session, tiny_family
 from ruyi_flow.types import Block, Decision, Mode, Reason, Stage, Verdict
 from tests.conftest import Oracle
@@ -379,6 +380,27 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
     assert [d.reason is Reason.BUDGET for d in decided] == [True, True, False] * 4
     assert asked == [3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3]
     near.capacity.check_integrity()
+
+
+async def test_a_budget_is_spent_on_the_event_loop_alone(world: World) -> None:
+    near, far = world.cuts[1]
+    policy = Policy.resolve(Routing(Mode.EXACT, draft=2), EXITS)
+    deeper = chained(open_session(far, policy, SamplingParams(), prompt_length=3, max_positions=20), "n1")
+    session = open_session(near, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=True)
+    spenders: list[threading.Thread] = []
+
+    def gate(positions: int) -> None:
+        spenders.append(threading.current_thread())
+
+    worker = ThreadWorker()  # whose tasks run on the compute thread
+    try:
+        chain = Chain(session, worker, "n0", next_stage=NextStage(session, always(deeper), gate=gate, ahead=8))
+        async for _ in decode(chain, [5, 6, 7], 12):
+            pass
+        await chain.close()
+    finally:
+        worker.shutdown()
+    assert len(spenders) >= 4 and set(spenders) == {threading.current_thread()}
 
 
 async def test_decided_states_go_up_ahead_in_lots_and_within_their_budget(world: World) -> None:
