@@ -2,8 +2,8 @@
 
 import asyncio
 import itertools
-import threading
 import random
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
