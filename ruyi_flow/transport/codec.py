@@ -31,7 +31,7 @@ from ruyi_flow.types import (
 __all__ = [
     "ENCODINGS",
     "PROTOCOL",
-    "generate_from_pb",
+    "generate_from_bytes",
     "generate_to_pb",
     "open_from_pb",
     "open_to_pb",
@@ -185,13 +185,14 @@ def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
     return message
 
 
-def generate_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
+def generate_from_bytes(data: bytes) -> GenerateRequest:
     """Decode a user's request.
 
     Raises:
-        WireError: this version does not know a value of an enum.
+        WireError: the bytes are not such a message, or this version does not know a value of an enum.
         RequestError: an option has a value that it cannot have.
     """
+    message = parse(pb.GenerateRequest, data)
     kind = message.WhichOneof("prompt")
     prompt: Prompt
     if kind == "messages":

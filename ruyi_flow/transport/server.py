@@ -18,7 +18,7 @@ from ruyi_flow.errors import HandshakeError, NodeError, NodeFault, RuyiFlowError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
-from ruyi_flow.transport.batches import Outbox
+from ruyi_flow.transport.batches import SHORT_BYTES, Outbox
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import NODE_KEY, status_of
@@ -196,7 +196,9 @@ class Server:
 
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
-            request = codec.generate_from_pb(codec.parse(pb.GenerateRequest, data))
+            # A request of megabytes may have a million parts, and the event loop must not wait for their conversion.
+            decode = codec.generate_from_bytes
+            request = decode(data) if len(data) <= SHORT_BYTES else await asyncio.to_thread(decode, data)
             async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                 async for event in events:
                     await context.write(codec.reply_to_pb(event).SerializeToString())

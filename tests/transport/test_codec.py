@@ -59,7 +59,7 @@ def test_a_start_that_is_none_is_refused() -> None:
     start = pb.Start(weights={5: pb.Weights(values=[1.0])}, chance=0.5)
     message.routing.MergeFrom(pb.Routing(mode=pb.MODE_CASCADE, threshold=0.5, start=start))
     with pytest.raises(WireError, match="start rule is not valid: the weights of a start must be 5 numbers"):
-        codec.generate_from_pb(message)
+        codec.generate_from_bytes(message.SerializeToString())
 
 
 def test_handshakes_come_back() -> None:
@@ -106,7 +106,7 @@ def test_verdicts_come_back() -> None:
 def test_requests_come_back(request_: GenerateRequest) -> None:
     assert EVERY_OPTION.keys() == Routing.names(), "an option that this test does not know may be lost on the wire"
     message = codec.parse(pb.GenerateRequest, codec.generate_to_pb(request_).SerializeToString())
-    assert codec.generate_from_pb(message) == request_
+    assert codec.generate_from_bytes(message.SerializeToString()) == request_
 
 
 def test_answers_come_back() -> None:
