@@ -26,6 +26,7 @@ from tests.families import MIN_VOCAB, add_tokenizer
 
 torch.set_num_threads(1)
 
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Ruyi family with exits 2, 4, 6."""

@@ -1,4 +1,6 @@
-"""The steps of `tests.bench.gpu`, each in a process of its own: `python -m tests.bench.gpu_steps STEP FOLDER DEVICE SIZES`.
+"""The steps of `tests.bench.gpu`, which runs each in a process of its own.
+
+    python -m tests.bench.gpu_steps STEP FOLDER DEVICE SIZES
 
 A step prints its figures as one line of JSON and exits with 0, or prints an `error` beside them and exits with 1.
 """
@@ -134,10 +136,16 @@ class Place:
         given = {"tokens": sizes.tokens, "rounds": sizes.rounds, "threads": threads, "device": self.device}
         return Setup(str(self.family(name)), **given)
 
-    def synchronize(self) -> None:
-        """Wait for the kernels that were launched."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
+    def median_s(self, run: Callable[[], object]) -> float:
+        """Return the median seconds of ten calls that launch kernels, after three that warm up."""
+        times = []
+        for _ in range(13):
+            began = time.perf_counter()
+            run()
+            if self.device.startswith("cuda"):
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[3:])
 
 
 @dataclass(frozen=True)
@@ -151,25 +159,8 @@ class Gpu:
 
     @classmethod
     def measure(cls, place: Place) -> Gpu:
-        """Time a copy and a product: the medians of ten."""
-        sizes, n = place.sizes, place.sizes.product_size
-        source = torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=place.device)
-        target = torch.empty_like(source)
-        a, b = (torch.randn(n, n, device=place.device, dtype=torch.bfloat16) for _ in range(2))
-
-        def seconds(run: Callable[[], object]) -> float:
-            times = []
-            for _ in range(13):
-                place.synchronize()
-                began = time.perf_counter()
-                run()
-                place.synchronize()
-                times.append(time.perf_counter() - began)
-            return statistics.median(times[3:])
-
-        copied = 2 * sizes.copied_bytes / seconds(lambda: target.copy_(source))
-        best = cls(copied, 2 * n**3 / seconds(lambda: a @ b))
-        del source, target, a, b
+        """Time a copy and a product."""
+        best = cls(_copied_bytes_per_s(place), _product_flops_per_s(place))
         torch.cuda.empty_cache()  # for the nodes, which are other processes; does nothing without a GPU
         return best
 
@@ -189,6 +180,18 @@ class Gpu:
         read = weights + sessions * context * layers * config.kv_bytes
         flops = positions * layers * config.layer_flops(context) + sessions * config.head_flops
         return max(read / self.bytes_per_s, flops / self.flops_per_s)
+
+
+def _copied_bytes_per_s(place: Place) -> float:
+    source = torch.zeros(place.sizes.copied_bytes, dtype=torch.uint8, device=place.device)
+    target = torch.empty_like(source)
+    return 2 * place.sizes.copied_bytes / place.median_s(lambda: target.copy_(source))
+
+
+def _product_flops_per_s(place: Place) -> float:
+    n = place.sizes.product_size
+    a, b = (torch.randn(n, n, device=place.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / place.median_s(lambda: a @ b)
 
 
 def machine(place: Place) -> dict[str, Any]:
@@ -238,7 +241,7 @@ def write_family(name: str, place: Place) -> dict[str, Any]:
         tiny_family(partial, **geometry, dtype=torch.bfloat16, device=place.device, eos_token_id=258)
         add_tokenizer(partial).rename(folder)
     config = Checkpoint(folder).config
-    weights = "random" if folder.parent == place.folder else "the store's"
+    weights = "random" if folder.parent == place.folder else "from the store"
     return {"weights": weights, "parameters": config.num_parameters(config.exits[-1]), "layers": config.num_layers}
 
 
