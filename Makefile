@@ -1,9 +1,10 @@
 # Each target makes .venv first when it is missing, so on a fresh machine any of them is the only command needed.
+# Only `gpu` runs without .venv where torch in PYTHON can use the GPU: such a machine may have no internet.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs bench bench-sim protos picture clean
+.PHONY: demo test check docs bench bench-sim gpu protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -26,6 +27,12 @@ bench: $(READY)           ## measure; ends in one JSON line
 
 bench-sim: $(READY)       ## the simulator against the running system; writes docs/results/fidelity.md
 	$(BIN)/ruyi-flow bench fidelity --table docs/results/fidelity.md
+
+gpu:                      ## tests and benchmarks for one NVIDIA GPU, in ten minutes; ends in one JSON line
+	@python="$(PYTHON)"; \
+	"$$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+		|| { python=$(BIN)/python && $(MAKE) --silent $(READY); } \
+		&& "$$python" -m tests.bench.gpu
 
 protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
 	$(BIN)/python -m tests.generate_protos

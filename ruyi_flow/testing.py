@@ -38,9 +38,11 @@ def tiny_family(
     ordinary: bool = False,
     tied: bool = False,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     **changes: Any,
 ) -> Path:
-    """Write a small family with random float32 weights.
+    """Write a family with random weights; a small one, unless `changes` sets other sizes.
 
     Args:
         folder: folder to write to; it is made if missing.
@@ -49,7 +51,9 @@ def tiny_family(
         shared_heads: whether all branches use one LM head.
         ordinary: write an ordinary Hugging Face checkpoint instead, which gets exits when it is opened.
         tied: whether the LM head is the embedding.
-        seed: seed of the random weights.
+        seed: seed of the random weights, which differ between devices.
+        dtype: number format of the weights.
+        device: torch device that draws them; a GPU draws billions in seconds.
         changes: keys of config.json to set or replace.
 
     Returns:
@@ -85,12 +89,18 @@ def tiny_family(
     config = FamilyConfig.parse(raw)
     h, m, v = config.hidden_size, config.intermediate_size, config.vocab_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(1.5 / shape[-1] ** 0.5)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
 
-    tensors = {"model.embed_tokens.weight": random(v, h) * 4}
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (normal(*shape).mul_(1.5 / shape[-1] ** 0.5) * scale).to(dtype)
+
+    def norm(size: int) -> Tensor:
+        return (1 + 0.1 * normal(size)).to(dtype)
+
+    tensors = {"model.embed_tokens.weight": random(v, h, scale=4)}
     layers = [f"model.layers.{i}" for i in range(num_layers)]
     if not ordinary:
         layers += [prefix for p in exits[:-1] for prefix in config.branch_prefixes(p)]
@@ -106,22 +116,22 @@ def tiny_family(
         ):
             tensors[f"{prefix}.{part}.weight"] = random(rows, columns)
             if bias:
-                tensors[f"{prefix}.{part}.bias"] = random(rows) * 0.3
+                tensors[f"{prefix}.{part}.bias"] = random(rows, scale=0.3)
         norms = {"input_layernorm": h, "post_attention_layernorm": h}
         if base == "qwen3":
             norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
         for part, size in norms.items():
-            tensors[f"{prefix}.{part}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
+            tensors[f"{prefix}.{part}.weight"] = norm(size)
     for name in ["model.norm"] if ordinary else [f"model.norms.{i}" for i in range(len(exits))]:
-        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(h, generator=generator)
+        tensors[f"{name}.weight"] = norm(h)
     size = config.probe_size
     up, down = (size, h + Probe.TOP), (1, size)
     shapes: dict[str, tuple[int, ...]] = {"up.weight": up, "down.weight": down, "up.bias": (size,), "down.bias": (1,)}
     for i in range(len(exits) - 1) if size else ():
-        tensors |= {f"model.probes.{i}.{part}": random(*shape) * 2 for part, shape in shapes.items()}
+        tensors |= {f"model.probes.{i}.{part}": random(*shape, scale=2) for part, shape in shapes.items()}
     if not config.tied_head:
         for name in ["lm_head"] if config.shared_heads else [f"lm_head.{i}" for i in range(len(exits))]:
-            tensors[f"{name}.weight"] = random(v, h) * 2
+            tensors[f"{name}.weight"] = random(v, h, scale=2)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw))
     return folder

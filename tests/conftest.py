@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ruyi_flow import cli
 from ruyi_flow.errors import CheckpointError
@@ -24,15 +22,12 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Mode
+from tests.families import MIN_VOCAB, add_tokenizer
 
 torch.set_num_threads(1)
 
 Command = Callable[..., tuple[int, str, str]]
 """The command line, as the fixture `run` gives it: takes arguments, returns exit status, standard output and error."""
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +57,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _spoken(folder: Path, **changes: Any) -> Path:
-    tiny_family(folder, vocab_size=261, eos_token_id=258, **changes)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE)
-    fast.save_pretrained(folder)
-    return folder
+    return add_tokenizer(tiny_family(folder, vocab_size=MIN_VOCAB, eos_token_id=258, **changes))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ruyi_flow import __version__
 from ruyi_flow.bench import Against
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
@@ -43,16 +44,22 @@ def ruyi_flow(family: Family) -> Engine:
         answer = family.generate(torch.tensor([ids]), max_new_tokens=tokens, min_new_tokens=0, eos_token_ids=())
         return answer.shape[1]
 
-    return Engine(RUYI_FLOW, f"ruyi-flow {version('ruyi-flow')}", generate, lambda ids: generate(ids, 1))
+    return Engine(RUYI_FLOW, f"ruyi-flow {__version__}", generate, lambda ids: generate(ids, 1))
 
 
-def transformers(model: Any, draft_layers: int | None = None) -> Engine:
-    """Make an engine of a model of `as_transformers`, whose first `draft_layers` layers draft (LayerSkip)."""
+def transformers(model: Any, draft_layers: int | None = None, *, rows: int = 1) -> Engine:
+    """Make an engine of a model of `as_transformers`.
+
+    Args:
+        model: the model.
+        draft_layers: number of first layers that draft (LayerSkip). Default: no drafts.
+        rows: number of copies of each prompt that are continued together, as one batch.
+    """
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     drafting = {} if draft_layers is None else {"assistant_early_exit": draft_layers}
 
     def generate(ids: Sequence[int], tokens: int) -> int:
-        prompt = torch.tensor([ids], device=model.device)
+        prompt = torch.tensor([ids] * rows, device=model.device)
         options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False}
         return int(model.generate(prompt, **options, **drafting).shape[1]) - len(ids)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from ruyi_flow import __version__
 from ruyi_flow.types import Weights
 
 __all__ = [
@@ -118,7 +119,7 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         **gpu,
-        "ruyi_flow": version("ruyi-flow"),
+        "ruyi_flow": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
