@@ -84,7 +84,7 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     """How often hostile messages were answered how."""
     worst_stop_s: float = 0.0
-    """The longest time for which the event loop of callers and nodes stood still."""
+    """Longest time that the event loop of callers and nodes computed without a pause, other processes left out."""
     grown_mb: int = 0
     """How much memory the process had more at the most than before."""
     faults: list[str] = field(default_factory=list)
@@ -462,9 +462,10 @@ async def watch(report: Report) -> None:
     process = psutil.Process()
     before = process.memory_info().rss
     while True:
-        then = time.perf_counter()
+        then, spent = time.perf_counter(), time.thread_time()
         await asyncio.sleep(0.01)
-        report.worst_stop_s = max(report.worst_stop_s, time.perf_counter() - then - 0.01)
+        late, spent = time.perf_counter() - then - 0.01, time.thread_time() - spent
+        report.worst_stop_s = max(report.worst_stop_s, min(late, spent))
         report.grown_mb = max(report.grown_mb, (process.memory_info().rss - before) >> 20)
 
 
