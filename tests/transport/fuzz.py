@@ -2,7 +2,7 @@
 
     python -m tests.transport.fuzz --seed 1 --messages 200000
 
-A conversation is made from valid messages by a random generator of its own, so that a seed gives the same conversations.
+A conversation is made from valid messages by a random generator of its own, so a seed gives the same conversations.
 Then fields and bytes are changed, messages are lost, doubled and reordered, sessions are mixed up, and callers vanish.
 """
 

@@ -176,6 +176,18 @@ async def test_a_malformed_batch_ends_the_call_with_its_status_while_answers_are
         await nodes.settle()
 
 
+async def test_a_call_that_the_caller_ends_while_answers_are_written_ends_well(tiny: Path) -> None:
+    async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, calling(nodes) as caller:
+        for _ in range(30):
+            batches = caller.together()
+            await batches.write(pb.Batch(items=[pb.Item(session=77)] * 8).SerializeToString())
+            await batches.done_writing()
+            while await batches.read() is not grpc.aio.EOF:
+                pass
+            assert await batches.code() is grpc.StatusCode.OK
+        await nodes.settle()
+
+
 async def test_callers_that_vanish_and_nodes_that_stop_leave_no_trace(tiny: Path) -> None:
     topology = cut_topology(tiny, [[2], [4, 6]], limits={"max_positions": 2048, "grace_s": 0.1})
     async with AsyncExitStack() as stack:
