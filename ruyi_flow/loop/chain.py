@@ -304,15 +304,12 @@ class Chain:
                     reason = self._next.lost
                     assert reason is not None
                 else:
-                    self._check(verdict)
                     decisions, hops = verdict.decisions, (hop, *verdict.hops)
             if reason is not None:
                 last.decide_all(reason)
         for walk in reversed(walks):
             decisions = walk.merge(decisions)
         if first.looks:
-            if not decisions:
-                raise WireError("the next stage answered none of the positions it was asked about", node=hop.node)
             look = first.looks[len(decisions) - 1]
             kept = look.position + 1
             if not self._ahead or look is not first.looks[-1] or decisions[-1].token != look.token:
@@ -320,15 +317,6 @@ class Chain:
                 session.rewind(kept)
             self._next.settle(kept)
         return decisions, hops
-
-    def _check(self, verdict: Verdict) -> None:
-        """Refuse a verdict that cannot be right."""
-        size, policy = self._session.vocab_size, self._session.policy
-        for decision in verdict.decisions:
-            if decision.token >= size:
-                raise WireError(f"the next stage decided token {decision.token} of {size}", node=self._node)
-            if decision.exit != policy.deepest and decision.exit not in policy.thresholds:
-                raise WireError(f"the next stage decided at exit {decision.exit}, not in the policy", node=self._node)
 
     async def _draft_ahead(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
         """Return the answer; until it arrives, draft past the question with the first branch while that pays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, RuyiFlowError
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock, Pending
 from ruyi_flow.loop.session import Session, States
 from ruyi_flow.routing.policy import Policy
@@ -101,10 +101,11 @@ class NextStage:
                 self._unasked.clear()
             stage = self._connect()
             verdict = await stage.advance(block)
+            self._check(verdict, block)
             self._unasked.clear()
             self._sent = stop
             return verdict
-        except (NodeUnavailable, DeadlineExceeded, CapacityError):
+        except (NodeUnavailable, DeadlineExceeded, CapacityError, WireError):
             if not self._unasked and not self._session.policy.routing.fallback:
                 raise
             self._stage = None
@@ -161,6 +162,22 @@ class NextStage:
             self._uplink.free(self)
             if self._stage is not None:
                 await self._stage.close()
+
+    def _check(self, verdict: Verdict, block: Block) -> None:
+        """Refuse a verdict that cannot be right.
+
+        Raises:
+            WireError: it cannot.
+        """
+        session, policy, decisions = self._session, self._session.policy, verdict.decisions
+        if not 1 <= len(decisions) <= len(block.wants):
+            raise WireError(f"the next stage answered {len(decisions)} of {len(block.wants)} questions")
+        for decision in decisions:
+            exit = decision.exit
+            if decision.token >= session.vocab_size:
+                raise WireError(f"the next stage decided token {decision.token} of {session.vocab_size}")
+            if exit <= session.exits[-1] or exit != policy.deepest and exit not in policy.thresholds:
+                raise WireError(f"the next stage decided at exit {exit}, which it does not have")
 
     def _connect(self) -> Stage:
         if self._stage is None:

@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from ruyi_flow.errors import NodeFault
 from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.loop.pages import PAGE_SIZE
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS, Reading
@@ -92,7 +94,7 @@ class Pass:
 
 
 class Piece:
-    """The rows of a pass that run in one step."""
+    """The rows of a pass that run in one step. If they are outside the session's pages, the pass gets an error."""
 
     __slots__ = ("asked", "count", "pages", "start", "states", "work")
 
@@ -100,6 +102,9 @@ class Piece:
         session = work.session
         self.work, self.count, self.states = work, count, work.take(count)
         self.start, self.pages = session.positions[work.stage], session.lease.pages
+        if self.start < 0 or self.stop > self.pages.count * PAGE_SIZE:
+            # The last check before positions become places in memory that all sessions share.
+            work.error = NodeFault(f"positions {self.start} … {self.stop - 1} are outside the session's KV cache pages")
         self.asked = session.rows_to_read(work.stage, self.start, count, work.wants) if work.looks else ()
         """The rows whose vocabulary logits are computed."""
 

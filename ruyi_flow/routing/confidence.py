@@ -46,6 +46,8 @@ class Curve:
         xs, ys = self.scores, self.chances
         if not xs or len(xs) != len(ys) or not 0 <= ys[0] or not ys[-1] <= 1:
             raise ValueError("its points must be scores with probabilities, at least one")
+        if not all(-1e9 <= x <= 1e9 for x in xs):  # false for NaN, too
+            raise ValueError("its scores must be numbers from -1e9 to 1e9")
         if any(not a < b for a, b in pairwise(xs)) or any(not a <= b for a, b in pairwise(ys)):
             raise ValueError("its points must ascend")
         if not 0 < self.temperature < math.inf:

@@ -76,7 +76,9 @@ class Shard:
         """
         stage = parts[0][0].stage
         first_layer, exit = self.model.stages[stage]
-        pieces = [Piece(work, count) for work, count in parts]
+        pieces = [piece for piece in (Piece(work, count) for work, count in parts) if piece.work.error is None]
+        if not pieces:
+            return
         one = pieces[0] if len(pieces) == 1 else None
         states = one.states if one else torch.cat([piece.states for piece in pieces])
         rope = self._rope(pieces)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import grpc
 
-from ruyi_flow.errors import NodeUnavailable, RuyiFlowError
+from ruyi_flow.errors import NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
-from ruyi_flow.transport.status import error_of_call
+from ruyi_flow.transport.status import error_of_call, wrong_answer
 
-__all__ = ["SHORT_BYTES", "Batches", "Outbox"]
+__all__ = ["SHORT_BYTES", "Batches", "Outbox", "items_of"]
 
 SHORT_BYTES = 64 * 1024
 """Bytes of the longest message that travels in a batch: a longer one would delay the others."""
@@ -26,8 +26,25 @@ SHORT_BYTES = 64 * 1024
 _MAX_BYTES = 1024 * 1024
 """Largest number of bytes of the messages in a batch."""
 
+_MAX_ITEMS = 1024
+"""Largest number of messages in a batch; the event loop reads them without a pause."""
+
 _FRAME = 32
 """Bytes around a message in a batch, rounded up."""
+
+
+def items_of(data: bytes) -> Sequence[pb.Item]:
+    """Parse a batch that a peer has sent.
+
+    Raises:
+        WireError: the bytes are no batch, or more than a batch may contain.
+    """
+    if len(data) > _MAX_BYTES:  # before it is parsed: a message of millions of items stops the event loop
+        raise WireError(f"a batch has {len(data)} bytes; at most {_MAX_BYTES} are allowed")
+    items = codec.parse(pb.Batch, data).items
+    if len(items) > _MAX_ITEMS:
+        raise WireError(f"a batch has {len(items)} messages; at most {_MAX_ITEMS} are allowed")
+    return items
 
 
 class Outbox:
@@ -40,26 +57,49 @@ class Outbox:
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._items: deque[pb.Item] = deque()
-        self._filled = asyncio.Event()
+        self._bytes = 0
+        self._changed, self._emptied = asyncio.Event(), asyncio.Event()
+        self._closed = False
 
     def put(self, session: int, message: bytes) -> None:
         """Add a session's message."""
         self._items.append(pb.Item(session=session, message=message))
-        self._filled.set()
+        self._bytes += len(message) + _FRAME
+        self._changed.set()
+
+    async def room(self) -> None:
+        """Wait until less than a full batch is waiting to be written."""
+        while self._bytes >= self._max_bytes:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def close(self) -> None:
+        """Drop what has not been written; `empty_into` returns as soon as no write is under way."""
+        self._items.clear()
+        self._bytes, self._closed = 0, True
+        self._changed.set()
+        self._emptied.set()
 
     async def empty_into(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Write batch after batch, until the coroutine is cancelled or the stream has ended."""
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader of the stream learns why
+        """Write batch after batch, until the outbox is closed, the coroutine is cancelled or the stream has ended."""
+        # The reader of the stream learns why it has ended.
+        with suppress(grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             while True:
-                await self._filled.wait()
+                await self._changed.wait()
+                if self._closed:
+                    return
                 batch, room = pb.Batch(), self._max_bytes
-                while self._items and (not batch.items or len(self._items[0].message) + _FRAME <= room):
-                    item = self._items.popleft()
-                    room -= len(item.message) + _FRAME
-                    batch.items.append(item)
+                while self._items and len(batch.items) < _MAX_ITEMS:
+                    size = len(self._items[0].message) + _FRAME
+                    if batch.items and size > room:
+                        break
+                    batch.items.append(self._items.popleft())
+                    room -= size
                 if not self._items:
-                    self._filled.clear()
+                    self._changed.clear()
                 await write(batch.SerializeToString())
+                self._bytes -= self._max_bytes - room
+                self._emptied.set()
 
 
 class Batches:
@@ -112,15 +152,15 @@ class Batches:
         error: RuyiFlowError = NodeUnavailable(f"node {self._peer!r} ended the stream of batches", node=self._peer)
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
-                for item in codec.parse(pb.Batch, data).items:
+                for item in items_of(data):
                     answer = self._answers.pop(item.session, None)
                     if answer is not None and not answer.done():
                         answer.set_result(item.message)
             await call.code()
         except grpc.aio.AioRpcError as failure:
             error = error_of_call(failure, self._peer, self._address)
-        except RuyiFlowError as failure:
-            error = failure
+        except WireError as failure:
+            error = wrong_answer(failure, self._peer)
         finally:
             writing.cancel()
             call.cancel()

@@ -23,6 +23,17 @@ _DTYPES = {
     Encoding.INT8: torch.int8,
 }
 
+_INTEGERS = {2: (torch.int16, np.int16, np.uint16), 4: (torch.int32, np.int32, np.uint32)}
+"""Integers as wide as a value of so many bytes. The bits of floating point numbers of one sign are in their order."""
+
+_LARGEST = 2.0**55
+"""Largest value of a boundary state: RMSNorm adds up squares, which must not overflow float32."""
+
+_BROKEN = (
+    "the states contain values that are not finite or far too large; the weights or the number format of the node that "
+    "computed them are broken"
+)
+
 _LARGE = 64 * 1024
 """States of at least so many bytes bypass protobuf, which would copy them twice (docs/log.md)."""
 
@@ -58,6 +69,12 @@ class BlockCodec:
         self._row_bytes = hidden * self._dtype.itemsize
         self._int8 = encoding is Encoding.INT8
         self._ready = dtype is self._dtype and device is not None and device.type == "cpu"
+        narrow = torch.float16 in (dtype, self._dtype)
+        self._largest = torch.finfo(torch.float16).max if narrow else _LARGEST
+        if not self._int8:
+            same_width, self._signed, self._unsigned = _INTEGERS[self._dtype.itemsize]
+            self._largest_bits = int(torch.tensor(self._largest, dtype=self._dtype).view(same_width))
+            self._sign_bit = 1 << (8 * self._dtype.itemsize - 1)
 
     def to_bytes(self, block: Block) -> bytes:
         """Encode a block, its states in any number format and on any device, as a serialized `SessionRequest`."""
@@ -105,18 +122,31 @@ class BlockCodec:
         if self._int8:
             if len(given.scales) != rows:
                 raise WireError(f"{len(given.scales)} scales for {rows} positions")
-            states = torch.from_numpy(_from_8_bits(data, np.array(given.scales, np.float32)))
+            scales = np.array(given.scales, np.float32)
+            if not (scales.min() >= 0 and scales.max() <= self._largest / 128):  # also true of NaN
+                raise WireError(_BROKEN)
+            states = torch.from_numpy(_from_8_bits(data, scales))
         else:
+            self._check_numbers(data)
             states = torch.frombuffer(data, dtype=self._dtype).view(rows, self._hidden)
         if not self._ready:
             states = states.to(*self._target)
+        if len(message.token_ids) != rows or len(message.wants) > rows:
+            raise WireError(
+                f"a block of {len(message.token_ids)} positions has {rows} states and {len(message.wants)} wants"
+            )
         token_ids = tuple(message.token_ids)
-        if not token_ids:
-            raise WireError("a block has no positions")
         wants = tuple([start + offset for offset in message.wants])
         if len(wants) > 1 and any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
             raise WireError(f"wanted positions {wants} do not ascend")
         return Block(start, states, token_ids, wants)
+
+    def _check_numbers(self, data: bytes) -> None:
+        """Refuse what would make other values NaN; as integers, since a call of numpy costs less than one of torch."""
+        bits = np.frombuffer(data, self._signed)
+        positive, negative = int(bits.max()), int(bits.view(self._unsigned).max())
+        if positive > self._largest_bits or negative > self._sign_bit + self._largest_bits:
+            raise WireError(_BROKEN)
 
 
 @np.errstate(invalid="ignore")  # a row that contains NaN becomes a row of NaN

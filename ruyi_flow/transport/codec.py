@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -46,6 +46,18 @@ __all__ = [
 
 PROTOCOL = 3
 """Version of the wire protocol; both sides of a hop must have the same."""
+
+_MAX_HOPS = 64
+"""Largest number of nodes that an answer may name."""
+
+_MAX_NAME = 200
+"""Longest name of a node in an answer."""
+
+_MAX_SECONDS = 1e9
+"""Longest time in an answer; more could overflow in sums."""
+
+_MAX_CONFIDENCE = 1.001
+"""Largest confidence in an answer; a sum of rounded probabilities may exceed 1."""
 
 M = TypeVar("M", bound=Message)
 D = TypeVar("D")
@@ -124,10 +136,16 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
     """Decode a handshake.
 
     Raises:
-        WireError: this version does not know a value of an enum.
+        WireError: this version does not know a value of an enum, or values contradict each other.
         RequestError: an option has a value that it cannot have.
     """
     policy = message.policy
+    if not 1 <= message.prompt_length <= message.max_positions:
+        raise WireError(f"a session of {message.max_positions} positions has a prompt of {message.prompt_length}")
+    if not all(value >= 0 for value in policy.thresholds.values()):  # false for NaN, too
+        raise WireError("the policy's thresholds are not all numbers of 0 or more")
+    if policy.routing.HasField("start"):
+        raise WireError("the policy has a start rule, which only the entry node applies")
     return SessionOpen(
         family=message.family,
         first_layer=message.first_layer,
@@ -155,16 +173,17 @@ def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
 
 
 def verdict_from_pb(message: pb.Verdict) -> Verdict:
-    """Decode a verdict."""
-    return Verdict(
-        tuple(
-            [
-                Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason))
-                for d in message.decisions
-            ]
-        ),
-        _hops(message.hops),
-    )
+    """Decode a verdict.
+
+    Raises:
+        WireError: this version does not know a value of an enum, or a number cannot be.
+    """
+    decisions = []
+    for d in message.decisions:
+        _check_confidence(d.confidence)
+        decisions.append(Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason)))
+    _check_seconds(message.elapsed_s)
+    return Verdict(tuple(decisions), _hops(message.hops))
 
 
 # ---- requests of users ----
@@ -290,14 +309,17 @@ def reply_from_pb(message: pb.GenerateReply) -> Token | Final:
     """Decode one event of an answer.
 
     Raises:
-        WireError: the message has no event, or this version does not know a value of an enum.
+        WireError: the message has no event, this version does not know a value of an enum, or a number cannot be.
     """
     if message.HasField("token"):
         t = message.token
+        _check_confidence(t.confidence)
+        _check_seconds(t.after_s)
         reason = _known(_REASON_OF, t.reason, pb.Reason)
         return Token(t.id, t.text, t.exit, t.node, t.confidence, reason, t.after_s, t.bytes_up)
     if message.HasField("final"):
         final = message.final
+        _check_seconds(final.stats.first_token_s, final.stats.total_s)
         stats = _make(Stats, final.stats, hops=_hops(final.stats.hops))
         return Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats)
     raise WireError("a reply has neither a token nor the end of the answer")
@@ -309,7 +331,12 @@ def status_to_pb(status: NodeStatus) -> pb.StatusReply:
 
 
 def status_from_pb(message: pb.StatusReply) -> NodeStatus:
-    """Decode a node's status."""
+    """Decode a node's status.
+
+    Raises:
+        WireError: a number cannot be.
+    """
+    _check_seconds(message.uptime_s)
     return _make(NodeStatus, message, exits=tuple(message.exits))
 
 
@@ -320,20 +347,35 @@ def _hop_to_pb(hop: Hop) -> pb.Hop:
         compute_s=hop.compute_s,
         queue_s=hop.queue_s,
         wire_s=hop.wire_s,
-        messages=hop.messages,
-        positions=hop.positions,
-        bytes_up=hop.bytes_up,
-        bytes_down=hop.bytes_down,
+        # A sum of counts that deeper nodes have sent may be larger than its field.
+        messages=min(hop.messages, 2**32 - 1),
+        positions=min(hop.positions, 2**32 - 1),
+        bytes_up=min(hop.bytes_up, 2**64 - 1),
+        bytes_down=min(hop.bytes_down, 2**64 - 1),
     )
 
 
-def _hops(messages: Iterable[pb.Hop]) -> tuple[Hop, ...]:
-    return tuple(
-        [
-            Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
-            for h in messages
-        ]
-    )
+def _hops(messages: Collection[pb.Hop]) -> tuple[Hop, ...]:
+    if len(messages) > _MAX_HOPS:
+        raise WireError(f"an answer names {len(messages)} nodes; at most {_MAX_HOPS} are allowed")
+    hops = []
+    for h in messages:
+        if len(h.node) > _MAX_NAME or not h.node.isprintable():
+            raise WireError(f"{h.node[:_MAX_NAME]!r} is not the name of a node")
+        _check_seconds(h.compute_s, h.queue_s, h.wire_s)
+        hops.append(Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down))
+    return tuple(hops)
+
+
+def _check_seconds(*values: float) -> None:
+    for value in values:
+        if not 0 <= value <= _MAX_SECONDS:  # NaN is not, either
+            raise WireError(f"an answer says that something took {value} s")
+
+
+def _check_confidence(value: float) -> None:
+    if not 0 <= value <= _MAX_CONFIDENCE:
+        raise WireError(f"an answer says that a branch's confidence was {value}")
 
 
 def _sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:

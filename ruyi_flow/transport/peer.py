@@ -6,11 +6,12 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
+from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import Batches
-from ruyi_flow.transport.status import error_of_call
+from ruyi_flow.transport.status import error_of_call, wrong_answer
 from ruyi_flow.types import Final, NodeStatus, Token
 
 __all__ = ["METHODS", "Peer"]
@@ -74,6 +75,8 @@ class Peer:
                 yield codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address) from None
+        except WireError as error:
+            raise wrong_answer(error, self.name) from None
         finally:
             call.cancel()
 
@@ -88,9 +91,11 @@ class Peer:
         """
         try:
             data = await self._status(pb.StatusRequest().SerializeToString(), timeout=timeout_s)
+            return codec.status_from_pb(codec.parse(pb.StatusReply, data))
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address) from None
-        return codec.status_from_pb(codec.parse(pb.StatusReply, data))
+        except WireError as error:
+            raise wrong_answer(error, self.name) from None
 
     async def close(self) -> None:
         """Close the connection and the sessions over it."""

@@ -16,7 +16,7 @@ from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
 from ruyi_flow.transport.peer import Peer
-from ruyi_flow.transport.status import error_of, error_of_call
+from ruyi_flow.transport.status import error_of, error_of_call, wrong_answer
 from ruyi_flow.types import Block, Hop, Verdict
 
 __all__ = ["RemoteStage"]
@@ -86,7 +86,7 @@ class RemoteStage:
             if not verdicts:
                 raise WireError("a block has no verdict")
         except WireError as error:
-            raise self._answered_wrongly(error) from None
+            raise wrong_answer(error, self._peer.name) from None
         self._replies.clear()
         hops = _sum(verdicts)
         mine = hops[0]
@@ -215,7 +215,7 @@ class RemoteStage:
         try:
             reply = codec.parse(pb.SessionReply, data)
         except WireError as error:
-            self._end(self._answered_wrongly(error))
+            self._end(wrong_answer(error, self._peer.name))
             return False
         if reply.HasField("failure"):
             self._end(error_of(reply.failure.status, reply.failure.message, reply.failure.node))
@@ -224,9 +224,6 @@ class RemoteStage:
             self._number = reply.opened.session
         self._replies.append((reply, len(data)))
         return True
-
-    def _answered_wrongly(self, error: WireError) -> WireError:
-        return WireError(f"node {self._peer.name!r} answered: {error}", node=self._peer.name)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

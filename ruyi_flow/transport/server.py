@@ -18,10 +18,10 @@ from ruyi_flow.errors import HandshakeError, NodeError, NodeFault, RuyiFlowError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
-from ruyi_flow.transport.batches import SHORT_BYTES, Outbox
+from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.peer import METHODS
-from ruyi_flow.transport.status import NODE_KEY, status_of
+from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ SERVICE = "ruyi_flow.v1.Node"
 
 _PARTING_S = 5.0
 """Seconds that a caller may take to end the stream after a failure was sent to it."""
+
+_OPEN_BYTES = 256 * 1024
+"""Largest handshake: it has a policy and some token ids, and its options are checked on the event loop."""
 
 logger = logging.getLogger(__name__)
 
@@ -140,29 +143,24 @@ class Server:
 
     async def _converse(self, context: Any) -> None:
         """Serve a session from its handshake to the end of its stream."""
-        session: _Session | None = None
-        key = context.peer(), next(self._numbers)
+        if (data := await context.read()) is grpc.aio.EOF:
+            return
+        service, key = self._service, (context.peer(), next(self._numbers))
+        opening = _handshake(data, service.name)
+        blocks = BlockCodec(opening.hidden_size, opening.encoding, service.dtype, service.device)
+        stage = await service.open_session(opening, context.time_remaining())
+        session = self._sessions[key] = _Session(stage, blocks)
         try:
+            reply = pb.SessionReply(opened=pb.Opened(node=service.name, session=key[1]))
+            await context.write(reply.SerializeToString())
             while (data := await context.read()) is not grpc.aio.EOF:
                 began = time.perf_counter()
-                message = codec.parse(pb.SessionRequest, data)
-                if session is not None:
-                    reply = await session.answer(message, began)
-                elif message.HasField("open"):
-                    opening = codec.open_from_pb(_checked_version(message.open, self._service.name))
-                    service = self._service
-                    stage = await service.open_session(opening, context.time_remaining())
-                    blocks = BlockCodec(opening.hidden_size, opening.encoding, service.dtype, service.device)
-                    session = _Session(stage, blocks)
-                    self._sessions[key] = session
-                    reply = pb.SessionReply(opened=pb.Opened(node=self._service.name, session=key[1]))
-                else:
-                    raise WireError(f"a session must start with open, not with {message.WhichOneof('message')}")
+                session.accept()
+                reply = await session.answer(data, began)
                 await context.write(reply.SerializeToString())
         finally:
-            if session is not None:
-                del self._sessions[key]
-                await session.close()
+            del self._sessions[key]
+            await session.close()
 
     async def _together(self, _: Any, context: Any) -> None:
         """Serve batches of messages of many sessions; each message is answered as soon as possible."""
@@ -173,23 +171,29 @@ class Server:
             try:
                 while (data := await context.read()) is not grpc.aio.EOF:
                     began = time.perf_counter()
-                    for item in codec.parse(pb.Batch, data).items:
-                        session = self._sessions.get((peer, item.session))
-                        if session is None:
+                    for item in items_of(data):
+                        if (session := self._sessions.get((peer, item.session))) is None:
                             outbox.put(item.session, b"")
                             continue
-                        task = asyncio.create_task(self._answer(session, item, began, outbox))
-                        session.answering = task
+                        try:
+                            session.accept()
+                        except WireError as error:
+                            outbox.put(item.session, _failure(error, self._service.name).SerializeToString())
+                            continue
+                        task = session.answering = asyncio.create_task(self._answer(session, item, began, outbox))
                         answering.add(task)
                         task.add_done_callback(answering.discard)
+                    await outbox.room()  # a caller that does not read its answers is not read either
             finally:
-                for task in (writing, *answering):
+                for task in answering:
                     task.cancel()
+                outbox.close()
+                await writing  # gRPC refuses to end a call with a status while a write is under way
 
     async def _answer(self, session: _Session, item: pb.Item, began: float, outbox: Outbox) -> None:
         """Answer one session's message in a batch; a failure concerns that session only."""
         try:
-            reply = await session.answer(codec.parse(pb.SessionRequest, item.message), began)
+            reply = await session.answer(item.message, began)
         except Exception as error:
             reply = _failure(_known(error, self._service.name), self._service.name)
         outbox.put(item.session, reply.SerializeToString())
@@ -218,38 +222,52 @@ class _Session:
     """
 
     def __init__(self, stage: Stage, blocks: BlockCodec) -> None:
-        self._stage, self._blocks, self._busy = stage, blocks, False
+        self._stage, self._blocks, self._ready = stage, blocks, True
         self.answering: asyncio.Task[None] | None = None
-        """The task that answers its last message in a batch."""
+        """The task that answers its message in a batch; there is never more than one."""
 
-    async def answer(self, message: pb.SessionRequest, began: float) -> pb.SessionReply:
-        """Return the reply to a message.
+    def accept(self) -> None:
+        """Begin with a message; no other is accepted until `answer` has returned.
+
+        A message whose answer fails or is cancelled is the last one: a step may still be running for it, and nobody
+        knows which positions the session has by then.
+
+        Raises:
+            WireError: the session accepts no message now.
+        """
+        if not self._ready:
+            raise WireError("a message arrived before the last message was answered, or after one that failed")
+        self._ready = False
+
+    async def answer(self, data: bytes, began: float) -> pb.SessionReply:
+        """Return the reply to the accepted message.
 
         Args:
-            message: the message.
+            data: the message.
             began: when it arrived.
 
         Raises:
-            WireError: the message is not allowed now.
+            WireError: the message is not allowed here.
             NodeError: the stage fails.
         """
+        message = codec.parse(pb.SessionRequest, data)
         kind = message.WhichOneof("message")
-        if self._busy:
-            raise WireError(f"{kind or 'an empty message'} arrived before the last message was answered")
-        self._busy = True
-        try:
-            if kind == "block":
-                verdict = await self._stage.advance(self._blocks.from_pb(message.block))
-                return codec.verdict_to_pb(verdict, time.perf_counter() - began)
-            if kind == "rewind":
-                await self._stage.rewind(message.rewind.position)
-                return pb.SessionReply(rewound=pb.Rewound())
-        finally:
-            self._busy = False
-        raise WireError(f"{kind or 'an empty message'} is not allowed in the middle of a session")
+        if kind == "block":
+            verdict = await self._stage.advance(self._blocks.from_pb(message.block))
+            reply = codec.verdict_to_pb(verdict, time.perf_counter() - began)
+        elif kind == "rewind":
+            await self._stage.rewind(message.rewind.position)
+            reply = pb.SessionReply(rewound=pb.Rewound())
+        else:
+            raise WireError(f"{kind or 'an empty message'} is not allowed in the middle of a session")
+        self._ready = True
+        return reply
 
     async def close(self) -> None:
-        """End the session and cancel its answer without waiting, since the caller may be cancelled meanwhile."""
+        """End the session and cancel its answer without waiting, since the caller may be cancelled meanwhile.
+
+        The cancelled answer submits no more work, and the stage frees its KV cache after the step that may be running.
+        """
         if self.answering is not None:
             self.answering.cancel()
         await self._stage.close()
@@ -265,11 +283,11 @@ class _Statuses:
         pass
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        # Cancellation and gRPC's own abort are not reported.
-        if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+        # Cancellation and gRPC's own errors are not reported: the call has ended already.
+        if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.BaseError):
             return
         known = _known(error, self._node)
-        await self._context.abort(status_of(known), _text(known), ((NODE_KEY, _about(known, self._node)),))
+        await self._context.abort(status_of(known), short_text(known), ((NODE_KEY, _about(known, self._node)),))
 
 
 def _known(error: Exception, node: str) -> RuyiFlowError:
@@ -283,13 +301,8 @@ def _known(error: Exception, node: str) -> RuyiFlowError:
 
 def _failure(error: RuyiFlowError, node: str) -> pb.SessionReply:
     """Return the message that tells a caller why its session ends."""
-    failure = pb.Failure(status=status_of(error).value[0], message=_text(error), node=_about(error, node))
+    failure = pb.Failure(status=status_of(error).value[0], message=short_text(error), node=_about(error, node))
     return pb.SessionReply(failure=failure)
-
-
-def _text(error: RuyiFlowError) -> str:
-    """Cut an error text: gRPC carries at most 16 KB, and would replace a longer one by an error of its own."""
-    return str(error)[:2000]
 
 
 def _about(error: RuyiFlowError, node: str) -> str:
@@ -297,11 +310,22 @@ def _about(error: RuyiFlowError, node: str) -> str:
     return error.node if isinstance(error, NodeError) and error.node else node
 
 
-def _checked_version(message: pb.Open, node: str) -> pb.Open:
-    if message.protocol != codec.PROTOCOL:
+def _handshake(data: bytes, node: str) -> SessionOpen:
+    """Parse the first message of a session.
+
+    Raises:
+        WireError: it is not a handshake.
+        HandshakeError: the caller has another version of the protocol.
+    """
+    if len(data) > _OPEN_BYTES:
+        raise WireError(f"a session must start with open; this message has {len(data)} bytes, more than {_OPEN_BYTES}")
+    message = codec.parse(pb.SessionRequest, data)
+    if not message.HasField("open"):
+        raise WireError(f"a session must start with open, not with {message.WhichOneof('message')}")
+    if message.open.protocol != codec.PROTOCOL:
         raise HandshakeError(
-            f"node {node!r} has protocol version {codec.PROTOCOL}, the caller {message.protocol}; "
+            f"node {node!r} has protocol version {codec.PROTOCOL}, the caller {message.open.protocol}; "
             "run the same version of ruyi-flow on both",
             node=node,
         )
-    return message
+    return codec.open_from_pb(message.open)

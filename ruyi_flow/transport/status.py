@@ -18,7 +18,7 @@ from ruyi_flow.errors import (
     WireError,
 )
 
-__all__ = ["NODE_KEY", "STATUS_OF", "error_of", "error_of_call", "status_of"]
+__all__ = ["NODE_KEY", "STATUS_OF", "error_of", "error_of_call", "short_text", "status_of", "wrong_answer"]
 
 STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -39,6 +39,12 @@ NODE_KEY = "ruyi-flow-node"
 _WRITE_FAILED = "Internal error from Core"
 """Details of the INTERNAL status that grpc.aio gives to a write on a connection that was just lost."""
 
+_TEXT_BYTES = 4096
+"""Largest encoded error text: gRPC replaces a status whose metadata has more than 8 KB by an error of its own."""
+
+_NAME_LENGTH = 200
+"""Longest name of a node in an error that crosses the wire."""
+
 _ERROR_OF = {status.value[0]: error for error, status in STATUS_OF.items()}
 
 
@@ -50,9 +56,21 @@ def status_of(error: RuyiFlowError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+def short_text(error: Exception) -> str:
+    """Return an error's text, cut to what a status can carry: a character that is not ASCII takes 6 to 12 bytes."""
+    text, room = str(error), _TEXT_BYTES
+    for i, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        room -= 1 if plain else 3 * len(character.encode(errors="replace"))  # percent-encoded
+        if room < 0:
+            return text[:i]
+    return text
+
+
 def error_of(status: int, details: str, about: str) -> RuyiFlowError:
     """Return the exception that a node sent: the number of its status, its text, and the node that it is about."""
     kind = _ERROR_OF.get(status, NodeFault)
+    about = "".join(c for c in about[:_NAME_LENGTH] if " " <= c <= "~")  # it may travel on, in metadata
     return kind(details, node=about) if issubclass(kind, NodeError) else kind(details)
 
 
@@ -62,14 +80,20 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
     if about is not None:  # the node, or a deeper one, sent the error itself
         return error_of(code.value[0], details, str(about))
-    kind = NodeUnavailable if details == _WRITE_FAILED else _ERROR_OF.get(code.value[0], NodeFault)
+    # What gRPC itself reports otherwise is a connection that is lost or damaged, or a proxy in between.
+    kind = _ERROR_OF.get(code.value[0], NodeUnavailable)
     peer = f"node {node!r} at {address}"
-    if kind is NodeUnavailable:
-        return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
     if kind is DeadlineExceeded:
         return DeadlineExceeded(f"{peer} did not answer before the deadline (timeout_s)", node=node)
     if kind is CapacityError:
         return CapacityError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})", node=node)
     if kind is RequestCancelled:
         return RequestCancelled(f"the call to {peer} was cancelled", node=node)
-    return NodeFault(f"{peer} failed: {code.name} {details}", node=node)
+    if kind is NodeUnavailable and code is grpc.StatusCode.UNAVAILABLE or details == _WRITE_FAILED:
+        return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
+    return NodeUnavailable(f"the connection to {peer} is broken: {code.name} {details}", node=node)
+
+
+def wrong_answer(error: WireError, node: str) -> WireError:
+    """Return the exception for an answer of a node that violates the protocol."""
+    return WireError(f"node {node!r} answered: {error}", node=node)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.errors import CapacityError, NodeUnavailable, WireError
+from ruyi_flow.errors import CapacityError, NodeError, NodeUnavailable, WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
@@ -326,10 +326,13 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
 
 
 @pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("error", [NodeUnavailable, WireError])
 @pytest.mark.parametrize("mode", [Mode.EXACT, Mode.TOKEN, Mode.CASCADE])
-async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mode, draft: int) -> None:
+async def test_a_node_without_the_next_one_decides_itself(
+    world: World, mode: Mode, error: type[NodeError], draft: int
+) -> None:
     async def lost(block: Block) -> Verdict:
-        raise NodeUnavailable("gone")
+        raise error("gone")
 
     shard = world.cuts[2][0]
     given: dict[str, Any] = {} if mode is Mode.EXACT else {"threshold": 0.05}
@@ -344,7 +347,7 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
     assert {d.reason for d in decided if d.exit == 3} <= {Reason.UNREACHABLE, Reason.CONFIDENT}
     assert mode is not Mode.EXACT or {d.reason for d in decided} == {Reason.UNREACHABLE}
     shard.capacity.check_integrity()
-    with pytest.raises(NodeUnavailable):
+    with pytest.raises(error):
         strict = Policy.resolve(Routing(Mode.EXACT, draft=draft), EXITS)
         chain = chained(
             open_session(shard, strict, SamplingParams(), prompt_length=3, max_positions=20),
@@ -355,6 +358,40 @@ async def test_a_node_without_the_next_one_decides_itself(world: World, mode: Mo
             _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
         finally:
             await chain.close()
+
+
+@pytest.mark.parametrize(
+    "decisions",
+    [
+        (),
+        (Decision(5, 7, 1.0, Reason.DEEPEST),) * 2,
+        (Decision(61, 7, 1.0, Reason.DEEPEST),),
+        (Decision(5, 3, 1.0, Reason.CONFIDENT),),
+        (Decision(5, 5, 1.0, Reason.CONFIDENT),),
+        (Decision(5, 9, 1.0, Reason.DEEPEST),),
+    ],
+    ids=["none", "too many", "token", "an exit of this node", "no exit", "a deeper exit than there is"],
+)
+async def test_a_verdict_that_cannot_be_right_is_none(world: World, decisions: tuple[Decision, ...]) -> None:
+    class Wrong:
+        async def advance(self, block: Block) -> Verdict:
+            return Verdict(decisions, ())
+
+        async def close(self) -> None: ...
+
+    for fallback in (False, True):
+        policy = Policy.resolve(Routing(Mode.EXACT, draft=0, fallback=fallback), EXITS)
+        shard = world.cuts[2][0]
+        session = open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=fallback)
+        chain = chained(session, "n0", lambda policy: Wrong())  # type: ignore[arg-type, return-value]
+        try:
+            decided = [d async for settled in decode(chain, [5, 6, 7], 4) for d in settled.decisions]
+        except WireError:
+            assert not fallback
+        else:
+            assert [d.reason for d in decided] == [Reason.UNREACHABLE] * 4
+        await chain.close()
+    shard.capacity.check_integrity()
 
 
 async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world: World) -> None:

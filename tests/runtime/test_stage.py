@@ -11,10 +11,11 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from ruyi_flow.errors import CapacityError, ContextLengthError
+from ruyi_flow.errors import CapacityError, ContextLengthError, NodeFault
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.loop.pages import PAGE_SIZE
 from ruyi_flow.loop.session import Pass
 from ruyi_flow.loop.steps import Task, drive
 from ruyi_flow.requests import SamplingParams
@@ -244,3 +245,38 @@ def test_a_quiet_session_keeps_little_more_memory_alive_than_its_own_states(tmp_
     assert tensor_bytes() - before <= own
     quiet.rewind(25)
     assert tensor_bytes() - before <= 10 * 256 * 4
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("position", "rows"), [(60, 10), (64, 1), (-1, 1)])
+def test_rows_outside_their_sessions_pages_are_refused_and_the_others_run(
+    tiny: Path, paged: bool, position: int, rows: int
+) -> None:
+    [shard] = shards(tiny, [(2, 4, 6)], paged=paged)
+    policy = Policy.resolve(LOOK_EVERYWHERE, shard.config.exits)
+    one, bad, other = [
+        open_session(shard, policy, SamplingParams(), prompt_length=1, max_positions=PAGE_SIZE) for _ in range(3)
+    ]
+    found = []
+    for session in (one, other):
+        session.token_ids.extend([5, 6, 7])
+        works = [Pass(session, 0, session.embed([5, 6, 7]), (2,))]
+        if session is other:
+            before = shard.memory.clone()
+            bad.token_ids.extend([9] * PAGE_SIZE)
+            bad.positions[0] = position
+            works.insert(0, Pass(bad, 0, bad.embed([9] * rows), ()))
+        shard.run([(work, work.rows) for work in works])
+        found.append(works[-1].found)
+    assert isinstance(works[0].error, NodeFault) and "outside the session's KV cache pages" in str(works[0].error)
+    [[(token, sure)], [(same, as_sure)]] = found  # type: ignore[misc]
+    assert same == token and as_sure == pytest.approx(sure)
+    changed = shard.memory.view(torch.int32) != before.view(torch.int32)  # the memory may contain NaN
+    written = changed.any(-1).any(0).any(0).any(0).nonzero()[:, 0].tolist()
+    mine = other.lease.pages.positions
+    assert all(
+        mine.start <= position < mine.stop or position >= shard.capacity.pool.num_positions for position in written
+    )
+    for session in (one, bad, other):
+        session.close()
+    shard.capacity.check_integrity()

@@ -225,11 +225,13 @@ async def test_sessions_at_once_may_send_states_ahead(nodes: Cluster) -> None:
 
 async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: Cluster) -> None:
     channel = grpc.aio.insecure_channel(str(nodes.topology.nodes[1].address))
-    sessions = [channel.stream_stream(METHODS["Session"])(timeout=10) for _ in range(2)]
-    numbers = []
-    for session in sessions:
-        await session.write(options_of(nodes).SerializeToString())
-        numbers.append(pb.SessionReply.FromString(await session.read()).opened.session)
+    sessions = []
+
+    async def opened() -> int:
+        sessions.append(channel.stream_stream(METHODS["Session"])(timeout=10))
+        await sessions[-1].write(options_of(nodes).SerializeToString())
+        return int(pb.SessionReply.FromString(await sessions[-1].read()).opened.session)
+
     batches = channel.stream_stream(METHODS["Together"])(timeout=10)
 
     async def send(*items: tuple[int, pb.SessionRequest | bytes]) -> dict[int, list[bytes]]:
@@ -248,7 +250,7 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
         told = pb.SessionReply.FromString(data).failure
         return error_of(told.status, told.message, told.node)
 
-    one, other = numbers
+    other = await opened()
     assert (await send((10_000, block()))) == {10_000: [b""]}, "no such session"
     for message, text in (
         (b"\xff\xff\xff", "not a SessionRequest"),
@@ -256,9 +258,13 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
         (pb.SessionRequest(), "an empty message is not allowed in the middle"),
         (block(start=3), "starts at position 3"),
     ):
+        one = await opened()
         found = await send((one, message), (other, pb.SessionRequest(rewind=pb.Rewind(position=0))))
         assert isinstance(failed(found[one][0]), WireError) and text in str(failed(found[one][0]))
         assert pb.SessionReply.FromString(found[other][0]).HasField("rewound")
+        [late] = (await send((one, block())))[one]
+        assert "or after one that failed" in str(failed(late))
+    one = await opened()
     found = await send((one, block()), (one, block(start=2)))  # the second before the first is answered
     texts = [m for m in found[one] if pb.SessionReply.FromString(m).HasField("failure")]
     assert len(texts) == 1 and "before the last message was answered" in str(failed(texts[0]))

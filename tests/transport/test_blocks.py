@@ -110,12 +110,25 @@ def test_int8_keeps_zero_rows() -> None:
     assert torch.equal(there_and_back(block(torch.zeros(2, 8)), Encoding.INT8).states, torch.zeros(2, 8))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_int8_does_not_make_numbers_of_what_is_none(bad: float) -> None:
-    given = states(2, 8)
-    given[0, 3] = bad
-    back = there_and_back(block(given), Encoding.INT8).states
-    assert not back[0, 3].isfinite() and back[1].isfinite().all()
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -(2.0**60), 2.0**60])
+def test_states_that_no_layer_can_have_made_are_refused(encoding: Encoding, bad: float) -> None:
+    given = states(3, 8)
+    given[1, 3] = bad
+    with pytest.raises(WireError, match="not finite or far too large"):
+        there_and_back(block(given), encoding)
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_states_are_finite_in_the_receivers_format(encoding: Encoding, dtype: torch.dtype) -> None:
+    for value in (6e4, -6e4, 1e6, -1e6):
+        given = states(3, 8)
+        given[2, 5] = value
+        try:
+            assert there_and_back(block(given), encoding, torch.zeros(1, dtype=dtype)).states.isfinite().all()
+        except WireError:
+            assert (encoding is Encoding.F16 or dtype is torch.float16) and abs(value) > 65504
 
 
 @pytest.mark.parametrize(("encoding", "most"), [(Encoding.BF16, 2 * 576 + 64), (Encoding.INT8, 576 + 32)])

@@ -46,12 +46,79 @@ EVERY_OPTION: dict[str, Any] = {
 
 
 def test_a_curve_that_is_none_is_refused() -> None:
+    nan = float("nan")
+    for curve, text in (
+        (pb.Curve(temperature=1), "its points must be"),
+        (pb.Curve(temperature=1, scores=[nan], chances=[0.5]), "its scores must be numbers"),
+        (pb.Curve(temperature=1, scores=[0.5, float("inf")], chances=[0.5, 0.6]), "its scores must be numbers"),
+        (pb.Curve(temperature=1, scores=[0.5, 0.1], chances=[0.5, 0.6]), "its points must ascend"),
+        (pb.Curve(temperature=1, scores=[0.1, 0.5], chances=[0.5, nan]), "its points must be"),
+        (pb.Curve(temperature=nan, scores=[0.1], chances=[0.5]), "its temperature must be above 0"),
+    ):
+        message = handshake()
+        message.policy.routing.scale.MergeFrom(pb.Scale(score=1, curves={5: curve}))
+        with pytest.raises(WireError, match=f"the policy's scale is not valid: {text}"):
+            codec.open_from_pb(message)
+
+
+def handshake() -> pb.Open:
+    """The least that a handshake must have."""
     sampling = pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1)
-    message = pb.Open(encoding=pb.ENCODING_F32, sampling=sampling)
-    scale = pb.Scale(score=pb.SCORE_MAX_PROBABILITY, curves={5: pb.Curve(temperature=1)})
-    message.policy.MergeFrom(pb.Policy(routing=pb.Routing(scale=scale)))
-    with pytest.raises(WireError, match="the policy's scale is not valid: its points must be"):
-        codec.open_from_pb(message)
+    return pb.Open(encoding=1, max_positions=2, prompt_length=1, sampling=sampling)
+
+
+def test_a_handshake_whose_numbers_cannot_be_is_refused() -> None:
+    codec.open_from_pb(handshake())
+    for change, text in (
+        (pb.Open(prompt_length=3), "a session of 2 positions has a prompt of 3"),
+        (pb.Open(policy=pb.Policy(thresholds={2: float("nan")})), "thresholds are not all numbers of 0 or more"),
+        (pb.Open(policy=pb.Policy(thresholds={2: -1.0})), "thresholds are not all numbers of 0 or more"),
+        (pb.Open(policy=pb.Policy(routing=pb.Routing(start=pb.Start()))), "only the entry node applies"),
+    ):
+        message = handshake()
+        message.MergeFrom(change)
+        with pytest.raises(WireError, match=text):
+            codec.open_from_pb(message)
+    for name in ("max_positions", "prompt_length"):
+        message = handshake()
+        message.ClearField(name)
+        with pytest.raises(WireError, match="has a prompt of"):
+            codec.open_from_pb(message)
+
+
+BAD_SECONDS = [float("nan"), float("inf"), -1.0, 1e30]
+BAD_CONFIDENCES = [float("nan"), float("inf"), -0.5, 1.5]
+
+
+def test_an_answer_whose_numbers_cannot_be_is_refused() -> None:
+    replies = [pb.Verdict(decisions=[pb.Decision(confidence=bad, reason=1)]) for bad in BAD_CONFIDENCES]
+    replies += [pb.Verdict(elapsed_s=bad) for bad in BAD_SECONDS]
+    for name in ("compute_s", "queue_s", "wire_s"):
+        replies += [pb.Verdict(hops=[pb.Hop(**{name: bad})]) for bad in BAD_SECONDS]
+    replies += [pb.Verdict(hops=[pb.Hop(node=bad)]) for bad in ("x" * 1000, "\x1b[2J", "a\nb")]
+    replies.append(pb.Verdict(hops=[pb.Hop(node="n")] * 1000))
+    for reply in replies:
+        with pytest.raises(WireError):
+            codec.verdict_from_pb(reply)
+    events = [pb.GenerateReply(token=pb.Token(confidence=bad, reason=1)) for bad in BAD_CONFIDENCES]
+    events += [pb.GenerateReply(token=pb.Token(after_s=bad, reason=1)) for bad in BAD_SECONDS]
+    for bad in BAD_SECONDS:
+        stats = pb.Stats(total_s=bad)
+        events.append(pb.GenerateReply(final=pb.Final(finish_reason=1, stats=stats)))
+    for event in events:
+        with pytest.raises(WireError):
+            codec.reply_from_pb(event)
+    for bad in BAD_SECONDS:
+        with pytest.raises(WireError):
+            codec.status_from_pb(pb.StatusReply(uptime_s=bad))
+
+
+def test_sums_of_counts_that_deeper_nodes_sent_fit_into_their_fields() -> None:
+    hop, other = Hop("n"), Hop("n", messages=2**32 - 1, positions=2**32 - 1, bytes_up=2**64 - 1, bytes_down=2**64 - 1)
+    for _ in range(3):
+        hop.add(other)
+    [back] = codec.verdict_from_pb(codec.verdict_to_pb(Verdict((), (hop,)), 0.0).verdict).hops
+    assert (back.messages, back.positions, back.bytes_up, back.bytes_down) == (2**32 - 1, 2**32 - 1, *[2**64 - 1] * 2)
 
 
 def test_a_start_that_is_none_is_refused() -> None:

@@ -1,13 +1,14 @@
 """Each exception that can cross the wire is one gRPC status, and comes back as itself."""
 
 import re
+from urllib.parse import quote
 
 import grpc
 import pytest
 
 from ruyi_flow import errors
 from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError
-from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of_call, status_of
+from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of, error_of_call, short_text, status_of
 
 KINDS = [
     kind
@@ -44,6 +45,30 @@ def test_a_write_that_meets_a_lost_connection_is_a_lost_connection() -> None:
     empty = grpc.aio.Metadata()
     failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, empty, empty, "Internal error from Core")
     assert isinstance(error_of_call(failure, "edge", "127.0.0.1:1"), NodeUnavailable)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN], ids=lambda code: code.name)
+def test_a_damaged_connection_is_no_bug_of_the_node(code: grpc.StatusCode) -> None:
+    failure = grpc.aio.AioRpcError(
+        code, grpc.aio.Metadata(), grpc.aio.Metadata(), "Metadata keys cannot be zero length"
+    )
+    error = error_of_call(failure, "edge", "127.0.0.1:1")
+    assert isinstance(error, NodeUnavailable) and "the connection to node 'edge' at 127.0.0.1:1 is broken" in str(error)
+
+
+def test_a_text_is_cut_to_what_a_status_can_carry() -> None:
+    for text in ("plain", "é", "100 %", "界" * 100):
+        assert short_text(RequestError(text)) == text
+    for character in ("a", "%", "é", "界", "😀", "\n"):
+        cut = short_text(RequestError(character * 10_000))
+        encoded = quote(cut, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")
+        assert set(cut) == {character} and 4096 - 12 <= len(encoded) <= 4096
+
+
+def test_the_name_of_a_node_can_travel_on() -> None:
+    error = error_of(14, "gone", "n1\n界" + "x" * 10_000)
+    assert isinstance(error, NodeError) and error.node is not None and error.node.isascii()
+    assert error.node.startswith("n1x") and len(error.node) <= 200
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
