@@ -67,8 +67,8 @@ def parse_value(text: str, where: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """A YAML loader that refuses duplicate keys, of which the last would win silently, and numbers in base 60.
 
-    It also refuses files with too many values. An alias counts as all that it repeats: ten nested anchors of ten aliases
-    each would make 10¹⁰ values of a few lines.
+    It also refuses files with too many values. An alias counts as all that it repeats: of a few lines, ten nested
+    anchors of ten aliases each would make 10¹⁰ values.
     """
 
     def __init__(self, stream: str) -> None:

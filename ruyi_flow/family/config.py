@@ -264,4 +264,3 @@ def _matrix_bytes(rows: int, columns: int, weights: Weights) -> int:
     halves = 2 if weights is Weights.INT8 else 1
     padded = -(-rows // 64) * 64
     return halves * padded * (columns // 2 + columns // 32 * 4)  # 32 is linear.GROUP; importing it would import torch
-

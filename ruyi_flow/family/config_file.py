@@ -160,7 +160,9 @@ class ConfigFile(_Values):
     """Whether all exits share one LM head. Ruyi."""
     early_exit_points: Exits | None = None
     """Exits. Ruyi."""
-    early_exit_branch_layers: list[Annotated[int, Field(ge=1, le=64)]] | None = Field(default=None, max_length=MAX_LAYERS)
+    early_exit_branch_layers: list[Annotated[int, Field(ge=1, le=64)]] | None = Field(
+        default=None, max_length=MAX_LAYERS
+    )
     """Decoder layers of each exit's branch, where branches are trained deeper than Ruyi's."""
     early_exit_probe_size: Annotated[int, Field(ge=0, le=4096)] | None = None
     """Hidden size of the probes."""
@@ -200,7 +202,9 @@ class ConfigFile(_Values):
                 rope["factor"] = settings.factor or context / original
                 context = max(context, int(original * rope["factor"]))
         if context > MAX_CONTEXT:
-            raise CheckpointError(f"{where}: rope settings make a context of {context}; it must be at most {MAX_CONTEXT}")
+            raise CheckpointError(
+                f"{where}: rope settings make a context of {context}; it must be at most {MAX_CONTEXT}"
+            )
         return rope, context
 
     def slides(self, base: str, context: int) -> bool:
