@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from ruyi_flow.errors import CheckpointError, did_you_mean
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
+from ruyi_flow.family.tokenizer import load_tokenizer
 
 __all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]
 
@@ -143,6 +144,9 @@ def pull(
         checkpoint = Checkpoint(folder, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:
             raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
+        if load_tokenizer(checkpoint) is None:
+            say("it has no tokenizer, so prompts for it must be token ids")
+        _ = checkpoint.eos_token_ids  # refused here rather than when a node loads
         say("writing it to the store")
         whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
         (whole / _SOURCE).write_text(identity)
