@@ -26,10 +26,10 @@ _MOST_TEMPLATE = 2**20
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the family's transformers tokenizer.
 
-    A tokenizer.json is read as it is written: it has all rules that the model was trained with. The AutoTokenizer of
-    transformers puts the rules of the class that tokenizer_config.json names in their place, which for some families are
-    others (SmolLM2 splits digits, GPT-2's class does not). Without a tokenizer.json, AutoTokenizer reads the older forms:
-    a sentencepiece model, or vocab.json with merges.txt.
+    A tokenizer.json is read as it is written: it has all rules that the model was trained with. AutoTokenizer puts the
+    rules of the class that tokenizer_config.json names in their place. For some families these are others: SmolLM2
+    splits digits, GPT-2's class does not. Without a tokenizer.json, AutoTokenizer reads the older forms: a sentencepiece
+    model, or vocab.json with merges.txt.
 
     Returns:
         A `PreTrainedTokenizerFast`, or None when the checkpoint has no tokenizer. Its `chat_template` is the default
@@ -86,7 +86,7 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
         checkpoint: the opened family.
         tokenizer: its tokenizer, or None.
     """
-    config, ids = checkpoint.config, list(checkpoint.eos_token_ids)
+    ids = list(checkpoint.eos_token_ids)
     if tokenizer is not None:
         if tokenizer.eos_token_id is not None:
             ids.append(int(tokenizer.eos_token_id))
@@ -95,9 +95,7 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
             for end in _TURN_ENDS
             if end in (tokenizer.chat_template or "") and end in tokenizer.get_vocab()
         ]
-    if not ids and config.base == "llama" and "eos_token_id" not in config.raw:
-        ids = [2]  # the default of transformers' LlamaConfig
-    return tuple(i for i in dict.fromkeys(ids) if i < config.vocab_size)
+    return tuple(i for i in dict.fromkeys(ids) if i < checkpoint.config.vocab_size)
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, *, raw: bool = False, vocab_size: int, family: str) -> list[int]:
