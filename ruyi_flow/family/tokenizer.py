@@ -26,10 +26,10 @@ _MOST_TEMPLATE = 2**20
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the family's transformers tokenizer.
 
-    A tokenizer.json is read as it is written: it has all rules that the model was trained with. AutoTokenizer puts the
-    rules of the class that tokenizer_config.json names in their place. For some families these are others: SmolLM2
-    splits digits, GPT-2's class does not. Without a tokenizer.json, AutoTokenizer reads the older forms: a sentencepiece
-    model, or vocab.json with merges.txt.
+    A tokenizer.json is read as it is written: it has all rules that the model was trained with. AutoTokenizer puts
+    the rules of the class that tokenizer_config.json names in their place. For some families these are others:
+    SmolLM2 splits digits, GPT-2's class does not. Without a tokenizer.json, AutoTokenizer reads the older forms: a
+    sentencepiece model, or vocab.json with merges.txt.
 
     Returns:
         A `PreTrainedTokenizerFast`, or None when the checkpoint has no tokenizer. Its `chat_template` is the default

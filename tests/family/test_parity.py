@@ -1,7 +1,8 @@
 """Hugging Face folders against the transformers that is installed: what it runs is run alike, or refused.
 
-`data/configs.json` has config.json and generation_config.json files as published, with the context that the model has;
-the sizes are shrunk here, and the weights are random. `data/templates.json` has published chat templates, without tools.
+`data/configs.json` has config.json and generation_config.json files as published, with the context that the model
+has; the sizes are shrunk here, and the weights are random. `data/templates.json` has published chat templates,
+without tools.
 """
 
 import copy
@@ -220,10 +221,13 @@ def test_end_tokens_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
 
 # Tokens
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CORPUS = [
     "Hello world, this is a test of 123 numbers and 4567 more. 4 ½ months! I'm fine; you'll see. 4 12 and 4 1",
-    "user\nWho are you?\nassistant\nYou are Qwen, a helpful assistant.\n\nCửa Việt 你好 世界 🙂 \t def f(x):\n    return x",
+    "user\nWho are you?\nassistant\nYou are Qwen, a helpful assistant.\n\nCửa Việt 你好 世界 🙂 \t def f(x):",
 ] * 5
 TEXTS = [
     *("Hello world", " 4 ½ months 12345", "Who are you?<|im_end|>\nx", "  two  spaces", "I'm you'll", "Cửa Việt 你好"),
