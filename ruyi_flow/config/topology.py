@@ -31,6 +31,7 @@ __all__ = [
     "Topology",
     "check_address",
     "resolve_folder",
+    "resolve_path",
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -96,7 +97,7 @@ class Node(Model):
     """Label such as device, edge or cloud. Default: the node's name."""
     address: Address | None = None
     """host:port to listen on and to be reached at. A topology of one node needs none: its clients run the node."""
-    exits: tuple[Int, ...] = Field(min_length=1)
+    exits: tuple[Int, ...] = Field(min_length=1, max_length=1024)
     """Exits of the node's stages, ascending."""
     dtype: Dtype = "bfloat16"
     """Number format of the layers and of the KV cache."""
@@ -174,7 +175,7 @@ class Topology(Model):
     """Folder of the family, or its name in the local store (`ruyi-flow pull`)."""
     exits: tuple[Int, ...] | None = None
     """Exits to give to an ordinary checkpoint, which has none of its own. Default: the family's own."""
-    nodes: tuple[Node, ...] = Field(min_length=1)
+    nodes: tuple[Node, ...] = Field(min_length=1, max_length=1024)
     """The nodes, from shallow to deep."""
     links: tuple[Link, ...] = ()
     """One link from each node to the next one."""
@@ -193,14 +194,14 @@ class Topology(Model):
         data = read_yaml(path, "topology")
         policy = data.get("policy") if isinstance(data, dict) else None
         if isinstance(policy, dict) and isinstance(policy.get("file"), str):
-            policy["file"] = str(base / Path(policy["file"]).expanduser())
+            policy["file"] = str(resolve_path(policy["file"], base, f"{path}: policy.file"))
         topology = cls.parse(data, where=str(path))
-        return topology.model_copy(
-            update={
-                "family": resolve_folder(topology.family, base, str(path)),
-                "nodes": tuple(n.model_copy(update={"shard": n.shard and (base / n.shard)}) for n in topology.nodes),
-            }
-        )
+        nodes = []
+        for i, node in enumerate(topology.nodes):
+            shard = node.shard and resolve_path(node.shard, base, f"{path}: nodes.{i}.shard")
+            nodes.append(node.model_copy(update={"shard": shard}))
+        family = resolve_folder(topology.family, base, str(path))
+        return topology.model_copy(update={"family": family, "nodes": tuple(nodes)})
 
     @classmethod
     def parse(cls, data: object, *, where: str = "topology") -> Topology:
@@ -369,10 +370,26 @@ class Topology(Model):
             seen[node.address] = i
 
 
+def resolve_path(path: str | Path, base: Path, where: str) -> Path:
+    """Return a path that a file names: relative to the file's own folder, or to the home folder if it begins with ~.
+
+    Args:
+        path: the path as it is written.
+        base: the folder of the file that names it.
+        where: the file and the key, for error messages.
+
+    Raises:
+        ConfigError: it cannot be a path.
+    """
+    try:
+        whole = base / Path(path).expanduser()
+        whole.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # ~user without such a user, a name that is too long, a NUL
+        raise ConfigError(f"{where}: {str(path)[:80]!r} cannot be a path: {error}") from None
+    return whole
+
+
 def resolve_folder(family: str, base: Path, where: str) -> str:
     """Return a folder relative to the topology's own folder; a name of the store stays a name."""
-    try:
-        folder = base / Path(family).expanduser()
-        return str(folder) if "/" in family or folder.joinpath("config.json").exists() else family
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{where}: family: {family[:80]!r} cannot be a folder or a name: {error}") from None
+    folder = resolve_path(family, base, f"{where}: family")
+    return str(folder) if "/" in family or (folder / "config.json").exists() else family

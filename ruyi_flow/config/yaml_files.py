@@ -12,7 +12,16 @@ from pydantic import BaseModel, ValidationError
 
 from ruyi_flow.errors import ConfigError, did_you_mean
 
-__all__ = ["explain", "parse_value", "read_yaml"]
+__all__ = ["explain", "parse_value", "read_yaml", "shorten"]
+
+_MOST_CHARACTERS = 2**20
+"""Largest YAML file."""
+
+_MOST_VALUES = 20_000
+"""Most keys and values of a YAML file, with what anchors repeat; far above all that people write."""
+
+_MOST_LINES = 20
+"""Most mistakes that one error message tells."""
 
 
 def read_yaml(path: Path, what: str) -> object:
@@ -26,7 +35,11 @@ def read_yaml(path: Path, what: str) -> object:
         ConfigError: the file is missing, unreadable or not YAML.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise ConfigError(f"{path}: is larger than {_MOST_CHARACTERS} characters, so it is no {what} file")
+        return yaml.load(text, _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -52,7 +65,35 @@ def parse_value(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys, of which the last would win silently, and numbers in base 60."""
+    """A YAML loader that refuses duplicate keys, of which the last would win silently, and numbers in base 60.
+
+    It also refuses files with too many values. An alias counts as all that it repeats: of a few lines, ten nested
+    anchors of ten aliases each would make 10¹⁰ values.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._open: list[int] = [0]
+        """Values so far of the file and of each value that is being read, from the outermost on."""
+        self._sizes: dict[str, int] = {}
+        """Values of each anchor."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and event.anchor not in self._sizes and event.anchor in self.anchors:
+            raise yaml.composer.ComposerError(None, None, "an anchor contains itself", event.start_mark)
+        is_alias = isinstance(event, yaml.AliasEvent)
+        self._open.append(self._sizes.get(event.anchor, 0) if is_alias else 1)
+        node = super().compose_node(parent, index)
+        size = self._open.pop()
+        self._open[-1] += size
+        if sum(self._open) > _MOST_VALUES:
+            raise yaml.composer.ComposerError(
+                None, None, f"the file has more than {_MOST_VALUES} values, with what aliases repeat", event.start_mark
+            )
+        if event.anchor and not is_alias:
+            self._sizes[event.anchor] = size
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -88,7 +129,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
         loc, kind = item["loc"], item["type"]
         if kind == "too_short" and any(other["loc"][: len(loc)] == loc for other in items if other is not item):
             continue  # its items exist and are wrong
-        path = ".".join(str(part) for part in loc)
+        path = ".".join(str(part)[:80] for part in loc)
         value, context = item["input"], item.get("ctx", {})
         message = item["msg"].removeprefix("Value error, ")
         if kind == "extra_forbidden":
@@ -101,9 +142,26 @@ def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
             message = f"must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
         elif kind in _KINDS:
             message = _KINDS[kind].format(**context)
-        shown = "" if value is None or (isinstance(value, float) and math.isnan(value)) else f" {value!r}:"
-        lines.append(f"{where}: {path}:{shown if len(shown) < 120 else ''} {message}")
+        shown = "" if value is None or (isinstance(value, float) and math.isnan(value)) else shorten(value, "")
+        lines.append(f"{where}: {path}:{shown and f' {shown}:'} {message}")
+        if len(lines) == _MOST_LINES and len(items) > _MOST_LINES:
+            lines.append(f"{where}: … and {len(items) - _MOST_LINES} more mistakes")
+            break
     return "\n".join(lines)
+
+
+def shorten(value: object, instead: str = "a long value") -> str:
+    """Return the repr of a value for an error message, or `instead` if it is long, which is found before it is made."""
+    room, rest = 120, [value]
+    while rest and room > 0:
+        part = rest.pop()
+        room -= len(part) + 2 if isinstance(part, (str, bytes)) else 1
+        if isinstance(part, (list, tuple, set, frozenset, dict)):
+            if len(part) > room:
+                return instead
+            rest += [*part, *part.values()] if isinstance(part, dict) else part
+    text = repr(value) if room > 0 else ""
+    return text if 0 < len(text) < 120 else instead
 
 
 _KINDS = {
@@ -118,6 +176,8 @@ _KINDS = {
     "string_type": "must be a text; put it in quotes if it looks like a number",
     "path_type": "must be a text",
     "tuple_type": "must be a list, as in [5, 11]",
+    "list_type": "must be a list, as in [5, 11]",
+    "too_long": "must have at most {max_length} items",
     "dict_type": "must be a mapping",
     "invalid_key": "a key must be a text; put it in quotes if it looks like a number",
     "model_type": "must be a mapping of keys to values",

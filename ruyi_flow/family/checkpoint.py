@@ -1,7 +1,8 @@
 """Checkpoint files: read Ruyi and Hugging Face folders and GGUF, and cut shards.
 
 Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors have Ruyi's
-published names (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`). The second and further layers of a branch,
+published names (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`). The prefix `model.` may be missing, as in
+checkpoints of a base model. The second and further layers of a branch,
 which Ruyi does not have, are `model.eeblocks.{i}.{j}`. In an ordinary Hugging Face checkpoint that was given exits, the
 same names refer to copies of its trunk layers.
 """
@@ -10,34 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ruyi_flow.config.yaml_files import shorten
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.config_file import GenerationFile, check_values
+from ruyi_flow.family.files import copy_companions, open_weights, read_json, save_weights, whole_or_not
 from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
 __all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "format_of", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
-_COMPANIONS = [
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE"),
-]
-"""Files of a family other than config and weights, copied to the shard of the entry node."""
-
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("input_layernorm",),
     "post_attention_layernorm": ("post_attention_layernorm",),
@@ -77,21 +70,21 @@ class Checkpoint:
         self, folder: str | Path, exits: Sequence[int] | None = None, branches: Sequence[str | Path] = ()
     ) -> None:
         self.folder = Path(folder)
-        raw = _read_json(self.folder / "config.json", "a family is a folder with config.json and *.safetensors files")
+        raw = read_json(self.folder / "config.json", "a family is a folder with config.json and *.safetensors files")
         self.config = FamilyConfig.parse(
             raw, exits=None if exits is None else tuple(exits), where=str(self.folder / "config.json")
         )
         self._ordinary = self.config.ordinary
-        self._files: dict[str, Any] = {}
-        self._file_of = self._open()
-        metadata = self._metadata
-        try:
-            stored = tuple(json.loads(metadata.get("ruyi_flow.exits", "null")) or self.config.exits)
-        except (ValueError, TypeError):
-            stored = ()
+        self._metadata: dict[str, str] = {}
+        self._places = self._open()
+        """Published name of each stored tensor -> its open file and its name there."""
+        if self._ordinary and self.config.tied_head:
+            self._untie()
+        named = self._metadata.get("ruyi_flow.exits")
+        stored = self.config.exits if named is None else _parse_exits(named)
         if not stored or any(p not in self.config.exits for p in stored):
             raise CheckpointError(
-                f"{self.folder}: its metadata names exits {metadata['ruyi_flow.exits']}, but config.json has "
+                f"{self.folder}: its metadata names exits {shorten(named)}, but config.json has "
                 f"{list(self.config.exits)}; cut the shard again"
             )
         self.exits: tuple[int, ...] = stored
@@ -103,11 +96,9 @@ class Checkpoint:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids of the tokens that end an answer, from config.json and generation_config.json."""
         path = self.folder / "generation_config.json"
-        eos = _read_json(path).get("eos_token_id") if path.exists() else None
-        more = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        if not all(isinstance(token, int) and token >= 0 for token in more):
-            raise CheckpointError(f"{path}: eos_token_id is {eos!r}; it must be a token id or a list of them")
-        return tuple(dict.fromkeys((*self.config.eos_token_ids, *more)))
+        more = check_values(GenerationFile, read_json(path), str(path)).eos_token_id if path.exists() else []
+        ids = dict.fromkeys((*self.config.eos_token_ids, *more))
+        return tuple(i for i in ids if i < self.config.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,33 +124,38 @@ class Checkpoint:
             names.append(config.head_name(p))
         return list(dict.fromkeys(names))
 
+    def check(self, exits: Sequence[int]) -> None:
+        """Check that the tensors of these stages exist in the shapes that config.json requires. Reads only headers.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        for name in self.names(exits):
+            file, stored = self._place(name)
+            if f"{name}{_SCALE}" in self._places:
+                continue  # packed; `Quantized.is_valid` checks it
+            found, required = tuple(file.get_slice(stored).get_shape()), self.config.shape(name)
+            if found != required:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {found}, but config.json requires {required}; "
+                    "fetch or cut the checkpoint again"
+                )
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor by its published name, mapped from disk.
 
         Raises:
             CheckpointError: the tensor is missing, or is not of plain floats.
         """
-        stored = self._stored_name(name)
-        if stored not in self._file_of:
-            of = "" if stored == name else f" (for {name})"
-            is_shard = self.exits != self.config.exits
-            raise CheckpointError(
-                f"{self.folder}: tensor {stored}{of} is missing; "
-                + (
-                    f"this shard has exits {list(self.exits)} only; cut another one"
-                    if is_shard
-                    else "fetch or convert the family again"
-                )
-            )
-        tensor = self._read(stored)
+        tensor = self._read(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise CheckpointError(f"{self.folder}: tensor {stored} is {tensor.dtype}; only float formats are supported")
+            raise CheckpointError(f"{self.folder}: tensor {name} is {tensor.dtype}; only float formats are supported")
         return tensor
 
     def weight(self, name: str) -> Tensor | Quantized:
         """Return a product's weight by its published name, quantized if it is stored so; see `tensor`."""
         parts = [name, f"{name}{_SCALE}", f"{name}{_ZERO}"]
-        found = [part in self._file_of for part in parts]
+        found = [part in self._places for part in parts]
         if not any(found[1:]):
             return self.tensor(name)
         weight = Quantized(*map(self._read, parts)) if all(found) else None
@@ -177,17 +173,34 @@ class Checkpoint:
             )
         return None if named is None else Weights(named)
 
-    def _read(self, stored: str) -> Tensor:
-        tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
-        return tensor
-
     def stores(self, name: str) -> bool:
         """Whether the files contain a tensor of this published name, rather than one that is copied for it."""
-        return name in self._file_of
+        return name in self._places
 
     def close(self) -> None:
         """Close the mapped files. Tensors that were copied from them stay valid."""
-        self._files.clear()
+        self._places.clear()
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        """Return the open file of a tensor and its name there."""
+        source = self._source(name)
+        if source not in self._places:
+            of = "" if source == name else f" (for {name})"
+            is_shard = self.exits != self.config.exits
+            raise CheckpointError(
+                f"{self.folder}: tensor {source}{of} is missing; "
+                + (
+                    f"this shard has exits {list(self.exits)} only; cut another one"
+                    if is_shard
+                    else "fetch or convert the family again"
+                )
+            )
+        return self._places[source]
+
+    def _read(self, name: str) -> Tensor:
+        file, stored = self._place(name)
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor
 
     @property
     def _layer_tensors(self) -> list[str]:
@@ -200,62 +213,75 @@ class Checkpoint:
                 out += [f"{part}.{kind}" for part in parts for kind in kinds]
         return out
 
-    def _stored_name(self, name: str) -> str:
-        if not self._ordinary or name in self._file_of:
+    def _source(self, name: str) -> str:
+        """Return the published name of the tensor that is read for a name: another one's in an ordinary checkpoint."""
+        if not self._ordinary or name in self._places:
             return name
         parts = name.split(".")
         if parts[1] == "eelayers":  # a branch starts as a copy of the trunk layer at its exit
             return ".".join(("model", "layers", str(self.config.exits[int(parts[2])]), *parts[3:]))
         return "model.norm.weight" if parts[1] == "norms" else name
 
-    def _open(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    def _open(self) -> dict[str, tuple[Any, str]]:
+        index, weight_map = self.folder / "model.safetensors.index.json", {}
+        if not (self.folder / _WEIGHTS).exists() and index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) and re.fullmatch(r"\w[\w. -]*", file) for file in weight_map.values()
+            ):
                 raise CheckpointError(
-                    f"{index}: weight_map is missing or does not map tensors to files; fetch the checkpoint again"
+                    f"{index}: weight_map is missing or does not map tensors to files of this folder; "
+                    "fetch the checkpoint again"
                 )
-            files = sorted(set(weight_map.values()))
-        else:
-            files = [_WEIGHTS]
-        self._metadata: dict[str, str] = {}
-        file_of: dict[str, str] = {}
-        for file in files:
-            path = self.folder / file
+        places: dict[str, tuple[Any, str]] = {}
+        for name in sorted(set(weight_map.values())) or [_WEIGHTS]:
+            path = self.folder / name
             if not path.exists():
                 others = sorted(p.name for p in self.folder.glob("*.bin"))
                 pickles = f"convert {others[0]} to safetensors: pickles are never read" if others else ""
                 raise CheckpointError(f"{path}: no such file; {pickles or 'fetch the checkpoint again'}")
-            self._files[file] = handle = _open(path)
-            self._metadata |= handle.metadata() or {}
-            file_of |= {str(name): file for name in handle.keys()}
-        return file_of
+            file = open_weights(path)
+            self._metadata |= file.metadata() or {}
+            for stored in map(str, file.keys()):
+                published = stored if stored.startswith(("model.", "lm_head")) else f"model.{stored}"
+                if published not in places or weight_map.get(stored) == name:  # another file may have a stale copy
+                    places[published] = file, stored
+        return places
+
+    def _untie(self) -> None:
+        """Read a tied head as transformers does: one that differs from the embedding is not tied, whatever is said."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if head not in self._places:
+            return
+        if embedding not in self._places:
+            self._places[embedding] = self._places[head]
+        elif not torch.equal(self.tensor(head), self.tensor(embedding)):
+            raw = {**self.config.raw, "tie_word_embeddings": False}
+            self.config = FamilyConfig.parse(raw, exits=self.config.exits, where=str(self.folder / "config.json"))
 
     def _replace_branches(self, file: Path) -> None:
         """Replace tensors of the family with those of a file of trained branches or probes."""
-        handle = _open(file)
+        handle = open_weights(file)
         metadata = handle.metadata() or {}
+        exits = _parse_exits(metadata.get("ruyi_flow.branch_exits", ""))
         try:
-            exits = json.loads(metadata["ruyi_flow.branch_exits"])
             trained = {k: json.loads(metadata[f"ruyi_flow.{k}"]) for k in _TRAINED if f"ruyi_flow.{k}" in metadata}
-        except (KeyError, ValueError):
-            raise CheckpointError(f"{file}: not a file of trained branches; ruyi-flow train writes them") from None
-        if tuple(exits) != self.config.exits:
+        except (ValueError, RecursionError):
+            exits = ()
+        if not exits:
+            raise CheckpointError(f"{file}: not a file of trained branches; ruyi-flow train writes them")
+        if exits != self.config.exits:
             raise CheckpointError(
-                f"{file}: its branches are for exits {exits}, but the family has exits {list(self.config.exits)}"
+                f"{file}: its branches are for exits {list(exits)}, but the family has exits {list(self.config.exits)}"
             )
         raw = {**self.config.to_dict(), **{f"early_exit_{key}": value for key, value in trained.items()}}
         self.config = FamilyConfig.parse(raw, where=str(file))
-        self._files[str(file)] = handle
-        self._file_of |= {str(name): str(file) for name in handle.keys()}
+        self._places |= {str(name): (handle, str(name)) for name in handle.keys()}
         self._metadata.pop("ruyi_flow.fingerprint", None)
 
     def _first_values(self, name: str) -> Tensor:
-        stored = self._stored_name(name)
-        if stored not in self._file_of:
-            self.tensor(name)  # raises
-        part = self._files[self._file_of[stored]].get_slice(stored)
+        file, stored = self._place(name)
+        part = file.get_slice(stored)
         shape: list[int] = part.get_shape()
         first: Tensor = part[:1].expand(shape) if len(shape) > 1 else part[:]
         return first
@@ -293,6 +319,7 @@ def cut(
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it or name another folder")
+    checkpoint.check(exits)
     names = checkpoint.names(exits)
     if checkpoint.weights is not None and weights not in (None, checkpoint.weights):
         raise CheckpointError(
@@ -300,7 +327,7 @@ def cut(
             "cut the shard from the family"
         )
     quantized = checkpoint.weights or (weights if weights is not Weights.BF16 else None)
-    with _whole_or_not(out) as folder:
+    with whole_or_not(out) as folder:
         tensors: dict[str, Tensor] = {}
         for name in names:
             weight = checkpoint.weight(name)
@@ -318,15 +345,13 @@ def cut(
         metadata = {"format": "pt", "ruyi_flow.exits": json.dumps(list(exits)), "ruyi_flow.fingerprint": fingerprint}
         if quantized:
             metadata["ruyi_flow.weights"] = quantized
-        save_file(tensors, folder / _WEIGHTS, metadata)
+        save_weights(tensors, folder / _WEIGHTS, metadata)
         config = checkpoint.config.to_dict()
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if companions:
-            for name in _COMPANIONS:
-                if (checkpoint.folder / name).exists():
-                    shutil.copyfile(checkpoint.folder / name, folder / name)
+            copy_companions(checkpoint.folder, folder)
     return out
 
 
@@ -365,7 +390,7 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **plain)
     except Exception as error:  # gguf and transformers raise errors of any kind on a file that they cannot parse
         raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {error}") from error
-    with _whole_or_not(Path(out)) as folder:
+    with whole_or_not(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -384,28 +409,13 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     return known[str(name)]
 
 
-def _open(path: Path) -> Any:
+def _parse_exits(text: str) -> tuple[int, ...]:
+    """Parse exits that a safetensors file's metadata names; () if they are malformed."""
     try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
-
-
-@contextmanager
-def _whole_or_not(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `out` at the end, or is removed after an error."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error}") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        os.replace(folder, out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        exits = json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(exits) if isinstance(exits, list) and all(type(p) is int for p in exits) else ()
 
 
 def _fingerprint(config: FamilyConfig, names: Sequence[str], first_values: Callable[[str], Tensor]) -> str:
@@ -418,15 +428,3 @@ def _fingerprint(config: FamilyConfig, names: Sequence[str], first_values: Calla
         first = tensor[0] if tensor.dim() > 1 else tensor
         digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file" + (f"; {hint}" if hint else "")) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ruyi_flow.config.yaml_files import shorten
 from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family.config_file import BASES, ConfigFile, check_values
 from ruyi_flow.types import Weights
 
-__all__ = ["FamilyConfig"]
+__all__ = ["PROBE_TOP", "FamilyConfig"]
 
-_BASES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "ruyi_llama": "llama",
-    "ruyi_qwen2": "qwen2",
-    "ruyi_qwen3": "qwen3",
-    "ee_qwen3": "qwen3",
-}
-"""model_type in config.json -> kind of decoder layer. The first three are ordinary Hugging Face checkpoints."""
+PROBE_TOP = 16
+"""Number of log-probabilities in the input of a branch's probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,89 +75,81 @@ class FamilyConfig:
         Raises:
             CheckpointError: a value is missing or wrong, or `transformer.py` does not implement the architecture.
         """
-        try:
-            config = cls._parse(raw, exits, where)
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{where}: a value has the wrong type: {error}") from None
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(config, name) < 1:
-                raise CheckpointError(f"{where}: {name} is {getattr(config, name)}; it must be 1 or more")
-        if not 0 <= config.rms_norm_eps < 1:
-            raise CheckpointError(f"{where}: rms_norm_eps is {config.rms_norm_eps}; it must be at least 0 and below 1")
-        return config
-
-    @classmethod
-    def _parse(cls, raw: Mapping[str, Any], exits: tuple[int, ...] | None, where: str) -> FamilyConfig:
         model_type = raw.get("model_type")
-        if model_type not in _BASES:
-            raise CheckpointError(f"{where}: model_type is {model_type!r}; known: {', '.join(_BASES)}")
-        base = _BASES[str(model_type)]
-        ordinary = model_type == base
-
-        def need(key: str) -> Any:
-            if raw.get(key) is None:
-                raise CheckpointError(f"{where}: {key} is missing")
-            return raw[key]
-
-        num_layers = int(need("num_hidden_layers"))
-        hidden_size, num_heads = int(need("hidden_size")), int(need("num_attention_heads"))
-        if raw.get("quantization_config"):
+        if not isinstance(model_type, str) or model_type not in BASES:
+            raise CheckpointError(
+                f"{where}: model_type is {shorten(model_type)}; this architecture is not supported; "
+                f"known: {', '.join(BASES)}"
+            )
+        given = check_values(ConfigFile, raw, where)
+        base, num_layers = BASES[given.model_type], given.num_hidden_layers
+        ordinary = given.model_type == base
+        if given.quantization_config:
             raise CheckpointError(f"{where}: quantized weights (quantization_config) are not supported; use plain ones")
-        if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
-            raise CheckpointError(f"{where}: sliding-window attention is not supported, only full attention")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is supported")
+        if given.hidden_act not in ("silu", "swish"):
+            raise CheckpointError(f"{where}: hidden_act is {given.hidden_act!r}; only silu is supported")
         if ordinary:
             points = sorted({*(exits or ()), num_layers - 1})
+        elif given.early_exit_points is None:
+            raise CheckpointError(f"{where}: early_exit_points is missing")
         else:
-            points = [int(p) for p in need("early_exit_points")]
+            points = given.early_exit_points
             if exits is not None and list(exits) != points:
                 raise CheckpointError(
                     f"{where}: the checkpoint has its own exits {points} and cannot be given {list(exits)}; "
                     "remove exits"
                 )
-        if points != sorted(set(points)) or points[0] < 1 or points[-1] != num_layers - 1:
+        if points != sorted(set(points)) or not points or points[0] < 1 or points[-1] != num_layers - 1:
             raise CheckpointError(
                 f"{where}: exits are {points}; they must ascend, begin at 1 or more and end at {num_layers - 1}, "
                 f"the last of {num_layers} layers"
             )
-        depths = [int(n) for n in raw.get("early_exit_branch_layers") or [1] * len(points)]
-        if len(depths) != len(points) or min(depths) < 1 or depths[-1] != 1:
+        depths = given.early_exit_branch_layers or [1] * len(points)
+        if len(depths) != len(points) or depths[-1] != 1:
             raise CheckpointError(
                 f"{where}: early_exit_branch_layers is {depths}; it must have one number for each of the exits "
                 f"{points}, each 1 or more, and 1 for the last"
             )
-        if raw.get("tie_word_embeddings") and not ordinary and not raw.get("shared_heads", False):
+        if given.tie_word_embeddings and not ordinary and not given.shared_heads:
             raise CheckpointError(
                 f"{where}: tie_word_embeddings requires shared_heads: true, since the one head is the embedding"
             )
-        probe_size = int(raw.get("early_exit_probe_size") or 0)
-        if not 0 <= probe_size <= 4096:
-            raise CheckpointError(f"{where}: early_exit_probe_size is {probe_size}; it must be 0 to 4096")
-        bias = bool(raw.get("attention_bias", False))
-        eos = raw.get("eos_token_id")
+        heads, kv_heads = given.num_attention_heads, given.kv_heads
+        head_dim = given.head_dim or (128 if base == "qwen3" and "head_dim" not in raw else given.hidden_size // heads)
+        if head_dim < 2 or head_dim % 2:
+            raise CheckpointError(
+                f"{where}: head_dim is {head_dim}; it must be even, since rotary positions turn pairs of values"
+            )
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"{where}: num_key_value_heads is {kv_heads}; it must divide num_attention_heads, which is {heads}"
+            )
+        rope, context = given.rope(where)
+        if given.slides(base, context):
+            raise CheckpointError(f"{where}: sliding-window attention is not supported, only full attention")
+        bias = bool(given.attention_bias)
         return cls(
             base=base,
             exits=tuple(points),
             branch_layers=tuple(depths),
-            vocab_size=int(need("vocab_size")),
-            hidden_size=hidden_size,
-            intermediate_size=int(need("intermediate_size")),
+            vocab_size=given.vocab_size,
+            hidden_size=given.hidden_size,
+            intermediate_size=given.intermediate_size,
             num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-            rms_norm_eps=float(need("rms_norm_eps")),
-            max_positions=int(need("max_position_embeddings")),
-            rope=_rope(raw),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=given.rms_norm_eps,
+            max_positions=context,
+            rope=rope,
             attention_bias=bias or base == "qwen2",
             output_bias=bias and base != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            shared_heads=True if ordinary else bool(raw.get("shared_heads", False)),
-            tied_head=bool(raw.get("tie_word_embeddings", False)),
+            mlp_bias=bool(given.mlp_bias) and base == "llama",
+            shared_heads=ordinary or bool(given.shared_heads),
+            tied_head=bool(given.tie_word_embeddings),
             ordinary=ordinary,
-            probe_size=probe_size,
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+            probe_size=given.early_exit_probe_size or 0,
+            eos_token_ids=tuple(given.eos_token_id),
             raw=raw,
         )
 
@@ -199,6 +184,29 @@ class FamilyConfig:
         if self.tied_head:
             return "model.embed_tokens.weight"
         return "lm_head.weight" if self.shared_heads else f"lm_head.{self.exits.index(exit)}.weight"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor by its published name."""
+        h, m = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if name.startswith("lm_head") or "embed_tokens" in name:
+            return self.vocab_size, h
+        module, kind = name.split(".")[-2:]
+        if "probes" in name:
+            rows, columns = (self.probe_size, h + PROBE_TOP) if module == "up" else (1, self.probe_size)
+        elif module in ("q_norm", "k_norm"):
+            return (self.head_dim,)
+        elif not module.endswith("_proj"):
+            return (h,)
+        else:
+            rows, columns = {
+                "q_proj": (q, h),
+                "k_proj": (kv, h),
+                "v_proj": (kv, h),
+                "o_proj": (h, q),
+                "down_proj": (h, m),
+            }.get(module, (m, h))
+        return (rows,) if kind == "bias" else (rows, columns)
 
     @property
     def layer_parameters(self) -> int:
@@ -256,15 +264,3 @@ def _matrix_bytes(rows: int, columns: int, weights: Weights) -> int:
     halves = 2 if weights is Weights.INT8 else 1
     padded = -(-rows // 64) * 64
     return halves * padded * (columns // 2 + columns // 32 * 4)  # 32 is linear.GROUP; importing it would import torch
-
-
-def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rope settings in one form: transformers 5 nests them in `rope_parameters`, older files do not."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope = dict(rope.get("full_attention", rope))  # transformers 5 may give them for each kind of layer
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    for key in ("rope_theta", "factor"):
-        if key in rope and not 0 < float(rope[key]) < math.inf:
-            raise ValueError(f"rope settings: {key} is {rope[key]!r}; it must be positive and finite")
-    return rope

@@ -106,29 +106,18 @@ class _Loader:
             parts.append(part)
         joined = Quantized.cat(parts)
         if joined.shape != tuple(linear.weight.shape):
-            raise self._wrong_shape(names, [part.shape for part in parts], linear.weight)
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {' + '.join(names)} has shape {[part.shape for part in parts]}, but "
+                f"config.json requires {tuple(linear.weight.shape)}; cut the shard again"
+            )
         linear.set_kernels(joined.to(self.device), self.dtype, apart=apart)
 
     def read(self, module: nn.Module, parameter: str, names: Sequence[str]) -> None:
         """Fill a parameter with these tensors, stacked along the first dimension."""
-        expected = getattr(module, parameter)
         tensors = [self.checkpoint.tensor(name) for name in names]
-        sizes = module.splits if isinstance(module, Linear) and len(module.splits) == len(names) else None
-        found = [tuple(t.shape) for t in tensors]
-        try:
-            joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            value = joined.to(self.device, self.dtype, copy=True).contiguous()
-        except RuntimeError as error:
-            raise CheckpointError(f"{self.checkpoint.folder}: {' + '.join(names)}, shapes {found}: {error}") from None
-        if value.shape != expected.shape or (sizes and [s[0] for s in found] != list(sizes)):
-            raise self._wrong_shape(names, found, expected)
+        joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        value = joined.to(self.device, self.dtype, copy=True).contiguous()
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
-
-    def _wrong_shape(self, names: Sequence[str], found: Sequence[tuple[int, ...]], expected: Tensor) -> CheckpointError:
-        return CheckpointError(
-            f"{self.checkpoint.folder}: {' + '.join(names)} has shape {found}, but config.json requires "
-            f"{tuple(expected.shape)}; fetch or cut the checkpoint again"
-        )
 
 
 def load_slice(
@@ -158,6 +147,7 @@ def load_slice(
         ConfigError: the GPU has no kernel for quantized weights.
     """
     loader = _Loader(checkpoint, dtype, torch.device(device), weights)
+    checkpoint.check(exits)
     with torch.device("meta"):
         model = FamilySlice(checkpoint.config, exits)
     model.requires_grad_(False)

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from ruyi_flow.errors import CheckpointError, did_you_mean
 from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
+from ruyi_flow.family.tokenizer import load_tokenizer
 
 __all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]
 
@@ -44,7 +45,7 @@ _DEMO_TRAINED = {
 _SOURCE = "source.txt"
 """File in a stored family that names its source."""
 
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*"]
 """Files that are fetched from a hub: no code and no pickles."""
 
 
@@ -69,13 +70,15 @@ def locate(family: str | Path) -> Path:
     """
     path = Path(family)
     try:
-        if path.is_dir():
+        if (path / "config.json").exists():
             return path
         stored = home() / "families" / str(family)
         if stored.is_dir() and path.name == str(family):
             return stored
-    except OSError as error:
-        raise CheckpointError(f"no family {str(family)[:80]!r}: {error.strerror}") from None
+        if path.is_dir():  # of a store's name, say, but with other things in it
+            return path
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no family {str(family)[:80]!r}: {error}") from None
     if path.name != str(family):
         raise CheckpointError(f"{family}: no such folder")
     known = names()
@@ -141,6 +144,9 @@ def pull(
         checkpoint = Checkpoint(folder, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:
             raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
+        if load_tokenizer(checkpoint) is None:
+            say("it has no tokenizer, so prompts for it must be token ids")
+        _ = checkpoint.eos_token_ids  # refused here rather than when a node loads
         say("writing it to the store")
         whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
         (whole / _SOURCE).write_text(identity)
@@ -173,14 +179,17 @@ def demo_gguf(*, say: Callable[[str], None] = lambda step: None, bars: bool = Fa
 def _scratch(name: str) -> Iterator[Path]:
     """Yield a temporary folder in the store, to one process at a time."""
     folder = home() / "partial" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{name}.lock")):
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:  # a full disk, or no permission
+        raise CheckpointError(f"the store at {home()} cannot be written: {error}") from None
 
 
 def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:

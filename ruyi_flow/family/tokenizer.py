@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
+from ruyi_flow.family.files import companions, read_json
 
 if TYPE_CHECKING:
     from ruyi_flow.family.checkpoint import Checkpoint
@@ -19,23 +22,64 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn in chat templates. The generation_config.json of many checkpoints omits them."""
 
 
+_MOST_TEMPLATE = 2**20
+"""Most characters of a chat template; the longest published ones have about 20,000."""
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the family's transformers tokenizer.
 
+    A tokenizer.json is read as it is written: it has all rules that the model was trained with. AutoTokenizer puts
+    the rules of the class that tokenizer_config.json names in their place. For some families these are others:
+    SmolLM2 splits digits, GPT-2's class does not. Without a tokenizer.json, AutoTokenizer reads the older forms: a
+    sentencepiece model, or vocab.json with merges.txt.
+
     Returns:
-        A `PreTrainedTokenizerFast`, or None when the checkpoint has no tokenizer.json.
+        A `PreTrainedTokenizerFast`, or None when the checkpoint has no tokenizer. Its `chat_template` is the default
+        template, or None.
 
     Raises:
         CheckpointError: the tokenizer files cannot be read.
     """
-    if not (checkpoint.folder / "tokenizer.json").exists():
+    folder, names = checkpoint.folder, {path.name for path in companions(checkpoint.folder)}
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         return None
+    if "tokenizer.json" not in names and "tokenizer.model" in names and find_spec("sentencepiece") is None:
+        raise CheckpointError(f"{folder}: its tokenizer.model needs a package: pip install sentencepiece")
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: its tokenizer files cannot be read: {error}") from None
+        if "tokenizer.json" in names:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            from transformers import AutoConfig, AutoTokenizer  # 80 MB more
+
+            kind = AutoConfig.for_model(checkpoint.config.base)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=kind, local_files_only=True, trust_remote_code=False
+            )
+            if not isinstance(tokenizer, PreTrainedTokenizerFast):
+                raise ValueError(f"{type(tokenizer).__name__} is written in Python, which is not supported")
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{folder}: its tokenizer files cannot be read: {reason[0]}") from None
+    tokenizer.chat_template = _default_template(tokenizer.chat_template, folder)
+    return tokenizer
+
+
+def _default_template(template: object, folder: Path) -> str | None:
+    """Return the chat template that prompts use, of those that a tokenizer has, or of chat_template.json."""
+    if template is None and (folder / "chat_template.json").exists():  # where multimodal models have theirs
+        template = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {named.get("name"): named.get("template") for named in template if isinstance(named, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None or (isinstance(template, str) and len(template) <= _MOST_TEMPLATE):
+        return template
+    raise CheckpointError(f"{folder}: its chat template is not a text of at most {_MOST_TEMPLATE} characters")
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
@@ -54,7 +98,7 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
             for end in _TURN_ENDS
             if end in (tokenizer.chat_template or "") and end in tokenizer.get_vocab()
         ]
-    return tuple(dict.fromkeys(ids))
+    return tuple(i for i in dict.fromkeys(ids) if i < checkpoint.config.vocab_size)
 
 
 class PromptEncoder:
@@ -113,7 +157,9 @@ class PromptEncoder:
         if not any(content.strip() for _, content in turns):
             raise RequestError("the prompt is empty; give it some text")
         if self.tokenizer.chat_template is None:
-            raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
+            raise RequestError(
+                "this family has no chat template, or none named default; send the prompt with raw=True (--raw)"
+            )
         messages = [{"role": role, "content": content} for role, content in turns]
         with _refusing("the family's chat template refuses these messages"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -122,9 +168,8 @@ class PromptEncoder:
     def _encode(self, text: str, *, special: bool) -> list[int]:
         with _refusing("the family's tokenizer refuses this text"):
             # The call for a batch lets other threads run meanwhile, the one for a single text does not.
-            ids: list[int] = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=special)[
-                0
-            ].ids
+            encoded = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = encoded[0].ids
         if not ids:
             raise RequestError("the prompt is empty; give it some text")
         if max(ids) >= self._vocab_size:
@@ -145,12 +190,16 @@ class PromptEncoder:
 def _refusing(what: str) -> Iterator[None]:
     """Turn any exception of the block into a RequestError that begins with `what`.
 
-    A template is a program that comes with the family and may raise anything. The tokenizers library raises bare
-    Exceptions, and a panic of its Rust code is a BaseException.
+    A template is a program that comes with the family and may raise anything.
     """
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not _is_failure(error):
             raise
         raise RequestError(f"{what}: {error}") from None
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether an error comes from the tokenizers library: bare Exceptions, and panics, which are none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ruyi_flow.errors import CheckpointError, ConfigError
-from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.family.config import PROBE_TOP, FamilyConfig
 from ruyi_flow.family.linear import Linear
 
 __all__ = ["Attention", "Branch", "CausalAttention", "DecoderLayer", "FamilySlice", "Probe", "Rope"]
@@ -169,7 +169,7 @@ class Probe(nn.Module):
     tokens; it has one hidden layer. CALM (Schuster et al. 2022, section 3.5) has such a classifier of the state alone.
     """
 
-    TOP = 16
+    TOP = PROBE_TOP
     """Number of log-probabilities in its input."""
 
     def __init__(self, config: FamilyConfig) -> None:
@@ -438,22 +438,12 @@ class CausalAttention:
 def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
     """Return the (head_dim / 2,) inverse frequencies, and the factor on cosines and sines."""
     kind, theta = config.rope["rope_type"], float(config.rope["rope_theta"])
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic scales nothing within the context
         return 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise CheckpointError(f"config.json: rope_type is {kind!r}; known: default, linear, llama3, yarn")
     from transformers import PreTrainedConfig  # LlamaConfig would import 90 MB of its model
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    try:
-        sizes = {
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_heads,
-            "head_dim": config.head_dim,
-        }
-        rope = {"max_position_embeddings": config.max_positions, "rope_parameters": dict(config.rope)}
-        their_config = PreTrainedConfig(**sizes, **rope)
-        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](their_config, torch.device("cpu"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: rope settings {dict(config.rope)} are incomplete: {error}") from None
+    sizes = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_heads, "head_dim": config.head_dim}
+    rope = {"max_position_embeddings": config.max_positions, "rope_parameters": dict(config.rope)}
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](PreTrainedConfig(**sizes, **rope), torch.device("cpu"))
     return inv_freq.float(), float(scale)

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ruyi_flow.config.topology import Float, Int, Link, Model, Node, Topology, resolve_folder
-from ruyi_flow.config.yaml_files import explain, parse_value, read_yaml
+from ruyi_flow.config.topology import Float, Int, Link, Model, Node, Topology, resolve_folder, resolve_path
+from ruyi_flow.config.yaml_files import explain, parse_value, read_yaml, shorten
 from ruyi_flow.errors import ConfigError, did_you_mean
 
 __all__ = ["Arrivals", "Behaviour", "Host", "Lengths", "Load", "Scenario", "SimLink", "SimNode", "Span", "Turns"]
@@ -185,7 +185,7 @@ class Host(Model):
 class Scenario(Topology):
     """A deployment and its load."""
 
-    nodes: tuple[SimNode, ...] = Field(min_length=1)
+    nodes: tuple[SimNode, ...] = Field(min_length=1, max_length=1024)
     links: tuple[SimLink, ...] = ()
     workload: Load = Field(alias="load")
     """The users' requests."""
@@ -231,8 +231,8 @@ class Scenario(Topology):
         load = data.get("load")
         arrivals = load.get("arrivals") if isinstance(load, dict) else None
         places = [(data, "trace"), (data, "profile"), (data.get("policy"), "file"), (arrivals, "file")]
-        for mapping, key in [*places, *((node, "profile") for node in _rows(data, "nodes"))]:
-            _make_absolute(mapping, key, base)
+        for mapping, key in [*places, *((node, key) for node in _rows(data, "nodes") for key in ("profile", "shard"))]:
+            _make_absolute(mapping, key, base, where)
         try:
             scenario = cls.model_validate(data)
         except ValidationError as error:
@@ -301,14 +301,14 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
         return data
     if not isinstance(named, str):
         raise ConfigError(f"{path}: topology: must be the path of a topology file")
-    file = path.parent / Path(named).expanduser()
+    file = resolve_path(named, path.parent, f"{path}: topology")
     below = read_yaml(file, "topology")
     if not isinstance(below, dict):
         raise ConfigError(f"{file}: a topology must be a mapping with the keys family, nodes, links and policy")
     if isinstance(below.get("family"), str):
         below["family"] = resolve_folder(below["family"], file.parent.resolve(), str(file))
     for mapping, key in [(below.get("policy"), "file"), *((node, "shard") for node in _rows(below, "nodes"))]:
-        _make_absolute(mapping, key, file.parent)
+        _make_absolute(mapping, key, file.parent, str(file))
     merged = {**below, **data}
     for key, names in (("nodes", ("name",)), ("links", ("from", "to"))):
         if not isinstance(data.get(key), list) or not isinstance(below.get(key), list):
@@ -317,7 +317,7 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
         for row in data[key]:
             match = [r for r in rows if isinstance(row, dict) and all(r.get(n) == row.get(n) for n in names)]
             if not match:
-                raise ConfigError(f"{path}: {key}: {row!r} is not in {file}; use a name of that file")
+                raise ConfigError(f"{path}: {key}: {shorten(row)} is not in {file}; use a name of that file")
             match[0].update(row)
     return merged
 
@@ -327,10 +327,10 @@ def _rows(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [row for row in data[key] if isinstance(row, dict)] if isinstance(data.get(key), list) else []
 
 
-def _make_absolute(mapping: Any, key: str, base: Path) -> None:
+def _make_absolute(mapping: Any, key: str, base: Path, where: str) -> None:
     """Make a path in a mapping absolute, if it is there."""
     if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
-        mapping[key] = str((base / Path(mapping[key]).expanduser()).resolve())
+        mapping[key] = str(resolve_path(mapping[key], base, f"{where}: {key}").resolve())
 
 
 def replace_key(data: dict[str, Any], override: str, where: str) -> None:

@@ -97,8 +97,8 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("nodes.0.exits", 5, ["nodes.0.exits", "must be a list"]),
         ("nodes.0.limits", 5, ["nodes.0.limits", "must be a mapping"]),
         ("links.0.timeout_s", float("inf"), ["links.0.timeout_s", "must be at most 1000000.0"]),
-        ("family", "~nosuchuser/x", ["family", "cannot be a folder or a name"]),
-        ("family", "x" * 5000, ["family", "cannot be a folder or a name"]),
+        ("family", "~nosuchuser/x", ["family", "cannot be a path"]),
+        ("family", "x" * 5000, ["family", "cannot be a path"]),
         ("nodes.0.threads", 0, ["nodes.0.threads", "0", "1 or more"]),
         ("links.0.to", "edg", ["links.0.to", "no node 'edg'", "did you mean 'edge'?"]),
         ("links.0.to", "cloud", ["links.0", "device → cloud skips"]),
@@ -224,3 +224,17 @@ def test_the_reference_has_every_key() -> None:
         for name, field in model.model_fields.items():
             if name != "limits":
                 assert f"`{prefix}{field.alias or name}`" in text, name
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    file = tmp_path / "topology.yaml"
+    file.write_text("family: ~/f\nnodes: [{name: a, exits: [2], shard: ~/shards/a}]\n")
+    topology = Topology.load(file)
+    assert topology.family == str(tmp_path / "me/f") and topology.nodes[0].shard == tmp_path / "me/shards/a"
+    file.write_text("family: f\nnodes: [{name: a, exits: [2], shard: ~nosuchuser/a}]\n")
+    with pytest.raises(ConfigError, match=r"nodes\.0\.shard: '~nosuchuser/a' cannot be a path"):
+        Topology.load(file)
+    file.write_text("family: f\nnodes: [{name: a, exits: [2]}]\npolicy: {file: ~nosuchuser/a}\n")
+    with pytest.raises(ConfigError, match=r"policy\.file: '~nosuchuser/a' cannot be a path"):
+        Topology.load(file)

@@ -115,9 +115,7 @@ def test_a_wrong_shape_states_both(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norms.1.weight"] = torch.ones(7)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"norms\.1\.weight has shape \[\(7,\)\], but config\.json requires \(32,\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"norms\.1\.weight has shape \(7,\), but config\.json requires \(32,\)"):
         load_family(folder, dtype="float32")
 
 
@@ -144,7 +142,7 @@ def test_files_beside_the_weights_that_are_broken_are_said(tiny: Path, tmp_path:
         load_family(folder, dtype="float32")
     (folder / "tokenizer.json").unlink()
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(CheckpointError, match="eos_token_id is 'x'"):
+    with pytest.raises(CheckpointError, match="eos_token_id.0: 'x': must be a whole number"):
         _ = Checkpoint(folder).eos_token_ids
     tensors = load_file(folder / "model.safetensors")
     for exits in ("x", "5", "[9]"):
@@ -164,19 +162,13 @@ def test_quantized_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
         Checkpoint(tiny_family(tmp_path / "q", ordinary=True, quantization_config={"quant_method": "fp8"}))
 
 
-def test_rope_settings_that_are_not_whole_are_said(tmp_path: Path) -> None:
-    folder = tiny_family(tmp_path / "f", rope_scaling={"type": "linear"})
-    with pytest.raises(CheckpointError, match="rope settings .* are incomplete"):
-        load_family(folder, dtype="float32").logits(IDS)
-
-
 def test_cutting_leaves_all_or_nothing(tiny: Path, tmp_path: Path) -> None:
     folder = copied(tiny, tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norms.2.weight"]
+    tensors["model.norms.2.weight"] = tensors["model.norms.2.weight"].to(torch.int32)
     save_file(tensors, folder / "model.safetensors")
     out = tmp_path / "out" / "shard"
-    with pytest.raises(CheckpointError, match="is missing"):
+    with pytest.raises(CheckpointError, match=r"torch\.int32; only float"):
         cut(Checkpoint(folder), (4, 6), out)
     assert list(out.parent.iterdir()) == []
     cut(Checkpoint(tiny), (4, 6), out)

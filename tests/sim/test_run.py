@@ -640,3 +640,30 @@ def test_a_run_needs_a_folder(run: Command, tmp_path: Path) -> None:
     for out in ("s.yaml", "s.yaml/below"):
         code, _, err = run("simulate", str(tmp_path / "s.yaml"), "--out", str(tmp_path / out))
         assert code == 2 and err == f"error: --out {tmp_path / out}: {tmp_path / 's.yaml'} is a file; name a folder\n"
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_of_a_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "me"
+    monkeypatch.setenv("HOME", str(home))
+    nodes = [{"name": "a", "exits": [2, 4], "shard": "~/a"}]
+    home.mkdir()
+    (home / "below.yaml").write_text(json.dumps({"family": "~/f", "nodes": nodes, "policy": {"file": "~/p.yaml"}}))
+    file = tmp_path / "scenario.yaml"
+    load = {"requests": 1, "arrivals": {"kind": "poisson"}}
+    (home / "p.yaml").write_text(
+        json.dumps({"family": "x", "score": "margin", "mode": "token", "thresholds": {"2": 2.0}, "curves": {}})
+    )
+    file.write_text(json.dumps({"topology": "~/below.yaml", "profile": "~/costs.msgpack", "load": load}))
+    found = Scenario.read(file)
+    assert found.family == str(home / "f") and found.profile == home / "costs.msgpack"
+    assert found.nodes[0].shard == home / "a" and found.policy.file == home / "p.yaml"
+    own = {"family": "~/f", "nodes": nodes, "profile": "~/costs.msgpack", "load": load, "trace": "~/t.msgpack"}
+    file.write_text(json.dumps(own))
+    found = Scenario.read(file)
+    assert found.nodes[0].shard == home / "a" and found.trace == home / "t.msgpack"
+    for key, change in (("topology", {"topology": "~nosuchuser/x"}), ("trace", own | {"trace": "~nosuchuser/x"})):
+        file.write_text(json.dumps(change))
+        with pytest.raises(ConfigError, match=f"{key}: '~nosuchuser/x' cannot be a path"):
+            Scenario.read(file)

@@ -1,0 +1,136 @@
+"""The files of a family's folder: how they are read, copied and written.
+
+A folder may come from a stranger. Only plain files of a limited size are opened, since a pipe would wait for ever. Only
+files inside the folder are copied from it, since a link could name any file of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ruyi_flow.errors import CheckpointError
+
+__all__ = ["companions", "copy_companions", "open_weights", "read_json", "save_weights", "whole_or_not"]
+
+_COMPANIONS = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    "LICENSE",
+]
+"""Files of a family other than config and weights, copied to the shard of the entry node."""
+
+_MOST_BYTES = 2**27
+"""Largest file beside the weights; the largest published tokenizer.json has about 35 MB."""
+
+_MOST_JSON_BYTES = 2**24
+"""Largest JSON file that is parsed here; the largest published index has about 9 MB."""
+
+
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        hint: what to do if there is no such file.
+
+    Raises:
+        CheckpointError: the file is missing, too large or no JSON object.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
+    _check_plain(path, _MOST_JSON_BYTES)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data
+
+
+def open_weights(path: Path) -> Any:
+    """Map a safetensors file into memory.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or is truncated.
+    """
+    _check_plain(path, None)
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+
+
+def save_weights(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the permissions of any new file; the library's own are for the owner alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, dict(metadata))
+    path.chmod(mode)
+
+
+def companions(folder: Path) -> list[Path]:
+    """List a folder's tokenizer files, chat templates, generation_config.json and licence.
+
+    Raises:
+        CheckpointError: one of them is not a plain file, or is too large.
+    """
+    found = [folder / name for name in _COMPANIONS if (folder / name).exists()]
+    found += sorted(folder.glob("additional_chat_templates/*.jinja"))
+    for path in found:
+        _check_plain(path, _MOST_BYTES)
+    return found
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy a folder's companions.
+
+    Raises:
+        CheckpointError: one of them is a link to a file outside of the folder.
+    """
+    inside = source.resolve()
+    if inside.parent.name == "snapshots":  # the cache of Hugging Face links a snapshot's files to the blobs beside it
+        inside = inside.parent.parent
+    for path in companions(source):
+        real = path.resolve()
+        if not real.is_relative_to(inside):
+            raise CheckpointError(f"{path}: is a link to {real}, outside of the folder; put the file itself there")
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+@contextmanager
+def whole_or_not(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `out` at the end, or is removed after an error.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: cannot be written: {error}") from None
+    finally:  # after Ctrl-C too
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_plain(path: Path, most: int | None) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a plain file; fetch the checkpoint again")
+    if most is not None and (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path}: has {size} bytes; at most {most} are read, since no such file needs more")
