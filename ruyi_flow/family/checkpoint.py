@@ -1,4 +1,4 @@
-"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, and cut shards.
+"""Checkpoint files: read Ruyi and Hugging Face folders, and cut shards.
 
 Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors have Ruyi's
 published names (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`). The second and further layers of a branch,
@@ -29,7 +29,7 @@ from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
-__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "format_of", "parse_dtype"]
+__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "cut", "format_of", "parse_dtype", "whole_or_not"]
 
 _WEIGHTS = "model.safetensors"
 _COMPANIONS = [
@@ -98,14 +98,17 @@ class Checkpoint:
         """The exits at which the stages in this folder end."""
         for file in branches:
             self._replace_branches(Path(file))
+        path = self.folder / "generation_config.json"
+        self.generation_config = _read_json(path) if path.exists() else None
+        """The content of generation_config.json, or None; read early, since a converted folder is temporary."""
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids of the tokens that end an answer, from config.json and generation_config.json."""
-        path = self.folder / "generation_config.json"
-        eos = _read_json(path).get("eos_token_id") if path.exists() else None
+        eos = (self.generation_config or {}).get("eos_token_id")
         more = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         if not all(isinstance(token, int) and token >= 0 for token in more):
+            path = self.folder / "generation_config.json"
             raise CheckpointError(f"{path}: eos_token_id is {eos!r}; it must be a token id or a list of them")
         return tuple(dict.fromkeys((*self.config.eos_token_ids, *more)))
 
@@ -300,7 +303,7 @@ def cut(
             "cut the shard from the family"
         )
     quantized = checkpoint.weights or (weights if weights is not Weights.BF16 else None)
-    with _whole_or_not(out) as folder:
+    with whole_or_not(out) as folder:
         tensors: dict[str, Tensor] = {}
         for name in names:
             weight = checkpoint.weight(name)
@@ -337,39 +340,6 @@ def _is_product(name: str, config: FamilyConfig) -> bool:
     return name.startswith("lm_head") or name.endswith("_proj.weight")
 
 
-def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> None:
-    """Convert a GGUF file to an ordinary Hugging Face folder in float32, with its tokenizer; transformers does it.
-
-    Args:
-        path: the GGUF file.
-        out: the new folder.
-        bars: show transformers' progress bars.
-
-    Raises:
-        CheckpointError: transformers cannot read the file.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
-
-    if not bars:
-        transformers_logging.disable_progress_bar()
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **plain)
-    except Exception as error:  # gguf and transformers raise errors of any kind on a file that they cannot parse
-        raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {error}") from error
-    with _whole_or_not(Path(out)) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """Return the torch dtype named 'float32', 'bfloat16' or 'float16'.
 
@@ -392,7 +362,7 @@ def _open(path: Path) -> Any:
 
 
 @contextmanager
-def _whole_or_not(out: Path) -> Iterator[Path]:
+def whole_or_not(out: Path) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `out` at the end, or is removed after an error."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ class Keys:
         try:
             return kind(value)
         except (TypeError, ValueError):
-            raise self.refusal(key, value, "is of the wrong type") from None
+            raise self.refusal(key, value, "cannot be used") from None
 
     def drop(self, prefix: str) -> None:
         """Ignore the keys that begin so, which have no effect beside the others."""

@@ -19,7 +19,7 @@ from ruyi_flow.family.gguf_file import GGUFFile, Keys
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["PRE_TOKENIZERS", "GGUFTokenizer"]
+__all__ = ["PRE_TOKENIZERS", "GGUFTokenizer", "pre_tokenizer"]
 
 
 class _Type(IntEnum):
@@ -93,7 +93,7 @@ _ENDS = frozenset(
     "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT> </s> "
     "<｜end▁of▁sentence｜>".split()
 )
-"""Special tokens that end an answer in any family that has them. llama.cpp ends at them too."""
+"""Special tokens that end an answer in any family that has them, unless one is its unknown token."""
 
 _HARMLESS: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("seperator_token_id", "separator_token_id", "cls_token_id", "mask_token_id"), None),
@@ -146,7 +146,7 @@ class GGUFTokenizer:
         """Ids of the begin, end, unknown and padding tokens: `bos`, `eos`, `unk` and `pad`."""
         more = [self._id("eot_token_id"), self._id("eom_token_id")]
         named = [i for i, token in enumerate(self.tokens) if token in _ENDS and self._types[i] != _Type.NORMAL]
-        ends = (self.special.get("eos"), *more, *named)
+        ends = [self.special.get("eos"), *more, *(i for i in named if i != self.special.get("unk"))]
         self.ends = tuple(dict.fromkeys(token for token in ends if token is not None))
         """Tokens that end an answer."""
         backend.post_processor = self._adds(
@@ -188,12 +188,7 @@ class GGUFTokenizer:
         backend = self._build([*merges], ignore_merges=rules.whole_words)
         if rules.composes:
             backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rules.splits),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        backend.pre_tokenizer = pre_tokenizer(pre)
         backend.decoder = decoders.ByteLevel()
         return backend, rules.begins
 
@@ -249,6 +244,16 @@ class GGUFTokenizer:
                 for [name] in filter(None, around)
             ],
         )
+
+
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """Return what splits a text into words, by its name in `PRE_TOKENIZERS`."""
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in PRE_TOKENIZERS[name].splits),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _strings(values: Any) -> list[str]:

@@ -440,7 +440,9 @@ def _inverse_frequencies(config: FamilyConfig) -> tuple[Tensor, float]:
     kind, theta = config.rope["rope_type"], float(config.rope["rope_theta"])
     if kind == "default":
         return 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
+    short, long = config.rope.get("short_factor"), config.rope.get("long_factor")
+    is_fixed = kind == "longrope" and short == long  # a GGUF file's frequencies, whatever the length of the text
+    if kind not in ("linear", "llama3", "yarn") and not is_fixed:
         raise CheckpointError(f"config.json: rope_type is {kind!r}; known: default, linear, llama3, yarn")
     from transformers import PreTrainedConfig  # LlamaConfig would import 90 MB of its model
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
