@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.family import store
-from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, parse_dtype
+from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.gguf import convert_gguf
 from ruyi_flow.family.loading import find_device, load_slice
 from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain, decode
@@ -115,7 +116,7 @@ class Family:
         if all(options.get(name) is None for name in ("mode", "exit", "threshold", "thresholds")):
             options["mode"] = Mode.FIXED
         if min_new_tokens is None:
-            min_new_tokens = 0 if (self.checkpoint.folder / "generation_config.json").exists() else max_new_tokens
+            min_new_tokens = max_new_tokens if self.checkpoint.generation_config is None else 0
         if options.get("eos_token_ids") is None:
             options["eos_token_ids"] = end_tokens(self.checkpoint, self.tokenizer)
         lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}

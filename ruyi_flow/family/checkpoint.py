@@ -1,4 +1,4 @@
-"""Checkpoint files: read Ruyi and Hugging Face folders and GGUF, and cut shards.
+"""Checkpoint files: read Ruyi and Hugging Face folders, and cut shards.
 
 Only safetensors and JSON are read from a folder: no downloaded code runs and nothing is unpickled. Tensors have Ruyi's
 published names (`model.eelayers.{i}`, `model.norms.{i}`, `lm_head.{i}`). The prefix `model.` may be missing, as in
@@ -28,7 +28,7 @@ from ruyi_flow.family.files import copy_companions, open_weights, read_json, sav
 from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
-__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "convert_gguf", "cut", "format_of", "parse_dtype"]
+__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "cut", "format_of", "parse_dtype"]
 
 _WEIGHTS = "model.safetensors"
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
@@ -91,12 +91,15 @@ class Checkpoint:
         """The exits at which the stages in this folder end."""
         for file in branches:
             self._replace_branches(Path(file))
+        path = self.folder / "generation_config.json"
+        self.generation_config = read_json(path) if path.exists() else None
+        """The content of generation_config.json, or None; read early, since a converted folder is temporary."""
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids of the tokens that end an answer, from config.json and generation_config.json."""
-        path = self.folder / "generation_config.json"
-        more = check_values(GenerationFile, read_json(path), str(path)).eos_token_id if path.exists() else []
+        given = self.generation_config or {}
+        more = check_values(GenerationFile, given, str(self.folder / "generation_config.json")).eos_token_id
         ids = dict.fromkeys((*self.config.eos_token_ids, *more))
         return tuple(i for i in ids if i < self.config.vocab_size)
 
@@ -360,39 +363,6 @@ def _is_product(name: str, config: FamilyConfig) -> bool:
     if "embed_tokens" in name:
         return config.tied_head
     return name.startswith("lm_head") or name.endswith("_proj.weight")
-
-
-def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> None:
-    """Convert a GGUF file to an ordinary Hugging Face folder in float32, with its tokenizer; transformers does it.
-
-    Args:
-        path: the GGUF file.
-        out: the new folder.
-        bars: show transformers' progress bars.
-
-    Raises:
-        CheckpointError: transformers cannot read the file.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
-
-    if not bars:
-        transformers_logging.disable_progress_bar()
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        plain = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **plain)
-    except Exception as error:  # gguf and transformers raise errors of any kind on a file that they cannot parse
-        raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {error}") from error
-    with whole_or_not(Path(out)) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:

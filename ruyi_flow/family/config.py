@@ -125,6 +125,11 @@ class FamilyConfig:
                 f"{where}: num_key_value_heads is {kv_heads}; it must divide num_attention_heads, which is {heads}"
             )
         rope, context = given.rope(where)
+        if len(factors := rope.get("short_factor") or ()) not in (0, head_dim // 2):
+            raise CheckpointError(
+                f"{where}: rope settings: short_factor has {len(factors)} numbers; a head of {head_dim} needs "
+                f"{head_dim // 2}"
+            )
         if given.slides(base, context):
             raise CheckpointError(f"{where}: sliding-window attention is not supported, only full attention")
         bias = bool(given.attention_bias)

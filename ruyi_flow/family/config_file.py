@@ -44,6 +44,7 @@ TokenIds = Annotated[
 Positions = Annotated[int, Field(ge=1, le=MAX_CONTEXT)]
 Exits = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)]
 Factor = Annotated[float, Field(gt=0, le=1e6)]
+Factors = Annotated[list[Factor], Field(min_length=1, max_length=512)]
 AtLeast0 = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -63,14 +64,14 @@ class GenerationFile(_Values):
 class RopeSettings(_Values):
     """The settings of rotary positions, for each `rope_type`."""
 
-    rope_type: Literal["default", "dynamic", "linear", "llama3", "yarn"]
+    rope_type: Literal["default", "dynamic", "linear", "llama3", "longrope", "yarn"]
     """Scaling of the context. `dynamic` scales nothing within `max_position_embeddings`, beyond which nothing runs."""
     rope_theta: Annotated[float, Field(gt=1, le=1e15)]
     """Base of the wavelengths."""
     factor: Factor | None = None
     """The context is this many times the original one. linear, llama3, yarn; null in yarn computes it."""
     original_max_position_embeddings: Positions | None = None
-    """Context of the model before the scaling. llama3, yarn."""
+    """Context of the model before the scaling. llama3, longrope, yarn."""
     low_freq_factor: Factor | None = None
     """Wavelengths above the original context divided by this are scaled. llama3."""
     high_freq_factor: Factor | None = None
@@ -79,8 +80,12 @@ class RopeSettings(_Values):
     """Rotations within the original context above which nothing is scaled. yarn."""
     beta_slow: AtLeast0 | None = None
     """Rotations within the original context below which all is scaled. yarn."""
+    short_factor: Factors | None = None
+    """Divisors of the frequencies of texts within the original context. longrope."""
+    long_factor: Factors | None = None
+    """Divisors of the frequencies of longer texts. longrope; they must be the same, as those of a GGUF file are."""
     attention_factor: AtLeast0 | None = None
-    """Factor on cosines and sines. yarn; null computes it."""
+    """Factor on cosines and sines. longrope, yarn; null computes it."""
     mscale: AtLeast0 | None = None
     """Weight of the computed `attention_factor`. yarn."""
     mscale_all_dim: AtLeast0 | None = None
@@ -98,6 +103,8 @@ class RopeSettings(_Values):
             low, high = self.low_freq_factor, self.high_freq_factor
             if low is None or high is None or low >= high:
                 return f"llama3 requires low_freq_factor below high_freq_factor, but they are {low} and {high}"
+        if self.rope_type == "longrope" and (self.short_factor is None or self.short_factor != self.long_factor):
+            return "rope_type 'longrope' is supported only with a short_factor and the same long_factor"
         if self.rope_type not in ("default", "dynamic") and self.partial_rotary_factor not in (None, 1):
             return f"partial_rotary_factor is {self.partial_rotary_factor}; only 1 is supported"
         return None
@@ -195,7 +202,7 @@ class ConfigFile(_Values):
             raise CheckpointError(f"{where}: rope settings: {problem}")
         rope["rope_theta"] = settings.rope_theta
         context = self.max_position_embeddings
-        if settings.rope_type in ("llama3", "yarn"):
+        if settings.rope_type in ("llama3", "longrope", "yarn"):
             original = self.original_max_position_embeddings or settings.original_max_position_embeddings or context
             rope["original_max_position_embeddings"] = original
             if settings.rope_type == "yarn":

@@ -20,9 +20,12 @@ from pathlib import Path
 import platformdirs
 import torch
 from filelock import FileLock
+from tokenizers import Tokenizer
 
 from ruyi_flow.errors import CheckpointError, did_you_mean
-from ruyi_flow.family.checkpoint import Checkpoint, convert_gguf, cut, parse_dtype
+from ruyi_flow.family.checkpoint import Checkpoint, cut, parse_dtype
+from ruyi_flow.family.gguf import convert_gguf
+from ruyi_flow.family.gguf_tokenizer import pre_tokenizer
 from ruyi_flow.family.tokenizer import load_tokenizer
 
 __all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]
@@ -41,6 +44,10 @@ _DEMO_TRAINED = {
     "probes.safetensors": "e8cca09358de22d56096dd119cf2c9e9ee3db2ea9810421ae45b8ecd6988781d",
 }
 """Files of this package for the demo family, and their SHA-256."""
+
+_CONVERTED = ", tokens as llama.cpp's"
+"""End of the identity of a family from a GGUF file. Older versions of this package, which do not add it, gave wrong
+tokens."""
 
 _SOURCE = "source.txt"
 """File in a stored family that names its source."""
@@ -139,7 +146,7 @@ def pull(
             _check_same(out, identity, asked_exits, dtype)
             return out
         if old:
-            say("updating the branches of the stored demo family")
+            say("updating the branches and the tokenizer of the stored demo family")
         folder = out if old else _fetch(source, local, scratch, say, bars=bars)
         checkpoint = Checkpoint(folder, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:
@@ -149,6 +156,8 @@ def pull(
         _ = checkpoint.eos_token_ids  # refused here rather than when a node loads
         say("writing it to the store")
         whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
+        if old:
+            _mend_demo_tokenizer(whole / "tokenizer.json")
         (whole / _SOURCE).write_text(identity)
         out.parent.mkdir(exist_ok=True)
         if old:
@@ -193,13 +202,14 @@ def _scratch(name: str) -> Iterator[Path]:
 
 
 def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:
-    """Describe the source of a family uniquely: its absolute path or given name, and its branches."""
-    whole = str(local.resolve()) if source != DEMO and local.exists() else source
-    if not branches:
-        return whole
-    if all(Path(file).parent == _DEMO_FOLDER for file in branches):  # their path differs between installations
-        return f"{whole} with its branches {' '.join(digest[:12] for digest in _DEMO_TRAINED.values())}"
-    return f"{whole} with {' '.join(str(Path(file).resolve()) for file in branches)}"
+    """Describe the source of a family uniquely: its absolute path or given name, its branches, and its conversion."""
+    identity = str(local.resolve()) if source != DEMO and local.exists() else source
+    if branches and all(Path(file).parent == _DEMO_FOLDER for file in branches):
+        # Their path differs between installations.
+        identity += f" with its branches {' '.join(digest[:12] for digest in _DEMO_TRAINED.values())}"
+    elif branches:
+        identity += f" with {' '.join(str(Path(file).resolve()) for file in branches)}"
+    return identity + _CONVERTED if source == DEMO or local.suffix == ".gguf" else identity
 
 
 def _demo_trained() -> list[Path]:
@@ -213,12 +223,19 @@ def _demo_trained() -> list[Path]:
 
 
 def _is_older_demo(out: Path, identity: str) -> bool:
-    """Whether a folder is the demo family with the branches of another version of this package."""
+    """Whether a folder is the demo family with the branches or the tokenizer of another version of this package."""
     if not out.is_dir():
         return False
     recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else ""
-    ours = recorded in ("", DEMO) or recorded.startswith(f"{DEMO} with its branches ")
+    ours = recorded.removesuffix(_CONVERTED) in ("", DEMO) or recorded.startswith(f"{DEMO} with its branches ")
     return ours and recorded != identity and Checkpoint(out).config.exits == _DEMO_EXITS
+
+
+def _mend_demo_tokenizer(file: Path) -> None:
+    """Split digits before words, as SmolLM2 does; older versions of this package did not."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.pre_tokenizer = pre_tokenizer("smollm")
+    tokenizer.save(str(file))
 
 
 def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: str | None) -> None:

@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,24 @@ from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.store import pull
-from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer, prompt_ids
+from ruyi_flow.family.tokenizer import PromptEncoder, end_tokens, load_tokenizer
 from ruyi_flow.family.transformer import Rope
 from ruyi_flow.local import load_family
+from ruyi_flow.requests import Prompt
 
 DATA = Path(__file__).parent / "data"
 CONFIGS: dict[str, dict[str, Any]] = json.loads((DATA / "configs.json").read_text())
 TEMPLATES: dict[str, str] = json.loads((DATA / "templates.json").read_text(encoding="utf-8"))
 VOCABULARY = 96
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Any, *, raw: bool = False) -> list[int]:
+    """The token ids of a prompt, for a family with room for all tokens of the tokenizer."""
+    config = replace(
+        FamilyConfig.parse(CONFIGS["SmolLM2-135M-Instruct"]["config"]), vocab_size=1000, max_positions=4096
+    )
+    return PromptEncoder(tokenizer, config, family="f").encode(prompt, raw=raw)
 
 
 def folded(values: dict[str, Any]) -> dict[str, Any]:
@@ -359,7 +369,7 @@ def test_texts_become_the_tokens_of_tokenizer_json(models_of: dict[str, Path], t
         expected = plain.encode(text).ids
         for checkpoint in (Checkpoint(folder), stored):
             tokenizer = load_tokenizer(checkpoint)
-            found = prompt_ids(text, tokenizer, raw=True, vocab_size=1000, family="f")
+            found = prompt_ids(text, tokenizer, raw=True)
             assert found == expected, text
             assert tokenizer.decode(found) == plain.decode(expected, skip_special_tokens=False)
             assert end_tokens(checkpoint, tokenizer)[-1] == auto.eos_token_id
@@ -385,7 +395,7 @@ def test_vocab_and_merges_are_read_as_auto_tokenizer_reads_them(
         tokenizer = load_tokenizer(checkpoint)
         for text in (*TEXTS, "a<|extra|>b"):
             expected = auto(text)["input_ids"]
-            assert prompt_ids(text, tokenizer, raw=True, vocab_size=1000, family="f") == expected
+            assert prompt_ids(text, tokenizer, raw=True) == expected
             assert tokenizer.decode(expected) == auto.decode(expected)
         assert tokenizer.eos_token_id == auto.eos_token_id
 
@@ -412,13 +422,13 @@ def test_tokenizer_files_that_cannot_be_read_are_refused(
 
 # Templates
 
-CHATS = [
-    [("user", "Hello world")],
-    [("system", "You are terse."), ("user", "Who are you?"), ("assistant", "Qwen"), ("user", " 4 ½ months ")],
+CHATS: list[tuple[tuple[str, str], ...]] = [
+    (("user", "Hello world"),),
+    (("system", "You are terse."), ("user", "Who are you?"), ("assistant", "Qwen"), ("user", " 4 ½ months ")),
 ]
 
 
-def template_ids(tokenizer: Any, chat: list[tuple[str, str]], **options: Any) -> list[int]:
+def template_ids(tokenizer: Any, chat: Prompt, **options: Any) -> list[int]:
     """The tokens that transformers makes of a chat."""
     messages = [{"role": role, "content": content} for role, content in chat]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
@@ -433,7 +443,7 @@ def test_a_published_template_makes_the_tokens_of_transformers(
     folder = with_tokenizer(models_of, tmp_path / "folder", "Llama-3", chat_template=TEMPLATES[name])
     tokenizer, auto = load_tokenizer(Checkpoint(folder)), AutoTokenizer.from_pretrained(folder)
     for chat in CHATS:
-        assert prompt_ids(chat, tokenizer, vocab_size=1000, family="f") == template_ids(auto, chat)
+        assert prompt_ids(chat, tokenizer) == template_ids(auto, chat)
 
 
 @pytest.mark.parametrize("form", ["jinja", "config", "list", "folder", "json", "jinja over config"])
@@ -456,7 +466,7 @@ def test_a_template_is_found_in_any_form(models_of: dict[str, Path], tmp_path: P
     for checkpoint in (Checkpoint(folder), stored):
         tokenizer, auto = load_tokenizer(checkpoint), AutoTokenizer.from_pretrained(folder)
         for chat in CHATS:
-            assert prompt_ids(chat, tokenizer, vocab_size=1000, family="f") == template_ids(auto, chat, **given)
+            assert prompt_ids(chat, tokenizer) == template_ids(auto, chat, **given)
         im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert im_end in end_tokens(checkpoint, tokenizer)  # the end of a turn, which no config names
 
