@@ -38,6 +38,7 @@ __all__ = [
     "TrainingError",
     "WireError",
     "did_you_mean",
+    "shown",
 ]
 
 
@@ -110,3 +111,12 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return `; did you mean 'x'?` when a known word is close to a mistyped one, else the empty string."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it: shortened, and never an error itself."""
+    try:
+        text = repr(value)
+    except Exception:  # repr is the caller's code; Python's own refuses integers of more than 4,300 digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"

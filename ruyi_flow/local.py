@@ -22,7 +22,7 @@ from ruyi_flow.requests import SamplingParams, SessionOpen, parse_request
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
-from ruyi_flow.types import Mode, Weights, is_token_id
+from ruyi_flow.types import Mode, Weights, to_token_id
 
 __all__ = ["Family", "load_family"]
 
@@ -187,7 +187,7 @@ def load_family(
     if weights is not None and weights not in tuple(Weights):
         raise RequestError(f"weights is {weights!r}; known: {', '.join(Weights)}")
     held = None if weights is None else Weights(weights)
-    if exits is not None and not (isinstance(exits, Sequence) and all(map(is_token_id, exits))):
+    if exits is not None and not (isinstance(exits, Sequence) and all(to_token_id(p) is not None for p in exits)):
         raise RequestError(f"exits is {exits!r}; it must be whole numbers, as in [5, 11]")
     how: dict[str, Any] = {"dtype": chosen, "device": device, "weights": held, "compile": compile}
     if str(path_or_name).endswith(".gguf"):

@@ -339,6 +339,21 @@ def test_an_unknown_option_gets_a_suggestion(whole: Client, given: str, meant: s
         whole.generate("hi", **{given: "x"})
 
 
+def test_roles_are_those_of_the_chat_template(whole: Client, spoken: Path, tmp_path: Path) -> None:
+    for role in ("robot", "tool", "developer"):
+        with pytest.raises(RequestError, match=f"the role '{role}', which the family's chat template does not name"):
+            whole.generate([{"role": role, "content": "beep"}])
+    tools = Path(shutil.copytree(spoken, tmp_path / "tools"))
+    (tools / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}x{% endif %}y{% endfor %}"
+    )
+    with Client(Topology.parse({"family": str(tools), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})) as client:
+        messages = [{"role": role, "content": "hi"} for role in ("system", "user", "assistant", "tool")]
+        assert client.generate(messages, max_new_tokens=1).stats.prompt_tokens == 5
+        with pytest.raises(RequestError, match="the role 'robot'"):
+            client.generate([*messages, {"role": "robot", "content": "hi"}])
+
+
 def test_texts_that_a_family_cannot_take_are_refused(spoken: Path, tmp_path: Path) -> None:
     def client_of(folder: Path) -> Client:
         return Client(Topology.parse({"family": str(folder), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]}))

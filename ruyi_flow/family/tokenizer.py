@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
+from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError, shown
 
 if TYPE_CHECKING:
     from ruyi_flow.family.checkpoint import Checkpoint
     from ruyi_flow.requests import Prompt
 
 __all__ = ["check_context", "end_tokens", "load_tokenizer", "prompt_ids"]
+
+_ROLES = frozenset({"assistant", "system", "user"})
+"""Roles of messages that every chat template may get; others must be named in the template, as `tool` often is."""
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn in chat templates. The generation_config.json of many checkpoints omits them."""
@@ -83,6 +86,13 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, *, raw: bool = False, vocab_size:
         raise RequestError("the prompt is empty; give it some text")
     if tokenizer.chat_template is None:
         raise RequestError("this family has no chat template; send the prompt with raw=True (--raw)")
+    for role in sorted({role for role, _ in turns} - _ROLES):
+        # Many templates write any role as it is; the model has been trained only on those that its template names.
+        if f"'{role}'" not in str(tokenizer.chat_template) and f'"{role}"' not in str(tokenizer.chat_template):
+            raise RequestError(
+                f"a message has the role {shown(role)}, which the family's chat template does not name; "
+                f"roles are {', '.join(sorted(_ROLES))}"
+            )
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
