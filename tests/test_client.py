@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from ruyi_flow import Client
+from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CheckpointError, RequestError, RuyiFlowError
-from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
+from ruyi_flow.testing import Cluster, cluster, cut_topology, free_ports, tiny_family
 from ruyi_flow.types import Final, FinishReason
 
 
@@ -64,6 +65,14 @@ async def test_streamed_text_adds_up_to_the_answer(nodes: Cluster) -> None:
             assert "".join(t.text for t in tokens) == final.text
             assert final.finish_reason is FinishReason.LENGTH
             assert 0 < final.stats.first_token_s <= final.stats.total_s
+
+
+async def test_nodes_are_not_asked_through_a_proxy(spoken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{free_ports(1)[0]}")  # where nothing listens
+    async with cluster(cut_topology(spoken, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
+        assert len((await client.generate("hi", max_new_tokens=2, eos_token_ids=(), timeout_s=20)).tokens) == 2
+        assert (await measure_link(str(nodes.topology.nodes[1].address), rounds=1)).round_trip_ms > 0
 
 
 def test_a_stop_string_ends_the_answer_before_it(whole: Client) -> None:
@@ -201,6 +210,7 @@ def test_a_stream_that_outlives_its_client_ends(spoken: Path) -> None:
 INTERRUPTED = """
 import signal, sys, time
 from ruyi_flow import Client
+from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.config.topology import Topology
 whole = {"name": "whole", "exits": [2, 4, 6], "limits": {"max_positions": 65536}}
 options = {"max_new_tokens": 60000, "eos_token_ids": ()}  # for minutes, unless it is interrupted

@@ -32,6 +32,13 @@ def test_loading_a_slice_leaves_torchs_compiler_out(tiny: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_what_prevents_an_import_is_told() -> None:
+    """A module that asks an installed library for what its build lacks raises an AttributeError."""
+    code = "import torch; del torch.inference_mode; from ruyi_flow import load_family"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ruyi_flow.local cannot be imported: module 'torch' has no attribute 'inference_mode'" in done.stderr
+
+
 def test_every_exported_name_exists() -> None:
     for module in pkgutil.walk_packages(ruyi_flow.__path__, "ruyi_flow."):
         if "._pb" in module.name or module.name.endswith("cli"):
