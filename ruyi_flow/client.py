@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ruyi_flow.config.policy_file import PolicyFile
+from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError, shown
+from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
 from ruyi_flow.requests import GenerateRequest, PromptInput, check_option_names, option_names, parse_request
 from ruyi_flow.types import Final, FinishReason, NodeStatus, Stats, Token
 
@@ -380,9 +380,4 @@ def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateReq
         ConfigError: the policy file cannot be read.
     """
     check_option_names(options, option_names() | {"policy", "timeout_s"})
-    given = {name: value for name, value in options.items() if value is not None and name != "timeout_s"}
-    if (policy := given.pop("policy", None)) is not None:
-        if not isinstance(policy, (str, Path)):
-            raise RequestError(f"policy is {shown(policy)}; it must be the path of a policy file")
-        given = PolicyFile.load(policy).options(given)
-    return parse_request(prompt, given)
+    return parse_request(prompt, with_policy_file({n: v for n, v in options.items() if n != "timeout_s"}))

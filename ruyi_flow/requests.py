@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ruyi_flow.errors import RequestError, did_you_mean, shown
@@ -100,6 +101,24 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         if self.eos_token_ids is not None:
             object.__setattr__(self, "eos_token_ids", _parse_eos(self.eos_token_ids))
+
+    def completed(self, *, eos_token_ids: tuple[int, ...], room: int) -> SamplingParams:
+        """Return these options with the seed and the end tokens filled in, and lengths that fit into the context.
+
+        Args:
+            eos_token_ids: the family's own tokens that end an answer.
+            room: number of positions that the prompt leaves in the family's context.
+        """
+        seed = self.seed
+        if seed is None:
+            seed = secrets.randbits(63) if self.temperature else 0
+        return replace(
+            self,
+            seed=seed,
+            eos_token_ids=eos_token_ids if self.eos_token_ids is None else self.eos_token_ids,
+            max_new_tokens=min(self.max_new_tokens, room),
+            min_new_tokens=min(self.min_new_tokens, room),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,18 @@ class Routing:
         """Return the names of the routing options."""
         return frozenset(f.name for f in fields(cls))
 
+    def check_family(self, fingerprint: str) -> None:
+        """Check that a policy file was calibrated for the family of this fingerprint.
+
+        Raises:
+            RequestError: it was calibrated for another one.
+        """
+        if self.family not in (None, fingerprint):
+            raise RequestError(
+                f"the policy was calibrated for family {str(self.family)[:12]}; this family is {fingerprint[:12]}: "
+                "calibrate a policy for it with ruyi-flow trace and ruyi-flow calibrate"
+            )
+
     def updated(self, options: Mapping[str, Any]) -> Routing:
         """Return this routing with the options of a request.
 
