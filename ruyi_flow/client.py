@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Mapping
-from contextlib import aclosing
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-
-from ruyi_flow.config.policy_file import PolicyFile
+from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
 from ruyi_flow.requests import GenerateRequest, PromptInput, check_option_names, option_names, parse_request
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from ruyi_flow.transport.peer import Peer
 
 __all__ = ["AsyncClient", "Client", "Reply", "make_request"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +68,43 @@ class AsyncClient:
 
     def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
         self.topology = topology if isinstance(topology, Topology) else Topology.load(topology)
-        self._timeout_s = timeout_s
+        self._timeout_s = _check_timeout(timeout_s)
+        self._is_open = False
         self._peers: dict[str, Peer] = {}
         self._engine: Engine | None = None
         self._answering: Answering | None = None
 
     async def __aenter__(self) -> AsyncClient:
-        if self.topology.entry.address is None:
-            from ruyi_flow.serving.engine import Engine
+        if self._is_open:
+            raise RequestError("this client is already open; make another one")
+        self._is_open = True
+        try:
+            await self._open()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
 
-            engine = await asyncio.to_thread(Engine.load, self.topology, self.topology.entry.name)
+    async def _open(self) -> None:
+        if self.topology.entry.address is None:
+            loading = asyncio.ensure_future(asyncio.to_thread(_load, self.topology))
             try:
-                self._answering = await asyncio.to_thread(engine.answering)
-            except BaseException:  # the engine's thread and memory must not outlive this call
-                await engine.close()
+                self._engine, self._answering = await asyncio.shield(loading)
+            except asyncio.CancelledError:  # the thread goes on; what it loads must not outlive this call
+                loading.add_done_callback(_discard)
+                await asyncio.wait({loading})
                 raise
-            self._engine = engine
-            return self
+            return
         from ruyi_flow.transport.peer import Peer
 
         for node in self.topology.nodes:
             self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
-        return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._is_open = False
         peers, self._peers = self._peers, {}
-        for peer in peers.values():
-            await peer.close()
         engine, self._engine, self._answering = self._engine, None, None
+        await asyncio.gather(*(peer.close() for peer in peers.values()))
         if engine is not None:
             await engine.close()
 
@@ -138,13 +147,11 @@ class AsyncClient:
 
         The options are those of `generate`.
         """
-        timeout_s = options.pop("timeout_s", self._timeout_s)
-        if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
-            raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
+        self._check_open()
+        timeout_s = options.pop("timeout_s", None)
+        timeout_s = self._timeout_s if timeout_s is None else _check_timeout(timeout_s)
         request = make_request(prompt, options)
         if self._answering is None:
-            if not self._peers:
-                raise RequestError("use the client in an async with block: async with AsyncClient(…) as client: …")
             entry = self._peers[self.topology.entry.name]
             async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
                 async for event in events:
@@ -159,6 +166,8 @@ class AsyncClient:
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
+        self._check_open()
+        _check_timeout(timeout_s)
         if self._engine is not None:
             return {self.topology.entry.name: self._engine.status()}
 
@@ -170,6 +179,10 @@ class AsyncClient:
 
         answers = await asyncio.gather(*(ask(peer) for peer in self._peers.values()))
         return dict(zip(self._peers, answers, strict=True))
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RequestError("use the client in an async with block: async with AsyncClient(…) as client: …")
 
 
 class Client:
@@ -184,7 +197,7 @@ class Client:
 
     def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
         self._async = AsyncClient(topology, timeout_s=timeout_s)
-        self._portal: BlockingPortal | None = None
+        self._loop: _LoopThread | None = None
 
     @property
     def topology(self) -> Topology:
@@ -192,35 +205,23 @@ class Client:
         return self._async.topology
 
     def __enter__(self) -> Client:
-        if self._portal is not None:
+        if self._loop is not None:
             raise RequestError("this client is already open; make another one")
-        self._portal_manager = start_blocking_portal()
-        self._portal = self._portal_manager.__enter__()
-        try:
-            self._portal.call(self._async.__aenter__)
-        except BaseException:  # Ctrl-C too: the portal's thread must end
-            self._portal = None
-            self._portal_manager.__exit__(None, None, None)
-            raise
+        loop = _LoopThread(self._async)
+        loop.open()
+        self._loop = loop
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        portal, self._portal = self._running(), None
-        portal.call(self._async.__aexit__, None, None, None)
-        self._portal_manager.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        loop, self._loop = self._running(), None
+        loop.close()
 
     def generate(self, prompt: PromptInput, **options: Any) -> Reply:
         """Answer a prompt: `client.generate("Why is the sky blue?", mode="exact", max_new_tokens=64)`.
 
-        The options and errors are those of `AsyncClient.generate`.
+        The options and errors are those of `AsyncClient.generate`. Ctrl-C ends the answer on the nodes.
         """
-
-        async def call() -> Reply:
-            return await self._async.generate(prompt, **options)
-
-        return self._running().call(call)
+        return self._running().run(lambda: self._async.generate(prompt, **options))
 
     def stream(self, prompt: PromptInput, **options: Any) -> Generator[Token, None, None]:
         """Answer a prompt token by token, with the options of `generate`. Closing it ends the answer on the nodes."""
@@ -232,45 +233,143 @@ class Client:
 
     def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
+        return self._running().run(lambda: self._async.status(timeout_s=timeout_s))
 
-        async def call() -> dict[str, NodeStatus | NodeError]:
-            return await self._async.status(timeout_s=timeout_s)
+    def _iterate(self, events: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+        async def next_event() -> T | None:
+            return await anext(events, None)
 
-        return self._running().call(call)
-
-    def _iterate(self, events: AsyncGenerator[Any, None]) -> Generator[Any, None, None]:
-        portal = self._running()
+        loop = self._running()
         try:
-            while self._running() is portal:
-                coming = portal.start_task_soon(_next_of, events)
-                try:
-                    event = coming.result()
-                finally:  # Ctrl-C reaches only this thread: the task on the loop must end before the answer is closed
-                    coming.cancel()
+            while self._running() is loop:
+                event = loop.run(next_event)
                 if event is None:
                     return
                 yield event
         finally:  # also when the caller stops early, so that the nodes free their KV caches at once
-            if self._portal is portal:
-                portal.call(_close, events)
+            if self._loop is loop:
+                loop.run(lambda: _close(events))
 
-    def _running(self) -> BlockingPortal:
-        if self._portal is None:
+    def _running(self) -> _LoopThread:
+        if self._loop is None:
             raise RequestError("use the client in a with block: with Client(…) as client: …")
-        return self._portal
+        return self._loop
 
 
-async def _next_of(events: AsyncGenerator[Any, None]) -> Any:
-    """Return the next event, or None at the end."""
-    return await anext(events, None)
+class _LoopThread:
+    """An open `AsyncClient` and its event loop, on a thread of their own, for callers without a loop.
+
+    Args:
+        client: the client, which is open from `open` until `close`.
+    """
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client, self._loop = client, asyncio.new_event_loop()
+        self._stop, self._opened = asyncio.Event(), threading.Event()
+        self._error: BaseException | None = None
+        self._lock, self._closing = threading.Lock(), False
+        # A daemon: when Ctrl-C interrupts `close`, the process can end before the thread does.
+        self._thread = threading.Thread(target=self._work, name="ruyi-flow client", daemon=True)
+
+    def open(self) -> None:
+        """Open the client."""
+        self._thread.start()
+        try:
+            self._opened.wait()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+
+    def close(self) -> None:
+        """Close the client and end the thread. Ctrl-C ends the wait for it only."""
+        with self._lock:
+            self._closing = True
+            with suppress(RuntimeError):  # the loop is closed: the client could not be opened
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine on the loop and return its result.
+
+        Ctrl-C reaches only the calling thread, so it cancels the coroutine and waits for its end.
+        """
+        tasks: list[asyncio.Task[T]] = []
+        ended = threading.Event()
+
+        def start() -> None:
+            tasks.append(self._loop.create_task(call()))
+            tasks[0].add_done_callback(lambda _: ended.set())
+
+        with self._lock:
+            if self._closing:
+                raise RequestError(_CLOSED)
+            self._loop.call_soon_threadsafe(start)
+        try:
+            ended.wait()
+        except BaseException:
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # after `start`: the loop keeps the order
+            ended.wait()
+            raise
+        if tasks[0].cancelled():
+            raise RequestError(_CLOSED)
+        return tasks[0].result()
+
+    def _work(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve())
+        except BaseException as error:  # the thread that opens or closes the client raises it
+            self._error = error
+        finally:
+            self._opened.set()
+
+    async def _serve(self) -> None:
+        async with self._client:
+            self._opened.set()
+            await self._stop.wait()
+        # Answers that other threads wait for end with an error of their own. gRPC's tasks end when its calls have:
+        # what completes after the loop is closed would be a stack trace on another loop.
+        ending = asyncio.all_tasks() - {asyncio.current_task()}
+        if ending:
+            await asyncio.wait(ending, timeout=_CLOSING_S)
+
+
+_CLOSED = "the client was closed while it answered"
+
+_CLOSING_S = 2.0
+"""Seconds that a closing client waits for the calls on its event loop to end."""
 
 
 async def _close(events: AsyncGenerator[Any, None]) -> None:
-    for _ in range(100):
-        try:
-            return await events.aclose()
-        except RuntimeError:  # a cancelled step has not ended yet
-            await asyncio.sleep(0.01)
+    await events.aclose()
+
+
+def _load(topology: Topology) -> tuple[Engine, Answering]:
+    """Load the one node of a topology."""
+    from ruyi_flow.serving.engine import Engine
+
+    engine = Engine.load(topology, topology.entry.name)
+    try:
+        return engine, engine.answering()
+    except BaseException:  # the engine's thread and memory must not outlive this call
+        engine.worker.shutdown()
+        raise
+
+
+def _discard(loading: asyncio.Future[tuple[Engine, Answering]]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result()[0].worker.shutdown()
+
+
+def _check_timeout(timeout_s: object) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+        raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
+    return timeout_s
 
 
 def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRequest:
@@ -281,7 +380,4 @@ def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateReq
         ConfigError: the policy file cannot be read.
     """
     check_option_names(options, option_names() | {"policy", "timeout_s"})
-    given = {name: value for name, value in options.items() if value is not None and name != "timeout_s"}
-    if (policy := given.pop("policy", None)) is not None:
-        given = PolicyFile.load(policy).options(given)
-    return parse_request(prompt, given)
+    return parse_request(prompt, with_policy_file({n: v for n, v in options.items() if n != "timeout_s"}))

@@ -19,6 +19,7 @@ The command line prints the message without a stack trace and exits with status 
 class below it and below `NodeError` is one gRPC status (`transport/status.py`).
 """
 
+import reprlib
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingError",
     "WireError",
     "did_you_mean",
+    "shown",
 ]
 
 
@@ -110,3 +112,16 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return `; did you mean 'x'?` when a known word is close to a mistyped one, else the empty string."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it: shortened, before a long text is made of it."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # repr is the caller's code; Python's own refuses integers of more than 4,300 digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.config.policy_file import with_policy_file
+from ruyi_flow.errors import ConfigError, RequestError, shown
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.gguf import convert_gguf
 from ruyi_flow.family.loading import find_device, load_slice
-from ruyi_flow.family.tokenizer import end_tokens, load_tokenizer
+from ruyi_flow.family.tokenizer import check_context, end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain, decode
-from ruyi_flow.requests import SamplingParams, SessionOpen, parse_request
+from ruyi_flow.requests import SamplingParams, SessionOpen, check_option_names, option_names, parse_request
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
-from ruyi_flow.types import Mode, Weights, is_token_id
+from ruyi_flow.types import Weights, to_token_id
 
 __all__ = ["Family", "load_family"]
 
@@ -61,6 +62,7 @@ class Family:
                 raise ConfigError(f"compile: {error}") from None
         self.tokenizer: Any = load_tokenizer(checkpoint)
         """The transformers tokenizer, or None if the folder has no tokenizer.json."""
+        self._eos_token_ids = end_tokens(checkpoint, self.tokenizer)  # now: a converted GGUF file is gone later
         self._shard: Shard | None = None
         self._lock = threading.Lock()  # one row at a time, whichever thread asks
 
@@ -83,49 +85,48 @@ class Family:
         return self.model.logits(ids, exit)
 
     def generate(
-        self,
-        input_ids: Tensor,
-        exit: int | None = None,
-        max_new_tokens: int = 128,
-        min_new_tokens: int | None = None,
-        **options: Any,
+        self, input_ids: Tensor, exit: int | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> Tensor:
-        """Continue sequences, greedily by default. Each row is decided by the product's own loop.
+        """Continue sequences, greedily by default. Each row is a request of its own, as over nodes.
 
         Args:
             input_ids: (batch, n) token ids, without padding.
             exit: the exit that decides every token. Default: the last one.
-            max_new_tokens: end a row after at most this many new tokens.
-            min_new_tokens: forbid the end of sequence before this many new tokens. Default: 0 for a family with a
-                generation_config.json, which says how its answers end; `max_new_tokens` for a bare checkpoint.
-            options: other fields of `SamplingParams` (temperature, top_k, …) and of `Routing` (mode, threshold,
-                draft, window, back, start, scale). The default of `draft` is 0.
+            max_new_tokens: end a row after at most this many new tokens. Default: that of `SamplingParams`.
+            options: other fields of `SamplingParams` (temperature, top_k, seed, …) and of `Routing` (mode, threshold,
+                draft, …), and `policy`, a policy file. Defaults are those of a topology that sets no policy, except for
+                `draft`, which is 0 and changes no token. Without `seed`, each row draws a new one; with it, each row
+                gets the tokens that it gets alone.
 
         Returns:
             (batch, new) token ids; a row that ended earlier is padded with the token that ended it.
 
         Raises:
             RequestError: an option has a value that it cannot have, or the family does not have the exit.
+            ContextLengthError: the sequences leave no room in the family's context.
         """
-        if exit is not None:
-            options["exit"] = self._exit(exit)
         ids = self._ids(input_ids)
+        options |= {"exit": None if exit is None else self._exit(exit), "max_new_tokens": max_new_tokens}
         options = {name: value for name, value in options.items() if value is not None}
-        if refused := {"family", "raw"} & options.keys():
-            raise RequestError(f"{refused.pop()} is not an option of Family.generate, which takes token ids")
-        if all(options.get(name) is None for name in ("mode", "exit", "threshold", "thresholds")):
-            options["mode"] = Mode.FIXED
-        if min_new_tokens is None:
-            min_new_tokens = max_new_tokens if self.checkpoint.generation_config is None else 0
-        if options.get("eos_token_ids") is None:
-            options["eos_token_ids"] = end_tokens(self.checkpoint, self.tokenizer)
-        lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-        request = parse_request((0,), {"draft": 0, "seed": 0} | options | lengths)
-        policy = Policy.resolve(Routing().updated(request.routing), self.exits)
+        if "raw" in options:
+            raise RequestError("raw is not an option of Family.generate, which takes token ids")
+        check_option_names(options, option_names() | {"policy"})
+        request = parse_request((0,), {"draft": 0} | with_policy_file(options))
         if request.sampling.stop:
             raise RequestError("stop strings need text: use Client, or give eos_token_ids here")
+        routing = Routing().updated(request.routing)
+        if routing.family is not None:
+            routing.check_family(self.checkpoint.fingerprint)
+        policy = Policy.resolve(routing, self.exits)
+        check_context(ids.shape[1], self.config.max_positions)
+        room = self.config.max_positions - ids.shape[1]
         with self._lock:
-            rows = [_run_inline(self._row(row, policy, request.sampling)) for row in ids.tolist()]
+            rows = [
+                _run_inline(
+                    self._row(row, policy, request.sampling.completed(eos_token_ids=self._eos_token_ids, room=room))
+                )
+                for row in ids.tolist()
+            ]
         width = max(map(len, rows))
         return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
 
@@ -155,9 +156,9 @@ class Family:
         return input_ids
 
     def _exit(self, exit: int | None) -> int:
-        chosen = self.exits[-1] if exit is None else exit
+        chosen = self.exits[-1] if exit is None else to_token_id(exit)
         if chosen not in self.exits:
-            raise RequestError(f"exit {chosen} is not one of the family's exits {list(self.exits)}")
+            raise RequestError(f"exit {shown(exit)} is not one of the family's exits {list(self.exits)}")
         return chosen
 
 
@@ -188,7 +189,7 @@ def load_family(
     if weights is not None and weights not in tuple(Weights):
         raise RequestError(f"weights is {weights!r}; known: {', '.join(Weights)}")
     held = None if weights is None else Weights(weights)
-    if exits is not None and not (isinstance(exits, Sequence) and all(map(is_token_id, exits))):
+    if exits is not None and not (isinstance(exits, Sequence) and all(to_token_id(p) is not None for p in exits)):
         raise RequestError(f"exits is {exits!r}; it must be whole numbers, as in [5, 11]")
     how: dict[str, Any] = {"dtype": chosen, "device": device, "weights": held, "compile": compile}
     if str(path_or_name).endswith(".gguf"):

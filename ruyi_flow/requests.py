@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import secrets
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ruyi_flow.errors import RequestError, did_you_mean
+from ruyi_flow.errors import RequestError, did_you_mean, shown
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.types import MAX_COUNT, Encoding, is_token_id
+from ruyi_flow.types import MAX_COUNT, Encoding, is_text, to_float, to_int, to_token_id
 
 __all__ = [
+    "MAX_EOS_TOKENS",
+    "MAX_NGRAM",
     "GenerateRequest",
     "Prompt",
     "PromptInput",
@@ -25,8 +27,18 @@ __all__ = [
 MAX_STOPS, MAX_STOP_CHARS = 16, 1000
 """Largest number of stop strings in a request, and of characters in one of them."""
 
-PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
-"""A prompt as users give it: a text (one user turn), {"role": …, "content": …} messages, or token ids."""
+PromptInput = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A prompt as users give it: a text (one user turn), {"role": …, "content": …} messages, or token ids.
+
+A content may also be a list of text parts, as in OpenAI's API: [{"type": "text", "text": …}]. Token ids may be a
+1-dimensional array of numpy or torch.
+"""
+
+MAX_EOS_TOKENS = 256
+"""Largest number of tokens that can end an answer; every step compares with each of them."""
+
+MAX_NGRAM = 64
+"""Largest `no_repeat_ngram_size`; every step compares all n-grams of the sequence."""
 
 Prompt = str | tuple[tuple[str, str], ...] | tuple[int, ...]
 """A checked prompt: a text, (role, content) messages, or token ids."""
@@ -62,23 +74,23 @@ class SamplingParams:
     """Sampling seed. Default: random, returned in the statistics."""
 
     def __post_init__(self) -> None:
-        for name, kind, low, high, meaning in (
-            ("temperature", float, 0.0, 100.0, "a number from 0 (greedy) to 100"),
-            ("top_k", int, 0, MAX_COUNT, "a whole number of 0 (off) or more"),
-            ("top_p", float, 1e-9, 1.0, "a number above 0 and at most 1"),
-            ("repetition_penalty", float, 1e-9, 1e9, "a number above 0 and at most 1e9 (1 is off)"),
-            ("no_repeat_ngram_size", int, 0, MAX_COUNT, "a whole number of 0 (off) or more"),
-            ("min_new_tokens", int, 0, MAX_COUNT, "a whole number of 0 or more"),
-            ("max_new_tokens", int, 1, MAX_COUNT, "a whole number of 1 or more"),
-            ("seed", int, 0, 2**63 - 1, "a whole number of 0 or more, below 2**63"),
+        for name, parse, low, high, meaning in (
+            ("temperature", to_float, 0.0, 100.0, "a number from 0 (greedy) to 100"),
+            ("top_k", to_int, 0, MAX_COUNT, "a whole number of 0 (off) or more"),
+            ("top_p", to_float, 1e-9, 1.0, "a number above 0 and at most 1"),
+            ("repetition_penalty", to_float, 1e-9, 1e9, "a number above 0 and at most 1e9 (1 is off)"),
+            ("no_repeat_ngram_size", to_int, 0, MAX_NGRAM, f"a whole number from 0 (off) to {MAX_NGRAM}"),
+            ("min_new_tokens", to_int, 0, MAX_COUNT, "a whole number of 0 or more"),
+            ("max_new_tokens", to_int, 1, MAX_COUNT, "a whole number of 1 or more"),
+            ("seed", to_int, 0, 2**63 - 1, "a whole number of 0 or more, below 2**63"),
         ):
             value = getattr(self, name)
             if value is None and name == "seed":
                 continue
-            right = isinstance(value, int) or (kind is float and isinstance(value, float))
-            if isinstance(value, bool) or not right or not low <= value <= high:
-                raise RequestError(f"{name} is {value!r}; it must be {meaning}")
-            object.__setattr__(self, name, kind(value))
+            number = parse(value)
+            if number is None or not low <= number <= high:
+                raise RequestError(f"{name} is {shown(value)}; it must be {meaning}")
+            object.__setattr__(self, name, number)
         if 0 < self.temperature < 1e-4:  # logits over it would not be finite any more
             raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy), or 0.0001 or more")
         if self.min_new_tokens > self.max_new_tokens:
@@ -87,7 +99,7 @@ class SamplingParams:
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(_is_valid_text(text) for text in stop):
-            raise RequestError(f"stop is {reprlib.repr(self.stop)}; it must be non-empty texts")
+            raise RequestError(f"stop is {shown(self.stop)}; it must be non-empty texts")
         if len(stop) > MAX_STOPS or max(map(len, stop), default=0) > MAX_STOP_CHARS:
             raise RequestError(
                 f"stop has {len(stop)} strings, the longest of {max(map(len, stop))} characters; there may be "
@@ -96,10 +108,25 @@ class SamplingParams:
         stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
         if self.eos_token_ids is not None:
-            eos = (self.eos_token_ids,) if isinstance(self.eos_token_ids, int) else self.eos_token_ids
-            if not isinstance(eos, (tuple, list)) or not all(is_token_id(token) for token in eos):
-                raise RequestError(f"eos_token_ids is {self.eos_token_ids!r}; it must be token ids")
-            object.__setattr__(self, "eos_token_ids", tuple(eos))
+            object.__setattr__(self, "eos_token_ids", _parse_eos(self.eos_token_ids))
+
+    def completed(self, *, eos_token_ids: tuple[int, ...], room: int) -> SamplingParams:
+        """Return these options with the seed and the end tokens filled in, and lengths that fit into the context.
+
+        Args:
+            eos_token_ids: the family's own tokens that end an answer.
+            room: number of positions that the prompt leaves in the family's context.
+        """
+        seed = self.seed
+        if seed is None:
+            seed = secrets.randbits(63) if self.temperature else 0
+        return replace(
+            self,
+            seed=seed,
+            eos_token_ids=eos_token_ids if self.eos_token_ids is None else self.eos_token_ids,
+            max_new_tokens=min(self.max_new_tokens, room),
+            min_new_tokens=min(self.min_new_tokens, room),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,32 +201,70 @@ def parse_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRe
     """
     check_option_names(options, option_names())
     given = {name: value for name, value in options.items() if value is not None}
-    raw = bool(given.pop("raw", False))
+    raw = given.pop("raw", False)
+    if not isinstance(raw, bool):
+        raise RequestError(f"raw is {shown(raw)}; it must be True or False")
     sampling = SamplingParams(**{name: given.pop(name) for name in _SAMPLING & given.keys()})
-    Routing().updated(given)  # raises where a value cannot be
-    return GenerateRequest(_parse_prompt(prompt), raw, sampling, given)
+    routing = Routing().updated(given)  # raises where a value cannot be, and converts the numbers of other libraries
+    return GenerateRequest(_parse_prompt(prompt), raw, sampling, {name: getattr(routing, name) for name in given})
 
 
-def _parse_prompt(prompt: PromptInput) -> Prompt:
+def _parse_eos(given: Any) -> tuple[int, ...]:
+    if (number := to_token_id(given)) is not None:
+        return (number,)
+    ids = given if isinstance(given, (tuple, list)) or len(getattr(given, "shape", ())) == 1 else (None,)
+    if len(ids) > MAX_EOS_TOKENS:
+        raise RequestError(f"eos_token_ids has {len(ids)} tokens; at most {MAX_EOS_TOKENS} can end an answer")
+    eos = [to_token_id(token) for token in ids]
+    if None in eos:
+        raise RequestError(f"eos_token_ids is {shown(given)}; it must be token ids")
+    return tuple(dict.fromkeys(token for token in eos if token is not None))
+
+
+def _parse_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return _parse_text(prompt)
-    if not isinstance(prompt, Iterable):
-        raise RequestError(f"a prompt is a text, a list of messages, or token ids; this is {type(prompt).__name__}")
-    items = list(prompt)
-    if items and all(isinstance(item, int) for item in items):
-        if not all(is_token_id(item) for item in items):
-            raise RequestError("a prompt of token ids contains numbers that cannot be token ids")
-        return tuple(int(item) for item in items if isinstance(item, int))
-    turns = []
-    for item in items:
-        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
-            raise RequestError(
-                'a message is {"role": …, "content": …}; a prompt is a text, a list of messages, or token ids'
-            )
-        if not isinstance(item["role"], str) or not isinstance(item["content"], str):
-            raise RequestError("a message's role and content must be texts")
-        turns.append((_parse_text(item["role"]), _parse_text(item["content"])))
-    return tuple(turns)
+    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(prompt, Iterable):
+        raise RequestError(f"{_PROMPT}; this is {type(prompt).__name__}")
+    if (shape := getattr(prompt, "shape", None)) is not None and len(shape) != 1:
+        raise RequestError(f"token ids must be one sequence, of shape (n,); these have shape {tuple(shape)}")
+    items: list[Any] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not items or isinstance(items[0], Mapping):
+        return tuple(_parse_message(item) for item in items)
+    ids = [to_token_id(item) for item in items]
+    if None in ids:
+        raise RequestError(f"{_PROMPT}; this list contains {shown(items[ids.index(None)])}")
+    return tuple(i for i in ids if i is not None)
+
+
+_PROMPT = 'a prompt is a text, a list of messages, {"role": …, "content": …}, or token ids, whole numbers from 0'
+
+
+def _parse_message(message: object) -> tuple[str, str]:
+    """Return a message's role and text."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise RequestError(f"{_PROMPT}; this message is {shown(message)}")
+    role, content = message["role"], message["content"]
+    if isinstance(content, (list, tuple)):
+        # The texts of several parts are lines, as in vLLM and llama.cpp.
+        content = "\n".join(_parse_part(part) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RequestError("a message's role must be a text, and its content a text or a list of text parts")
+    return _parse_text(role), _parse_text(content)
+
+
+def _parse_part(part: object) -> str:
+    """Return the text of one part of a message's content."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str):
+        raise RequestError(f'a part of a message\'s content is {{"type": "text", "text": …}}; there is {shown(part)}')
+    if kind != "text":
+        raise RequestError(
+            f"a message's content has a part of type {shown(kind)}; families read only parts of type 'text'"
+        )
+    if not isinstance(part.get("text"), str):
+        raise RequestError(f"a text part of a message has the text {shown(part.get('text'))}; it must be a text")
+    return str(part["text"])
 
 
 def _parse_text(text: str) -> str:
@@ -211,4 +276,4 @@ def _parse_text(text: str) -> str:
 
 
 def _is_valid_text(value: object) -> bool:
-    return isinstance(value, str) and value != "" and value == value.encode(errors="ignore").decode()
+    return is_text(value) and value != ""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from operator import index
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import RequestError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,11 @@ __all__ = [
     "Upload",
     "Verdict",
     "Weights",
-    "is_token_id",
+    "is_text",
     "parse_mode",
+    "to_float",
+    "to_int",
+    "to_token_id",
 ]
 
 
@@ -44,9 +48,35 @@ MIN_UPLOAD_POSITIONS = 8
 """Smallest number of positions that a node uploads ahead of a question; fewer would not repay the message."""
 
 
-def is_token_id(value: object) -> bool:
-    """Return whether a value can be a token id of some family."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
+def to_int(value: Any) -> int | None:
+    """Return a whole number as an int, also one of numpy or torch; None for anything else, booleans included."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return index(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises each of them
+        return None
+
+
+def to_float(value: Any) -> float | None:
+    """Return a real number as a float, also one of numpy or torch; None for anything else, booleans included."""
+    if isinstance(value, (bool, str)) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return float(value) if hasattr(value, "__float__") or hasattr(value, "__index__") else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def is_text(value: object) -> bool:
+    """Return whether a value is a text that can be encoded as UTF-8, which half of a surrogate pair cannot."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
+def to_token_id(value: object) -> int | None:
+    """Return a number that can be a token id or an exit of some family as an int; None for anything else."""
+    number = to_int(value)
+    return number if number is not None and 0 <= number <= MAX_COUNT else None
 
 
 class Mode(StrEnum):
@@ -71,7 +101,7 @@ def parse_mode(value: object) -> Mode:
     try:
         return Mode(value)  # type: ignore[arg-type]
     except ValueError:
-        raise RequestError(f"mode is {value!r}; known: {', '.join(Mode)}") from None
+        raise RequestError(f"mode is {shown(value)}; known: {', '.join(Mode)}") from None
 
 
 class Reason(StrEnum):

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from ruyi_flow.cli import app
+from ruyi_flow.cli.commands import app
 from ruyi_flow.config import topology
 from ruyi_flow.routing.policy import Routing
 from ruyi_flow.sim import scenario

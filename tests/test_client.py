@@ -1,5 +1,6 @@
 """The SDK: prompts of every kind, streaming, text, stop strings, and the sync client as a plain wrapper."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -8,14 +9,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ruyi_flow import Client
+from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import RequestError, RuyiFlowError
-from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
+from ruyi_flow.errors import CheckpointError, RequestError, RuyiFlowError
+from ruyi_flow.testing import Cluster, cluster, cut_topology, free_ports, tiny_family
 from ruyi_flow.types import Final, FinishReason, NodeStatus
 
 
@@ -62,6 +65,14 @@ async def test_streamed_text_adds_up_to_the_answer(nodes: Cluster) -> None:
             assert "".join(t.text for t in tokens) == final.text
             assert final.finish_reason is FinishReason.LENGTH
             assert 0 < final.stats.first_token_s <= final.stats.total_s
+
+
+async def test_nodes_are_not_asked_through_a_proxy(spoken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{free_ports(1)[0]}")  # where nothing listens
+    async with cluster(cut_topology(spoken, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
+        assert len((await client.generate("hi", max_new_tokens=2, eos_token_ids=(), timeout_s=20)).tokens) == 2
+        assert (await measure_link(str(nodes.topology.nodes[1].address), rounds=1)).round_trip_ms > 0
 
 
 def test_a_stop_string_ends_the_answer_before_it(whole: Client) -> None:
@@ -203,25 +214,117 @@ def test_a_stream_that_outlives_its_client_ends(spoken: Path) -> None:
 
 
 INTERRUPTED = """
-import signal, sys
+import signal, sys, time
 from ruyi_flow import Client
+from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.config.topology import Topology
-with Client(Topology.parse({"family": sys.argv[1], "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})) as client:
+whole = {"name": "whole", "exits": [2, 4, 6], "limits": {"max_positions": 65536}}
+options = {"max_new_tokens": 60000, "eos_token_ids": ()}  # for minutes, unless it is interrupted
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # like SIGINT, but at a time that the test chooses
+with Client(Topology.parse({"family": sys.argv[1], "nodes": [whole]})) as client:
     try:
-        for i, token in enumerate(client.stream("hi", max_new_tokens=450, eos_token_ids=())):
+        if sys.argv[2] == "generate":
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            client.generate("hi", **options)
+        for i, token in enumerate(client.stream("hi", **options)):
             if i == 3:
-                signal.signal(signal.SIGALRM, signal.default_int_handler)  # like SIGINT, but at a time that holds
                 signal.setitimer(signal.ITIMER_REAL, 0.02)
     except KeyboardInterrupt:
-        print("interrupted", len(client.generate("hi", max_new_tokens=2, eos_token_ids=()).tokens))
-    else:
-        print("it ended by itself after", i)
+        for _ in range(2000):  # a session ends on the compute thread, right after its last step
+            if not client.status()["whole"].sessions:
+                break
+            time.sleep(0.01)
+        print(client.status()["whole"].sessions, len(client.generate("hi", max_new_tokens=2, eos_token_ids=()).tokens))
 """
 
 
-def test_ctrl_c_ends_a_stream_and_nothing_else(spoken: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(spoken)], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout) == (0, "interrupted 2\n"), done.stderr
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_ctrl_c_ends_an_answer_and_nothing_else(spoken: Path, tmp_path: Path, call: str) -> None:
+    long = Path(shutil.copytree(spoken, tmp_path / "long"))
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+    command = [sys.executable, "-c", INTERRUPTED, str(long), call]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (0, "0 2\n"), done.stderr
+
+
+async def test_clients_that_close_leave_nothing_to_other_event_loops(nodes: Cluster) -> None:
+    """gRPC hands what completes after a loop is closed to any other loop, where it would be a stack trace."""
+    traces: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: traces.append(str(context)))
+
+    def leave_in_the_middle() -> None:
+        with Client(nodes.topology) as client:
+            stream = client.stream([5, 6], max_new_tokens=50, eos_token_ids=())
+            next(stream)
+            stream.close()
+
+    for _ in range(40):
+        await asyncio.to_thread(leave_in_the_middle)
+    assert not [trace for trace in traces if "loop is closed" in trace]
+
+
+async def test_an_async_client_outside_its_block_says_so(nodes: Cluster, spoken: Path) -> None:
+    inside = Topology.parse({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    for topology in (nodes.topology, inside):
+        client = AsyncClient(topology)
+        for _ in range(2):
+            calls = [client.status(), client.generate("hi"), anext(client.stream("hi")), anext(client.events("hi"))]
+            for call in calls:
+                with pytest.raises(RequestError, match="use the client in an async with block"):
+                    await call
+            async with client:
+                assert len(await client.status()) == len(topology.nodes)
+
+
+def compute_threads() -> int:
+    return [thread.name for thread in threading.enumerate()].count("compute")
+
+
+async def test_an_async_client_cannot_be_entered_twice(nodes: Cluster, spoken: Path) -> None:
+    inside = Topology.parse({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    before = compute_threads()
+    for topology in (nodes.topology, inside):
+        async with AsyncClient(topology) as client:
+            with pytest.raises(RequestError, match="already open"):
+                await client.__aenter__()
+            assert len((await client.generate("hi", max_new_tokens=1)).tokens) == 1
+    assert compute_threads() == before
+
+
+async def test_a_client_that_cannot_be_entered_leaves_nothing(spoken: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(spoken, tmp_path / "broken"))
+    (broken / "tokenizer.json").write_text("{}")
+    topology = Topology.parse({"family": str(broken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    before = compute_threads()
+    client = AsyncClient(topology)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="tokenizer files cannot be read"):
+            await client.__aenter__()
+    shutil.copyfile(spoken / "tokenizer.json", broken / "tokenizer.json")
+    for _ in range(2):
+        entering = asyncio.create_task(client.__aenter__())
+        await asyncio.sleep(0.002)  # a thread has begun to load
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+    assert compute_threads() == before
+    async with client:
+        assert len((await client.generate("hi", max_new_tokens=1)).tokens) == 1
+    with pytest.raises(CheckpointError), Client(topology.model_copy(update={"family": str(tmp_path / "none")})):
+        pass
+    assert compute_threads() == before and "ruyi-flow client" not in [t.name for t in threading.enumerate()]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, True, float("nan"), float("inf"), "3"])
+async def test_a_timeout_that_cannot_be_is_refused_everywhere(nodes: Cluster, timeout_s: Any) -> None:
+    with pytest.raises(RequestError, match="timeout_s is"):
+        AsyncClient(nodes.topology, timeout_s=timeout_s)
+    async with AsyncClient(nodes.topology) as client:
+        for call in (client.status, lambda timeout_s: client.generate("hi", timeout_s=timeout_s)):
+            with pytest.raises(RequestError, match="timeout_s is"):
+                await call(timeout_s=timeout_s)
+        assert (await client.generate("hi", timeout_s=None, max_new_tokens=1)).tokens
 
 
 def test_a_client_outside_its_block_says_so(spoken: Path) -> None:
@@ -239,8 +342,6 @@ def test_a_client_outside_its_block_says_so(spoken: Path) -> None:
 
 
 async def test_the_sync_client_works_inside_a_running_loop(nodes: Cluster) -> None:
-    import asyncio
-
     def ask() -> int:
         with Client(nodes.topology) as client:
             return len(client.generate("hi", max_new_tokens=3, eos_token_ids=()).tokens)
@@ -252,6 +353,21 @@ async def test_the_sync_client_works_inside_a_running_loop(nodes: Cluster) -> No
 def test_an_unknown_option_gets_a_suggestion(whole: Client, given: str, meant: str) -> None:
     with pytest.raises(RequestError, match=f"unknown option '{given}'; did you mean '{meant}'"):
         whole.generate("hi", **{given: "x"})
+
+
+def test_roles_are_those_of_the_chat_template(whole: Client, spoken: Path, tmp_path: Path) -> None:
+    for role in ("robot", "tool", "developer"):
+        with pytest.raises(RequestError, match=f"the role '{role}', which the family's chat template does not name"):
+            whole.generate([{"role": role, "content": "beep"}])
+    tools = Path(shutil.copytree(spoken, tmp_path / "tools"))
+    (tools / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}x{% endif %}y{% endfor %}"
+    )
+    with Client(Topology.parse({"family": str(tools), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})) as client:
+        messages = [{"role": role, "content": "hi"} for role in ("system", "user", "assistant", "tool")]
+        assert client.generate(messages, max_new_tokens=1).stats.prompt_tokens == 5
+        with pytest.raises(RequestError, match="the role 'robot'"):
+            client.generate([*messages, {"role": "robot", "content": "hi"}])
 
 
 def test_texts_that_a_family_cannot_take_are_refused(spoken: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 
-from ruyi_flow.cli import app
+from ruyi_flow.cli.commands import app
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.serving import node as daemon
 

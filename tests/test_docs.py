@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from ruyi_flow.cli import app
+from ruyi_flow.cli.commands import app
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.training.recipe import Recipe

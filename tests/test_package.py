@@ -19,7 +19,7 @@ def test_import_loads_neither_torch_nor_grpc() -> None:
 
 
 def test_help_of_the_command_line_loads_no_torch() -> None:
-    code = "import sys, ruyi_flow.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, ruyi_flow.cli.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -30,6 +30,13 @@ def test_loading_a_slice_leaves_torchs_compiler_out(tiny: Path) -> None:
         "sys.exit(bool({'sympy', 'torch._dynamo'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_prevents_an_import_is_told() -> None:
+    """A module that asks an installed library for what its build lacks raises an AttributeError."""
+    code = "import torch; del torch.inference_mode; from ruyi_flow import load_family"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ruyi_flow.local cannot be imported: module 'torch' has no attribute 'inference_mode'" in done.stderr
 
 
 def test_every_exported_name_exists() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer.core
 from ruyi_flow.cli.display import out
 from ruyi_flow.errors import RuyiFlowError
 
-__all__ = ["Panel", "app", "main"]
+__all__ = ["Panel", "app", "run"]
 
 
 class Panel:
@@ -34,15 +35,22 @@ _ORDER = (
 )
 
 
-class _InOrderOfUse(typer.core.TyperGroup):
-    """Lists commands in the order in which they are used."""
+class _Commands(typer.core.TyperGroup):
+    """Lists commands in the order in which they are used, and leaves pydantic's words out of typer's messages."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.replace("Value error, ", "", 1)
+            raise
+
 
 app = typer.Typer(
-    cls=_InOrderOfUse,
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,8 +74,10 @@ def options(
     """Run familial language models, split at their early exits over device, edge and cloud."""
 
 
-def main() -> None:
-    """Run the command line."""
+def run() -> None:
+    """Run the command that the arguments name."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # answers contain any character, also where the locale knows few
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise gRPC prints lines of its own beside the errors
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # gRPC's older poller wakes one thread less per message: a round trip of 0.31 ms instead of 0.42 (docs/log.md).

@@ -92,7 +92,8 @@ def step_printer(quiet: bool = False) -> Callable[[str], None]:
 
 def print_json(value: object) -> None:
     """Print a value to standard output as one line of JSON."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=not is_utf8) + "\n")
 
 
 def _colour(topology: Topology, name: str) -> str:

@@ -14,13 +14,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ruyi_flow.config.yaml_files import explain, read_yaml
-from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.errors import ConfigError, RequestError, shown
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import WINDOW, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.types import Mode, parse_mode
 
-__all__ = ["CurvePoints", "PolicyFile", "StartRule", "curve_points"]
+__all__ = ["CurvePoints", "PolicyFile", "StartRule", "curve_points", "with_policy_file"]
 
 
 class _Model(BaseModel):
@@ -143,3 +143,19 @@ class PolicyFile(_Model):
             start = None if self.start is None else Start(self.start.weights, self.start.chance)
             options |= {"window": self.window, "back": self.back, "start": start}
         return options
+
+
+def with_policy_file(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a request, in which the file that `policy` names is replaced by what it sets.
+
+    Raises:
+        RequestError: `policy` is not a path, or an option is one that the file sets.
+        ConfigError: the file cannot be read.
+    """
+    given = dict(options)
+    policy = given.pop("policy", None)
+    if policy is None:
+        return given
+    if not isinstance(policy, (str, Path)):
+        raise RequestError(f"policy is {shown(policy)}; it must be the path of a policy file")
+    return PolicyFile.load(policy).options(given)

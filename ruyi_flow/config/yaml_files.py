@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ruyi_flow.errors import ConfigError, did_you_mean
+from ruyi_flow.errors import ConfigError, did_you_mean, shown
 
-__all__ = ["explain", "parse_value", "read_yaml", "shorten"]
+__all__ = ["explain", "parse_value", "read_yaml"]
 
 _MOST_CHARACTERS = 2**20
 """Largest YAML file."""
@@ -79,20 +79,22 @@ class _Loader(yaml.SafeLoader):
         """Values of each anchor."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) and event.anchor not in self._sizes and event.anchor in self.anchors:
-            raise yaml.composer.ComposerError(None, None, "an anchor contains itself", event.start_mark)
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        anchor: str | None = getattr(event, "anchor", None)
         is_alias = isinstance(event, yaml.AliasEvent)
-        self._open.append(self._sizes.get(event.anchor, 0) if is_alias else 1)
+        if is_alias and anchor not in self._sizes and anchor in self.anchors:
+            raise yaml.composer.ComposerError(None, None, "an anchor contains itself", mark)
+        self._open.append(self._sizes.get(anchor or "", 0) if is_alias else 1)
         node = super().compose_node(parent, index)
         size = self._open.pop()
         self._open[-1] += size
         if sum(self._open) > _MOST_VALUES:
             raise yaml.composer.ComposerError(
-                None, None, f"the file has more than {_MOST_VALUES} values, with what aliases repeat", event.start_mark
+                None, None, f"the file has more than {_MOST_VALUES} values, with what aliases repeat", mark
             )
-        if event.anchor and not is_alias:
-            self._sizes[event.anchor] = size
+        if anchor and not is_alias:
+            self._sizes[anchor] = size
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -142,26 +144,12 @@ def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
             message = f"must be one of {', '.join(known)}{did_you_mean(str(value), known)}"
         elif kind in _KINDS:
             message = _KINDS[kind].format(**context)
-        shown = "" if value is None or (isinstance(value, float) and math.isnan(value)) else shorten(value, "")
-        lines.append(f"{where}: {path}:{shown and f' {shown}:'} {message}")
+        is_none = value is None or (isinstance(value, float) and math.isnan(value))
+        lines.append(f"{where}: {path}:{'' if is_none else f' {shown(value)}:'} {message}")
         if len(lines) == _MOST_LINES and len(items) > _MOST_LINES:
             lines.append(f"{where}: … and {len(items) - _MOST_LINES} more mistakes")
             break
     return "\n".join(lines)
-
-
-def shorten(value: object, instead: str = "a long value") -> str:
-    """Return the repr of a value for an error message, or `instead` if it is long, which is found before it is made."""
-    room, rest = 120, [value]
-    while rest and room > 0:
-        part = rest.pop()
-        room -= len(part) + 2 if isinstance(part, (str, bytes)) else 1
-        if isinstance(part, (list, tuple, set, frozenset, dict)):
-            if len(part) > room:
-                return instead
-            rest += [*part, *part.values()] if isinstance(part, dict) else part
-    text = repr(value) if room > 0 else ""
-    return text if 0 < len(text) < 120 else instead
 
 
 _KINDS = {

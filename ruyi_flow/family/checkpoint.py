@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ruyi_flow.config.yaml_files import shorten
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, shown
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.config_file import GenerationFile, check_values
 from ruyi_flow.family.files import copy_companions, open_weights, read_json, save_weights, whole_or_not
@@ -84,7 +83,7 @@ class Checkpoint:
         stored = self.config.exits if named is None else _parse_exits(named)
         if not stored or any(p not in self.config.exits for p in stored):
             raise CheckpointError(
-                f"{self.folder}: its metadata names exits {shorten(named)}, but config.json has "
+                f"{self.folder}: its metadata names exits {shown(named)}, but config.json has "
                 f"{list(self.config.exits)}; cut the shard again"
             )
         self.exits: tuple[int, ...] = stored
@@ -226,7 +225,8 @@ class Checkpoint:
         return "model.norm.weight" if parts[1] == "norms" else name
 
     def _open(self) -> dict[str, tuple[Any, str]]:
-        index, weight_map = self.folder / "model.safetensors.index.json", {}
+        index = self.folder / "model.safetensors.index.json"
+        weight_map: Any = {}
         if not (self.folder / _WEIGHTS).exists() and index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ruyi_flow.config.yaml_files import shorten
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, shown
 from ruyi_flow.family.config_file import BASES, ConfigFile, check_values
 from ruyi_flow.types import Weights
 
@@ -78,7 +77,7 @@ class FamilyConfig:
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in BASES:
             raise CheckpointError(
-                f"{where}: model_type is {shorten(model_type)}; this architecture is not supported; "
+                f"{where}: model_type is {shown(model_type)}; this architecture is not supported; "
                 f"known: {', '.join(BASES)}"
             )
         given = check_values(ConfigFile, raw, where)

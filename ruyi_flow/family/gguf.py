@@ -76,7 +76,8 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
         )
     special = {f"{name}_token_id": token for name, token in tokenizer.special.items() if name != "unk"}
     with whole_or_not(Path(out)) as folder:
-        file_of, size = {}, 0
+        file_of: dict[str, str] = {}
+        size = 0
         steps = track(
             model.parts(), "converting", model.num_parts, console=Console(stderr=True), disable=not bars, transient=True
         )

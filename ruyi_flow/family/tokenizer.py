@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError
+from ruyi_flow.errors import CheckpointError, ContextLengthError, RequestError, shown
 from ruyi_flow.family.files import companions, read_json
 
 if TYPE_CHECKING:
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from ruyi_flow.family.config import FamilyConfig
     from ruyi_flow.requests import Prompt
 
-__all__ = ["PromptEncoder", "end_tokens", "load_tokenizer"]
+__all__ = ["PromptEncoder", "check_context", "end_tokens", "load_tokenizer"]
+
+_ROLES = frozenset({"assistant", "system", "user"})
+"""Roles of messages that every chat template may get; others must be named in the template, as `tool` often is."""
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn in chat templates. The generation_config.json of many checkpoints omits them."""
@@ -132,7 +135,7 @@ class PromptEncoder:
         if not prompt:
             raise RequestError("the prompt is empty; give it some text")
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            self._check_context(len(prompt), "tokens")
+            check_context(len(prompt), self.context)
             ids = [i for i in prompt if isinstance(i, int)]
             if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab_size:
                 raise RequestError(f"token ids must be 0 … {self._vocab_size - 1}")
@@ -142,7 +145,7 @@ class PromptEncoder:
         turns = [("user", prompt)] if isinstance(prompt, str) else [turn for turn in prompt if isinstance(turn, tuple)]
         # What can never fit is refused before any work: a message has one token at least, a token not more characters
         # than the longest one of the vocabulary.
-        self._check_context(len(turns), "messages")
+        check_context(len(turns), self.context, "messages")
         chars = sum(len(role) + len(content) for role, content in turns)
         if chars > self._max_chars:
             raise ContextLengthError(
@@ -150,7 +153,7 @@ class PromptEncoder:
                 f"{self.context} tokens; shorten it"
             )
         ids = self._encode(prompt, special=True) if isinstance(prompt, str) and raw else self._encode_turns(turns)
-        self._check_context(len(ids), "tokens")
+        check_context(len(ids), self.context)
         return ids
 
     def _encode_turns(self, turns: Sequence[tuple[str, str]]) -> list[int]:
@@ -160,6 +163,13 @@ class PromptEncoder:
             raise RequestError(
                 "this family has no chat template, or none named default; send the prompt with raw=True (--raw)"
             )
+        for role in sorted({role for role, _ in turns} - _ROLES):
+            # Many templates write any role as it is; the model has been trained only on those that its template names.
+            if f"'{role}'" not in self.tokenizer.chat_template and f'"{role}"' not in self.tokenizer.chat_template:
+                raise RequestError(
+                    f"a message has the role {shown(role)}, which the family's chat template does not name; "
+                    f"roles are {', '.join(sorted(_ROLES))}"
+                )
         messages = [{"role": role, "content": content} for role, content in turns]
         with _refusing("the family's chat template refuses these messages"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -178,12 +188,22 @@ class PromptEncoder:
             )
         return ids
 
-    def _check_context(self, count: int, what: str) -> None:
-        if count >= self.context:
-            raise ContextLengthError(
-                f"the prompt has {count} {what}, which leaves no room in the family's context of {self.context}; "
-                "shorten it"
-            )
+
+def check_context(count: int, context: int, what: str = "tokens") -> None:
+    """Check that a prompt leaves room for at least one new token.
+
+    Args:
+        count: the prompt's length.
+        context: the family's context, in positions.
+        what: what is counted, for the error message.
+
+    Raises:
+        ContextLengthError: it does not.
+    """
+    if count >= context:
+        raise ContextLengthError(
+            f"the prompt has {count} {what}, which leaves no room in the family's context of {context}; shorten it"
+        )
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import RequestError, shown
 from ruyi_flow.routing.confidence import Scale
 from ruyi_flow.routing.start import Start
-from ruyi_flow.types import Mode, Reason, is_token_id, parse_mode
+from ruyi_flow.types import MAX_COUNT, Mode, Reason, is_text, parse_mode, to_float, to_int, to_token_id
 
 __all__ = ["NEVER", "WINDOW", "Judge", "Policy", "Routing"]
 
@@ -64,35 +64,60 @@ class Routing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", parse_mode(self.mode))
-        if isinstance(self.draft, bool) or not isinstance(self.draft, int) or not 0 <= self.draft <= 1024:
-            raise RequestError(f"draft is {self.draft!r}; it must be a whole number from 0 (ask at once) to 1024")
-        if self.exit is not None and not is_token_id(self.exit):  # the wire has as many bits for both
-            raise RequestError(f"exit is {self.exit!r}; it must be one of the family's exits, a whole number")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window <= 1024:
-            raise RequestError(f"window is {self.window!r}; it must be a whole number of tokens from 1 to 1024")
+        for name, low, high, meaning in (
+            ("draft", 0, 1024, "a whole number from 0 (ask at once) to 1024"),
+            ("window", 1, 1024, "a whole number of tokens from 1 to 1024"),
+            ("exit", 0, MAX_COUNT, "one of the family's exits, a whole number"),
+        ):
+            given = getattr(self, name)
+            if given is None and name == "exit":
+                continue
+            number = to_int(given)
+            if number is None or not low <= number <= high:
+                raise RequestError(f"{name} is {shown(given)}; it must be {meaning}")
+            object.__setattr__(self, name, number)
         if not isinstance(self.fallback, bool):
-            raise RequestError(f"fallback is {self.fallback!r}; it must be True or False")
-        if not isinstance(self.family, str | None):
-            raise RequestError(f"family is {self.family!r}; it must be the fingerprint that a policy file contains")
+            raise RequestError(f"fallback is {shown(self.fallback)}; it must be True or False")
+        if self.family is not None and not is_text(self.family):
+            raise RequestError(
+                f"family is {shown(self.family)}; it must be the fingerprint that a policy file contains"
+            )
         if not isinstance(self.start, Start | None) or not isinstance(self.scale, Scale | None):
             raise RequestError("start and scale must be a Start and a Scale; a policy file contains both")
-        thresholds = [value for value in (self.threshold, self.back) if value is not None]
+        for name, exits in (
+            ("scale", () if self.scale is None else self.scale.curves),
+            ("start", () if self.start is None else self.start.weights),
+        ):
+            if any(to_token_id(p) is None for p in exits):
+                raise RequestError(f"{name} is for exits {shown(list(exits))}; exits are whole numbers")
         if self.thresholds is not None:
-            exits = self.thresholds if isinstance(self.thresholds, Mapping) else ()
-            if not exits or not all(is_token_id(p) for p in exits):
-                raise RequestError(f"thresholds is {self.thresholds!r}; it must map exits to numbers, as in {{5: 0.9}}")
-            thresholds += self.thresholds.values()
-        for value in thresholds:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (0 <= value <= 1e9 or value == NEVER):
+            given = dict(self.thresholds) if isinstance(self.thresholds, Mapping) else {}
+            if not given or any(to_token_id(p) is None for p in given):
                 raise RequestError(
-                    f"a threshold is {value!r}; it must be a number from 0 (always decide) to 1 (above it: never)"
+                    f"thresholds is {shown(self.thresholds)}; it must map exits to numbers, as in {{5: 0.9}}"
                 )
+            chosen = {to_token_id(p): _threshold(value) for p, value in given.items()}
+            object.__setattr__(self, "thresholds", chosen)
+        for name in ("threshold", "back"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _threshold(getattr(self, name)))
 
     @classmethod
     def names(cls) -> frozenset[str]:
         """Return the names of the routing options."""
         return frozenset(f.name for f in fields(cls))
+
+    def check_family(self, fingerprint: str) -> None:
+        """Check that a policy file was calibrated for the family of this fingerprint.
+
+        Raises:
+            RequestError: it was calibrated for another one.
+        """
+        if self.family not in (None, fingerprint):
+            raise RequestError(
+                f"the policy was calibrated for family {str(self.family)[:12]}; this family is {fingerprint[:12]}: "
+                "calibrate a policy for it with ruyi-flow trace and ruyi-flow calibrate"
+            )
 
     def updated(self, options: Mapping[str, Any]) -> Routing:
         """Return this routing with the options of a request.
@@ -104,7 +129,8 @@ class Routing:
             RequestError: an option has a value that it cannot have.
         """
         of_a_mode = {name: value for name, value in options.items() if name in _OF_A_MODE}
-        if not of_a_mode or of_a_mode == {"mode": self.mode}:
+        names_own_mode = of_a_mode.keys() == {"mode"} and parse_mode(options["mode"]) is self.mode
+        if not of_a_mode or names_own_mode:
             return replace(self, **options)
         implied = Mode.FIXED if "exit" in options else Mode.TOKEN
         kept = {name: getattr(self, name) for name in self.names() if name not in _OF_A_MODE}
@@ -251,6 +277,15 @@ class Judge:
         while self._moves and self._moves[-1] >= position:
             self._moves.pop()
             self.retired = False  # an exit that may return is never retired
+
+
+def _threshold(value: object) -> float:
+    number = to_float(value)
+    if number is None or not (0 <= number <= 1e9 or number == NEVER):
+        raise RequestError(
+            f"a threshold is {shown(value)}; it must be a number from 0 (always decide) to 1 (above it: never)"
+        )
+    return number
 
 
 def _check_exit(exit: int, exits: Sequence[int]) -> None:

@@ -6,7 +6,6 @@ Every front end (gRPC, the SDK in process, HTTP) answers through `Answering`.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -101,17 +100,15 @@ class Answering:
             await chain.close()
         for token in text.finish(self._node_of):
             yield token
+        if text.stopped and finish is FinishReason.LENGTH:
+            finish = FinishReason.STOP
         total_s = time.perf_counter() - began
         yield Final(finish, text.text, totals.stats(len(prompt), total_s, params.seed or 0))
 
     def _policy(self, request: GenerateRequest) -> Policy:
         """Resolve a request's routing over the topology's."""
         routing = self._routing.updated(request.routing)
-        if routing.family not in (None, self._fingerprint):
-            raise RequestError(
-                f"the policy was calibrated for family {str(routing.family)[:12]}; this family is "
-                f"{self._fingerprint[:12]}: calibrate a policy for it with ruyi-flow trace and ruyi-flow calibrate"
-            )
+        routing.check_family(self._fingerprint)
         routing = replace(routing, draft=min(routing.draft, self._max_draft))
         return Policy.resolve(routing, sorted(self._node_of))
 
@@ -119,16 +116,7 @@ class Answering:
         """Fill in the seed and the end tokens, and cut the answer's length to the positions that are left."""
         if given.stop and self._prompts.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this family has none")
-        seed = given.seed
-        if seed is None:
-            seed = secrets.randbits(63) if given.temperature else 0
-        return replace(
-            given,
-            seed=seed,
-            eos_token_ids=self._eos_token_ids if given.eos_token_ids is None else given.eos_token_ids,
-            max_new_tokens=min(given.max_new_tokens, room),
-            min_new_tokens=min(given.min_new_tokens, room),
-        )
+        return given.completed(eos_token_ids=self._eos_token_ids, room=room)
 
 
 class _Totals:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -95,16 +97,12 @@ class Supervisor:
         """Refuse an address where something listens already: it would answer in place of the new node."""
         for node in self._topology.nodes:
             host, _, port = str(node.address).rpartition(":")
-            try:
-                _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), 1.0)
-            except (OSError, TimeoutError):
-                continue
-            writer.close()
-            raise NodeError(
-                f"{node.address} is in use already; node {node.name!r} cannot listen there: end that process, "
-                "or give the node another address",
-                node=node.name,
-            )
+            if await _in_use(host.strip("[]"), int(port)):
+                raise NodeError(
+                    f"{node.address} is in use already; node {node.name!r} cannot listen there: end that process, "
+                    "or give the node another address",
+                    node=node.name,
+                )
 
     async def _keep_running(self, name: str) -> None:
         """Run a node's process and restart it when it crashes."""
@@ -152,6 +150,23 @@ async def supervise(path: Path, topology: Topology, log: Callable[[str, str], No
         yield supervisor
     finally:
         await asyncio.shield(asyncio.ensure_future(supervisor.stop()))
+
+
+async def _in_use(host: str, port: int) -> bool:
+    """Whether something listens on the port of one of the host's addresses, also as a part of all addresses."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False  # the node's own process says that there is no such host
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, after an earlier one
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+    return False
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

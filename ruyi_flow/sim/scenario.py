@@ -14,8 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ruyi_flow.config.topology import Float, Int, Link, Model, Node, Topology, resolve_folder, resolve_path
-from ruyi_flow.config.yaml_files import explain, parse_value, read_yaml, shorten
-from ruyi_flow.errors import ConfigError, did_you_mean
+from ruyi_flow.config.yaml_files import explain, parse_value, read_yaml
+from ruyi_flow.errors import ConfigError, did_you_mean, shown
 
 __all__ = ["Arrivals", "Behaviour", "Host", "Lengths", "Load", "Scenario", "SimLink", "SimNode", "Span", "Turns"]
 
@@ -317,7 +317,7 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
         for row in data[key]:
             match = [r for r in rows if isinstance(row, dict) and all(r.get(n) == row.get(n) for n in names)]
             if not match:
-                raise ConfigError(f"{path}: {key}: {shorten(row)} is not in {file}; use a name of that file")
+                raise ConfigError(f"{path}: {key}: {shown(row)} is not in {file}; use a name of that file")
             match[0].update(row)
     return merged
 

@@ -1,7 +1,10 @@
 """The command line: what commands print, and that every user error is one line and exit status 2."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,7 +201,7 @@ def test_an_unknown_option_is_refused(run: Command) -> None:
 
 def test_a_log_level_that_is_none_is_refused(run: Command, topology: Path) -> None:
     code, _, err = run("node", "whole", "-t", str(topology), "--log-level", "foo")
-    assert code == 2 and "'foo' is not one of" in err
+    assert code == 2 and "'foo' is not one of" in err and "Value error" not in err
 
 
 def test_port_zero_is_nobodys_address(run: Command, topology: Path) -> None:
@@ -333,3 +336,38 @@ def test_explain_holds_the_family_as_the_last_node_does(run: Command, even: Path
         own[weights] = logits[0, len(prompt) - 1 :].softmax(-1).amax(-1).tolist()
     assert [row["own"] for row in told] == pytest.approx(own["int8"], abs=1e-5)
     assert own[None] != pytest.approx(own["int8"], abs=1e-5) and all(row["agrees"] for row in told)
+
+
+COMMAND = [sys.executable, "-m", "ruyi_flow.cli"]
+
+
+def test_a_terminal_that_knows_few_characters_gets_every_answer(spoken: Path, tmp_path: Path) -> None:
+    file = tmp_path / "one.yaml"
+    file.write_text(yaml.safe_dump({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]}))
+    command = [*COMMAND, "generate", "-t", str(file), "-p", "hi", "--temperature", "1", "--seed", "3"]
+    printed = []
+    for encoding, options in (("ascii", []), ("ascii", ["--json"]), ("utf-8", ["--json"])):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([*command, "--max-new-tokens", "16", *options], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.decode(encoding))
+    assert "?" in printed[0]
+    texts = [json.loads(text)["text"] for text in printed[1:]]
+    assert texts[0] == texts[1] and not texts[0].isascii()
+
+
+@pytest.mark.parametrize("begun", ["ruyi_flow.cli.commands", "typer", "ruyi_flow.family.store"])
+def test_ctrl_c_while_modules_are_loaded_is_one_line(begun: str) -> None:
+    code = f"""
+import importlib.abc, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{begun}":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["ruyi-flow", "demo"]
+from ruyi_flow.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -130,11 +130,12 @@ def test_another_architecture_is_refused_by_name(model_type: str) -> None:
 
 
 def test_weights_that_slide_or_are_quantized_are_refused(tmp_path: Path) -> None:
-    qwen = CONFIGS["Qwen2.5-7B-Instruct"]["config"]
+    qwen, longrope = CONFIGS["Qwen2.5-7B-Instruct"]["config"], {"type": "longrope"}
     for change, message in (
         ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}, "sliding-window"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "rope_type: 'longrope'"),
+        ({"rope_scaling": longrope | {"short_factor": [1.0], "long_factor": [1.0]}}, "short_factor has 1 numbers"),
+        ({"rope_scaling": longrope | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}, "the same long_factor"),
     ):
         with pytest.raises(CheckpointError, match=message):
             FamilyConfig.parse(shrunk(qwen) | change)

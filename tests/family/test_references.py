@@ -18,9 +18,9 @@ def test_every_exit_is_the_original_codes(folder: Path) -> None:
     assert {int(name.split(".")[1]) for name in reference if name.startswith("logits")} == set(family.exits)
     for exit in family.exits:
         assert (family.logits(ids, exit) - reference[f"logits.{exit}"]).abs().max() < 1e-4
-        greedy = family.generate(ids[:1], exit=exit, max_new_tokens=24)
+        greedy = family.generate(ids[:1], exit=exit, max_new_tokens=24, min_new_tokens=24)
         assert greedy.tolist() == reference[f"greedy.{exit}"].tolist()
-        drafted = family.generate(ids[:1], exit=exit, max_new_tokens=24, draft=3)
+        drafted = family.generate(ids[:1], exit=exit, max_new_tokens=24, min_new_tokens=24, draft=3)
         assert drafted.tolist() == greedy.tolist()
 
 

@@ -54,7 +54,7 @@ def test_logits_and_greedy_tokens_are_transformers_own(tmp_path: Path, base: str
         expected = theirs(ids).logits
     assert (ours.logits(ids) - expected).abs().max() < 1e-4
     greedy = theirs.generate(ids[:1], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert ours.generate(ids[:1], max_new_tokens=12).tolist() == greedy[:, 90:].tolist()
+    assert ours.generate(ids[:1], max_new_tokens=12, min_new_tokens=12).tolist() == greedy[:, 90:].tolist()
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen2", "qwen3"])

@@ -10,16 +10,35 @@ from ruyi_flow.errors import NodeError
 from ruyi_flow.serving.supervisor import Supervisor
 
 
-@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "[::1]")])
-async def test_a_port_in_use_is_found_before_a_node_starts(family: socket.AddressFamily, host: str) -> None:
-    with socket.socket(family) as taken:
+@pytest.mark.parametrize(
+    ("taken", "host"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "[::1]"),
+        ("127.0.0.1", "localhost"),
+        ("::1", "localhost"),
+        ("127.0.0.2", "0.0.0.0"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("127.0.0.2", "[::]"),
+        ("::", "127.0.0.1"),
+    ],
+)
+async def test_a_port_in_use_is_found_before_a_node_starts(taken: str, host: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in taken else socket.AF_INET) as other:
         try:
-            taken.bind((host.strip("[]"), 0))
+            other.bind((taken, 0))
         except OSError:
-            pytest.skip(f"this machine has no {host}")
-        taken.listen()
-        address = f"{host}:{taken.getsockname()[1]}"
-        topology = Topology.parse({"family": "none", "nodes": [{"name": "n0", "address": address, "exits": [2]}]})
+            pytest.skip(f"this machine has no {taken}")
+        other.listen()
+        port = other.getsockname()[1]
+        if host == "localhost" and taken not in {found[4][0] for found in socket.getaddrinfo("localhost", port)}:
+            pytest.skip(f"localhost is not {taken} here")
         with pytest.raises(NodeError, match="is in use already; node 'n0' cannot listen there") as caught:
-            await Supervisor(Path("none.yaml"), topology, lambda name, line: None).start()
-    assert str(caught.value).startswith(address)
+            await supervisor_of(f"{host}:{port}").start()
+    assert str(caught.value).startswith(f"{host}:{port}")
+    await supervisor_of(f"{host}:{port}")._check_ports()  # the port is free again
+
+
+def supervisor_of(address: str) -> Supervisor:
+    topology = Topology.parse({"family": "none", "nodes": [{"name": "n0", "address": address, "exits": [2]}]})
+    return Supervisor(Path("none.yaml"), topology, lambda name, line: None)

@@ -37,7 +37,7 @@ async def measure_link(address: str, *, rounds: int = 20, payload: int = 1_000_0
     Raises:
         NodeUnavailable: no node answers at the address.
     """
-    options = [("grpc.max_send_message_length", -1)]
+    options = [("grpc.max_send_message_length", -1), ("grpc.enable_http_proxy", 0)]
     async with grpc.aio.insecure_channel(address, options) as channel:
         health = health_pb2_grpc.HealthStub(channel)
 
