@@ -124,4 +124,5 @@ def shown(value: object) -> str:
 
 
 _SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120

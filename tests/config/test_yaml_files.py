@@ -7,8 +7,8 @@ import pytest
 
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.config.yaml_files import read_yaml, shorten
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.config.yaml_files import read_yaml
+from ruyi_flow.errors import ConfigError, shown
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.training.recipe import Recipe
 
@@ -64,15 +64,15 @@ def test_many_mistakes_are_told_briefly(tmp_path: Path) -> None:
 def test_too_many_exits_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text(f"family: f\nnodes: [{{name: a, exits: {list(range(1, 3000))}}}]\n")
-    with pytest.raises(ConfigError, match="nodes.0.exits: must have at most 1024 items"):
+    with pytest.raises(ConfigError, match="nodes.0.exits: .*: must have at most 1024 items"):
         Topology.load(file)
 
 
-def test_a_value_is_shown_if_it_is_short() -> None:
+def test_a_value_is_shown_whole_only_if_it_is_short() -> None:
     for value in (5, "abc", [1, {"a": (2, 3)}], None, 1.5, {"a": 1}, "x" * 100):
-        assert shorten(value) == repr(value)
+        assert shown(value) == repr(value)
     bomb: list[object] = []
     for _ in range(100):
         bomb = [bomb] * 9
     for value in (bomb, "x" * 10**6, list(range(10**5)), {"a": "x" * 200}, {"x" * 200: 1}):
-        assert shorten(value) == "a long value" and shorten(value, "") == ""
+        assert len(shown(value)) <= 201 and "..." in shown(value)
