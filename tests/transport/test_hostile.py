@@ -239,7 +239,7 @@ ANSWERS = {
     "an exit that is none": verdict(exit=5),
     "a reason that is none": verdict(reason=99),
     "a confidence that is none": verdict(confidence=float("nan")),
-    "a failure of no known kind": pb.SessionReply(failure=pb.Failure(status=15, message="x")).SerializeToString(),
+    "a failure of no known kind": pb.SessionReply(failure=pb.Failure(status=99, message="x")).SerializeToString(),
 }
 
 
