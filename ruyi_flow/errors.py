@@ -9,7 +9,7 @@
     └── NodeError              a node, or the connection to it, fails
         ├── HandshakeError     two nodes do not fit together (family, stages, version)
         ├── CapacityError      a limit of the node is reached: sessions, positions, size
-        ├── NodeUnavailable    the node is down, draining, or went away
+        ├── NodeUnavailable    the node is down, draining, or went away, or the connection is broken
         ├── DeadlineExceeded   the deadline passed without an answer
         ├── RequestCancelled   the caller or a shutdown cancelled the call
         ├── WireError          a message violates the protocol
@@ -89,7 +89,7 @@ class CapacityError(NodeError):
 
 
 class NodeUnavailable(NodeError):
-    """The node is down, draining, or went away."""
+    """The node is down, draining, or went away, or the connection to it is broken."""
 
 
 class DeadlineExceeded(NodeError):

@@ -118,7 +118,7 @@ class Reason(StrEnum):
     BUDGET = "budget"
     """A node had used up the bytes that it may send to the next one (limits.bytes_up_per_minute)."""
     UNREACHABLE = "unreachable"
-    """The next node was unreachable, stuck or full, and the request allows a fallback."""
+    """The next node was unreachable, stuck or full, or answered garbage, and the request allows a fallback."""
 
 
 class FinishReason(StrEnum):

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
+from ruyi_flow.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    NodeUnavailable,
+    RequestCancelled,
+    RuyiFlowError,
+    WireError,
+)
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock, Pending
 from ruyi_flow.loop.session import Session, States
 from ruyi_flow.routing.policy import Policy
@@ -15,6 +22,13 @@ __all__ = ["NextStage", "Uplink"]
 
 _MAX_UPLOAD_POSITIONS = 32
 """Decided positions in one upload at most: more would delay the question that comes after them."""
+
+
+_LOST = (NodeUnavailable, DeadlineExceeded, CapacityError, WireError, RequestCancelled)
+"""Errors of a next node that is as good as gone: it is lost, stuck or full, answers garbage, or has dropped the call.
+
+A bug in the next node and a handshake that does not fit are not among them: they would be there at every try.
+"""
 
 
 @dataclass(slots=True)
@@ -105,7 +119,7 @@ class NextStage:
             self._unasked.clear()
             self._sent = stop
             return verdict
-        except (NodeUnavailable, DeadlineExceeded, CapacityError, WireError):
+        except _LOST:
             if not self._unasked and not self._session.policy.routing.fallback:
                 raise
             self._stage = None

@@ -54,7 +54,7 @@ class Routing:
     start: Start | None = None
     """Mode cascade: the rule of a policy file that chooses the first exit from the prompt. Default: the shallowest."""
     fallback: bool = False
-    """Let the last reachable exit decide when the next node is lost or full for the moment, instead of failing."""
+    """Let the last reachable exit decide when the next node is lost, full or answers garbage, instead of failing."""
     draft: int = 4
     """Draft at most this many tokens past an undecided position before asking the next stage; 0 asks at once."""
     scale: Scale | None = None

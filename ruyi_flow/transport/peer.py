@@ -19,8 +19,11 @@ __all__ = ["METHODS", "Peer"]
 METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Status")}
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
 
+_MAX_REPLY_BYTES = 64 * 1024 * 1024
+"""Largest reply that is read; the longest is the text of a whole answer."""
+
 _CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", _MAX_REPLY_BYTES),
     ("grpc.max_send_message_length", -1),
     # Pings detect a dead link without a reset; a node that comes back is found within a second.
     ("grpc.keepalive_time_ms", 20_000),

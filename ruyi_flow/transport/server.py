@@ -132,6 +132,8 @@ class Server:
         async with _Statuses(name, context):
             try:
                 await self._converse(context)
+            except grpc.aio.BaseError:
+                raise
             except Exception as error:
                 known = _known(error, name)
                 await context.write(_failure(known, name).SerializeToString())
@@ -283,11 +285,17 @@ class _Statuses:
         pass
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        # Cancellation and gRPC's own errors are not reported: the call has ended already.
-        if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.BaseError):
-            return
-        known = _known(error, self._node)
-        await self._context.abort(status_of(known), short_text(known), ((NODE_KEY, _about(known, self._node)),))
+        if error is None or not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            return  # there is nothing to report, or it is reported already
+        try:
+            if isinstance(error, grpc.aio.BaseError):
+                raise error
+            known = _known(error, self._node)
+            await self._context.abort(status_of(known), short_text(known), ((NODE_KEY, _about(known, self._node)),))
+        except grpc.aio.AbortError:
+            raise
+        except grpc.aio.BaseError:  # the connection is lost; gRPC would log a trace, but not of a cancellation
+            raise asyncio.CancelledError from None
 
 
 def _known(error: Exception, node: str) -> RuyiFlowError:

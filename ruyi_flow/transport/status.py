@@ -69,7 +69,7 @@ def short_text(error: Exception) -> str:
 
 def error_of(status: int, details: str, about: str) -> RuyiFlowError:
     """Return the exception that a node sent: the number of its status, its text, and the node that it is about."""
-    kind = _ERROR_OF.get(status, NodeFault)
+    kind = _ERROR_OF.get(status, WireError)
     about = "".join(c for c in about[:_NAME_LENGTH] if " " <= c <= "~")  # it may travel on, in metadata
     return kind(details, node=about) if issubclass(kind, NodeError) else kind(details)
 

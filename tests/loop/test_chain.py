@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ruyi_flow.errors import CapacityError, NodeError, NodeUnavailable, WireError
+from ruyi_flow.errors import CapacityError, NodeError, NodeUnavailable, RequestCancelled, WireError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
@@ -326,7 +326,7 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
 
 
 @pytest.mark.parametrize("draft", [0, 3])
-@pytest.mark.parametrize("error", [NodeUnavailable, WireError])
+@pytest.mark.parametrize("error", [NodeUnavailable, WireError, RequestCancelled])
 @pytest.mark.parametrize("mode", [Mode.EXACT, Mode.TOKEN, Mode.CASCADE])
 async def test_a_node_without_the_next_one_decides_itself(
     world: World, mode: Mode, error: type[NodeError], draft: int

@@ -14,9 +14,12 @@ import torch
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.runtime.stage import Shard
+from ruyi_flow.serving.engine import Engine
+from ruyi_flow.serving.node import Node
 from ruyi_flow.testing import Cluster, cluster, cut_topology
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.peer import METHODS
+from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Reason
 from tests.serving.test_node import block, options_of
 
@@ -54,13 +57,13 @@ class Caller:
     """The raw calls of one connection to a node."""
 
     def __init__(self, channel: grpc.aio.Channel, nodes: Cluster) -> None:
-        self._session = channel.stream_stream(METHODS["Session"])
+        self.stream = channel.stream_stream(METHODS["Session"])
         self._nodes = nodes
         self.together = channel.stream_stream(METHODS["Together"])
 
     async def session(self, **changes: object) -> tuple[Any, int]:
         """Open a session; return its call and its number."""
-        call = self._session(timeout=20)
+        call = self.stream(timeout=20)
         await call.write(options_of(self._nodes, **changes).SerializeToString())
         return call, pb.SessionReply.FromString(await call.read()).opened.session
 
@@ -188,6 +191,32 @@ async def test_a_call_that_the_caller_ends_while_answers_are_written_ends_well(t
         await nodes.settle()
 
 
+class Gone:
+    """gRPC's context of a call whose connection has just been lost, which its handler has not been told yet."""
+
+    async def read(self) -> bytes:
+        return b"\xff\xff"
+
+    async def write(self, data: bytes) -> None:
+        raise grpc.aio.InternalError("Failed to execute a batch")
+
+    async def abort(self, *_: object) -> None:
+        raise grpc.aio.InternalError("Failed to execute a batch")
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+
+@pytest.mark.parametrize("call", ["_session", "_together", "_generate"])
+async def test_a_call_whose_connection_is_lost_ends_like_one_that_is_cancelled(tiny: Path, call: str) -> None:
+    engine = await asyncio.to_thread(Engine.load, cut_topology(tiny, [[2, 4, 6]]), "n0")
+    server = Server(Node(engine), "127.0.0.1:0", max_message_bytes=2**20)
+    with pytest.raises(asyncio.CancelledError):
+        await getattr(server, call)(b"\xff\xff", Gone())
+    await server.stop()
+    await engine.close()
+
+
 async def test_callers_that_vanish_and_nodes_that_stop_leave_no_trace(tiny: Path) -> None:
     topology = cut_topology(tiny, [[2], [4, 6]], limits={"max_positions": 2048, "grace_s": 0.1})
     async with AsyncExitStack() as stack:
@@ -211,7 +240,7 @@ async def test_callers_that_vanish_and_nodes_that_stop_leave_no_trace(tiny: Path
 @pytest.mark.parametrize("character", ["a", "é", "界", "😀", "%"])
 async def test_an_error_of_any_script_reaches_the_caller(tiny: Path, character: str) -> None:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, calling(nodes) as caller:
-        call = caller._session(timeout=10)
+        call = caller.stream(timeout=10)
         reply = await asked(call, options_of(nodes, family=character * 5000))
         assert reply.failure.message.startswith("family fingerprint: the caller has " + character * 300)
         await call.done_writing()
@@ -239,7 +268,7 @@ ANSWERS = {
     "an exit that is none": verdict(exit=5),
     "a reason that is none": verdict(reason=99),
     "a confidence that is none": verdict(confidence=float("nan")),
-    "a failure of no known kind": pb.SessionReply(failure=pb.Failure(status=15, message="x")).SerializeToString(),
+    "a failure of no known kind": pb.SessionReply(failure=pb.Failure(status=99, message="x")).SerializeToString(),
 }
 
 
