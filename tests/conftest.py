@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -179,6 +180,12 @@ class Oracle:
             if p < policy.deepest and 1 / (1 + math.exp(-odds)) >= policy.routing.start.chance:
                 return p
         return policy.deepest
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the event loop go on until a condition holds. The timeout of the test ends a wait for what never comes."""
+    while not condition():  # noqa: ASYNC110 (what a test waits for has no event)
+        await asyncio.sleep(0.005)
 
 
 @pytest.fixture

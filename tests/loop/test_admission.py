@@ -10,6 +10,7 @@ from ruyi_flow.errors import CapacityError, ContextLengthError, NodeUnavailable
 from ruyi_flow.loop.admission import Admission
 from ruyi_flow.loop.capacity import Capacity, Lease
 from ruyi_flow.testing import cluster, cut_topology
+from tests.conftest import until
 
 
 @pytest.fixture
@@ -114,9 +115,7 @@ async def test_who_waited_until_the_node_shuts_down_is_refused(tiny: Path) -> No
         await anext(stream)
         late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))
         engine = nodes.engines["n0"]
-        async with asyncio.timeout(10):
-            while not engine.front_door.waiting:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until(lambda: engine.front_door.waiting)
         engine.front_door.draining = True
         await stream.aclose()
         with pytest.raises(NodeUnavailable, match="is shutting down and takes no new session"):

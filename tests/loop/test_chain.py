@@ -99,15 +99,17 @@ class World:
         chain = node(0, policy)
         decisions: list[Decision] = []
         escalations = 0
-        async for settled in decode(chain, prompt, count):
-            decisions += settled.decisions
-            escalations += len(settled.hops) > 1
-            held = [p for s in sessions for p in s.positions[: len(s.exits)]]
-            assert held == sorted(held, reverse=True), "a deeper stage never holds more than a shallower one"
-            await turns()
-        await chain.close()
-        for session in sessions:
-            session.close()
+        try:
+            async for settled in decode(chain, prompt, count):
+                decisions += settled.decisions
+                escalations += len(settled.hops) > 1
+                held = [p for s in sessions for p in s.positions[: len(s.exits)]]
+                assert held == sorted(held, reverse=True), "a deeper stage never holds more than a shallower one"
+                await turns()
+            await chain.close()
+        finally:
+            for session in sessions:
+                session.close()
         for piece in pieces:
             piece.capacity.check_integrity()
             assert piece.capacity.pool.used == 0
@@ -200,6 +202,7 @@ routings = st.one_of(
 )
 
 
+@pytest.mark.timeout(300)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(
     routing=Routing(Mode.CASCADE, threshold=0.0, start=Start({}, 0.5), draft=1),
