@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,10 @@ from ruyi_flow.testing import tiny_family
 from ruyi_flow.types import Mode
 
 torch.set_num_threads(1)
+
+# Hypothesis would fail an example that takes long, and a machine can be busy.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 Command = Callable[..., tuple[int, str, str]]
 """The command line, as the fixture `run` gives it: takes arguments, returns exit status, standard output and error."""

@@ -143,9 +143,10 @@ class NextStage:
 
     async def rewind(self, position: int) -> None:
         """Make the next stage forget every position from `position` on; see `Stage.rewind`."""
-        if self._stage is not None and self._sent > position:
-            await self._finish_upload()
-            await self._stage.rewind(position)
+        if self._sent > position:
+            await self._finish_upload()  # which may open the connection
+            if self._stage is not None:
+                await self._stage.rewind(position)
         if self._unasked:
             self._unasked = [self._session.join(self._unasked)[:position]]
         self._sent = min(self._sent, position)

@@ -22,9 +22,8 @@ from ruyi_flow.loop.next_stage import NextStage, Uplink
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.drafting import DraftCosts
-from ruyi_flow.routing.policy import Judge, Policy, Routing
+from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.start import Start
-from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.runtime.sampling import Sampler
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.runtime.worker import InlineWorker
@@ -607,35 +606,3 @@ async def test_a_block_that_does_not_continue_is_refused(world: World) -> None:
             await chain.advance(block)
     await chain.close()
     shard.capacity.check_integrity()
-
-
-def look(position: int, draft: int | None, token: int, sure: bool) -> Look:
-    return Look(position, draft, token, 0.5, Reason.CONFIDENT if sure else None)
-
-
-def decision(token: int) -> Decision:
-    return Decision(token, 7, 1.0, Reason.DEEPEST)
-
-
-def test_a_walk_stops_at_the_first_sure_contradiction() -> None:
-    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS)
-    block = Block(3, torch.empty(5, 0), (8, 9, 10, 11, 12), (4, 5, 6, 7))
-    walk = Walk.of(Judge(policy, 1), block, [(10, 0.9), (99, 0.1), (77, 0.8), (5, 0.9)])
-    assert [seen.position for seen in walk.looks] == [4, 5, 6]
-    assert walk.undecided == [5]
-    assert [d.token for d in walk.merge([decision(11)])] == [10, 11, 77]
-    assert [d.token for d in walk.merge([decision(44)])] == [10, 44]
-
-
-def test_a_walk_without_looks_asks_everything() -> None:
-    walk = Walk.of(Judge(Policy.resolve(Routing(), EXITS), 1), Block(4, torch.empty(2, 0), (9, 10), (4, 5)), None)
-    assert walk.undecided == [4, 5]
-    assert [d.token for d in walk.merge([decision(10), decision(3)])] == [10, 3]
-    assert [d.token for d in walk.merge([decision(9)])] == [9]
-
-
-def test_settling_takes_decisions_only_as_far_as_they_go() -> None:
-    walk = Walk(1, [look(0, 5, 5, False), look(1, 6, 6, True), look(2, None, 7, False)], [0, 2])
-    assert [d.token for d in walk.merge([decision(5), decision(8)])] == [5, 6, 8]
-    assert [d.token for d in walk.merge([decision(4)])] == [4]
-    assert walk.merge([]) == ()
