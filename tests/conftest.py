@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import blockbuster
 import hypothesis
 import numpy as np
 import pytest
@@ -39,6 +40,29 @@ Command = Callable[..., tuple[int, str, str]]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}|{% endif %}"
 )
+
+
+LOOPS = [f"ruyi_flow.{name}" for name in ("client", "local", "loop", "runtime", "serving", "transport")]
+"""The modules that run on an event loop."""
+
+MAY_BLOCK = [
+    ("logging/__init__.py", {"emit", "flush"}),  # a log line goes to standard error
+    ("psutil/_common.py", {"cat"}),  # reads /proc, which is memory
+    ("config/policy_file.py", {"load"}),  # a request may name a policy file: small, local, and read once
+    ("family/checkpoint.py", {"__init__"}),  # tests load families where they like
+    ("ruyi_flow/local.py", {"load_family"}),  # see above
+]
+"""Functions on an event loop that may wait for a file."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_blocks_an_event_loop() -> Iterator[None]:
+    """Raise where the product waits for a file, a socket, a lock or a sleep on an event loop, in whatever thread."""
+    with blockbuster.blockbuster_ctx(scanned_modules=LOOPS) as detector:
+        for function in detector.functions.values():
+            for file, names in MAY_BLOCK:
+                function.can_block_in(file, names)
+        yield
 
 
 @pytest.fixture(scope="session")

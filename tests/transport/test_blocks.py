@@ -156,7 +156,7 @@ def test_arbitrary_bytes_are_a_sound_block_or_a_wire_error(data: bytes) -> None:
         found = BlockCodec(8, Encoding.INT8, LIKE.dtype, LIKE.device).from_pb(message.block)
     except WireError:
         return
-    assert found.states.shape == (len(found.token_ids), 8)
+    assert found.states.shape[1:] == (8,) and len(found.states) > 0 and len(found.token_ids) > 0
     assert list(found.wants) == sorted(set(found.wants))
 
 
