@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -36,7 +36,7 @@ class States:
 class Stages:
     """The stages of a node whose layers compute nothing."""
 
-    exits = EXITS[:1]
+    exits: tuple[int, ...] = EXITS[:1]
     is_entry = True
 
     def __init__(self) -> None:
@@ -77,11 +77,11 @@ class Peer:
         fails: raises what a call fails with, by the name of the call.
     """
 
-    def __init__(self, fails: dict[str, RuyiFlowError] | None = None) -> None:
+    def __init__(self, fails: Mapping[str, RuyiFlowError] | None = None) -> None:
         self.token_ids: list[int] = []
         self.calls: list[tuple[str, int]] = []
         """Each call, with the first position that it is about."""
-        self.fails = fails or {}
+        self.fails: Mapping[str, RuyiFlowError] = fails or {}
         self.closed = 0
         self.gates = {name: asyncio.Event() for name in ("feed", "arrived", "advance")}
         """A call goes on when its gate is open."""
