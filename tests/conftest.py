@@ -161,6 +161,17 @@ class Oracle:
         eos: Sequence[int] = (),
     ) -> list[tuple[int, int]]:
         """(token, exit) of each new token: the shallowest exit that is sure, given the prefix as decided."""
+        return [(token, exit) for token, exit, _ in self.judge(policy, prompt, count, pick, eos)]
+
+    def judge(
+        self,
+        policy: Policy,
+        prompt: Sequence[int],
+        count: int,
+        pick: Callable[[torch.Tensor, list[int]], int] | None = None,
+        eos: Sequence[int] = (),
+    ) -> list[tuple[int, int, float]]:
+        """The same, and how sure that exit is."""
         ids, decided = list(prompt), []
         first = self._first(policy, ids)
         seen: dict[int, list[float]] = {p: [] for p in self.family.exits}
@@ -187,7 +198,7 @@ class Oracle:
                     token = int(logits.argmax()) if pick is None else pick(logits, ids)
                     break
             ids.append(token)
-            decided.append((token, exit))
+            decided.append((token, exit, sure))
             if token in eos:
                 break
         return decided
