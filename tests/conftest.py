@@ -42,15 +42,13 @@ TEMPLATE = (
 )
 
 
-LOOPS = [f"ruyi_flow.{name}" for name in ("client", "local", "loop", "runtime", "serving", "transport")]
+LOOPS = [f"ruyi_flow.{name}" for name in ("client", "loop", "runtime", "serving", "transport")]
 """The modules that run on an event loop."""
 
 MAY_BLOCK = [
     ("logging/__init__.py", {"emit", "flush"}),  # a log line goes to standard error
     ("psutil/_common.py", {"cat"}),  # reads /proc, which is memory
     ("config/policy_file.py", {"load"}),  # a request may name a policy file: small, local, and read once
-    ("family/checkpoint.py", {"__init__"}),  # tests load families where they like
-    ("ruyi_flow/local.py", {"load_family"}),  # see above
 ]
 """Functions on an event loop that may wait for a file."""
 
