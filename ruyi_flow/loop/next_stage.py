@@ -122,9 +122,8 @@ class NextStage:
         If the link is idle, their states are uploaded in advance: only states that the last stage here has computed,
         since no layers run for this alone.
         """
-        if self._sent > position:
-            self._sent = position
-        if self._ahead <= 0:
+        self._sent = min(self._sent, position)
+        if self._ahead < MIN_UPLOAD_POSITIONS:
             return
         session, last = self._session, len(self._session.exits) - 1
         if self.lost is not None or session.policy.deepest in session.exits or not self._uplink.idle:

@@ -17,7 +17,7 @@ from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Block, Decision, Mode, Reason, Verdict
 
-EXITS = (2, 4)
+EXITS = (2, 4, 6)
 PROMPT = 12
 TOKEN = Routing(Mode.TOKEN, threshold=0.5)
 
@@ -36,7 +36,7 @@ class States:
 class Stages:
     """The stages of a node whose layers compute nothing."""
 
-    exits: tuple[int, ...] = EXITS[:1]
+    exits: tuple[int, ...] = EXITS[:2]
     is_entry = True
 
     def __init__(self) -> None:
@@ -59,15 +59,17 @@ class Held(Session):
         return States([p for each in states for p in each.positions])
 
     def compute(self, count: int) -> None:
-        """Add positions that the only stage here has run."""
+        """Add positions that both stages here have run."""
         start = len(self.token_ids)
-        self.token_ids += [p % 7 for p in range(start, start + count)]
-        self.add_boundary(0, States(range(start, start + count)))
+        stop = start + count
+        self.token_ids += [p % 7 for p in range(start, stop)]
+        self.add_boundary(0, States(range(start, stop)))
+        self.add_boundary(1, self.take_unsent(0, stop))
 
     def question(self) -> Block:
         """Everything that the next stage lacks, with a question about the last position."""
-        start, stop = self.unsent_start(0), len(self.token_ids)
-        return Block(start, self.take_unsent(0, stop), tuple(self.token_ids[start:stop]), (stop - 1,))
+        start, stop = self.unsent_start(1), len(self.token_ids)
+        return Block(start, self.take_unsent(1, stop), tuple(self.token_ids[start:stop]), (stop - 1,))
 
 
 class Peer:
@@ -104,10 +106,11 @@ class Peer:
     async def advance(self, block: Block) -> Verdict:
         await self._begin("advance", block.start)
         self._take(block)
-        return Verdict(tuple(Decision(p % 7, 4, 1.0, Reason.DEEPEST) for p in block.wants), ())
+        return Verdict(tuple(Decision(p % 7, 6, 1.0, Reason.DEEPEST) for p in block.wants), ())
 
     async def feed(self, block: Block) -> None:
         await self._begin("feed", block.start)
+        assert block.wants == ()
         self._take(block)
 
     async def arrived(self) -> None:
@@ -177,7 +180,7 @@ async def test_without_a_connection_there_is_nothing_to_close_or_rewind() -> Non
     await world.next.close()
     alone = NextStage(world.session)
     await alone.close()
-    with pytest.raises(AssertionError, match="the policy's deepest exit is after the deepest node"):
+    with pytest.raises(AssertionError, match="^the policy's deepest exit is after the deepest node"):
         await alone.ask(world.session.question())
 
 
@@ -185,11 +188,12 @@ async def test_parts_of_a_prompt_are_fed_before_the_question() -> None:
     world = World(Peer())
     world.session.compute(8)
     await world.next.feed(world.session.question()._replace(wants=()))
-    world.session.compute(4)
-    assert await world.next.ask(world.session.question()) is not None
-    assert world.peers[0].calls == [("feed", 0), ("advance", 8)]
+    world.session.rewind(6)
     await world.next.rewind(6)
-    assert world.peers[0].calls[-1] == ("rewind", 6)
+    assert world.peers[0].calls == [("feed", 0), ("rewind", 6)]
+    world.session.compute(6)
+    assert await world.next.ask(world.session.question()) is not None
+    assert world.peers[0].calls[2:] == [("advance", 6)]
 
 
 async def test_a_question_counts_while_it_is_asked() -> None:
@@ -203,6 +207,23 @@ async def test_a_question_counts_while_it_is_asked() -> None:
         world.peers[0].gates["advance"].set()
         await asyncio.gather(asking, return_exceptions=True)
         assert world.uplink.questions == 0 and world.uplink.idle
+
+
+async def test_questions_of_several_sessions_are_counted_together() -> None:
+    uplink = Uplink()
+    worlds = [World(Peer(), uplink=uplink) for _ in range(2)]
+    asking = []
+    for world in worlds:
+        world.peers[0].gates["advance"].clear()
+        world.session.compute(PROMPT)
+        asking.append(asyncio.create_task(world.next.ask(world.session.question())))
+        await turns()
+    for left, world in zip((1, 0), worlds, strict=True):
+        assert uplink.questions == left + 1
+        world.peers[0].gates["advance"].set()
+        await turns()
+        assert uplink.questions == left and uplink.idle == (not left)
+    await asyncio.gather(*asking)
 
 
 @pytest.mark.parametrize("kind", [NodeUnavailable, DeadlineExceeded, CapacityError])
@@ -283,11 +304,11 @@ async def test_decided_states_go_up_in_advance_within_their_bounds(decided: int,
 
 
 async def test_states_in_advance_keep_to_their_budget_in_all() -> None:
-    world = World(Peer(), ahead=20)
-    for _ in range(4):
+    world = World(Peer(), ahead=30)
+    for _ in range(5):
         world.settle(MIN_UPLOAD_POSITIONS)
         await turns()
-    assert [call for call in world.peers[0].calls if call[0] == "feed"] == [("feed", 0), ("feed", 8)]
+    assert [call for call in world.peers[0].calls if call[0] == "feed"] == [("feed", 0), ("feed", 8), ("feed", 16)]
 
 
 async def test_only_what_is_decided_and_computed_goes_up_in_advance() -> None:
@@ -332,7 +353,9 @@ async def test_a_gate_is_asked_about_what_would_go_up_in_advance() -> None:
     world.settle(MIN_UPLOAD_POSITIONS - 1)
     world.settle(20)
     await turns()
-    assert asked == [MIN_UPLOAD_POSITIONS - 1 + 20]
+    world.settle(9)
+    assert asked == [MIN_UPLOAD_POSITIONS - 1 + 20, 9]
+    await world.next.close()
 
 
 async def test_a_link_carries_one_upload_at_a_time() -> None:
@@ -384,6 +407,7 @@ async def test_states_that_were_lost_before_the_first_answer_are_sent_again(when
     for _ in range(2):
         world.settle(10)
         await turns()
+    assert [name for name, _ in lost.calls].count("arrived") == (0 if when == "feed" else 1 if when == "arrived" else 2)
     world.session.compute(1)
     assert await world.next.ask(world.session.question()) is not None
     assert found.calls == [("advance", 0)] and found.token_ids == world.session.token_ids
@@ -511,7 +535,7 @@ async def test_the_next_stage_gets_every_position_once_whatever_happens(seed: in
         step = source.random()
         if step < 0.5:
             world.settle(source.choice([1, 1, 5, 20]))
-        elif step < 0.75 and world.session.unsent_start(0) < len(world.session.token_ids):
+        elif step < 0.75 and world.session.unsent_start(1) < len(world.session.token_ids):
             await ask()
         elif world.session.token_ids:
             position = source.randrange(len(world.session.token_ids))
