@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs bench bench-sim protos picture clean
+.PHONY: demo test check docs bench bench-sim mutants protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -27,6 +27,9 @@ bench: $(READY)           ## measure; ends in one JSON line
 bench-sim: $(READY)       ## the simulator against the running system; writes docs/results/fidelity.md
 	$(BIN)/ruyi-flow bench fidelity --table docs/results/fidelity.md
 
+mutants: $(READY)         ## change the pure core in small ways, and count what the tests notice
+	$(BIN)/python -m tests.mutants
+
 protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
 	$(BIN)/python -m tests.generate_protos
 
@@ -40,4 +43,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:                    ## remove .venv and caches
-	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv site mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

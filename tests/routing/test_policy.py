@@ -245,6 +245,8 @@ def test_a_limit_makes_its_exit_decide_everything() -> None:
     assert policy == Policy(Routing(Mode.EXACT), {2: NEVER}, 4, limited=True)
     assert judged(policy, 4, 0.0) is Reason.LIMIT and policy.deepest == 4 and list(policy.thresholds) == [2]
     assert policy.limited_to(6) == policy
+    fixed = Policy.resolve(Routing(Mode.FIXED, exit=4), EXITS)
+    assert fixed.limited_to(4) == fixed, "it forbids nothing that was asked for"
 
 
 def test_a_request_replaces_the_options_of_a_mode_and_keeps_the_others() -> None:
