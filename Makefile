@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs bench bench-sim gpu protos picture clean
+.PHONY: demo test check docs bench bench-sim gpu mutants protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -34,6 +34,9 @@ gpu:                      ## tests and benchmarks for one NVIDIA GPU, in ten min
 		|| { python=$(BIN)/python && $(MAKE) --silent $(READY); } \
 		&& "$$python" -m tests.bench.gpu
 
+mutants: $(READY)         ## change the pure core in small ways, and count what the tests notice
+	$(BIN)/python -m tests.mutants
+
 protos: $(READY)          ## generate ruyi_flow/transport/_pb from protos/
 	$(BIN)/python -m tests.generate_protos
 
@@ -47,4 +50,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:                    ## remove .venv and caches
-	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv site mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import blockbuster
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -26,8 +29,33 @@ from tests.families import MIN_VOCAB, add_tokenizer
 
 torch.set_num_threads(1)
 
+# Hypothesis would fail an example that takes long, and a machine can be busy.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
+
 Command = Callable[..., tuple[int, str, str]]
 """The command line, as the fixture `run` gives it: takes arguments, returns exit status, standard output and error."""
+
+
+LOOPS = [f"ruyi_flow.{name}" for name in ("client", "loop", "runtime", "serving", "transport")]
+"""The modules that run on an event loop."""
+
+MAY_BLOCK = [
+    ("logging/__init__.py", {"emit", "flush"}),  # a log line goes to standard error
+    ("psutil/_common.py", {"cat"}),  # reads /proc, which is memory
+    ("config/policy_file.py", {"load"}),  # a request may name a policy file: small, local, and read once
+]
+"""Functions on an event loop that may wait for a file."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_blocks_an_event_loop() -> Iterator[None]:
+    """Raise where the product waits for a file, a socket, a lock or a sleep on an event loop, in whatever thread."""
+    with blockbuster.blockbuster_ctx(scanned_modules=LOOPS) as detector:
+        for function in detector.functions.values():
+            for file, names in MAY_BLOCK:
+                function.can_block_in(file, names)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +146,17 @@ class Oracle:
         eos: Sequence[int] = (),
     ) -> list[tuple[int, int]]:
         """(token, exit) of each new token: the shallowest exit that is sure, given the prefix as decided."""
+        return [(token, exit) for token, exit, _ in self.judge(policy, prompt, count, pick, eos)]
+
+    def judge(
+        self,
+        policy: Policy,
+        prompt: Sequence[int],
+        count: int,
+        pick: Callable[[torch.Tensor, list[int]], int] | None = None,
+        eos: Sequence[int] = (),
+    ) -> list[tuple[int, int, float]]:
+        """The same, and how sure that exit is."""
         ids, decided = list(prompt), []
         first = self._first(policy, ids)
         seen: dict[int, list[float]] = {p: [] for p in self.family.exits}
@@ -144,7 +183,7 @@ class Oracle:
                     token = int(logits.argmax()) if pick is None else pick(logits, ids)
                     break
             ids.append(token)
-            decided.append((token, exit))
+            decided.append((token, exit, sure))
             if token in eos:
                 break
         return decided
@@ -166,6 +205,12 @@ class Oracle:
             if p < policy.deepest and 1 / (1 + math.exp(-odds)) >= policy.routing.start.chance:
                 return p
         return policy.deepest
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the event loop go on until a condition holds. The timeout of the test ends a wait for what never comes."""
+    while not condition():  # noqa: ASYNC110 (what a test waits for has no event)
+        await asyncio.sleep(0.005)
 
 
 @pytest.fixture

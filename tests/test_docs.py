@@ -61,6 +61,12 @@ def test_commands_exist(path: Path) -> None:
                 check_command(words[1:], line)
 
 
+def test_there_are_commands_and_topologies_to_check() -> None:
+    shown = [text for path in PAGES for text in blocks(path, "(?:shell|bash|sh)")]
+    assert len(re.findall(r"^ruyi-flow \w+", "".join(shown), re.MULTILINE)) > 30
+    assert [text for path in PAGES for text in blocks(path, "yaml") if "\nnodes:" in text]
+
+
 def check_command(words: list[str], line: str) -> None:
     """The words name a command, and every option is one that it has."""
     command: Any = typer.main.get_command(app)
@@ -87,7 +93,9 @@ def test_the_answers_of_each_exit_are_those_of_today(smollm2: Path, capsys: pyte
     sizes = FamilyConfig.parse(json.loads((smollm2 / "config.json").read_text()))
     [code] = blocks(page, "python")
     exec(code)  # prints an exit and its answer a line
-    for line in capsys.readouterr().out.splitlines():
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    for line in lines:
         exit, _, answer = line.partition(" ")
         assert f"| {exit} | {sizes.num_parameters(int(exit)) / 1e6:.0f}M | {answer} |" in page.read_text()
 
@@ -102,6 +110,7 @@ def test_the_first_steps_show_what_their_code_prints(smollm2: Path, capsys: pyte
 
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path], cwd=ROOT, check=True)
+    assert (tmp_path / "index.html").exists()
     for page in tmp_path.rglob("*.html"):
         found = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="?https?:[^>]*>', page.read_text())
         assert not found, page

@@ -137,9 +137,8 @@ class NextStage:
         If the link is idle, their states are uploaded in advance: only states that the last stage here has computed,
         since no layers run for this alone.
         """
-        if self._sent > position:
-            self._sent = position
-        if self._ahead <= 0:
+        self._sent = min(self._sent, position)
+        if self._ahead < MIN_UPLOAD_POSITIONS:
             return
         session, last = self._session, len(self._session.exits) - 1
         if self.lost is not None or session.policy.deepest in session.exits or not self._uplink.idle:
@@ -158,9 +157,10 @@ class NextStage:
 
     async def rewind(self, position: int) -> None:
         """Make the next stage forget every position from `position` on; see `Stage.rewind`."""
-        if self._stage is not None and self._sent > position:
-            await self._finish_upload()
-            await self._stage.rewind(position)
+        if self._sent > position:
+            await self._finish_upload()  # which may open the connection
+            if self._stage is not None:
+                await self._stage.rewind(position)
         if self._unasked:
             self._unasked = [self._session.compact(self._session.join(self._unasked)[:position])]
         self._sent = min(self._sent, position)

@@ -91,7 +91,8 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
         address: host:port to listen on. Default: the topology's.
     """
     node, leases = engine.node, engine.shard.capacity.leases
-    server = Server(Node(engine), address or str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    service = await asyncio.to_thread(Node, engine)  # it reads the tokenizer's files
+    server = Server(service, address or str(node.address), max_message_bytes=node.limits.max_message_bytes)
     engine.worker.lend()
     await server.start()
     try:

@@ -17,7 +17,7 @@ async def test_running_nodes_are_measured(spoken: Path) -> None:
         found = await measure_deployment(nodes.topology, 32, rounds=2)
         assert found.last_exits == plain.last_exits and found.position_bytes == plain.position_bytes
         assert len(found.step_s) == 3 and len(found.hop_s) == 2
-        assert all(0 < seconds < 1 for seconds in (*found.step_s, *found.hop_s))
+        assert all(seconds > 0 for seconds in (*found.step_s, *found.hop_s))
         await nodes.settle()
     with pytest.raises(NodeUnavailable):
         await measure_deployment(nodes.topology, 32, rounds=1)

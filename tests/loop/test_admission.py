@@ -1,15 +1,21 @@
 """A full node: which session waits, in which order, how long, and which is refused."""
 
 import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import CapacityError, ContextLengthError, NodeUnavailable
 from ruyi_flow.loop.admission import Admission
 from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.testing import cluster, cut_topology
+from tests.conftest import until
 
 
 @pytest.fixture
@@ -114,11 +120,126 @@ async def test_who_waited_until_the_node_shuts_down_is_refused(tiny: Path) -> No
         await anext(stream)
         late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))
         engine = nodes.engines["n0"]
-        async with asyncio.timeout(10):
-            while not engine.front_door.waiting:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until(lambda: engine.front_door.waiting)
         engine.front_door.draining = True
         await stream.aclose()
         with pytest.raises(NodeUnavailable, match="is shutting down and takes no new session"):
             await late
         await nodes.settle()
+
+
+# ---- In virtual time: how long they wait ----
+
+
+def play(time: VirtualTime, *coroutines: Coroutine[Any, Any, Any]) -> None:
+    """Run coroutines until nothing is left to happen."""
+    for coroutine in coroutines:
+        time.process(coroutine)
+    time.env.run()
+
+
+class Clerk:
+    """Admits sessions in virtual time, and notes what becomes of each and when."""
+
+    def __init__(self, capacity: Capacity, max_waiting: int, max_wait_s: float) -> None:
+        self.time = VirtualTime()
+        self.admission = Admission(capacity, max_waiting, max_wait_s, self.time)
+        self.seen: list[tuple[str, float, str]] = []
+
+    async def session(self, name: str, at: float, positions: int, lasts: float) -> None:
+        await self.time.sleep(at)
+        try:
+            lease = await self.admission.admit(positions)
+        except CapacityError as error:
+            self.seen.append((name, self.time.now(), str(error)))
+            return
+        self.seen.append((name, self.time.now(), "admitted"))
+        await self.time.sleep(lasts)
+        lease.give_back()
+
+
+def test_a_session_begins_when_there_is_room_for_it_and_those_before_it(capacity: Capacity) -> None:
+    clerk = Clerk(capacity, 4, 100.0)
+    play(
+        clerk.time,
+        clerk.session("first", 0, 256, lasts=10),
+        clerk.session("second", 0, 256, lasts=20),
+        clerk.session("whole", 1, 512, lasts=5),
+        clerk.session("small", 2, 64, lasts=1),
+        clerk.session("late", 12, 64, lasts=1),
+    )
+    assert clerk.seen == [
+        ("first", 0, "admitted"),
+        ("second", 0, "admitted"),
+        ("whole", 20, "admitted"),
+        ("small", 25, "admitted"),
+        ("late", 25, "admitted"),
+    ]
+    assert capacity.pool.used == 0 and clerk.admission.waiting == 0
+
+
+def test_a_wait_ends_when_it_was_said_to_and_makes_way_for_the_next(capacity: Capacity) -> None:
+    clerk = Clerk(capacity, 4, 10.0)
+    play(
+        clerk.time,
+        clerk.session("long", 0, 64, lasts=50),
+        clerk.session("short", 0, 64, lasts=4),
+        clerk.session("whole", 1, 512, lasts=1),
+        clerk.session("small", 2, 64, lasts=1),
+    )
+    refusal = "no capacity became free within 10 s: this request needs 512 positions of KV cache; 448 of 512 are free"
+    assert clerk.seen[2:] == [("whole", 11, refusal), ("small", 11, "admitted")]
+    assert clerk.admission.waiting == 0
+
+
+def test_a_session_that_waited_behind_others_says_so(capacity: Capacity) -> None:
+    clerk = Clerk(capacity, 4, 10.0)
+    play(
+        clerk.time,
+        clerk.session("long", 0, 512, lasts=50),
+        clerk.session("first", 1, 64, lasts=1),
+        clerk.session("second", 1, 64, lasts=1),
+    )
+    said = {name: text for name, _, text in clerk.seen}
+    assert said["first"].startswith("no capacity became free within 10 s: this request needs 64 positions")
+    assert said["second"] == "no capacity became free within 10 s: earlier requests are still waiting"
+    assert [at for _, at, _ in clerk.seen] == [0, 11, 11]
+
+
+@pytest.mark.parametrize("max_waiting", [0, 1, 3])
+def test_a_queue_holds_as_many_as_it_was_told(capacity: Capacity, max_waiting: int) -> None:
+    clerk = Clerk(capacity, max_waiting, 100.0)
+    play(
+        clerk.time,
+        clerk.session("long", 0, 512, lasts=50),
+        *(clerk.session(f"{i}", 1 + i, 64, lasts=1) for i in range(4)),
+    )
+    refused = {name: text for name, _, text in clerk.seen if text != "admitted"}
+    assert sorted(refused) == [f"{i}" for i in range(max_waiting, 4)]
+    full = f"the queue is full ({max_waiting} waiting, limits.max_waiting {max_waiting}); try again later"
+    alone = "this request needs 64 positions of KV cache; 0 of 512 are free"
+    assert set(refused.values()) == {full if max_waiting else alone}
+    assert capacity.pool.used == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 512), st.integers(1, 20)), max_size=12),
+    st.integers(0, 4),
+    st.integers(1, 15),
+)
+def test_whoever_waits_is_admitted_in_order_or_refused_on_time(
+    sessions: list[tuple[int, int, int]], max_waiting: int, max_wait_s: int
+) -> None:
+    capacity = Capacity(max_positions=512, max_sessions=2, context=512)
+    clerk = Clerk(capacity, max_waiting, max_wait_s)
+    sessions.sort(key=lambda session: session[0])
+    play(clerk.time, *(clerk.session(f"{i}", at, *rest) for i, (at, *rest) in enumerate(sessions)))
+    assert sorted(name for name, _, _ in clerk.seen) == sorted(f"{i}" for i in range(len(sessions)))
+    admitted = [int(name) for name, _, text in clerk.seen if text == "admitted"]
+    assert admitted == sorted(admitted), "nobody overtakes"
+    for name, at, text in clerk.seen:
+        waited = at - sessions[int(name)][0]
+        assert 0 <= waited <= max_wait_s
+        assert text == "admitted" or waited in (0, max_wait_s)
+    capacity.check_integrity()
+    assert capacity.pool.used == 0 and clerk.admission.waiting == 0

@@ -16,15 +16,19 @@ def test_any_sequence_of_allocations_keeps_the_pool_whole(steps: list[tuple[bool
         if release and runs:
             pool.release(runs.pop(size % len(runs)))
         else:
-            try:
-                run = pool.allocate(owner, size)
-            except CapacityError:
-                assert pool.free * PAGE_SIZE < size or runs
-                continue
-            assert run.count * PAGE_SIZE >= size
-            runs.append(run)
+            taken = {page for run in runs for page in range(run.first, run.first + run.count)}
+            count = next(n for n in range(1, 100) if n * PAGE_SIZE >= size)
+            places = [
+                first for first in range(pool.num_pages - count + 1) if taken.isdisjoint(range(first, first + count))
+            ]
+            if places:
+                runs.append(pool.allocate(owner, size))
+                assert runs[-1] == PageRun(owner, places[0], count), "the first place where it fits"
+            else:
+                with pytest.raises(CapacityError, match=f"needs {size} positions .*; {pool.free * PAGE_SIZE} of 1024"):
+                    pool.allocate(owner, size)
         pool.check_integrity()
-        assert pool.used == sum(run.count for run in runs)
+        assert pool.used == sum(run.count for run in runs) and pool.free == pool.num_pages - pool.used
     for run in runs:
         pool.release(run)
     assert pool.free == pool.num_pages

@@ -1,9 +1,12 @@
 """The policy: thresholds for each mode, and what a threshold means."""
 
 import math
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ruyi_flow.errors import RequestError
 from ruyi_flow.routing.confidence import Curve, Scale, Score
@@ -47,41 +50,142 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
     assert judged(never, 2, 1.0) is None and not never.can_decide(2)
 
 
+NO_EXIT = "exit 3 is not one of the family's exits [2, 4, 6]"
+NO_THRESHOLD = "a threshold is {}; it must be a number from 0 (always decide) to 1 (above it: never)"
+NO_MAPPING = "thresholds is {}; it must map exits to numbers, as in {{5: 0.9}}"
+NO_DRAFT = "draft is {}; it must be a whole number from 0 (ask at once) to 1024"
+NO_WINDOW = "window is {}; it must be a whole number of tokens from 1 to 1024"
+NO_RULE = "start and scale must be a Start and a Scale; a policy file contains both"
+ONLY = "{} requires mode {}; the mode is '{}'"
+NONE_GIVEN = "mode '{}' requires a threshold (0 … 1): one for all exits, or one per exit"
+
+
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
-        ({"mode": Mode.FIXED, "exit": 3}, "exit 3 is not one of the family's exits"),
-        ({"mode": Mode.EXACT, "exit": 4}, "requires mode 'fixed'"),
-        ({"mode": Mode.EXACT, "threshold": 0.5}, "requires mode 'token' or 'cascade'"),
-        ({"mode": Mode.TOKEN}, "requires a threshold"),
-        ({"mode": Mode.TOKEN, "threshold": 0.5, "thresholds": {2: 0.5}}, "cannot be combined"),
-        ({"mode": Mode.TOKEN, "thresholds": {3: 0.5}}, "exit 3 is not one"),
-        ({"mode": Mode.TOKEN, "thresholds": {6: 0.5}}, "exit 6 is the last one"),
-        ({"mode": Mode.TOKEN, "threshold": -0.1}, "must be a number from 0"),
-        ({"mode": Mode.TOKEN, "threshold": math.nan}, "must be a number from 0"),
-        ({"mode": Mode.TOKEN, "threshold": 10**400}, "must be a number from 0"),
-        ({"mode": Mode.TOKEN, "threshold": 0.5, "back": 0.9}, "back requires mode 'cascade'; the mode is 'token'"),
-        ({"mode": Mode.TOKEN, "threshold": 0.5, "window": 3}, "window requires mode 'cascade'; the mode is 'token'"),
-        ({"mode": Mode.EXACT, "scale": Scale(Score.MARGIN, {3: Curve(1.0, (0.5,), (0.5,))})}, "exit 3 is not one"),
-        ({"mode": Mode.CASCADE}, "mode 'cascade' requires a threshold"),
-        ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 0}, "window is 0"),
-        ({"mode": Mode.CASCADE, "threshold": 0.5, "back": -1}, "must be a number from 0"),
-        ({"mode": Mode.CASCADE, "threshold": 0.5, "start": Start({3: (0.0,) * 5}, 0.5)}, "exit 3 is not one"),
-        ({"mode": Mode.CASCADE, "threshold": 0.5, "start": "early"}, "must be a Start"),
-        ({"mode": Mode.EXACT, "scale": 0.5}, "must be a Start and a Scale"),
-        ({"mode": Mode.EXACT, "fallback": 1}, "fallback is 1"),
-        ({"mode": Mode.EXACT, "draft": -1}, "draft is -1"),
-        ({"mode": Mode.EXACT, "draft": "4"}, "draft is '4'"),
-        ({"mode": Mode.FIXED, "exit": "4"}, "exit is '4'"),
-        ({"mode": Mode.TOKEN, "threshold": "high"}, "a threshold is 'high'"),
-        ({"mode": Mode.TOKEN, "thresholds": [0.5]}, "must map exits to numbers"),
-        ({"mode": Mode.TOKEN, "thresholds": {}}, "must map exits to numbers"),
-        ({"family": 7}, "family is 7; it must be the fingerprint"),
+        ({"mode": Mode.FIXED, "exit": 3}, NO_EXIT),
+        ({"mode": Mode.EXACT, "exit": 4}, ONLY.format("exit", "'fixed'", "exact")),
+        ({"mode": Mode.EXACT, "threshold": 0.5}, ONLY.format("threshold", "'token' or 'cascade'", "exact")),
+        ({"mode": Mode.FIXED, "thresholds": {2: 0.5}}, ONLY.format("thresholds", "'token' or 'cascade'", "fixed")),
+        ({"mode": Mode.TOKEN, "threshold": 0.5, "back": 0.9}, ONLY.format("back", "'cascade'", "token")),
+        ({"mode": Mode.TOKEN, "threshold": 0.5, "window": 3}, ONLY.format("window", "'cascade'", "token")),
+        ({"mode": Mode.TOKEN, "threshold": 0.5, "start": Start({}, 0.5)}, ONLY.format("start", "'cascade'", "token")),
+        ({"mode": Mode.TOKEN}, NONE_GIVEN.format("token")),
+        ({"mode": Mode.CASCADE}, NONE_GIVEN.format("cascade")),
+        (
+            {"mode": Mode.TOKEN, "threshold": 0.5, "thresholds": {2: 0.5}},
+            "threshold (for all exits) and thresholds (per exit) cannot be combined; give one",
+        ),
+        ({"mode": Mode.TOKEN, "thresholds": {2: 0.1, 3: 0.5}}, NO_EXIT),
+        (
+            {"mode": Mode.TOKEN, "thresholds": {6: 0.5}},
+            "thresholds: exit 6 is the last one, which always decides; leave it out",
+        ),
+        ({"mode": Mode.TOKEN, "threshold": -0.1}, NO_THRESHOLD.format("-0.1")),
+        ({"mode": Mode.TOKEN, "threshold": math.nan}, NO_THRESHOLD.format("nan")),
+        ({"mode": Mode.TOKEN, "threshold": 2e9}, NO_THRESHOLD.format("2000000000.0")),
+        ({"mode": Mode.TOKEN, "threshold": True}, NO_THRESHOLD.format("True")),
+        ({"mode": Mode.TOKEN, "threshold": "high"}, NO_THRESHOLD.format("'high'")),
+        ({"mode": Mode.TOKEN, "thresholds": {2: 0.5, 4: -1}}, NO_THRESHOLD.format("-1")),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "back": -1}, NO_THRESHOLD.format("-1")),
+        ({"mode": Mode.TOKEN, "thresholds": [0.5]}, NO_MAPPING.format("[0.5]")),
+        ({"mode": Mode.TOKEN, "thresholds": {}}, NO_MAPPING.format("{}")),
+        ({"mode": Mode.TOKEN, "thresholds": {2: 0.5, "4": 0.5}}, NO_MAPPING.format("{2: 0.5, '4': 0.5}")),
+        ({"mode": Mode.EXACT, "scale": Scale(Score.MARGIN, {3: Curve(1.0, (0.5,), (0.5,))})}, NO_EXIT),
+        ({"mode": Mode.EXACT, "scale": 0.5}, NO_RULE),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "start": "early"}, NO_RULE),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "start": Start({3: (0.0,) * 5}, 0.5)}, NO_EXIT),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 0}, NO_WINDOW.format(0)),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 1025}, NO_WINDOW.format(1025)),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "window": True}, NO_WINDOW.format(True)),
+        ({"mode": Mode.CASCADE, "threshold": 0.5, "window": 2.0}, NO_WINDOW.format(2.0)),
+        ({"draft": -1}, NO_DRAFT.format(-1)),
+        ({"draft": 1025}, NO_DRAFT.format(1025)),
+        ({"draft": True}, NO_DRAFT.format(True)),
+        ({"draft": "4"}, NO_DRAFT.format("'4'")),
+        ({"mode": Mode.FIXED, "exit": "4"}, "exit is '4'; it must be one of the family's exits, a whole number"),
+        ({"fallback": 1}, "fallback is 1; it must be True or False"),
+        ({"family": 7}, "family is 7; it must be the fingerprint that a policy file contains"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(routing: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         Policy.resolve(Routing(**routing), EXITS)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"mode": "cascade", "threshold": 0.5, "window": 1, "draft": 0},
+        {"mode": Mode.CASCADE, "threshold": NEVER, "window": 1024, "back": 1e9, "draft": 1024},
+        {"mode": Mode.TOKEN, "thresholds": {2: 0, 4: 1e9}},
+        {"mode": Mode.FIXED, "exit": 2, "family": "f"},
+    ],
+)
+def test_options_at_their_bounds_are_taken(routing: dict[str, Any]) -> None:
+    policy = Policy.resolve(Routing(**routing), EXITS)
+    rest = policy.routing
+    assert (rest.exit, rest.threshold, rest.thresholds, rest.family) == (None,) * 4, "they are the policy's own now"
+    assert rest.mode is Mode(routing["mode"]) and isinstance(rest.mode, Mode)
+    assert (rest.window, rest.back, rest.draft) == (
+        routing.get("window", 8),
+        routing.get("back"),
+        routing.get("draft", 4),
+    )
+
+
+def test_a_threshold_for_all_is_one_for_each_exit_before_the_last() -> None:
+    assert Policy.resolve(Routing(Mode.TOKEN, threshold=0.5), EXITS) == Policy(Routing(Mode.TOKEN), {2: 0.5, 4: 0.5}, 6)
+    given = Policy.resolve(Routing(Mode.CASCADE, thresholds={4: 1}), EXITS)
+    assert given == Policy(Routing(Mode.CASCADE), {2: NEVER, 4: 1.0}, 6)
+    assert all(type(threshold) is float for threshold in given.thresholds.values())
+    assert Policy.resolve(Routing(Mode.FIXED, exit=4), EXITS) == Policy(Routing(Mode.FIXED), {2: NEVER}, 4)
+
+
+def test_a_threshold_of_one_can_be_reached() -> None:
+    policy = Policy.resolve(Routing(Mode.TOKEN, thresholds={2: 1.0, 4: 1.0001}), EXITS)
+    assert [policy.can_decide(p) for p in EXITS] == [True, False, True]
+    assert [Judge(policy, p).never_decides for p in EXITS] == [False, True, False]
+    assert judged(policy, 2, 1.0) is Reason.CONFIDENT
+    averages = Policy.resolve(Routing(Mode.CASCADE, threshold=1.0, window=1), EXITS)
+    judge = Judge(averages, 2)
+    assert judge.decide(0, 1.0) is Reason.CONFIDENT and not judge.never_decides
+    assert judge.decide(1, 0.9) is None and judge.never_decides and judge.decide(2, 1.0) is None
+
+
+@given(
+    threshold=st.sampled_from([0.0, 0.5, 0.625, 1.0]),
+    window=st.integers(1, 4),
+    back=st.one_of(st.none(), st.sampled_from([0.0, 0.5, 0.875])),
+    steps=st.lists(st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.integers(0, 12)), max_size=30),
+)
+def test_a_cascade_decides_as_its_definition_says_also_after_rewinds(
+    threshold: float, window: int, back: float | None, steps: list[float | int]
+) -> None:
+    routing = Routing(Mode.CASCADE, threshold=threshold, window=window, back=back)
+    judge, kept = Judge(Policy.resolve(routing, EXITS), 2), list[float]()
+
+    def decides(seen: list[float]) -> bool:
+        """Whether the exit still decides after these confidences, from the start of the answer."""
+        inside = True
+        for end in range(1, len(seen) + 1):
+            recent = ([1.0] * window + seen[:end])[-window:]
+            mean = sum(recent) / window
+            if inside:
+                inside = mean >= threshold
+            else:
+                inside = back is not None and end >= window and mean >= back
+        return inside
+
+    for step in steps:
+        if isinstance(step, int):
+            judge.rewind(5 + step)
+            del kept[step:]
+        else:
+            kept.append(step)
+            reason = judge.decide(5 + len(kept) - 1, step)
+            assert (reason is Reason.CONFIDENT) == decides(kept) and reason in (Reason.CONFIDENT, None)
+        assert judge.retired == judge.never_decides == (back is None and not decides(kept))
 
 
 @pytest.mark.parametrize("chance", [0.1, 0.5, 0.9, 0.99])
@@ -115,6 +219,14 @@ def test_cascade_comes_back_only_when_the_policy_says_so() -> None:
     assert not judge.retired
 
 
+def test_a_start_takes_the_thresholds_of_the_exits_before_it_away() -> None:
+    start = Start({4: (0.0,) * 5}, 0.5)
+    policy = Policy.resolve(Routing(Mode.CASCADE, threshold=0.5, start=start), EXITS)
+    assert policy.starting_at(4) == Policy(Routing(Mode.CASCADE), {2: NEVER, 4: 0.5}, 6)
+    assert policy.starting_at(6) == Policy(Routing(Mode.CASCADE), {2: NEVER, 4: NEVER}, 6)
+    assert policy.starting_at(2) == Policy(Routing(Mode.CASCADE), {2: 0.5, 4: 0.5}, 6)
+
+
 def test_an_exit_below_the_start_never_decides_or_comes_back() -> None:
     policy = Policy.resolve(Routing(Mode.CASCADE, threshold=0.5, window=1, back=0.5), EXITS).starting_at(4)
     assert [Judge(policy, 2).decide(i, 1.0) for i in range(3)] == [None] * 3
@@ -130,8 +242,11 @@ def test_a_start_is_the_shallowest_exit_that_is_likely_enough() -> None:
 
 def test_a_limit_makes_its_exit_decide_everything() -> None:
     policy = Policy.resolve(Routing(Mode.EXACT), EXITS).limited_to(4)
+    assert policy == Policy(Routing(Mode.EXACT), {2: NEVER}, 4, limited=True)
     assert judged(policy, 4, 0.0) is Reason.LIMIT and policy.deepest == 4 and list(policy.thresholds) == [2]
     assert policy.limited_to(6) == policy
+    fixed = Policy.resolve(Routing(Mode.FIXED, exit=4), EXITS)
+    assert fixed.limited_to(4) == fixed, "it forbids nothing that was asked for"
 
 
 def test_a_request_replaces_the_options_of_a_mode_and_keeps_the_others() -> None:

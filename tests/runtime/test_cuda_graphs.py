@@ -174,7 +174,7 @@ async def answer_at_once(shard: Shard) -> list[list[tuple[int, float]]]:
     found = [answer for answer, _, _ in await asyncio.gather(*tasks)]
     for session in sessions:
         session.close()
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
     shard.capacity.check_integrity()
     return found
 

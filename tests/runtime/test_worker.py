@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from blockbuster import BlockingError
 
 from ruyi_flow.errors import NodeUnavailable, RequestError
 from ruyi_flow.family.checkpoint import Checkpoint
@@ -100,7 +101,7 @@ async def test_tasks_share_steps_and_see_what_they_would_see_alone(
     assert all(sum(rows for _, rows in parts) <= 90 + 64 for parts in steps)
     for session in sessions:
         session.close()
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
     shard.capacity.check_integrity()
 
 
@@ -118,7 +119,7 @@ async def test_one_sessions_error_is_its_own(shard: Shard) -> None:
     )
     fine, refused = results
     assert isinstance(refused, RequestError) and not isinstance(fine, BaseException) and len(fine[0]) == 4
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
 
 
 async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard) -> None:
@@ -136,7 +137,7 @@ async def test_an_error_of_a_step_is_told_to_all_of_it_and_outlived(shard: Shard
     session.token_ids.clear()
     assert len((await worker.run(decoding(session, [5], 2)))[0]) == 2
     assert (await worker.run(doing(here)))[0] != here()
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
     with pytest.raises(NodeUnavailable):
         await worker.run(doing(here))
 
@@ -167,7 +168,14 @@ async def test_a_cancelled_caller_leaves_its_task_out_and_frees_its_session_safe
     await worker.run(doing(here))
     assert held < 300 and len(session.token_ids) == held, "it does not go on"
     shard.capacity.check_integrity()
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
+
+
+async def test_a_shutdown_on_an_event_loop_is_found_since_it_waits() -> None:
+    worker = ThreadWorker(1)
+    with pytest.raises(BlockingError):
+        worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
 
 
 class HandClock:
@@ -220,7 +228,7 @@ async def test_brief_tasks_move_to_a_lent_loop_and_back_when_they_are_not_brief(
     assert not await on_the_loop(brief=False)
     assert not await on_the_loop(takes=1.5)  # nobody could know; it goes on in the thread
     assert not await on_the_loop(takes=1.5) and not await on_the_loop() and await on_the_loop()
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)
 
 
 async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing(
@@ -243,4 +251,4 @@ async def test_a_task_that_turns_out_long_leaves_the_lent_loop_and_loses_nothing
     assert found == alone and len(on) == 24
     assert [thread == here() for thread in on] == [True] * 4 + [False] * 20
     assert compute_s == pytest.approx(24 * clock.step_s)
-    worker.shutdown()
+    await asyncio.to_thread(worker.shutdown)

@@ -42,7 +42,7 @@ from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import error_of, error_of_call
 from ruyi_flow.types import Mode, NodeStatus, Reason, Upload
-from tests.conftest import Oracle
+from tests.conftest import Oracle, until
 
 PROMPT = [5, 17, 9, 33, 21]
 CUTS = [[[2, 4, 6]], [[2, 4], [6]], [[2], [4, 6]], [[2], [4], [6]]]
@@ -263,7 +263,7 @@ async def test_a_cancelled_request_frees_every_cache(tiny: Path) -> None:
         await stream.aclose()
         await nodes.settle()
         task = asyncio.create_task(client.generate(PROMPT, max_new_tokens=400, eos_token_ids=()))
-        await asyncio.sleep(0.1)
+        await until(lambda: all(engine.shard.capacity.leases for engine in nodes.engines.values()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -509,16 +509,9 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
             with pytest.raises(kind, match=text):
                 await send(*messages)
         call = channel.stream_stream(METHODS["Session"])(timeout=5)
-        with pytest.raises((CapacityError, NodeError)):
-            try:
-                await call.write(b"\0" * (5 * 1024 * 1024))
-                assert await call.read() is grpc.aio.EOF
-                await call
-            except grpc.aio.AioRpcError as error:
-                raise error_of_call(error, "n1", address) from None
-            raise error_of_call(
-                grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), ""), "n1", address
-            )
+        with contextlib.suppress(grpc.aio.AioRpcError):  # whether a write that is refused fails depends on timing
+            await call.write(b"\0" * (5 * 1024 * 1024))
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len((await send(opening, block())).verdict.decisions) == 1
         await nodes.settle()
         await channel.close()
@@ -549,7 +542,8 @@ async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Pat
         stream = client.stream(PROMPT, max_new_tokens=500, eos_token_ids=())
         got = [await anext(stream)]
         ending = asyncio.create_task(serving.__aexit__(None, None, None))
-        await asyncio.sleep(0.05)
+        while await health("") == health_pb2.HealthCheckResponse.SERVING:
+            pass  # each question is a round trip
         assert await health("") == await health("ruyi_flow.v1.Node") == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(NodeUnavailable, match="shutting down and takes no new session"):
             await client.generate(PROMPT)
@@ -602,9 +596,7 @@ async def test_status_tells_how_many_sessions_wait_for_room(tiny: Path) -> None:
         stream = client.stream([5, 6, 7], max_new_tokens=200, eos_token_ids=())
         await anext(stream)
         late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))
-        async with asyncio.timeout(10):
-            while not nodes.engines["n0"].front_door.waiting:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until(lambda: nodes.engines["n0"].front_door.waiting)
         status = (await client.status())["n0"]
         assert isinstance(status, NodeStatus) and (status.sessions, status.waiting) == (1, 1)
         assert [*status_table({"n0": status}).columns[6].cells] == ["1/1 + 1 waiting"]

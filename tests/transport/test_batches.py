@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ruyi_flow.transport.peer import METHODS, Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.status import error_of
 from ruyi_flow.types import Block, Mode
-from tests.conftest import Oracle
+from tests.conftest import Oracle, until
 from tests.serving.test_node import block, options_of
 
 PROMPTS = [[3 + i, 20 + i, 7, 50 - i] for i in range(6)]
@@ -114,12 +115,16 @@ async def test_a_batch_is_no_larger_than_the_node_takes(batches: list[int]) -> N
     assert [[item.session for item in batch.items] for batch in written] == [[0, 1], [2, 3], [4], [5]]
 
 
-async def test_sessions_that_end_early_leave_the_others_alone(tiny: Path, oracle: Oracle) -> None:
+async def test_sessions_that_end_early_leave_the_others_alone(tiny: Path, oracle: Oracle, batches: list[int]) -> None:
     async with cluster(cut_topology(tiny, [[2], [4], [6]])) as nodes, AsyncClient(nodes.topology) as client:
         staying = await begin(client, PROMPTS[:2], max_new_tokens=100)
         leaving = await begin(client, PROMPTS[2:5])
+
+        def went_on(since: int) -> bool:
+            return len(batches) > since or staying[0].done()
+
         for task in leaving:
-            await asyncio.sleep(0.01)
+            await until(partial(went_on, len(batches)))
             task.cancel()
         for prompt, task in zip(PROMPTS, staying, strict=False):
             assert await task == [t for t, _ in oracle.decide(DEEPEST, prompt, 100)]
@@ -137,14 +142,13 @@ async def test_what_one_session_fails_with_is_its_own(tiny: Path, oracle: Oracle
     ):
         shallow = await begin(client, PROMPTS[:2], mode="fixed", exit=4, max_new_tokens=200)
         deep = await begin(client, PROMPTS[2:4])
-        await asyncio.sleep(0.05)
+        await until(lambda: max(batches, default=0) > 1)
         relay.cut()
         for failed in await asyncio.gather(*deep, return_exceptions=True):
             assert isinstance(failed, NodeUnavailable) and failed.node == "n2"
         policy = Policy.resolve(Routing(Mode.FIXED, exit=4), (2, 4, 6))
         for prompt, task in zip(PROMPTS, shallow, strict=False):
             assert await task == [t for t, _ in oracle.decide(policy, prompt, 200)]
-        assert max(batches) > 1
         await nodes.settle()
 
 

@@ -154,14 +154,36 @@ def test_blocks_come_back() -> None:
     assert torch.equal(back.states, given.states)
 
 
-@hypothesis.given(st.binary(max_size=200))
-def test_arbitrary_bytes_are_a_message_or_a_wire_error(data: bytes) -> None:
+VALID = pb.SessionRequest(block=sent(Block(5, states(3, 8), (1, 2, 60000), (5, 7)), Encoding.INT8)).SerializeToString()
+CHANGED = st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=4).map(
+    lambda changes: bytes(dict(changes).get(i, byte) for i, byte in enumerate(VALID))
+)
+
+
+@hypothesis.given(st.one_of(st.binary(max_size=200), CHANGED, st.integers(0, len(VALID)).map(lambda n: VALID[:n])))
+def test_arbitrary_bytes_are_a_sound_block_or_a_wire_error(data: bytes) -> None:
     try:
         message = codec.parse(pb.SessionRequest, data)
-        if message.WhichOneof("message") == "block":
-            BlockCodec(8, Encoding.F32, LIKE.dtype, LIKE.device).from_pb(message.block)
+        if message.WhichOneof("message") != "block":
+            return
+        found = BlockCodec(8, Encoding.INT8, LIKE.dtype, LIKE.device).from_pb(message.block)
     except WireError:
-        pass
+        return
+    assert found.states.shape[1:] == (8,) and len(found.states) > 0 and len(found.token_ids) > 0
+    assert list(found.wants) == sorted(set(found.wants))
+
+
+def test_a_changed_message_can_still_be_a_block() -> None:
+    assert hypothesis.find(CHANGED, lambda data: data != VALID and _is_block(data))
+
+
+def _is_block(data: bytes) -> bool:
+    try:
+        message = codec.parse(pb.SessionRequest, data)
+        BlockCodec(8, Encoding.INT8, LIKE.dtype, LIKE.device).from_pb(message.block)
+    except WireError:
+        return False
+    return True
 
 
 def tensor(**changes: Any) -> pb.Block:

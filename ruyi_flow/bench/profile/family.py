@@ -121,6 +121,6 @@ async def _handover_s(shard: Shard, threads: int) -> float:
             _, _, computed_s = await worker.run(task())
             seconds.append(time.perf_counter() - began - computed_s)
     finally:
-        worker.shutdown()
+        await asyncio.to_thread(worker.shutdown)
         session.close()
     return statistics.median(seconds)
