@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from ruyi_flow.errors import ConfigError
 
@@ -275,8 +276,9 @@ def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
         if version != _VERSION:
             todo = "update ruyi-flow" if version > _VERSION else "record it again"
             raise ConfigError(f"{path}: the trace has version {version}, expected {_VERSION}; {todo}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        header = Header(**fields)
+        header = TypeAdapter(Header).validate_python(raw)  # types, too
+        if not header.exits or list(header.exits) != sorted({*header.exits}) or header.exits[0] < 1:
+            raise ValueError("exits must ascend")
     except (msgpack.OutOfData, msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}: not a trace; record one with ruyi-flow trace") from None
 
@@ -287,7 +289,7 @@ def _open(path: Path) -> tuple[Header, Iterator[tuple[Record, int]]]:
                 record = _parse_record(raw, header)
             except msgpack.OutOfData:
                 return  # the last one may be cut off
-            except (msgpack.UnpackException, ValueError, KeyError, TypeError):
+            except (msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError):
                 raise ConfigError(f"{path}: damaged after {unpacker.tell()} bytes; record it again") from None
             yield record, unpacker.tell()
 
@@ -301,12 +303,12 @@ def _parse_record(raw: dict[str, Any], header: Header) -> Record:
         p: ExitRecord(
             np.frombuffer(e["tokens"], "<i4"),
             np.frombuffer(e["scores"], "<f4").reshape(shape),
-            e["prompt_loss"],
-            e["prompt_entropy"],
-            e["own"] and OwnAnswer(np.frombuffer(e["own"]["scores"], "<f4").reshape(shape), e["own"]["right"]),
+            float(e["prompt_loss"]),
+            float(e["prompt_entropy"]),
+            e["own"] and OwnAnswer(np.frombuffer(e["own"]["scores"], "<f4").reshape(shape), float(e["own"]["right"])),
         )
         for p, e in raw["exits"].items()
     }
     if set(exits) != set(header.exits) or any(len(e.tokens) != len(answer) for e in exits.values()):
         raise ValueError("the exits or lengths of a record differ from the header's")
-    return Record(raw["number"], raw["prompt"], raw["prompt_tokens"], answer, exits)
+    return Record(int(raw["number"]), str(raw["prompt"]), int(raw["prompt_tokens"]), answer, exits)

@@ -79,22 +79,18 @@ class _Loader(yaml.SafeLoader):
         """Values of each anchor."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
-        mark: Any = event.start_mark
-        anchor: str | None = getattr(event, "anchor", None)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         is_alias = isinstance(event, yaml.AliasEvent)
-        if is_alias and anchor not in self._sizes and anchor in self.anchors:
-            raise yaml.composer.ComposerError(None, None, "an anchor contains itself", mark)
-        self._open.append(self._sizes.get(anchor or "", 0) if is_alias else 1)
+        if is_alias and event.anchor in self.anchors and event.anchor not in self._sizes:
+            raise _wrong(event, "an anchor contains itself")
+        self._open.append(self._sizes.get(event.anchor, 0) if is_alias else 1)
         node = super().compose_node(parent, index)
         size = self._open.pop()
         self._open[-1] += size
         if sum(self._open) > _MOST_VALUES:
-            raise yaml.composer.ComposerError(
-                None, None, f"the file has more than {_MOST_VALUES} values, with what aliases repeat", mark
-            )
-        if anchor and not is_alias:
-            self._sizes[anchor] = size
+            raise _wrong(event, f"the file has more than {_MOST_VALUES} values, with what aliases repeat")
+        if event.anchor and not is_alias:
+            self._sizes[event.anchor] = size
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -113,8 +109,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_scalar(node)
 
 
-def _wrong(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+def _wrong(at: Any, problem: str) -> yaml.constructor.ConstructorError:
+    """Make the error of a node or an event, with its place."""
+    return yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
 
 
 def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ruyi_flow.errors import CheckpointError, shown
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.config_file import GenerationFile, check_values
-from ruyi_flow.family.files import copy_companions, open_weights, read_json, save_weights, whole_or_not
+from ruyi_flow.family.files import check_plain, copy_companions, read_json, whole_or_not
 from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
@@ -109,6 +111,10 @@ class Checkpoint:
         A shard has the fingerprint of the family that it was cut from.
         """
         stored = self._metadata.get("ruyi_flow.fingerprint")
+        if stored and not re.fullmatch(r"[0-9a-f]{16}", stored):
+            raise CheckpointError(
+                f"{self.folder}: its metadata names fingerprint {shorten(stored)}, which is none; cut the shard again"
+            )
         return stored or _fingerprint(self.config, self.names(self.config.exits), self._first_values)
 
     def names(self, exits: Sequence[int]) -> list[str]:
@@ -243,7 +249,7 @@ class Checkpoint:
                 others = sorted(p.name for p in self.folder.glob("*.bin"))
                 pickles = f"convert {others[0]} to safetensors: pickles are never read" if others else ""
                 raise CheckpointError(f"{path}: no such file; {pickles or 'fetch the checkpoint again'}")
-            file = open_weights(path)
+            file = _open_weights(path)
             self._metadata |= file.metadata() or {}
             for stored in map(str, file.keys()):
                 published = stored if stored.startswith(("model.", "lm_head")) else f"model.{stored}"
@@ -264,7 +270,7 @@ class Checkpoint:
 
     def _replace_branches(self, file: Path) -> None:
         """Replace tensors of the family with those of a file of trained branches or probes."""
-        handle = open_weights(file)
+        handle = _open_weights(file)
         metadata = handle.metadata() or {}
         exits = _parse_exits(metadata.get("ruyi_flow.branch_exits", ""))
         try:
@@ -348,7 +354,7 @@ def cut(
         metadata = {"format": "pt", "ruyi_flow.exits": json.dumps(list(exits)), "ruyi_flow.fingerprint": fingerprint}
         if quantized:
             metadata["ruyi_flow.weights"] = quantized
-        save_weights(tensors, folder / _WEIGHTS, metadata)
+        _save_weights(tensors, folder / _WEIGHTS, metadata)
         config = checkpoint.config.to_dict()
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
@@ -377,6 +383,27 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     if name not in known:
         raise CheckpointError(f"dtype is {name!r}; known: {', '.join(known)}")
     return known[str(name)]
+
+
+def _open_weights(path: Path) -> Any:
+    """Map a safetensors file into memory.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or is truncated.
+    """
+    check_plain(path)
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+
+
+def _save_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the permissions of any new file; the library's own are for the owner alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def _parse_exits(text: str) -> tuple[int, ...]:

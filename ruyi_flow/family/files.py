@@ -1,7 +1,7 @@
 """The files of a family's folder: how they are read, copied and written.
 
 A folder may come from a stranger. Only plain files of a limited size are opened, since a pipe would wait for ever. Only
-files inside the folder are copied from it, since a link could name any file of this machine.
+files inside the folder are copied from it, since a link could name any file of this machine. No torch.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from ruyi_flow.errors import CheckpointError
 
-__all__ = ["companions", "copy_companions", "open_weights", "read_json", "save_weights", "whole_or_not"]
+__all__ = ["check_plain", "companions", "copy_companions", "read_json", "whole_or_not"]
 
 _COMPANIONS = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -49,7 +47,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
-    _check_plain(path, _MOST_JSON_BYTES)
+    check_plain(path, _MOST_JSON_BYTES)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -57,27 +55,6 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return data
-
-
-def open_weights(path: Path) -> Any:
-    """Map a safetensors file into memory.
-
-    Raises:
-        CheckpointError: the file is no safetensors file, or is truncated.
-    """
-    _check_plain(path, None)
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
-
-
-def save_weights(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with the permissions of any new file; the library's own are for the owner alone."""
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    save_file(tensors, path, dict(metadata))
-    path.chmod(mode)
 
 
 def companions(folder: Path) -> list[Path]:
@@ -89,7 +66,7 @@ def companions(folder: Path) -> list[Path]:
     found = [folder / name for name in _COMPANIONS if (folder / name).exists()]
     found += sorted(folder.glob("additional_chat_templates/*.jinja"))
     for path in found:
-        _check_plain(path, _MOST_BYTES)
+        check_plain(path, _MOST_BYTES)
     return found
 
 
@@ -129,7 +106,16 @@ def whole_or_not(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_plain(path: Path, most: int | None) -> None:
+def check_plain(path: Path, most: int | None = None) -> None:
+    """Check that a file can be opened without waiting.
+
+    Args:
+        path: the file.
+        most: largest size in bytes. Default: any.
+
+    Raises:
+        CheckpointError: it is a pipe, a device or a folder, or is larger.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: not a plain file; fetch the checkpoint again")
     if most is not None and (size := path.stat().st_size) > most:

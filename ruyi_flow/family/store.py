@@ -151,6 +151,8 @@ def pull(
         checkpoint = Checkpoint(folder, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:
             raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
+        if len(checkpoint.config.exits) == 1:
+            say(f"it has one exit, {checkpoint.config.exits[0]}, so it cannot be split; --exits adds more")
         if load_tokenizer(checkpoint) is None:
             say("it has no tokenizer, so prompts for it must be token ids")
         _ = checkpoint.eos_token_ids  # refused here rather than when a node loads

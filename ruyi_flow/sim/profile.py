@@ -31,6 +31,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from ruyi_flow.errors import ConfigError
 
@@ -180,11 +181,9 @@ class Profile:
             if version != _VERSION:
                 todo = "update Ruyi Flow" if version > _VERSION else "measure again (ruyi-flow profile)"
                 raise ConfigError(f"{path}: this profile has version {version}, not {_VERSION}: {todo}")
-            listed: list[dict[str, Any]] = raw.pop("stages")
-            stages = tuple(StageCost(**{k: _frozen(v) for k, v in stage.items()}) for stage in listed)
-            return cls(stages=stages, **{k: _frozen(v) for k, v in raw.items()})
+            return TypeAdapter(cls).validate_python(raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            why = f": {error}" if isinstance(error, ValueError) and str(error) else ""
+            why = f": {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else ""
             raise ConfigError(f"{path}: not a profile (ruyi-flow profile writes one){why}") from None
 
 
@@ -271,10 +270,6 @@ def _table(rows: Sequence[int], times: Sequence[float], scale: float) -> list[fl
     found[0] = 0.0
     out: list[float] = found.tolist()
     return out
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _past(table: list[float], rows: int) -> float:

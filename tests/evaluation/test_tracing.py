@@ -299,6 +299,26 @@ def test_files_that_are_not_traces_are_refused(tmp_path: Path, content: bytes, m
         Trace.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"exits": "246"}, {"exits": [4, 2]}, {"exits": []}, {"exits": [0, 2]}, {"hidden_size": "big"}]
+    + [{"temperatures": ["x"]}, {"boundary_bytes": [1]}, {"family": 5}],
+)
+def test_a_header_of_other_types_is_no_traces(family: Family, tmp_path: Path, change: dict[str, Any]) -> None:
+    whole = tmp_path / "whole"
+    record_trace(family, [Question((1, 2, 3))], whole, max_new_tokens=4)
+    unpacker = msgpack.Unpacker(strict_map_key=False)
+    unpacker.feed(whole.read_bytes())
+    header, record = unpacker
+    path = tmp_path / "t"
+    path.write_bytes(msgpack.packb(header | change) + msgpack.packb(record))
+    with pytest.raises(ConfigError, match="not a trace"):
+        Trace.load(path)
+    path.write_bytes(msgpack.packb(header) + msgpack.packb(record | {"number": [1]}))
+    with pytest.raises(ConfigError, match="damaged after"):
+        Trace.load(path)
+
+
 def test_the_command(
     spoken: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

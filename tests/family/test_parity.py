@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
@@ -399,6 +400,34 @@ def test_vocab_and_merges_are_read_as_auto_tokenizer_reads_them(
             assert prompt_ids(text, tokenizer, raw=True) == expected
             assert tokenizer.decode(expected) == auto.decode(expected)
         assert tokenizer.eos_token_id == auto.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}]
+)
+def test_a_sentencepiece_model_is_read_as_auto_tokenizer_reads_it(
+    models_of: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    pytest.importorskip("sentencepiece", reason="transformers reads tokenizer.model with it")
+    proto = import_protobuf().ModelProto()
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = 2, True  # BPE
+    proto.normalizer_spec.name = "identity"
+    control = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{i:02X}>", 6) for i in range(256))]
+    words = ["▁t", "he", "▁the", "in", "▁h", "▁he", "ll", "llo", "▁hello", *"▁thelinowrd0123"]
+    for i, (piece, kind) in enumerate([*control, *((word, 1) for word in words)]):
+        proto.pieces.add(piece=piece, score=-float(i), type=kind)
+    folder = Path(shutil.copytree(models_of["llama"], tmp_path / "folder"))
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    auto = AutoTokenizer.from_pretrained(folder)
+    stored = Checkpoint(cut(Checkpoint(folder), (1,), tmp_path / "family"))
+    for checkpoint in (Checkpoint(folder), stored):
+        tokenizer = load_tokenizer(checkpoint)
+        for text in ("hello  there", " the 12</s>Việt"):
+            expected = auto(text)["input_ids"]
+            assert prompt_ids(text, tokenizer, raw=True, vocab_size=1000, family="f") == expected
+            assert tokenizer.decode(expected) == auto.decode(expected)
+        assert tokenizer.eos_token_id == auto.eos_token_id == 2
 
 
 def test_tokenizer_files_that_cannot_be_read_are_refused(

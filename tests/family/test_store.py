@@ -38,6 +38,15 @@ def test_exits_are_given_to_an_ordinary_folder(tmp_path: Path, home: Path) -> No
     assert store.pull(str(ordinary), name="mine", exits=(2, 4), dtype="bfloat16") == folder
 
 
+def test_what_a_family_lacks_is_told(tmp_path: Path, home: Path) -> None:
+    said: list[str] = []
+    store.pull(str(tiny_family(tmp_path / "plain", base="llama", ordinary=True)), say=said.append)
+    assert said[:2] == [
+        "it has one exit, 6, so it cannot be split; --exits adds more",
+        "it has no tokenizer, so prompts for it must be token ids",
+    ]
+
+
 def test_what_is_there_must_be_what_is_asked_for(tmp_path: Path, home: Path, tiny: Path) -> None:
     store.pull(str(tiny), dtype="bfloat16")
     with pytest.raises(CheckpointError, match="exists already, in bfloat16, not float32; give another --name"):

@@ -128,6 +128,15 @@ def test_metadata_that_is_no_list_of_exits_is_refused(folder: Path, exits: str) 
         Checkpoint(tiny_family(folder.parent / "whole"), branches=[folder / "b.safetensors"])
 
 
+def test_metadata_that_is_no_fingerprint_is_refused(folder: Path) -> None:
+    for text in ("x" * 1000, "0123"):
+        save_file(
+            load_file(folder / "model.safetensors"), folder / "model.safetensors", {"ruyi_flow.fingerprint": text}
+        )
+        with pytest.raises(CheckpointError, match="its metadata names fingerprint"):
+            _ = Checkpoint(folder).fingerprint
+
+
 def test_a_full_disk_is_said_in_one_line(folder: Path, home: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a longer file fails as on a full disk

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from ruyi_flow.bench.profile.messages import message_sizes
@@ -496,6 +497,12 @@ def test_files_that_do_not_go_with_a_scenario_are_refused(tmp_path: Path, tiny: 
     (tmp_path / "p").write_bytes(b"\x00\x01")
     with pytest.raises(ConfigError, match="not a profile"):
         build()
+    profile().save(tmp_path / "p")
+    raw = msgpack.unpackb((tmp_path / "p").read_bytes())
+    for wrong in ({"hidden_size": "x"}, {"stages": 5}, {"stages": [raw["stages"][0] | {"rows": "abc"}]}):
+        (tmp_path / "p").write_bytes(msgpack.packb(raw | wrong))
+        with pytest.raises(ConfigError, match="not a profile .ruyi-flow profile writes one.: Input should be"):
+            build()
     profile((2, 6)).save(tmp_path / "p")
     with pytest.raises(ConfigError, match=r"nodes.1.exits: the profile of 'n1' has no stage at exit 4"):
         build()
