@@ -108,7 +108,8 @@ def train(
     show = step_printer(quiet)
     if self_distill:
         with training_bar("answering", quiet=quiet) as progress:
-            file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
+            ends = end_tokens(checkpoint, tokenizer)
+            file = distill(plan, checkpoint, tokenizer, ends, report=progress, say=show)
         show(f"answers written to {file}")
     last: list[Step] = []
     with training_bar("training", quiet=quiet) as progress:
