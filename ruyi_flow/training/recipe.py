@@ -97,8 +97,8 @@ class Recipe(_Model):
     batch: int = Field(default=16, ge=1)
     """Sequences of a batch, in each process."""
     accumulate: int = Field(default=1, ge=1)
-    """Number of batches whose gradients are accumulated for one step. It then has the gradient of one batch of all their
-    sequences, but for `candidates`, which are those of each batch."""
+    """Number of batches whose gradients are accumulated for one step, which then has the gradient of one large batch
+    (except that `candidates` are those of each batch)."""
     steps: int = Field(ge=1)
     """Number of optimizer steps. It may change when a run is resumed; the learning rate then falls towards the new
     end."""
