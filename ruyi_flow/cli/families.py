@@ -215,4 +215,6 @@ def evaluate(
         cells = (report.cell(row, column) for column in found.columns)
         table.add_row(str(row.exit), str(row.layers), f"{row.parameters / 1e6:,.0f}M", *cells)
     out.print(table)
+    for note in report.notes(found):
+        err.print(note, soft_wrap=True)
     out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
-import statistics
 import time
 from typing import Any
 
@@ -44,8 +43,8 @@ def concurrent_step_times(
         worker.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        steps, pauses = zip(*(results.get(timeout=120) for _ in workers), strict=True)
-        return statistics.mean(steps), statistics.mean(pauses)
+        stepped_s, paused_s, counts = zip(*(results.get(timeout=120) for _ in workers), strict=True)
+        return sum(stepped_s) / sum(counts), sum(paused_s) / sum(counts)
     finally:
         for worker in workers:
             worker.terminate()
@@ -73,7 +72,7 @@ def _run_steps(
             began = time.perf_counter()
             time.sleep(random_pause(1 / step_s))
             paused_s, count = paused_s + time.perf_counter() - began, count + 1
-        results.put((stepped_s / count, paused_s / count))
+        results.put((stepped_s, paused_s, count))
 
 
 def estimate_cores(alone: tuple[float, float], concurrent_s: float) -> float:
