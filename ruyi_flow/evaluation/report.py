@@ -37,7 +37,7 @@ def markdown(evaluation: Evaluation) -> str:
 def notes(evaluation: Evaluation) -> list[str]:
     """Say what the table leaves out, in one sentence for each such column."""
     return [
-        f"{column.task}: {column.skipped} chats were left out, since they do not fit the family's context."
+        f"{column.task}: {column.skipped} chats were left out: they do not fit the family's context, or have no answer."
         for column in evaluation.columns
         if column.skipped
     ]

@@ -47,7 +47,7 @@ class Column:
     samples: int
     """Number of questions, texts or tokens behind each value."""
     skipped: int = 0
-    """Number of chats that were left out, since they do not fit the family's context."""
+    """Number of chats that were left out, since they do not fit the family's context, or have no answer to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def evaluate(
             if not pairs:
                 raise ConfigError(
                     f"{chats}: contains no chat that {name} can be measured on"
-                    + (f"; {skipped} do not fit the family's context" if skipped else "")
+                    + (f"; {skipped} do not fit the family's context, or have no answer to read" if skipped else "")
                 )
             found = agreement.measure(chosen, pairs)
             measured[name] = {p: replace(metrics, skipped=skipped) for p, metrics in found.items()}
@@ -277,25 +277,15 @@ class _Agreement:
     def given(self, chats: Path, limit: int | None) -> tuple[list[_Pair], int]:
         """Return the file's own prompts and answers; of plain text all but the first token is the answer.
 
-        The number says how many more chats there are, whose answers begin after the end of the context. Of other long
-        chats, the part that fits is measured.
-
-        Raises:
-            ConfigError: a chat has no answer.
+        The number says how many more chats there are, which have no answer, or one that begins after the end of the
+        context. Of other long chats, the part that fits is measured.
         """
         length, long = self.family.config.max_positions, list[Document]()
-        read = islice(read_documents(chats, self.family.tokenizer, length=length, too_long=long.append), limit)
-        pairs = []
-        for document in read:
-            ids, cut = list(document.token_ids), max(1, document.answer)
-            if not document.has_answer:
-                raise ConfigError(
-                    f"{chats}: there is no answer in the chat {self.family.tokenizer.decode(ids)[-200:]!r}; "
-                    "text_agreement needs one; remove the chat, or use agreement, which needs prompts only"
-                )
-            if cut < len(ids):  # a last piece of plain text may have one token only
-                pairs.append((ids[:cut], ids[cut:]))
-        return pairs, sum(document.answer >= length for document in long)
+        read = read_documents(chats, self.family.tokenizer, length=length, too_long=long.append)
+        documents = list(islice(read, limit))
+        cuts = [(list(d.token_ids), max(1, d.answer)) for d in documents if d.has_answer]
+        skipped = len(documents) - len(cuts) + sum(d.has_answer and d.answer >= length for d in long)
+        return [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)], skipped
 
     def measure(self, exits: Sequence[int], pairs: Sequence[_Pair]) -> dict[int, Metrics]:
         """Feed answers to the exits (teacher forcing), and measure agreement with the last exit and perplexity."""
