@@ -174,10 +174,8 @@ def _chat(item: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     turns = list(item["messages"]) if forms == ["messages"] else [{"role": "user", "content": item[forms[0]]}]
     if "answer" in item and turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": item["answer"]})
-    for turn in turns:
-        for key in ("role", "content"):
-            if not isinstance(turn[key], str):
-                raise ConfigError(f"the {key} of a message is {turn[key]!r:.60}; it must be text")
+    if not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
+        raise TypeError
     last = turns[-1]["role"]
     if last not in ("user", "tool", "assistant"):
         raise ConfigError(
