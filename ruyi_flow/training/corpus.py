@@ -168,10 +168,12 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _chat(item: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     """Return the turns of a line without the answer at their end, and that answer; None if there is none."""
-    forms = [key for key in ("messages", "question", "prompt") if key in item]
-    if len(forms) > 1:
-        raise ConfigError(f'it has "{forms[0]}" and "{forms[1]}"; keep the one that is meant')
-    turns = list(item["messages"]) if forms == ["messages"] else [{"role": "user", "content": item[forms[0]]}]
+    if "messages" in item:  # beside them, some data sets repeat the first message as "prompt"
+        turns = list(item["messages"])
+    elif "question" in item and "prompt" in item:
+        raise ConfigError('it has both "question" and "prompt"; keep the one that is meant')
+    else:
+        turns = [{"role": "user", "content": item["question"] if "question" in item else item["prompt"]}]
     if "answer" in item and turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": item["answer"]})
     if not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):

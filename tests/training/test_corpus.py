@@ -123,7 +123,8 @@ def test_the_question_at_the_end_of_a_chat_is_the_prompt(tmp_path: Path, spoken:
     assert [tokenizer.decode(list(q.prompt)) for q in questions] == [expected] * 3
     assert [q.reference for q in questions] == ["", "Paris.", "Paris."]
     one = tokenizer.apply_chat_template([user("hi")], tokenize=False, add_generation_prompt=True)
-    for item in ({"messages": [user("hi")]}, {"prompt": "hi"}, {"question": "hi", "answer": "yo"}):
+    repeated = {"prompt": "hi", "messages": [user("hi"), assistant("yo")]}
+    for item in ({"messages": [user("hi")]}, {"prompt": "hi"}, {"question": "hi", "answer": "yo"}, repeated):
         assert tokenizer.decode(chat_prompt(item, tokenizer)[0]) == one
     found = [measure_quality(Checkpoint(spoken), [], prompts=write(tmp_path / n, {"messages": m}))[0].tokens
              for n, m in (("b", asked), ("c", [*asked, assistant("Paris.")]))]  # fmt: skip
@@ -150,8 +151,7 @@ def test_a_chat_without_an_answer_teaches_no_answer(tmp_path: Path, tokenizer: A
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"messages": [user("a")], "prompt": "b"}, 'it has "messages" and "prompt"; keep the one that is meant'),
-        ({"question": "a", "prompt": "b"}, 'it has "question" and "prompt"'),
+        ({"question": "a", "prompt": "b"}, 'it has both "question" and "prompt"; keep the one that is meant'),
         ({"question": "2+2?", "answer": 4}, r'expected .*; there is {"question": "2\+2\?", "answer": 4}'),
         ({"prompt": ["a"]}, r'expected .*; there is {"prompt": \["a"\]}'),
         ({"messages": [user("a"), {"role": "assistant", "content": None}]}, "expected {.messages"),
