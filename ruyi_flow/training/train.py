@@ -164,10 +164,8 @@ def train(
         last = step + 1 == recipe.steps
         found = {}
         if last or (step + 1) % recipe.validate_every == 0:
-            with torch.no_grad():
-                found = model(
-                    validation, None, validation
-                )  # through accelerate's wrapper, which may gather the weights
+            with torch.no_grad():  # through accelerate's wrapper, which may have to gather the weights
+                found = model(validation, None, validation)
         tokens_per_s = tokens / (time.perf_counter() - began)
         report(Step(step=step + 1, steps=recipe.steps, losses=losses, tokens_per_s=tokens_per_s, validation=found))
         if accelerator.is_main_process:

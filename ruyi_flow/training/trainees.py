@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint
+from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.transformer import Attention, Branch, DecoderLayer, FamilySlice, Probe, Rope
 from ruyi_flow.training.corpus import Packed
 from ruyi_flow.training.recipe import Recipe
+from ruyi_flow.training.tensors import published, published_branch, randomize, start_branch
 from ruyi_flow.training.trunk_states import TrunkStates, rope_and_attention
 
 __all__ = ["Branches", "Joint", "Probes", "cross_entropy"]
@@ -39,12 +40,12 @@ class Joint(nn.Module):
         self.recipe, self.packed = recipe, packed
         self.family = FamilySlice(config, config.exits)
         if checkpoint is None:
-            _randomize(self.family)
+            randomize(self.family)
         else:
             base = load_slice(checkpoint, checkpoint.config.exits, dtype=torch.float32, packed=False)
             self.family.load_state_dict(base.state_dict(), strict=False)
             for p in config.exits[:-1]:
-                _start_branch(self.family.branch_at[p], base, p, recipe.start)
+                start_branch(self.family.branch_at[p], base, p, recipe.start)
         self.family.requires_grad_(True)
         if recipe.gradient_checkpointing:
             self.family.call = _recomputed
@@ -105,7 +106,7 @@ class Branches(nn.Module):
         self.branches = nn.ModuleDict()
         for p in early:
             branch = Branch(config, config.branch_layers[config.exits.index(p)])
-            _start_branch(branch, base, p, recipe.start)
+            start_branch(branch, base, p, recipe.start)
             self.branches[str(p)] = branch.requires_grad_(True)
         heads = {p: base.head_at[p].weight.detach().to(device, torch.bfloat16) for p in config.exits}
         self.heads = heads  # not parameters, since they stay as they are
@@ -328,67 +329,6 @@ def cross_entropy(logits: Tensor, columns: Tensor, chances: Tensor) -> Tensor:
         (n,) float32
     """
     return _SparseCrossEntropy.apply(logits, columns, chances)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def published_branch(config: FamilyConfig, exit: int, branch: Branch) -> dict[str, Tensor]:
-    """Return the tensors of a branch by their published names."""
-    out = {f"model.norms.{config.exits.index(exit)}.weight": branch.norm.weight.detach()}
-    for layer, prefix in zip(branch.stack, config.branch_prefixes(exit), strict=True):
-        out |= _published_layer(layer, prefix)
-    return out
-
-
-def published(family: FamilySlice) -> dict[str, Tensor]:
-    """Return the tensors of a whole family by their published names."""
-    config = family.config
-    assert family.embed_tokens is not None
-    out = {"model.embed_tokens.weight": family.embed_tokens.weight.detach()}
-    for i, layer in enumerate(family.trunk):
-        out |= _published_layer(layer, f"model.layers.{i}")
-    for p, branch in family.branch_at.items():
-        out |= published_branch(config, p, branch)
-        out[config.head_name(p)] = family.head_at[p].weight.detach()
-    return out
-
-
-def _published_layer(layer: DecoderLayer, prefix: str) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    kv = layer.num_kv_heads * layer.head_dim
-    rows = {"qkv_proj": [layer.num_heads * layer.head_dim, kv, kv], "gate_up_proj": list(layer.gate_up_proj.splits)}
-    for name, parts in LAYER_NAMES.items():
-        for kind in ("weight", "bias"):
-            tensor = getattr(getattr(layer, name), kind, None)  # norms of queries and keys may be None
-            if tensor is not None:
-                pieces = tensor.detach().split(rows.get(name, len(tensor)))
-                out |= {f"{prefix}.{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
-    return out
-
-
-def _start_branch(branch: Branch, base: FamilySlice, exit: int, start: str) -> None:
-    """Initialize a branch with the family's own, and new layers as `Recipe.start` requires."""
-    old = base.branch_at[exit]
-    branch.norm.load_state_dict(old.norm.state_dict())
-    for i, layer in enumerate(branch.stack):
-        if i < len(old.stack):
-            layer.load_state_dict(old.stack[i].state_dict())
-        elif start == "copy" and exit + i < len(base.trunk):
-            layer.load_state_dict(base.trunk[exit + i].state_dict())
-        elif start == "copy":
-            layer.load_state_dict(base.branch_at[base.exits[-1]].stack[0].state_dict())
-        else:
-            _randomize(layer)
-            nn.init.zeros_(layer.o_proj.weight)
-            nn.init.zeros_(layer.down_proj.weight)
-
-
-def _randomize(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:  # the weight of a norm
-            nn.init.ones_(parameter)
 
 
 def _trunk_states(checkpoint: Checkpoint, recipe: Recipe, packed: Packed, device: torch.device) -> TrunkStates:

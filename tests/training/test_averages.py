@@ -1,21 +1,16 @@
 """Batches, processes and validation parts with few and many labels: each position counts the same."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.testing import free_ports
 from ruyi_flow.training.corpus import Document, Packed, pack_documents
 from ruyi_flow.training.recipe import Recipe
 from ruyi_flow.training.train import Step, _trained, train
@@ -95,29 +90,6 @@ def test_a_run_that_accumulates_has_the_losses_of_one_with_a_large_batch(
         train(recipe(tmp_path, scope, losses, **changes), Checkpoint(tiny), None, report=steps.append)
         found.append([value for step in steps for value in (*step.losses.values(), *step.validation.values())])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
-
-
-def test_two_processes_share_a_step_by_its_labels(tmp_path: Path, spoken: Path) -> None:
-    write(tmp_path)
-    plan = {"family": str(spoken), "data": [{"path": "ids.jsonl"}], "scope": "joint", "length": 64, "steps": 4}
-    plan |= {"precision": "no", "validate_every": 4, "save_every": 4}
-    for name, batch in (("one", 4), ("two", 2)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(plan | {"out": name, "batch": batch}))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", str(free_ports(1)[0])]
-    for command, name in (([sys.executable], "one"), (launch, "two")):
-        command = [*command, "-m", "ruyi_flow.cli", "train", str(tmp_path / f"{name}.yaml"), "--json"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    for mine, theirs in zip(one, two, strict=True):
-        mine, theirs = ({k: v for k, v in line.items() if k != "tokens_per_s"} for line in (mine, theirs))
-        assert theirs == pytest.approx(mine, rel=1e-4)
 
 
 def test_sequences_without_an_answer_do_not_break_a_step(tmp_path: Path, tiny: Path) -> None:
