@@ -245,26 +245,10 @@ def _baselines(trace: Trace, test: _PromptSet) -> dict[str, list[CascadeOutcome]
     raw = _PromptSet(trace, score=Score.MAX_PROBABILITY, curves=identity, window=test.window, weights={})
     return {
         "always": always,
-        "random": [_mixed(always[0], always[-1], i / 10) for i in range(11)],
+        "random": [test.mixed(always[0].setting, always[-1].setting, i / 10) for i in range(11)],
         "uncalibrated": [raw.outcome(Setting(0.0, bound, early[0])) for bound in _BOUNDS],
         "oracle": test.oracle(),
     }
-
-
-def _mixed(one: CascadeOutcome, other: CascadeOutcome, share: float) -> CascadeOutcome:
-    """Average two outcomes; `share` of the prompts use the other one."""
-
-    def mean(a: float, b: float) -> float:
-        return (1 - share) * a + share * b
-
-    return CascadeOutcome(
-        Setting(share, 0.0),
-        mean(one.score, other.score),
-        one.last,
-        mean(one.compute, other.compute),
-        {p: mean(one.decided[p], other.decided[p]) for p in one.decided},
-        mean(one.bytes_per_token, other.bytes_per_token),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +309,11 @@ class _PromptSet:
         """Run a setting on all these prompts."""
         return self._mean(setting, [self._answer(i, setting) for i in range(len(self._records))])
 
+    def mixed(self, one: Setting, other: Setting, share: float) -> CascadeOutcome:
+        """Return what to expect when a random share of these prompts uses the other setting."""
+        answers = [self._answer(i, setting) for setting in (one, other) for i in range(len(self._records))]
+        return self._mean(Setting(share, 0.0), answers, np.repeat([1 - share, share], len(self._records)))
+
     def oracle(self) -> list[CascadeOutcome]:
         """Choose the best single exit for each prompt, knowing all answers beforehand, at some prices of compute.
 
@@ -349,19 +338,22 @@ class _PromptSet:
         high = 1.0 - max_loss
         return Sample((excess - low) / (high - low), -low / (high - low))
 
-    def _mean(self, setting: Setting, answers: Sequence[_Answer]) -> CascadeOutcome:
+    def _mean(self, setting: Setting, answers: Sequence[_Answer], weights: Floats | None = None) -> CascadeOutcome:
+        """Average answers; `weights` says how often each is given, and adds up to the number of prompts."""
         whole = sum(self._answer(i, Setting(NEVER, 0.0)).flops for i in range(len(self._records)))
-        decided = dict.fromkeys(self.header.exits, 0)
-        for segment in (segment for answer in answers for segment in answer.segments):
-            decided[segment.exit] += segment.stop - segment.start
-        tokens = max(1, sum(decided.values()))
+        weights = np.ones(len(answers)) if weights is None else weights
+        decided = dict.fromkeys(self.header.exits, 0.0)
+        for answer, weight in zip(answers, weights.tolist(), strict=True):
+            for segment in answer.segments:
+                decided[segment.exit] += weight * (segment.stop - segment.start)
+        tokens = max(1.0, sum(decided.values()))
         return CascadeOutcome(
             setting,
-            float(np.mean([a.score for a in answers])),
-            float(np.mean([a.last for a in answers])),
-            sum(a.flops for a in answers) / whole,
+            float(np.average([a.score for a in answers], weights=weights)),
+            float(np.average([a.last for a in answers], weights=weights)),
+            float(weights @ [a.flops for a in answers]) / whole,
             {p: n / tokens for p, n in decided.items()},
-            sum(a.bytes for a in answers) / tokens,
+            float(weights @ [a.bytes for a in answers]) / tokens,
         )
 
     def _answer(self, i: int, setting: Setting) -> _Answer:

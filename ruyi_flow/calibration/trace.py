@@ -309,6 +309,7 @@ def _parse_record(raw: dict[str, Any], header: Header) -> Record:
         )
         for p, e in raw["exits"].items()
     }
-    if set(exits) != set(header.exits) or any(len(e.tokens) != len(answer) for e in exits.values()):
+    lengths = {len(found) for e in exits.values() for found in (e.tokens, e.scores)}
+    if set(exits) != set(header.exits) or lengths != {len(answer)}:
         raise ValueError("the exits or lengths of a record differ from the header's")
     return Record(int(raw["number"]), str(raw["prompt"]), int(raw["prompt_tokens"]), answer, exits)

@@ -108,7 +108,8 @@ def train(
     show = step_printer(quiet)
     if self_distill:
         with training_bar("answering", quiet=quiet) as progress:
-            file = distill(plan, checkpoint, tokenizer, end_tokens(checkpoint, tokenizer), report=progress)
+            ends = end_tokens(checkpoint, tokenizer)
+            file = distill(plan, checkpoint, tokenizer, ends, report=progress, say=show)
         show(f"answers written to {file}")
     last: list[Step] = []
     with training_bar("training", quiet=quiet) as progress:
@@ -214,4 +215,6 @@ def evaluate(
         cells = (report.cell(row, column) for column in found.columns)
         table.add_row(str(row.exit), str(row.layers), f"{row.parameters / 1e6:,.0f}M", *cells)
     out.print(table)
+    for note in report.notes(found):
+        err.print(note, soft_wrap=True)
     out.print("written: " + ", ".join(escape(str(file)) for file in written), soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ruyi_flow.evaluation.run import Column, Evaluation, Row
 
-__all__ = ["cell", "heading", "markdown", "write"]
+__all__ = ["cell", "heading", "markdown", "notes", "write"]
 
 
 def heading(column: Column) -> str:
@@ -34,12 +34,22 @@ def markdown(evaluation: Evaluation) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def notes(evaluation: Evaluation) -> list[str]:
+    """Say what the table leaves out, in one sentence for each such column."""
+    return [
+        f"{column.task}: {column.skipped} chats were left out: they do not fit the family's context, or have no answer."
+        for column in evaluation.columns
+        if column.skipped
+    ]
+
+
 def write(evaluation: Evaluation, out: Path) -> list[Path]:
     """Write `table.md`, `evaluation.json` and, if matplotlib is installed, `plot.png`, and return their paths."""
     limit = "" if evaluation.limit is None else f", {evaluation.limit} questions of each task"
     head = f"{evaluation.family} ({evaluation.fingerprint[:12]}), {evaluation.dtype}, {evaluation.fewshot} shots{limit}"
     table, data, plot = out / "table.md", out / "evaluation.json", out / "plot.png"
-    table.write_text(f"{head}\n\n{markdown(evaluation)}", encoding="utf-8")
+    said = "".join(f"\n{note}\n" for note in notes(evaluation))
+    table.write_text(f"{head}\n\n{markdown(evaluation)}{said}", encoding="utf-8")
     data.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n")
     try:
         import matplotlib

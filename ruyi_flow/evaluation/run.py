@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ruyi_flow.evaluation.sandbox import HUMANEVAL
 from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
-from ruyi_flow.training.corpus import read_documents, read_prompts
+from ruyi_flow.training.corpus import Document, read_documents, read_prompts
 from ruyi_flow.training.distill import answers
 
 __all__ = ["AGREEMENT", "Column", "Evaluation", "Row", "evaluate"]
@@ -46,6 +46,8 @@ class Column:
     higher_is_better: bool
     samples: int
     """Number of questions, texts or tokens behind each value."""
+    skipped: int = 0
+    """Number of chats that were left out, since they do not fit the family's context, or have no answer to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Metrics:
     errors: dict[str, float]
     higher_is_better: dict[str, bool]
     samples: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,14 @@ def evaluate(
         agreement = _Agreement(family, cache, batch_tokens, report)
         for name in of_agreement:
             assert chats is not None
-            pairs = (agreement.generated if name == "agreement" else agreement.given)(chats, limit)
-            measured[name] = agreement.measure(chosen, pairs)
+            pairs, skipped = (agreement.generated if name == "agreement" else agreement.given)(chats, limit)
+            if not pairs:
+                raise ConfigError(
+                    f"{chats}: contains no chat that {name} can be measured on"
+                    + (f"; {skipped} do not fit the family's context, or have no answer to read" if skipped else "")
+                )
+            found = agreement.measure(chosen, pairs)
+            measured[name] = {p: replace(metrics, skipped=skipped) for p, metrics in found.items()}
     columns = [_column(name, measured[name][chosen[-1]]) for name in names]
     rows = []
     for p in chosen:
@@ -170,7 +179,8 @@ def evaluate(
 
 def _column(task: str, metrics: Metrics) -> Column:
     metric = _MAIN_METRIC.get(task) or next(iter(metrics.values))
-    return Column(task, metric, metrics.higher_is_better.get(metric.split(",")[0], True), metrics.samples)
+    is_better = metrics.higher_is_better.get(metric.split(",")[0], True)
+    return Column(task, metric, is_better, metrics.samples, metrics.skipped)
 
 
 def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: int, run_code: bool) -> dict[str, Any]:
@@ -237,11 +247,15 @@ class _Agreement:
     batch_tokens: int
     report: Report
 
-    def generated(self, chats: Path, limit: int | None) -> list[_Pair]:
-        """Return the prompts of chats with the last exit's greedy answers of at most 128 tokens."""
+    def generated(self, chats: Path, limit: int | None) -> tuple[list[_Pair], int]:
+        """Return the prompts of chats with the last exit's greedy answers of at most 128 tokens.
+
+        The number says how many more chats there are, whose prompts leave no room for such an answer.
+        """
         family, most = self.family, 128
         last, longest_prompt = family.exits[-1], family.config.max_positions - most
-        prompts = [p for p in islice(read_prompts(chats, family.tokenizer), limit) if len(p) <= longest_prompt]
+        read = list(islice(read_prompts(chats, family.tokenizer), limit))
+        prompts = [prompt for prompt in read if len(prompt) <= longest_prompt]
         asked = [p for p in prompts if cache_key(last, "answer", p, most) not in self.cache]
         if asked:
             longest = max(map(len, asked)) + most
@@ -257,13 +271,21 @@ class _Agreement:
                 self.cache[cache_key(last, "answer", list(answer.prompt), most)] = answer.token_ids
                 self.cache.flush()
                 self.report("the last exit answering", done, len(asked))
-        return [(p, list(self.cache[cache_key(last, "answer", p, most)])) for p in prompts]
+        pairs = [(p, list(self.cache[cache_key(last, "answer", p, most)])) for p in prompts]
+        return pairs, len(read) - len(prompts)
 
-    def given(self, chats: Path, limit: int | None) -> list[_Pair]:
-        """Return the file's own prompts and answers; of plain text all but the first token is the answer."""
-        documents = read_documents(chats, self.family.tokenizer, length=self.family.config.max_positions)
-        cuts = [(list(d.token_ids), max(1, d.answer)) for d in islice(documents, limit)]
-        return [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)]
+    def given(self, chats: Path, limit: int | None) -> tuple[list[_Pair], int]:
+        """Return the file's own prompts and answers; of plain text all but the first token is the answer.
+
+        The number says how many more chats there are, which have no answer, or one that begins after the end of the
+        context. Of other long chats, the part that fits is measured.
+        """
+        length, long = self.family.config.max_positions, list[Document]()
+        read = read_documents(chats, self.family.tokenizer, length=length, too_long=long.append)
+        documents = list(islice(read, limit))
+        cuts = [(list(d.token_ids), max(1, d.answer)) for d in documents if d.has_answer]
+        skipped = len(documents) - len(cuts) + sum(d.has_answer and d.answer >= length for d in long)
+        return [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)], skipped
 
     def measure(self, exits: Sequence[int], pairs: Sequence[_Pair]) -> dict[int, Metrics]:
         """Feed answers to the exits (teacher forcing), and measure agreement with the last exit and perplexity."""

@@ -113,7 +113,7 @@ class Checkpoint:
         stored = self._metadata.get("ruyi_flow.fingerprint")
         if stored and not re.fullmatch(r"[0-9a-f]{16}", stored):
             raise CheckpointError(
-                f"{self.folder}: its metadata names fingerprint {shorten(stored)}, which is none; cut the shard again"
+                f"{self.folder}: its metadata names fingerprint {shown(stored)}, which is none; cut the shard again"
             )
         return stored or _fingerprint(self.config, self.names(self.config.exits), self._first_values)
 

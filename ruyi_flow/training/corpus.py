@@ -1,13 +1,16 @@
 """Training data: chats, plain text and a family's own answers, as packed sequences of token ids.
 
-A file is plain text (`.txt`) or has JSON lines. A line is `{"messages": [{"role", "content"}, …]}`,
-`{"question", "answer"}` or, where only prompts are needed, `{"prompt"}`: these go through the chat template. A line
-can also be `{"prompt": [ids], "answer": [ids]}`, which `distill.py` writes.
+A file is plain text (`.txt`) or has JSON lines. A line is `{"messages": [{"role", "content"}, …]}`, `{"question"}` or
+`{"prompt"}`, the latter two with or without an `"answer"`: these go through the chat template. A last message of the
+role `assistant` is the chat's answer, and what precedes it is the prompt. A chat that ends with a message of the user
+or of a tool is a prompt as a whole, and has no answer. A line can also be `{"prompt": [ids], "answer": [ids]}`, which
+`distill.py` writes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from ruyi_flow.errors import ConfigError
@@ -42,7 +44,13 @@ class Document:
 
     token_ids: tuple[int, ...]
     answer: int
-    """Index of the first token of the last answer; 0 for plain text, which counts as an answer."""
+    """Index of the first token of the last answer: 0 for plain text, which counts as an answer, and the number of
+    tokens for a chat without an answer."""
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether any token belongs to an answer."""
+        return self.answer < len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +74,17 @@ class Packed:
         return Packed(self.token_ids[indices], self.documents[indices], self.positions[indices], self.answers[indices])
 
 
-def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Document]:
+def read_documents(
+    path: Path, tokenizer: Any, *, length: int, too_long: Callable[[Document], None] = lambda document: None
+) -> Iterator[Document]:
     """Read the documents of a file.
 
     Args:
         path: a file of chats, answers or plain text.
         tokenizer: the family's tokenizer.
-        length: most tokens of a document. Chats are cut to this length, plain text is split into pieces of it.
+        length: most tokens of a document. Plain text is split into pieces of this length. Chats are cut to it, and left
+            out if that would remove all of their answer.
+        too_long: called with each chat that is longer.
 
     Raises:
         ConfigError: the file or one of its lines cannot be read.
@@ -83,12 +95,16 @@ def read_documents(path: Path, tokenizer: Any, *, length: int) -> Iterator[Docum
         yield from (Document(tuple(ids[i : i + length]), 0) for i in range(0, len(ids) - 1, length))
         return
     for document in each_line(path, partial(_document, tokenizer=tokenizer), f"{CHAT}, or {_IDS}"):
-        if document.answer < length:  # otherwise the cut would remove all of the answer
-            yield Document(document.token_ids[:length], document.answer)
+        if len(document.token_ids) <= length:
+            yield document
+            continue
+        too_long(document)
+        if document.answer < length or not document.has_answer:
+            yield Document(document.token_ids[:length], min(document.answer, length))
 
 
 def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
-    """Read the prompts of a file of chats as token ids: each is all that precedes the last answer.
+    """Read the prompts of a file of chats as token ids: what precedes an answer at the end, or all of a chat.
 
     Raises:
         ConfigError: the file or one of its lines cannot be read.
@@ -97,9 +113,16 @@ def read_prompts(path: Path, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def chat_prompt(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-    """Return the token ids of a chat up to its last answer, and the text of that answer."""
-    messages = _messages(item)
-    return _chat_prompt(messages[:-1], tokenizer), messages[-1]["content"]
+    """Return the token ids of a chat up to the answer at its end, and the text of that answer, or "" without one.
+
+    Raises:
+        ConfigError: the line is not a chat, its last question is blank, or the chat template rejects it.
+    """
+    prompt, answer = _chat(item)
+    if not prompt[-1]["content"].strip():
+        raise ConfigError("its prompt is blank")
+    text = _render(prompt, tokenizer, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), answer or ""
 
 
 CHAT = '{"messages": [{"role": …, "content": …}, …]}, {"prompt": …} or {"question": …, "answer": …}'
@@ -129,8 +152,6 @@ def each_line(path: Path, read: Callable[[Any], T], expected: str) -> Iterator[T
                 yield read(json.loads(line))
             except ConfigError as error:
                 raise ConfigError(f"{path}, line {number}: {error}") from None
-            except TemplateError as error:
-                raise ConfigError(f"{path}, line {number}: the family's chat template rejects it: {error}") from None
             except (ValueError, TypeError, KeyError, IndexError, AttributeError):
                 found = line.strip() or "an empty line"
                 found = found if len(found) <= 80 else f"{found[:79]}…"
@@ -145,32 +166,71 @@ def _readable(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def _chat_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
-    """Return the token ids that a chat template makes of the turns before an answer."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _messages(item: dict[str, Any]) -> list[dict[str, str]]:
-    """Return a line's turns; the last one is the answer."""
-    if "messages" in item:
-        messages = list(item["messages"])
+def _chat(item: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
+    """Return the turns of a line without the answer at their end, and that answer; None if there is none."""
+    if "messages" in item:  # beside them, some data sets repeat the first message as "prompt"
+        turns = list(item["messages"])
+    elif "question" in item and "prompt" in item:
+        raise ConfigError('it has both "question" and "prompt"; keep the one that is meant')
     else:
-        question = item["question"] if "question" in item else item["prompt"]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": item.get("answer", "")}]
-    if not all(isinstance(message["content"], str) for message in messages):
+        turns = [{"role": "user", "content": item["question"] if "question" in item else item["prompt"]}]
+    if "answer" in item and turns[-1]["role"] != "assistant":
+        turns.append({"role": "assistant", "content": item["answer"]})
+    if not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
         raise TypeError
-    return messages
+    last = turns[-1]["role"]
+    if last not in ("user", "tool", "assistant"):
+        raise ConfigError(
+            f'its last message has the role {last!r}; expected "user" or "tool" for a prompt, or "assistant" for its '
+            "answer"
+        )
+    if last != "assistant":
+        return turns, None
+    if len(turns) == 1:
+        raise ConfigError("it has an answer, but no prompt before it")
+    return turns[:-1], turns[-1]["content"]
+
+
+def _render(turns: Sequence[dict[str, str]], tokenizer: Any, **options: bool) -> str:
+    """Return the text that the chat template makes of some turns."""
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+    except Exception as error:  # a template is a program that comes with the family; it may raise anything
+        raise ConfigError(f"the family's chat template rejects it: {error}") from None
 
 
 def _document(item: dict[str, Any], tokenizer: Any) -> Document:
     if isinstance(item.get("prompt"), list):
-        prompt, answer = [int(i) for i in item["prompt"]], [int(i) for i in item["answer"]]
-        return Document((*prompt, *answer), len(prompt))
-    messages = _messages(item)
-    prompt = _chat_prompt(messages[:-1], tokenizer)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    return Document(tuple(tokenizer(whole, add_special_tokens=False)["input_ids"]), len(prompt))
+        prompt_ids, answer_ids = item["prompt"], item["answer"]
+        if not all(type(i) is int for i in (*prompt_ids, *answer_ids)):
+            raise TypeError
+        return Document((*prompt_ids, *answer_ids), len(prompt_ids))
+    prompt, answer = _chat(item)
+    if answer is None:
+        ids = tokenizer(_render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+        return Document(tuple(ids), len(ids))
+    text = _render([*prompt, {"role": "assistant", "content": answer}], tokenizer)
+    start = _answer_start(text, prompt, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    return Document(tuple(encoded["input_ids"]), next((i for i, end in enumerate(ends) if end > start), len(ends)))
+
+
+_ANY_ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for an answer in a text, to find where answers begin. It is not in any other text."""
+
+
+def _answer_start(text: str, prompt: Sequence[dict[str, str]], tokenizer: Any) -> int:
+    """Return the index of the first character of a chat's text that answers the prompt.
+
+    Many templates do not render a prompt as the chat with its answer begins: they open a thought, or change earlier
+    messages. The answer then begins where the text depends on the answer.
+    """
+    asked = _render(prompt, tokenizer, add_generation_prompt=True)
+    if text.startswith(asked):
+        return len(asked)
+    other = _render([*prompt, {"role": "assistant", "content": _ANY_ANSWER}], tokenizer)
+    return len(os.path.commonprefix([text, other]))
 
 
 def pack_documents(documents: Sequence[Document], *, length: int, seed: int) -> Packed:

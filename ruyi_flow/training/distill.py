@@ -164,6 +164,7 @@ def distill(
     eos_token_ids: tuple[int, ...],
     *,
     report: Callable[[int, int, float], None] = lambda done, prompts, tokens_per_s: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Answer the recipe's prompts with the family's last branch. A later call continues an interrupted one.
 
@@ -173,6 +174,7 @@ def distill(
         tokenizer: the family's tokenizer.
         eos_token_ids: tokens that end an answer.
         report: called after every answer with the number of answers, the number of prompts, and the tokens a second.
+        say: called with messages about the run.
 
     Returns:
         The file of answers, which `train` reads with the recipe's data.
@@ -202,16 +204,19 @@ def distill(
             part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own))
             os.replace(part, file)
         prompts += read_prompts(file, tokenizer)
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < recipe.length]
+    if skipped := len(prompts) - len(fitting):
+        say(f"{skipped} of {len(prompts)} prompts have {recipe.length} tokens or more (length); they are not answered")
     file = recipe.answers
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []
     done = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last line off
     file.write_text("".join(json.dumps(item) + "\n" for item in done))
     answered = {(item["prompt_number"], item["temperature"]) for item in done}
-    began, tokens, total = time.perf_counter(), 0, len(prompts) * len(plan.temperatures)
+    began, tokens, total = time.perf_counter(), 0, len(fitting) * len(plan.temperatures)
     with file.open("a") as out:
         for temperature in plan.temperatures:
-            numbers = [i for i in range(len(prompts)) if (i, temperature) not in answered]
+            numbers = [i for i in fitting if (i, temperature) not in answered]
             asked, seed = [prompts[i] for i in numbers], recipe.seed + len(answered)
             for answer in ask(asked, max_positions=recipe.length, temperature=temperature, seed=seed):
                 item = {"prompt_number": numbers[answer.index], "temperature": temperature}

@@ -30,7 +30,8 @@ class SelfDistill(_Model):
     """Self-distillation: answers of the family's last branch to prompts, which are training data besides `data`."""
 
     prompts: tuple[Source, ...] = ()
-    """Files of chats. The last branch answers the last turn of each chat anew."""
+    """Files of chats. The last branch answers each anew: what precedes the answer at its end, or all of it if it ends
+    with a message of the user."""
     own_prompts: int = Field(default=0, ge=0)
     """Number of further prompts that the family samples at temperature 1 from the beginning of a user's turn in its
     chat template (Magpie, Xu et al. 2024, arXiv 2406.08464). Duplicates and those longer than `max_new_tokens` are
@@ -64,7 +65,7 @@ class Losses(_Model):
     """Tokens that a branch's distribution covers. `candidates`: those that are probable, or right, at any position of
     the batch. `full`: all."""
     prompt: float = Field(default=0.5, ge=0)
-    """Weight of a position outside of answers; one in an answer has 1."""
+    """Weight of a position whose next token is outside of answers; one whose next token belongs to an answer has 1."""
 
 
 class Recipe(_Model):
@@ -96,7 +97,8 @@ class Recipe(_Model):
     batch: int = Field(default=16, ge=1)
     """Sequences of a batch, in each process."""
     accumulate: int = Field(default=1, ge=1)
-    """Number of batches whose gradients are accumulated for one step."""
+    """Number of batches whose gradients are accumulated for one step, which then has the gradient of one large batch
+    (except that `candidates` are those of each batch)."""
     steps: int = Field(ge=1)
     """Number of optimizer steps. It may change when a run is resumed; the learning rate then falls towards the new
     end."""

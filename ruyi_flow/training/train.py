@@ -29,7 +29,7 @@ from torch import Tensor
 from ruyi_flow.errors import ConfigError, TrainingError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
-from ruyi_flow.training.corpus import Packed, pack_documents, read_documents
+from ruyi_flow.training.corpus import Document, Packed, pack_documents, read_documents
 from ruyi_flow.training.recipe import Recipe, Source
 from ruyi_flow.training.trainees import Branches, Joint, Probes
 
@@ -85,7 +85,7 @@ def train(
     )
     checkpoint = family if isinstance(family, Checkpoint) else None
     config = _trained(family if isinstance(family, FamilyConfig) else family.config, recipe)
-    packed = _read(recipe, tokenizer)
+    packed = _read(recipe, tokenizer, say)
     held_out = max(1, round(len(packed) * recipe.validation))
     if len(packed) - held_out < recipe.batch * accelerator.num_processes:
         raise ConfigError(
@@ -135,11 +135,13 @@ def train(
     batches = _batches(recipe, torch.arange(held_out, len(packed)), accelerator.num_processes, done)
     began, tokens = time.perf_counter(), 0
     for step in range(done, recipe.steps):
-        sums: dict[str, float] = {}
-        for _ in range(recipe.accumulate):
-            indices = next(batches)[accelerator.process_index :: accelerator.num_processes]
+        sums: dict[str, Tensor] = {}
+        groups = [next(batches) for _ in range(recipe.accumulate)]
+        whole = torch.cat(groups)
+        for group in groups:
+            indices = group[accelerator.process_index :: accelerator.num_processes]
             with accelerator.accumulate(model):
-                parts: dict[str, Tensor] = model(indices, step)
+                parts: dict[str, Tensor] = model(indices, step, whole)
                 loss = parts["loss"]
                 if not torch.isfinite(loss):
                     raise TrainingError(
@@ -147,24 +149,27 @@ def train(
                         f"which begins {tokenizer.decode(packed.token_ids[indices[0], :40].tolist())!r}; check the "
                         "data, or lower learning_rate"
                     )
-                accelerator.backward(loss)
+                # Parts are shares of the step's mean, so they are added; accelerate would average them.
+                accelerator.backward(loss * recipe.accumulate * accelerator.num_processes)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimizer.step()
                 optimizer.zero_grad()
             for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(part.detach()) / recipe.accumulate
-            tokens += int((packed.documents[indices] >= 0).sum()) * accelerator.num_processes
+                sums[name] = sums[name] + part.detach() if name in sums else part.detach()
+        tokens += int((packed.documents[whole] >= 0).sum())
+        added = accelerator.reduce(torch.stack([*sums.values()]), "sum").tolist()
+        losses = dict(zip(sums, added, strict=True))
         schedule.step()
         last = step + 1 == recipe.steps
         found = {}
         if last or (step + 1) % recipe.validate_every == 0:
-            with torch.no_grad():
-                found = model(validation, None)  # through accelerate's wrapper, which may have to gather the weights
+            with torch.no_grad():  # through accelerate's wrapper, which may have to gather the weights
+                found = model(validation, None, validation)
         tokens_per_s = tokens / (time.perf_counter() - began)
-        report(Step(step=step + 1, steps=recipe.steps, losses=sums, tokens_per_s=tokens_per_s, validation=found))
+        report(Step(step=step + 1, steps=recipe.steps, losses=losses, tokens_per_s=tokens_per_s, validation=found))
         if accelerator.is_main_process:
-            values = {"step": step + 1, "tokens_per_s": tokens_per_s, **sums}
+            values = {"step": step + 1, "tokens_per_s": tokens_per_s, **losses}
             values |= {f"validation/{name}": value for name, value in found.items()}
             with metrics.open("a") as file:
                 file.write(json.dumps(values) + "\n")
@@ -206,12 +211,25 @@ def _trained(config: FamilyConfig, recipe: Recipe) -> FamilyConfig:
     return FamilyConfig.parse({**config.to_dict(), **new})
 
 
-def _read(recipe: Recipe, tokenizer: Any) -> Packed:
-    documents = []
+def _read(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> Packed:
+    """Read and pack the recipe's data and the family's own answers, and say what is not trained on as it is."""
+    documents: list[Document] = []
     own = (Source(path=recipe.answers),) if recipe.answers.exists() else ()
     for source in (*recipe.data, *own):
-        read = read_documents(source.path, tokenizer, length=recipe.length)
-        documents += [d for d in islice(read, source.documents) if len(d.token_ids) > 1]
+        long: list[Document] = []
+        read = read_documents(source.path, tokenizer, length=recipe.length, too_long=long.append)
+        found = [d for d in islice(read, source.documents) if len(d.token_ids) > 1]
+        if long:
+            lost = sum(d.has_answer and d.answer >= recipe.length for d in long)
+            say(
+                f"{source.path}: {len(long)} chats are longer than {recipe.length} tokens; {lost} were left out, since "
+                "nothing of their answers fits, and the others were cut"
+            )
+        if unanswered := sum(not d.has_answer for d in found):
+            say(f"{source.path}: {unanswered} chats have no answer; all of their tokens count as outside of answers")
+        if not found and source not in own:
+            raise ConfigError(f"data: {source.path} contains nothing to train on; remove it, or raise length")
+        documents += found
     if not documents:
         raise ConfigError("data: these files contain nothing to train on; name other files, or use --self-distill")
     return pack_documents(documents, length=recipe.length, seed=recipe.seed)

@@ -1,7 +1,10 @@
 """The modules that training optimizes: trunk and branches jointly, branches on a frozen trunk, or their probes.
 
-The forward pass of each takes numbers of packed sequences. It returns their losses, or, if `step` is None, validation
-results. `published` names the module's tensors as checkpoints do.
+The forward pass of each takes numbers of packed sequences, the number of the step, and the numbers of all sequences of
+that step. It returns the share of these sequences in the step's losses: their sum over positions, divided by the weight
+of the whole step's positions. So the shares of batches and processes add up to the losses of one large batch, however
+its positions are divided among them. If the step is None, it returns validation results. `published` names the module's
+tensors as checkpoints do.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint
+from ruyi_flow.family.checkpoint import PROBE_NAMES, Checkpoint
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.transformer import Attention, Branch, DecoderLayer, FamilySlice, Probe, Rope
 from ruyi_flow.training.corpus import Packed
 from ruyi_flow.training.recipe import Recipe
+from ruyi_flow.training.tensors import published, published_branch, randomize, start_branch
 from ruyi_flow.training.trunk_states import TrunkStates, rope_and_attention
 
 __all__ = ["Branches", "Joint", "Probes", "cross_entropy"]
@@ -36,28 +40,32 @@ class Joint(nn.Module):
         self.recipe, self.packed = recipe, packed
         self.family = FamilySlice(config, config.exits)
         if checkpoint is None:
-            _randomize(self.family)
+            randomize(self.family)
         else:
             base = load_slice(checkpoint, checkpoint.config.exits, dtype=torch.float32, packed=False)
             self.family.load_state_dict(base.state_dict(), strict=False)
             for p in config.exits[:-1]:
-                _start_branch(self.family.branch_at[p], base, p, recipe.start)
+                start_branch(self.family.branch_at[p], base, p, recipe.start)
         self.family.requires_grad_(True)
         if recipe.gradient_checkpointing:
             self.family.call = _recomputed
         self.rope = Rope(config, torch.float32, torch.device("cpu"))
 
-    def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
-        """Return the losses of some sequences; without a step, their validation results."""
+    def forward(self, indices: Tensor, step: int | None, whole: Tensor) -> dict[str, Any]:
+        """Return the losses' shares of some sequences of a step; without a step, their validation results."""
         if step is None:
             return self._validate(indices)
-        losses = self._losses(indices)
+        losses = self._losses(indices, self._count(whole))
         weights = _exit_weights(self.recipe, len(losses), step)
         total = sum((w * loss for w, loss in zip(weights, losses.values(), strict=True)), torch.zeros(()))
         return {"loss": total} | {f"cross_entropy/{p}": loss.detach() for p, loss in losses.items()}
 
-    def _losses(self, indices: Tensor) -> dict[int, Tensor]:
-        """Return the mean cross-entropy of each exit."""
+    def _count(self, indices: Tensor) -> int:
+        """Count the positions of some sequences that have a next token."""
+        return int((_labels(self.packed.rows(indices)) >= 0).sum())
+
+    def _losses(self, indices: Tensor, count: int) -> dict[int, Tensor]:
+        """Return the cross-entropy of each exit over some sequences, as its share of a mean over `count` positions."""
         device, rows = self.family.device, self.packed.rows(indices)
         rope, attention = rope_and_attention(self.rope, rows, device)
         labels = _labels(rows).to(device).flatten()
@@ -66,15 +74,16 @@ class Joint(nn.Module):
             states = self.family.run(states, first, exit, rope=rope, attention=attention)
             logits = self.family.branch_logits(exit, states, rope=rope, attention=attention)
             assert logits is not None
-            losses[exit] = F.cross_entropy(logits.float(), labels, ignore_index=-100)
+            losses[exit] = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / max(1, count)
         return losses
 
     def _validate(self, indices: Tensor) -> dict[str, float]:
         """Return the loss of every exit."""
         sums: dict[str, float] = {}
+        count = self._count(indices)
         for part in indices.split(self.recipe.batch):
-            for exit, loss in self._losses(part).items():
-                sums[f"loss/{exit}"] = sums.get(f"loss/{exit}", 0.0) + float(loss) * len(part) / len(indices)
+            for exit, loss in self._losses(part, count).items():
+                sums[f"loss/{exit}"] = sums.get(f"loss/{exit}", 0.0) + float(loss)
         return sums
 
     def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +106,7 @@ class Branches(nn.Module):
         self.branches = nn.ModuleDict()
         for p in early:
             branch = Branch(config, config.branch_layers[config.exits.index(p)])
-            _start_branch(branch, base, p, recipe.start)
+            start_branch(branch, base, p, recipe.start)
             self.branches[str(p)] = branch.requires_grad_(True)
         heads = {p: base.head_at[p].weight.detach().to(device, torch.bfloat16) for p in config.exits}
         self.heads = heads  # not parameters, since they stay as they are
@@ -105,23 +114,23 @@ class Branches(nn.Module):
         del base  # before the trunk is loaded
         self.trunk = _trunk_states(checkpoint, recipe, packed, device)
 
-    def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
-        """Return the losses of some sequences; without a step, their validation results."""
+    def forward(self, indices: Tensor, step: int | None, whole: Tensor) -> dict[str, Any]:
+        """Return the losses' shares of some sequences of a step; without a step, their validation results."""
         if step is None:
             return self._validate(indices)
         losses, recipe = self.recipe.losses, self.recipe
         states, target, top, chances = (t.to(self.device) for t in self.trunk.of(indices))
         rows = self.packed.rows(indices)
         labels = _labels(rows).to(self.device).flatten()
-        weight = (torch.where(rows.answers, 1.0, losses.prompt) * (rows.documents >= 0)).to(self.device).flatten()
         rope, attention = rope_and_attention(self.rope, rows, self.device)
-        chosen = _positions(weight, losses.positions, seed=hash((recipe.seed, step, int(indices[0]))))
+        weight, kept = (t.flatten().to(self.device) for t in self._weights(indices, step))
+        of_all, of_kept = (max(float(t.sum()), 1e-9) for t in self._weights(whole, step))
+        chosen = kept.nonzero()[:, 0] if kept.any() else torch.zeros(1, dtype=torch.int64, device=self.device)
         likely, goal = top[chosen], labels[chosen]
         wanted, columns = goal.clamp(min=0), None
         if losses.vocabulary == "candidates":
             columns, likely, wanted = _compact(likely, wanted)
-        share = weight / weight.sum()
-        picked = weight[chosen] / weight[chosen].sum()
+        share, picked = weight / of_all, kept[chosen] / of_kept
         known = picked * (goal >= 0)
         size = target.float().square().mean(-1)
         total, parts = torch.zeros((), device=self.device), {}
@@ -146,6 +155,18 @@ class Branches(nn.Module):
                     parts[f"cross_entropy/{name}"] = (known * ce).sum()
                     total = total + losses.cross_entropy * parts[f"cross_entropy/{name}"]
         return {"loss": total} | {name: part.detach() for name, part in parts.items()}
+
+    def _weights(self, indices: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return (sequences, length) the weights of positions, and the same with 0 where `positions` leaves one out."""
+        rows, losses = self.packed.rows(indices), self.recipe.losses
+        weight = torch.where(_before_answers(rows), 1.0, losses.prompt) * (rows.documents >= 0)
+        if losses.positions == 1.0:
+            return weight, weight
+        kept = torch.zeros_like(weight)
+        for row, index in enumerate(indices.tolist()):  # each by itself, whatever other sequences are in the batch
+            chosen = _positions(weight[row], losses.positions, seed=hash((self.recipe.seed, step, index)))
+            kept[row, chosen] = weight[row, chosen]
+        return weight, kept
 
     def _validate(self, indices: Tensor) -> dict[str, float]:
         """Return how often each branch's most probable token is the last branch's, in answers and elsewhere."""
@@ -195,20 +216,27 @@ class Probes(nn.Module):
         self.rope = Rope(config, self.trunk.model.dtype, torch.device("cpu"))
         self._examples: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # by sequence and exit
 
-    def forward(self, indices: Tensor, step: int | None) -> dict[str, Any]:
-        """Return the losses of some sequences; without a step, their validation results."""
+    def forward(self, indices: Tensor, step: int | None, whole: Tensor) -> dict[str, Any]:
+        """Return the losses' shares of some sequences of a step; without a step, their validation results."""
         if step is None:
             return self._validate(indices)
+        count = max(1, int(_before_answers(self.packed.rows(whole)).sum()))
         parts, total, hidden = {}, torch.zeros((), device=self.device), self.config.hidden_size
-        generator = torch.Generator(self.device)
-        generator.manual_seed(hash((self.recipe.seed, step, int(indices[0]))) % 2**63)
+        dropout = self._dropout(indices, step)
         for name, (features, agrees) in self._of(indices).items():
-            kept = torch.rand(len(features), hidden, generator=generator, device=self.device) >= _PROBE_DROPOUT
-            states = features[:, :hidden] * (kept / (1 - _PROBE_DROPOUT))
+            states = features[:, :hidden] * dropout
             log_odds = self._probe(name).log_odds(torch.cat([states, features[:, hidden:]], -1))
-            parts[f"log_loss/{name}"] = F.binary_cross_entropy_with_logits(log_odds, agrees)
+            parts[f"log_loss/{name}"] = F.binary_cross_entropy_with_logits(log_odds, agrees, reduction="sum") / count
             total = total + parts[f"log_loss/{name}"]
         return {"loss": total} | {name: part.detach() for name, part in parts.items()}
+
+    def _dropout(self, indices: Tensor, step: int) -> Tensor:
+        """Return dropout's factors for the states at positions before answers' tokens, drawn sequence by sequence."""
+        masks, counts = [], _before_answers(self.packed.rows(indices)).sum(1).tolist()
+        for index, count in zip(indices.tolist(), counts, strict=True):
+            generator = torch.Generator().manual_seed(hash((self.recipe.seed, step, index)) % 2**63)
+            masks.append(torch.rand(count, self.config.hidden_size, generator=generator) >= _PROBE_DROPOUT)
+        return torch.cat(masks).to(self.device) / (1 - _PROBE_DROPOUT)
 
     def _probe(self, name: str) -> Probe:
         probe = self.probes[name]
@@ -303,67 +331,6 @@ def cross_entropy(logits: Tensor, columns: Tensor, chances: Tensor) -> Tensor:
     return _SparseCrossEntropy.apply(logits, columns, chances)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def published_branch(config: FamilyConfig, exit: int, branch: Branch) -> dict[str, Tensor]:
-    """Return the tensors of a branch by their published names."""
-    out = {f"model.norms.{config.exits.index(exit)}.weight": branch.norm.weight.detach()}
-    for layer, prefix in zip(branch.stack, config.branch_prefixes(exit), strict=True):
-        out |= _published_layer(layer, prefix)
-    return out
-
-
-def published(family: FamilySlice) -> dict[str, Tensor]:
-    """Return the tensors of a whole family by their published names."""
-    config = family.config
-    assert family.embed_tokens is not None
-    out = {"model.embed_tokens.weight": family.embed_tokens.weight.detach()}
-    for i, layer in enumerate(family.trunk):
-        out |= _published_layer(layer, f"model.layers.{i}")
-    for p, branch in family.branch_at.items():
-        out |= published_branch(config, p, branch)
-        out[config.head_name(p)] = family.head_at[p].weight.detach()
-    return out
-
-
-def _published_layer(layer: DecoderLayer, prefix: str) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    kv = layer.num_kv_heads * layer.head_dim
-    rows = {"qkv_proj": [layer.num_heads * layer.head_dim, kv, kv], "gate_up_proj": list(layer.gate_up_proj.splits)}
-    for name, parts in LAYER_NAMES.items():
-        for kind in ("weight", "bias"):
-            tensor = getattr(getattr(layer, name), kind, None)  # norms of queries and keys may be None
-            if tensor is not None:
-                pieces = tensor.detach().split(rows.get(name, len(tensor)))
-                out |= {f"{prefix}.{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
-    return out
-
-
-def _start_branch(branch: Branch, base: FamilySlice, exit: int, start: str) -> None:
-    """Initialize a branch with the family's own, and new layers as `Recipe.start` requires."""
-    old = base.branch_at[exit]
-    branch.norm.load_state_dict(old.norm.state_dict())
-    for i, layer in enumerate(branch.stack):
-        if i < len(old.stack):
-            layer.load_state_dict(old.stack[i].state_dict())
-        elif start == "copy" and exit + i < len(base.trunk):
-            layer.load_state_dict(base.trunk[exit + i].state_dict())
-        elif start == "copy":
-            layer.load_state_dict(base.branch_at[base.exits[-1]].stack[0].state_dict())
-        else:
-            _randomize(layer)
-            nn.init.zeros_(layer.o_proj.weight)
-            nn.init.zeros_(layer.down_proj.weight)
-
-
-def _randomize(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:  # the weight of a norm
-            nn.init.ones_(parameter)
-
-
 def _trunk_states(checkpoint: Checkpoint, recipe: Recipe, packed: Packed, device: torch.device) -> TrunkStates:
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     trunk = load_slice(checkpoint, checkpoint.config.exits, dtype=dtype, device=device)
@@ -382,17 +349,20 @@ def _branch_states(
     return branch.norm.forward(x)
 
 
+def _has_next(rows: Packed) -> Tensor:
+    """Return (rows, length) bool: whether a position is followed by another one of its document."""
+    same = (rows.documents[:, 1:] == rows.documents[:, :-1]) & (rows.documents[:, 1:] >= 0)
+    return F.pad(same, (0, 1), value=False)
+
+
 def _labels(rows: Packed) -> Tensor:
     """Return (rows, length) int64: the next token of each position's document, or -100 if it is the last."""
-    labels = torch.full(rows.token_ids.shape, -100, dtype=torch.int64)
-    same = (rows.documents[:, 1:] == rows.documents[:, :-1]) & (rows.documents[:, 1:] >= 0)
-    labels[:, :-1] = torch.where(same, rows.token_ids[:, 1:].long(), -100)
-    return labels
+    return torch.where(_has_next(rows), rows.token_ids.roll(-1, 1).long(), -100)
 
 
 def _before_answers(rows: Packed) -> Tensor:
-    """Return (rows, length) bool: whether the next token belongs to an answer."""
-    return F.pad(rows.answers[:, 1:], (0, 1), value=False)
+    """Return (rows, length) bool: whether the next token of a position's document belongs to an answer."""
+    return rows.answers.roll(-1, 1) & _has_next(rows)
 
 
 def _auc(scores: Tensor, positive: Tensor) -> float:

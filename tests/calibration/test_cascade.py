@@ -152,3 +152,28 @@ def test_an_oracle_is_never_beaten_at_its_price_of_compute() -> None:
         assert oracle.score - price * oracle.compute >= most - 1e-9
     cheap = [oracle.compute for oracle in found.baselines["oracle"]]
     assert cheap == sorted(cheap, reverse=True) and cheap[-1] < 0.6, "the higher the price, the less compute"
+
+
+def test_a_random_choice_of_exits_counts_tokens_and_not_prompts() -> None:
+    trace = made(400, 5, scored=True)
+
+    def shorter(record: Record) -> Record:
+        """Let the first exit give answers of a fifth of the last one's length."""
+        own = record.exits[2].own
+        assert own is not None
+        short = replace(own, scores=own.scores[: len(own.scores) // 5])
+        return replace(record, exits={**record.exits, 2: replace(record.exits[2], own=short)})
+
+    found = calibrate_cascade(Trace.from_records(trace.header, [shorter(r) for r in trace.records]), max_loss=0.3)
+    records = found.unseen[0].records
+    tokens = {p: sum(len(r.exits[p].own.scores) for r in records) for p in (2, 6)}  # type: ignore[union-attr]
+    sent = sum((16 + 16) * (r.prompt_tokens + len(r.answer) - 1) for r in records)
+    half = found.baselines["random"][5]
+    assert half.decided[2] == pytest.approx(tokens[2] / (tokens[2] + tokens[6]))
+    assert half.bytes_per_token == pytest.approx(sent / (tokens[2] + tokens[6]))
+    first, last = found.baselines["always"][0], found.baselines["always"][-1]
+    assert half.compute == pytest.approx((first.compute + last.compute) / 2)
+    assert half.score == pytest.approx((first.score + last.score) / 2)
+    ends = [found.baselines["random"][i] for i in (0, 10)]
+    for end, always in zip(ends, (first, last), strict=True):
+        assert end.decided == pytest.approx(always.decided) and end.compute == pytest.approx(always.compute)

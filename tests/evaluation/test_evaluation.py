@@ -130,6 +130,21 @@ def test_agreement_equals_the_logits_of_whole_sequences(family: Family, chats: P
         evaluate(family, tmp_path, tasks=["agreement"])
 
 
+def test_chats_that_cannot_be_measured_are_counted(family: Family, chats: Path, tmp_path: Path) -> None:
+    long = {"question": "h" * 600, "answer": "yes"}
+    file = tmp_path / "chats.jsonl"
+    file.write_text(chats.read_text() + json.dumps(long) + "\n")
+    ours = evaluate(family, tmp_path, tasks=list(run.AGREEMENT), chats=file)
+    assert [column.skipped for column in ours.columns] == [1, 2]  # one of the given chats has no answer to read
+    alone = evaluate(family, tmp_path, tasks=list(run.AGREEMENT), chats=chats)
+    assert [row.values for row in alone.rows] == [row.values for row in ours.rows]
+    assert "text_agreement: 2 chats were left out" in report.write(ours, tmp_path)[0].read_text()
+    file.write_text(json.dumps(long) + "\n")
+    for task in run.AGREEMENT:
+        with pytest.raises(ConfigError, match=f"contains no chat that {task} can be measured on; 1 do not fit"):
+            evaluate(family, tmp_path, tasks=[task], chats=file)
+
+
 def test_cached_results_are_not_computed_again(
     family: Family, data: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

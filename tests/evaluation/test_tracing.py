@@ -271,6 +271,19 @@ def test_a_trace_is_resumed_by_the_same_family_with_another_name(
         Writer(path, replace(header, name="renamed", family="other"))
 
 
+def test_a_record_whose_parts_differ_in_length_is_damaged(
+    family: Family, prompts: list[Question], tmp_path: Path
+) -> None:
+    record_trace(family, prompts[:1], tmp_path / "a", max_new_tokens=8)
+    header, (record,) = read_trace(tmp_path / "a")
+    for change in ("tokens", "scores"):
+        short = replace(record.exits[2], **{change: getattr(record.exits[2], change)[:-1]})
+        with Writer(tmp_path / change, header) as writer:
+            writer.add(replace(record, exits={**record.exits, 2: short}))
+        with pytest.raises(ConfigError, match="damaged after"):
+            read_trace(tmp_path / change)
+
+
 def test_traces_of_one_kind_are_combined(family: Family, prompts: list[Question], tmp_path: Path) -> None:
     record_trace(family, prompts[:3], tmp_path / "a", max_new_tokens=8)
     record_trace(family, prompts[3:], tmp_path / "b", max_new_tokens=12)

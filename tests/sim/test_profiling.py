@@ -6,7 +6,7 @@ import pytest
 
 from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
 from ruyi_flow.bench.measurement import describe_machine
-from ruyi_flow.bench.profile.cores import estimate_cores
+from ruyi_flow.bench.profile.cores import estimate_cores, per_step
 from ruyi_flow.bench.profile.family import profile_family
 from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.profile.nodes import profile_nodes
@@ -88,6 +88,10 @@ def test_cores_are_seen_by_how_much_longer_steps_take_at_once() -> None:
     assert estimate_cores((0.01, 0.01), 0.01) == 3.0, "nobody waits for anybody"
     assert estimate_cores((0.01, 1e-6), 0.03) == pytest.approx(1.0, abs=0.02), "three without pauses on one core"
     assert estimate_cores((0.01, 1e-6), 0.015) == pytest.approx(2.0, abs=0.02)
+
+
+def test_each_step_counts_the_same_whichever_process_ran_it() -> None:
+    assert per_step([(1.0, 2.0, 10), (1.0, 1.0, 30)]) == (0.05, 0.075)
 
 
 def test_a_context_that_is_too_short_is_refused(tiny: Path) -> None:

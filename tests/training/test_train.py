@@ -363,7 +363,11 @@ def test_sparse_cross_entropy_is_torchs() -> None:
 
 
 def test_two_processes_train_as_one(folder: Path, spoken: Path) -> None:
-    plan = {"family": str(spoken), "data": [{"path": "text.txt"}], "scope": "joint", "length": 32, "steps": 6}
+    text = (folder / "text.txt").read_text().encode()
+    sizes = [17 + i * 7 % 16 for i in range(400)]  # each fills a sequence of 32 alone, so their labels differ in number
+    lines = [{"prompt": [*text[40 * i : 40 * i + n]], "answer": [65]} for i, n in enumerate(sizes)]
+    (folder / "ids.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = {"family": str(spoken), "data": [{"path": "ids.jsonl"}], "scope": "joint", "length": 33, "steps": 6}
     plan |= {"precision": "no", "exit_weights": "equal", "validate_every": 3, "save_every": 3}
     for name, batch in (("one", 8), ("two", 4)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(plan | {"out": name, "batch": batch}))
@@ -383,7 +387,10 @@ def test_two_processes_train_as_one(folder: Path, spoken: Path) -> None:
     assert len(one) == len(two) == 6
     key = "validation/loss/6"
     assert one[2][key] > one[5][key]  # it learned, and both the same
-    assert [two[i][key] for i in (2, 5)] == pytest.approx([one[i][key] for i in (2, 5)], rel=1e-3)
+    for line in (*one, *two):
+        del line["tokens_per_s"]
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-4)
 
 
 def test_what_the_trunk_gives_is_the_same_from_disk_and_anew(folder: Path, tiny: Path) -> None:

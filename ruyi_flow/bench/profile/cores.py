@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
-import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from ruyi_flow.family.loading import load_slice
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.types import Weights
 
-__all__ = ["CONTENDERS", "concurrent_step_times", "estimate_cores"]
+__all__ = ["CONTENDERS", "concurrent_step_times", "estimate_cores", "per_step"]
 
 CONTENDERS = 3
 """Processes that compete for the machine's cores in the measurement."""
@@ -44,12 +44,17 @@ def concurrent_step_times(
         worker.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        steps, pauses = zip(*(results.get(timeout=120) for _ in workers), strict=True)
-        return statistics.mean(steps), statistics.mean(pauses)
+        return per_step([results.get(timeout=120) for _ in workers])
     finally:
         for worker in workers:
             worker.terminate()
             worker.join(10)
+
+
+def per_step(results: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
+    """Return the mean seconds of a step and of a pause from each process's seconds of both and number of steps."""
+    stepped_s, paused_s, counts = (sum(values) for values in zip(*results, strict=True))
+    return stepped_s / counts, paused_s / counts
 
 
 def _run_steps(
@@ -73,7 +78,7 @@ def _run_steps(
             began = time.perf_counter()
             time.sleep(random_pause(1 / step_s))
             paused_s, count = paused_s + time.perf_counter() - began, count + 1
-        results.put((stepped_s / count, paused_s / count))
+        results.put((stepped_s, paused_s, count))
 
 
 def estimate_cores(alone: tuple[float, float], concurrent_s: float) -> float:
