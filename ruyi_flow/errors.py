@@ -8,7 +8,7 @@
     │   └── ContextLengthError the prompt does not fit the family's context
     └── NodeError              a node, or the connection to it, fails
         ├── HandshakeError     two nodes do not fit together (family, stages, version)
-        ├── CapacityError      a limit of the node is reached: sessions, positions, size
+        ├── CapacityError      a limit of the node is reached: sessions, positions
         ├── NodeUnavailable    the node is down, draining, or went away, or the connection is broken
         ├── DeadlineExceeded   the deadline passed without an answer
         ├── RequestCancelled   the caller or a shutdown cancelled the call

@@ -42,6 +42,9 @@ _WRITE_FAILED = "Internal error from Core"
 _TEXT_BYTES = 4096
 """Largest encoded error text: gRPC replaces a status whose metadata has more than 8 KB by an error of its own."""
 
+_TOO_LARGE = "larger than max"
+"""Part of the details that grpc gives to a message of more than `grpc.max_receive_message_length` bytes."""
+
 _NAME_LENGTH = 200
 """Longest name of a node in an error that crosses the wire."""
 
@@ -86,7 +89,9 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     if kind is DeadlineExceeded:
         return DeadlineExceeded(f"{peer} did not answer before the deadline (timeout_s)", node=node)
     if kind is CapacityError:
-        return CapacityError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})", node=node)
+        if _TOO_LARGE in details:  # at every try, so it is no lack of capacity
+            return RequestError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})")
+        return CapacityError(f"{peer}, or a proxy before it, is overloaded ({details})", node=node)
     if kind is RequestCancelled:
         return RequestCancelled(f"the call to {peer} was cancelled", node=node)
     if kind is NodeUnavailable and code is grpc.StatusCode.UNAVAILABLE or details == _WRITE_FAILED:

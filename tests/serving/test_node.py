@@ -186,7 +186,7 @@ async def test_a_long_prompt_travels_in_several_messages(tmp_path: Path) -> None
         reply = await client.generate(prompt, mode="exact", draft=2, max_new_tokens=6, eos_token_ids=())
         assert [(t.id, t.exit) for t in reply.tokens] == oracle.decide(Policy.resolve(Routing(), (2, 4, 6)), prompt, 6)
         assert reply.stats.hops[1].messages > 4
-        with pytest.raises(CapacityError, match="n0.*exceeds limits.max_message_bytes"):
+        with pytest.raises(RequestError, match="n0.*exceeds limits.max_message_bytes"):
             await client.generate("x" * 100_000)
         await nodes.settle()
 
