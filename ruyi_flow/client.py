@@ -112,7 +112,9 @@ class AsyncClient:
         """Answer a prompt.
 
         Args:
-            prompt: a text (one user turn), {"role": …, "content": …} messages, or token ids.
+            prompt: a text (one user turn), {"role": …, "content": …} messages, or token ids. A content is a text, or a
+                list of {"type": "text", "text": …}. Roles are system, user, assistant, and those that the family's
+                chat template names. Token ids are integers, or a 1-dimensional array of numpy or torch.
             options: any of the following.
                 Sampling: max_new_tokens, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size,
                 min_new_tokens, stop, eos_token_ids, seed (see `SamplingParams`).

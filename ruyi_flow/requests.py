@@ -61,7 +61,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divide the logits of tokens that the prompt or the answer already contains (multiply negative ones); 1 is off."""
     no_repeat_ngram_size: int = 0
-    """Never repeat an n-gram of this size, the prompt included; 0 is off."""
+    """Never repeat an n-gram of this size (at most 64), the prompt included; 0 is off."""
     min_new_tokens: int = 0
     """Forbid the end of sequence before this many new tokens."""
     max_new_tokens: int = 256
@@ -69,7 +69,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """End the answer before the first occurrence of one of these strings."""
     eos_token_ids: tuple[int, ...] | None = None
-    """Token ids that end the answer. Default: the family's own. In Python, an empty tuple means none."""
+    """Token ids that end the answer, at most 256. Default: the family's own. In Python, an empty tuple means none."""
     seed: int | None = None
     """Sampling seed. Default: random, returned in the statistics."""
 
