@@ -76,7 +76,8 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
         )
     special = {f"{name}_token_id": token for name, token in tokenizer.special.items() if name != "unk"}
     with whole_or_not(Path(out)) as folder:
-        file_of, size = {}, 0
+        file_of: dict[str, str] = {}
+        size = 0
         steps = track(
             model.parts(), "converting", model.num_parts, console=Console(stderr=True), disable=not bars, transient=True
         )
@@ -271,11 +272,9 @@ def _architecture(file: GGUFFile) -> str:
     if (kind := general.take("type", str, "model")) != "model":
         raise general.refusal("type", kind, "must be model")
     if (count := split.take("count", int, 1)) > 1:
-        raise split.refusal(
-            "count",
-            count,
-            f"is not supported: this is part {split.take('no', int, 0) + 1}, and the others have the rest of the "
-            "tensors; join them with llama-gguf-split --merge",
+        raise CheckpointError(
+            f"{file.path}: part {split.take('no', int, 0) + 1} of a GGUF file that was split into {count} "
+            "(split.count); the others have the rest of its tensors; join them: llama-gguf-split --merge"
         )
     return arch
 

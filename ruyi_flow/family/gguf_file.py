@@ -59,9 +59,8 @@ class GGUFFile:
         try:
             self._read()
         except (struct.error, ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be converted; truncated, or not a supported model: {error}"
-            ) from None
+            why = "the file ends inside its header" if isinstance(error, struct.error) else error
+            raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {why}") from None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,7 +74,7 @@ class GGUFFile:
         return torch.from_numpy(np.array(dequantize(raw, stored.kind), dtype=np.float32)).reshape(stored.shape)
 
     def _read(self) -> None:
-        cursor = _Cursor(memoryview(self._data))
+        cursor = _Cursor(self._data.data)
         _, version, num_tensors, num_keys = cursor.take("4sIQQ")
         if version not in (2, 3):
             raise ValueError(f"GGUF version {version}; known: 2 and 3 in little-endian byte order")

@@ -175,7 +175,7 @@ def test_metadata_without_effect_is_accepted(tmp_path: Path) -> None:
     ("key", "value", "told"),
     [
         ("general.type", "adapter", "general.type must be model"),
-        ("split.count", 2, r"split.count is not supported: this is part 1, and the others.*--merge"),
+        ("split.count", 2, r"part 1 of a GGUF file that was split into 2 \(split.count\); the others .*--merge"),
         ("llama.rope.scaling.type", "longrope", "llama.rope.scaling.type is not supported"),
         ("llama.rope.scaling.attn_factor", 1.5, "llama.rope.scaling.attn_factor is not supported: 1.5"),
         ("llama.rope.dimension_count", 4, "llama.rope.dimension_count must be the head size, 8: 4"),
