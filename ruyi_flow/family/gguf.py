@@ -117,6 +117,8 @@ class _Model:
         epsilon = keys.take("attention.layer_norm_rms_epsilon", float)
         if min(self._num_layers, hidden, heads, kv_heads, intermediate, positions) < 1:
             raise CheckpointError(f"{file.path}: its numbers of layers, heads, positions and sizes must be 1 or more")
+        if self._num_layers > len(file.shapes):
+            raise keys.refusal("block_count", self._num_layers, f"is too many for {len(file.shapes)} tensors")
         head_dim = keys.take("attention.key_length", int, hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if (size := keys.take(key, int, head_dim)) != head_dim:

@@ -201,6 +201,7 @@ def test_metadata_without_effect_is_accepted(tmp_path: Path) -> None:
         ("llama.block_count", 4, "lacks tensors: blk.3.attn_norm.weight"),
         ("llama.block_count", 2, "not supported: blk.2.self_attn|not supported: blk.2"),
         ("llama.block_count", 0, "must be 1 or more"),
+        ("llama.block_count", 4_000_000_000, "llama.block_count is too many for 30 tensors"),
         ("llama.attention.layer_norm_rms_epsilon", None, "llama.attention.layer_norm_rms_epsilon is missing"),
     ],
 )
