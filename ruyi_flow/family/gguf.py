@@ -117,6 +117,8 @@ class _Model:
         epsilon = keys.take("attention.layer_norm_rms_epsilon", float)
         if min(self._num_layers, hidden, heads, kv_heads, intermediate, positions) < 1:
             raise CheckpointError(f"{file.path}: its numbers of layers, heads, positions and sizes must be 1 or more")
+        if self._num_layers > len(file.shapes):
+            raise keys.refusal("block_count", self._num_layers, f"is too many for {len(file.shapes)} tensors")
         head_dim = keys.take("attention.key_length", int, hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if (size := keys.take(key, int, head_dim)) != head_dim:
@@ -272,11 +274,9 @@ def _architecture(file: GGUFFile) -> str:
     if (kind := general.take("type", str, "model")) != "model":
         raise general.refusal("type", kind, "must be model")
     if (count := split.take("count", int, 1)) > 1:
-        raise split.refusal(
-            "count",
-            count,
-            f"is not supported: this is part {split.take('no', int, 0) + 1}, and the others have the rest of the "
-            "tensors; join them with llama-gguf-split --merge",
+        raise CheckpointError(
+            f"{file.path}: part {split.take('no', int, 0) + 1} of a GGUF file that was split into {count} "
+            "(split.count); the others have the rest of its tensors; join them: llama-gguf-split --merge"
         )
     return arch
 

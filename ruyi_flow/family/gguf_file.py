@@ -59,9 +59,8 @@ class GGUFFile:
         try:
             self._read()
         except (struct.error, ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be converted; truncated, or not a supported model: {error}"
-            ) from None
+            why = "the file ends inside its header" if isinstance(error, struct.error) else error
+            raise CheckpointError(f"{path}: cannot be converted; truncated, or not a supported model: {why}") from None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

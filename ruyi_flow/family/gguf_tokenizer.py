@@ -71,8 +71,8 @@ PRE_TOKENIZERS: dict[str, _Rules] = {
     "qwen2": _Rules((_QWEN2,), composes=True),
     **dict.fromkeys(("deepseek-r1-qwen", "megrez"), _Rules((_QWEN2,))),
     "qwen35": _Rules((_QWEN35,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"), _Rules(_DIGITS)),
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), _Rules(_PLAIN)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), _Rules(_DIGITS)),
+    **dict.fromkeys(("gpt-2", "mpt"), _Rules(_PLAIN)),
     "deepseek-llm": _Rules(
         (
             r"[\r\n]",

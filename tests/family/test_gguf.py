@@ -175,7 +175,7 @@ def test_metadata_without_effect_is_accepted(tmp_path: Path) -> None:
     ("key", "value", "told"),
     [
         ("general.type", "adapter", "general.type must be model"),
-        ("split.count", 2, r"split.count is not supported: this is part 1, and the others.*--merge"),
+        ("split.count", 2, r"part 1 of a GGUF file that was split into 2 \(split.count\); the others .*--merge"),
         ("llama.rope.scaling.type", "longrope", "llama.rope.scaling.type is not supported"),
         ("llama.rope.scaling.attn_factor", 1.5, "llama.rope.scaling.attn_factor is not supported: 1.5"),
         ("llama.rope.dimension_count", 4, "llama.rope.dimension_count must be the head size, 8: 4"),
@@ -201,6 +201,7 @@ def test_metadata_without_effect_is_accepted(tmp_path: Path) -> None:
         ("llama.block_count", 4, "lacks tensors: blk.3.attn_norm.weight"),
         ("llama.block_count", 2, "not supported: blk.2.self_attn|not supported: blk.2"),
         ("llama.block_count", 0, "must be 1 or more"),
+        ("llama.block_count", 4_000_000_000, "llama.block_count is too many for 30 tensors"),
         ("llama.attention.layer_norm_rms_epsilon", None, "llama.attention.layer_norm_rms_epsilon is missing"),
     ],
 )

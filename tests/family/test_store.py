@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, pre_tokenizers
 
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.tokenizer import load_tokenizer
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import tiny_family
 from ruyi_flow.training.recipe import Recipe
+from tests.family.gguf_kit import TOKENS, tiny_model, write_gguf
+
+DIGITS, DIGITS_IDS = " 4 ½ months", [216, 36, 216, 16738, 2704]
+"""A text that SmolLM2 splits before its digits, and its tokens."""
 
 
 def test_a_local_folder_is_pulled_once(tmp_path: Path, home: Path, tiny: Path) -> None:
@@ -102,6 +108,18 @@ def test_modelscope_needs_its_extra(home: Path) -> None:
             store.pull("modelscope:Qwen/Qwen3-0.6B")
 
 
+def test_a_gguf_family_of_an_older_version_must_be_pulled_again(home: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    folder = store.pull(str(path), exits=(1,))
+    assert store.pull(str(path), exits=(1,)) == folder
+    assert Checkpoint(folder).eos_token_ids == (TOKENS.index("<end>"),)
+    (folder / "source.txt").write_text(str(path))  # what older versions wrote, whose tokens may be wrong
+    with pytest.raises(
+        CheckpointError, match=r"exists already, from .*m.gguf, not .*llama.cpp's; .* remove that folder"
+    ):
+        store.pull(str(path), exits=(1,))
+
+
 def test_an_empty_store_has_no_older_demo(home: Path) -> None:
     assert not store._is_older_demo(home / "families" / store.DEMO, "smollm2 with its branches 0")
 
@@ -129,7 +147,13 @@ def test_the_demo_familys_branches_are_the_packages(smollm2: Path, home: Path) -
     old = home / "families" / store.DEMO
     shutil.copytree(smollm2, old)
     (old / "source.txt").write_text(f"{store.DEMO} with its branches 000000000000")
+    tokenizer = Tokenizer.from_file(str(old / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(old / "tokenizer.json"))
+    assert load_tokenizer(Checkpoint(old))(DIGITS)["input_ids"] != DIGITS_IDS
     told: list[str] = []
     assert store.pull(store.DEMO, say=told.append) == old and "updating the branches" in told[0]
     assert Checkpoint(old).fingerprint == checkpoint.fingerprint
+    for folder in (old, smollm2):
+        assert load_tokenizer(Checkpoint(folder))(DIGITS)["input_ids"] == DIGITS_IDS
     assert store.pull(store.DEMO, say=told.append) == old and len(told) == 2
