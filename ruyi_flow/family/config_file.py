@@ -65,7 +65,7 @@ class RopeSettings(_Values):
     """The settings of rotary positions, for each `rope_type`."""
 
     rope_type: Literal["default", "dynamic", "linear", "llama3", "longrope", "yarn"]
-    """Scaling of the context. `dynamic` scales nothing within `max_position_embeddings`, beyond which nothing runs."""
+    """Scaling of the context. `dynamic` scales nothing up to `max_position_embeddings`, where its context ends here."""
     rope_theta: Annotated[float, Field(gt=1, le=1e15)]
     """Base of the wavelengths."""
     factor: Factor | None = None
@@ -97,7 +97,7 @@ class RopeSettings(_Values):
 
     def problem(self) -> str | None:
         """Say what is missing or contradicts itself; None if nothing does."""
-        if self.rope_type in ("linear", "llama3") and self.factor is None:
+        if self.rope_type in ("dynamic", "linear", "llama3") and self.factor is None:
             return f"rope_type {self.rope_type!r} requires factor"
         if self.rope_type == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
@@ -222,7 +222,7 @@ class ConfigFile(_Values):
         window = 4096 if "sliding_window" not in self.model_fields_set else self.sliding_window
         if self.layer_types is not None:
             kinds = set(self.layer_types)
-            whole = window is not None and window >= context and bool(self.use_sliding_window or base == "llama")
+            whole = base != "llama" and self.use_sliding_window and window is not None and window >= context
             return len(self.layer_types) != self.num_hidden_layers or not kinds <= (
                 {"full_attention", "sliding_attention"} if whole else {"full_attention"}
             )

@@ -8,6 +8,7 @@ of sequences.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.errors import ConfigError, ContextLengthError
 from ruyi_flow.family.config import PROBE_TOP, FamilyConfig
 from ruyi_flow.family.linear import Linear
 
@@ -79,12 +80,21 @@ class Rope:
     def __init__(self, config: FamilyConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.inv_freq, self.scale = _inverse_frequencies(config)
         self.dtype, self.device = dtype, device
+        self.most = config.max_positions if config.rope["rope_type"] == "dynamic" else sys.maxsize
+        """Positions for which the frequencies hold."""
         self.cos = self.sin = torch.empty(0, 1, config.head_dim, dtype=dtype, device=device)
 
     def at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines of positions `start … stop-1` for `rotate`: (stop - start, 1, head_dim)."""
+        """Return cosines and signed sines of positions `start … stop-1` for `rotate`: (stop - start, 1, head_dim).
+
+        Raises:
+            ContextLengthError: positions past the context change all frequencies (rope_type dynamic).
+        """
         if stop > self.cos.shape[0]:
-            freqs = torch.outer(torch.arange(max(256, 2 * stop), dtype=torch.float32), self.inv_freq)
+            if stop > self.most:
+                raise ContextLengthError(f"rope_type dynamic is supported up to {self.most} positions, not for {stop}")
+            size = min(max(256, 2 * stop), self.most)
+            freqs = torch.outer(torch.arange(size, dtype=torch.float32), self.inv_freq)
             cos, sin = freqs.cos() * self.scale, freqs.sin() * self.scale
             self.cos = torch.cat((cos, cos), -1).unsqueeze(1).to(self.device, self.dtype)
             self.sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(self.device, self.dtype)

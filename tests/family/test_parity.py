@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from ruyi_flow.errors import CheckpointError
+from ruyi_flow.errors import CheckpointError, ContextLengthError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.store import pull
@@ -120,6 +120,14 @@ def test_positions_far_out_in_a_grown_context_are_those_of_transformers(tmp_path
     )
     assert Checkpoint(tmp_path).config.max_positions == 32 > IDS.shape[1] > 8
     check_logits(tmp_path, model)
+
+
+def test_dynamic_positions_end_with_the_context_that_they_do_not_change(tmp_path: Path) -> None:
+    raw = shrunk(CONFIGS["Llama-2-7B"]["config"]) | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    model = write(tmp_path, raw | {"max_position_embeddings": IDS.shape[1]})
+    check_logits(tmp_path, model)
+    with pytest.raises(ContextLengthError, match="dynamic is supported up to 24 positions, not for 25"):
+        load_family(tmp_path, dtype="float32").logits(torch.cat([IDS, IDS[:, :1]], 1))
 
 
 @pytest.mark.parametrize(
