@@ -311,9 +311,11 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         softmax, columns, chances = ctx.saved_tensors
-        out = softmax * gradient[:, None].to(softmax.dtype)
+        # Rounded for both terms alike: where they nearly cancel, a difference would weigh more than they do.
+        factor = gradient[:, None].to(softmax.dtype)
+        out = softmax * factor
         # An addition, since the columns of a row differ; scatter_add_ would make float32 copies of everything.
-        out.scatter_(1, columns, (out.gather(1, columns) - chances * gradient[:, None]).to(out.dtype))
+        out.scatter_(1, columns, (out.gather(1, columns) - chances * factor).to(out.dtype))
         return out, None, None
 
 

@@ -14,7 +14,7 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.training.corpus import Document, Packed, pack_documents
 from ruyi_flow.training.recipe import Recipe
 from ruyi_flow.training.train import Step, _trained, train
-from ruyi_flow.training.trainees import Branches, Joint, Probes, _before_answers, _labels
+from ruyi_flow.training.trainees import Branches, Joint, Probes, _before_answers, _labels, cross_entropy
 
 SIZES = ((63, 1), (60, 40), (6, 3), (40, 39), (7, 0), (33, 30), (9, 8), (50, 5))
 """Tokens of each sequence, and how many of them precede the answer."""
@@ -114,3 +114,12 @@ def test_positions_before_an_answer_are_those_of_its_own_document() -> None:
         following = {5: 6, 6: 7, 7: 8, 9: 10, 10: 11, 12: 13}.get(token, -100)
         assert labels[here].item() == following
     assert before.sum() == 4
+
+
+def test_a_rows_weight_does_not_tilt_its_gradient_when_it_is_rounded() -> None:
+    logits = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    chances = logits.detach().float().softmax(-1)  # so the true gradient is nearly 0
+    loss = cross_entropy(logits, torch.arange(40).expand(64, 40), chances)
+    weight = 1.0038  # half-way between two numbers of bfloat16
+    (gradient,) = torch.autograd.grad(weight * loss.sum(), logits)
+    assert gradient.float().sum().abs() < 1e-3 * weight * len(logits)
