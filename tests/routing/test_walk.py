@@ -69,6 +69,16 @@ def test_a_branch_that_does_not_run_leaves_every_position_to_the_next_stage() ->
     assert [d.token for d in walk.merge(deeper(9, 3))] == [9]
 
 
+def test_a_walk_tells_its_judge_the_positions_that_a_rewind_takes_back() -> None:
+    judge = Judge(Policy.resolve(Routing(Mode.CASCADE, threshold=0.5, window=1), EXITS), 2)
+    Walk.of(judge, Block(7, STATES, (1, 2, 3), (7, 8)), [(2, 0.9), (3, 0.1)])
+    assert judge.retired
+    judge.rewind(9)
+    assert judge.retired
+    judge.rewind(8)
+    assert not judge.retired
+
+
 def test_a_walk_grows_while_it_drafts() -> None:
     walk = Walk(2)
     walk.add(look(0, 5, 5, False))

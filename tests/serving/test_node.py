@@ -525,8 +525,9 @@ async def test_a_node_that_is_not_the_entry_says_who_is(tiny: Path) -> None:
                 await client.generate(PROMPT)
 
 
+@pytest.mark.timeout(300)
 async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Path) -> None:
-    topology = cut_topology(tiny, [[2, 4, 6]], limits={"max_positions": 1024, "grace_s": 30})
+    topology = cut_topology(tiny, [[2, 4, 6]], limits={"max_positions": 1024, "grace_s": 300})
     engine = await asyncio.to_thread(Engine.load, topology, "n0")
     serving = serve(engine)
     server = await serving.__aenter__()
@@ -539,7 +540,7 @@ async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Pat
             return int((await health_pb2_grpc.HealthStub(channel).Check(request)).status)
 
         assert await health("") == await health("ruyi_flow.v1.Node") == health_pb2.HealthCheckResponse.SERVING
-        stream = client.stream(PROMPT, max_new_tokens=500, eos_token_ids=())
+        stream = client.stream(PROMPT, max_new_tokens=200, eos_token_ids=())
         got = [await anext(stream)]
         ending = asyncio.create_task(serving.__aexit__(None, None, None))
         while await health("") == health_pb2.HealthCheckResponse.SERVING:
@@ -548,7 +549,7 @@ async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Pat
         with pytest.raises(NodeUnavailable, match="shutting down and takes no new session"):
             await client.generate(PROMPT)
         got += [token async for token in stream]
-        assert len(got) == 500
+        assert len(got) == 200
         await ending
         with pytest.raises(NodeUnavailable, match="is it running"):
             await client.generate(PROMPT)
