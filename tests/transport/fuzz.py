@@ -46,6 +46,12 @@ LIMITS = {"max_positions": 16384, "max_sessions": 48, "max_waiting": 16, "max_wa
 CALLERS = 8
 """Number of hostile conversations at the same time."""
 
+MOST_MB = 800
+"""Memory that the process may have more than before: caches fill up, of torch and of KV pages that are used at last."""
+
+LONGEST_STOP_S = 0.25
+"""Longest time that the event loop may stand still, where times are checked."""
+
 PATIENCE_S = 60.0
 """Seconds after which a call that has no answer is a fault."""
 
@@ -82,7 +88,7 @@ class Report:
     refused: int = 0
     """Honest requests that found the nodes full."""
     outcomes: Counter[str] = field(default_factory=Counter)
-    """How often hostile messages were answered how."""
+    """How hostile calls and messages were answered, and how often."""
     worst_stop_s: float = 0.0
     """Longest time that the event loop of callers and nodes computed without a pause, other processes left out."""
     grown_mb: int = 0
@@ -517,6 +523,8 @@ async def fuzz(family: Path, *, seed: int, messages: int) -> Report:
             except AssertionError as error:
                 report.faults.append(f"after the end: {error}")
             await asyncio.sleep(0.1)
+            if report.grown_mb > MOST_MB:
+                report.faults.append(f"memory has grown by {report.grown_mb} MB")
             if len(asyncio.all_tasks()) > tasks:
                 report.faults.append(f"{len(asyncio.all_tasks())} tasks are left of {tasks}")
     finally:
@@ -539,6 +547,8 @@ def main() -> None:
         f"event loop: stood still for {report.worst_stop_s:.3f} s at the most; memory: {report.grown_mb} MB more\n"
         f"answers: {dict(report.outcomes.most_common())}"
     )
+    if report.worst_stop_s > LONGEST_STOP_S:
+        report.faults.append(f"the event loop stood still for {report.worst_stop_s:.3f} s")
     for fault in report.faults:
         print(f"FAULT {fault}")
     raise SystemExit(bool(report.faults))
