@@ -76,7 +76,22 @@ def documented() -> Iterator[tuple[str, str | None]]:
             yield from ((f"{path}: {name}", text) for name, text in named_docstrings(tree))
 
 
-IMPLEMENTS = {"embed", "join", "compact", "submit", "shutdown", "forward", "backward", "event", "start", "run", "wait", "pause"}
+IMPLEMENTS = {
+    *(
+        "embed",
+        "join",
+        "compact",
+        "submit",
+        "shutdown",
+        "forward",
+        "backward",
+        "event",
+        "start",
+        "run",
+        "wait",
+        "pause",
+    ),
+}
 """Methods whose docstring is that of the interface they implement."""
 
 
