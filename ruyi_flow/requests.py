@@ -244,6 +244,9 @@ def _parse_message(message: object) -> tuple[str, str]:
     """Return a message's role and text."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise RequestError(f"{_PROMPT}; this message is {shown(message)}")
+    for key, value in message.items():
+        if key not in ("role", "content") and value is not None:
+            raise RequestError(f"a message has the key {shown(key)}; families read only role and content")
     role, content = message["role"], message["content"]
     if isinstance(content, (list, tuple)):
         # The texts of several parts are lines, as in vLLM and llama.cpp.

@@ -60,6 +60,7 @@ def test_token_ids_may_be_integers_of_any_library(prompt: Any) -> None:
         ([{"role": "user", "content": "hi"}, 5], "this message is 5"),
         ([{"role": "user"}], "this message is {'role': 'user'}"),
         ([{"role": 1, "content": "hi"}], "role must be a text"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "has the key 'tool_calls'"),
         ([{"role": "user", "content": None}], "its content a text or a list of text parts"),
         ([{"role": "user", "content": ["hi"]}], "there is 'hi'"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "a text part of a message has the text 5"),

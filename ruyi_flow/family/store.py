@@ -58,7 +58,8 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"
 
 def home() -> Path:
     """Return the folder of the store: `RUYI_FLOW_HOME`, or the user's cache folder."""
-    return Path(os.environ.get("RUYI_FLOW_HOME") or platformdirs.user_cache_dir("ruyi-flow"))
+    named = os.environ.get("RUYI_FLOW_HOME")
+    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("ruyi-flow"))
 
 
 def names() -> list[str]:
@@ -303,12 +304,10 @@ def _fetch_from_hub(source: str, say: Callable[[str], None]) -> Path:
             f"{did_you_mean(source, [DEMO]) or f'; the demo family is {DEMO!r}'}"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     say(f"fetching {source} from Hugging Face")
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{source} could not be fetched from Hugging Face: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # also those of its HTTP library, as for an HF_ENDPOINT that is no address
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{source} could not be fetched from Hugging Face: {reason[0]}") from error

@@ -8,6 +8,7 @@ of sequences.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -292,8 +293,10 @@ class FamilySlice(nn.Module):
         number of CPU threads that torch has now. Attention is not compiled.
 
         Raises:
-            ConfigError: a compiler is missing.
+            ConfigError: a compiler is missing, or the environment forbids compiling.
         """
+        if off := [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]:
+            raise ConfigError(f"{off[0]} is set in the environment, so torch compiles nothing; unset it")
         # torch's overloads lack isolate_recompiles, which gives every family of a process a recompile limit of its own.
         compiled: Callable[..., Tensor | None] = torch.compile(  # type: ignore[call-overload]
             DecoderLayer.forward, dynamic=True, isolate_recompiles=True

@@ -135,6 +135,14 @@ def test_compiled_layers_give_the_same_tokens_and_compile_once(tiny: Path) -> No
 
 
 @pytest.mark.timeout(300)
+def test_an_environment_that_forbids_compiling_is_said(tiny: Path) -> None:
+    code = f"from ruyi_flow import load_family; load_family({str(tiny)!r}, compile=True)"
+    off = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=off)
+    assert "ConfigError: compile: TORCHDYNAMO_DISABLE is set in the environment" in done.stderr
+
+
+@pytest.mark.timeout(300)
 def test_without_a_compiler_it_is_said(tiny: Path, tmp_path: Path) -> None:
     code = f"from ruyi_flow import load_family; load_family({str(tiny)!r}, compile=True)"
     nothing = os.environ | {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,8 @@ def check_refused(folder: Path, home: Path, message: str) -> None:
         ({"rope_scaling": {"type": "longrope"}}, "'longrope' is supported only with"),
         ({"eos_token_id": 1e30}, "eos_token_id.0"),
         ({"early_exit_points": "246"}, "early_exit_points: '246': must be a list"),
-        ({"hidden_size": "x" * 100_000}, "hidden_size: must be a whole number"),
-        ({"model_type": "x" * 100_000}, "model_type is a long value"),
+        ({"hidden_size": "x" * 100_000}, "hidden_size: 'x+...x+': must be a whole number"),
+        ({"model_type": "x" * 100_000}, "model_type is 'x+...x+'"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_when_pulled(
@@ -199,3 +201,15 @@ def test_memory_stays_small(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has shape|is missing"):
         load_family(folder, dtype="float32")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+def test_a_hub_whose_address_is_none_is_said() -> None:
+    code = "from ruyi_flow.family.store import pull; pull('some/family')"
+    environment = os.environ | {"HF_ENDPOINT": "nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "CheckpointError: some/family could not be fetched from Hugging Face" in done.stderr
+
+
+def test_the_stores_folder_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUYI_FLOW_HOME", "~/families")
+    assert store.home() == Path.home() / "families"
