@@ -219,8 +219,9 @@ with Client(Topology.parse({"family": sys.argv[1], "nodes": [{"name": "whole", "
 """
 
 
+@pytest.mark.timeout(300)
 def test_ctrl_c_ends_a_stream_and_nothing_else(spoken: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(spoken)], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(spoken)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "interrupted 2\n"), done.stderr
 
 
