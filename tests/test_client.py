@@ -238,13 +238,14 @@ with Client(Topology.parse({"family": sys.argv[1], "nodes": [whole]})) as client
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_ctrl_c_ends_an_answer_and_nothing_else(spoken: Path, tmp_path: Path, call: str) -> None:
     long = Path(shutil.copytree(spoken, tmp_path / "long"))
     config = json.loads((long / "config.json").read_text())
     (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
     command = [sys.executable, "-c", INTERRUPTED, str(long), call]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "0 2\n"), done.stderr
 
 

@@ -29,7 +29,7 @@ from ruyi_flow.family.files import check_plain, copy_companions, read_json, whol
 from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
-__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "cut", "format_of", "parse_dtype"]
+__all__ = ["LAYER_NAMES", "PROBE_NAMES", "Checkpoint", "cut", "format_of", "parse_dtype", "save_weights"]
 
 _WEIGHTS = "model.safetensors"
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
@@ -354,7 +354,7 @@ def cut(
         metadata = {"format": "pt", "ruyi_flow.exits": json.dumps(list(exits)), "ruyi_flow.fingerprint": fingerprint}
         if quantized:
             metadata["ruyi_flow.weights"] = quantized
-        _save_weights(tensors, folder / _WEIGHTS, metadata)
+        save_weights(tensors, folder / _WEIGHTS, metadata)
         config = checkpoint.config.to_dict()
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
@@ -398,7 +398,7 @@ def _open_weights(path: Path) -> Any:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
 
 
-def _save_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file with the permissions of any new file; the library's own are for the owner alone."""
     path.touch()
     mode = path.stat().st_mode & 0o777

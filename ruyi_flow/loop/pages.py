@@ -73,13 +73,16 @@ class PagePool:
         """
         assert all(run.owner != owner for run in self._runs), "one run per owner"
         count = max(1, -(-max_positions // PAGE_SIZE))
-        end = 0
-        for i, run in enumerate((*self._runs, PageRun(-1, self.num_pages, 0))):
-            if run.first - end >= count:
-                new = PageRun(owner, end, count)
+        starts = [
+            0,
+            *(run.first + run.count for run in self._runs),
+        ]  # of the free pages before each run, and at the end
+        stops = [*(run.first for run in self._runs), self.num_pages]
+        for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            if stop - start >= count:
+                new = PageRun(owner, start, count)
                 self._runs.insert(i, new)
                 return new
-            end = run.first + run.count
         raise CapacityError(
             f"this request needs {max_positions} positions of KV cache; "
             f"{self.free_positions} of {self.num_positions} are free"

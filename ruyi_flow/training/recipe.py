@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ruyi_flow.config.topology import resolve_path
 from ruyi_flow.config.yaml_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError
 
@@ -143,9 +144,9 @@ class Recipe(_Model):
         base = path.parent
 
         def placed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-            return tuple(s.model_copy(update={"path": base / s.path.expanduser()}) for s in sources)
+            return tuple(s.model_copy(update={"path": resolve_path(s.path, base, f"{path}: path")}) for s in sources)
 
-        changes: dict[str, Any] = {"out": base / recipe.out.expanduser(), "data": placed(recipe.data)}
+        changes: dict[str, Any] = {"out": resolve_path(recipe.out, base, f"{path}: out"), "data": placed(recipe.data)}
         if (distill := recipe.self_distill) is not None:
             changes["self_distill"] = distill.model_copy(update={"prompts": placed(distill.prompts)})
         return recipe.model_copy(update=changes)

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ruyi_flow.errors import ConfigError, TrainingError
-from ruyi_flow.family.checkpoint import Checkpoint
+from ruyi_flow.family.checkpoint import Checkpoint, save_weights
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.training.corpus import Document, Packed, pack_documents, read_documents
 from ruyi_flow.training.recipe import Recipe, Source
@@ -189,7 +188,7 @@ def train(
         else:  # probes of other branches would be wrong
             metadata |= {"ruyi_flow.branch_layers": json.dumps(config.branch_layers), "ruyi_flow.probe_size": "0"}
         tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in trainee.published(weights).items()}
-        save_file(tensors, out, metadata)
+        save_weights(tensors, out, metadata)
     accelerator.wait_for_everyone()
     return out
 

@@ -41,7 +41,7 @@ def test_allocate_after_release_reuses_the_gap() -> None:
     pool.release(first)
     assert pool.allocate(2, 10) == PageRun(2, 0, 1)
     assert pool.allocate(3, 2 * PAGE_SIZE) == PageRun(3, second.first + 1, 2)
-    with pytest.raises(CapacityError, match="0 of 256 are free"):
+    with pytest.raises(CapacityError, match=r"^this request needs 1 positions of KV cache; 0 of 256 are free$"):
         pool.allocate(4, 1)
 
 
@@ -50,13 +50,30 @@ def test_a_fragmented_pool_says_so() -> None:
     runs = [pool.allocate(i, 1) for i in range(3)]
     pool.release(runs[0])
     pool.release(runs[2])
-    with pytest.raises(CapacityError, match="but not in one contiguous run"):
+    with pytest.raises(CapacityError, match=r"; 128 of 192 are free, but not in one contiguous run$"):
         pool.allocate(9, 2 * PAGE_SIZE)
 
 
-def test_integrity_notices_an_overlap() -> None:
+def test_an_owner_has_one_run() -> None:
+    pool = PagePool(1000)
+    pool.allocate(7, 1)
+    with pytest.raises(AssertionError, match="^one run per owner"):
+        pool.allocate(7, 1)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (PageRun(1, 1, 2), r"^run .* overlaps the one before, which ends at 2"),
+        (PageRun(1, 3, 0), "^run .* overlaps"),
+        (PageRun(1, 14, 3), "^a run ends at page 17 of 16"),
+        (PageRun(0, 2, 1), r"^an owner has two runs: \[0, 0\]"),
+    ],
+)
+def test_integrity_notices_a_run_that_cannot_be(run: PageRun, message: str) -> None:
     pool = PagePool(1000)
     pool.allocate(0, 100)
-    pool._runs.append(PageRun(1, 1, 2))
-    with pytest.raises(AssertionError, match="overlaps"):
+    pool.check_integrity()
+    pool._runs.append(run)
+    with pytest.raises(AssertionError, match=message):
         pool.check_integrity()

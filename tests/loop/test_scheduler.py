@@ -35,6 +35,15 @@ def test_decodes_wait_for_those_that_can_catch_up_and_for_nothing_else() -> None
     assert passed <= PATIENCE
 
 
+def test_two_sessions_at_different_depths_meet_at_the_deeper_one() -> None:
+    scheduler = Scheduler(64)
+    scheduler.add(0, 1, 1, 0)
+    scheduler.add(1, 0, 1, 1)
+    assert scheduler.next() == [(1, 1)]
+    scheduler.add(1, 1, 1, 1)
+    assert scheduler.next() == [(0, 1), (1, 1)]
+
+
 def test_a_long_prompt_fills_what_decodes_leave_and_goes_behind_them() -> None:
     scheduler = Scheduler(256)
     scheduler.add(0, 0, 1000, 0)
