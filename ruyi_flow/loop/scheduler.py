@@ -125,7 +125,7 @@ class Scheduler:
                 continue
             if rows > 0 and (rows == work.rows or work.long):
                 step.append((work, rows))
-                count, long = count + rows, work.long
+                count, long = count + rows, long or work.long
         return step
 
     def _take(self, work: _Work, rows: int) -> tuple[int, int]:

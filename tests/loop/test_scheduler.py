@@ -67,6 +67,42 @@ def test_decodes_go_before_a_younger_prompt_and_never_starve_an_older_one() -> N
     assert scheduler.next()[0] == (1, 25), "the oldest gets a quarter at the least"
 
 
+@pytest.mark.parametrize(("budget", "share"), [(2, 1), (7, 1), (8, 2), (102, 25)])
+def test_the_oldest_prompt_gets_a_quarter_of_a_step_in_whole_rows(budget: int, share: int) -> None:
+    scheduler = Scheduler(budget)
+    scheduler.add(0, 0, 500, 0)
+    for key in range(1, budget + 1):
+        scheduler.add(key, 0, 1, key)
+    assert scheduler.next()[0] == (0, share)
+
+
+def test_prompts_that_came_at_one_time_take_turns() -> None:
+    scheduler = Scheduler(100)
+    scheduler.add(0, 0, 200, 5)
+    scheduler.add(1, 0, 200, 5)
+    assert [scheduler.next() for _ in range(4)] == [[(0, 100)], [(1, 100)], [(0, 100)], [(1, 100)]]
+
+
+@pytest.mark.parametrize(
+    ("budget", "rows", "step"),
+    [
+        (400, (100, 100), [(0, 100), (1, 100)]),
+        (399, (100, 100), [(0, 100)]),
+        (512, (100, 200, 120), [(0, 100), (2, 120)]),
+        (256, (100, 1, 200), [(0, 100), (1, 1)]),
+        (512, (100, 1, 200), [(0, 100), (1, 1)]),
+        (256, (1, 200, 100), [(0, 1), (1, 200)]),
+    ],
+)
+def test_a_second_prompt_joins_only_whole_and_in_the_first_half_of_a_step(
+    budget: int, rows: tuple[int, ...], step: list[tuple[int, int]]
+) -> None:
+    scheduler = Scheduler(budget)
+    for key, count in enumerate(rows):
+        scheduler.add(key, 0, count, key)
+    assert scheduler.next() == step
+
+
 def test_prompts_that_come_at_once_end_one_after_the_other() -> None:
     scheduler = Scheduler(256)
     for key in (0, 1, 2):
@@ -88,6 +124,15 @@ def test_short_work_is_never_cut() -> None:
     scheduler.add(1, 0, 3, 1)
     scheduler.add(2, 0, SHORT_ROWS, 2)
     assert [scheduler.next() for _ in range(3)] == [[(0, 6)], [(1, 3)], [(2, SHORT_ROWS)]]
+
+
+def test_work_has_rows_and_waits_once() -> None:
+    scheduler = Scheduler(4)
+    scheduler.add(0, 0, 3, 0)
+    for key, rows in ((0, 1), (1, 0)):
+        with pytest.raises(AssertionError):
+            scheduler.add(key, 0, rows, 1)
+    assert len(scheduler) == 1
 
 
 def test_what_is_dropped_is_gone_and_a_budget_must_be_one() -> None:
