@@ -105,7 +105,7 @@ def test_numbers_of_other_libraries_are_pythons_on_the_wire() -> None:
             request = parse_request([5], {name: number})
             got = request.routing[name] if name in routing else getattr(request.sampling, name)
             assert got == value and type(got) is kind, (name, number)
-            sent = codec.generate_from_pb(codec.generate_to_pb(request))
+            sent = codec.generate_from_bytes(codec.generate_to_pb(request).SerializeToString())
             assert (sent.routing, sent.sampling) == (request.routing, request.sampling)
     request = parse_request(
         [5], {"thresholds": {np.int64(2): np.float32(0.5)}, "eos_token_ids": torch.tensor([3, 3, 4])}
@@ -155,11 +155,11 @@ def test_options_that_slow_every_step_are_bounded() -> None:
     message = codec.generate_to_pb(parse_request([5], {}))
     message.sampling.no_repeat_ngram_size = 1900  # a node does not rely on its callers' checks
     with pytest.raises(RequestError, match="no_repeat_ngram_size is 1900"):
-        codec.generate_from_pb(message)
+        codec.generate_from_bytes(message.SerializeToString())
     message = codec.generate_to_pb(parse_request([5], {}))
     message.sampling.eos_token_ids.ids.extend(range(700_000))
     with pytest.raises(RequestError, match="eos_token_ids has 700000 tokens"):
-        codec.generate_from_pb(message)
+        codec.generate_from_bytes(message.SerializeToString())
 
 
 def test_a_scale_of_exits_that_cannot_be_is_refused() -> None:
@@ -192,5 +192,5 @@ def test_every_interface_merges_a_requests_options_in_the_same_way(tmp_path: Pat
         ({"fallback": False}, Routing(Mode.CASCADE, threshold=0.5, window=3, back=0.75, draft=0, fallback=False)),
     ):
         request = make_request("hi", options)
-        sent = codec.generate_from_pb(codec.generate_to_pb(request))
+        sent = codec.generate_from_bytes(codec.generate_to_pb(request).SerializeToString())
         assert own.updated(request.routing) == own.updated(sent.routing) == expected, options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -80,7 +81,7 @@ async def bench_event_loop(rounds: int) -> dict[str, Any]:
                 pass
         call.cancel()
 
-    attacks = {
+    attacks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "nothing_else": lambda: asyncio.sleep(3),
         "prompt_of_4_mb": lambda: ask("word " * 800_000),
         "messages_100000": lambda: ask((("user", "x"),) * 100_000),

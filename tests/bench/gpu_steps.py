@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,8 +134,8 @@ class Place:
         """Return the settings of a benchmark of a family in bfloat16."""
         sizes = self.sizes
         threads = 2 if sizes is SIZES["full"] else 1
-        given = {"tokens": sizes.tokens, "rounds": sizes.rounds, "threads": threads, "device": self.device}
-        return Setup(str(self.family(name)), **given)
+        family = str(self.family(name))
+        return Setup(family, tokens=sizes.tokens, rounds=sizes.rounds, threads=threads, device=self.device)
 
     def median_s(self, run: Callable[[], object]) -> float:
         """Return the median seconds of ten calls that launch kernels, after three that warm up."""
@@ -309,10 +310,9 @@ async def nodes(place: Place) -> dict[str, Any]:
     family = load_family(folder, dtype="float32", device=device)
     prompts = tokenize_prompts(family.checkpoint, PROMPTS)
     cuts = [family.exits[:-2], family.exits[-2:-1], family.exits[-1:]]
-    answer = {"max_new_tokens": tokens, "min_new_tokens": 0, "eos_token_ids": ()}
+    answer: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": 0, "eos_token_ids": ()}
     found: dict[str, Any] = {}
-    formats = {"dtype": "float32", "encoding": "f32"}
-    async with running_nodes(cuts, family=str(folder), device=device, **formats) as client:
+    async with running_nodes(cuts, family=str(folder), device=device, dtype="float32", encoding="f32") as client:
         for i, (name, options) in enumerate(VARIANTS.items()):
             say("comparing", i, len(VARIANTS))
             replies = await asyncio.gather(*(generate_exactly(client, ids, tokens, **options) for ids in prompts))
@@ -343,14 +343,17 @@ def read_again(family: Family, ids: list[int], answer: list[int]) -> list[int]:
     return logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
+OF_A_FAMILY: dict[str, Callable[[str, Place], dict[str, Any]]] = {
+    "family": write_family,
+    "decode": decode,
+    "prefill": prefill,
+    "sessions": sessions,
+}
 STEPS: dict[str, Callable[[Place], Any]] = {
     "machine": machine,
     "tests": tests,
     "nodes": nodes,
-} | {
-    f"{name}-{step.__name__.removeprefix('write_')}": lambda place, name=name, step=step: step(name, place)
-    for name in ("demo", "ruyi")
-    for step in (write_family, decode, prefill, sessions)
+    **{f"{name}-{step}": partial(run, name) for name in ("demo", "ruyi") for step, run in OF_A_FAMILY.items()},
 }
 
 

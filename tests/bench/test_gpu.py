@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ruyi_flow.family.config import FamilyConfig
 from tests.bench import gpu, gpu_steps
 from tests.conftest import Oracle
 
@@ -88,7 +89,7 @@ def test_reading_an_answer_again_gives_the_most_probable_tokens(oracle: Oracle) 
 
 
 def test_the_bound_is_the_slower_of_memory_and_arithmetic() -> None:
-    config = gpu_steps.FamilyConfig.parse(
+    config = FamilyConfig.parse(
         {
             "model_type": "ruyi_qwen2",
             "early_exit_points": [27],

@@ -157,16 +157,20 @@ def test_an_oracle_is_never_beaten_at_its_price_of_compute() -> None:
 def test_a_random_choice_of_exits_counts_tokens_and_not_prompts() -> None:
     trace = made(400, 5, scored=True)
 
+    def own_answer(record: Record, exit: int) -> OwnAnswer:
+        own = record.exits[exit].own
+        assert own is not None
+        return own
+
     def shorter(record: Record) -> Record:
         """Let the first exit give answers of a fifth of the last one's length."""
-        own = record.exits[2].own
-        assert own is not None
+        own = own_answer(record, 2)
         short = replace(own, scores=own.scores[: len(own.scores) // 5])
         return replace(record, exits={**record.exits, 2: replace(record.exits[2], own=short)})
 
     found = calibrate_cascade(Trace.from_records(trace.header, [shorter(r) for r in trace.records]), max_loss=0.3)
     records = found.unseen[0].records
-    tokens = {p: sum(len(r.exits[p].own.scores) for r in records) for p in (2, 6)}  # type: ignore[union-attr]
+    tokens = {p: sum(len(own_answer(r, p).scores) for r in records) for p in (2, 6)}
     sent = sum((16 + 16) * (r.prompt_tokens + len(r.answer) - 1) for r in records)
     half = found.baselines["random"][5]
     assert half.decided[2] == pytest.approx(tokens[2] / (tokens[2] + tokens[6]))

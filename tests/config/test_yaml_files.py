@@ -69,10 +69,12 @@ def test_too_many_exits_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_value_is_shown_whole_only_if_it_is_short() -> None:
-    for value in (5, "abc", [1, {"a": (2, 3)}], None, 1.5, {"a": 1}, "x" * 100):
+    short: list[object] = [5, "abc", [1, {"a": (2, 3)}], None, 1.5, {"a": 1}, "x" * 100]
+    for value in short:
         assert shown(value) == repr(value)
     bomb: list[object] = []
     for _ in range(100):
         bomb = [bomb] * 9
-    for value in (bomb, "x" * 10**6, list(range(10**5)), {"a": "x" * 200}, {"x" * 200: 1}):
+    long: list[object] = [bomb, "x" * 10**6, list(range(10**5)), {"a": "x" * 200}, {"x" * 200: 1}]
+    for value in long:
         assert len(shown(value)) <= 201 and "..." in shown(value)

@@ -433,7 +433,7 @@ def test_a_sentencepiece_model_is_read_as_auto_tokenizer_reads_it(
         tokenizer = load_tokenizer(checkpoint)
         for text in ("hello  there", " the 12</s>Việt"):
             expected = auto(text)["input_ids"]
-            assert prompt_ids(text, tokenizer, raw=True, vocab_size=1000, family="f") == expected
+            assert prompt_ids(text, tokenizer, raw=True) == expected
             assert tokenizer.decode(expected) == auto.decode(expected)
         assert tokenizer.eos_token_id == auto.eos_token_id == 2
 
@@ -466,7 +466,7 @@ CHATS: list[tuple[tuple[str, str], ...]] = [
 ]
 
 
-def template_ids(tokenizer: Any, chat: Prompt, **options: Any) -> list[int]:
+def template_ids(tokenizer: Any, chat: tuple[tuple[str, str], ...], **options: Any) -> list[int]:
     """The tokens that transformers makes of a chat."""
     messages = [{"role": role, "content": content} for role, content in chat]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
@@ -488,9 +488,8 @@ def test_a_published_template_makes_the_tokens_of_transformers(
 def test_a_template_is_found_in_any_form(models_of: dict[str, Path], tmp_path: Path, form: str) -> None:
     template, other = TEMPLATES["SmolLM2"], "{{ messages[0]['content'] }}<|eot_id|>"
     named = [{"name": "tool_use", "template": other}, {"name": "default", "template": template}]
-    settings: dict[str, Any] = {"config": {"chat_template": template}, "list": {"chat_template": named}}.get(form, {})
-    if form == "jinja over config":
-        settings = {"chat_template": other}
+    inline: dict[str, Any] = {"config": template, "list": named, "jinja over config": other}
+    settings = {"chat_template": inline[form]} if form in inline else {}
     folder = with_tokenizer(models_of, tmp_path / "folder", "Llama-3", **settings)
     if form in ("jinja", "folder", "jinja over config"):
         (folder / "chat_template.jinja").write_text(template)

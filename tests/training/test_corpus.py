@@ -16,7 +16,7 @@ from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.tokenizer import load_tokenizer
 from ruyi_flow.training.corpus import Document, chat_prompt, read_documents, read_prompts
 from ruyi_flow.training.distill import distill
-from ruyi_flow.training.recipe import Recipe, SelfDistill
+from ruyi_flow.training.recipe import Recipe, SelfDistill, Source
 from ruyi_flow.training.train import train
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -131,7 +131,7 @@ def test_the_question_at_the_end_of_a_chat_is_the_prompt(tmp_path: Path, spoken:
     assert found[0] == found[1] > 0
     run = Recipe(
         family="x", out=tmp_path / "out", steps=1, length=256, precision="no",
-        self_distill=SelfDistill(prompts=({"path": file},), max_new_tokens=2),
+        self_distill=SelfDistill(prompts=(Source(path=file),), max_new_tokens=2),
     )  # fmt: skip
     answers = distill(run, Checkpoint(spoken), tokenizer, ())
     prompts = [json.loads(line)["prompt"] for line in answers.read_text().splitlines()]
@@ -197,7 +197,7 @@ def test_training_says_what_of_its_data_it_does_not_use(tmp_path: Path, spoken: 
     cut, lost = {"prompt": "hi", "answer": "y" * 90}, {"prompt": "h" * 90, "answer": "yes"}
     write(tmp_path / "a.jsonl", *fits, cut, lost, {"messages": [user("hi"), assistant("yes"), user("bye")]})
     run = Recipe(
-        family="x", out=tmp_path / "out", data=({"path": tmp_path / "a.jsonl"},), steps=1, batch=1, length=48,
+        family="x", out=tmp_path / "out", data=(Source(path=tmp_path / "a.jsonl"),), steps=1, batch=1, length=48,
         precision="no",
     )  # fmt: skip
     said: list[str] = []
@@ -205,14 +205,14 @@ def test_training_says_what_of_its_data_it_does_not_use(tmp_path: Path, spoken: 
     assert f"{tmp_path}/a.jsonl: 2 chats are longer than 48 tokens; 1 were left out, since nothing" in said[0]
     assert f"{tmp_path}/a.jsonl: 1 chats have no answer" in said[1]
     write(tmp_path / "b.jsonl", lost)
-    changed = run.model_copy(update={"data": (*run.data, *run.data[:0], type(run.data[0])(path=tmp_path / "b.jsonl"))})
+    changed = run.model_copy(update={"data": (*run.data, Source(path=tmp_path / "b.jsonl"))})
     with pytest.raises(ConfigError, match=r"b.jsonl contains nothing to train on; remove it, or raise length"):
         train(changed, Checkpoint(spoken), tokenizer)
 
 
 def test_self_distillation_says_which_prompts_it_does_not_answer(tmp_path: Path, spoken: Path, tokenizer: Any) -> None:
     file = write(tmp_path / "a.jsonl", {"prompt": "hi"}, {"prompt": "h" * 90}, {"prompt": "ho"})
-    plan = SelfDistill(prompts=({"path": file},), max_new_tokens=2)
+    plan = SelfDistill(prompts=(Source(path=file),), max_new_tokens=2)
     run = Recipe(family="x", out=tmp_path / "out", steps=1, length=48, precision="no", self_distill=plan)
     said: list[str] = []
     told: list[tuple[int, int]] = []

@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
 import torch
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from ruyi_flow.client import AsyncClient
@@ -128,6 +129,7 @@ def value_of(rng: random.Random, f: FieldDescriptor) -> Any:
 
 def change_field(rng: random.Random, message: Message) -> None:
     """Change one field of a message, or of a message in it."""
+    assert isinstance(message.DESCRIPTOR, Descriptor)
     fields = message.DESCRIPTOR.fields
     set_fields = [f for f, _ in message.ListFields()]
     f = rng.choice(set_fields if set_fields and rng.random() < 0.7 else fields)
@@ -372,7 +374,7 @@ class Hostile:
         if data is grpc.aio.EOF:
             return False
         reply = pb.SessionReply.FromString(data)
-        kind = reply.WhichOneof("message")
+        kind: str | None = reply.WhichOneof("message")
         self._report.outcomes[str(kind)] += 1
         for d in reply.verdict.decisions:
             self.decided(d.token, d.exit, d.confidence)
@@ -417,8 +419,10 @@ class Honest:
 
     def __init__(self, client: AsyncClient, peer: Peer, opening: pb.Open, report: Report) -> None:
         self._report = report
-        self._jobs = [lambda options=options: self._ask(client, options) for options in OPTIONS]
-        self._jobs += [lambda: over_a_hop(peer, opening)] * 3  # these share batches
+        self._jobs: list[Callable[[], Coroutine[Any, Any, list[Any]]]] = [
+            *(partial(self._ask, client, options) for options in OPTIONS),
+            *[partial(over_a_hop, peer, opening)] * 3,  # these share batches
+        ]
         self._alone: list[list[Any]] = []
 
     @staticmethod

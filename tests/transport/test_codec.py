@@ -56,7 +56,7 @@ def test_a_curve_that_is_none_is_refused() -> None:
         (pb.Curve(temperature=nan, scores=[0.1], chances=[0.5]), "its temperature must be above 0"),
     ):
         message = handshake()
-        message.policy.routing.scale.MergeFrom(pb.Scale(score=1, curves={5: curve}))
+        message.policy.routing.scale.MergeFrom(pb.Scale(score=pb.SCORE_MAX_PROBABILITY, curves={5: curve}))
         with pytest.raises(WireError, match=f"the policy's scale is not valid: {text}"):
             codec.open_from_pb(message)
 
@@ -64,7 +64,7 @@ def test_a_curve_that_is_none_is_refused() -> None:
 def handshake() -> pb.Open:
     """The least that a handshake must have."""
     sampling = pb.SamplingParams(top_p=1, repetition_penalty=1, max_new_tokens=1)
-    return pb.Open(encoding=1, max_positions=2, prompt_length=1, sampling=sampling)
+    return pb.Open(encoding=pb.ENCODING_F32, max_positions=2, prompt_length=1, sampling=sampling)
 
 
 def test_a_handshake_whose_numbers_cannot_be_is_refused() -> None:
@@ -91,20 +91,22 @@ BAD_CONFIDENCES = [float("nan"), float("inf"), -0.5, 1.5]
 
 
 def test_an_answer_whose_numbers_cannot_be_is_refused() -> None:
-    replies = [pb.Verdict(decisions=[pb.Decision(confidence=bad, reason=1)]) for bad in BAD_CONFIDENCES]
+    replies = [
+        pb.Verdict(decisions=[pb.Decision(confidence=bad, reason=pb.REASON_CONFIDENT)]) for bad in BAD_CONFIDENCES
+    ]
     replies += [pb.Verdict(elapsed_s=bad) for bad in BAD_SECONDS]
-    for name in ("compute_s", "queue_s", "wire_s"):
-        replies += [pb.Verdict(hops=[pb.Hop(**{name: bad})]) for bad in BAD_SECONDS]
-    replies += [pb.Verdict(hops=[pb.Hop(node=bad)]) for bad in ("x" * 1000, "\x1b[2J", "a\nb")]
+    for bad in BAD_SECONDS:
+        replies += [pb.Verdict(hops=[hop]) for hop in (pb.Hop(compute_s=bad), pb.Hop(queue_s=bad), pb.Hop(wire_s=bad))]
+    replies += [pb.Verdict(hops=[pb.Hop(node=name)]) for name in ("x" * 1000, "\x1b[2J", "a\nb")]
     replies.append(pb.Verdict(hops=[pb.Hop(node="n")] * 1000))
     for reply in replies:
         with pytest.raises(WireError):
             codec.verdict_from_pb(reply)
-    events = [pb.GenerateReply(token=pb.Token(confidence=bad, reason=1)) for bad in BAD_CONFIDENCES]
-    events += [pb.GenerateReply(token=pb.Token(after_s=bad, reason=1)) for bad in BAD_SECONDS]
+    events = [pb.GenerateReply(token=pb.Token(confidence=bad, reason=pb.REASON_CONFIDENT)) for bad in BAD_CONFIDENCES]
+    events += [pb.GenerateReply(token=pb.Token(after_s=bad, reason=pb.REASON_CONFIDENT)) for bad in BAD_SECONDS]
     for bad in BAD_SECONDS:
         stats = pb.Stats(total_s=bad)
-        events.append(pb.GenerateReply(final=pb.Final(finish_reason=1, stats=stats)))
+        events.append(pb.GenerateReply(final=pb.Final(finish_reason=pb.FINISH_REASON_EOS, stats=stats)))
     for event in events:
         with pytest.raises(WireError):
             codec.reply_from_pb(event)
