@@ -81,25 +81,31 @@ class Outbox:
         self._emptied.set()
 
     async def empty_into(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Write batch after batch, until the outbox is closed, the coroutine is cancelled or the stream has ended."""
-        # The reader of the stream learns why it has ended.
-        with suppress(grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
-            while True:
-                await self._changed.wait()
-                if self._closed:
-                    return
-                batch, room = pb.Batch(), self._max_bytes
-                while self._items and len(batch.items) < _MAX_ITEMS:
-                    size = len(self._items[0].message) + _FRAME
-                    if batch.items and size > room:
-                        break
-                    batch.items.append(self._items.popleft())
-                    room -= size
-                if not self._items:
-                    self._changed.clear()
-                await write(batch.SerializeToString())
-                self._bytes -= self._max_bytes - room
-                self._emptied.set()
+        """Write batch after batch, until the outbox is closed, the coroutine is cancelled or the stream has ended.
+
+        Raises:
+            grpc.aio.BaseError: the serving end has lost its connection. (The calling end's reader learns why.)
+        """
+        try:
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                while True:
+                    await self._changed.wait()
+                    if self._closed:
+                        return
+                    batch, room = pb.Batch(), self._max_bytes
+                    while self._items and len(batch.items) < _MAX_ITEMS:
+                        size = len(self._items[0].message) + _FRAME
+                        if batch.items and size > room:
+                            break
+                        batch.items.append(self._items.popleft())
+                        room -= size
+                    if not self._items:
+                        self._changed.clear()
+                    await write(batch.SerializeToString())
+                    self._bytes -= self._max_bytes - room
+                    self._emptied.set()
+        finally:
+            self.close()  # nobody waits for room in vain
 
 
 class Batches:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,12 @@ async def test_a_call_that_the_caller_ends_while_answers_are_written_ends_well(t
 class Gone:
     """gRPC's context of a call whose connection has just been lost, which its handler has not been told yet."""
 
-    async def read(self) -> bytes:
-        return b"\xff\xff"
+    def __init__(self, *messages: bytes) -> None:
+        self._messages = [*messages, grpc.aio.EOF]
+
+    async def read(self) -> Any:
+        await asyncio.sleep(0.01)
+        return self._messages.pop(0)
 
     async def write(self, data: bytes) -> None:
         raise grpc.aio.InternalError("Failed to execute a batch")
@@ -207,12 +211,22 @@ class Gone:
         return "ipv4:127.0.0.1:1"
 
 
-@pytest.mark.parametrize("call", ["_session", "_together", "_generate"])
-async def test_a_call_whose_connection_is_lost_ends_like_one_that_is_cancelled(tiny: Path, call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("_session", b"\xff\xff"),
+        ("_together", b"\xff\xff"),
+        ("_together", batch((77, pb.SessionRequest()))),
+        ("_generate", b"\xff\xff"),
+    ],
+)
+async def test_a_call_whose_connection_is_lost_ends_like_one_that_is_cancelled(
+    tiny: Path, call: str, message: bytes
+) -> None:
     engine = await asyncio.to_thread(Engine.load, cut_topology(tiny, [[2, 4, 6]]), "n0")
     server = Server(Node(engine), "127.0.0.1:0", max_message_bytes=2**20)
     with pytest.raises(asyncio.CancelledError):
-        await getattr(server, call)(b"\xff\xff", Gone())
+        await getattr(server, call)(message, Gone(message))
     await server.stop()
     await engine.close()
 
@@ -296,13 +310,16 @@ async def test_a_next_node_that_answers_garbage_is_as_good_as_none(tiny: Path, a
 async def test_a_next_node_that_speaks_another_protocol_is_as_good_as_none(tiny: Path, greeting: bytes) -> None:
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
-        await reader.read()
-        writer.close()
+        with suppress(ConnectionError):
+            await reader.read()
+        writer.transport.abort()
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     async with cluster(cut_topology(tiny, [[2], [4, 6]], timeout_s=5)) as nodes:
         await falls_back(nodes, f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
     server.close()
+    await server.wait_closed()
+    await asyncio.sleep(0.05)  # the transports end
 
 
 async def falls_back(nodes: Cluster, address: str) -> None:
