@@ -311,6 +311,18 @@ async def test_states_in_advance_keep_to_their_budget_in_all() -> None:
     assert [call for call in world.peers[0].calls if call[0] == "feed"] == [("feed", 0), ("feed", 8), ("feed", 16)]
 
 
+async def test_a_few_states_do_not_go_up_in_advance_however_long_the_sequence_is() -> None:
+    world = World(Peer(), ahead=100)
+    world.session.compute(40)
+    await world.next.ask(world.session.question())
+    world.settle(MIN_UPLOAD_POSITIONS - 1)
+    await turns()
+    assert world.peers[0].calls == [("advance", 0)]
+    world.settle(1)
+    await turns()
+    assert world.peers[0].calls[1:] == [("feed", 40), ("arrived", 40 + MIN_UPLOAD_POSITIONS)]
+
+
 async def test_only_what_is_decided_and_computed_goes_up_in_advance() -> None:
     world = World(Peer(), ahead=100)
     world.session.compute(30)
