@@ -191,6 +191,21 @@ async def test_a_long_prompt_travels_in_several_messages(tmp_path: Path) -> None
         await nodes.settle()
 
 
+async def test_stop_strings_stay_on_the_entry_node(spoken: Path) -> None:
+    relay = Relay()
+    topology = cut_topology(spoken, [[2], [4, 6]])
+    async with cluster(topology, {"n1": relay}) as nodes, AsyncClient(nodes.topology) as client:
+        bytes_up = []
+        for stop in ("\u4e16", "\u4e16" * 1000):  # which the answer does not contain
+            before = relay.bytes_up
+            reply = await client.generate("hi", mode="exact", draft=0, max_new_tokens=4, eos_token_ids=(), stop=stop)
+            assert len(reply.tokens) == 4
+            await nodes.settle()
+            bytes_up.append(reply.stats.hops[1].bytes_up)
+            assert relay.bytes_up - before < 3000
+        assert bytes_up[0] == bytes_up[1]
+
+
 async def test_drafts_never_outgrow_a_message(tmp_path: Path) -> None:
     folder = tiny_family(tmp_path / "long", max_position_embeddings=4096)
     oracle = Oracle(load_family(folder, dtype="float32"))
