@@ -15,34 +15,29 @@ import math
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
 import torch
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.errors import CapacityError, DeadlineExceeded
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.peer import METHODS, Peer
-from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.status import NODE_KEY
-from ruyi_flow.types import Block
+from tests.transport.honest import HIDDEN, PATIENCE_S, Honest, Report
+from tests.transport.mutations import LARGE, changed
 
 __all__ = ["Report", "fuzz"]
 
 CUTS = [[2], [4], [6]]
-VOCAB, HIDDEN = 61, 32
+VOCAB = 61
 LIMITS = {"max_positions": 16384, "max_sessions": 48, "max_waiting": 16, "max_wait_s": 1, "grace_s": 1}
 CALLERS = 8
 """Number of hostile conversations at the same time."""
@@ -52,50 +47,6 @@ MOST_MB = 800
 
 LONGEST_STOP_S = 0.25
 """Longest time that the event loop may stand still, where times are checked."""
-
-PATIENCE_S = 60.0
-"""Seconds after which a call that has no answer is a fault."""
-
-OPTIONS: list[dict[str, Any]] = [
-    {"mode": "exact", "draft": 3},
-    {"mode": "token", "threshold": 0.4, "draft": 2},
-    {"mode": "cascade", "threshold": 0.3, "window": 3},
-    {"mode": "exact", "temperature": 0.8, "top_k": 20, "seed": 7},
-    {"mode": "fixed", "exit": 4},
-]
-"""What the honest callers ask with."""
-
-_Type = FieldDescriptor
-INTEGERS = (0, 1, 2, 3, 4, 6, 63, 64, 65, 255, 512, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
-NUMBERS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-30, 0.3, 1.0, 1.5, 1e30, 1e300)
-TEXTS = ("", "x", "a" * 3000, "界" * 1500, "😀\0\n%", "ruyi")
-LARGE = (
-    pb.Batch(items=[pb.Item()] * 1_000_000).SerializeToString(),
-    b"\x12\x00" * 500_000,
-    pb.SessionRequest(block=pb.Block(token_ids=[5] * 500_000)).SerializeToString(),
-    pb.SessionRequest(open=pb.Open(sampling=pb.SamplingParams(stop=[""] * 400_000))).SerializeToString(),
-)
-
-
-@dataclass
-class Report:
-    """What a run of the fuzzer has seen."""
-
-    messages: int = 0
-    """Messages sent."""
-    conversations: int = 0
-    honest: int = 0
-    """Answers of honest callers that were checked."""
-    refused: int = 0
-    """Honest requests that found the nodes full."""
-    outcomes: Counter[str] = field(default_factory=Counter)
-    """How hostile calls and messages were answered, and how often."""
-    worst_stop_s: float = 0.0
-    """Longest time that the event loop of callers and nodes computed without a pause, other processes left out."""
-    grown_mb: int = 0
-    """How much memory the process had more at the most than before."""
-    faults: list[str] = field(default_factory=list)
-    """What must not happen."""
 
 
 class _Log(logging.Handler):
@@ -108,86 +59,6 @@ class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR or record.exc_info:
             self._report.faults.append(f"log: {self.lines.format(record)[:3000]}")
-
-
-# ---- mutations ----
-
-
-def value_of(rng: random.Random, f: FieldDescriptor) -> Any:
-    """A value that a field of this type can have on the wire."""
-    if f.cpp_type == _Type.CPPTYPE_STRING:
-        return rng.randbytes(rng.choice((0, 1, 30, 4000))) if f.type == _Type.TYPE_BYTES else rng.choice(TEXTS)
-    if f.cpp_type in (_Type.CPPTYPE_DOUBLE, _Type.CPPTYPE_FLOAT):
-        return rng.choice(NUMBERS)
-    if f.cpp_type == _Type.CPPTYPE_BOOL:
-        return rng.random() < 0.5
-    if f.cpp_type == _Type.CPPTYPE_ENUM:
-        return rng.choice((*range(8), 99, -1))
-    bits = 64 if f.cpp_type == _Type.CPPTYPE_UINT64 else 32
-    return rng.choice([i for i in INTEGERS if i < 2**bits])
-
-
-def change_field(rng: random.Random, message: Message) -> None:
-    """Change one field of a message, or of a message in it."""
-    assert isinstance(message.DESCRIPTOR, Descriptor)
-    fields = message.DESCRIPTOR.fields
-    set_fields = [f for f, _ in message.ListFields()]
-    f = rng.choice(set_fields if set_fields and rng.random() < 0.7 else fields)
-    value = getattr(message, f.name)
-    if f.message_type is not None and f.message_type.GetOptions().map_entry:
-        key, of = rng.choice((0, 2, 4, 6, 5, 2**32 - 1)), f.message_type.fields_by_name["value"]
-        if of.message_type is None:
-            value[key] = value_of(rng, of)
-        else:
-            change_field(rng, value[key])
-    elif f.is_repeated:
-        if rng.random() < 0.3:
-            del value[rng.randrange(len(value) + 1) :]
-        elif f.message_type is None:
-            value.extend([value_of(rng, f)] * rng.choice((1, 2, 100)))
-        else:
-            change_field(rng, value.add())
-    elif f.message_type is not None:
-        value.SetInParent()
-        if rng.random() < 0.9:
-            change_field(rng, value)
-    elif rng.random() < 0.1:
-        message.ClearField(f.name)
-    else:
-        setattr(message, f.name, value_of(rng, f))
-
-
-def change_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Flip, cut, double or insert bytes."""
-    at, to = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    return rng.choice(
-        (
-            lambda: data[:at] + rng.randbytes(1) + data[at + 1 :],
-            lambda: data[:at],
-            lambda: data[:to] + data[at:to] + data[to:],
-            lambda: data[:at] + rng.randbytes(rng.choice((1, 8, 100))) + data[at:],
-            lambda: rng.choice(LARGE) if rng.random() < 0.05 else b"",
-        )
-    )()
-
-
-def changed(rng: random.Random, messages: list[Message], chance: float = 0.5) -> list[bytes]:
-    """Change a conversation in some places, or in none."""
-    while rng.random() < chance:
-        i = rng.randrange(len(messages))
-        if rng.random() < 0.7:
-            change_field(rng, messages[i])
-        elif rng.random() < 0.3:
-            rng.shuffle(messages)
-        elif rng.random() < 0.5:
-            messages.insert(rng.randrange(len(messages) + 1), messages[i])
-        elif len(messages) > 1:
-            del messages[i]
-    sent = [m.SerializeToString() for m in messages]
-    while rng.random() < chance / 2:
-        i = rng.randrange(len(sent))
-        sent[i] = change_bytes(rng, sent[i])
-    return sent
 
 
 # ---- valid messages ----
@@ -393,75 +264,6 @@ class Hostile:
         told = NODE_KEY in dict(error.trailing_metadata() or ())
         if code is grpc.StatusCode.UNKNOWN or (code is grpc.StatusCode.INTERNAL and told):
             self._report.faults.append(f"a call ended with {code.name}: {error.details()}")
-
-
-# ---- honest callers ----
-
-STATES = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(5))
-IDS = tuple(3 + i * 7 % 50 for i in range(12))
-
-
-async def over_a_hop(peer: Peer, opening: pb.Open) -> list[Any]:
-    """A session with node n1 as node n0 has it: a prompt, then position after position."""
-    stage = RemoteStage(peer, codec.open_from_pb(opening), timeout_s=PATIENCE_S)
-    decisions: list[Any] = []
-    try:
-        for start, stop in ((0, 6), *((i, i + 1) for i in range(6, 12))):
-            block = Block(start, STATES[start:stop], IDS[start:stop], (stop - 1,))
-            decisions += (await stage.advance(block)).decisions
-    finally:
-        await stage.close()
-    return decisions
-
-
-class Honest:
-    """Callers that keep to the protocol, and the answers that each of them gets when it is alone."""
-
-    def __init__(self, client: AsyncClient, peer: Peer, opening: pb.Open, report: Report) -> None:
-        self._report = report
-        self._jobs: list[Callable[[], Coroutine[Any, Any, list[Any]]]] = [
-            *(partial(self._ask, client, options) for options in OPTIONS),
-            *[partial(over_a_hop, peer, opening)] * 3,  # these share batches
-        ]
-        self._alone: list[list[Any]] = []
-
-    @staticmethod
-    async def _ask(client: AsyncClient, options: dict[str, Any]) -> list[Any]:
-        reply = await client.generate(
-            [5, 17, 9, 33], max_new_tokens=10, eos_token_ids=(), timeout_s=PATIENCE_S, **options
-        )
-        return list(reply.tokens)
-
-    async def learn(self) -> None:
-        """Ask one after the other, and then all at once, so that the streams are open that sessions share."""
-        self._alone = [await job() for job in self._jobs]
-        await asyncio.gather(*(job() for job in self._jobs))
-
-    async def go_on(self, which: int, done: asyncio.Event) -> None:
-        """Ask again and again."""
-        while not done.is_set():
-            try:
-                got = await self._jobs[which]()
-            except (CapacityError, DeadlineExceeded):
-                self._report.refused += 1
-                await asyncio.sleep(0.05)
-                continue
-            except Exception as error:
-                self._report.faults.append(f"honest caller {which}: {type(error).__name__}: {error}")
-                continue
-            self._report.honest += 1
-            if [_what(a) for a in got] != [_what(a) for a in self._alone[which]]:
-                self._report.faults.append(f"honest caller {which} got {got}, alone {self._alone[which]}")
-
-    @property
-    def count(self) -> int:
-        return len(self._jobs)
-
-
-def _what(answer: Any) -> tuple[int, int, float]:
-    """Token, exit and confidence, rounded: sums of floating point numbers depend on who else is in a step."""
-    token = answer.id if hasattr(answer, "id") else answer.token
-    return token, answer.exit, round(answer.confidence, 2)
 
 
 # ---- the run ----
