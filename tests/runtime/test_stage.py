@@ -165,22 +165,6 @@ def test_cached_is_uncached_after_any_interleaving(seed: int, device: str, paged
     pipeline.close()
 
 
-def test_rewind_then_advance_is_a_fresh_session(tiny: Path) -> None:
-    ids = torch.randint(3, 61, (40,), generator=torch.Generator().manual_seed(2)).tolist()
-    [piece] = shards(tiny, [(2, 4, 6)])
-    rewound, fresh = Pipeline([piece], 100), Pipeline([piece], 100)
-    rewound.feed(ids[:25], [24])
-    rewound.escalate(1, 20, [19])
-    rewound.escalate(2, 15, [14])
-    rewound.sessions[0].rewind(10)
-    rewound.feed(ids[10:], [39])
-    fresh.feed(ids, [39])
-    for depth in (1, 2):
-        rewound.escalate(depth, 40, [39])
-        fresh.escalate(depth, 40, [39])
-    assert (rewound.logits(0)[39] - fresh.logits(0)[39]).abs().max() < 1e-5
-
-
 def test_sessions_do_not_mix(tiny: Path) -> None:
     family = load_family(tiny, dtype="float32")
     [piece] = shards(tiny, [(2, 4, 6)])

@@ -64,7 +64,9 @@ async def test_every_cut_over_nodes_gives_the_same_tokens(tiny: Path, oracle: Or
                 PROMPT, mode="token", threshold=threshold, draft=2, max_new_tokens=20, eos_token_ids=()
             )
             policy = Policy.resolve(Routing(Mode.TOKEN, threshold=threshold), (2, 4, 6))
-            assert [(t.id, t.exit) for t in reply.tokens] == oracle.decide(policy, PROMPT, 20)
+            judged = oracle.judge(policy, PROMPT, 20)
+            assert [(t.id, t.exit) for t in reply.tokens] == [(token, exit) for token, exit, _ in judged]
+            assert [t.confidence for t in reply.tokens] == pytest.approx([sure for _, _, sure in judged], abs=1e-3)
             assert all(t.node == next(n.name for n in nodes.topology.nodes if t.exit in n.exits) for t in reply.tokens)
         start = Start({2: (4.0, -1.0, 0.0, 0.0, 0.0), 4: (8.0, -1.0, 0.0, 0.0, 0.0)}, 0.5)
         cascades: list[dict[str, Any]] = [
