@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -171,6 +172,8 @@ def node(
     async def run() -> None:
         stop = on_signals()
         async with serve(engine) as server:
+            gc.collect()
+            gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()
             logger.info(
                 "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; %.0f MB resident",
