@@ -91,8 +91,7 @@ class AsyncClient:
             try:
                 self._engine, self._answering = await asyncio.shield(loading)
             except asyncio.CancelledError:  # the thread goes on; what it loads must not outlive this call
-                loading.add_done_callback(_discard)
-                await asyncio.wait({loading})
+                await asyncio.shield(asyncio.ensure_future(_discard(loading)))
                 raise
             return
         from ruyi_flow.transport.peer import Peer
@@ -152,7 +151,8 @@ class AsyncClient:
         self._check_open()
         timeout_s = options.pop("timeout_s", None)
         timeout_s = self._timeout_s if timeout_s is None else _check_timeout(timeout_s)
-        request = make_request(prompt, options)
+        # A request may name a policy file, and a prompt may be long.
+        request = await asyncio.to_thread(make_request, prompt, options)
         if self._answering is None:
             entry = self._peers[self.topology.entry.name]
             async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
@@ -363,9 +363,11 @@ def _load(topology: Topology) -> tuple[Engine, Answering]:
         raise
 
 
-def _discard(loading: asyncio.Future[tuple[Engine, Answering]]) -> None:
-    if not loading.cancelled() and loading.exception() is None:
-        loading.result()[0].worker.shutdown()
+async def _discard(loading: asyncio.Future[tuple[Engine, Answering]]) -> None:
+    """Close an engine that nobody waits for any more, once it has been loaded."""
+    with suppress(Exception):
+        engine, _ = await loading
+        await engine.close()
 
 
 def _check_timeout(timeout_s: object) -> float:

@@ -43,7 +43,6 @@ LOOPS = [f"ruyi_flow.{name}" for name in ("client", "loop", "runtime", "serving"
 MAY_BLOCK = [
     ("logging/__init__.py", {"emit", "flush"}),  # a log line goes to standard error
     ("psutil/_common.py", {"cat"}),  # reads /proc, which is memory
-    ("config/policy_file.py", {"load"}),  # a request may name a policy file: small, local, and read once
 ]
 """Functions on an event loop that may wait for a file."""
 

@@ -312,7 +312,13 @@ async def test_a_client_that_cannot_be_entered_leaves_nothing(spoken: Path, tmp_
     assert compute_threads() == before
     async with client:
         assert len((await client.generate("hi", max_new_tokens=1)).tokens) == 1
-    with pytest.raises(CheckpointError), Client(topology.model_copy(update={"family": str(tmp_path / "none")})):
+    assert compute_threads() == before
+
+
+def test_a_sync_client_that_cannot_be_entered_leaves_nothing(tmp_path: Path) -> None:
+    before = compute_threads()
+    nodes = [{"name": "whole", "exits": [2, 4, 6]}]
+    with pytest.raises(CheckpointError), Client(Topology.parse({"family": str(tmp_path / "none"), "nodes": nodes})):
         pass
     assert compute_threads() == before and "ruyi-flow client" not in [t.name for t in threading.enumerate()]
 
