@@ -144,7 +144,7 @@ def test_serve_compares_many_with_one(measured: Measured) -> None:
 def test_an_answer_that_ends_early_is_an_error(run: Command, spoken: Path, tmp_path: Path, bench: str) -> None:
     short = shutil.copytree(spoken, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 70}))
     sizes = ("--tokens", "60", "--rounds", "1", "--threads", "1")
     code, out, err = run("bench", bench, "--family", str(short), "--out", str(tmp_path), *sizes)
     assert code == 2 and out == "" and "ended after" in err and "of 60 tokens; is its context too short?" in err
@@ -178,7 +178,7 @@ def test_compared_runs_are_interleaved_and_the_first_round_warms_up() -> None:
         ),
         (("decode", "--threads", "5000"), "Invalid value for '--threads'"),
         (("prefill", "--against", "transformers-early-exit"), "valid for decode only"),
-        (("prefill", "--prompt-tokens", "1000"), "1001 positions"),
+        (("prefill", "--prompt-tokens", "1000"), "the prompt has 1000 tokens"),
         (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),
     ],
 )

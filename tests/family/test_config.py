@@ -124,7 +124,7 @@ def test_an_ordinary_checkpoint_takes_exits() -> None:
         ({"max_position_embeddings": 10**12}, "max_position_embeddings: 1000000000000: must be at most"),
         ({"eos_token_id": 1e30}, "eos_token_id.0: 1e\\+30: must be a whole number"),
         ({"eos_token_id": [1, -1]}, "eos_token_id.1: -1: must be 0 or more"),
-        ({"eos_token_id": list(range(2000))}, "eos_token_id: must have at most 1024 items"),
+        ({"eos_token_id": list(range(2000))}, "eos_token_id: .*: must have at most 1024 items"),
         ({"early_exit_points": [5, 3, 27]}, "must ascend"),
         ({"early_exit_points": [5, 11]}, "must ascend, begin at 1 or more and end at 27"),
         ({"early_exit_points": [0, 27]}, "must ascend"),

@@ -458,7 +458,7 @@ async def test_a_budget_is_spent_on_the_event_loop_alone(world: World) -> None:
             pass
         await chain.close()
     finally:
-        worker.shutdown()
+        await asyncio.to_thread(worker.shutdown)
     assert len(spenders) >= 4 and set(spenders) == {threading.current_thread()}
 
 
