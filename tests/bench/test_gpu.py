@@ -15,8 +15,8 @@ from tests.conftest import Oracle
 
 pytestmark = pytest.mark.timeout(600)
 
-STEPS = [name for name in gpu.STEPS if name not in ("ruyi-prefill", "ruyi-sessions")]
-"""The steps that are tested; the code of the other two is that of demo-prefill and demo-sessions."""
+STEPS = [name for name in gpu.STEPS if not name.startswith("ruyi-") and name != "tests"]
+"""The steps that are tested here; the code of Ruyi-7B's is that of the demo family's."""
 
 ENGINES = ("ruyi-flow", "transformers")
 
@@ -40,11 +40,10 @@ def test_the_steps_run_on_a_cpu_with_tiny_families() -> None:
     assert all(f"\n{name} " in f"\n{table}" for name in STEPS)
 
     assert results["machine"].keys() >= {"copy_gb_per_s", "bf16_tflop_per_s"}
-    assert results["tests"]["failed"] == 0 and results["tests"]["passed"] + results["tests"]["skipped"] > 30
     for variant in gpu_steps.VARIANTS:
         assert results["nodes"][variant] == {"answers": 3, "equal": 3}
-    assert results["demo-family"]["weights"] == results["ruyi-family"]["weights"] == "random"
-    for step, unit in (("demo-decode", "token"), ("demo-prefill", "prompt"), ("ruyi-decode", "token")):
+    assert results["demo-family"]["weights"] == "random"
+    for step, unit in (("demo-decode", "token"), ("demo-prefill", "prompt")):
         rows = results[step]
         assert all(rows[engine].keys() >= {f"ms_per_{unit}", "share_of_bound"} for engine in ENGINES)
         assert "ratio" in rows["transformers"]
