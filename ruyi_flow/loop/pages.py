@@ -73,10 +73,8 @@ class PagePool:
         """
         assert all(run.owner != owner for run in self._runs), "one run per owner"
         count = max(1, -(-max_positions // PAGE_SIZE))
-        starts = [
-            0,
-            *(run.first + run.count for run in self._runs),
-        ]  # of the free pages before each run, and at the end
+        # Where free pages begin and end: before each run, and after the last one.
+        starts = [0, *(run.first + run.count for run in self._runs)]
         stops = [*(run.first for run in self._runs), self.num_pages]
         for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             if stop - start >= count:
