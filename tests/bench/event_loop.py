@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Coroutine
@@ -35,6 +36,8 @@ def _serve(topology: dict[str, Any], longest: Any, busiest: Any, ready: Any, don
     async def run() -> None:
         parsed = Topology.parse(topology)
         async with serve(Engine.load(parsed, parsed.entry.name)):
+            gc.collect()
+            gc.freeze()  # as `ruyi-flow node` does
             ready.set()
             while not done.is_set():
                 began, busy = time.perf_counter(), time.thread_time()
