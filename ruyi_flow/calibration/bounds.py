@@ -106,10 +106,15 @@ def max_log_wealth(bet: float, sample: Sample, seed: int) -> float:
 def explain_failure(sample: Sample, confidence_level: float) -> str:
     """Explain what a failed test needs, from all prompts that there are: log wealth grows in proportion to them."""
     count = len(sample.values)
-    growth = sample.best_bet()[1] / count
+    growth, needed_wealth = sample.best_bet()[1] / count, -math.log(1 - confidence_level)
     if growth <= 0:
-        return "they contradict it, so more prompts of the same kind will not help; relax the bound"
-    needed = math.ceil(-math.log(1 - confidence_level) / growth / (1 - _TUNING_SHARE))
+        opposite = Sample(1 - sample.values, 1 - sample.null_mean)
+        if opposite.best_bet()[1] >= needed_wealth:
+            return "they contradict it, so more prompts of the same kind will not help; relax the bound"
+        least = Sample(np.zeros(1), sample.null_mean).best_bet()[1]  # the growth if no prompt spoke against it
+        needed = math.ceil(needed_wealth / least / (1 - _TUNING_SHARE))
+        return f"they are too few to tell: trace several times {max(needed, count):,} of the same kind"
+    needed = math.ceil(needed_wealth / growth / (1 - _TUNING_SHARE))
     more = max(needed - count, math.ceil(count / 10))
     if more > _MOST_TIMES_MORE * count:
         return f"they barely support it, so over {_MOST_TIMES_MORE:,} times as many are needed; relax the bound"

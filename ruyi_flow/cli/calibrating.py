@@ -229,6 +229,10 @@ class _Job:
             out.print("written: " + ", ".join(escape(str(file)) for file in files), soft_wrap=True)
 
 
+_FEW_PROMPTS = 100
+"""Fewer prompts than this are said to be few where no bound is tested."""
+
+
 def _calibrate_token(
     job: _Job, max_disagreement: float | None, budget: Budget | None, deployment: Deployment | None
 ) -> None:
@@ -261,6 +265,8 @@ def _calibrate_token(
     out.print(table)
     tested, cost = found.choice.tested, found.cost
     bound = "no bound was requested"
+    if found.choice.prompts < _FEW_PROMPTS:
+        bound += ", and so few prompts say little about new ones: trace several hundred"
     if max_disagreement is not None:
         bound = f"at most {max_disagreement:.1%} will on new prompts, with a confidence of {job.confidence_level:.0%}"
     out.print(

@@ -95,6 +95,8 @@ def test_a_failed_test_tells_what_it_needs() -> None:
     rare[:3] = 1.0
     assert explain_failure(Sample(rare, 0.05), 0.95).startswith("trace about ")
     assert "will not help" in explain_failure(Sample(np.full(100, 0.2), 0.05), 0.95)
+    few = explain_failure(Sample(np.array([0.0, 0.0, 0.0, 0.0, 0.3]), 0.05), 0.95)
+    assert few == "they are too few to tell: trace several times 88 of the same kind"
     barely = Sample(np.repeat([0.0, 0.0995], 50), 0.05)
     assert explain_failure(barely, 0.95).startswith("they barely support it")
     with pytest.raises(ConfigError, match="one prompt cannot both"):

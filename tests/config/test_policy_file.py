@@ -141,6 +141,21 @@ def test_calibrate_writes_what_a_topology_can_name(
     assert code == 2 and "it must lie between 0 and 1" in said
 
 
+@pytest.mark.parametrize(("prompts", "few"), [(20, True), (400, False)])
+def test_few_prompts_are_said_where_no_bound_is_tested(run: Command, tmp_path: Path, prompts: int, few: bool) -> None:
+    trace, topology = tmp_path / "t.msgpack", tmp_path / "t.yaml"
+    with Writer(trace, HEADER) as writer:
+        for made_record in made(prompts, 8).records:
+            writer.add(made_record)
+    nodes = [{"name": f"n{p}", "address": f"127.0.0.1:{p}", "exits": [p]} for p in (2, 4, 6)]
+    links = [{"from": "n2", "to": "n4"}, {"from": "n4", "to": "n6"}]
+    topology.write_text(yaml.safe_dump({"family": "x", "nodes": nodes, "links": links}))
+    given = ("--topology", str(topology), "--out", str(tmp_path / "p.yaml"), "--max-escalation", "0.4")
+    code, said, error = run("calibrate", str(trace), *given)
+    assert code == 0, error
+    assert "no bound was requested" in said and ("so few prompts say little about new ones" in said) == few
+
+
 def test_calibrate_fits_a_budget_or_a_cascade(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
