@@ -259,7 +259,8 @@ def test_explain_says_who_decided_each_token_and_what_the_last_branch_would_have
     family = load_family(spoken, dtype="float32")
     ids = family.tokenizer("<user><b>hi</b>|", add_special_tokens=False)["input_ids"]
     prompt = list(ids)
-    reply = Client(file).__enter__().generate("<b>hi</b>", thresholds={2: 0.02, 4: 0.9}, max_new_tokens=8)
+    with Client(file) as client:
+        reply = client.generate("<b>hi</b>", thresholds={2: 0.02, 4: 0.9}, max_new_tokens=8)
     for row, token in zip(told, reply.tokens, strict=True):
         logits = {p: family.logits(torch.tensor([prompt]), p)[0, -1] for p in family.exits}
         assert row["exit"] == token.exit
