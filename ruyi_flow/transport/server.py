@@ -77,6 +77,7 @@ class Server:
     """
 
     def __init__(self, service: Service, address: str, *, max_message_bytes: int) -> None:
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_connection)
         self._service = service
         self._sessions: dict[tuple[str, int], _Session] = {}
         """The open sessions, by connection and number."""
@@ -296,6 +297,11 @@ class _Statuses:
             raise
         except grpc.aio.BaseError:  # the connection is lost; gRPC would log a trace, but not of a cancellation
             raise asyncio.CancelledError from None
+
+
+def _is_no_lost_connection(record: logging.LogRecord) -> bool:
+    """Leave out of gRPC's log that the status of a call was not sent, since its connection was lost by then."""
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
 
 
 def _known(error: Exception, node: str) -> RuyiFlowError:

@@ -332,3 +332,15 @@ async def falls_back(nodes: Cluster, address: str) -> None:
         reply = await client.generate([5, 6, 7], max_new_tokens=4, eos_token_ids=(), fallback=True)
         assert [t.reason for t in reply.tokens] == [Reason.UNREACHABLE] * 4
     await nodes.settle()
+
+
+async def test_a_status_that_a_lost_connection_does_not_take_is_no_trace(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("grpc._cython.cygrpc")
+    async with cluster(cut_topology(tiny, [[2, 4, 6]])):
+        for error in (grpc.aio.InternalError('Failed "execute_batch"'), ValueError("a bug")):
+            log.error("raised in core", exc_info=error)
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info and record.exc_info[1]] == [
+        ("a bug",)
+    ]
