@@ -76,7 +76,7 @@ class _StopString:
     def __init__(self, string: str) -> None:
         self._string = string
         self._borders = [0]
-        """For each prefix of the string, the length of the longest shorter prefix that ends it."""
+        """The length of the longest shorter prefix that ends each prefix of the string."""
         self.begun = 0
         """Length of the longest prefix of the string that ends the text so far."""
         for char in string[1:]:
