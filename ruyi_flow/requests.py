@@ -9,7 +9,7 @@ from typing import Any
 
 from ruyi_flow.errors import RequestError, did_you_mean, shown
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.types import MAX_COUNT, Encoding, is_text, to_float, to_int, to_token_id
+from ruyi_flow.types import MAX_COUNT, Encoding, check_number, is_text, to_float, to_int, to_token_id
 
 __all__ = [
     "MAX_EOS_TOKENS",
@@ -87,9 +87,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name == "seed":
                 continue
-            number = parse(value)
-            if number is None or not low <= number <= high:
-                raise RequestError(f"{name} is {shown(value)}; it must be {meaning}")
+            number = check_number(name, value, parse(value), low=low, high=high, meaning=meaning)
             object.__setattr__(self, name, number)
         if 0 < self.temperature < 1e-4:  # logits over it would not be finite any more
             raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy), or 0.0001 or more")

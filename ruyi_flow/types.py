@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from ruyi_flow.errors import RequestError, shown
 
@@ -33,6 +33,7 @@ __all__ = [
     "Upload",
     "Verdict",
     "Weights",
+    "check_number",
     "is_text",
     "parse_mode",
     "to_float",
@@ -66,6 +67,27 @@ def to_float(value: Any) -> float | None:
         return float(value) if hasattr(value, "__float__") or hasattr(value, "__index__") else None
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
+
+
+N = TypeVar("N", int, float)
+
+
+def check_number(name: str, value: Any, number: N | None, *, low: float, high: float, meaning: str) -> N:
+    """Return an option's number if it is one within its bounds.
+
+    Args:
+        name: the option.
+        value: what was given, for the error message.
+        number: the number that it is, or None.
+        low, high: the bounds.
+        meaning: what the option must be, for the error message.
+
+    Raises:
+        RequestError: it is none, or out of bounds.
+    """
+    if number is None or not low <= number <= high:
+        raise RequestError(f"{name} is {shown(value)}; it must be {meaning}")
+    return number
 
 
 def is_text(value: object) -> bool:

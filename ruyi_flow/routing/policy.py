@@ -18,7 +18,7 @@ from typing import Any
 from ruyi_flow.errors import RequestError, shown
 from ruyi_flow.routing.confidence import Scale
 from ruyi_flow.routing.start import Start
-from ruyi_flow.types import MAX_COUNT, Mode, Reason, is_text, parse_mode, to_float, to_int, to_token_id
+from ruyi_flow.types import MAX_COUNT, Mode, Reason, check_number, is_text, parse_mode, to_float, to_int, to_token_id
 
 __all__ = ["NEVER", "WINDOW", "Judge", "Policy", "Routing"]
 
@@ -72,9 +72,7 @@ class Routing:
             given = getattr(self, name)
             if given is None and name == "exit":
                 continue
-            number = to_int(given)
-            if number is None or not low <= number <= high:
-                raise RequestError(f"{name} is {shown(given)}; it must be {meaning}")
+            number = check_number(name, given, to_int(given), low=low, high=high, meaning=meaning)
             object.__setattr__(self, name, number)
         if not isinstance(self.fallback, bool):
             raise RequestError(f"fallback is {shown(self.fallback)}; it must be True or False")
