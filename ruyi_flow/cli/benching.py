@@ -18,7 +18,8 @@ from ruyi_flow.bench import Against
 from ruyi_flow.bench.measurement import Report, Setup, describe_machine
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer
-from ruyi_flow.cli.options import JsonOption
+from ruyi_flow.cli.options import JsonOption, file_or_example
+from ruyi_flow.config.examples import find
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.types import Weights
 
@@ -27,7 +28,7 @@ __all__ = ["decode", "exits", "fidelity", "hop", "prefill", "serve", "wan"]
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast a family answers on this machine.")
 app.add_typer(bench, name="bench", rich_help_panel=Panel.TRAIN)
 
-DEMO_POLICY = Path("configs/policies/smollm2-5-percent.yaml")
+DEMO_POLICY = Path("smollm2-5-percent")
 
 FamilyOption = Annotated[
     str, typer.Option(help="Folder of the family, or its name in the store; smollm2 is fetched when missing.")
@@ -47,7 +48,12 @@ GgufOption = Annotated[
     Path | None,
     typer.Option(help="GGUF file of the same model, for llama.cpp. Default for smollm2: fetched when missing."),
 ]
-PolicyFileOption = Annotated[Path, typer.Option(help="Policy file of ruyi-flow calibrate.")]
+PolicyFileOption = Annotated[
+    Path,
+    typer.Option(
+        callback=file_or_example("policy"), help="Policy file of ruyi-flow calibrate, or the name of an example."
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the plot.")]
 _OUT = Path("runs/bench")
 
@@ -140,8 +146,8 @@ def wan(
     from ruyi_flow.bench import over_links
     from ruyi_flow.family import store
 
-    if policy is None and family == store.DEMO and DEMO_POLICY.exists():
-        policy = DEMO_POLICY
+    if policy is None and family == store.DEMO:
+        policy = find(DEMO_POLICY, "policy")
     if policy is None:
         step_printer(as_json)("adaptive drafts are not measured: they need --policy")
     setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds)

@@ -22,10 +22,13 @@ from ruyi_flow.cli.options import (
     DEFAULT_TOPOLOGY,
     JsonOption,
     TopologyOption,
+    default_topology,
+    file_or_example,
     load_topology,
     networked,
     on_signals,
 )
+from ruyi_flow.config.examples import shortest
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.types import NodeStatus, Weights
 
@@ -204,7 +207,12 @@ def node(
 @app.command(rich_help_panel=Panel.RUN)
 def up(
     file: Annotated[
-        Path | None, typer.Argument(metavar="TOPOLOGY", help="Topology file (YAML); the same as --topology.")
+        Path | None,
+        typer.Argument(
+            metavar="TOPOLOGY",
+            callback=file_or_example("topology"),
+            help="Topology file (YAML), or the name of an example; the same as --topology.",
+        ),
     ] = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
 ) -> None:
@@ -218,7 +226,7 @@ def up(
         stop = on_signals()
         async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
-            asked = "" if topology == DEFAULT_TOPOLOGY else f" --topology {topology}"
+            asked = "" if topology == default_topology() else f" --topology {shortest(topology, 'topology')}"
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "
                 f"[bold]ruyi-flow generate{asked} --prompt 'Why is the sky blue?'[/bold]",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ruyi_flow.client import make_request
+from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.requests import SamplingParams
@@ -32,6 +33,8 @@ __all__ = [
     "TopologyOption",
     "answer_options",
     "check_target",
+    "default_topology",
+    "file_or_example",
     "integers",
     "load_topology",
     "networked",
@@ -39,9 +42,35 @@ __all__ = [
     "prompt_text",
 ]
 
-DEFAULT_TOPOLOGY = Path("configs/local.yaml")
 
-TopologyOption = Annotated[Path, typer.Option("--topology", "-t", help="Topology file (YAML).")]
+def file_or_example(kind: Kind) -> Callable[[Path | None], Path | None]:
+    """Return the callback of an option or argument that takes a file, or the name of an example of this package."""
+    return lambda named: None if named is None else find(named, kind)
+
+
+def default_topology() -> Path:
+    """Return the topology of a command that names none: the file in the current folder, or else the example `local`."""
+    return DEFAULT_TOPOLOGY if DEFAULT_TOPOLOGY.exists() else find("local", "topology")
+
+
+def _topology_file(context: typer.Context, option: typer.CallbackParam, named: Path) -> Path:
+    source = context.get_parameter_source(str(option.name))
+    is_default = source is not None and source.name == "DEFAULT"
+    return default_topology() if is_default else find(named, "topology")
+
+
+DEFAULT_TOPOLOGY = Path("topology.yaml")
+
+TopologyOption = Annotated[
+    Path,
+    typer.Option(
+        "--topology",
+        "-t",
+        callback=_topology_file,
+        help=f"Topology file (YAML), or the name of an example: {', '.join(examples('topology'))}.",
+        show_default="topology.yaml in the current folder, or else local",
+    ),
+]
 PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The user's text; '-' reads standard input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 MaxOption = Annotated[int, typer.Option(min=1, help="End the answer after at most this many new tokens.")]
@@ -52,7 +81,9 @@ _THRESHOLD_HELP = (
     "Modes token, which this implies, and cascade: confidence (0 … 1) that early exits need to decide: 0.8 for all, or "
     "5=0.9,11=0.8; an exit that is not named never decides."
 )
-_POLICY_HELP = "Policy file of ruyi-flow calibrate, which sets the mode and its thresholds."
+_POLICY_HELP = (
+    "Policy file of ruyi-flow calibrate, which sets the mode and its thresholds, or the example smollm2-5-percent."
+)
 _PANELS: dict[type, str] = {Routing: "Routing (default: the topology's policy)", SamplingParams: "Sampling"}
 
 
@@ -201,8 +232,6 @@ def load_topology(path: Path) -> Topology:
     Raises:
         ConfigError: the file is missing or wrong.
     """
-    if path == DEFAULT_TOPOLOGY and not path.exists():
-        raise ConfigError(f"{path}: no such topology file (the default); name yours with --topology FILE")
     return Topology.load(path)
 
 

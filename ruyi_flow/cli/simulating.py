@@ -16,7 +16,8 @@ from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import comma_list, counting_bar, err, out, print_json
-from ruyi_flow.cli.options import JsonOption, check_target, load_topology
+from ruyi_flow.cli.options import JsonOption, check_target, file_or_example, load_topology
+from ruyi_flow.config.examples import examples
 from ruyi_flow.config.topology import check_address
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.types import Weights
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plan", "profile", "simulate", "sweep"]
 
-ScenarioArgument = Annotated[Path, typer.Argument(help="Scenario file (YAML): a topology and a load.")]
+ScenarioArgument = Annotated[
+    Path,
+    typer.Argument(
+        callback=file_or_example("scenario"),
+        help=f"Scenario file (YAML), or the name of an example: {', '.join(examples('scenario'))}.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -66,12 +73,13 @@ def simulate(
     """Simulate a deployment: predict its latency, traffic, energy, cost and quality before you buy it.
 
     A scenario is a topology and a load; relative paths in it refer to its own
-    folder. configs/sim has examples, docs/guides/simulation-and-planning.md lists all keys.
+    folder. city, factory, phone-4g and three-tiers are examples, and
+    docs/guides/simulation-and-planning.md lists all keys.
 
     The run folder contains report.html, metrics.json, requests.csv (a row per
     request), trace.json (open it in ui.perfetto.dev) and the resolved scenario.
 
-    Example: ruyi-flow simulate configs/sim/factory.yaml --set load.requests=200
+    Example: ruyi-flow simulate factory --set load.requests=200
     --set nodes.box.hardware=l4 --out runs/sim/l4
     """
     from ruyi_flow.sim.run import simulate as run

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ruyi_flow.config.examples import find
 from ruyi_flow.config.yaml_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError, shown
 from ruyi_flow.routing.confidence import Curve, Scale, Score
@@ -76,12 +77,12 @@ class PolicyFile(_Model):
 
     @classmethod
     def load(cls, path: str | Path) -> PolicyFile:
-        """Read and check a policy file.
+        """Read and check a policy file, or an example such as `smollm2-5-percent`.
 
         Raises:
             ConfigError: with the file, the key's path, the value and the fix.
         """
-        path = Path(path)
+        path = find(path, "policy")
         try:
             policy = cls.model_validate(read_yaml(path, "policy"))
         except ValidationError as error:

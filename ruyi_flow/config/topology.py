@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.yaml_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError, did_you_mean
@@ -30,6 +31,7 @@ __all__ = [
     "Node",
     "Topology",
     "check_address",
+    "resolve_file",
     "resolve_folder",
     "resolve_path",
 ]
@@ -184,17 +186,17 @@ class Topology(Model):
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
-        """Read and check a topology file.
+        """Read and check a topology file, or an example such as `local`.
 
         Raises:
             ConfigError: with the file, the key's path, the value and the fix.
         """
-        path = Path(path)
+        path = find(path, "topology")
         base = path.parent
         data = read_yaml(path, "topology")
         policy = data.get("policy") if isinstance(data, dict) else None
         if isinstance(policy, dict) and isinstance(policy.get("file"), str):
-            policy["file"] = str(resolve_path(policy["file"], base, f"{path}: policy.file"))
+            policy["file"] = str(resolve_file(policy["file"], "policy", base, f"{path}: policy.file"))
         topology = cls.parse(data, where=str(path))
         nodes = []
         for i, node in enumerate(topology.nodes):
@@ -387,6 +389,12 @@ def resolve_path(path: str | Path, base: Path, where: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # ~user without such a user, a name that is too long, a NUL
         raise ConfigError(f"{where}: {str(path)[:80]!r} cannot be a path: {error}") from None
     return whole
+
+
+def resolve_file(named: str, kind: Kind, base: Path, where: str) -> Path:
+    """Return the file that a path in a file names, as `resolve_path` does, or the example of that name."""
+    path = resolve_path(named, base, where)
+    return path if path.exists() else examples(kind).get(named, path)
 
 
 def resolve_folder(family: str, base: Path, where: str) -> str:

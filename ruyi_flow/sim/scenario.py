@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ruyi_flow.config.topology import Float, Int, Link, Model, Node, Topology, resolve_folder, resolve_path
+from ruyi_flow.config.examples import Kind, find
+from ruyi_flow.config.topology import (
+    Float,
+    Int,
+    Link,
+    Model,
+    Node,
+    Topology,
+    resolve_file,
+    resolve_folder,
+    resolve_path,
+)
 from ruyi_flow.config.yaml_files import explain, parse_value, read_yaml
 from ruyi_flow.errors import ConfigError, did_you_mean, shown
 
@@ -204,16 +215,16 @@ class Scenario(Topology):
 
     @classmethod
     def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> Scenario:
-        """Read a scenario file and replace keys.
+        """Read a scenario file, or an example such as `city`, and replace keys.
 
         Args:
-            path: the file.
+            path: the file, or the name of an example.
             overrides: keys to replace as key=value, for example nodes.edge.count=4 or links.0.round_trip_ms=80.
 
         Raises:
             ConfigError: the file cannot be read, or a key is wrong.
         """
-        path = Path(path)
+        path = find(path, "scenario")
         data = read_yaml(path, "scenario")
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: a scenario must be a mapping with the keys of a topology and the key load")
@@ -230,9 +241,10 @@ class Scenario(Topology):
             data["family"] = resolve_folder(data["family"], base.resolve(), where)
         load = data.get("load")
         arrivals = load.get("arrivals") if isinstance(load, dict) else None
-        places = [(data, "trace"), (data, "profile"), (data.get("policy"), "file"), (arrivals, "file")]
+        places = [(data, "trace"), (data, "profile"), (arrivals, "file")]
         for mapping, key in [*places, *((node, key) for node in _rows(data, "nodes") for key in ("profile", "shard"))]:
             _make_absolute(mapping, key, base, where)
+        _make_absolute(data.get("policy"), "file", base, where, "policy")
         try:
             scenario = cls.model_validate(data)
         except ValidationError as error:
@@ -300,15 +312,16 @@ def _on_topology(data: dict[str, Any], path: Path) -> dict[str, Any]:
     if named is None:
         return data
     if not isinstance(named, str):
-        raise ConfigError(f"{path}: topology: must be the path of a topology file")
-    file = resolve_path(named, path.parent, f"{path}: topology")
+        raise ConfigError(f"{path}: topology: must be the path of a topology file, or the name of an example")
+    file = resolve_file(named, "topology", path.parent, f"{path}: topology")
     below = read_yaml(file, "topology")
     if not isinstance(below, dict):
         raise ConfigError(f"{file}: a topology must be a mapping with the keys family, nodes, links and policy")
     if isinstance(below.get("family"), str):
         below["family"] = resolve_folder(below["family"], file.parent.resolve(), str(file))
-    for mapping, key in [(below.get("policy"), "file"), *((node, "shard") for node in _rows(below, "nodes"))]:
-        _make_absolute(mapping, key, file.parent, str(file))
+    _make_absolute(below.get("policy"), "file", file.parent, str(file), "policy")
+    for node in _rows(below, "nodes"):
+        _make_absolute(node, "shard", file.parent, str(file))
     merged = {**below, **data}
     for key, names in (("nodes", ("name",)), ("links", ("from", "to"))):
         if not isinstance(data.get(key), list) or not isinstance(below.get(key), list):
@@ -327,10 +340,12 @@ def _rows(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [row for row in data[key] if isinstance(row, dict)] if isinstance(data.get(key), list) else []
 
 
-def _make_absolute(mapping: Any, key: str, base: Path, where: str) -> None:
-    """Make a path in a mapping absolute, if it is there."""
+def _make_absolute(mapping: Any, key: str, base: Path, where: str, kind: Kind | None = None) -> None:
+    """Make a path in a mapping absolute, if it is there; with a kind it may be the name of an example."""
     if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
-        mapping[key] = str(resolve_path(mapping[key], base, f"{where}: {key}").resolve())
+        whole = f"{where}: {key}"
+        path = resolve_file(mapping[key], kind, base, whole) if kind else resolve_path(mapping[key], base, whole)
+        mapping[key] = str(path.resolve())
 
 
 def replace_key(data: dict[str, Any], override: str, where: str) -> None:

@@ -48,7 +48,7 @@ def test_help_of_the_simulator_has_examples(run: Command, monkeypatch: pytest.Mo
             (
                 "Example: ruyi-flow simulate",
                 "YAML value",
-                "configs/sim",
+                "phone-4g",
                 "docs/guides/simulation-and-planning.md",
                 "own folder",
             ),
@@ -221,14 +221,6 @@ def test_port_zero_is_nobodys_address(run: Command, topology: Path) -> None:
     topology.write_text(yaml.safe_dump(data))
     code, _, err = run("up", str(topology))
     assert code == 2 and "nodes.0.address: port 0 picks a random port that clients cannot know" in err
-
-
-def test_without_the_default_topology_one_must_be_named(
-    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, _, err = run("status")
-    assert code == 2 and "(the default); name yours with --topology FILE" in err
 
 
 def test_the_version_is_the_packages(run: Command) -> None:
