@@ -203,7 +203,9 @@ def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: 
                 else:
                     members.append(changes)
             # The harness passes the task list of a group given as a dict on to nested groups, so the group is a file.
-            (Path(scratch) / "local.yaml").write_text(yaml.safe_dump({"group": _LOCAL_GROUP, "task": members}))
+            (Path(scratch) / "local.yaml").write_text(
+                yaml.safe_dump({"group": _LOCAL_GROUP, "task": members}), encoding="utf-8"
+            )
             manager = TaskManager(include_path=scratch)
             for name in names:
                 if name not in manager.all_tasks:
