@@ -101,7 +101,8 @@ def ratios(name: str, numerators: Sequence[float], denominators: Sequence[float]
 
 def available_cores() -> list[int]:
     """Return the numbers of the cores that this process may run on; empty where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    process = psutil.Process()
+    return sorted(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else []
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
