@@ -16,8 +16,9 @@ from ruyi_flow.errors import ConfigError, RequestError, shown
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.devices import find_device
 from ruyi_flow.family.gguf import convert_gguf
-from ruyi_flow.family.loading import find_device, load_slice
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.tokenizer import check_context, end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain, decode
 from ruyi_flow.requests import SamplingParams, SessionOpen, check_option_names, option_names, parse_request

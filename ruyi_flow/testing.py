@@ -133,7 +133,7 @@ def tiny_family(
         for name in ["lm_head"] if config.shared_heads else [f"lm_head.{i}" for i in range(len(exits))]:
             tensors[f"{name}.weight"] = random(v, h, scale=2)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     return folder
 
 

@@ -101,7 +101,8 @@ def ratios(name: str, numerators: Sequence[float], denominators: Sequence[float]
 
 def available_cores() -> list[int]:
     """Return the numbers of the cores that this process may run on; empty where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    process = psutil.Process()
+    return sorted(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else []
 
 
 def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -126,7 +127,7 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -113,7 +113,7 @@ async def running_nodes(
             ],
         }
         path = Path(stack.enter_context(TemporaryDirectory())) / "bench.yaml"
-        path.write_text(yaml.safe_dump(data))
+        path.write_text(yaml.safe_dump(data), encoding="utf-8")
         topology = Topology.load(path)
         supervisor = await stack.enter_async_context(supervise(path, topology, lambda name, line: None))
         await supervisor.start()

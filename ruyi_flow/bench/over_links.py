@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from ruyi_flow.bench import engines
@@ -214,13 +214,13 @@ def _measurement(
 
 @contextmanager
 def _pinned_to(cores: Sequence[int] | None) -> Iterator[None]:
-    """Keep this thread on some cores while the block lasts; None changes nothing."""
+    """Keep this process on some cores while the block lasts; None changes nothing."""
     if cores is None:
         yield
         return
-    before = available_cores()
-    os.sched_setaffinity(0, cores)
+    process, before = psutil.Process(), available_cores()
+    process.cpu_affinity(list(cores))
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        process.cpu_affinity(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from ruyi_flow.cli.options import (
     file_or_example,
     load_topology,
     networked,
+    on_end_of_input,
     on_signals,
 )
 from ruyi_flow.config.examples import shortest
@@ -148,7 +148,7 @@ def node(
     name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
-    parent: Annotated[int | None, typer.Option(hidden=True, help="End when the process with this id is gone.")] = None,
+    supervised: Annotated[bool, typer.Option(hidden=True, help="Drain the node when standard input ends.")] = False,
 ) -> None:
     """Run one node of a topology as a daemon on this machine.
 
@@ -174,6 +174,8 @@ def node(
 
     async def run() -> None:
         stop = on_signals()
+        if supervised:
+            on_end_of_input(stop)
         async with serve(engine) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
@@ -190,14 +192,7 @@ def node(
                 time.monotonic() - began,
                 status.resident_bytes / 1e6,
             )
-            while not stop.is_set():
-                if parent is not None and os.getppid() != parent:
-                    logger.warning("draining: the process that started this node is gone")
-                    break
-                try:
-                    await asyncio.wait_for(stop.wait(), 1.0)
-                except TimeoutError:
-                    continue
+            await stop.wait()
             logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
         logger.info("stopped")
 

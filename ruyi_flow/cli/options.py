@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -38,6 +40,7 @@ __all__ = [
     "integers",
     "load_topology",
     "networked",
+    "on_end_of_input",
     "on_signals",
     "prompt_text",
 ]
@@ -256,7 +259,7 @@ def networked(path: Path) -> Topology:
 
 
 def on_signals() -> asyncio.Event:
-    """Return an event that the first SIGINT or SIGTERM sets; the second one ends the process."""
+    """Return an event that the first SIGINT, SIGTERM or Ctrl-Break sets; the second one ends the process."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -264,6 +267,30 @@ def on_signals() -> asyncio.Event:
             os._exit(130)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    def on_plain_signal(number: int, frame: object) -> None:
+        if loop.is_closed():
+            raise KeyboardInterrupt
+        loop.call_soon_threadsafe(on_signal)
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is None:
+            continue
+        try:
+            loop.add_signal_handler(number, on_signal)
+        except NotImplementedError:  # Windows
+            signal.signal(number, on_plain_signal)
     return stop
+
+
+def on_end_of_input(stop: asyncio.Event) -> None:
+    """Set an event when standard input ends: the process at its other end closes it, or is gone."""
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        while os.read(0, 1024):  # not sys.stdin, whose lock would stop the interpreter's exit
+            pass
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait, name="input", daemon=True).start()

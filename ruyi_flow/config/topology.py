@@ -106,13 +106,13 @@ class Node(Model):
     weights: Weights | None = None
     """Number format of the weight matrices: bf16, int8 or int4. Default: that of the shard or the family."""
     device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:1."""
+    """Torch device: cpu, cuda, cuda:1, mps (Apple) or xpu (Intel)."""
     compile: bool = False
     """Whether the trunk's layers run through `torch.compile`; on a CPU that is slower."""
     threads: Int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the forward pass. Default: torch's own. Nodes on one machine must divide its cores."""
     cores: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
-    """CPU cores that the daemon is pinned to (Linux), for instance the big cores of a phone. Default: all."""
+    """CPU cores that the daemon is pinned to (not on macOS), for instance the big cores of a phone. Default: all."""
     shard: Path | None = None
     """Folder of the node's shard, made by `ruyi-flow shard`. Default: the node reads its tensors from the family."""
     limits: Limits = Limits()

@@ -82,7 +82,7 @@ def _write_points(
     """Write a CSV table, and plots of the value against each cost with a line for each policy."""
     pyplot, table, plot = _import_pyplot(), path.with_suffix(".csv"), path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="") as file:
+    with table.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *(point.cells for point in points)])
     figure, axes = pyplot.subplots(1, len(costs), figsize=(14, 4), layout="constrained", sharey=True)
     for policy in dict.fromkeys(point.policy for point in points):

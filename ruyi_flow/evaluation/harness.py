@@ -34,7 +34,7 @@ class ResultCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a+")
+        self._file = path.open("a+", encoding="utf-8", newline="\n")
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]  # the last line may be cut off

@@ -86,7 +86,7 @@ def overrides(task: str, data: Path, scratch: Path, *, fewshot: int) -> Row:
             file.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
             configs[name].append({"split": split, "path": f"{name}/{split}.jsonl"})
     card = yaml.safe_dump({"configs": [{"config_name": n, "data_files": files} for n, files in configs.items()]})
-    (folder / "README.md").write_text(f"---\n{card}---\n")
+    (folder / "README.md").write_text(f"---\n{card}---\n", encoding="utf-8")
     changes: Row = {
         "group" if source.group else "task": task,
         "dataset_path": str(folder),

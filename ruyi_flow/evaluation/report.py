@@ -50,7 +50,7 @@ def write(evaluation: Evaluation, out: Path) -> list[Path]:
     table, data, plot = out / "table.md", out / "evaluation.json", out / "plot.png"
     said = "".join(f"\n{note}\n" for note in notes(evaluation))
     table.write_text(f"{head}\n\n{markdown(evaluation)}{said}", encoding="utf-8")
-    data.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n")
+    data.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
     try:
         import matplotlib
     except ImportError:

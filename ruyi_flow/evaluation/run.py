@@ -17,7 +17,7 @@ import yaml
 from ruyi_flow.errors import ConfigError, did_you_mean
 from ruyi_flow.evaluation.harness import ExitLM, Report, ResultCache, cache_key
 from ruyi_flow.evaluation.local_data import LOCAL, overrides
-from ruyi_flow.evaluation.sandbox import HUMANEVAL
+from ruyi_flow.evaluation.sandbox import HUMANEVAL, check_limits
 from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.family.tokenizer import end_tokens
 from ruyi_flow.local import Family
@@ -191,6 +191,8 @@ def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: 
 
     if "humaneval" in names and not run_code:
         raise ConfigError("humaneval runs code that the model wrote; allow it with --run-code, best in a container")
+    if "humaneval" in names:
+        check_limits()
     local = [name for name in names if name in LOCAL and data is not None]
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         tasks, members = {}, []
@@ -203,7 +205,9 @@ def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: 
                 else:
                     members.append(changes)
             # The harness passes the task list of a group given as a dict on to nested groups, so the group is a file.
-            (Path(scratch) / "local.yaml").write_text(yaml.safe_dump({"group": _LOCAL_GROUP, "task": members}))
+            (Path(scratch) / "local.yaml").write_text(
+                yaml.safe_dump({"group": _LOCAL_GROUP, "task": members}), encoding="utf-8"
+            )
             manager = TaskManager(include_path=scratch)
             for name in names:
                 if name not in manager.all_tasks:

@@ -1,7 +1,7 @@
 """HumanEval, which runs the code that a model wrote, each completion in a process with limits.
 
 The limits on time, memory, files, processes and output stop accidents, not attacks. Use a container or a virtual
-machine for models that you do not trust.
+machine for models that you do not trust. macOS has no limit on memory, and Windows has none of them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,38 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["HUMANEVAL", "passes"]
+from ruyi_flow.errors import ConfigError
+
+__all__ = ["HUMANEVAL", "check_limits", "passes"]
 
 _LIMITED = """
 import os, resource, sys
 for what, most in (("CPU", 5), ("AS", 1 << 30), ("FSIZE", 1 << 20), ("NOFILE", 32), ("NPROC", 0), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+    try:
+        resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+    except ValueError:
+        if what != "AS":  # macOS refuses to limit the memory
+            raise
 exec(compile(sys.stdin.read(), "completion", "exec"), {"__name__": "__main__"})
 os._exit(77)
 """
 _REACHED_THE_END = 77
 """Exit status of a program that reached its end; a program that exits early has not passed its tests."""
+
+
+def check_limits() -> None:
+    """Check that this system can limit what a process uses.
+
+    Raises:
+        ConfigError: it cannot, as Windows.
+    """
+    if find_spec("resource") is None:
+        raise ConfigError(
+            "humaneval runs code that the model wrote, and this system has no limits for it; run it on Linux or macOS"
+        )
 
 
 def passes(program: str, *, timeout_s: float = 10.0) -> bool:
@@ -44,7 +63,8 @@ def passes(program: str, *, timeout_s: float = 10.0) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            # Of a group whose processes have ended, Linux says that there is none, and macOS that it is not permitted.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # the program, or children that it left behind
             process.wait()
         return process.returncode == _REACHED_THE_END

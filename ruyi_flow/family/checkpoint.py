@@ -358,7 +358,7 @@ def cut(
         config = checkpoint.config.to_dict()
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if companions:
             copy_companions(checkpoint.folder, folder)
     return out

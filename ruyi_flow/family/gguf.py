@@ -93,7 +93,7 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
             ("config.json", model.config | special),
             ("generation_config.json", special | ends),
         ):
-            (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         tokenizer.to_transformers().save_pretrained(folder)
 
 

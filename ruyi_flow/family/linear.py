@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ruyi_flow.errors import CheckpointError
+from ruyi_flow.family.devices import has_onednn, lacks_bfloat16
 from ruyi_flow.types import Weights
 
 __all__ = ["GROUP", "Linear", "Quantized", "pack"]
@@ -109,11 +110,14 @@ class Quantized:
         """Return this weight on another device."""
         return Quantized(self.values.to(device), self.scales.to(device), self.zeros.to(device))
 
-    def dequantize(self) -> Tensor:
-        """Return the weight that this stands for, (out, in) float32."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight that this stands for, (out, in)."""
+        return torch.cat([self.rows(i, i + _BLOCK)._block(dtype) for i in range(0, self.shape[0], _BLOCK)])
+
+    def _block(self, dtype: torch.dtype) -> Tensor:
         values, middle = (self.values, 128) if self.weights is Weights.INT8 else (self._nibbles(), 8)
         steps = (values.float() - middle).view(*self.scales.shape, GROUP)
-        return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1)
+        return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1).to(dtype)
 
     def as_int4(self) -> Quantized:
         """Return an INT4 weight unchanged, and an INT8 one as INT4 of shape (out, 2 * in).
@@ -209,7 +213,7 @@ class _Int4:
         self._rows, self._columns = weight.shape
         self._is_int8 = weight.weights is Weights.INT8
         self._middle = 128 if self._is_int8 else 8
-        self._wide_dtype = torch.float32 if _lacks_bfloat16(dtype, device) else dtype
+        self._wide_dtype = torch.float32 if lacks_bfloat16(dtype, device) else dtype
         self._on_cpu = device.type == "cpu"
         pad = (0, 0, 0, -self._rows % _PACKED_ROWS)  # rows of zeros that fill the layout's last block
         int4 = weight.as_int4()
@@ -362,7 +366,7 @@ class Linear(nn.Module):
         for size, part_bias in zip(parts, bias, strict=True):
             start = sum(parts[: len(kernels)])
             if isinstance(weight, Tensor):
-                plain = _Widened if _lacks_bfloat16(weight.dtype, weight.device) else _OneDnn
+                plain = _Widened if lacks_bfloat16(weight.dtype, weight.device) else _OneDnn
                 kernels.append(plain(weight[start : start + size], part_bias))
             else:
                 kernels.append(_Int4(weight.rows(start, start + size), part_bias, dtype))
@@ -387,17 +391,5 @@ def pack(module: nn.Module, *, apart: Collection[Linear] = ()) -> None:
 
 
 def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    onednn = device.type == "cpu" and _has_onednn()
-    return (onednn and dtype in (torch.bfloat16, torch.float32)) or _lacks_bfloat16(dtype, device)
-
-
-def _lacks_bfloat16(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has no bfloat16 products for this processor, as without AVX-512 or in builds without oneDNN."""
-    if dtype is not torch.bfloat16 or device.type != "cpu":
-        return False
-    return not (_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _has_onednn() -> bool:
-    """Whether this build of torch has oneDNN's products; those for Apple Silicon do not."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    onednn = device.type == "cpu" and has_onednn()
+    return (onednn and dtype in (torch.bfloat16, torch.float32)) or lacks_bfloat16(dtype, device)

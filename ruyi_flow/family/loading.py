@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ruyi_flow.errors import CheckpointError, ConfigError
+from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family.checkpoint import LAYER_NAMES, PROBE_NAMES, Checkpoint, format_of
+from ruyi_flow.family.devices import has_int4
 from ruyi_flow.family.linear import Linear, Quantized, pack
 from ruyi_flow.family.transformer import Branch, DecoderLayer, FamilySlice, RMSNorm
 from ruyi_flow.types import Weights
 
-__all__ = ["find_device", "load_slice"]
+__all__ = ["load_slice"]
+
+logger = logging.getLogger(__name__)
 
 
 class _Loader:
@@ -35,13 +39,16 @@ class _Loader:
                 "remove weights, or set dtype: bfloat16"
             )
         self.quantized = stored or (weights if weights is not Weights.BF16 else None)
-        if self.quantized and device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            if major < 8:  # torch's 4-bit kernel needs it
-                raise ConfigError(
-                    f"weights: {self.quantized} needs a GPU of compute capability 8.0 or higher, but {device} has "
-                    f"{major}.{minor}; set device: cpu, or remove weights"
-                )
+        self.dequantizes = self.quantized is not None and not has_int4(device)
+        """Whether the quantized weights become plain ones, since the device has no product with them."""
+        if self.dequantizes:
+            logger.warning(
+                "%s: torch has no product with %s weights on %s; they run as %s and need as much memory as that",
+                checkpoint.folder,
+                self.quantized,
+                device,
+                str(dtype).removeprefix("torch."),
+            )
         self.checkpoint, self.config, self.dtype, self.device = checkpoint, checkpoint.config, dtype, device
 
     def embedding(self, model: FamilySlice) -> None:
@@ -51,18 +58,17 @@ class _Loader:
         name = "model.embed_tokens.weight"
         if not (self.config.tied_head and self.quantized):
             self.read(model.embed_tokens, "weight", [name])
-        elif self.device.type == "cpu":
+        elif self.device.type == "cpu" and not self.dequantizes:
             model.embed_with_head()
         else:  # rows cannot be looked up in the layout of the CUDA kernel, so the table is stored a second time
-            stored = self.checkpoint.weight(name)
-            table = stored.dequantize() if isinstance(stored, Quantized) else stored
-            model.embed_tokens.weight = nn.Parameter(table.to(self.device, self.dtype, copy=True), requires_grad=False)
+            self.plain(model.embed_tokens, self.read_quantized([name]))
 
     def heads(self, model: FamilySlice) -> None:
         """Fill the LM heads: one for all exits, or one for each."""
         for head, exit in zip(model.heads, model.exits, strict=False):
             assert isinstance(head, Linear)
-            if self.config.tied_head and model.embed_tokens is not None and not self.quantized:
+            is_plain = self.quantized is None or self.dequantizes
+            if self.config.tied_head and model.embed_tokens is not None and is_plain:
                 head.weight = model.embed_tokens.weight
             else:
                 self.weight(head, [self.config.head_name(exit)])
@@ -98,19 +104,32 @@ class _Loader:
         if self.quantized is None:
             self.read(linear, "weight", names)
             return
+        joined = self.read_quantized(names)
+        if joined.shape != tuple(linear.weight.shape):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {' + '.join(names)} has shape {joined.shape}, but "
+                f"config.json requires {tuple(linear.weight.shape)}; cut the shard again"
+            )
+        if self.dequantizes:
+            self.plain(linear, joined)
+        else:
+            linear.set_kernels(joined.to(self.device), self.dtype, apart=apart)
+
+    def read_quantized(self, names: Sequence[str]) -> Quantized:
+        """Return these weights stacked, quantized here unless they are stored so."""
+        assert self.quantized is not None
         parts = []
         for name in names:
             part = self.checkpoint.weight(name)
             if isinstance(part, Tensor):
                 part = Quantized.of(part, format_of(name, self.quantized), f"{self.checkpoint.folder}: {name}")
             parts.append(part)
-        joined = Quantized.cat(parts)
-        if joined.shape != tuple(linear.weight.shape):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {' + '.join(names)} has shape {[part.shape for part in parts]}, but "
-                f"config.json requires {tuple(linear.weight.shape)}; cut the shard again"
-            )
-        linear.set_kernels(joined.to(self.device), self.dtype, apart=apart)
+        return Quantized.cat(parts)
+
+    def plain(self, module: nn.Module, weight: Quantized) -> None:
+        """Fill a weight with the plain values that a quantized one stands for."""
+        value = weight.dequantize(self.dtype).to(self.device)
+        module.weight = nn.Parameter(value, requires_grad=False)
 
     def read(self, module: nn.Module, parameter: str, names: Sequence[str]) -> None:
         """Fill a parameter with these tensors, stacked along the first dimension."""
@@ -144,7 +163,6 @@ def load_slice(
 
     Raises:
         CheckpointError: a tensor is missing, has a shape other than config.json requires, or does not fit the format.
-        ConfigError: the GPU has no kernel for quantized weights.
     """
     loader = _Loader(checkpoint, dtype, torch.device(device), weights)
     checkpoint.check(exits)
@@ -168,24 +186,3 @@ def load_slice(
             for norm in (m for m in frozen.modules() if isinstance(m, RMSNorm)):
                 norm.freeze()
     return model.eval()
-
-
-def find_device(name: str, where: str) -> torch.device:
-    """Return a torch device that can be used.
-
-    Args:
-        name: the device: cpu, cuda, cuda:1.
-        where: where it was named, for the error message.
-
-    Raises:
-        ConfigError: the device cannot be used here.
-    """
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: {name!r} cannot be used here: {reason}") from None
-    return device

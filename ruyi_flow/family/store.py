@@ -161,7 +161,7 @@ def pull(
         whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
         if old:
             _mend_demo_tokenizer(whole / "tokenizer.json")
-        (whole / _SOURCE).write_text(identity)
+        (whole / _SOURCE).write_text(identity, encoding="utf-8")
         out.parent.mkdir(exist_ok=True)
         if old:
             os.replace(out, scratch / "old")
@@ -229,7 +229,7 @@ def _is_older_demo(out: Path, identity: str) -> bool:
     """Whether a folder is the demo family with the branches or the tokenizer of another version of this package."""
     if not out.is_dir():
         return False
-    recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else ""
+    recorded = (out / _SOURCE).read_text(encoding="utf-8") if (out / _SOURCE).exists() else ""
     ours = recorded.removesuffix(_CONVERTED) in ("", DEMO) or recorded.startswith(f"{DEMO} with its branches ")
     return ours and recorded != identity and Checkpoint(out).config.exits == _DEMO_EXITS
 
@@ -244,7 +244,7 @@ def _mend_demo_tokenizer(file: Path) -> None:
 def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: str | None) -> None:
     """Check that a stored family is the one that is requested."""
     config = Checkpoint(out).config
-    recorded = (out / _SOURCE).read_text() if (out / _SOURCE).exists() else None
+    recorded = (out / _SOURCE).read_text(encoding="utf-8") if (out / _SOURCE).exists() else None
     for what, stored, asked in (
         ("from", recorded, recorded and identity),
         ("with exits", list(config.exits), exits and sorted({*exits, config.exits[-1]})),

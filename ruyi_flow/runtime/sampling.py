@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ruyi_flow.errors import NodeFault, RequestError
+from ruyi_flow.family.devices import has_float64
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.runtime.scores import PLAIN, Confidence, most_probable
 
@@ -100,7 +101,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, position: int) -> int:
         params = self.params
-        scores = logits[None]
+        scores = (logits if has_float64(logits.device) else logits.cpu())[None]  # the noise needs float64
         if params.temperature != 1.0:
             scores = TemperatureLogitsWarper(params.temperature)(None, scores)
         if 0 < params.top_k < scores.shape[-1]:

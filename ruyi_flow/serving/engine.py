@@ -15,7 +15,8 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
-from ruyi_flow.family.loading import find_device, load_slice
+from ruyi_flow.family.devices import find_device
+from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.tokenizer import PromptEncoder, end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.loop.front_door import FrontDoor

@@ -21,14 +21,21 @@ def tidy_heap() -> Iterator[None]:
     rest of the process, the limit is 32 MB, the largest that glibc would reach by itself: new pages for the tensors of
     every step would cost time.
     """
-    libc = ctypes.CDLL(None)
-    has_mallopt = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
-    if has_mallopt:
+    libc = _glibc()
+    if libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
     try:
         yield
     finally:
-        if has_mallopt:
+        if libc is not None:
             libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
             libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
             libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has no library of the process itself
+        return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

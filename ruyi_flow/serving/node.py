@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+
+import psutil
 
 from ruyi_flow.config import topology
 from ruyi_flow.errors import ConfigError, RequestError
@@ -72,12 +73,13 @@ def stay_on_cores(node: topology.Node, where: str) -> None:
     if node.cores is None:
         return
     key = f"{where}: node {node.name!r}: cores"
-    if not hasattr(os, "sched_setaffinity"):
+    process = psutil.Process()
+    if not hasattr(process, "cpu_affinity"):  # macOS
         raise ConfigError(f"{key}: this system cannot pin a process to cores; remove the key")
-    there = os.sched_getaffinity(0)
-    if not there.issuperset(node.cores):
+    there = process.cpu_affinity()
+    if not set(there).issuperset(node.cores):
         raise ConfigError(f"{key}: {list(node.cores)} are not all among this process's cores, {sorted(there)}")
-    os.sched_setaffinity(0, node.cores)
+    process.cpu_affinity(list(node.cores))
 
 
 @asynccontextmanager

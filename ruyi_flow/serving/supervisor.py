@@ -1,12 +1,16 @@
-"""Runs all nodes of a topology on this machine: one process per node, restarted after a crash, ended together."""
+"""Runs all nodes of a topology on this machine: one process per node, restarted after a crash, ended together.
+
+A node drains when its standard input ends. That needs no signals, which Windows lacks, and also ends the nodes of a
+supervisor that was killed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
-import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -86,7 +90,7 @@ class Supervisor:
         raise await asyncio.shield(self._failed)
 
     async def stop(self) -> None:
-        """End every node with SIGTERM, and after its grace time with SIGKILL."""
+        """Let every node drain, and kill it after its grace time."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -111,12 +115,15 @@ class Supervisor:
             began = time.monotonic()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "ruyi_flow.cli", "node", name, "--topology", str(self._path)),
-                *("--parent", str(os.getpid())),
-                stdin=asyncio.subprocess.DEVNULL,
+                "--supervised",
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 limit=_MAX_LINE_BYTES,
-                start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which ends the nodes in order
+                env=os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"},  # of the lines that are read here
+                # Ctrl-C in a terminal reaches this process only, which ends the nodes in order: POSIX, then Windows.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
             self._processes[name] = process
             assert process.stdout is not None
@@ -160,7 +167,8 @@ async def _in_use(host: str, port: int) -> bool:
         return False  # the node's own process says that there is no such host
     for family, kind, _, _, address in found:
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, after an earlier one
+            # As servers do, after an earlier one. On Windows, SO_REUSEADDR would take over a port in use.
+            probe.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
             try:
                 probe.bind(address)
             except OSError as error:
@@ -181,9 +189,9 @@ async def _read_line(stream: asyncio.StreamReader) -> bytes:
 async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
     if process.returncode is not None:
         return
-    process.send_signal(signal.SIGTERM)
-    if process.stdout is not None:  # nobody reads its log any more: a full pipe must not block it
-        drain = asyncio.create_task(process.stdout.read())
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    drain = asyncio.create_task(process.stdout.read())  # nobody reads its log any more: a full pipe must not block it
     try:
         await asyncio.wait_for(process.wait(), grace_s)
     except TimeoutError:

@@ -327,7 +327,10 @@ def write_topology(found: Plan, out: Path, base: Path) -> None:
     data = {key: value for key, value in data.items() if value} | {"policy": policy}
     new = out.with_name(f".{out.name}.new")
     try:
-        new.write_text(f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}")
+        new.write_text(
+            f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}",
+            encoding="utf-8",
+        )
         Topology.load(new)
         new.replace(out)
     finally:

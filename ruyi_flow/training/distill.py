@@ -201,7 +201,7 @@ def distill(
             own = _own_prompts(given, plan, tokenizer, eos_token_ids, report=report)
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(".part")
-            part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own))
+            part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own), encoding="utf-8")
             os.replace(part, file)
         prompts += read_prompts(file, tokenizer)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < recipe.length]
@@ -209,12 +209,12 @@ def distill(
         say(f"{skipped} of {len(prompts)} prompts have {recipe.length} tokens or more (length); they are not answered")
     file = recipe.answers
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     done = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last line off
-    file.write_text("".join(json.dumps(item) + "\n" for item in done))
+    file.write_text("".join(json.dumps(item) + "\n" for item in done), encoding="utf-8")
     answered = {(item["prompt_number"], item["temperature"]) for item in done}
     began, tokens, total = time.perf_counter(), 0, len(fitting) * len(plan.temperatures)
-    with file.open("a") as out:
+    with file.open("a", encoding="utf-8") as out:
         for temperature in plan.temperatures:
             numbers = [i for i in fitting if (i, temperature) not in answered]
             asked, seed = [prompts[i] for i in numbers], recipe.seed + len(answered)

@@ -118,7 +118,7 @@ def train(
         os.replace(new, state)  # killed between the two renames of a save
     accelerator.wait_for_everyone()
     if state.exists():
-        done, whose = json.loads((state / "step.json").read_text())
+        done, whose = json.loads((state / "step.json").read_text(encoding="utf-8"))
         if whose != identity:
             raise ConfigError(
                 f"{state} is the state of a run with another recipe, family or data; remove {recipe.out}, or set "
@@ -128,8 +128,8 @@ def train(
         say(f"resuming after step {done}")
     if accelerator.is_main_process:
         recipe.out.mkdir(parents=True, exist_ok=True)
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(lines[:done]))  # one line a step; later steps are run again
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        metrics.write_text("".join(lines[:done]), encoding="utf-8")  # one line a step; later steps are run again
     board = _board(recipe.out) if accelerator.is_main_process else None
     batches = _batches(recipe, torch.arange(held_out, len(packed)), accelerator.num_processes, done)
     began, tokens = time.perf_counter(), 0
@@ -170,7 +170,7 @@ def train(
         if accelerator.is_main_process:
             values = {"step": step + 1, "tokens_per_s": tokens_per_s, **losses}
             values |= {f"validation/{name}": value for name, value in found.items()}
-            with metrics.open("a") as file:
+            with metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
             if board is not None:
                 for name, value in values.items():
@@ -266,7 +266,7 @@ def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
     accelerator.save_state(str(new))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / "step.json").write_text(json.dumps(step))
+        (new / "step.json").write_text(json.dumps(step), encoding="utf-8")
         old = state.with_name("state.old")
         shutil.rmtree(old, ignore_errors=True)
         if state.exists():

@@ -11,10 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.errors import CheckpointError, ConfigError, RuyiFlowError
+from ruyi_flow.errors import CheckpointError, RuyiFlowError
 from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.family.linear import GROUP, Linear, Quantized, pack
-from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import cluster, cut_topology, tiny_family
 from ruyi_flow.types import NodeStatus, Weights
@@ -100,7 +99,7 @@ def test_any_number_of_rows_can_be_held(weights: Weights, rows: int) -> None:
 def test_a_processor_without_bfloat16_widens_weights(
     out_features: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ruyi_flow.family.linear._lacks_bfloat16", lambda dtype, device: dtype is torch.bfloat16)
+    monkeypatch.setattr("ruyi_flow.family.linear.lacks_bfloat16", lambda dtype, device: dtype is torch.bfloat16)
     module = Linear(64, (32, out_features - 32), bias).bfloat16()
     w, b = random(out_features, 64).bfloat16(), random(out_features, 1)[:, 0].bfloat16()
     module.weight = torch.nn.Parameter(w)
@@ -234,15 +233,18 @@ def test_formats_that_cannot_be(family: Path, tmp_path: Path) -> None:
         load_family(narrow, weights="int4")
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("weights", FEW)
-def test_a_gpu_without_the_kernel_for_few_bits_is_refused(
-    family: Path, monkeypatch: pytest.MonkeyPatch, weights: Weights
+def test_few_bits_run_as_plain_weights_where_torch_has_no_product_with_them(
+    family: Path, weights: Weights, dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(
-        ConfigError, match=f"weights: {weights} needs a GPU of compute capability 8.0 or higher, but cuda:1 has 7.5"
-    ):
-        load_slice(Checkpoint(family), (2, 4, 6), dtype=torch.bfloat16, device="cuda:1", weights=weights)
+    packed = load_family(family, dtype=dtype, weights=weights)
+    monkeypatch.setattr("ruyi_flow.family.loading.has_int4", lambda device: False)
+    plain = load_family(family, dtype=dtype, weights=weights)
+    assert plain.model.embed_tokens is not None
+    for exit in plain.exits:
+        expected = packed.logits(IDS, exit).float()
+        assert (plain.logits(IDS, exit).float() - expected).norm() < error * expected.norm()
 
 
 def test_a_shard_whose_tensors_do_not_fit_is_refused(family: Path, tmp_path: Path) -> None:

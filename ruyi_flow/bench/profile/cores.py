@@ -6,7 +6,8 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,17 +39,28 @@ def concurrent_step_times(
         context.Process(target=_run_steps, args=(family, seed, barrier, results), kwargs=options, daemon=True)
         for seed in range(processes)
     ]
-    # Workers inherit this mask: Ctrl-C in a terminal reaches this process only, which then ends them without traces.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    for worker in workers:
-        worker.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with _ctrl_c_blocked():
+        for worker in workers:
+            worker.start()
     try:
         return per_step([results.get(timeout=120) for _ in workers])
     finally:
         for worker in workers:
             worker.terminate()
             worker.join(10)
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Start processes in this block: Ctrl-C in a terminal reaches this process only, which ends them without traces."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def per_step(results: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
@@ -61,6 +73,7 @@ def _run_steps(
     family: str, seed: int, barrier: Any, results: Any, *, dtype: str, weights: Weights | None, threads: int
 ) -> None:
     """Alternate steps with pauses about as long as a step, like a node whose sessions wait for other nodes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     checkpoint, random_pause = Checkpoint(store.locate(family)), random.Random(seed).expovariate
     model = load_slice(
