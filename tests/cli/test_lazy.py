@@ -33,7 +33,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert not [name for name in modules if name.startswith("ruyi_flow.")]
 
 
-@pytest.mark.parametrize("words", [("--help",), ("--version",), ("gnerate",)])
+@pytest.mark.parametrize("words", [("--help",), ("--version",)])
 def test_the_list_of_commands_needs_no_command(words: tuple[str, ...]) -> None:
     modules = imported(command_line(*words))
     assert "ruyi_flow.cli.app" in modules and not HEAVY & modules
