@@ -47,9 +47,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ruyi_flow' has no attribute {name!r}")
     from importlib import import_module
 
+    from ruyi_flow.extras import needed_by
+
     module = f"ruyi_flow.{_HOME[name]}"
     try:
-        return getattr(import_module(module), name)
+        with needed_by(name):
+            return getattr(import_module(module), name)
     except AttributeError as error:  # `from ruyi_flow import` would turn it into "cannot import name", without a cause
         raise ImportError(f"{module} cannot be imported: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
+from ruyi_flow.extras import needed_by
 from ruyi_flow.requests import GenerateRequest, PromptInput, check_option_names, option_names, parse_request
 from ruyi_flow.types import Final, FinishReason, NodeStatus, Stats, Token
 
@@ -353,9 +354,10 @@ async def _close(events: AsyncGenerator[Any, None]) -> None:
 
 def _load(topology: Topology) -> tuple[Engine, Answering]:
     """Load the one node of a topology."""
-    from ruyi_flow.serving.engine import Engine
+    with needed_by("a node in the client's process"):
+        from ruyi_flow.serving.engine import Engine
 
-    engine = Engine.load(topology, topology.entry.name)
+        engine = Engine.load(topology, topology.entry.name)
     try:
         return engine, engine.answering()
     except BaseException:  # the engine's thread and memory must not outlive this call

@@ -4,6 +4,7 @@
     ├── ConfigError            a topology or a command line cannot work
     ├── CheckpointError        a family is missing, truncated or inconsistent
     ├── TrainingError          a training run cannot continue
+    ├── MissingExtra           a library is not installed; an ImportError too
     ├── RequestError           no node could serve the request
     │   └── ContextLengthError the prompt does not fit the family's context
     └── NodeError              a node, or the connection to it, fails
@@ -30,6 +31,7 @@ __all__ = [
     "ContextLengthError",
     "DeadlineExceeded",
     "HandshakeError",
+    "MissingExtra",
     "NodeError",
     "NodeFault",
     "NodeUnavailable",
@@ -57,6 +59,10 @@ class CheckpointError(RuyiFlowError):
 
 class TrainingError(RuyiFlowError):
     """A training run cannot continue. The message names the step and the data."""
+
+
+class MissingExtra(RuyiFlowError, ImportError):
+    """A library is not installed that this needs. The message names the extra of this package that brings it."""
 
 
 class RequestError(RuyiFlowError):

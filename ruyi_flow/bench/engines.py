@@ -77,12 +77,10 @@ def llama_cpp(gguf: Path | None, *, threads: int, positions: int) -> Engine:
         positions: largest number of tokens of a prompt and its answer together.
 
     Raises:
-        ConfigError: llama-cpp-python is not installed, or it cannot run the file.
+        ConfigError: llama.cpp cannot run the file.
     """
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        raise ConfigError("--against llama.cpp needs the extra: pip install 'ruyi-flow[bench]'") from None
+    from llama_cpp import Llama
+
     gguf = gguf or store.demo_gguf()
     if not gguf.is_file():
         raise ConfigError(f"--gguf {gguf}: no such file")

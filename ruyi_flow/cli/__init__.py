@@ -8,9 +8,9 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line."""
     try:
-        from ruyi_flow.cli import commands  # here, so that Ctrl-C while modules are loaded prints no stack trace
+        from ruyi_flow.cli.app import run  # here, so that Ctrl-C while modules are loaded prints no stack trace
 
-        commands.run()
+        run()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -1,19 +1,29 @@
-"""The command line's frame: a user's error is one line and exit status 2, never a stack trace."""
+"""The command line's frame: a user's error is one line and exit status 2, never a stack trace.
+
+A module of commands is imported when one of its commands runs. The list of commands needs none of them: it is read from
+their source.
+"""
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from ruyi_flow.cli.display import out
+from ruyi_flow import __version__
 from ruyi_flow.errors import RuyiFlowError
+from ruyi_flow.extras import missing_extra
 
-__all__ = ["Panel", "app", "run"]
+__all__ = ["MODULES", "Panel", "app", "listed", "run"]
 
 
 class Panel:
@@ -26,27 +36,91 @@ class Panel:
     SIMULATE = "Simulate and plan"
 
 
-_ORDER = (
-    *("demo", "pull", "up", "status", "shard", "node"),
-    *("generate", "chat", "explain"),
-    *("trace", "calibrate"),
-    *("train", "eval", "bench"),
-    *("profile", "simulate", "sweep", "plan"),
-)
+MODULES = {
+    "demo": "asking",
+    "init": "starting",
+    "pull": "families",
+    "up": "nodes",
+    "status": "nodes",
+    "shard": "nodes",
+    "node": "nodes",
+    "generate": "asking",
+    "chat": "asking",
+    "explain": "asking",
+    "trace": "calibrating",
+    "calibrate": "calibrating",
+    "train": "families",
+    "eval": "families",
+    "bench": "benching",
+    "profile": "simulating",
+    "simulate": "simulating",
+    "sweep": "simulating",
+    "plan": "simulating",
+}
+"""The commands in the order in which they are used, with the module of each."""
 
 
 class _Commands(typer.core.TyperGroup):
-    """Lists commands in the order in which they are used, and leaves pydantic's words out of typer's messages."""
+    """Imports a command's module when the command runs, and leaves pydantic's words out of typer's messages."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=_ORDER.index)
+        return list(MODULES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in MODULES and cmd_name not in self.commands:
+            self.commands[cmd_name] = listed(cmd_name)
+        return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in MODULES:
+            import_module(f"ruyi_flow.cli.{MODULES[args[0]]}")
+            self.commands.update(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+        else:
+            self.commands.update({name: listed(name) for name in MODULES})  # one of them may be meant
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            command = ctx.invoked_subcommand
+            raise missing_extra(error, f"ruyi-flow {command}", extra=command) or error from error
         except typer.BadParameter as error:
             error.message = error.message.replace("Value error, ", "", 1)
             raise
+
+
+def listed(name: str) -> typer.core.TyperCommand:
+    """Return a command as the list of commands shows it: without its options, and without importing its module."""
+    panel, text = _listings(MODULES[name])[name]
+    return typer.core.TyperCommand(name, help=text, rich_help_panel=panel)
+
+
+@lru_cache
+def _listings(module: str) -> dict[str, tuple[str, str]]:
+    """Read the panel and the help of each command from the source of a module, by name."""
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    return dict(listing for statement in tree.body for listing in _listings_in(statement))
+
+
+def _listings_in(statement: ast.stmt) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield what a statement adds to `app`: a function with `@app.command`, or a group by `app.add_typer`."""
+    if isinstance(statement, ast.FunctionDef):
+        calls, name, text = statement.decorator_list, statement.name, ast.get_docstring(statement)
+    elif isinstance(statement, ast.Expr):
+        calls, name, text = [statement.value], "", ""
+    else:
+        return
+    for call in calls:
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("app.command", "app.add_typer"):
+            given = {word.arg: word.value for word in call.keywords}
+            if isinstance(call.args[0] if call.args else None, ast.Constant):
+                name = ast.literal_eval(call.args[0])
+            name = ast.literal_eval(given["name"]) if "name" in given else name
+            text = ast.literal_eval(given["help"]) if "help" in given else text
+            panel = given["rich_help_panel"]
+            assert isinstance(panel, ast.Attribute)
+            yield name, (getattr(Panel, panel.attr), text or "")
 
 
 app = typer.Typer(
@@ -59,9 +133,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        out.print(f"ruyi-flow {version('ruyi-flow')}", highlight=False)
+        typer.echo(f"ruyi-flow {__version__}")
         raise typer.Exit
 
 

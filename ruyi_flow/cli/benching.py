@@ -20,13 +20,15 @@ from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer
 from ruyi_flow.cli.options import JsonOption, file_or_example
 from ruyi_flow.config.examples import find
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.extras import require
 from ruyi_flow.types import Weights
 
 __all__ = ["decode", "exits", "fidelity", "hop", "prefill", "serve", "wan"]
 
-bench = typer.Typer(no_args_is_help=True, help="Measure how fast a family answers on this machine.")
-app.add_typer(bench, name="bench", rich_help_panel=Panel.TRAIN)
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    bench, name="bench", rich_help_panel=Panel.TRAIN, help="Measure how fast a family answers on this machine."
+)
 
 DEMO_POLICY = Path("smollm2-5-percent")
 
@@ -261,10 +263,7 @@ def fidelity(
 @contextmanager
 def _prepared(family: str, folder: Path, as_json: bool) -> Iterator[Report]:
     """Check that matplotlib is installed, make the folder, fetch the demo family, and show a progress bar."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("bench needs the extra: pip install 'ruyi-flow[bench]'") from None
+    require("matplotlib")
     from ruyi_flow.family import store
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,10 @@
-"""All commands together."""
+"""All commands together, for programs that go through them; the command line imports a module when it needs it."""
 
-from ruyi_flow.cli import asking, benching, calibrating, families, nodes, simulating  # noqa: F401 (add commands)
-from ruyi_flow.cli.app import app, run
+from importlib import import_module
 
-__all__ = ["app", "run"]
+from ruyi_flow.cli.app import MODULES, app
+
+__all__ = ["app"]
+
+for _module in dict.fromkeys(MODULES.values()):
+    import_module(f"ruyi_flow.cli.{_module}")

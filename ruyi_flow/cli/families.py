@@ -15,6 +15,7 @@ from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer, training_bar
 from ruyi_flow.cli.options import JsonOption, integers
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.extras import require
 
 __all__ = ["evaluate", "pull", "train"]
 
@@ -174,10 +175,7 @@ def evaluate(
     """Evaluate the exits of a family: benchmarks, perplexity, and agreement with the last exit."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # hide the harness's bars; there is one below
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ConfigError("eval needs lm-evaluation-harness: pip install 'ruyi-flow[eval]'") from None
+    require("lm_eval")
     import torch
 
     from ruyi_flow.evaluation import report

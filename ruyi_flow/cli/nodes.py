@@ -30,6 +30,7 @@ from ruyi_flow.cli.options import (
 )
 from ruyi_flow.config.examples import shortest
 from ruyi_flow.errors import ConfigError, NodeError
+from ruyi_flow.extras import require
 from ruyi_flow.types import NodeStatus, Weights
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def up(
     topology: TopologyOption = DEFAULT_TOPOLOGY,
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
+    require("torch")  # here rather than in every node's process
     topology = file or topology
     loaded = networked(topology)
 

@@ -20,6 +20,7 @@ from ruyi_flow.cli.options import JsonOption, check_target, file_or_example, loa
 from ruyi_flow.config.examples import examples
 from ruyi_flow.config.topology import check_address
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.extras import is_installed
 from ruyi_flow.types import Weights
 
 if TYPE_CHECKING:
@@ -234,10 +235,10 @@ def sweep(
             progress=lambda done, total: bar("runs", done, total),
         )
     written = sweeps.write_tables(folder, points)
-    try:
+    if is_installed("matplotlib"):
         written.append(sweeps.plot_front(folder, points))
-    except ConfigError as error:  # the tables are complete without the plot
-        err.print(f"[dim]{escape(str(error))}[/]")
+    else:
+        err.print("[dim]pareto.png is not written: it needs matplotlib, pip install 'ruyi-flow\\[sim]'[/]")
     best = sweeps.pareto_front(points)
     if as_json:
         rows = [asdict(point) | {"front": is_best} for point, is_best in zip(points, best, strict=True)]

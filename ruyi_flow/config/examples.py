@@ -41,7 +41,7 @@ def find(named: str | Path, kind: Kind) -> Path:
         if path.exists() and not (path.is_dir() and path.name in known):
             return path
     except (OSError, ValueError) as error:  # a name that is too long, a NUL
-        raise ConfigError(f"{str(path)[:80]!r} cannot be the path of a {kind} file: {error}") from None
+        raise ConfigError(f"{str(path)[:80]!r} cannot be the path of a {kind} file: {str(error)[:80]}") from None
     if str(named) in known:
         return known[str(named)]
     if path.name == str(named) and not path.suffix:

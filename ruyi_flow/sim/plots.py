@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ruyi_flow.errors import ConfigError
+from ruyi_flow.extras import is_installed
 from ruyi_flow.sim.results import Result
 
-__all__ = ["bytes_text", "check_matplotlib", "plots", "time_text"]
+__all__ = ["bytes_text", "plots", "time_text"]
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Colours of the nodes, the entry node's first. The colour-blind can tell them apart (Okabe and Ito 2008)."""
@@ -27,27 +27,15 @@ _BINS = 120
 """Most bins of a plot over time."""
 
 
-def check_matplotlib() -> None:
-    """Check that plots can be made.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("the report needs matplotlib, which is not installed: pip install 'ruyi-flow[sim]'") from None
-
-
 def plots(result: Result) -> list[str]:
     """Return the plots as HTML, each with its title and legend; none if no request was answered.
 
-    Raises:
-        ConfigError: matplotlib is not installed.
+    Without matplotlib, which is in the extra `sim`, it is a sentence that says so.
     """
-    check_matplotlib()
     if result.metrics["failed"] == result.metrics["requests"]:
         return []
+    if not is_installed("matplotlib"):
+        return ["<p>This report has no plots: they need matplotlib, pip install 'ruyi-flow[sim]'.</p>"]
     import matplotlib
 
     colours = {node.name: _COLOURS[i % len(_COLOURS)] for i, node in enumerate(result.scenario.nodes)}

@@ -20,11 +20,7 @@ _MOST_TEXT = 100_000
 
 
 def write_report(folder: Path, result: Result) -> None:
-    """Write report.html. The same result gives the same file.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Write report.html. The same result gives the same file."""
     metrics, scenario = result.metrics, result.scenario
     text = scenario.text()
     if len(text) > _MOST_TEXT:

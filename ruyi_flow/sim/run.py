@@ -24,7 +24,6 @@ from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.sim.cluster import Cluster
 from ruyi_flow.sim.costs import check_stages, power_and_price, profiles_of
 from ruyi_flow.sim.load import Conversation, TokenCounts, conversations, draw_turns
-from ruyi_flow.sim.plots import check_matplotlib
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
 from ruyi_flow.sim.results import Recorder, RequestOutcome, Result
@@ -343,9 +342,8 @@ def simulate(
         progress: see `Simulation.run`.
 
     Raises:
-        ConfigError: see `Simulation`, or matplotlib is not installed; nothing is written.
+        ConfigError: see `Simulation`; nothing is written.
     """
-    check_matplotlib()
     Simulation(scenario, where=where)  # raises its errors before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as made:  # an interrupted run leaves the last one

@@ -225,15 +225,9 @@ def write_tables(folder: Path, points: Sequence[Point]) -> list[Path]:
 
 
 def plot_front(folder: Path, points: Sequence[Point]) -> Path:
-    """Write pareto.png: time per token against traffic, quality and cost, with Pareto-optimal points marked.
+    """Write pareto.png: time per token against traffic, quality and cost, with Pareto-optimal points marked."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("pareto.png needs matplotlib, which is not installed: pip install 'ruyi-flow[sim]'") from None
     shown = [(point, best) for point, best in zip(points, pareto_front(points), strict=True) if point.comparable]
     drawing = Figure(figsize=(13, 4.2), layout="constrained")
     (x_name, x_label), *others = _COSTS.items()

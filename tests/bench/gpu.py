@@ -56,7 +56,8 @@ ROOT = Path(__file__).parent.parent.parent
 def unmet_requirements() -> list[str]:
     """List the requirements of this project and its tests that the packages of this Python do not meet."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(r for r in project["optional-dependencies"]["dev"] if r.startswith("pytest"))]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["node"], *(r for r in extras["dev"] if r.startswith("pytest"))]
     unmet = []
     for requirement in map(Requirement, wanted):
         try:

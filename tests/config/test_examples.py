@@ -79,7 +79,7 @@ def test_files_name_examples_too(empty_folder: Path) -> None:
         ("topology", "other.yaml", "other.yaml: no such topology file"),
         ("topology", "city", "no such topology file, and no example of this name"),
         ("scenario", "cty", "no such scenario file, and no example of this name; the examples are city, "),
-        ("policy", "smollm2", "did you mean 'smollm2-5-percent'"),
+        ("policy", "smollm2-5-percnt", "did you mean 'smollm2-5-percent'"),
         ("policy", "x" * 5000, "cannot be the path of a policy file"),
     ],
 )

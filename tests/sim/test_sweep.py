@@ -179,11 +179,14 @@ def test_an_error_at_any_point_is_raised_before_the_first_run(tmp_path: Path) ->
     assert not out.exists()
 
 
+MISSING_RAY = "error: ruyi-flow sweep needs Ray, which is not installed: pip install 'ruyi-flow[ray]'\n"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_a_missing_ray_is_one_line(run: Command, tmp_path: Path) -> None:
     grid = ("--grid", "nodes.edge.count=1", "--out", str(tmp_path / "out"))
     code, out, err = run("sweep", str(scenario(tmp_path)), *grid, "--ray", "auto")
-    assert code == 2 and out == "" and err == "error: --ray: Ray is not installed; pip install 'ruyi-flow[ray]'\n"
+    assert code == 2 and out == "" and err == MISSING_RAY
 
 
 def test_the_command_prints_a_table_or_json(run: Command, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
     parents: list[tuple[int, str]] = []
     for line in (errors.__doc__ or "").splitlines():
         if (
-            found := re.match(r"([ │├└─]*)(\w+Error|NodeUnavailable|\w+Exceeded|\w+Cancelled|NodeFault)\b", line)
+            found := re.match(
+                r"([ │├└─]*)(\w+Error|NodeUnavailable|MissingExtra|\w+Exceeded|\w+Cancelled|NodeFault)\b", line
+            )
         ) is None:
             continue
         indent, name = len(found[1]), found[2]
@@ -85,4 +87,4 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         drawn[name] = parents[-1][1] if parents else "Exception"
         parents.append((indent, name))
     classes = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
-    assert drawn == {kind.__name__: kind.__base__.__name__ for kind in classes}
+    assert drawn == {kind.__name__: kind.__bases__[0].__name__ for kind in classes}
