@@ -45,7 +45,7 @@ MODULES = {
     "shard": "nodes",
     "node": "nodes",
     "generate": "asking",
-    "chat": "asking",
+    "chat": "chatting",
     "explain": "asking",
     "trace": "calibrating",
     "calibrate": "calibrating",

@@ -1,31 +1,34 @@
-"""Commands that ask running nodes: demo, generate, chat, explain."""
+"""Commands that ask running nodes one prompt: demo, generate, explain."""
 
 from __future__ import annotations
 
 import asyncio
-import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ruyi_flow.cli.answer import AnswerPrinter
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import (
+    beside_answers,
     err,
+    fallback_note,
     log_writer,
-    node_legend,
     out,
     print_json,
+    print_text,
     progress_bar,
     stats_line,
     stats_table,
     status_table,
     step_printer,
+    token_summary,
     token_table,
-    token_text,
 )
 from ruyi_flow.cli.nodes import start_nodes
 from ruyi_flow.cli.options import (
@@ -44,10 +47,13 @@ from ruyi_flow.cli.options import (
     prompt_text,
 )
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import NodeError, RuyiFlowError
+from ruyi_flow.errors import NodeError, RequestError
 from ruyi_flow.types import Final, Mode, Stats, Token
 
-__all__ = ["chat", "demo", "describe_gain", "explain_", "generate", "show"]
+if TYPE_CHECKING:
+    from ruyi_flow.client import AsyncClient, Reply
+
+__all__ = ["ask", "demo", "describe_gain", "explain_", "generate", "warn_of_fallback"]
 
 
 @app.command(rich_help_panel=Panel.RUN)
@@ -62,7 +68,7 @@ def demo(
     """
     from ruyi_flow.family import store
 
-    loaded, text = networked(topology), prompt_text(prompt)
+    loaded, text, beside = networked(topology), prompt_text(prompt), beside_answers()
     if loaded.family == store.DEMO:
         store.pull(store.DEMO, say=step_printer(), bars=err.is_terminal)
 
@@ -74,19 +80,21 @@ def demo(
         async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:
-                out.print(status_table(await client.status()))
-                out.print(f"[bold]> {escape(text)}[/bold]")
-                answer = asyncio.ensure_future(show(client, loaded, text, {"max_new_tokens": max_new_tokens}))
-                stopping = asyncio.ensure_future(stop.wait())
-                await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                stopping.cancel()
-                if not answer.done():
-                    answer.cancel()
-                    raise typer.Exit(130)
-                tokens, final = answer.result()
-        out.print(token_table(loaded, tokens))
-        out.print(stats_table(final.stats))
-        out.print(describe_gain(loaded, tokens, final.stats), soft_wrap=True)
+                beside.print(status_table(await client.status()))
+                print_text(beside, f"> {text}", "bold")
+                with AnswerPrinter(loaded) as printer:
+                    asked = ask(client, text, {"max_new_tokens": max_new_tokens}, printer)
+                    answer = asyncio.ensure_future(asked)
+                    stopping = asyncio.ensure_future(stop.wait())
+                    await asyncio.wait({answer, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                    stopping.cancel()
+                    if not answer.done():
+                        answer.cancel()
+                        raise typer.Exit(130)
+                    reply = answer.result()
+        warn_of_fallback(loaded, reply.tokens)
+        _print_figures(loaded, reply, tokens=True, sampled=False)
+        print_text(beside, describe_gain(loaded, list(reply.tokens), reply.stats))
 
     asyncio.run(run())
 
@@ -102,23 +110,42 @@ def generate(
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Also list every token with the node that decided it, and why.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, also in a terminal.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer one prompt with the running nodes of a topology; each token has the colour of the tier that decided it."""
+    """Answer one prompt with the running nodes of a topology; each token has the colour of the tier that decided it.
+
+    The answer alone goes to standard output when that is a file or a pipe; the
+    statistics go to standard error. In a terminal both are shown.
+
+    Example: ruyi-flow generate -p "Why is the sky blue?" > answer.txt
+    """
     options["raw"] = raw
-    loaded = load_topology(topology)
+    if quiet and tokens:
+        raise RequestError("--tokens cannot be combined with --quiet, which prints nothing but the answer")
+    loaded, text = load_topology(topology), prompt_text(prompt)
+    sampled = bool(options.get("temperature"))
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
 
-        async with AsyncClient(loaded, timeout_s=timeout_s) as client:
-            if as_json:
-                print_json((await client.generate(prompt_text(prompt), **options)).to_dict())
-                return
-            answered, final = await show(client, loaded, prompt_text(prompt), options)
-            if tokens:
-                out.print(token_table(loaded, answered))
-            out.print(stats_table(final.stats))
+        with AnswerPrinter(loaded, quiet=quiet) as printer:
+            async with AsyncClient(loaded, timeout_s=timeout_s) as client:
+                if as_json:
+                    reply = await client.generate(text, **options)
+                else:
+                    reply = await ask(client, text, options, printer)
+        if as_json:
+            answer = reply.to_dict()
+            if not sampled:
+                answer["stats"]["seed"] = None
+            print_json(answer)
+        if not quiet:
+            warn_of_fallback(loaded, reply.tokens)
+        if not (quiet or as_json):
+            _print_figures(loaded, reply, tokens=tokens, sampled=sampled)
 
     asyncio.run(run())
 
@@ -177,82 +204,42 @@ def explain_(
         cells = (repr(row.text), row.node, str(row.exit), *numbers, row.reason, last, f"{row.bytes_up:,}")
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)
-    out.print(stats_line(reply.stats), soft_wrap=True)
+    warn_of_fallback(loaded, reply.tokens)
+    print_text(out, stats_line(reply.stats, sampled=False))
     same = sum(row.agrees for row in rows)
     out.print(f"{same} of {len(rows)} tokens are those that the last branch predicts after the same text")
     if html is not None:
         out.print(f"report: {escape(str(html))}", soft_wrap=True)
 
 
-@app.command(rich_help_panel=Panel.ASK)
-@answer_options(max_new_tokens=512)
-def chat(
-    options: dict[str, Any],
-    topology: TopologyOption = DEFAULT_TOPOLOGY,
-    system: Annotated[str | None, typer.Option(help="System message at the start of the conversation.")] = None,
-    timeout_s: TimeoutOption = 600.0,
-) -> None:
-    """Chat with the running nodes of a topology; type /help for commands."""
-    loaded = load_topology(topology)
-    from ruyi_flow.client import Client
+async def ask(client: AsyncClient, prompt: str, options: dict[str, Any], printer: AnswerPrinter) -> Reply:
+    """Print an answer as it arrives, and return it."""
+    from ruyi_flow.client import Reply
 
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    with Client(loaded, timeout_s=timeout_s) as client:
-        out.print(node_legend(loaded), "[dim]/help for help[/dim]")
-        while True:
-            try:
-                text = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                out.print()
-                return
-            if text == "/reset":
-                messages = list(start)
-            elif text == "/help":
-                out.print("[dim]/reset forgets the conversation · Ctrl-C ends an answer · Ctrl-D ends the chat[/dim]")
-            elif re.fullmatch("/[a-z]+", text):
-                out.print(f"[dim]unknown command {text}; /help lists them[/dim]")
-            if not text or re.fullmatch("/[a-z]+", text):
-                continue
-            messages.append({"role": "user", "content": text})
-            answer, final = "", None
-            events = client.events(messages, **options)
-            try:
-                for event in events:
-                    if isinstance(event, Final):
-                        final = event
-                        break
-                    out.print(token_text(loaded, event), end="")
-                    answer += event.text
-            except KeyboardInterrupt:
-                out.print(" [dim](interrupted)[/dim]", end="")
-            except RuyiFlowError as error:
-                err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-                messages.pop()
-                continue
-            finally:
-                events.close()
-            out.print()
-            messages.append({"role": "assistant", "content": answer})
-            if final is not None:
-                out.print(f"[dim]{stats_line(final.stats)}[/dim]", soft_wrap=True)
-
-
-async def show(client: Any, topology: Topology, prompt: str, options: dict[str, Any]) -> tuple[list[Token], Final]:
-    """Print an answer as it arrives, and return its tokens and its end."""
     tokens: list[Token] = []
-    try:
-        async for event in client.events(prompt, **options):
-            if isinstance(event, Final):
-                return tokens, event
-            if not tokens:
-                out.print(node_legend(topology))
-            tokens.append(event)
-            out.print(token_text(topology, event), end="", soft_wrap=True)
-    finally:
-        if tokens:
-            out.print()
+    async for event in client.events(prompt, **options):
+        if isinstance(event, Final):
+            printer.end()
+            return Reply(event.text, tuple(tokens), event.finish_reason, event.stats)
+        tokens.append(event)
+        printer.push(event)
     raise NodeError("the stream ended before the answer was complete")
+
+
+def _print_figures(topology: Topology, reply: Reply, *, tokens: bool, sampled: bool) -> None:
+    """Print what an answer took, and how its tokens were decided if `tokens` is set."""
+    console = beside_answers()
+    if tokens:
+        console.print(token_table(topology, reply.tokens))
+        print_text(console, token_summary(topology, reply.tokens))
+    console.print(stats_table(reply.stats))
+    print_text(console, stats_line(reply.stats, sampled=sampled))
+
+
+def warn_of_fallback(topology: Topology, tokens: Sequence[Token]) -> None:
+    """Say on standard error how many tokens no deeper node could be asked for, and why, if there are any."""
+    if note := fallback_note(topology, tokens):
+        print_text(err, note, "yellow")
 
 
 def describe_gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
-from ruyi_flow.types import NodeStatus, Stats, Token
+from ruyi_flow.types import NodeStatus, Reason, Stats, Token
 
 __all__ = [
+    "beside_answers",
     "comma_list",
     "counting_bar",
     "err",
-    "node_legend",
+    "fallback_note",
     "log_writer",
+    "node_colour",
+    "node_legend",
     "out",
     "print_json",
+    "print_text",
+    "printable",
     "progress_bar",
     "stats_line",
     "stats_table",
+    "stdout_is_terminal",
     "status_table",
     "step_printer",
+    "token_summary",
     "token_table",
     "token_text",
     "training_bar",
@@ -40,10 +48,38 @@ _PIPE_WIDTH = 120  # rich would assume 80 for a pipe and cut the tables
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
+_TAB = 4
+"""Spaces that stand for a tab, whose width depends on where it is printed."""
+
+_CONTROLS = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
+_CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+_CONTROLS |= {ord("\n"): "\n", ord("\t"): " " * _TAB, ord("\r"): ""}
+_PRINTABLE = str.maketrans(_CONTROLS)
+
 _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
 """Words for gRPC's states of a connection."""
 
 _COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
+
+
+def printable(text: str) -> str:
+    """Return a text with a visible character for each control character, which could otherwise steer the terminal."""
+    return text.translate(_PRINTABLE)
+
+
+def stdout_is_terminal() -> bool:
+    """Return whether a person reads standard output, and not a file or another program."""
+    return sys.stdout.isatty()
+
+
+def beside_answers() -> Console:
+    """Return the console for what is no answer: elsewhere than in a terminal, standard output has answers alone."""
+    return out if stdout_is_terminal() else err
+
+
+def print_text(console: Console, text: str, style: str = "") -> None:
+    """Print a text, in a terminal in lines that end between words, elsewhere as one line."""
+    console.print(Text(printable(text), style=style), soft_wrap=not console.is_terminal)
 
 
 @contextmanager
@@ -94,21 +130,24 @@ def print_json(value: object) -> None:
     """Print a value to standard output as one line of JSON."""
     is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(value, ensure_ascii=not is_utf8) + "\n")
+    sys.stdout.flush()  # here, so that a closed pipe ends the command quietly, and not at Python's exit
 
 
-def _colour(topology: Topology, name: str) -> str:
-    return _COLOURS[[node.name for node in topology.nodes].index(name) % len(_COLOURS)]
+def node_colour(topology: Topology, name: str) -> str:
+    """Return the colour of a node; one that the topology does not name has none."""
+    names = [node.name for node in topology.nodes]
+    return _COLOURS[names.index(name) % len(_COLOURS)] if name in names else ""
 
 
 def token_text(topology: Topology, token: Token) -> Text:
     """Return a token's text in the colour of the node that decided it."""
-    return Text(token.text, style=_colour(topology, token.node))
+    return Text(token.text, style=node_colour(topology, token.node))
 
 
 def node_legend(topology: Topology) -> Text:
     """Return every node's name and exits in the node's colour."""
     return Text("  ").join(
-        Text(f"{node.label} (exits {comma_list(node.exits)})", style=_colour(topology, node.name))
+        Text(f"{node.label} (exits {comma_list(node.exits)})", style=node_colour(topology, node.name))
         for node in topology.nodes
     )
 
@@ -118,45 +157,106 @@ def log_writer(topology: Topology) -> Callable[[str, str], None]:
     width = max(len(node.name) for node in topology.nodes)
 
     def log(name: str, line: str) -> None:
-        err.print(Text.assemble((f"{name:<{width}} │ ", _colour(topology, name)), line), soft_wrap=True)
+        err.print(Text.assemble((f"{name:<{width}} │ ", node_colour(topology, name)), line), soft_wrap=True)
 
     return log
 
 
-def token_table(topology: Topology, tokens: list[Token]) -> Table:
+def token_table(topology: Topology, tokens: Sequence[Token]) -> Table:
     """Return a table with one row per token: the node and exit that decided it, its confidence and the reason."""
-    table = Table("#", "token", "decided by", "exit", "confidence", "reason")
+    whole = [Column(name, no_wrap=True) for name in ("node", "exit", "confidence", "reason")]
+    table = Table("#", Column("token", overflow="fold"), *whole)
     for i, token in enumerate(tokens):
-        colour, node = _colour(topology, token.node), topology.node(token.node)
-        name = node.label if node.label == node.name else f"{node.label} ({node.name})"
-        table.add_row(
-            str(i), Text(repr(token.text), style=colour), name, str(token.exit), f"{token.confidence:.2f}", token.reason
-        )
+        text = Text(repr(token.text), style=node_colour(topology, token.node))
+        exit, confidence = str(token.exit), f"{token.confidence:.2f}"
+        table.add_row(str(i), text, escape(_node_name(topology, token.node)), exit, confidence, token.reason)
     return table
+
+
+def token_summary(topology: Topology, tokens: Sequence[Token]) -> str:
+    """Return one line: how many tokens each node decided, from shallow to deep, and its mean confidence."""
+    known = [node.name for node in topology.nodes]
+    parts = []
+    for name in dict.fromkeys([*known, *(token.node for token in tokens)]):
+        own = [token.confidence for token in tokens if token.node == name]
+        if own:
+            mean = sum(own) / len(own)
+            parts.append(f"{_node_name(topology, name)} decided {len(own)} (mean confidence {mean:.2f})")
+    return f"{_count(len(tokens), 'token')}: {comma_list(parts)}"
+
+
+def fallback_note(topology: Topology, tokens: Sequence[Token]) -> str:
+    """Return how many tokens a node decided only because no deeper one could be asked, and why; empty if none."""
+    causes = Counter((token.node, token.reason) for token in tokens)
+    sentences = []
+    for (name, reason), count in causes.items():
+        why = _cause(topology, name, reason)
+        if why:
+            were = "was" if count == 1 else "were"
+            decided = f"{count} of {_count(len(tokens), 'token')} {were} decided by {_node_name(topology, name)}"
+            sentences.append(f"{decided} because {why}.")
+    return " ".join(sentences)
+
+
+def _cause(topology: Topology, name: str, reason: Reason) -> str:
+    """Return why a node could not ask a deeper one; empty for the other reasons."""
+    if reason is Reason.LIMIT:
+        return "the operator of a node allows no deeper exit (limits.deepest)"
+    if reason is Reason.BUDGET:
+        return "it had used up its bytes per minute (limits.bytes_up_per_minute)"
+    if reason is not Reason.UNREACHABLE:
+        return ""
+    names = [node.name for node in topology.nodes]
+    deeper = names[names.index(name) + 1 :] if name in names else []
+    which = f"the next node, {_node_name(topology, deeper[0])}," if deeper else "the next node"
+    return f"{which} was unreachable or full (fallback)"
+
+
+def _node_name(topology: Topology, name: str) -> str:
+    """Return a node's label as the legend has it, with its name if that is another word."""
+    label = next((node.label for node in topology.nodes if node.name == name), name)
+    return printable(label if label == name else f"{label} ({name})")
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def stats_table(stats: Stats) -> Table:
-    """Return a table of what each node spent on an answer; the caption is `stats_line`."""
+    """Return a table of what each node spent on an answer, with one column per node."""
     tokens = max(1, stats.new_tokens)
-    times = ("compute\nms/token", "queue\nms/token", "link\nms/token")
-    table = Table("node", *times, "messages\nreceived", "positions\nreceived", "bytes\nup", "bytes\ndown")
+    table = Table("")
     for hop in stats.hops:
-        spent = (f"{1000 * seconds / tokens:.2f}" for seconds in (hop.compute_s, hop.queue_s, hop.wire_s))
-        counts = (f"{count:,}" for count in (hop.messages, hop.positions, hop.bytes_up, hop.bytes_down))
-        table.add_row(hop.node, *spent, *counts)
-    table.caption = stats_line(stats)
-    table.caption_justify = "left"
+        table.add_column(escape(printable(hop.node)), justify="right")
+    for name, spent in (
+        ("compute, ms/token", [1000 * hop.compute_s / tokens for hop in stats.hops]),
+        ("queue, ms/token", [1000 * hop.queue_s / tokens for hop in stats.hops]),
+        ("link, ms/token", [1000 * hop.wire_s / tokens for hop in stats.hops]),
+    ):
+        table.add_row(name, *(f"{ms:.2f}" for ms in spent))
+    for name, counts in (
+        ("messages received", [hop.messages for hop in stats.hops]),
+        ("positions received", [hop.positions for hop in stats.hops]),
+        ("bytes received", [hop.bytes_up for hop in stats.hops]),
+        ("bytes returned", [hop.bytes_down for hop in stats.hops]),
+    ):
+        table.add_row(name, *(f"{count:,}" for count in counts))
     return table
 
 
-def stats_line(stats: Stats) -> str:
-    """Return one line that sums up an answer: tokens, times, escalations, accepted drafts, bytes sent up, seed."""
+def stats_line(stats: Stats, *, sampled: bool) -> str:
+    """Return one line that sums up an answer: tokens, times, escalations, accepted drafts, bytes sent up.
+
+    Args:
+        stats: the statistics.
+        sampled: whether tokens were sampled, so that the seed is needed to repeat the answer.
+    """
     up = sum(hop.bytes_up for hop in stats.hops)
     drafts = f", {stats.accepted} of {stats.drafted} drafted tokens accepted" if stats.drafted else ""
     return (
-        f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, "
-        f"then {1000 * stats.token_s:.1f} ms each · {stats.escalations} escalations{drafts} · "
-        f"{up:,} bytes up" + (f" · seed {stats.seed}" if stats.seed else "")
+        f"{_count(stats.new_tokens, 'token')}, first after {1000 * stats.first_token_s:.0f} ms, "
+        f"then {1000 * stats.token_s:.1f} ms each · {_count(stats.escalations, 'escalation')}{drafts} · "
+        f"{up:,} bytes up" + (f" · seed {stats.seed}" if sampled else "")
     )
 
 

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -21,8 +22,8 @@ import typer
 from ruyi_flow.client import make_request
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import ConfigError, RequestError
-from ruyi_flow.requests import SamplingParams
+from ruyi_flow.errors import ConfigError, RequestError, RuyiFlowError
+from ruyi_flow.requests import SamplingParams, option_names
 from ruyi_flow.routing.policy import Routing
 
 __all__ = [
@@ -37,11 +38,13 @@ __all__ = [
     "check_target",
     "default_topology",
     "file_or_example",
+    "dashed",
     "integers",
     "load_topology",
     "networked",
     "on_end_of_input",
     "on_signals",
+    "parse_threshold",
     "prompt_text",
 ]
 
@@ -114,12 +117,16 @@ def answer_options(
             rest = {p.name: given[p.name] for p in own}
             options = {p.name: given[p.name] for p in parameters if given[p.name] not in (None, [])}
             if (threshold := options.pop("threshold", None)) is not None:
-                options |= _thresholds(threshold)
+                options |= parse_threshold(threshold, "--threshold")
             if "stop" in options:
                 options["stop"] = tuple(options["stop"])
             options = defaults | options
-            make_request("", options)  # before anything is loaded or asked
-            command(**rest, options=options)
+            try:
+                make_request("", options)  # before anything is loaded or asked
+                command(**rest, options=options)
+            except RuyiFlowError as error:
+                error.args = (dashed(str(error)), *error.args[1:])
+                raise
 
         added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *parameters)]
         run.__signature__ = signature.replace(parameters=added)  # type: ignore[attr-defined]
@@ -178,20 +185,33 @@ def _field_docs(kind: type) -> dict[str, str]:
     }
 
 
-def _thresholds(text: str) -> dict[str, Any]:
-    """Parse `--threshold`: one number for all exits, or one per exit.
+def dashed(message: str) -> str:
+    """Return an error message with the options of an answer named as they are typed: --top-k instead of top_k.
+
+    Names that are also words of the language are options only at the start of a message, as in "exit is -1".
+    """
+    names = option_names() | {"policy", "timeout_s"}
+    long = "|".join(name for name in names if "_" in name)
+    short = "|".join(name for name in names if "_" not in name)
+    for pattern in (rf"(?<![\w.-])(?:{long})(?!\w)", rf"^(?:{short})(?= (?:is|has|requires|cannot) )"):
+        message = re.sub(pattern, lambda match: f"--{match[0].replace('_', '-')}", message)
+    return message
+
+
+def parse_threshold(text: str, option: str) -> dict[str, Any]:
+    """Parse a threshold: one number for all exits, or one per exit.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: it is neither; `option` names it.
     """
     try:
         if "=" not in text:
             return {"threshold": float(text)}
         pairs = [(int(p), float(value)) for p, value in (pair.split("=") for pair in text.split(","))]
     except ValueError:
-        raise RequestError(f"--threshold is {text!r}; write 0.8 for all exits, or 5=0.9,11=0.8") from None
+        raise RequestError(f"{option} is {text!r}; write 0.8 for all exits, or 5=0.9,11=0.8") from None
     if len(dict(pairs)) < len(pairs):
-        raise RequestError(f"--threshold is {text!r}; it names an exit twice")
+        raise RequestError(f"{option} is {text!r}; it names an exit twice")
     return {"thresholds": dict(pairs)}
 
 
@@ -225,8 +245,15 @@ def check_target(path: Path, option: str, *, folder: bool = False) -> None:
 
 
 def prompt_text(text: str) -> str:
-    """Return the prompt, which '-' reads from standard input."""
-    return sys.stdin.read() if text == "-" else text
+    """Return the prompt, which '-' reads from standard input.
+
+    Raises:
+        RequestError: standard input is no text.
+    """
+    try:
+        return sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--prompt -: standard input is not text in {error.encoding}: {error.reason}") from None
 
 
 def load_topology(path: Path) -> Topology:

@@ -1,0 +1,112 @@
+"""The command chat: a conversation with running nodes."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ruyi_flow.cli.answer import AnswerPrinter
+from ruyi_flow.cli.app import Panel, app
+from ruyi_flow.cli.asking import warn_of_fallback
+from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_messages, typed_messages
+from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
+from ruyi_flow.cli.display import beside_answers, node_legend, print_text, stats_line
+from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
+from ruyi_flow.errors import ContextLengthError, RuyiFlowError
+from ruyi_flow.types import Final, Token
+
+if TYPE_CHECKING:
+    from ruyi_flow.client import Client
+
+__all__ = ["chat"]
+
+
+@app.command(rich_help_panel=Panel.ASK)
+@answer_options(max_new_tokens=512)
+def chat(
+    options: dict[str, Any],
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    system: Annotated[str | None, typer.Option(help="System message at the start of the conversation.")] = None,
+    timeout_s: TimeoutOption = 600.0,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Neither read nor write the history of earlier chats.")
+    ] = False,
+) -> None:
+    """Chat with the running nodes of a topology; type /help for commands.
+
+    The arrow keys bring back what was typed before, also in earlier chats. The
+    history is a file that only you can read: chat-history in RUYI_FLOW_HOME, or
+    in your folder for the state of programs.
+
+    When standard input is a file or a pipe, each line is a message. The answers
+    alone go to standard output, and the exit status is 2 if one failed.
+
+    Example: ruyi-flow chat --mode exact --system "You answer in one sentence."
+    """
+    conversation = Conversation(load_topology(topology), options, system)
+    from ruyi_flow.client import Client
+
+    typed = input_is_terminal()
+    failed = False
+    with Client(conversation.topology, timeout_s=timeout_s) as client:
+        if typed:
+            beside_answers().print(node_legend(conversation.topology))
+            beside_answers().print("[dim]/help lists the commands, Ctrl-D ends the chat.[/dim]")
+        for text in typed_messages(None if no_history else history_file()) if typed else piped_messages(sys.stdin):
+            command = command_of(text)
+            if command is None:
+                failed |= not _answer(client, conversation, text.strip(), typed)
+                continue
+            try:
+                run_command(conversation, *command)
+            except EOFError:
+                break
+    if failed and not typed:
+        raise typer.Exit(2)
+
+
+def _answer(client: Client, conversation: Conversation, text: str, typed: bool) -> bool:
+    """Answer a message, and return whether that went well.
+
+    An answer that ends early, by Ctrl-C, the deadline or a lost node, stays in the conversation as far as it came. A
+    message that got no answer at all does not.
+    """
+    conversation.turns.append({"role": "user", "content": text})
+    tokens: list[Token] = []
+    final: Final | None = None
+    problem: RuyiFlowError | None = None
+    with AnswerPrinter(conversation.topology, legend=False) as printer:
+        events = client.events(conversation.messages, **conversation.options)
+        try:
+            for event in events:
+                if isinstance(event, Final):
+                    final = event
+                    break
+                tokens.append(event)
+                printer.push(event)
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            printer.end("(interrupted)")
+        except RuyiFlowError as error:
+            problem = error
+        finally:
+            events.close()
+    answer = "".join(token.text for token in tokens) if final is None else final.text
+    if answer or final is not None:
+        conversation.turns.append({"role": "assistant", "content": answer})
+        conversation.tokens = tokens
+    else:
+        conversation.turns.pop()
+    warn_of_fallback(conversation.topology, tokens)
+    if problem is not None:
+        hint = " The answer stays in the conversation as far as it came." if answer else ""
+        if isinstance(problem, ContextLengthError):
+            hint = "; /reset begins a new conversation"
+        print_error(dashed(str(problem)) + hint)
+    if final is not None:
+        sampled = bool(conversation.options.get("temperature"))
+        print_text(beside_answers(), stats_line(final.stats, sampled=sampled), "dim")
+    return problem is None

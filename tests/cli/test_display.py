@@ -1,0 +1,86 @@
+"""Tables and lines about an answer."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ruyi_flow.cli.display import fallback_note, stats_line, stats_table, token_summary, token_table
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.testing import cut_topology
+from ruyi_flow.types import Hop, Reason, Stats, Token
+
+
+@pytest.fixture
+def topology(tiny: Path) -> Topology:
+    """Nodes n0 and n1, the latter in the tier cloud."""
+    made = cut_topology(tiny, [[2], [4, 6]])
+    return made.model_copy(update={"nodes": (made.nodes[0], made.nodes[1].model_copy(update={"tier": "cloud"}))})
+
+
+def token(node: str, reason: Reason = Reason.CONFIDENT, confidence: float = 0.5, text: str = "x") -> Token:
+    return Token(id=1, text=text, exit=2, node=node, confidence=confidence, reason=reason)
+
+
+NOTES = {
+    Reason.CONFIDENT: "",
+    Reason.FIXED: "",
+    Reason.DEEPEST: "",
+    Reason.LIMIT: "the operator of a node allows no deeper exit (limits.deepest)",
+    Reason.BUDGET: "it had used up its bytes per minute (limits.bytes_up_per_minute)",
+    Reason.UNREACHABLE: "the next node, cloud (n1), was unreachable or full (fallback)",
+}
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_what_no_deeper_node_could_be_asked_for_is_said_with_the_reason(topology: Topology, reason: Reason) -> None:
+    answer = [token("n0"), token("n0", reason), token("n0", reason), token("n1", Reason.DEEPEST)]
+    why = NOTES[reason]
+    assert fallback_note(topology, answer) == (why and f"2 of 4 tokens were decided by n0 because {why}.")
+    one = fallback_note(topology, answer[1:2])
+    assert one == (why and f"1 of 1 token was decided by n0 because {why}.")
+
+
+def test_several_reasons_are_several_sentences_of_one_line(topology: Topology) -> None:
+    answer = [token("n0", Reason.UNREACHABLE), token("n0", Reason.BUDGET), token("elsewhere", Reason.UNREACHABLE)]
+    note = fallback_note(topology, answer)
+    assert note.count(" of 3 tokens was decided by ") == 3 and "\n" not in note
+    assert note.endswith("by elsewhere because the next node was unreachable or full (fallback).")
+
+
+def test_the_summary_of_tokens_has_the_nodes_from_shallow_to_deep(topology: Topology) -> None:
+    answer = [token("n1", confidence=0.25), token("n0", confidence=1.0), token("n1", confidence=0.5)]
+    assert token_summary(topology, answer) == (
+        "3 tokens: n0 decided 1 (mean confidence 1.00), cloud (n1) decided 2 (mean confidence 0.38)"
+    )
+
+
+def stats(nodes: int) -> Stats:
+    hops = tuple(Hop(f"node-{i}", 1.5, 0.2, 12.25, 1500, 123_456, 123_456_789, 12_345_678) for i in range(nodes))
+    return Stats(10, 100, 0.5, 2.0, 77, 0, 0, 1, hops)
+
+
+def shown(renderable: object, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_table_of_statistics_fits_into_a_terminal_of_80_columns() -> None:
+    for width, nodes in ((60, 2), (80, 3)):
+        lines = shown(stats_table(stats(nodes)), width)
+        assert "…" not in lines and lines.count("123,456,789") == nodes
+        for name in ("compute, ms/token", "queue, ms/token", "link, ms/token", "positions received", "bytes returned"):
+            assert lines.count(name) == 1, lines
+        assert lines.count("15.00") == nodes  # 1.5 s over 100 tokens
+
+
+def test_the_table_of_tokens_cuts_only_texts(topology: Topology) -> None:
+    lines = shown(token_table(topology, [token("n1", Reason.UNREACHABLE, text="a" * 30)]), 56)
+    assert "…" not in lines and "confidence" in lines and "unreachable" in lines and "cloud (n1)" in lines
+
+
+def test_the_seed_is_shown_when_tokens_were_sampled() -> None:
+    assert "seed" not in stats_line(stats(1), sampled=False)
+    assert stats_line(stats(1), sampled=True).endswith("1 escalation · 123,456,789 bytes up · seed 77")
