@@ -87,6 +87,9 @@ def _show(before: Sequence[Check], check: Check) -> None:
     if not before or before[-1].group != check.group:
         out.print(Text(f"\n{check.group}".removeprefix("\n" if not before else ""), style="bold"))
     mark, colour = _MARKS[check.mark]
+    if not out.is_terminal:  # one line each, which a pipe can search
+        out.print(Text(f" {mark} {check.text}" + (f"\n   fix: {check.fix}" if check.fix else "")), soft_wrap=True)
+        return
     grid = Table.grid(padding=(0, 1))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

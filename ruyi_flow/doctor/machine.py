@@ -14,7 +14,15 @@ from packaging.specifiers import SpecifierSet
 from ruyi_flow import __version__
 from ruyi_flow.doctor.checks import Check, Group, Mark
 
-__all__ = ["machine_checks", "processor_features"]
+__all__ = [
+    "machine_checks",
+    "open_files_checks",
+    "package_checks",
+    "processor_check",
+    "processor_features",
+    "proxy_checks",
+    "python_check",
+]
 
 _LOW_MEMORY = 500e6
 """Free memory in bytes below which not even a node of the demo family starts (docs/log.md: 378 to 647 MB resident)."""
@@ -24,19 +32,19 @@ _FEW_FILES = 1024
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 
-_INSTALL = "pip install --upgrade"
-
 
 def machine_checks() -> list[Check]:
     """Return the checks of this machine, except those that torch answers."""
-    return [_python(), *_packages(), _processor(), _memory(), *_open_files(), *_proxies()]
+    processor = processor_check(processor_features(), platform.machine())
+    return [python_check(), *package_checks(), processor, _memory(), *open_files_checks(), *proxy_checks()]
 
 
 def _check(name: str, mark: Mark, text: str, fix: str = "") -> Check:
     return Check(Group.MACHINE, name, mark, text, fix)
 
 
-def _python() -> Check:
+def python_check() -> Check:
+    """Compare the running Python with the versions that ruyi-flow supports."""
     running = platform.python_version()
     text = f"Python {running} on {platform.system()} {platform.machine()}"
     try:
@@ -53,48 +61,32 @@ def _python() -> Check:
     )
 
 
-def _packages() -> list[Check]:
+def package_checks() -> list[Check]:
     """Compare the installed packages with what ruyi-flow requires of a client, and of a machine that runs nodes."""
     try:
         required = [Requirement(text) for text in metadata.requires("ruyi-flow") or ()]
     except metadata.PackageNotFoundError:
-        return [
-            _check(
-                "packages",
-                Mark.WARNING,
-                f"ruyi-flow {__version__} runs from a folder and is not installed, so its packages are not known.",
-                "install it: pip install -e FOLDER",
-            )
-        ]
+        text = f"ruyi-flow {__version__} runs from a folder and is not installed, so its packages are not known."
+        return [_check("packages", Mark.WARNING, text, "install it: pip install -e FOLDER")]
     base = [r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
     node = [r for r in required if r not in base and r.marker is not None and r.marker.evaluate({"extra": "node"})]
-    wrong = [text for r in base if (text := _problem(r))]
     checks = []
-    if wrong:
-        names = " ".join(f"'{r.name}{r.specifier}'" for r in base if _problem(r))
-        checks.append(
-            _check("packages", Mark.FAILED, f"ruyi-flow {__version__}: {'; '.join(wrong)}.", f"{_INSTALL} {names}")
-        )
+    if wrong := [r for r in base if _problem(r)]:
+        text = f"ruyi-flow {__version__}: {'; '.join(map(_problem, wrong))}."
+        fix = "pip install --upgrade " + " ".join(f"'{r.name}{r.specifier}'" for r in wrong)
+        checks.append(_check("packages", Mark.FAILED, text, fix))
     else:
-        checks.append(
-            _check("packages", Mark.OK, f"ruyi-flow {__version__}: all {len(base)} packages that it requires are here.")
-        )
+        text = f"ruyi-flow {__version__}: all {len(base)} packages that it requires are here."
+        checks.append(_check("packages", Mark.OK, text))
     if not node:
         return checks
-    missing, wrong = (
-        [r.name for r in node if not _version(r.name)],
-        [t for r in node if _version(r.name) and (t := _problem(r))],
-    )
-    fix = "pip install 'ruyi-flow[node]'"
-    if missing:
-        names = ", ".join(missing)
-        text = f"This machine can be a client, but it cannot run a node: it does not have {names}."
-        checks.append(_check("node packages", Mark.WARNING, text, f"to run a node here: {fix}"))
-    if wrong:
-        checks.append(
-            _check("node packages", Mark.FAILED, f"For running a node: {'; '.join(wrong)}.", f"{fix} --upgrade")
-        )
-    if not missing and not wrong:
+    if missing := [r.name for r in node if not _version(r.name)]:
+        text = f"This machine can be a client, but it cannot run a node: it does not have {', '.join(missing)}."
+        checks.append(_check("node packages", Mark.WARNING, text, "to run a node here: pip install 'ruyi-flow[node]'"))
+    elif wrong := [r for r in node if _problem(r)]:
+        text = f"This machine cannot run a node: {'; '.join(map(_problem, wrong))}."
+        checks.append(_check("node packages", Mark.FAILED, text, "pip install --upgrade 'ruyi-flow[node]'"))
+    else:
         checks.append(_check("node packages", Mark.OK, f"The {len(node)} packages that a node needs are here."))
     return checks
 
@@ -130,14 +122,17 @@ def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     return set()
 
 
-def _processor(features: set[str] | None = None) -> Check:
-    found = processor_features() if features is None else features
+def processor_check(found: set[str], machine: str) -> Check:
+    """Say in words what a processor's features mean for torch.
+
+    Args:
+        found: names of its features, as `processor_features` gives them.
+        machine: its architecture: x86_64, aarch64.
+    """
     cores = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else psutil.cpu_count() or 1} cores"
-    if platform.machine().lower() not in ("x86_64", "amd64") or not found:
+    if machine.lower() not in ("x86_64", "amd64") or not found:
         named = sorted(found & {"asimd", "sve", "bf16", "i8mm"})
-        return _check(
-            "processor", Mark.OK, f"{cores}, {platform.machine()}{' with ' + ', '.join(named) if named else ''}."
-        )
+        return _check("processor", Mark.OK, f"{cores}, {machine}{' with ' + ', '.join(named) if named else ''}.")
     if "avx2" not in found:
         return _check(
             "processor",
@@ -166,7 +161,8 @@ def _memory() -> Check:
     return _check("memory", Mark.WARNING, text, "end other programs before you run a node here")
 
 
-def _open_files() -> list[Check]:
+def open_files_checks() -> list[Check]:
+    """Look at the number of files and connections that a process may have open."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -181,7 +177,8 @@ def _open_files() -> list[Check]:
     return [_check("open files", Mark.WARNING, text, f"ulimit -n {most}")]
 
 
-def _proxies() -> list[Check]:
+def proxy_checks() -> list[Check]:
+    """Name the proxies that are set for this process, without their addresses, which may contain a password."""
     named = [name for name in os.environ if name.lower() in _PROXIES and os.environ[name]]
     if not named:
         return []

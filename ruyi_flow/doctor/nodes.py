@@ -153,20 +153,26 @@ async def visit(place: Place, where: str) -> Visit:
 
 async def _connect(place: Place) -> OSError | None:
     """Open a TCP connection, and return the error if there is none."""
-    error: OSError | None = None
-    try:
-        async with asyncio.timeout(_LIMIT_S):
-            for family, _, _, _, address in place.found:
+
+    def connect() -> OSError | None:
+        error: OSError | None = None
+        for family, kind, _, _, address in place.found:
+            with socket.socket(family, kind) as probe:
+                probe.settimeout(_LIMIT_S)
                 try:
-                    _, writer = await asyncio.open_connection(address[0], address[1], family=family)
-                except OSError as failed:
-                    error = failed
+                    probe.connect(address)
+                except OSError as refused:
+                    error = refused
                 else:
-                    writer.transport.abort()
                     return None
+        return error
+
+    silent = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    try:
+        error = await on_thread(connect, limit_s=_LIMIT_S)
     except TimeoutError:
-        return OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-    return error
+        return silent
+    return silent if isinstance(error, TimeoutError) else error
 
 
 async def _owner(place: Place) -> str:
