@@ -22,6 +22,7 @@ __all__ = [
     "Final",
     "FinishReason",
     "Hop",
+    "LinkMeasurement",
     "MAX_COUNT",
     "MIN_UPLOAD_POSITIONS",
     "Mode",
@@ -322,6 +323,18 @@ class Final:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkMeasurement:
+    """The measured round trip and bandwidth of a link to a node."""
+
+    round_trip_ms: float
+    """Median round trip of a small message, in milliseconds."""
+    jitter_ms: float
+    """Standard deviation of the round trips, in milliseconds."""
+    up_mbit: float
+    """Bandwidth toward the node, in Mbit/s."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
     """The state of a node."""
 
@@ -367,6 +380,16 @@ class NodeStatus:
     """State of the connection to it: idle, connecting, ready, transient_failure."""
     process_id: int
     """Process id of the daemon."""
+    version: str = ""
+    """Version of ruyi-flow that it runs; empty if the node does not report it."""
+    next_address: str = ""
+    """host:port that it dials for the next node; empty if the node does not report it."""
+    next_encoding: Encoding | None = None
+    """Encoding of boundary states on the link to the next node; None if the node does not report it."""
+    link: LinkMeasurement | None = None
+    """The link to the next node; None unless its measurement was asked for and succeeded."""
+    link_error: str = ""
+    """Why the link to the next node could not be measured."""
 
 
 class Stage(Protocol):

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from ruyi_flow import Client
-from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CheckpointError, RequestError, RuyiFlowError
 from ruyi_flow.testing import Cluster, cluster, cut_topology, free_ports, tiny_family
+from ruyi_flow.transport.link import measure_link
 from ruyi_flow.types import Final, FinishReason, NodeStatus
 
 
@@ -216,7 +216,7 @@ def test_a_stream_that_outlives_its_client_ends(spoken: Path) -> None:
 INTERRUPTED = """
 import signal, sys, time
 from ruyi_flow import Client
-from ruyi_flow.bench.profile.link import measure_link
+from ruyi_flow.transport.link import measure_link
 from ruyi_flow.config.topology import Topology
 whole = {"name": "whole", "exits": [2, 4, 6], "limits": {"max_positions": 65536}}
 options = {"max_new_tokens": 60000, "eos_token_ids": ()}  # for minutes, unless it is interrupted

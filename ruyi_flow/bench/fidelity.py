@@ -16,13 +16,13 @@ import psutil
 
 from ruyi_flow.bench.measurement import Report, no_report
 from ruyi_flow.bench.nodes import running_nodes
-from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.calibration.trace import read_trace
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import Relay
+from ruyi_flow.transport.link import measure_link
 from ruyi_flow.types import Stats
 
 __all__ = ["METRICS", "SETTINGS", "Comparison", "Setting", "compare", "example_prompts", "markdown", "summary"]

@@ -42,6 +42,7 @@ MODULES = {
     "pull": "families",
     "up": "nodes",
     "status": "nodes",
+    "doctor": "doctor",
     "shard": "nodes",
     "node": "nodes",
     "generate": "asking",

@@ -261,14 +261,13 @@ def stats_line(stats: Stats, *, sampled: bool) -> str:
 
 
 def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
-    """Return a table of the nodes' states; the caption lists why a node could not be asked."""
+    """Return a table of the nodes' states; a node that could not be asked is down."""
     headers = ("node", "state", "exits", "trunk\nlayers", "parameters\n(millions)", "memory, MB\n(tensors)")
     table = Table(*headers, "sessions\nopen/max", "KV positions\nused/max", "next node")
     table.columns[0].no_wrap = True
     for name, status in answers.items():
         if isinstance(status, NodeError):
             table.add_row(name, Text("down", style="red"))
-            table.caption = Text(f"{table.caption or ''}\n{status}".strip(), style="red")
             continue
         table.add_row(
             status.node if status.tier == status.node else f"{status.node} ({status.tier})",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import comma_list, counting_bar, err, log_writer, out, print_json, progress_bar, status_table
@@ -164,6 +165,9 @@ def node(
     here = loaded.node(name)
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
+    from ruyi_flow.transport.addresses import check_listen
+
+    asyncio.run(check_listen(here.address, name))  # before torch and the weights are loaded
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.serving.heap import tidy_heap
     from ruyi_flow.serving.node import serve, stay_on_cores
@@ -259,7 +263,17 @@ def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = Fa
             {n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()}
         )
     else:
+        from ruyi_flow.doctor.agreement import disagreements
+
         out.print(status_table(answers))
+        for answer in answers.values():
+            if isinstance(answer, NodeError):
+                out.print(Text(str(answer), style="red"), soft_wrap=True)
+        reached = {name: answer for name, answer in answers.items() if isinstance(answer, NodeStatus)}
+        if found := disagreements(loaded, reached, where=str(topology)):
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            line = f"{found[0].text}{more} What to do: ruyi-flow doctor {topology}"
+            out.print(Text(line, style="yellow"), soft_wrap=True)
     if any(isinstance(answer, NodeError) for answer in answers.values()):
         raise typer.Exit(1)
 

@@ -137,8 +137,8 @@ def profile(
     ruyi-flow profile --link 192.168.1.20:7102
     """
     from ruyi_flow.bench.profile.family import profile_family
-    from ruyi_flow.bench.profile.link import measure_link
     from ruyi_flow.bench.profile.nodes import profile_nodes
+    from ruyi_flow.transport.link import measure_link
 
     if link is not None:
         try:

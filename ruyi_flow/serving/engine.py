@@ -11,8 +11,9 @@ from dataclasses import replace
 import psutil
 import torch
 
+from ruyi_flow import __version__
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError
+from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError, NodeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.devices import find_device
@@ -26,6 +27,7 @@ from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.serving.answering import Answering
 from ruyi_flow.transport.blocks import rows_in
+from ruyi_flow.transport.link import FRAME_BYTES, LinkMeter
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.types import NodeStatus, Stage
@@ -51,6 +53,7 @@ class Engine:
         self.node = topology.node(name)
         self._next = topology.next_of(name)
         self._peer: Peer | None = None
+        self._meter: LinkMeter | None = None
         self._started = time.monotonic()
         self._parameters = shard.model.num_parameters()
         self._weights = checkpoint.weights or self.node.weights
@@ -68,6 +71,11 @@ class Engine:
             ahead=topology.ahead_of(name, row_bytes),
         )
         self._max_draft = min(rows, default=2**31) - 1  # drafts and the position before them travel in one message
+
+    @property
+    def _next_address(self) -> str:
+        """The host:port of the next node, or the empty string on the deepest one."""
+        return "" if self._next is None else str(self._next[1].address or self._next[0].address)
 
     @classmethod
     def load(cls, topology: Topology, name: str, *, where: str = "topology") -> Engine:
@@ -92,11 +100,17 @@ class Engine:
                 raise CheckpointError(f"{where}: node {name!r}: shard: {error}") from None
         topology.check_family(checkpoint.config.exits, where=where)
         topology.check_bytes(checkpoint.config.hidden_size, where=where)
-        missing = [p for p in node.exits if p not in checkpoint.exits]
-        if missing:
+        if checkpoint.exits not in (checkpoint.config.exits, node.exits):
             raise ConfigError(
-                f"{where}: node {name!r}: shard {checkpoint.folder} contains exits {list(checkpoint.exits)}, "
-                f"not {missing[0]}; cut it again with ruyi-flow shard"
+                f"{where}: node {name!r}: exits: the topology gives it {list(node.exits)}, but its shard "
+                f"{checkpoint.folder} was cut for {list(checkpoint.exits)}; correct exits, or cut the shard again "
+                "with ruyi-flow shard"
+            )
+        if not set(topology.exits or ()) <= set(checkpoint.config.exits):
+            raise ConfigError(
+                f"{where}: exits: the topology names {list(topology.exits or ())}, but {checkpoint.folder} is of a "
+                f"family with exits {list(checkpoint.config.exits)}; correct exits, or cut the shard again with "
+                "ruyi-flow shard"
             )
         device = find_device(node.device, f"{where}: node {name!r}: device")
         try:
@@ -207,12 +221,32 @@ class Engine:
             next_node="" if self._next is None else self._next[0].name,
             next_state="" if self._next is None else "idle" if self._peer is None else self._peer.state,
             process_id=os.getpid(),
+            version=__version__,
+            next_address=self._next_address,
+            next_encoding=None if self._next is None else self._next[1].encoding,
         )
+
+    async def status_with_link(self) -> NodeStatus:
+        """Return the same with a measurement of the link to the next node, or why there is none."""
+        if self._next is None:
+            return self.status()
+        if self.front_door.draining:
+            return replace(self.status(), link_error=f"node {self.name!r} is draining and measures no link")
+        if self._meter is None:
+            limits, per_minute = self._next[0].limits, self.node.limits.bytes_up_per_minute
+            most = [limits.max_message_bytes - FRAME_BYTES] + ([] if per_minute is None else [max(1, per_minute // 4)])
+            self._meter = LinkMeter(self._next_address, max_bytes=min(most))
+        try:
+            return replace(self.status(), link=await self._meter.measure())
+        except NodeError as error:
+            return replace(self.status(), link_error="".join(c if c.isprintable() else " " for c in str(error)[:500]))
 
     async def close(self) -> None:
         """Close the connection to the next node, and end the compute thread."""
         if self._peer is not None:
             await self._peer.close()
+        if self._meter is not None:
+            await self._meter.close()
         await asyncio.to_thread(self.worker.shutdown)  # it waits for the step that is running
 
     def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
@@ -220,8 +254,7 @@ class Engine:
         assert self._next is not None
         target, link = self._next
         if self._peer is None:
-            address = str(link.address or target.address)
-            self._peer = Peer(target.name, address, max_message_bytes=target.limits.max_message_bytes)
+            self._peer = Peer(target.name, self._next_address, max_message_bytes=target.limits.max_message_bytes)
         peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
         config, model = self.checkpoint.config, self.shard.model
         onward = replace(

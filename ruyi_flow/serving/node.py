@@ -14,6 +14,7 @@ from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.heap import tidy_heap
+from ruyi_flow.transport.addresses import check_listen
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Final, NodeStatus, Stage, Token
 
@@ -55,8 +56,10 @@ class Node:
             )
         return self._answering.generate(request, timeout_s)
 
-    def status(self) -> NodeStatus:
-        """Return what the node contains and does."""
+    async def status(self, *, measure_link: bool) -> NodeStatus:
+        """Return what the node contains and does; see `Service.status`."""
+        if measure_link:
+            return await self.engine.status_with_link()
         return self.engine.status()
 
 
@@ -91,10 +94,15 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
     Args:
         engine: the loaded node.
         address: host:port to listen on. Default: the topology's.
+
+    Raises:
+        NodeError: the node cannot listen there.
     """
     node, leases = engine.node, engine.shard.capacity.leases
+    address = address or str(node.address)
+    await check_listen(address, node.name)
     service = await asyncio.to_thread(Node, engine)  # it reads the tokenizer's files
-    server = Server(service, address or str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    server = Server(service, address, max_message_bytes=node.limits.max_message_bytes)
     engine.worker.lend()
     await server.start()
     try:

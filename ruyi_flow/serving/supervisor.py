@@ -7,9 +7,7 @@ supervisor that was killed.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
+from ruyi_flow.transport.addresses import check_listen
 from ruyi_flow.transport.peer import Peer
 
 __all__ = ["Supervisor", "supervise"]
@@ -59,7 +58,8 @@ class Supervisor:
             NodeError: a node ended, or did not serve within `timeout_s`.
         """
         began = time.monotonic()
-        await self._check_ports()
+        for node in self._topology.nodes:  # something that listens there would answer in place of the new node
+            await check_listen(str(node.address), node.name)
         self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
@@ -96,17 +96,6 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         grace_s = max(node.limits.grace_s for node in self._topology.nodes) + 5
         await asyncio.gather(*(_end(process, grace_s) for process in self._processes.values()))
-
-    async def _check_ports(self) -> None:
-        """Refuse an address where something listens already: it would answer in place of the new node."""
-        for node in self._topology.nodes:
-            host, _, port = str(node.address).rpartition(":")
-            if await _in_use(host.strip("[]"), int(port)):
-                raise NodeError(
-                    f"{node.address} is in use already; node {node.name!r} cannot listen there: end that process, "
-                    "or give the node another address",
-                    node=node.name,
-                )
 
     async def _keep_running(self, name: str) -> None:
         """Run a node's process and restart it when it crashes."""
@@ -157,24 +146,6 @@ async def supervise(path: Path, topology: Topology, log: Callable[[str, str], No
         yield supervisor
     finally:
         await asyncio.shield(asyncio.ensure_future(supervisor.stop()))
-
-
-async def _in_use(host: str, port: int) -> bool:
-    """Whether something listens on the port of one of the host's addresses, also as a part of all addresses."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        return False  # the node's own process says that there is no such host
-    for family, kind, _, _, address in found:
-        with socket.socket(family, kind) as probe:
-            # As servers do, after an earlier one. On Windows, SO_REUSEADDR would take over a port in use.
-            probe.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return True
-    return False
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

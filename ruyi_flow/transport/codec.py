@@ -20,6 +20,7 @@ from ruyi_flow.types import (
     Final,
     FinishReason,
     Hop,
+    LinkMeasurement,
     Mode,
     NodeStatus,
     Reason,
@@ -52,6 +53,12 @@ _MAX_HOPS = 64
 
 _MAX_NAME = 200
 """Longest name of a node in an answer."""
+
+_MAX_EXITS = 1024
+"""Largest number of exits that a status may name."""
+
+_MAX_TEXT = 1000
+"""Longest text in a status."""
 
 _MAX_SECONDS = 1e9
 """Longest time in an answer; more could overflow in sums."""
@@ -327,7 +334,12 @@ def reply_from_pb(message: pb.GenerateReply) -> Token | Final:
 
 def status_to_pb(status: NodeStatus) -> pb.StatusReply:
     """Encode a node's status."""
-    return _copy(status, pb.StatusReply())
+    message = _copy(status, pb.StatusReply(), skip=("next_encoding", "link"))
+    if status.next_encoding is not None:
+        message.next_encoding = ENCODINGS[status.next_encoding]
+    if status.link is not None:
+        message.link.CopyFrom(_copy(status.link, pb.Link()))
+    return message
 
 
 def status_from_pb(message: pb.StatusReply) -> NodeStatus:
@@ -337,7 +349,23 @@ def status_from_pb(message: pb.StatusReply) -> NodeStatus:
         WireError: a number cannot be.
     """
     _check_seconds(message.uptime_s)
-    return _make(NodeStatus, message, exits=tuple(message.exits))
+    if len(message.exits) > _MAX_EXITS:
+        raise WireError(f"a status names {len(message.exits)} exits; at most {_MAX_EXITS} are allowed")
+    for field, value in message.ListFields():
+        if isinstance(value, str) and (len(value) > _MAX_TEXT or not value.isprintable()):
+            raise WireError(f"a status has {value[:_MAX_NAME]!r} as its {field.name}, which is no text of one line")
+    link = message.link if message.HasField("link") else None
+    if link is not None:
+        for number in (link.round_trip_ms, link.jitter_ms, link.up_mbit):
+            if not 0 <= number <= _MAX_SECONDS:
+                raise WireError(f"a status says that {number} was measured on a link")
+    return _make(
+        NodeStatus,
+        message,
+        exits=tuple(message.exits),
+        next_encoding=_ENCODING_OF.get(message.next_encoding),  # a newer node may have one that is not known here
+        link=None if link is None else _make(LinkMeasurement, link),
+    )
 
 
 def _hop_to_pb(hop: Hop) -> pb.Hop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest
@@ -84,22 +85,41 @@ class Peer:
         finally:
             call.cancel()
 
-    async def status(self, *, timeout_s: float) -> NodeStatus:
+    async def status(self, *, timeout_s: float, measure_link: bool = False) -> NodeStatus:
         """Ask what the node contains and does.
 
         Args:
             timeout_s: seconds that the answer may take.
+            measure_link: whether the node measures its link to the next node, which takes it some seconds.
 
         Raises:
             NodeError: the node cannot be reached.
         """
         try:
-            data = await self._status(pb.StatusRequest().SerializeToString(), timeout=timeout_s)
+            request = pb.StatusRequest(measure_link=measure_link)
+            data = await self._status(request.SerializeToString(), timeout=timeout_s)
             return codec.status_from_pb(codec.parse(pb.StatusReply, data))
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address) from None
         except WireError as error:
             raise wrong_answer(error, self.name) from None
+
+    async def is_serving(self, *, timeout_s: float) -> bool:
+        """Ask the standard health service whether the node takes sessions; it does not while it drains.
+
+        Args:
+            timeout_s: seconds that the answer may take.
+
+        Raises:
+            NodeError: no node answers.
+        """
+        try:
+            reply = await health_pb2_grpc.HealthStub(self._channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_of_call(error, self.name, self.address) from None
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Close the connection and the sessions over it."""

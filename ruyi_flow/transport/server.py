@@ -62,8 +62,8 @@ class Service(Protocol):
         """Answer a user's request."""
         ...
 
-    def status(self) -> NodeStatus:
-        """Return what the node contains and does."""
+    async def status(self, *, measure_link: bool) -> NodeStatus:
+        """Return what the node contains and does, and how its link to the next node is if that is asked for."""
         ...
 
 
@@ -107,9 +107,7 @@ class Server:
         try:
             self.address = f"{host}:{self._server.add_insecure_port(address)}"
         except RuntimeError as error:
-            raise NodeError(
-                f"cannot listen on {address}: {error}; is another process listening there?", node=service.name
-            ) from None
+            raise NodeError(f"node {service.name!r} cannot listen on {address}: {error}", node=service.name) from None
 
     async def start(self) -> None:
         """Start to listen, and report SERVING."""
@@ -212,7 +210,9 @@ class Server:
 
     async def _status(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
-            return codec.status_to_pb(self._service.status()).SerializeToString()
+            request = codec.parse(pb.StatusRequest, data)
+            status = await self._service.status(measure_link=request.measure_link)
+            return codec.status_to_pb(status).SerializeToString()
         raise AssertionError("abort has raised")
 
 

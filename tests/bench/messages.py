@@ -54,7 +54,7 @@ class _Step:
     def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
         raise NotImplementedError
 
-    def status(self) -> NodeStatus:
+    async def status(self, *, measure_link: bool) -> NodeStatus:
         raise NotImplementedError
 
 

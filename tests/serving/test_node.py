@@ -589,7 +589,7 @@ async def test_sessions_that_outlive_the_grace_time_are_ended(tiny: Path) -> Non
 async def test_two_nodes_cannot_listen_on_one_port(tiny: Path) -> None:
     async with cluster(cut_topology(tiny, [[2, 4], [6]])) as nodes:
         engine = nodes.engines["n1"]
-        with pytest.raises(NodeError, match="cannot listen on"):
+        with pytest.raises(NodeError, match="is in use already; node 'n1' cannot listen there"):
             async with serve(engine, address=str(nodes.topology.nodes[0].address)):
                 pass
 

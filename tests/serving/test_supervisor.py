@@ -8,6 +8,7 @@ import pytest
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.serving.supervisor import Supervisor
+from ruyi_flow.transport.addresses import check_listen
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ async def test_a_port_in_use_is_found_before_a_node_starts(taken: str, host: str
         with pytest.raises(NodeError, match="is in use already; node 'n0' cannot listen there") as caught:
             await supervisor_of(f"{host}:{port}").start()
     assert str(caught.value).startswith(f"{host}:{port}")
-    await supervisor_of(f"{host}:{port}")._check_ports()  # the port is free again
+    await check_listen(f"{host}:{port}", "n0")  # the port is free again
 
 
 def supervisor_of(address: str) -> Supervisor:

@@ -8,7 +8,6 @@ from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
 from ruyi_flow.bench.measurement import describe_machine
 from ruyi_flow.bench.profile.cores import estimate_cores, per_step
 from ruyi_flow.bench.profile.family import profile_family
-from ruyi_flow.bench.profile.link import measure_link
 from ruyi_flow.bench.profile.nodes import profile_nodes
 from ruyi_flow.errors import ConfigError, NodeUnavailable
 from ruyi_flow.evaluation.scorers import Question
@@ -18,6 +17,7 @@ from ruyi_flow.sim.profile import Profile, StepCost
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.testing import cluster, cut_topology, free_ports, tiny_family
+from ruyi_flow.transport.link import measure_link
 from tests.conftest import Command
 from tests.sim.conftest import data, profile, stage
 

@@ -231,7 +231,11 @@ class Hostile:
 
     async def status(self, rng: random.Random, channel: Any, node: int, calls: list[Any]) -> None:
         self._report.messages += 1
-        data = await channel.unary_unary(METHODS["Status"])(rng.randbytes(rng.choice((0, 50))), timeout=PATIENCE_S)
+        [sent] = changed(rng, [pb.StatusRequest(measure_link=rng.random() < 0.5)])[:1] or [b""]
+        if rng.random() < 0.3:
+            sent = rng.randbytes(50)
+        timeout_s = rng.choice((0.02, PATIENCE_S, PATIENCE_S))
+        data = await channel.unary_unary(METHODS["Status"])(sent, timeout=timeout_s)
         codec.status_from_pb(pb.StatusReply.FromString(data))
 
     async def write(self, call: Any, data: bytes) -> None:

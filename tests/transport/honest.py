@@ -74,6 +74,14 @@ async def over_a_hop(peer: Peer, opening: pb.Open) -> list[Any]:
     return decisions
 
 
+async def look(peer: Peer) -> list[Any]:
+    """Ask node n1 for its status and its link to n2; no decision comes back, and an error would be a fault."""
+    status = await peer.status(timeout_s=PATIENCE_S, measure_link=True)
+    if status.link is None:
+        raise ValueError(f"the link was not measured: {status.link_error}")
+    return []
+
+
 class Honest:
     """Callers that keep to the protocol, and the answers that each of them gets when it is alone."""
 
@@ -82,6 +90,7 @@ class Honest:
         self._jobs: list[Callable[[], Coroutine[Any, Any, list[Any]]]] = [
             *(partial(self._ask, client, options) for options in OPTIONS),
             *[partial(over_a_hop, peer, opening)] * 3,  # these share batches
+            partial(look, peer),
         ]
         self._alone: list[list[Any]] = []
 

@@ -18,6 +18,7 @@ from ruyi_flow.types import (
     Final,
     FinishReason,
     Hop,
+    LinkMeasurement,
     Mode,
     NodeStatus,
     Reason,
@@ -211,3 +212,29 @@ def test_statuses_come_back() -> None:
         6,
     )
     assert codec.status_from_pb(codec.status_to_pb(status)) == status
+    told = {"version": "0.2.0", "next_address": "10.0.0.3:7101", "next_encoding": Encoding.INT8}
+    changes: list[dict[str, Any]] = [
+        told,
+        told | {"link": LinkMeasurement(20.5, 0.5, 95.0)},
+        told | {"link_error": "no answer"},
+    ]
+    for more in changes:
+        status = replace(status, **more)
+        assert codec.status_from_pb(codec.status_to_pb(status)) == status
+
+
+def test_what_a_status_does_not_say_is_unknown() -> None:
+    old = codec.status_from_pb(pb.StatusReply(node="edge"))
+    assert (old.version, old.next_address, old.next_encoding, old.link, old.link_error) == ("", "", None, None, "")
+    newer = pb.StatusReply.FromString(pb.StatusReply(node="edge").SerializeToString() + b"\xc0\x01\x63")  # field 24: 99
+    assert newer.next_encoding == 99 and codec.status_from_pb(newer).next_encoding is None
+
+
+def test_a_status_that_cannot_be_is_refused() -> None:
+    texts = ("x" * 2000, "\x1b[2J", "a\nb")
+    replies = [pb.StatusReply(**{name: text}) for name in ("node", "version", "link_error") for text in texts]
+    replies += [pb.StatusReply(link=pb.Link(**{n: bad})) for n in ("round_trip_ms", "up_mbit") for bad in BAD_SECONDS]
+    replies.append(pb.StatusReply(exits=range(5000)))
+    for reply in replies:
+        with pytest.raises(WireError):
+            codec.status_from_pb(reply)

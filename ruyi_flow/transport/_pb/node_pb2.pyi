@@ -445,11 +445,13 @@ class Stats(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., seed: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., escalations: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("measure_link",)
+    MEASURE_LINK_FIELD_NUMBER: _ClassVar[int]
+    measure_link: bool
+    def __init__(self, measure_link: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting")
+    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting", "version", "next_address", "next_encoding", "link", "link_error")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -471,6 +473,11 @@ class StatusReply(_message.Message):
     NEXT_STATE_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ENCODING_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    LINK_ERROR_FIELD_NUMBER: _ClassVar[int]
     node: str
     tier: str
     state: str
@@ -492,4 +499,19 @@ class StatusReply(_message.Message):
     next_state: str
     process_id: int
     waiting: int
-    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
+    version: str
+    next_address: str
+    next_encoding: Encoding
+    link: Link
+    link_error: str
+    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ..., version: _Optional[str] = ..., next_address: _Optional[str] = ..., next_encoding: _Optional[_Union[Encoding, str]] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., link_error: _Optional[str] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("round_trip_ms", "jitter_ms", "up_mbit")
+    ROUND_TRIP_MS_FIELD_NUMBER: _ClassVar[int]
+    JITTER_MS_FIELD_NUMBER: _ClassVar[int]
+    UP_MBIT_FIELD_NUMBER: _ClassVar[int]
+    round_trip_ms: float
+    jitter_ms: float
+    up_mbit: float
+    def __init__(self, round_trip_ms: _Optional[float] = ..., jitter_ms: _Optional[float] = ..., up_mbit: _Optional[float] = ...) -> None: ...

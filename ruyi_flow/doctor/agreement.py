@@ -1,0 +1,116 @@
+"""Do the nodes agree with a topology, and with each other? Their statuses are compared, and nothing is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.types import NodeStatus
+
+__all__ = ["Disagreement", "disagreements"]
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """Something on which a node differs from the topology or from another node."""
+
+    node: str
+    """The node, by its name in the topology."""
+    is_fatal: bool
+    """Whether answers fail, or go another way than the topology says; otherwise it may be on purpose."""
+    text: str
+    """What differs, in one sentence."""
+    fix: str
+    """What to do about it."""
+
+
+def disagreements(
+    topology: Topology, statuses: Mapping[str, NodeStatus], *, where: str = "the topology", fingerprint: str = ""
+) -> list[Disagreement]:
+    """Compare the nodes' statuses with the topology and with each other.
+
+    What a node does not report, since it runs an older version, is not compared.
+
+    Args:
+        topology: the topology.
+        statuses: the status of each node that answered, by its name in the topology.
+        where: the topology's file, for the sentences.
+        fingerprint: fingerprint of the family as this machine has it; empty if it has none.
+    """
+    found: list[Disagreement] = []
+    same_file = f"copy {where} to the machine of node {{0!r}}, and start the node again with it"
+    for node in topology.nodes:
+        status, name = statuses.get(node.name), node.name
+        if status is None:
+            continue
+
+        def differs(text: str, fix: str, *, is_fatal: bool = True, name: str = name) -> None:
+            found.append(Disagreement(name, is_fatal, text, fix))
+
+        if status.node != name:
+            differs(
+                f"The node at {node.address} is called {status.node!r}; {where} calls it {name!r}.",
+                "correct the address or the name in the topology, or end the node that runs there",
+            )
+            continue
+        if status.exits != node.exits:
+            differs(
+                f"Node {name!r} serves exits {list(status.exits)}; {where} gives it {list(node.exits)}.",
+                f"{same_file.format(name)}; cut its shard again if its exits have changed: ruyi-flow shard",
+            )
+        following = topology.next_of(name)
+        target, link = (None, None) if following is None else following
+        if status.next_node != ("" if target is None else target.name):
+            theirs = (
+                f"sends to node {status.next_node!r}" if status.next_node else "is the deepest node of its topology"
+            )
+            ours = f"sends to {target.name!r}" if target is not None else "is the deepest node"
+            differs(f"Node {name!r} {theirs}; in {where} it {ours}.", same_file.format(name))
+        elif target is not None and link is not None:
+            address = link.address or target.address
+            if status.next_address not in ("", address):
+                differs(
+                    f"Node {name!r} reaches node {target.name!r} at {status.next_address}; {where} says {address}.",
+                    f"if this is not on purpose (NAT, a tunnel): {same_file.format(name)}",
+                    is_fatal=False,
+                )
+            if status.next_encoding not in (None, link.encoding):
+                differs(
+                    f"Node {name!r} sends {status.next_encoding} to {target.name!r}; {where} says {link.encoding}.",
+                    same_file.format(name),
+                    is_fatal=False,
+                )
+    return found + _families(topology, statuses, fingerprint) + _versions(topology, statuses)
+
+
+def _families(topology: Topology, statuses: Mapping[str, NodeStatus], fingerprint: str) -> list[Disagreement]:
+    """Compare the fingerprints with this machine's family, or with that of the first node that answered."""
+    first = next((node.name for node in topology.nodes if node.name in statuses), "")
+    known = fingerprint or (statuses[first].family if first else "")
+    whose = "this machine's copy" if fingerprint else f"node {first!r}"
+    return [
+        Disagreement(
+            node.name,
+            True,
+            f"Node {node.name!r} has family fingerprint {statuses[node.name].family}, and {whose} has {known}.",
+            "cut the family once with ruyi-flow shard, copy the shards to all machines, and start the nodes again",
+        )
+        for node in topology.nodes
+        if node.name in statuses and known not in ("", statuses[node.name].family)
+    ]
+
+
+def _versions(topology: Topology, statuses: Mapping[str, NodeStatus]) -> list[Disagreement]:
+    """Compare the versions with that of the first node that reports one."""
+    known = [(node.name, v) for node in topology.nodes if (s := statuses.get(node.name)) and (v := s.version)]
+    return [
+        Disagreement(
+            name,
+            False,
+            f"Node {name!r} runs ruyi-flow {version}, and node {known[0][0]!r} runs {known[0][1]}.",
+            "install the same version of ruyi-flow on all machines",
+        )
+        for name, version in known[1:]
+        if version != known[0][1]
+    ]

@@ -1,0 +1,255 @@
+"""Checks of each node of a topology from outside, and of the links: names, ports, health, round trips, bandwidth."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from ruyi_flow.config.topology import Link, Node, Topology
+from ruyi_flow.doctor.checks import Check, Group, Mark, on_thread
+from ruyi_flow.errors import DeadlineExceeded, NodeError
+from ruyi_flow.transport.addresses import listen_problem, split_address
+from ruyi_flow.transport.link import FRAME_BYTES, measure_link
+from ruyi_flow.transport.peer import Peer
+from ruyi_flow.types import LinkMeasurement, NodeStatus
+
+__all__ = ["Place", "Visit", "find", "link_from_here", "link_to_next", "links_to_measure", "reached", "visit"]
+
+_LIMIT_S = 5.0
+"""Seconds that one question to the network or to a node may take."""
+
+_LINK_S = 8.0
+"""Seconds that one measurement of a link may take."""
+
+_PAYLOAD = 500_000
+"""Largest payload of a measurement from here, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a node's address leads."""
+
+    node: Node
+    """The node."""
+    found: Sequence[Any] = ()
+    """Its socket addresses, as `socket.getaddrinfo` gives them."""
+    is_here: bool = False
+    """Whether they are addresses of this machine."""
+    error: str = ""
+    """Why the name could not be resolved; empty if it could."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What a node said when it was asked."""
+
+    place: Place
+    """Where it was asked."""
+    checks: list[Check] = field(default_factory=list)
+    """What was found."""
+    status: NodeStatus | None = None
+    """Its status, if it answered."""
+    is_stopped: bool = False
+    """Whether it simply does not run: it belongs on this machine, and its port is free."""
+
+
+async def find(node: Node) -> Place:
+    """Look up a node's address. It never takes longer than a few seconds."""
+    host, port = split_address(str(node.address))
+    try:
+        found = await on_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), limit_s=_LIMIT_S)
+    except TimeoutError:
+        return Place(node, error=f"the name server did not answer within {_LIMIT_S:g} s")
+    except OSError as error:
+        return Place(node, error=str(error.strerror or error))
+    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
+    is_here = all(a[4][0] in own or _is_any_or_loopback(a[4][0]) for a in found)
+    return Place(node, found, is_here)
+
+
+def _is_any_or_loopback(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    return parsed.is_loopback or parsed.is_unspecified
+
+
+async def visit(place: Place, where: str) -> Visit:
+    """Ask a node whether it serves, in small steps, so that the first one that fails tells what is wrong.
+
+    Args:
+        place: where it is.
+        where: the topology's file, for the sentences.
+    """
+    node = place.node
+    start = f"ruyi-flow node {node.name} --topology {where}"
+
+    def failed(text: str, fix: str) -> Visit:
+        return Visit(place, [Check(Group.NODES, node.name, Mark.FAILED, text, fix)])
+
+    if place.error:
+        host = split_address(str(node.address))[0]
+        return failed(
+            f"The name {host!r} of node {node.name!r} cannot be resolved: {place.error}.",
+            f"correct the node's address in {where}, or add the name to DNS or to /etc/hosts",
+        )
+    refused = await _connect(place)
+    if refused is not None:
+        if place.is_here and refused.errno == errno.ECONNREFUSED:
+            if listen_problem(place.found) is not None:
+                return failed(f"Node {node.name!r} cannot listen on {node.address}.", f"see why: {start}")
+            text = f"Node {node.name!r} does not run; its port {split_address(str(node.address))[1]} is free."
+            return Visit(
+                place, [Check(Group.NODES, node.name, Mark.FAILED, text, f"start it: {start}")], is_stopped=True
+            )
+        if refused.errno == errno.ECONNREFUSED:
+            return failed(
+                f"Node {node.name!r} at {node.address} cannot be reached: connection refused.",
+                f"start it on its machine: {start}; if it runs, compare the address in its log with {where}",
+            )
+        if refused.errno == errno.ETIMEDOUT:
+            return failed(
+                f"Node {node.name!r} at {node.address} cannot be reached: no answer within {_LIMIT_S:g} s.",
+                f"open TCP port {split_address(str(node.address))[1]} in the firewall of its machine, and check that "
+                "the machine is on",
+            )
+        return failed(
+            f"Node {node.name!r} at {node.address} cannot be reached: {refused.strerror or refused}.",
+            f"check the network between the machines, and the node's address in {where}",
+        )
+    peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    try:
+        serves = await peer.is_serving(timeout_s=_LIMIT_S)
+        status = await peer.status(timeout_s=_LIMIT_S)
+    except DeadlineExceeded:
+        owner = await _owner(place)
+        return failed(
+            f"Node {node.name!r} at {node.address} accepts connections{owner} and does not answer within "
+            f"{_LIMIT_S:g} s: it hangs, or another program listens there.",
+            f"look at its log, end that process, and start the node again: {start}",
+        )
+    except NodeError as error:
+        owner = await _owner(place)
+        return failed(
+            f"What listens at {node.address}{owner} is not node {node.name!r}: {error}.",
+            "end that program, or give the node another address",
+        )
+    finally:
+        await peer.close()
+    text = f"Node {node.name!r} at {node.address} serves exits {', '.join(map(str, status.exits))}"
+    text += f" with ruyi-flow {status.version}." if status.version else "; its version of ruyi-flow is unknown."
+    if serves and status.state == "serving":
+        return Visit(place, [Check(Group.NODES, node.name, Mark.OK, text)], status)
+    text = f"Node {node.name!r} at {node.address} is draining and takes no new sessions."
+    return Visit(place, [Check(Group.NODES, node.name, Mark.WARNING, text, f"start it again: {start}")], status)
+
+
+async def _connect(place: Place) -> OSError | None:
+    """Open a TCP connection, and return the error if there is none."""
+
+    def connect() -> OSError | None:
+        error: OSError | None = None
+        for family, kind, _, _, address in place.found:
+            with socket.socket(family, kind) as probe:
+                probe.settimeout(_LIMIT_S)
+                try:
+                    probe.connect(address)
+                except OSError as refused:
+                    error = refused
+                else:
+                    return None
+        return error
+
+    silent = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    try:
+        error = await on_thread(connect, limit_s=_LIMIT_S)
+    except TimeoutError:
+        return silent
+    return silent if isinstance(error, TimeoutError) else error
+
+
+async def _owner(place: Place) -> str:
+    """Name the process that listens on a port of this machine, where this user may know it."""
+    if not place.is_here:
+        return ""
+
+    def look() -> str:
+        for connection in psutil.net_connections("tcp"):
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and connection.laddr.port == place.found[0][4][1]
+                and connection.pid
+            ):
+                return f" (process {connection.pid}, {psutil.Process(connection.pid).name()})"
+        return ""
+
+    with suppress(psutil.Error, OSError, TimeoutError):
+        return await on_thread(look, limit_s=_LIMIT_S)
+    return ""
+
+
+async def link_from_here(node: Node) -> Check:
+    """Measure the link from this machine to a node."""
+    name, most = f"here → {node.name}", node.limits.max_message_bytes - FRAME_BYTES
+    try:
+        async with asyncio.timeout(_LINK_S + 1):
+            found = await measure_link(
+                str(node.address), rounds=10, payload=min(_PAYLOAD, most), repeats=2, limit_s=_LINK_S
+            )
+    except (NodeError, TimeoutError) as error:
+        fix = f"check the network from here to the machine of node {node.name!r}: firewall, tunnel, MTU"
+        return Check(Group.LINKS, name, Mark.FAILED, f"{_sentence(error)}.", fix)
+    return Check(Group.LINKS, name, Mark.OK, _describe(found))
+
+
+async def link_to_next(node: Node, target: Node, link: Link) -> Check:
+    """Ask a node to measure its link to the next one."""
+    name, address = f"{node.name} → {target.name}", link.address or target.address
+    peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    try:
+        status = await peer.status(timeout_s=_LINK_S, measure_link=True)
+    except NodeError as error:
+        return Check(Group.LINKS, name, Mark.FAILED, f"{_sentence(error)}.", f"look at the log of node {node.name!r}")
+    finally:
+        await peer.close()
+    if status.link is not None:
+        return Check(Group.LINKS, name, Mark.OK, _describe(status.link))
+    if status.link_error:
+        return Check(
+            Group.LINKS,
+            name,
+            Mark.FAILED,
+            f"Node {node.name!r} does not reach node {target.name!r}: {status.link_error}.",
+            f"on the machine of node {node.name!r}, try nc -vz {' '.join(map(str, split_address(str(address))))}; "
+            f"check that node {target.name!r} runs, the firewall between them, and the address in the topology there",
+        )
+    text = "The round trip is unknown: the node runs a version of ruyi-flow that does not measure its link."
+    return Check(Group.LINKS, name, Mark.WARNING, text, f"install this version on the machine of node {node.name!r}")
+
+
+def _describe(link: LinkMeasurement) -> str:
+    return f"The round trip takes {link.round_trip_ms:.3g} ms, and {link.up_mbit:,.3g} Mbit/s go toward the node."
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) or "the measurement took too long"
+
+
+def reached(visits: Sequence[Visit]) -> Mapping[str, NodeStatus]:
+    """Return the statuses of the nodes that answered, by the nodes' names in the topology."""
+    return {v.place.node.name: v.status for v in visits if v.status is not None}
+
+
+def links_to_measure(topology: Topology, statuses: Mapping[str, NodeStatus]) -> list[tuple[Node, Node, Link]]:
+    """Return the links of the topology whose first node answered, and is the node of that name."""
+    hops = [(node, hop) for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
+    return [
+        (node, *hop) for node, hop in hops if node.name in statuses and statuses[node.name].next_node == hop[0].name
+    ]

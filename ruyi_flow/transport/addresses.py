@@ -1,0 +1,86 @@
+"""Addresses that a node listens on: whether it can, and what stands in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from ruyi_flow.errors import NodeError
+
+__all__ = ["check_listen", "listen_problem", "resolve", "split_address"]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split host:port, with an IPv6 host in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+async def check_listen(address: str, node: str) -> None:
+    """Check that a node can listen on host:port.
+
+    Raises:
+        NodeError: it cannot; the message says why, and what to do.
+    """
+    host, port = split_address(address)
+    try:
+        found = await resolve(host, port)
+    except OSError as error:
+        raise NodeError(
+            f"node {node!r} cannot listen on {address}: the name {host!r} cannot be resolved ({error.strerror}); "
+            "correct the node's address in the topology",
+            node=node,
+        ) from None
+    problem = listen_problem(found)
+    if problem == errno.EADDRINUSE:
+        raise NodeError(
+            f"{address} is in use already; node {node!r} cannot listen there: end that process, "
+            "or give the node another address",
+            node=node,
+        )
+    if problem == errno.EADDRNOTAVAIL:
+        raise NodeError(
+            f"node {node!r} cannot listen on {address}: no network interface of this machine has this address; "
+            "start the node on its own machine, or correct its address in the topology",
+            node=node,
+        )
+    if problem == errno.EACCES:
+        raise NodeError(
+            f"node {node!r} cannot listen on {address}: this user may not use the port; "
+            "give the node a port from 1024 on",
+            node=node,
+        )
+
+
+async def resolve(host: str, port: int) -> Sequence[Any]:
+    """Return the socket addresses of a host, as `socket.getaddrinfo` gives them.
+
+    Raises:
+        OSError: there is no such host.
+    """
+    return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+def listen_problem(found: Sequence[Any]) -> int | None:
+    """Return the error number of listening on a host's addresses, or None if nothing stands in the way.
+
+    A port of one address is also in use where something listens on all addresses. A host may have addresses that this
+    machine lacks, such as ::1 where IPv6 is off; only if it lacks all of them, a server cannot listen.
+    """
+    problems = []
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            # As servers do, after an earlier one. On Windows, SO_REUSEADDR would take over a port in use.
+            probe.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
+            try:
+                probe.bind(address)
+                problems.append(None)
+            except OSError as error:
+                problems.append(error.errno)
+    if errno.EADDRINUSE in problems:
+        return errno.EADDRINUSE
+    known = (errno.EADDRNOTAVAIL, errno.EACCES)
+    return problems[0] if problems and all(problem in known for problem in problems) else None
