@@ -258,7 +258,7 @@ class Verdict(NamedTuple):
     """Time and traffic of every node on the way, the answering node first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Token:
     """One token of an answer."""
 
@@ -279,8 +279,11 @@ class Token:
     bytes_up: int = 0
     """Bytes sent upward by the round that decided this token; 0 on the round's other tokens."""
 
+    def __repr__(self) -> str:
+        return f"Token({self.text!r}, {self.node}, exit {self.exit}, {self.confidence:.2f}, {self.reason})"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Stats:
     """Statistics of an answer."""
 
@@ -307,6 +310,20 @@ class Stats:
     def token_s(self) -> float:
         """Time per output token (TPOT): seconds per token after the first."""
         return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
+
+    @property
+    def summary(self) -> str:
+        """One line: tokens, times, escalations, accepted drafts, bytes sent up, seed."""
+        up = sum(hop.bytes_up for hop in self.hops)
+        drafts = f", {self.accepted} of {self.drafted} drafted tokens accepted" if self.drafted else ""
+        return (
+            f"{self.new_tokens} tokens, first after {1000 * self.first_token_s:.0f} ms, "
+            f"then {1000 * self.token_s:.1f} ms each · {self.escalations} escalations{drafts} · "
+            f"{up:,} bytes up" + (f" · seed {self.seed}" if self.seed else "")
+        )
+
+    def __repr__(self) -> str:
+        return f"Stats({self.summary})"
 
 
 @dataclass(frozen=True, slots=True)

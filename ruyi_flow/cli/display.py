@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
+from ruyi_flow.reply import tier_colour
 from ruyi_flow.types import NodeStatus, Stats, Token
 
 __all__ = [
@@ -42,8 +43,6 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
 _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
 """Words for gRPC's states of a connection."""
-
-_COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 
 
 @contextmanager
@@ -97,7 +96,7 @@ def print_json(value: object) -> None:
 
 
 def _colour(topology: Topology, name: str) -> str:
-    return _COLOURS[[node.name for node in topology.nodes].index(name) % len(_COLOURS)]
+    return tier_colour([node.name for node in topology.nodes], name).terminal
 
 
 def token_text(topology: Topology, token: Token) -> Text:
@@ -151,13 +150,7 @@ def stats_table(stats: Stats) -> Table:
 
 def stats_line(stats: Stats) -> str:
     """Return one line that sums up an answer: tokens, times, escalations, accepted drafts, bytes sent up, seed."""
-    up = sum(hop.bytes_up for hop in stats.hops)
-    drafts = f", {stats.accepted} of {stats.drafted} drafted tokens accepted" if stats.drafted else ""
-    return (
-        f"{stats.new_tokens} tokens, first after {1000 * stats.first_token_s:.0f} ms, "
-        f"then {1000 * stats.token_s:.1f} ms each · {stats.escalations} escalations{drafts} · "
-        f"{up:,} bytes up" + (f" · seed {stats.seed}" if stats.seed else "")
-    )
+    return stats.summary
 
 
 def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
