@@ -8,17 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ruyi_flow.client import AsyncClient, Client, Reply
+    from ruyi_flow.client import AsyncClient, Client
     from ruyi_flow.config.topology import Topology
     from ruyi_flow.errors import RuyiFlowError
     from ruyi_flow.local import Family, load_family
-    from ruyi_flow.requests import SamplingParams
+    from ruyi_flow.reply import Reply
+    from ruyi_flow.requests import Options, SamplingParams
     from ruyi_flow.types import Token
 
 __all__ = [
     "AsyncClient",
     "Client",
     "Family",
+    "Options",
     "Reply",
     "RuyiFlowError",
     "SamplingParams",
@@ -33,7 +35,8 @@ _HOME = {
     "AsyncClient": "client",
     "Client": "client",
     "Family": "local",
-    "Reply": "client",
+    "Options": "requests",
+    "Reply": "reply",
     "RuyiFlowError": "errors",
     "SamplingParams": "requests",
     "Token": "types",

@@ -1,176 +1,154 @@
-"""The SDK: an asynchronous client of a topology, and a synchronous one that runs it on a background event loop."""
+"""The SDK: an asynchronous client of a topology, and a synchronous one that runs it on a background event loop.
+
+docs/design/0008-client.md explains who owns the loop, the thread and the connections.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
-from contextlib import aclosing, suppress
-from dataclasses import asdict, dataclass
+import os
+import random
+import weakref
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Unpack
 
+from ruyi_flow.background_loop import CLOSED, FORKED, BackgroundLoop
 from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import DeadlineExceeded, NodeError, RequestError
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, RequestError, shown
 from ruyi_flow.extras import needed_by
-from ruyi_flow.requests import GenerateRequest, PromptInput, check_option_names, option_names, parse_request
-from ruyi_flow.types import Final, FinishReason, NodeStatus, Stats, Token
+from ruyi_flow.reply import Reply
+from ruyi_flow.requests import (
+    GenerateRequest,
+    Options,
+    PromptInput,
+    check_option_names,
+    option_names,
+    parse_request,
+    takes_options,
+)
+from ruyi_flow.stream import AsyncStream, Stream
+from ruyi_flow.types import Final, NodeStatus, Token, check_number, to_int
 
 if TYPE_CHECKING:
     from ruyi_flow.serving.answering import Answering
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.transport.peer import Peer
 
-__all__ = ["AsyncClient", "Client", "Reply", "make_request"]
+__all__ = ["AsyncClient", "AsyncStream", "Client", "Reply", "Stream", "make_request"]
 
-T = TypeVar("T")
+MAX_RETRIES = 8
+"""Default number of times that a request is sent again to a full node."""
 
+_connected_in: int | None = None
+"""The process in which a client of this program first connected: gRPC crashes in a process forked from it."""
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A complete answer."""
-
-    text: str
-    """The answer's text."""
-    tokens: tuple[Token, ...]
-    """Tokens of the answer, each with the exit and the node that decided it."""
-    finish_reason: FinishReason
-    """Why the answer ended."""
-    stats: Stats
-    """Statistics of the answer: durations, drafts, and the time and traffic of each node."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The answer's token ids, including the one that ended it."""
-        return [token.id for token in self.tokens]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the answer as a JSON object."""
-        stats = asdict(self.stats) | {"token_s": self.stats.token_s}
-        return {
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "tokens": [asdict(token) for token in self.tokens],
-            "stats": stats,
-        }
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 8.0
+"""Seconds before the first retry, at most, and before any retry: each wait is up to twice as long as the one before."""
 
 
 class AsyncClient:
-    """A client of a topology's entry node, for use as an async context manager.
+    """A client of a topology's entry node for asyncio. It connects at its first use.
 
-    A topology of one node without an address is loaded and run in this process.
+        client = AsyncClient("configs/local.yaml")
+        reply = await client.generate("Why is the sky blue?")
+        await client.close()
+
+    As a context manager, `async with AsyncClient(…) as client`, it connects at once and closes itself. A topology of
+    one node without an address is loaded and run in this process. A client belongs to the event loop of its first use.
 
     Args:
         topology: a YAML file, or a loaded `Topology`.
         timeout_s: seconds that an answer may take, unless the call sets another limit.
+        max_retries: number of times that a request is sent again to a full node, before its first token and within its
+            time limit. The waits between grow from 0.25 to 8 s, with jitter: half a minute in all. 0 never retries.
     """
 
-    def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, topology: str | Path | Topology, *, timeout_s: float = 600.0, max_retries: int = MAX_RETRIES
+    ) -> None:
         self.topology = topology if isinstance(topology, Topology) else Topology.load(topology)
         self._timeout_s = _check_timeout(timeout_s)
-        self._is_open = False
+        self._max_retries = check_number(
+            "max_retries", max_retries, to_int(max_retries), low=0, high=1000, meaning="a whole number from 0 to 1000"
+        )
         self._peers: dict[str, Peer] = {}
         self._engine: Engine | None = None
         self._answering: Answering | None = None
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+        """The process and the event loop that the connections belong to, once there are any."""
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> AsyncClient:
-        if self._is_open:
-            raise RequestError("this client is already open; make another one")
-        self._is_open = True
         try:
-            await self._open()
+            await self._connect()
         except BaseException:
-            await self.__aexit__()
+            await self.close()
             raise
         return self
 
-    async def _open(self) -> None:
-        if self.topology.entry.address is None:
-            loading = asyncio.ensure_future(asyncio.to_thread(_load, self.topology))
-            try:
-                self._engine, self._answering = await asyncio.shield(loading)
-            except asyncio.CancelledError:  # the thread goes on; what it loads must not outlive this call
-                await asyncio.shield(asyncio.ensure_future(_discard(loading)))
-                raise
-            return
-        from ruyi_flow.transport.peer import Peer
-
-        for node in self.topology.nodes:
-            self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
-
     async def __aexit__(self, *_: object) -> None:
-        self._is_open = False
-        peers, self._peers = self._peers, {}
-        engine, self._engine, self._answering = self._engine, None, None
-        await asyncio.gather(*(peer.close() for peer in peers.values()))
-        if engine is not None:
-            await engine.close()
+        await self.close()
 
-    async def generate(self, prompt: PromptInput, **options: Any) -> Reply:
-        """Answer a prompt.
+    @takes_options
+    async def generate(self, prompt: PromptInput, **options: Unpack[Options]) -> Reply:
+        """Answer a prompt: `reply = await client.generate("Why is the sky blue?", mode="exact")`.
 
-        Args:
-            prompt: a text (one user turn), {"role": …, "content": …} messages, or token ids. A content is a text, or a
-                list of {"type": "text", "text": …}. Roles are system, user, assistant, and those that the family's
-                chat template names. Token ids are integers, or a 1-dimensional array of numpy or torch.
-            options: any of the following.
-                Sampling: max_new_tokens, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size,
-                min_new_tokens, stop, eos_token_ids, seed (see `SamplingParams`).
-                Routing: mode, exit, threshold, thresholds, window, back, draft, fallback, and scale, start, family,
-                which a policy file sets (see `Routing`). Without a mode, `exit` means mode `fixed`, and a threshold
-                means mode `token`. Default: the topology's policy.
-                `policy`: a policy file of `ruyi-flow calibrate`.
-                `raw`: True encodes a text as it is, without the chat template.
-                `timeout_s`: seconds that the answer may take.
-
-        Raises:
-            RequestError: no node could serve an option or the prompt.
-            NodeError: a node cannot serve the request now.
+        `Client.generate` explains the prompt and the errors.
         """
-        tokens: list[Token] = []
-        async with aclosing(self.events(prompt, **options)) as events:
-            async for event in events:
-                if isinstance(event, Final):
-                    return Reply(event.text, tuple(tokens), event.finish_reason, event.stats)
-                tokens.append(event)
-        raise NodeError("the stream ended before the answer was complete")
+        async with self.stream(prompt, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.reply
 
-    async def stream(self, prompt: PromptInput, **options: Any) -> AsyncGenerator[Token, None]:
-        """Answer a prompt token by token, with the options of `generate`."""
-        async with aclosing(self.events(prompt, **options)) as events:
-            async for event in events:
-                if isinstance(event, Token):
-                    yield event
+    @takes_options
+    def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncStream:
+        """Answer a prompt token by token: `async for token in client.stream("Why is the sky blue?")`.
 
-    async def events(self, prompt: PromptInput, **options: Any) -> AsyncGenerator[Token | Final, None]:
-        """Answer a prompt token by token, then yield one `Final` with the text and statistics.
-
-        The options are those of `generate`.
+        The stream has the answer so far, and after the last token the complete `reply`.
         """
-        self._check_open()
-        timeout_s = options.pop("timeout_s", None)
-        timeout_s = self._timeout_s if timeout_s is None else _check_timeout(timeout_s)
+        return AsyncStream(self.events(prompt, **options))
+
+    @takes_options
+    async def events(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncGenerator[Token | Final, None]:
+        """Answer a prompt token by token, then yield one `Final` with the text and the statistics."""
+        self._check_usable()
+        loop = asyncio.get_running_loop()
+        given = options.pop("timeout_s", None)
+        timeout_s = self._timeout_s if given is None else _check_timeout(given)
+        deadline = loop.time() + timeout_s
         # A request may name a policy file, and a prompt may be long.
         request = await asyncio.to_thread(make_request, prompt, options)
-        if self._answering is None:
-            entry = self._peers[self.topology.entry.name]
-            async with aclosing(entry.generate(request, timeout_s=timeout_s)) as events:
-                async for event in events:
-                    yield event
-            return
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        async with aclosing(self._answering.generate(request, timeout_s)) as events:
-            async for event in events:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise DeadlineExceeded(f"the answer was not complete within {timeout_s:g} s (timeout_s)")
-                yield event
+        tokens: list[Token] = []
+        retries = 0
+        while True:
+            await self._connect()
+            try:
+                async with aclosing(self._ask(request, timeout_s, deadline)) as events:
+                    async for event in events:
+                        if isinstance(event, Token):
+                            tokens.append(event)
+                        yield event
+                        if isinstance(event, Final):
+                            return
+                raise NodeError("the stream ended before the answer was complete")
+            except NodeError as error:
+                error.tokens = tuple(tokens)
+                wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**retries) * random.uniform(0.5, 1)
+                is_hopeless = retries >= self._max_retries or loop.time() + wait_s > deadline
+                if not isinstance(error, CapacityError) or tokens or is_hopeless:
+                    raise
+            retries += 1
+            await self._sleep(wait_s)
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
-        self._check_open()
         _check_timeout(timeout_s)
+        await self._connect()
         if self._engine is not None:
             return {self.topology.entry.name: self._engine.status()}
 
@@ -183,24 +161,115 @@ class AsyncClient:
         answers = await asyncio.gather(*(ask(peer) for peer in self._peers.values()))
         return dict(zip(self._peers, answers, strict=True))
 
-    def _check_open(self) -> None:
-        if not self._is_open:
-            raise RequestError("use the client in an async with block: async with AsyncClient(…) as client: …")
+    async def close(self) -> None:
+        """Close the connections, and end the answers that are under way. A closed client stays closed."""
+        if self._closing is None:
+            if self._owner is not None and self._owner[0] != os.getpid():
+                return  # the connections are those of another process
+            self._check_loop()
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the client has been used, so that it has connections or a loaded node."""
+        return self._owner is not None and self._closing is None
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({_describe(self.topology, self.is_connected, self._closing is not None)})"
+
+    def _ask(self, request: GenerateRequest, timeout_s: float, deadline: float) -> AsyncGenerator[Token | Final, None]:
+        """Send a request, which may be a repeated one: less than `timeout_s` is left until the deadline."""
+        left = max(0.001, deadline - asyncio.get_running_loop().time())
+        if self._answering is not None:
+            return _within(self._answering.generate(request, left), timeout_s, deadline)
+        return self._peers[self.topology.entry.name].generate(request, timeout_s=left)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, unless the client is closed before."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+        except TimeoutError:
+            pass
+
+    async def _connect(self) -> None:
+        """Connect, or load the node of this process, unless that is done. Every call does it by itself."""
+        self._check_usable()
+        if self._opening is None:
+            self._owner = (os.getpid(), asyncio.get_running_loop())
+            self._opening = asyncio.ensure_future(self._open())
+            self._opening.add_done_callback(self._forget_failure)
+        await asyncio.shield(self._opening)  # one caller does it for all, and may be cancelled
+        self._check_usable()
+
+    def _forget_failure(self, opening: asyncio.Task[None]) -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            self._opening = self._owner = None  # the next call tries again
+
+    def _check_usable(self) -> None:
+        if self._closing is not None:
+            raise RequestError(CLOSED)
+        if self._owner is not None and self._owner[0] != os.getpid():
+            raise RequestError(FORKED)
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        if self._owner is not None and self._owner[1] is not asyncio.get_running_loop():
+            raise RequestError(
+                "this AsyncClient was first used on another event loop, which its connections belong to: make one "
+                "client for each event loop (each asyncio.run has its own), or use Client"
+            )
+
+    async def _open(self) -> None:
+        if self.topology.entry.address is None:
+            self._engine, self._answering = await asyncio.to_thread(_load, self.topology)
+            return
+        from ruyi_flow.transport.peer import Peer
+
+        global _connected_in
+        _connected_in = _connected_in or os.getpid()
+        if _connected_in != os.getpid():
+            raise RequestError(FORKED)
+        for node in self.topology.nodes:
+            self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+
+    async def _close(self) -> None:
+        self._closed.set()
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+        peers, self._peers = self._peers, {}
+        engine, self._engine, self._answering = self._engine, None, None
+        await asyncio.gather(*(peer.close() for peer in peers.values()))
+        if engine is not None:
+            await engine.close()
 
 
 class Client:
-    """A client of a topology's entry node for code without an event loop, for use as a context manager.
+    """A client of a topology's entry node. It connects at its first use, also in a notebook.
 
-    It has the methods and options of `AsyncClient`, as plain calls and iterators. Several threads may call it at once.
+        client = Client("configs/local.yaml")
+        print(client.generate("Why is the sky blue?").text)
+        client.close()
+
+    As a context manager, `with Client(…) as client`, it connects at once and closes itself. It may stay open as long as
+    the process: it then closes itself at the end. Several threads may use it at once. A topology of one node without
+    an address is loaded and run in this process.
 
     Args:
         topology: a YAML file, or a loaded `Topology`.
         timeout_s: seconds that an answer may take, unless the call sets another limit.
+        max_retries: number of times that a request is sent again to a full node, before its first token and within its
+            time limit. The waits between grow from 0.25 to 8 s, with jitter: half a minute in all. 0 never retries.
     """
 
-    def __init__(self, topology: str | Path | Topology, *, timeout_s: float = 600.0) -> None:
-        self._async = AsyncClient(topology, timeout_s=timeout_s)
-        self._loop: _LoopThread | None = None
+    def __init__(
+        self, topology: str | Path | Topology, *, timeout_s: float = 600.0, max_retries: int = MAX_RETRIES
+    ) -> None:
+        self._async = AsyncClient(topology, timeout_s=timeout_s, max_retries=max_retries)
+        self._loop = BackgroundLoop(self._async.close)
+        # A client that nobody has any more closes itself; at the end of the interpreter, the loop does it.
+        weakref.finalize(self, self._loop.stop).atexit = False
 
     @property
     def topology(self) -> Topology:
@@ -208,178 +277,119 @@ class Client:
         return self._async.topology
 
     def __enter__(self) -> Client:
-        if self._loop is not None:
-            raise RequestError("this client is already open; make another one")
-        loop = _LoopThread(self._async)
-        loop.open()
-        self._loop = loop
+        try:
+            self._loop.run(self._async.__aenter__)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        loop, self._loop = self._running(), None
-        loop.close()
+        self.close()
 
-    def generate(self, prompt: PromptInput, **options: Any) -> Reply:
-        """Answer a prompt: `client.generate("Why is the sky blue?", mode="exact", max_new_tokens=64)`.
+    @takes_options
+    def generate(self, prompt: PromptInput, **options: Unpack[Options]) -> Reply:
+        """Answer a prompt. Ctrl-C ends the answer on the nodes.
 
-        The options and errors are those of `AsyncClient.generate`. Ctrl-C ends the answer on the nodes.
+            reply = client.generate("Why is the sky blue?", mode="token", threshold=0.8, max_new_tokens=64)
+            print(reply.text)
+
+        Args:
+            prompt: a text (one user turn), {"role": …, "content": …} messages, or token ids. A content is a text, or a
+                list of {"type": "text", "text": …}. Roles are system, user, assistant, and those that the family's
+                chat template names. Token ids are integers, or a 1-dimensional array of numpy or torch.
+            options: see `Options`. Without a mode, `exit` means mode `fixed`, and a threshold means mode `token`.
+                Without any of them, the topology's policy decides.
+
+        Returns:
+            The complete answer: its text, its tokens with the node that decided each, and statistics.
+
+        Raises:
+            RequestError: no node could serve an option or the prompt, or the client is closed.
+            ConfigError: the policy file cannot be read.
+            NodeError: a node cannot serve the request now. Its `tokens` and `text` are what arrived before.
         """
-        return self._running().run(lambda: self._async.generate(prompt, **options))
+        return self._loop.run(lambda: self._async.generate(prompt, **options))
 
-    def stream(self, prompt: PromptInput, **options: Any) -> Generator[Token, None, None]:
-        """Answer a prompt token by token, with the options of `generate`. Closing it ends the answer on the nodes."""
-        return self._iterate(self._async.stream(prompt, **options))
+    @takes_options
+    def stream(self, prompt: PromptInput, **options: Unpack[Options]) -> Stream:
+        """Answer a prompt token by token: `for token in client.stream("Why is the sky blue?")`.
 
-    def events(self, prompt: PromptInput, **options: Any) -> Generator[Token | Final, None, None]:
-        """Answer a prompt token by token, then yield one `Final` with the text and statistics."""
-        return self._iterate(self._async.events(prompt, **options))
+        The stream has the answer so far, and after the last token the complete `reply`. Closing it ends the answer on
+        the nodes. `generate` explains the prompt and the errors.
+        """
+        answer = self._async.stream(prompt, **options)
+        return Stream(answer, self._tokens(answer))
+
+    @takes_options
+    def events(self, prompt: PromptInput, **options: Unpack[Options]) -> Generator[Token | Final, None, None]:
+        """Answer a prompt token by token, then yield one `Final` with the text and the statistics."""
+        events = self._async.events(prompt, **options)
+        yield from self._loop.iterate(events, events.aclose)
 
     def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
-        return self._running().run(lambda: self._async.status(timeout_s=timeout_s))
-
-    def _iterate(self, events: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-        async def next_event() -> T | None:
-            return await anext(events, None)
-
-        loop = self._running()
-        try:
-            while self._running() is loop:
-                event = loop.run(next_event)
-                if event is None:
-                    return
-                yield event
-        finally:  # also when the caller stops early, so that the nodes free their KV caches at once
-            if self._loop is loop:
-                loop.run(lambda: _close(events))
-
-    def _running(self) -> _LoopThread:
-        if self._loop is None:
-            raise RequestError("use the client in a with block: with Client(…) as client: …")
-        return self._loop
-
-
-class _LoopThread:
-    """An open `AsyncClient` and its event loop, on a thread of their own, for callers without a loop.
-
-    Args:
-        client: the client, which is open from `open` until `close`.
-    """
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client, self._loop = client, asyncio.new_event_loop()
-        self._stop, self._opened = asyncio.Event(), threading.Event()
-        self._error: BaseException | None = None
-        self._lock, self._closing = threading.Lock(), False
-        # A daemon: when Ctrl-C interrupts `close`, the process can end before the thread does.
-        self._thread = threading.Thread(target=self._work, name="ruyi-flow client", daemon=True)
-
-    def open(self) -> None:
-        """Open the client."""
-        self._thread.start()
-        try:
-            self._opened.wait()
-        except BaseException:  # Ctrl-C
-            self.close()
-            raise
-        if self._error is not None:
-            self._thread.join()
-            raise self._error
+        return self._loop.run(lambda: self._async.status(timeout_s=timeout_s))
 
     def close(self) -> None:
-        """Close the client and end the thread. Ctrl-C ends the wait for it only."""
-        with self._lock:
-            self._closing = True
-            with suppress(RuntimeError):  # the loop is closed: the client could not be opened
-                self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        """Close the connections, and end the answers that are under way. A closed client stays closed."""
+        self._loop.close()
 
-    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine on the loop and return its result.
+    def __repr__(self) -> str:
+        return f"Client({_describe(self.topology, self._async.is_connected, self._loop.is_closed)})"
 
-        Ctrl-C reaches only the calling thread, so it cancels the coroutine and waits for its end.
-        """
-        tasks: list[asyncio.Task[T]] = []
-        ended = threading.Event()
-
-        def start() -> None:
-            tasks.append(self._loop.create_task(call()))
-            tasks[0].add_done_callback(lambda _: ended.set())
-
-        with self._lock:
-            if self._closing:
-                raise RequestError(_CLOSED)
-            self._loop.call_soon_threadsafe(start)
-        try:
-            ended.wait()
-        except BaseException:
-            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # after `start`: the loop keeps the order
-            ended.wait()
-            raise
-        if tasks[0].cancelled():
-            raise RequestError(_CLOSED)
-        return tasks[0].result()
-
-    def _work(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve())
-        except BaseException as error:  # the thread that opens or closes the client raises it
-            self._error = error
-        finally:
-            self._opened.set()
-
-    async def _serve(self) -> None:
-        async with self._client:
-            self._opened.set()
-            await self._stop.wait()
-        # Answers that other threads wait for end with an error of their own. gRPC's tasks end when its calls have:
-        # what completes after the loop is closed would be a stack trace on another loop.
-        ending = asyncio.all_tasks() - {asyncio.current_task()}
-        if ending:
-            await asyncio.wait(ending, timeout=_CLOSING_S)
+    def _tokens(self, answer: AsyncStream) -> Generator[Token, None, None]:
+        """Yield a stream's tokens; the generator keeps this client, which would close itself."""
+        yield from self._loop.iterate(answer, answer.close)
 
 
-_CLOSED = "the client was closed while it answered"
+def _describe(topology: Topology, is_connected: bool, is_closed: bool) -> str:
+    state = "closed" if is_closed else "connected" if is_connected else "not connected yet"
+    return f"{topology.family} on {', '.join(node.name for node in topology.nodes)}; {state}"
 
-_CLOSING_S = 2.0
-"""Seconds that a closing client waits for the calls on its event loop to end."""
 
+async def _within(
+    events: AsyncGenerator[Token | Final, None], timeout_s: float, deadline: float
+) -> AsyncGenerator[Token | Final, None]:
+    """Yield an answer's events until a deadline of the event loop's clock.
 
-async def _close(events: AsyncGenerator[Any, None]) -> None:
-    await events.aclose()
+    Raises:
+        DeadlineExceeded: it passed.
+    """
+    async with aclosing(events):
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    event = await anext(events, None)
+            except TimeoutError:
+                raise DeadlineExceeded(f"the answer was not complete within {timeout_s:g} s (timeout_s)") from None
+            if event is None:
+                return
+            yield event
 
 
 def _load(topology: Topology) -> tuple[Engine, Answering]:
-    """Load the one node of a topology."""
+    """Load the one node of a topology. Its compute thread ends at the latest with the engine or the interpreter."""
     with needed_by("a node in the client's process"):
         from ruyi_flow.serving.engine import Engine
 
         engine = Engine.load(topology, topology.entry.name)
+    end = weakref.finalize(engine, engine.worker.shutdown)
     try:
         return engine, engine.answering()
-    except BaseException:  # the engine's thread and memory must not outlive this call
-        engine.worker.shutdown()
+    except BaseException:  # the traceback holds the engine
+        end()
         raise
-
-
-async def _discard(loading: asyncio.Future[tuple[Engine, Answering]]) -> None:
-    """Close an engine that nobody waits for any more, once it has been loaded."""
-    with suppress(Exception):
-        engine, _ = await loading
-        await engine.close()
 
 
 def _check_timeout(timeout_s: object) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
-        raise RequestError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
+        raise RequestError(f"timeout_s is {shown(timeout_s)}; it must be a number of seconds above 0")
     return timeout_s
 
 
 def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRequest:
-    """Build a request from the keyword arguments of a call; see `AsyncClient.generate`.
+    """Build a request from the keyword arguments of a call; see `Client.generate`.
 
     Raises:
         RequestError: an option is unknown, or an option or the prompt has a value that it cannot have.

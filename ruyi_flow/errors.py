@@ -20,9 +20,15 @@ The command line prints the message without a stack trace and exits with status 
 class below it and below `NodeError` is one gRPC status (`transport/status.py`).
 """
 
+from __future__ import annotations
+
 import reprlib
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ruyi_flow.types import Token
 
 __all__ = [
     "CapacityError",
@@ -79,11 +85,22 @@ class NodeError(RuyiFlowError):
     Args:
         message: what happened, and what to do.
         node: name of the node that the error is about, if it is known.
+        tokens: the tokens of an answer that arrived before the error.
     """
 
-    def __init__(self, message: str, *, node: str | None = None) -> None:
+    def __init__(self, message: str, *, node: str | None = None, tokens: Sequence[Token] = ()) -> None:
         super().__init__(message)
         self.node = node
+        self.tokens = tuple(tokens)
+
+    @property
+    def text(self) -> str:
+        """The text of an answer that arrived before the error."""
+        return "".join(token.text for token in self.tokens)
+
+    def __str__(self) -> str:
+        message, count = super().__str__(), len(self.tokens)
+        return f"{message}; {count} token{'s' * (count > 1)} had arrived before" if count else message
 
 
 class HandshakeError(NodeError):

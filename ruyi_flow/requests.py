@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import secrets
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from ruyi_flow.errors import RequestError, did_you_mean, shown
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.types import MAX_COUNT, Encoding, check_number, is_text, to_float, to_int, to_token_id
+from ruyi_flow.types import MAX_COUNT, Encoding, Mode, check_number, is_text, to_float, to_int, to_token_id
 
 __all__ = [
     "MAX_EOS_TOKENS",
     "MAX_NGRAM",
     "GenerateRequest",
+    "Options",
     "Prompt",
     "PromptInput",
     "SamplingParams",
     "SessionOpen",
     "check_option_names",
+    "field_docs",
     "option_names",
     "parse_request",
+    "takes_options",
 ]
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 1000
@@ -127,6 +134,56 @@ class SamplingParams:
         )
 
 
+class Options(TypedDict, total=False):
+    """The options of a request, which `generate`, `stream` and `events` take as keywords.
+
+    An option that is not given, or None, has the default value.
+    """
+
+    max_new_tokens: int
+    """End the answer after at most this many new tokens."""
+    temperature: float
+    """Sampling temperature; 0 decodes greedily."""
+    top_k: int
+    """Sample from the k most probable tokens only; 0 keeps all tokens."""
+    top_p: float
+    """Sample from the most probable tokens that together have this probability."""
+    repetition_penalty: float
+    """Divide the logits of tokens that the prompt or the answer already contains (multiply negative ones); 1 is off."""
+    no_repeat_ngram_size: int
+    """Never repeat an n-gram of this size (at most 64), the prompt included; 0 is off."""
+    min_new_tokens: int
+    """Forbid the end of sequence before this many new tokens."""
+    stop: Sequence[str]
+    """End the answer before the first occurrence of one of these strings."""
+    eos_token_ids: Sequence[int] | None
+    """Token ids that end the answer, at most 256. Default: the family's own. In Python, an empty tuple means none."""
+    seed: int | None
+    """Sampling seed. Default: random, returned in the statistics."""
+    mode: Mode | Literal["fixed", "token", "exact", "cascade"]
+    """Mode that decides a token: fixed, token, cascade or exact."""
+    exit: int | None
+    """Mode fixed, which this implies: the exit that decides every token. Default: the last one."""
+    threshold: float | None
+    """Modes token and cascade: the confidence (0 … 1) that an early exit needs to decide; above 1 is never reached."""
+    thresholds: Mapping[int, float] | None
+    """Modes token and cascade: the threshold of each early exit; an exit that is not named never decides."""
+    window: int
+    """Mode cascade: number of tokens over which confidence is averaged; missing ones count as 1. Default: 8."""
+    back: float | None
+    """Mode cascade: return to a shallower exit once its mean confidence reaches this. Default: never return."""
+    fallback: bool
+    """Let the last reachable exit decide when the next node is lost, full or answers garbage, instead of failing."""
+    draft: int
+    """Draft at most this many tokens past an undecided position before asking the next stage; 0 asks at once."""
+    policy: str | Path | None
+    """Policy file of `ruyi-flow calibrate`, which sets the mode and its thresholds. Default: the topology's policy."""
+    raw: bool
+    """Whether a text is encoded as it is, instead of as one user turn of the chat template."""
+    timeout_s: float | None
+    """Seconds that the answer may take, retries included. Default: the client's."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request of a user to the entry node."""
@@ -169,9 +226,51 @@ class SessionOpen:
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 
 
+_FROM_FILES = frozenset({"policy", "timeout_s"})
+"""Options of a call that are no field of a request."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
 def option_names() -> frozenset[str]:
-    """Return the names of the options of a request."""
-    return _SAMPLING | Routing.names() | {"raw"}
+    """Return the names of a request's options, without those that only policy files set."""
+    return Options.__optional_keys__ - _FROM_FILES
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Return the docstrings below the fields of a class, by field name."""
+    [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
+        for field, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def takes_options(method: F) -> F:
+    """Show the fields of `Options` in the signature and the docstring of a method that takes them as keywords.
+
+    Editors read the type of `**options`; `help`, notebooks and the completion of a running interpreter read this.
+    """
+    sampling = {f.name: f.default for f in fields(SamplingParams) if f.default is not MISSING}
+    given = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=sampling.get(name), annotation=kind)
+        for name, kind in get_type_hints(Options).items()
+    ]
+    own = inspect.signature(method)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    method.__signature__ = own.replace(parameters=[*kept, *given])  # type: ignore[attr-defined]
+    listed = "\n".join(f"    {name}: {doc}" for name, doc in _OPTION_DOCS.items())
+    method.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\nOptions:\n{listed}\n"
+    return method
+
+
+_OPTION_DOCS = field_docs(Options)
 
 
 def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
@@ -197,7 +296,8 @@ def parse_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRe
     Raises:
         RequestError: an unknown option, or a value that an option or the prompt cannot have.
     """
-    check_option_names(options, option_names())
+    # A policy file sets more options than those that a user should know.
+    check_option_names(options.keys() - Routing.names(), option_names())
     given = {name: value for name, value in options.items() if value is not None}
     raw = given.pop("raw", False)
     if not isinstance(raw, bool):

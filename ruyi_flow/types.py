@@ -35,6 +35,7 @@ __all__ = [
     "Verdict",
     "Weights",
     "check_number",
+    "counted",
     "is_text",
     "parse_mode",
     "to_float",
@@ -94,6 +95,11 @@ def check_number(name: str, value: Any, number: N | None, *, low: float, high: f
 def is_text(value: object) -> bool:
     """Return whether a value is a text that can be encoded as UTF-8, which half of a surrogate pair cannot."""
     return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun, such as "1 token" and "2 tokens"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def to_token_id(value: object) -> int | None:
@@ -259,7 +265,7 @@ class Verdict(NamedTuple):
     """Time and traffic of every node on the way, the answering node first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Token:
     """One token of an answer."""
 
@@ -280,8 +286,11 @@ class Token:
     bytes_up: int = 0
     """Bytes sent upward by the round that decided this token; 0 on the round's other tokens."""
 
+    def __repr__(self) -> str:
+        return f"Token({self.text!r}, {self.node}, exit {self.exit}, {self.confidence:.2f}, {self.reason})"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Stats:
     """Statistics of an answer."""
 
@@ -308,6 +317,20 @@ class Stats:
     def token_s(self) -> float:
         """Time per output token (TPOT): seconds per token after the first."""
         return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
+
+    @property
+    def summary(self) -> str:
+        """One line: tokens, times, escalations, accepted drafts, bytes sent up, seed."""
+        up = sum(hop.bytes_up for hop in self.hops)
+        drafts = f", {self.accepted} of {self.drafted} drafted tokens accepted" if self.drafted else ""
+        return (
+            f"{counted(self.new_tokens, 'token')}, first after {1000 * self.first_token_s:.0f} ms, "
+            f"then {1000 * self.token_s:.1f} ms each · {counted(self.escalations, 'escalation')}{drafts} · "
+            f"{up:,} bytes up" + (f" · seed {self.seed}" if self.seed else "")
+        )
+
+    def __repr__(self) -> str:
+        return f"Stats({self.summary})"
 
 
 @dataclass(frozen=True, slots=True)

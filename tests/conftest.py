@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ruyi_flow import cli
+from ruyi_flow.client import Client
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
 from ruyi_flow.family.transformer import CausalAttention, Rope
@@ -23,7 +27,7 @@ from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.start import READ_TOKENS
-from ruyi_flow.testing import tiny_family
+from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.types import Mode
 from tests.families import MIN_VOCAB, add_tokenizer
 
@@ -37,7 +41,7 @@ Command = Callable[..., tuple[int, str, str]]
 """The command line, as the fixture `run` gives it: takes arguments, returns exit status, standard output and error."""
 
 
-LOOPS = [f"ruyi_flow.{name}" for name in ("client", "loop", "runtime", "serving", "transport")]
+LOOPS = [f"ruyi_flow.{name}" for name in ("client", "loop", "runtime", "serving", "stream", "transport")]
 """The modules that run on an event loop."""
 
 MAY_BLOCK = [
@@ -204,6 +208,30 @@ class Oracle:
             if p < policy.deepest and 1 / (1 + math.exp(-odds)) >= policy.routing.start.chance:
                 return p
         return policy.deepest
+
+
+@pytest.fixture
+async def nodes(spoken: Path) -> AsyncIterator[Cluster]:
+    """Two nodes of the tiny family that has a tokenizer."""
+    async with cluster(cut_topology(spoken, [[2], [4, 6]])) as running:
+        yield running
+        await running.settle()
+
+
+@pytest.fixture
+def whole(spoken: Path) -> Iterator[Client]:
+    """A client of one node that runs in this process."""
+    topology = Topology.parse(
+        {"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}]}
+    )
+    with Client(topology) as client:
+        yield client
+
+
+def write_topology(topology: Topology, file: Path) -> Path:
+    """Write a topology as a file, with the addresses of its running nodes."""
+    file.write_text(yaml.safe_dump(json.loads(topology.model_dump_json(by_alias=True, exclude_none=True))))
+    return file
 
 
 async def until(condition: Callable[[], object]) -> None:

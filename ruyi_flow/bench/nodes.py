@@ -44,9 +44,8 @@ async def generate_exactly(client: AsyncClient, prompt: PromptInput, tokens: int
     Raises:
         RuyiFlowError: the answer ended early.
     """
-    reply = await client.generate(
-        prompt, **{"mode": "exact", "draft": 0} | options, max_new_tokens=tokens, eos_token_ids=()
-    )
+    asked: dict[str, Any] = {"mode": "exact", "draft": 0} | options
+    reply = await client.generate(prompt, max_new_tokens=tokens, eos_token_ids=(), **asked)
     check_token_count("an answer", len(reply.tokens), tokens)
     return reply
 
@@ -117,4 +116,4 @@ async def running_nodes(
         topology = Topology.load(path)
         supervisor = await stack.enter_async_context(supervise(path, topology, lambda name, line: None))
         await supervisor.start()
-        yield await stack.enter_async_context(AsyncClient(topology))
+        yield await stack.enter_async_context(AsyncClient(topology, max_retries=0))

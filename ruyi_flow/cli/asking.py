@@ -23,7 +23,6 @@ from ruyi_flow.cli.display import (
     print_json,
     print_text,
     progress_bar,
-    stats_line,
     stats_table,
     status_table,
     step_printer,
@@ -93,7 +92,7 @@ def demo(
                         raise typer.Exit(130)
                     reply = answer.result()
         warn_of_fallback(loaded, reply.tokens)
-        _print_figures(loaded, reply, tokens=True, sampled=False)
+        _print_figures(loaded, reply, tokens=True)
         print_text(beside, describe_gain(loaded, list(reply.tokens), reply.stats))
 
     asyncio.run(run())
@@ -126,7 +125,6 @@ def generate(
     if quiet and tokens:
         raise RequestError("--tokens cannot be combined with --quiet, which prints nothing but the answer")
     loaded, text = load_topology(topology), prompt_text(prompt)
-    sampled = bool(options.get("temperature"))
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
@@ -138,14 +136,11 @@ def generate(
                 else:
                     reply = await ask(client, text, options, printer)
         if as_json:
-            answer = reply.to_dict()
-            if not sampled:
-                answer["stats"]["seed"] = None
-            print_json(answer)
+            print_json(reply.to_dict())
         if not quiet:
             warn_of_fallback(loaded, reply.tokens)
         if not (quiet or as_json):
-            _print_figures(loaded, reply, tokens=tokens, sampled=sampled)
+            _print_figures(loaded, reply, tokens=tokens)
 
     asyncio.run(run())
 
@@ -205,7 +200,7 @@ def explain_(
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)
     warn_of_fallback(loaded, reply.tokens)
-    print_text(out, stats_line(reply.stats, sampled=False))
+    print_text(out, reply.stats.summary)
     same = sum(row.agrees for row in rows)
     out.print(f"{same} of {len(rows)} tokens are those that the last branch predicts after the same text")
     if html is not None:
@@ -226,14 +221,14 @@ async def ask(client: AsyncClient, prompt: str, options: dict[str, Any], printer
     raise NodeError("the stream ended before the answer was complete")
 
 
-def _print_figures(topology: Topology, reply: Reply, *, tokens: bool, sampled: bool) -> None:
+def _print_figures(topology: Topology, reply: Reply, *, tokens: bool) -> None:
     """Print what an answer took, and how its tokens were decided if `tokens` is set."""
     console = beside_answers()
     if tokens:
         console.print(token_table(topology, reply.tokens))
         print_text(console, token_summary(topology, reply.tokens))
     console.print(stats_table(reply.stats))
-    print_text(console, stats_line(reply.stats, sampled=sampled))
+    print_text(console, reply.stats.summary)
 
 
 def warn_of_fallback(topology: Topology, tokens: Sequence[Token]) -> None:

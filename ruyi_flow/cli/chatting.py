@@ -12,7 +12,7 @@ from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
 from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_messages, typed_messages
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
-from ruyi_flow.cli.display import beside_answers, node_legend, print_text, stats_line
+from ruyi_flow.cli.display import beside_answers, node_legend, print_text
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
 from ruyi_flow.errors import ContextLengthError, RuyiFlowError
 from ruyi_flow.types import Final, Token
@@ -107,6 +107,5 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
             hint = "; /reset begins a new conversation"
         print_error(dashed(str(problem)) + hint)
     if final is not None:
-        sampled = bool(conversation.options.get("temperature"))
-        print_text(beside_answers(), stats_line(final.stats, sampled=sampled), "dim")
+        print_text(beside_answers(), final.stats.summary, "dim")
     return problem is None

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
-from ruyi_flow.types import NodeStatus, Reason, Stats, Token
+from ruyi_flow.reply import tier_colour
+from ruyi_flow.types import NodeStatus, Reason, Stats, Token, counted
 
 __all__ = [
     "beside_answers",
@@ -33,7 +34,6 @@ __all__ = [
     "print_text",
     "printable",
     "progress_bar",
-    "stats_line",
     "stats_table",
     "stdout_is_terminal",
     "status_table",
@@ -58,8 +58,6 @@ _PRINTABLE = str.maketrans(_CONTROLS)
 
 _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
 """Words for gRPC's states of a connection."""
-
-_COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
 
 
 def printable(text: str) -> str:
@@ -136,7 +134,7 @@ def print_json(value: object) -> None:
 def node_colour(topology: Topology, name: str) -> str:
     """Return the colour of a node; one that the topology does not name has none."""
     names = [node.name for node in topology.nodes]
-    return _COLOURS[names.index(name) % len(_COLOURS)] if name in names else ""
+    return tier_colour(names, name).terminal if name in names else ""
 
 
 def token_text(topology: Topology, token: Token) -> Text:
@@ -182,7 +180,7 @@ def token_summary(topology: Topology, tokens: Sequence[Token]) -> str:
         if own:
             mean = sum(own) / len(own)
             parts.append(f"{_node_name(topology, name)} decided {len(own)} (mean confidence {mean:.2f})")
-    return f"{_count(len(tokens), 'token')}: {comma_list(parts)}"
+    return f"{counted(len(tokens), 'token')}: {comma_list(parts)}"
 
 
 def fallback_note(topology: Topology, tokens: Sequence[Token]) -> str:
@@ -193,7 +191,7 @@ def fallback_note(topology: Topology, tokens: Sequence[Token]) -> str:
         why = _cause(topology, name, reason)
         if why:
             were = "was" if count == 1 else "were"
-            decided = f"{count} of {_count(len(tokens), 'token')} {were} decided by {_node_name(topology, name)}"
+            decided = f"{count} of {counted(len(tokens), 'token')} {were} decided by {_node_name(topology, name)}"
             sentences.append(f"{decided} because {why}.")
     return " ".join(sentences)
 
@@ -218,10 +216,6 @@ def _node_name(topology: Topology, name: str) -> str:
     return printable(label if label == name else f"{label} ({name})")
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
 def stats_table(stats: Stats) -> Table:
     """Return a table of what each node spent on an answer, with one column per node."""
     tokens = max(1, stats.new_tokens)
@@ -242,22 +236,6 @@ def stats_table(stats: Stats) -> Table:
     ):
         table.add_row(name, *(f"{count:,}" for count in counts))
     return table
-
-
-def stats_line(stats: Stats, *, sampled: bool) -> str:
-    """Return one line that sums up an answer: tokens, times, escalations, accepted drafts, bytes sent up.
-
-    Args:
-        stats: the statistics.
-        sampled: whether tokens were sampled, so that the seed is needed to repeat the answer.
-    """
-    up = sum(hop.bytes_up for hop in stats.hops)
-    drafts = f", {stats.accepted} of {stats.drafted} drafted tokens accepted" if stats.drafted else ""
-    return (
-        f"{_count(stats.new_tokens, 'token')}, first after {1000 * stats.first_token_s:.0f} ms, "
-        f"then {1000 * stats.token_s:.1f} ms each · {_count(stats.escalations, 'escalation')}{drafts} · "
-        f"{up:,} bytes up" + (f" · seed {stats.seed}" if sampled else "")
-    )
 
 
 def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:

@@ -17,7 +17,7 @@ from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.yaml_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError, did_you_mean
-from ruyi_flow.requests import check_option_names
+from ruyi_flow.requests import check_option_names, option_names
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Encoding, Upload, Weights
 
@@ -163,7 +163,7 @@ class DefaultPolicy(Model):
             RequestError: an option is unknown, or the options contradict each other.
         """
         given = self.model_extra or {}
-        check_option_names(given, Routing.names() | {"file"})
+        check_option_names(given, (Routing.names() & option_names()) | {"file"})
         options = {name: value for name, value in given.items() if value is not None}
         if self.file is not None:
             options = PolicyFile.load(self.file).options(options)

@@ -9,6 +9,7 @@ from ruyi_flow.calibration.budget import Deployment, bytes_on_link
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.requests import Options
 from ruyi_flow.types import Mode
 
 __all__ = ["deployment_of", "measure_deployment"]
@@ -33,10 +34,10 @@ async def measure_deployment(topology: Topology, hidden_size: int, *, rounds: in
     """
     steps: list[list[float]] = []
     hops: list[list[float]] = []
-    asked = {"mode": Mode.TOKEN, "threshold": 1.0, "draft": 0, "eos_token_ids": ()}
+    asked: Options = {"mode": Mode.TOKEN, "threshold": 1.0, "draft": 0, "eos_token_ids": (), "max_new_tokens": _TOKENS}
     async with AsyncClient(topology) as client:
         for _ in range(rounds):
-            reply = await client.generate(_PROMPT, max_new_tokens=_TOKENS, **asked)
+            reply = await client.generate(_PROMPT, **asked)
             if len(reply.stats.hops) < len(topology.nodes):
                 continue
             # An entirely confident branch decides without asking, so a deeper node may see fewer tokens.

@@ -17,6 +17,7 @@ from ruyi_flow.family.every_exit import Tree, exit_logits
 from ruyi_flow.family.tokenizer import PromptEncoder
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.local import Family, load_family
+from ruyi_flow.reply import tier_colour
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
@@ -143,7 +144,7 @@ def _threshold(policy: Policy, exit: int) -> float | None:
 def write_html(out: Path, prompt: str, rows: Sequence[ExplainedToken], stats: Stats, policy: Policy) -> None:
     """Write an explanation as one HTML file that needs no network."""
     nodes = list(dict.fromkeys(row.node for row in sorted(rows, key=lambda row: row.exit)))  # tiers in order
-    colours = {node: _COLOURS[i % len(_COLOURS)] for i, node in enumerate(nodes)}
+    colours = {node: tier_colour(nodes, node) for node in nodes}
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(prompt=prompt, rows=rows, stats=asdict(stats), policy=_describe(policy), colours=colours)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +170,6 @@ def score_name(policy: Policy) -> str:
     return "own" if policy.routing.scale is None else str(policy.routing.scale.score).replace("_", " ")
 
 
-_COLOURS = ("#bfe3b4", "#f5e0a3", "#b9dcf2", "#e4c1ee", "#f4c2b5", "#cfd3d8")
-
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>An answer, token by token</title>
 <style>
@@ -193,9 +192,10 @@ b.key { padding: 0 .5em; border-radius: 2px; font-weight: normal; margin-right: 
 {%- if not loop.last %}, {% endif %}{% endfor %}{% endif %}.
 {{ stats.new_tokens }} tokens in {{ "%.2f"|format(stats.total_s) }} s, the first after
 {{ "%.0f"|format(1000 * stats.first_token_s) }} ms; {{ stats.escalations }} questions to the next node.</p>
-<p>{% for node, colour in colours.items() %}<b class="key" style="background:{{ colour }}">{{ node }}</b>{% endfor %}
+<p>{% for node, colour in colours.items() -%}
+<b class="key" style="background:{{ colour.background }}">{{ node }}</b>{% endfor %}
 <span class="differs">underlined</span>: the last exit predicts another token here.</p>
-<div class="answer">{% for r in rows %}<span style="background:{{ colours[r.node] }}"
+<div class="answer">{% for r in rows %}<span style="background:{{ colours[r.node].background }}"
 {%- if not r.agrees %} class="differs"{% endif %} title="exit {{ r.exit }}, {{ r.reason }}, confidence
  {{ "%.2f"|format(r.confidence) }}{% if r.mean is not none %}, mean {{ "%.2f"|format(r.mean) }}{% endif %}
 {%- if not r.agrees %}; last exit: {{ r.last }}{% endif %}">{{ r.text }}</span>
@@ -203,7 +203,7 @@ b.key { padding: 0 .5em; border-radius: 2px; font-weight: normal; margin-right: 
 <table><tr><th>#<th class="text">token<th class="text">node<th>exit<th>{{ policy.own }}<th>confidence
 {%- if policy.window %}<th>mean{% endif %}<th>threshold<th class="text">reason<th class="text">last exit
 <th>bytes up<th>ms</tr>
-{% for r in rows %}<tr style="background:{{ colours[r.node] }}44"><td>{{ loop.index0 }}
+{% for r in rows %}<tr style="background:{{ colours[r.node].html }}22"><td>{{ loop.index0 }}
 <td class="text code">{{ r.text }}</td>
 <td class="text">{{ r.node }}<td>{{ r.exit }}<td>{% if r.own is not none %}{{ "%.3f"|format(r.own) }}{% endif %}
 <td>{{ "%.3f"|format(r.confidence) }}

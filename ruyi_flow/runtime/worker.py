@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any, TypeVar
 
 import torch
@@ -97,7 +97,8 @@ class ThreadWorker:
     def shutdown(self) -> None:
         self._closed = True
         self._inbox.put(None)
-        self._thread.join()
+        if current_thread() is not self._thread:  # the garbage collector may drop an engine on any thread
+            self._thread.join()
 
     def _work(self, threads: int | None) -> None:
         if threads:

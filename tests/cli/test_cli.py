@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -279,9 +280,9 @@ def test_explain_shows_the_mean_that_decides_in_cascade(run: Command, spoken: Pa
         assert code == 0, err
         told = json.loads(out)["tokens"]
         prompt = list(family.tokenizer("<user>hi|", add_special_tokens=False)["input_ids"])
-        options = {"mode": "cascade", "thresholds": bounds, "window": 3, "back": back, "max_new_tokens": 12}
+        options: dict[str, Any] = {"mode": "cascade", "thresholds": bounds, "window": 3, "back": back}
         with Client(file) as client:
-            reply = client.generate("hi", **options)
+            reply = client.generate("hi", max_new_tokens=12, **options)
         seen: dict[int, list[float]] = {2: [], 4: []}
         for row, token in zip(told, reply.tokens, strict=True):
             for p in (2, 4):

@@ -1,12 +1,13 @@
 """Tables and lines about an answer."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from ruyi_flow.cli.display import fallback_note, stats_line, stats_table, token_summary, token_table
+from ruyi_flow.cli.display import fallback_note, stats_table, token_summary, token_table
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.testing import cut_topology
 from ruyi_flow.types import Hop, Reason, Stats, Token
@@ -82,5 +83,5 @@ def test_the_table_of_tokens_cuts_only_texts(topology: Topology) -> None:
 
 
 def test_the_seed_is_shown_when_tokens_were_sampled() -> None:
-    assert "seed" not in stats_line(stats(1), sampled=False)
-    assert stats_line(stats(1), sampled=True).endswith("1 escalation · 123,456,789 bytes up · seed 77")
+    assert "seed" not in replace(stats(1), seed=0).summary
+    assert stats(1).summary.endswith("1 escalation · 123,456,789 bytes up · seed 77")

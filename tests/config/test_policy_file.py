@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -82,7 +83,7 @@ def test_a_topology_names_a_policy_and_a_request_another(spoken: Path, tmp_path:
     path = tmp_path / "t.yaml"
     path.write_text(yaml.safe_dump(data))
     with Client(path) as client:
-        asked = {"max_new_tokens": 6, "eos_token_ids": ()}
+        asked: dict[str, Any] = {"max_new_tokens": 6, "eos_token_ids": ()}
         assert {t.exit for t in client.generate("hi", **asked).tokens} == {2}
         assert {t.exit for t in client.generate("hi", policy=never, **asked).tokens} == {6}
         assert all(0 <= t.confidence <= 1 for t in client.generate("hi", policy=never, **asked).tokens)

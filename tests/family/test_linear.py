@@ -16,7 +16,7 @@ from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.family.linear import GROUP, Linear, Quantized, pack
 from ruyi_flow.local import load_family
 from ruyi_flow.testing import cluster, cut_topology, tiny_family
-from ruyi_flow.types import NodeStatus, Weights
+from ruyi_flow.types import Mode, NodeStatus, Weights
 
 FEW = [Weights.INT8, Weights.INT4]
 IDS = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -204,7 +204,7 @@ def test_a_shard_holds_few_bits_and_gives_what_the_family_in_few_bits_gives(
 async def test_exact_over_nodes_in_few_bits_is_the_family_in_few_bits(family: Path, weights: Weights) -> None:
     whole = load_family(family, dtype="float32", weights=weights)
     prompt = IDS[0].tolist()
-    for exit, mode in ((6, "exact"), (4, "fixed")):
+    for exit, mode in ((6, Mode.EXACT), (4, Mode.FIXED)):
         expected = whole.generate(IDS[:1], exit=exit, max_new_tokens=24, eos_token_ids=())[0].tolist()
         topology = cut_topology(family, [[2], [4, 6]], weights=weights)
         async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
@@ -212,7 +212,7 @@ async def test_exact_over_nodes_in_few_bits_is_the_family_in_few_bits(family: Pa
                 reply = await client.generate(
                     prompt,
                     mode=mode,
-                    exit=exit if mode == "fixed" else None,
+                    exit=exit if mode is Mode.FIXED else None,
                     draft=draft,
                     max_new_tokens=24,
                     eos_token_ids=(),

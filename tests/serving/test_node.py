@@ -147,7 +147,14 @@ async def test_bytes_go_up_by_escalation_only(tiny: Path) -> None:
 
 
 async def test_a_question_finds_what_went_up_ahead(tiny: Path) -> None:
-    asked = {"mode": "cascade", "threshold": 0.5, "window": 8, "draft": 0, "max_new_tokens": 60, "eos_token_ids": ()}
+    asked: dict[str, Any] = {
+        "mode": "cascade",
+        "threshold": 0.5,
+        "window": 8,
+        "draft": 0,
+        "max_new_tokens": 60,
+        "eos_token_ids": (),
+    }
     answers = []
     for upload in ("on-demand", "ahead"):
         topology = cut_topology(tiny, [[2], [4, 6]])
@@ -239,7 +246,7 @@ async def test_session_and_position_limits_are_refused_and_the_node_lives_on(tin
     limits = {"max_sessions": 2, "max_positions": 256, "grace_s": 1, "max_waiting": 0}
     async with (
         cluster(cut_topology(tiny, [[2], [4, 6]], limits=limits)) as nodes,
-        AsyncClient(nodes.topology) as client,
+        AsyncClient(nodes.topology, max_retries=0) as client,
     ):
         with pytest.raises(RequestError, match="needs 405 positions; node 'n0' has 256 in all"):
             await client.generate(PROMPT, max_new_tokens=400)

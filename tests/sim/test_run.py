@@ -98,7 +98,8 @@ async def test_it_asks_what_the_running_system_asks(tmp_path: Path, tiny: Path, 
         cluster(cut_topology(tiny, [[2], [4], [6]], encoding="bf16", dtype="bfloat16")) as nodes,
         AsyncClient(nodes.topology) as client,
     ):
-        for mode in ({"mode": "exact", "draft": 0}, {"mode": "fixed", "exit": 4, "draft": 0}):
+        modes: list[dict[str, Any]] = [{"mode": "exact", "draft": 0}, {"mode": "fixed", "exit": 4, "draft": 0}]
+        for mode in modes:
             real = [
                 await client.generate(prompts[r.number], max_new_tokens=len(r.answer), eos_token_ids=(), **mode)
                 for r in records
