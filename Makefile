@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs bench bench-sim gpu mutants protos picture clean
+.PHONY: demo test check docs install-trial bench bench-sim gpu mutants protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -21,6 +21,9 @@ check: $(READY)           ## format, lint, types, import order
 docs: $(READY)            ## the documentation, in site/: generated pages first, and no broken link
 	$(BIN)/python -m tests.generate_docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+install-trial: $(READY)   ## build the wheels, and try them in empty environments on every Python of this machine
+	$(BIN)/python -m tests.install
 
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench
@@ -44,7 +47,7 @@ picture: $(READY)         ## draw docs/images/demo.svg from a run of the demo
 	$(BIN)/python -m tests.draw_demo
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || (echo "Python 3.11 to 3.13 is needed; set PYTHON=…" && exit 1)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || (echo "Python 3.11 to 3.14 is needed; set PYTHON=…" && exit 1)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, pre_tokenizers
 
+from ruyi_flow import __version__
 from ruyi_flow.errors import CheckpointError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
@@ -158,3 +160,43 @@ def test_the_demo_familys_branches_are_the_packages(smollm2: Path, home: Path) -
     for folder in (old, smollm2):
         assert load_tokenizer(Checkpoint(folder))(DIGITS)["input_ids"] == DIGITS_IDS
     assert store.pull(store.DEMO, say=told.append) == old and len(told) == 2
+
+
+def demo_wheel(folder: Path, branches: bytes | None = None) -> None:
+    """Write the wheel of the demo family's branches, as the package index has it."""
+    info = f"ruyi_flow_demo-{__version__}.dist-info"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / f"ruyi_flow_demo-{__version__}-py3-none-any.whl", "w") as wheel:
+        for file in store._DEMO_TRAINED:
+            original = (store._DEMO_FOLDER / file).read_bytes()
+            wheel.writestr(f"ruyi_flow_demo/{file}", original if branches is None else branches)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.4\nName: ruyi-flow-demo\nVersion: {__version__}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.parametrize("branches", [None, b"other bytes"])
+def test_an_installed_package_fetches_the_demos_branches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branches: bytes | None
+) -> None:
+    demo_wheel(tmp_path / "index", branches)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    originals = [(store._DEMO_FOLDER / name).read_bytes() for name in store._DEMO_TRAINED]
+    monkeypatch.setattr(store, "_DEMO_FOLDER", tmp_path / "none")  # as in an installed package
+    said: list[str] = []
+    if branches is None:
+        files = store._demo_trained(tmp_path, said.append, bars=False)
+        assert [file.read_bytes() for file in files] == originals
+    else:
+        with pytest.raises(CheckpointError, match="branches.safetensors: its SHA-256 is .*, not 684efe7f16dc"):
+            store._demo_trained(tmp_path, said.append, bars=False)
+    assert said == [f"fetching ruyi-flow-demo=={__version__} from the Python package index, 39 MB"]
+
+
+def test_branches_that_no_index_has_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(store, "_DEMO_FOLDER", tmp_path / "none")
+    with pytest.raises(CheckpointError, match=rf"ruyi-flow-demo=={__version__} could not be fetched with pip: .*ERROR"):
+        store._demo_trained(tmp_path, lambda step: None, bars=False)

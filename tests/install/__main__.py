@@ -1,8 +1,8 @@
 """Try the package as a user gets it: wheels, installed with pip into empty environments outside of the checkout.
 
-    python -m tests.install                  what CI runs
-    python -m tests.install --download-torch the extra `node` with PyPI's torch, on every Python found
-    python -m tests.install --python PYTHON  on this Python only
+    python -m tests.install                                  what CI runs
+    python -m tests.install --download-torch                 the extra `node` with the index's torch, on every Python
+    python -m tests.install --python PYTHON --torch FOLDER   on this Python, with the torch in that site-packages
 
 Every trial ends with an AssertionError at the first thing that is wrong. The last line is one JSON object.
 """
@@ -146,7 +146,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, action="append", help="interpreter to use; may be repeated")
     parser.add_argument("--plain", action="store_true", help="only the package without extras")
-    parser.add_argument("--download-torch", action="store_true", help="the extra `node` with the torch of the index")
+    parser.add_argument("--download-torch", action="store_true", help="the extra `node` with the index's torch")
+    parser.add_argument(
+        "--torch", type=Path, help="site-packages with a torch for --python, to use instead of this one"
+    )
     given = parser.parse_args()
     pythons = given.python or find_pythons()
     mine = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -161,21 +164,21 @@ def main() -> None:
             title = f"{what}, Python {version_of(python)}, {versions} versions"
             pins = lowest_versions(*([] if what == "plain" else ["node"])) if versions == "lowest" else []
             env = Environment(folder / "trial", python, folder / "wheels")
-            linked = None if given.download_torch or version_of(python) != mine else torch
+            linked = None if given.download_torch else given.torch or torch
             found[title] = try_plain(env, pins=pins) if what == "plain" else try_node(env, pins=pins, torch=linked)
             say(title, found[title])
             shutil.rmtree(env.folder)
 
         for python in pythons:
-            is_mine = version_of(python) == mine
+            is_mine = version_of(python) == mine and not given.download_torch
             if python in (pythons[0], pythons[-1]) and not given.download_torch:
                 trial("plain", python, "newest")
-            if is_mine and not given.download_torch:  # older releases have no wheels for newer Pythons
+            if is_mine:  # older releases have no wheels for newer Pythons
                 trial("plain", python, "lowest")
-            if not given.plain and (is_mine or given.download_torch):
+            if not given.plain and (is_mine or given.download_torch or given.torch):
                 trial("node", python, "newest")
-                if is_mine and not given.download_torch:
-                    trial("node", python, "lowest")
+            if not given.plain and is_mine:
+                trial("node", python, "lowest")
     print(json.dumps({"install": found}))
 
 

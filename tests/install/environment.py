@@ -81,8 +81,11 @@ def link_torch(folder: Path) -> None:
             found = distribution(name)
         except PackageNotFoundError:  # of another platform, or of an extra
             continue
-        names += [one.name for one in map(Requirement, found.requires or ()) if one.marker is None]
-        names += ["triton"] if name == "torch" else []
+        names += [
+            one.name
+            for one in map(Requirement, found.requires or ())
+            if one.marker is None or one.marker.evaluate({"extra": ""})
+        ]
         for top in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             (folder / top).symlink_to(Path(str(found.locate_file(top))))
 
@@ -156,12 +159,12 @@ class Environment:
         return min(times), statistics.median(times)
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each installed distribution's files, without pip; the largest first."""
+        """Return the bytes of each installed distribution's files, with bytecode but without pip; the largest first."""
         found = {}
         for info in self._packages().glob("*.dist-info"):
             one = Distribution.at(info)
             if one.name not in ("pip", "setuptools"):
-                files = [Path(str(file.locate())) for file in one.files or () if file.suffix != ".pyc"]
+                files = [Path(str(file.locate())) for file in one.files or ()]
                 found[one.name] = sum(file.stat().st_size for file in files if file.exists())
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
