@@ -212,10 +212,7 @@ class Engine:
         """Close the connection to the next node, and end the compute thread."""
         if self._peer is not None:
             await self._peer.close()
-        try:
-            await asyncio.to_thread(self.worker.shutdown)  # it waits for the step that is running
-        except RuntimeError:  # the interpreter ends, and starts no more threads
-            self.worker.shutdown()
+        await asyncio.to_thread(self.worker.shutdown)  # it waits for the step that is running
 
     def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
         """Return the function that opens a session on the next node; see `loop.front_door.Connect`."""

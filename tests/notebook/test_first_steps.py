@@ -1,6 +1,7 @@
 """The notebook of the docs and a client's life in a notebook, with a real kernel and real nodes."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from nbclient import NotebookClient
 from ruyi_flow.testing import Cluster
 from tests.conftest import until, write_topology
 
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "first-steps.ipynb"
+DOCS = Path(__file__).parents[2] / "docs"
+NOTEBOOK, GUIDE = DOCS / "notebooks" / "first-steps.ipynb", DOCS / "guides" / "notebook.md"
 
 pytestmark = pytest.mark.timeout(240)  # a kernel starts in seconds, and a busy machine needs more of them
 
@@ -108,6 +110,16 @@ async def test_a_client_lives_from_cell_to_cell(file: Path, nodes: Cluster, tmp_
         await cells.run("stream = client.stream('hi', **LONG)\nnext(stream)")
     assert (tmp_path / "stderr").read_text() == "", "the kernel ended in the middle of a stream without a trace"
     await nodes.settle()
+
+
+async def test_the_examples_of_the_guide_run(file: Path, tmp_path: Path) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    async with kernel(tmp_path / "stderr") as cells:
+        for code in [*examples, "await ask_both()"]:
+            done = await cells.run(code.replace("configs/local.yaml", str(file)))
+            assert done["error"] is None, done
+        assert done["text"] == "[8, 8]\n" or done["text"].startswith("[")
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 async def completions(cells: Kernel, code: str) -> list[str]:
