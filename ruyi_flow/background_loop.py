@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import RequestError, RuyiFlowError
 
 __all__ = ["CLOSED", "FORKED", "BackgroundLoop"]
 
@@ -88,6 +88,8 @@ class BackgroundLoop:
         self._hold_daemon()
         if tasks[0].cancelled():
             raise RequestError("the client was closed while it answered")
+        if isinstance(error := tasks[0].exception(), RuyiFlowError):
+            raise error.with_traceback(None)  # it says what is wrong; the frames of the loop's thread are noise
         return tasks[0].result()
 
     def iterate(self, items: AsyncIterator[T], close: Callable[[], Awaitable[None]]) -> Generator[T, None, None]:
@@ -205,5 +207,8 @@ class _Threads(ThreadPoolExecutor):
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=work, name="ruyi-flow call", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="ruyi-flow call", daemon=True).start()
+        except RuntimeError:  # the interpreter ends and starts no thread, so nothing else is waiting for this one
+            work()
         return future

@@ -67,6 +67,15 @@ class Family:
         self._shard: Shard | None = None
         self._lock = threading.Lock()  # one row at a time, whichever thread asks
 
+    def __repr__(self) -> str:
+        exits, size = ", ".join(map(str, self.exits)), self.model.num_parameters() / 1e6
+        kind = str(self.model.dtype).removeprefix("torch.")
+        weights = "" if self.weights is None else f", {self.weights} weights"
+        return (
+            f"Family({self.checkpoint.folder.name}: exits {exits}; {size:,.1f}M parameters, "
+            f"{kind}{weights} on {self.model.device})"
+        )
+
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, exit: int | None = None) -> Tensor:
         """Compute the logits of whole sequences at one exit, without a KV cache.
@@ -195,7 +204,7 @@ def load_family(
     how: dict[str, Any] = {"dtype": chosen, "device": device, "weights": held, "compile": compile}
     if str(path_or_name).endswith(".gguf"):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "converted"
+            folder = Path(scratch) / Path(path_or_name).stem
             convert_gguf(path_or_name, folder)
             return Family(Checkpoint(folder, exits), **how)
     return Family(Checkpoint(store.locate(path_or_name), exits), **how)

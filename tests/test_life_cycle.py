@@ -30,6 +30,14 @@ def in_process(family: Path) -> Topology:
     return Topology.parse({"family": str(family), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
 
 
+USES: list[Callable[[Client], object]] = [
+    lambda client: client.generate("hi", **SHORT),
+    lambda client: next(client.stream("hi", **SHORT)),
+    lambda client: next(client.events("hi", **SHORT)),
+    lambda client: client.status(),
+]
+
+
 def count_threads(name: str) -> int:
     return [thread.name for thread in threading.enumerate()].count(name)
 
@@ -68,13 +76,7 @@ async def test_an_async_client_connects_when_it_is_used(nodes: Cluster, spoken: 
 
 
 def test_a_client_connects_when_it_is_used(spoken: Path) -> None:
-    calls: list[Callable[[Client], object]] = [
-        lambda client: client.generate("hi", **SHORT),
-        lambda client: next(client.stream("hi", **SHORT)),
-        lambda client: next(client.events("hi", **SHORT)),
-        lambda client: client.status(),
-    ]
-    for call in calls:
+    for call in USES:
         client = Client(in_process(spoken))
         assert "not connected yet" in repr(client)
         call(client)
@@ -97,16 +99,9 @@ def test_a_closed_client_says_so(spoken: Path) -> None:
             client.status()
         client.close()
         client.close()
-        calls: list[Callable[[], object]] = [
-            lambda: client.generate("hi"),
-            lambda: next(client.stream("hi")),
-            lambda: next(client.events("hi")),
-            client.status,
-            client.__enter__,
-        ]
-        for call in calls:
+        for call in [*USES, Client.__enter__]:
             with pytest.raises(RequestError, match="this client is closed; make another one"):
-                call()
+                call(client)
 
 
 async def test_a_closed_async_client_says_so(nodes: Cluster) -> None:

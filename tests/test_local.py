@@ -58,6 +58,11 @@ def test_options_that_cannot_be_are_refused(family: Family, options: dict[str, A
         family.generate(torch.tensor([[1, 2]]), **options)
 
 
+def test_a_family_says_what_it_is(family: Family, tiny: Path) -> None:
+    size = family.model.num_parameters() / 1e6
+    assert repr(family) == f"Family({tiny.name}: exits 2, 4, 6; {size:.1f}M parameters, float32 on cpu)"
+
+
 def test_what_cannot_be_loaded_is_said(tiny: Path) -> None:
     with pytest.raises(RequestError, match="exits is 5"):
         load_family(tiny, exits=5)  # type: ignore[arg-type]

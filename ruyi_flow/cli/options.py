@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import inspect
 import os
 import re
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,7 +21,7 @@ from ruyi_flow.client import make_request
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError, RuyiFlowError
-from ruyi_flow.requests import SamplingParams, option_names
+from ruyi_flow.requests import SamplingParams, field_docs, option_names
 from ruyi_flow.routing.policy import Routing
 
 __all__ = [
@@ -145,7 +143,7 @@ def _parameters(
     defaults: Mapping[str, Any] | None = None,
 ) -> list[inspect.Parameter]:
     """Return a command-line option for each field of a dataclass, with the field's docstring as its help."""
-    hints, docs = get_type_hints(kind), _field_docs(kind)
+    hints, docs = get_type_hints(kind), field_docs(kind)
     names = [f.name for f in fields(kind) if f.name not in skip and (only is None or f.name in set(only))]
     made = []
     for name in names:
@@ -168,21 +166,6 @@ def _option_type(hint: Any) -> Any:
     choices = [kind for kind in get_args(hint) if kind is not type(None)] if type(None) in get_args(hint) else [hint]
     kind = choices[0]
     return list[get_args(kind)[0]] if getattr(kind, "__origin__", None) is tuple else kind  # type: ignore[misc]
-
-
-def _field_docs(kind: type) -> dict[str, str]:
-    """Return the docstrings below the fields of a class, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    return {
-        field.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
-        for field, text in zip(body.body, body.body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
 
 
 def dashed(message: str) -> str:

@@ -247,10 +247,7 @@ class Engine:
             await self._peer.close()
         if self._meter is not None:
             await self._meter.close()
-        try:
-            await asyncio.to_thread(self.worker.shutdown)  # it waits for the step that is running
-        except RuntimeError:  # the interpreter ends, and starts no more threads
-            self.worker.shutdown()
+        await asyncio.to_thread(self.worker.shutdown)  # it waits for the step that is running
 
     def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
         """Return the function that opens a session on the next node; see `loop.front_door.Connect`."""
