@@ -1,12 +1,15 @@
 """Generated code runs in a separate process with limits."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ruyi_flow.evaluation.sandbox import passes
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.evaluation import sandbox
+from ruyi_flow.evaluation.sandbox import check_limits, passes
 
 
 @pytest.mark.parametrize(
@@ -49,3 +52,37 @@ time.sleep(600)
             time.sleep(0.05)
         else:
             pytest.fail("its child is still there")
+
+
+REFUSES = """
+import resource
+real = resource.setrlimit
+def refuse(what, limits):
+    if what == resource.RLIMIT_{name}:
+        raise ValueError("current limit exceeds maximum limit")
+    real(what, limits)
+resource.setrlimit = refuse
+"""
+
+
+def test_a_system_that_cannot_limit_memory_keeps_the_other_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = sandbox._LIMITED
+    monkeypatch.setattr(sandbox, "_LIMITED", REFUSES.format(name="AS") + limited)  # as macOS does
+    assert passes("assert True") and not passes("open('x', 'wb').write(b'x' * (2 << 20))")
+    monkeypatch.setattr(sandbox, "_LIMITED", REFUSES.format(name="CPU") + limited)
+    assert not passes("assert True")
+
+
+def test_a_group_of_processes_that_macos_calls_forbidden_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(group: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "killpg", forbid)
+    assert passes("assert True")
+
+
+def test_a_system_without_limits_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_limits()
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    with pytest.raises(ConfigError, match="this system has no limits for it; run it on Linux or macOS"):
+        check_limits()

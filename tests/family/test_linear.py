@@ -144,29 +144,6 @@ def test_a_processor_with_other_vectors_gives_the_product_too(vectors: str) -> N
     assert run.returncode == 0, run.stderr
 
 
-WITHOUT_ONEDNN = """
-import sys
-from types import SimpleNamespace
-
-import torch
-
-torch.ops.mkldnn = SimpleNamespace()
-torch.backends.mkldnn.is_available = lambda: False
-from ruyi_flow import load_family
-
-ids = torch.arange(3, 40)[None]
-plain = load_family(sys.argv[1], dtype="float32").logits(ids)
-for options, error in (({}, 0.1), ({"weights": "int8"}, 0.1), ({"dtype": "float32", "weights": "int4"}, 0.8)):
-    logits = load_family(sys.argv[1], **options).logits(ids)
-    assert (logits - plain).norm() < error * plain.norm(), options
-"""
-
-
-def test_torch_without_onednn_runs_a_family_too(family: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", WITHOUT_ONEDNN, family], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.parametrize("weights", FEW)
 def test_few_bits_refuse_columns_that_are_no_whole_groups(weights: Weights) -> None:
     with pytest.raises(
