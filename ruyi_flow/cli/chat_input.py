@@ -16,7 +16,7 @@ from ruyi_flow.cli.display import err
 from ruyi_flow.errors import RequestError
 from ruyi_flow.types import Mode
 
-__all__ = ["history_file", "input_is_terminal", "piped_messages", "typed_messages"]
+__all__ = ["history_file", "input_is_terminal", "piped_messages", "piped_reader", "typed_reader"]
 
 
 def history_file() -> Path:
@@ -53,28 +53,27 @@ def piped_messages(lines: Iterable[str]) -> Iterator[str]:
         yield begun.rstrip("\n")
 
 
-def typed_messages(history: Path | None, **io: Any) -> Iterator[str]:
-    """Yield the messages that are typed in the terminal, until Ctrl-D.
+def piped_reader(lines: Iterable[str]) -> Callable[[], str]:
+    """Return a function that returns the next of the piped messages, and raises EOFError after the last one."""
+    messages = piped_messages(lines)
+
+    def read() -> str:
+        for message in messages:
+            return message
+        raise EOFError
+
+    return read
+
+
+def typed_reader(history: Path | None, **io: Any) -> Callable[[], str]:
+    """Return a function that reads a message from the terminal with prompt_toolkit.
+
+    It raises EOFError at Ctrl-D, and KeyboardInterrupt at Ctrl-C on an empty line.
 
     Args:
         history: the file of the history, or None for a history of this chat only.
         io: input and output of prompt_toolkit. Default: the terminal's.
     """
-    read = _reader(history, **io)
-    while True:
-        try:
-            message = read()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            err.print("[dim]Ctrl-D or /quit ends the chat.[/dim]")
-            continue
-        if message.strip():
-            yield message
-
-
-def _reader(history: Path | None, **io: Any) -> Callable[[], str]:
-    """Return a function that reads one message with prompt_toolkit."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
