@@ -10,7 +10,6 @@ import typer
 from ruyi_flow.cli.answer import AnswerPrinter
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
-from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_reader, typed_reader
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
 from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text, stats_line
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
@@ -46,6 +45,7 @@ def chat(
     Example: ruyi-flow chat --mode exact --system "You answer in one sentence."
     """
     conversation = Conversation(load_topology(topology), options, system)
+    from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_reader, typed_reader
     from ruyi_flow.client import Client
 
     typed = input_is_terminal()

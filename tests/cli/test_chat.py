@@ -113,6 +113,9 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(nodes: Nodes, tmp_path: Path,
     shown.shows(">")
     nodes.relay.frozen = False
     wait_for(lambda: nodes.sessions() == 0)
+    shown.press(f"/save {tmp_path / 'other.jsonl'}\r")  # the message without an answer is not in it
+    shown.shows("eval --chats")
+    shown.shows(">")
     shown.press("\x03")  # on an empty line it ends nothing
     shown.shows("Ctrl-D or /quit ends the chat.")
     shown.shows(">")
@@ -125,7 +128,9 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(nodes: Nodes, tmp_path: Path,
 
 def test_history_is_kept_over_chats_and_is_private(nodes: Nodes, tmp_path: Path, chat: Callable[..., Terminal]) -> None:
     shown = chat()
-    shown.press("/mode exact\r")
+    shown.press("/mo")
+    shown.shows("/mode")  # a completion
+    shown.press("de exact\r")
     shown.shows("The mode is exact.")
     shown.shows(">")
     shown.press("\x04")
