@@ -199,7 +199,7 @@ class Spinner:
         self._ended, self._lock = False, threading.Lock()
         self._timer = threading.Timer(after_s, self._start)
         self._timer.daemon = True
-        self._shown = console.is_terminal and not console.is_dumb_terminal
+        self._shown = console.is_interactive
 
     def begin(self) -> None:
         """Let the time begin after which the spinner is shown."""

@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
 
 from ruyi_flow.cli.conversation import COMMANDS
 from ruyi_flow.cli.display import err
 from ruyi_flow.errors import RequestError
 from ruyi_flow.types import Mode
 
-__all__ = ["history_file", "input_is_terminal", "piped_messages", "typed_messages"]
+__all__ = ["CommandCompleter", "history_file", "input_is_terminal", "piped_messages", "piped_reader", "typed_reader"]
 
 
 def history_file() -> Path:
@@ -53,59 +59,54 @@ def piped_messages(lines: Iterable[str]) -> Iterator[str]:
         yield begun.rstrip("\n")
 
 
-def typed_messages(history: Path | None, **io: Any) -> Iterator[str]:
-    """Yield the messages that are typed in the terminal, until Ctrl-D.
+def piped_reader(lines: Iterable[str]) -> Callable[[], str]:
+    """Return a function that returns the next of the piped messages, and raises EOFError after the last one."""
+    messages = piped_messages(lines)
+
+    def read() -> str:
+        for message in messages:
+            return message
+        raise EOFError
+
+    return read
+
+
+class CommandCompleter(Completer):
+    """Completes the names of commands, of modes after /mode, and of files after /save."""
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Yield what the text before the cursor may become."""
+        text = document.text_before_cursor
+        name, space, rest = text.partition(" ")
+        if not name.startswith("/") or "\n" in text:
+            return
+        if name == "/save" and space:
+            yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+            return
+        words = [f"/{command}" for command in COMMANDS]
+        if space:
+            words = [*Mode, "default"] if name == "/mode" else []
+        typed = rest if space else name
+        yield from (Completion(word, -len(typed)) for word in words if word.startswith(typed))
+
+
+class _SafeHistory(FileHistory):
+    """A history whose file may become full or be removed without ending the chat."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
+
+
+def typed_reader(history: Path | None, **io: Any) -> Callable[[], str]:
+    """Return a function that reads a message from the terminal with prompt_toolkit.
+
+    It raises EOFError at Ctrl-D, and KeyboardInterrupt at Ctrl-C on an empty line.
 
     Args:
         history: the file of the history, or None for a history of this chat only.
         io: input and output of prompt_toolkit. Default: the terminal's.
     """
-    read = _reader(history, **io)
-    while True:
-        try:
-            message = read()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            err.print("[dim]Ctrl-D or /quit ends the chat.[/dim]")
-            continue
-        if message.strip():
-            yield message
-
-
-def _reader(history: Path | None, **io: Any) -> Callable[[], str]:
-    """Return a function that reads one message with prompt_toolkit."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-    from prompt_toolkit.document import Document
-    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output import create_output
-
-    class Commands(Completer):
-        """Completes the names of commands, of modes after /mode, and of files after /save."""
-
-        def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
-            text = document.text_before_cursor
-            name, space, rest = text.partition(" ")
-            if not name.startswith("/") or "\n" in text:
-                return
-            if name == "/save" and space:
-                yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
-                return
-            words = [f"/{command}" for command in COMMANDS]
-            if space:
-                words = [*Mode, "default"] if name == "/mode" else []
-            typed = rest if space else name
-            yield from (Completion(word, -len(typed)) for word in words if word.startswith(typed))
-
-    class SafeHistory(FileHistory):
-        """A history whose file may become full or be removed without ending the chat."""
-
-        def store_string(self, string: str) -> None:
-            with suppress(OSError):
-                super().store_string(string)
-
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -130,14 +131,14 @@ def _reader(history: Path | None, **io: Any) -> Callable[[], str]:
 
     past: History = InMemoryHistory()
     if history is not None and _is_private(history):
-        past = SafeHistory(str(history))
+        past = _SafeHistory(str(history))
     io.setdefault("output", create_output(always_prefer_tty=True))
     session: PromptSession[str] = PromptSession(
         [("bold", "> ")],
         multiline=True,
         prompt_continuation="  ",
         history=past,
-        completer=Commands(),
+        completer=CommandCompleter(),
         key_bindings=keys,
         **io,
     )

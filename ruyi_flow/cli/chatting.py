@@ -10,9 +10,8 @@ import typer
 from ruyi_flow.cli.answer import AnswerPrinter
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
-from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_messages, typed_messages
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
-from ruyi_flow.cli.display import beside_answers, node_legend, print_text
+from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
 from ruyi_flow.errors import ContextLengthError, RuyiFlowError
 from ruyi_flow.types import Final, Token
@@ -46,23 +45,29 @@ def chat(
     Example: ruyi-flow chat --mode exact --system "You answer in one sentence."
     """
     conversation = Conversation(load_topology(topology), options, system)
+    from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_reader, typed_reader
     from ruyi_flow.client import Client
 
     typed = input_is_terminal()
+    read = typed_reader(None if no_history else history_file()) if typed else piped_reader(sys.stdin)
     failed = False
     with Client(conversation.topology, timeout_s=timeout_s) as client:
         if typed:
             beside_answers().print(node_legend(conversation.topology))
-            beside_answers().print("[dim]/help lists the commands, Ctrl-D ends the chat.[/dim]")
-        for text in typed_messages(None if no_history else history_file()) if typed else piped_messages(sys.stdin):
-            command = command_of(text)
-            if command is None:
-                failed |= not _answer(client, conversation, text.strip(), typed)
-                continue
+            print_text(beside_answers(), "/help lists the commands, Ctrl-D ends the chat.", "dim")
+        while True:
             try:
-                run_command(conversation, *command)
+                text = read()
+                if command := command_of(text):
+                    run_command(conversation, *command)
+                elif text.strip():
+                    failed |= not _answer(client, conversation, text.strip(), typed)
             except EOFError:
                 break
+            except KeyboardInterrupt:  # on an empty line, or between an answer and the next line
+                if not typed:
+                    raise
+                print_text(err, "Ctrl-D or /quit ends the chat.", "dim")
     if failed and not typed:
         raise typer.Exit(2)
 
@@ -73,12 +78,12 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
     An answer that ends early, by Ctrl-C, the deadline or a lost node, stays in the conversation as far as it came. A
     message that got no answer at all does not.
     """
-    conversation.turns.append({"role": "user", "content": text})
+    message = {"role": "user", "content": text}
     tokens: list[Token] = []
     final: Final | None = None
     problem: RuyiFlowError | None = None
     with AnswerPrinter(conversation.topology, legend=False) as printer:
-        events = client.events(conversation.messages, **conversation.options)
+        events = client.events([*conversation.messages, message], **conversation.options)
         try:
             for event in events:
                 if isinstance(event, Final):
@@ -96,10 +101,8 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
             events.close()
     answer = "".join(token.text for token in tokens) if final is None else final.text
     if answer or final is not None:
-        conversation.turns.append({"role": "assistant", "content": answer})
+        conversation.turns += [message, {"role": "assistant", "content": answer}]
         conversation.tokens = tokens
-    else:
-        conversation.turns.pop()
     warn_of_fallback(conversation.topology, tokens)
     if problem is not None:
         hint = " The answer stays in the conversation as far as it came." if answer else ""

@@ -46,7 +46,11 @@ __all__ = [
 
 _PIPE_WIDTH = 120  # rich would assume 80 for a pipe and cut the tables
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+err = Console(
+    stderr=True,
+    width=None if sys.stderr.isatty() else _PIPE_WIDTH,
+    force_interactive=None if sys.stderr.isatty() else False,  # FORCE_COLOR is for colours, not for spinners
+)
 
 _TAB = 4
 """Spaces that stand for a tab, whose width depends on where it is printed."""
@@ -77,7 +81,7 @@ def beside_answers() -> Console:
 
 def print_text(console: Console, text: str, style: str = "") -> None:
     """Print a text, in a terminal in lines that end between words, elsewhere as one line."""
-    console.print(Text(printable(text), style=style), soft_wrap=not console.is_terminal)
+    console.print(Text(printable(text), style=style), soft_wrap=not console.file.isatty())
 
 
 @contextmanager

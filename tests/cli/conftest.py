@@ -24,6 +24,11 @@ import yaml
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
 
+SHELL = {
+    name: value for name, value in os.environ.items() if not name.startswith(("PYTHONUNBUF", "NO_COLOR", "COLUMNS"))
+}
+"""The environment of a user's shell."""
+
 COMMAND = [sys.executable, "-m", "ruyi_flow.cli"]
 
 
@@ -55,7 +60,11 @@ def serving(topology: Topology, folder: Path) -> Iterator[Nodes]:
         finally:
             ready.set()
 
-    thread = threading.Thread(target=lambda: asyncio.Runner(loop_factory=lambda: loop).run(serve()))
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         ready.wait()
@@ -84,9 +93,11 @@ def nodes(shared: Nodes) -> Iterator[Nodes]:
 
 @pytest.fixture
 def spent(spoken: Path, tmp_path: Path) -> Iterator[Nodes]:
-    """Two nodes, the first of which may send nothing to the other."""
-    limits = {"max_positions": 2048, "grace_s": 1, "bytes_up_per_minute": 1}
-    with serving(cut_topology(spoken, [[2], [4, 6]], encoding="bf16", limits=limits), tmp_path) as nodes:
+    """Two nodes, the first of which may send one position a minute to the other."""
+    made = cut_topology(spoken, [[2], [4, 6]], encoding="bf16")
+    limits = made.entry.limits.model_copy(update={"bytes_up_per_minute": 100})
+    first = made.entry.model_copy(update={"limits": limits})
+    with serving(made.model_copy(update={"nodes": (first, *made.nodes[1:])}), tmp_path) as nodes:
         yield nodes
 
 
@@ -99,17 +110,16 @@ class Terminal:
         take = (
             "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         )
-        kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", take, *COMMAND, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=kept | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment,
+            env=SHELL | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment,
             start_new_session=True,
         )
         os.close(slave)
-        self._bytes = b""
+        self._bytes, self._shown = b"", 0
 
     @property
     def output(self) -> str:
@@ -132,9 +142,9 @@ class Terminal:
                 return
 
     def shows(self, text: str) -> None:
-        """Wait until the text has been printed, and forget what was printed so far."""
-        self.until(lambda: text in self.text)
-        self._bytes = b""
+        """Wait until the text has been printed after what the last call waited for."""
+        self.until(lambda: text in self.text[self._shown :])
+        self._shown += self.text[self._shown :].index(text) + len(text)
 
     def end(self) -> int:
         """Read until the command ends; return its exit status."""
