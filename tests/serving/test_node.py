@@ -20,6 +20,7 @@ from ruyi_flow.client import AsyncClient, Client, Reply
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import (
     CapacityError,
+    ConfigError,
     ContextLengthError,
     DeadlineExceeded,
     HandshakeError,
@@ -622,9 +623,9 @@ def test_a_shard_that_serves_only_a_part_of_its_cut_is_refused(tiny: Path, tmp_p
     with pytest.raises(ConfigError, match=r"gives it \[6\], but its shard .* was cut for \[4, 6\]"):
         Engine.load(topology.model_copy(update={"nodes": (topology.nodes[0], last)}), "n1")
     whole = topology.nodes[1].model_copy(update={"shard": tiny})  # a whole family serves as any shard
-    assert Engine.load(topology.model_copy(update={"nodes": (topology.nodes[0], whole)}), "n1").shard.model.exits == (
-        6,
-    )
+    engine = Engine.load(topology.model_copy(update={"nodes": (topology.nodes[0], whole)}), "n1")
+    assert engine.shard.model.exits == (6,)
+    engine.worker.shutdown()
 
 
 async def test_two_nodes_cannot_listen_on_one_port(tiny: Path) -> None:
