@@ -12,7 +12,17 @@ from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.doctor.agreement import disagreements
 from ruyi_flow.doctor.checks import Check, Group, Mark
 from ruyi_flow.doctor.machine import machine_checks
-from ruyi_flow.doctor.nodes import Place, Visit, find, link_from_here, link_to_next, links_to_measure, reached, visit
+from ruyi_flow.doctor.nodes import (
+    Place,
+    Visit,
+    find,
+    link_from_here,
+    link_to_next,
+    links_to_measure,
+    name_exits,
+    reached,
+    visit,
+)
 from ruyi_flow.doctor.torch_report import Folder, TorchReport, ask_torch
 from ruyi_flow.errors import ConfigError
 
@@ -94,7 +104,8 @@ def _torch_checks(report: TorchReport) -> list[Check]:
         return [check("torch", Mark.FAILED, text, "install it again: pip install --force-reinstall torch")]
     onednn = " with oneDNN" if report.onednn else " without oneDNN"
     bfloat16 = "" if report.bfloat16 else ", without products in bfloat16 on this processor"
-    checks = [check("torch", Mark.OK, f"torch {report.version}: a build for {report.build}{onednn}{bfloat16}.")]
+    build = "the CPU" if report.build == "CPU" else report.build
+    checks = [check("torch", Mark.OK, f"torch {report.version} is built for {build}{onednn}{bfloat16}.")]
     for one in report.accelerators:
         memory = f", {one.total_bytes / 1e9:.0f} GB" if one.total_bytes else ""
         checks.append(check("gpu", Mark.OK, f"{one.device}: {one.name}{memory}."))
@@ -162,7 +173,7 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
             fix = f"correct exits in {where}, or cut the shard again: ruyi-flow shard --topology {where}"
             checks.append(failed(found.node, text, fix))
             continue
-        text = f"{what} in {found.folder} fits: exits {', '.join(map(str, found.exits))}, {found.bytes / 1e6:.0f} MB."
+        text = f"{what} in {found.folder} fits: {found.bytes / 1e6:.0f} MB with {name_exits(found.exits)}."
         checks.append(Check(Group.TOPOLOGY, found.node or "family", Mark.OK, text))
     prints = {found.fingerprint: found.folder for found in report.folders if found.fingerprint}
     if len(prints) > 1:
@@ -187,8 +198,8 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
 
 def _memory(here: Sequence[Node], places: Sequence[Place], report: TorchReport, visits: Sequence[Visit]) -> list[Check]:
     """Compare the free memory with the weights of the nodes that belong on this machine and do not run yet."""
-    running = reached(visits)
-    waiting = [node for node in here if node.name not in running and node.device == "cpu"]
+    stopped = {v.place.node.name for v in visits if v.is_stopped}
+    waiting = [node for node in here if (node.address is None or node.name in stopped) and node.device == "cpu"]
     sizes = {found.node: found.bytes for found in report.folders}
     needed = sum(sizes.get(node.name, 0) for node in waiting if node.shard is not None)
     if any(node.shard is None for node in waiting):

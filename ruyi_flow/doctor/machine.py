@@ -48,7 +48,8 @@ def python_check() -> Check:
     running = platform.python_version()
     text = f"Python {running} on {platform.system()} {platform.machine()}"
     try:
-        allowed = metadata.metadata("ruyi-flow").get("Requires-Python") or ""
+        own = metadata.metadata("ruyi-flow")
+        allowed = own["Requires-Python"] if "Requires-Python" in own else ""
     except metadata.PackageNotFoundError:
         allowed = ""
     if SpecifierSet(allowed).contains(running, prereleases=True):

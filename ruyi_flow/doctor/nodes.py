@@ -22,7 +22,17 @@ from ruyi_flow.transport.link import FRAME_BYTES, measure_link
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.types import LinkMeasurement, NodeStatus
 
-__all__ = ["Place", "Visit", "find", "link_from_here", "link_to_next", "links_to_measure", "reached", "visit"]
+__all__ = [
+    "Place",
+    "Visit",
+    "find",
+    "link_from_here",
+    "link_to_next",
+    "links_to_measure",
+    "name_exits",
+    "reached",
+    "visit",
+]
 
 _LIMIT_S = 5.0
 """Seconds that one question to the network or to a node may take."""
@@ -34,9 +44,13 @@ _PAYLOAD = 500_000
 """Largest payload of a measurement from here, in bytes."""
 
 
+_MOST_MBIT = 1000
+"""Bandwidth in Mbit/s above which messages of this size pass too fast to be measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a node's address leads."""
+    """The machine that a node's address leads to."""
 
     node: Node
     """The node."""
@@ -53,7 +67,7 @@ class Visit:
     """What a node said when it was asked."""
 
     place: Place
-    """Where it was asked."""
+    """The place that was asked."""
     checks: list[Check] = field(default_factory=list)
     """What was found."""
     status: NodeStatus | None = None
@@ -72,7 +86,7 @@ async def find(node: Node) -> Place:
     except OSError as error:
         return Place(node, error=str(error.strerror or error))
     own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
-    is_here = all(a[4][0] in own or _is_any_or_loopback(a[4][0]) for a in found)
+    is_here = all(ip in own or _is_any_or_loopback(ip) for ip in (str(a[4][0]) for a in found))
     return Place(node, found, is_here)
 
 
@@ -106,9 +120,10 @@ async def visit(place: Place, where: str) -> Visit:
             if listen_problem(place.found) is not None:
                 return failed(f"Node {node.name!r} cannot listen on {node.address}.", f"see why: {start}")
             text = f"Node {node.name!r} does not run; its port {split_address(str(node.address))[1]} is free."
-            return Visit(
-                place, [Check(Group.NODES, node.name, Mark.FAILED, text, f"start it: {start}")], is_stopped=True
-            )
+            fix = f"start it: {start}"
+            if all(ipaddress.ip_address(str(a[4][0])).is_loopback for a in place.found):
+                fix += "; or start the tunnel, if the address leads into one"
+            return Visit(place, [Check(Group.NODES, node.name, Mark.FAILED, text, fix)], is_stopped=True)
         if refused.errno == errno.ECONNREFUSED:
             return failed(
                 f"Node {node.name!r} at {node.address} cannot be reached: connection refused.",
@@ -143,7 +158,7 @@ async def visit(place: Place, where: str) -> Visit:
         )
     finally:
         await peer.close()
-    text = f"Node {node.name!r} at {node.address} serves exits {', '.join(map(str, status.exits))}"
+    text = f"Node {node.name!r} at {node.address} serves {name_exits(status.exits)}"
     text += f" with ruyi-flow {status.version}." if status.version else "; its version of ruyi-flow is unknown."
     if serves and status.state == "serving":
         return Visit(place, [Check(Group.NODES, node.name, Mark.OK, text)], status)
@@ -181,13 +196,10 @@ async def _owner(place: Place) -> str:
         return ""
 
     def look() -> str:
-        for connection in psutil.net_connections("tcp"):
-            if (
-                connection.status == psutil.CONN_LISTEN
-                and connection.laddr.port == place.found[0][4][1]
-                and connection.pid
-            ):
-                return f" (process {connection.pid}, {psutil.Process(connection.pid).name()})"
+        port = place.found[0][4][1]
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
+                return f" (process {one.pid}, {psutil.Process(one.pid).name()})"
         return ""
 
     with suppress(psutil.Error, OSError, TimeoutError):
@@ -206,7 +218,7 @@ async def link_from_here(node: Node) -> Check:
     except (NodeError, TimeoutError) as error:
         fix = f"check the network from here to the machine of node {node.name!r}: firewall, tunnel, MTU"
         return Check(Group.LINKS, name, Mark.FAILED, f"{_sentence(error)}.", fix)
-    return Check(Group.LINKS, name, Mark.OK, _describe(found))
+    return Check(Group.LINKS, name, Mark.OK, f"From here to {_describe(node.name, found)}")
 
 
 async def link_to_next(node: Node, target: Node, link: Link) -> Check:
@@ -220,7 +232,7 @@ async def link_to_next(node: Node, target: Node, link: Link) -> Check:
     finally:
         await peer.close()
     if status.link is not None:
-        return Check(Group.LINKS, name, Mark.OK, _describe(status.link))
+        return Check(Group.LINKS, name, Mark.OK, f"From {node.name} to {_describe(target.name, status.link)}")
     if status.link_error:
         return Check(
             Group.LINKS,
@@ -230,16 +242,25 @@ async def link_to_next(node: Node, target: Node, link: Link) -> Check:
             f"on the machine of node {node.name!r}, try nc -vz {' '.join(map(str, split_address(str(address))))}; "
             f"check that node {target.name!r} runs, the firewall between them, and the address in the topology there",
         )
-    text = "The round trip is unknown: the node runs a version of ruyi-flow that does not measure its link."
+    text = f"The link from {node.name} to {target.name} is unknown: the version of ruyi-flow there measures no links."
     return Check(Group.LINKS, name, Mark.WARNING, text, f"install this version on the machine of node {node.name!r}")
 
 
-def _describe(link: LinkMeasurement) -> str:
-    return f"The round trip takes {link.round_trip_ms:.3g} ms, and {link.up_mbit:,.3g} Mbit/s go toward the node."
+def _describe(target: str, link: LinkMeasurement) -> str:
+    most = (
+        f"over {_MOST_MBIT:,}" if link.up_mbit > _MOST_MBIT else f"{link.up_mbit:,.{0 if link.up_mbit >= 10 else 1}f}"
+    )
+    trip = f"{link.round_trip_ms:.{0 if link.round_trip_ms >= 10 else 1}f}"
+    return f"{target}: a round trip takes {trip} ms, and {most} Mbit/s go to {target}."
 
 
 def _sentence(error: BaseException) -> str:
     return str(error) or "the measurement took too long"
+
+
+def name_exits(exits: Sequence[int]) -> str:
+    """Return exits in words: exit 29; exits 5, 11."""
+    return f"exit{'s' if len(exits) > 1 else ''} {', '.join(map(str, exits))}"
 
 
 def reached(visits: Sequence[Visit]) -> Mapping[str, NodeStatus]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -43,8 +43,8 @@ async def test_nodes_that_agree_are_all_right(tiny: Path, examined: Examined) ->
         found = await examined(nodes.topology)
     for name in ("n0", "n1", "n2", "here → n0", "here → n1", "here → n2", "n0 → n1", "n1 → n2", "file"):
         assert only(found[name]).mark is Mark.OK, found[name]
-    assert "serves exits 4 with ruyi-flow" in found["n1"][0].text
-    assert "Mbit/s go toward the node" in found["n0 → n1"][0].text
+    assert "serves exit 4 with ruyi-flow" in found["n1"][0].text
+    assert "From n0 to n1: a round trip takes" in found["n0 → n1"][0].text
 
 
 async def test_a_node_that_does_not_run_is_named_with_the_command_that_starts_it(
@@ -55,7 +55,7 @@ async def test_a_node_that_does_not_run_is_named_with_the_command_that_starts_it
         found = await examined(topology)
     down = only(found["n2"])
     assert down.mark is Mark.FAILED and "does not run; its port" in down.text
-    assert down.fix == "start it: ruyi-flow node n2 --topology three.yaml"
+    assert down.fix.startswith("start it: ruyi-flow node n2 --topology three.yaml; or start the tunnel, ")
     assert [c.mark for c in found["n1"]] == [Mark.OK, Mark.WARNING]  # it serves, and reaches n2 at another address
     assert "here → n2" not in found and only(found["here → n1"]).mark is Mark.OK
 
@@ -200,6 +200,26 @@ async def test_an_operators_byte_budget_bounds_a_measurement(tiny: Path) -> None
         assert relay.bytes_up < 40_000
 
 
+async def test_a_machine_that_swallows_packets_is_waited_for_a_while(
+    tiny: Path, examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_nodes, "_LIMIT_S", 1.0)
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(8):  # a full queue of connections drops further ones without a word
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        topology = elsewhere(cut_topology(tiny, CUTS), "n0", address=f"127.0.0.1:{full.getsockname()[1]}")
+        for node, port in zip(topology.nodes[1:], free_ports(2), strict=True):
+            topology = elsewhere(topology, node.name, address=f"127.0.0.1:{port}")
+        found = only((await examined(topology))["n0"])
+    assert found.mark is Mark.FAILED and "cannot be reached: no answer within 1 s" in found.text
+    assert "in the firewall of its machine" in found.fix
+
+
 @asynccontextmanager
 async def old_node(reply: pb.StatusReply) -> AsyncIterator[str]:
     """A node of an older version, which knows no field beyond 21."""
@@ -223,7 +243,7 @@ async def test_what_an_older_node_does_not_say_is_unknown_and_no_failure(tiny: P
     async with cluster(cut_topology(tiny, CUTS)) as nodes:
         old = codec.status_to_pb(nodes.engines["n0"].status())
         for field in ("version", "next_address", "next_encoding"):
-            old.ClearField(field)  # type: ignore[arg-type]
+            old.ClearField(field)
         async with old_node(old) as address:
             found = await examined(elsewhere(nodes.topology, "n0", address=address))
     assert only(found["n0"]).mark is Mark.OK and "its version of ruyi-flow is unknown" in found["n0"][0].text

@@ -20,6 +20,7 @@ from ruyi_flow.client import AsyncClient, Client, Reply
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import (
     CapacityError,
+    ConfigError,
     ContextLengthError,
     DeadlineExceeded,
     HandshakeError,
@@ -591,6 +592,47 @@ async def test_sessions_that_outlive_the_grace_time_are_ended(tiny: Path) -> Non
                 pass
     for engine in nodes.engines.values():
         assert engine.shard.capacity.pool.used == 0
+
+
+@pytest.mark.parametrize(
+    ("cuts", "exits", "name", "message"),
+    [
+        (
+            [[2], [4, 6]],
+            None,
+            "n1",
+            r"node 'n1': exits: the topology gives it \[4, 6\], but its shard .* was cut for \[6\]",
+        ),
+        (
+            [[2, 4], [6]],
+            None,
+            "n0",
+            r"node 'n0': exits: the topology gives it \[2, 4\], but its shard .* cut for \[2\]",
+        ),
+        ([[2], [4], [6]], (3, 6), "n0", r"exits: the topology names \[3, 6\], but .* family with exits \[2, 4, 6\]"),
+    ],
+)
+def test_a_shard_of_another_cut_is_refused_before_it_serves(
+    tiny: Path, tmp_path: Path, cuts: list[list[int]], exits: tuple[int, ...] | None, name: str, message: str
+) -> None:
+    whole = Checkpoint(tiny)
+    folder = cut(whole, (2,) if name == "n0" else (6,), tmp_path / name)
+    topology = cut_topology(tiny, cuts, exits=exits)
+    nodes = tuple(n.model_copy(update={"shard": folder}) if n.name == name else n for n in topology.nodes)
+    with pytest.raises(ConfigError, match=message):
+        Engine.load(topology.model_copy(update={"nodes": nodes}), name)
+
+
+def test_a_shard_that_serves_only_a_part_of_its_cut_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = cut(Checkpoint(tiny), (4, 6), tmp_path / "shard")
+    topology = cut_topology(tiny, [[2, 4], [6]])
+    last = topology.nodes[1].model_copy(update={"shard": folder})
+    with pytest.raises(ConfigError, match=r"gives it \[6\], but its shard .* was cut for \[4, 6\]"):
+        Engine.load(topology.model_copy(update={"nodes": (topology.nodes[0], last)}), "n1")
+    whole = topology.nodes[1].model_copy(update={"shard": tiny})  # a whole family serves as any shard
+    engine = Engine.load(topology.model_copy(update={"nodes": (topology.nodes[0], whole)}), "n1")
+    assert engine.shard.model.exits == (6,)
+    engine.worker.shutdown()
 
 
 async def test_two_nodes_cannot_listen_on_one_port(tiny: Path) -> None:

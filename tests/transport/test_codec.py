@@ -232,7 +232,8 @@ def test_what_a_status_does_not_say_is_unknown() -> None:
 
 def test_a_status_that_cannot_be_is_refused() -> None:
     texts = ("x" * 2000, "\x1b[2J", "a\nb")
-    replies = [pb.StatusReply(**{name: text}) for name in ("node", "version", "link_error") for text in texts]
+    replies = [reply for t in texts for reply in (pb.StatusReply(node=t), pb.StatusReply(version=t))]
+    replies += [pb.StatusReply(link_error=text) for text in texts]
     replies += [pb.StatusReply(link=pb.Link(**{n: bad})) for n in ("round_trip_ms", "up_mbit") for bad in BAD_SECONDS]
     replies.append(pb.StatusReply(exits=range(5000)))
     for reply in replies:
