@@ -90,9 +90,7 @@ def _compare(
 ) -> Measurement:
     """Load the engines and time them in interleaved rounds; `prompt_tokens` selects prefill, None decode."""
     torch.set_num_threads(setup.threads)
-    report("loading", 0, 1)
     family = load_family(setup.family, dtype=setup.dtype, weights=setup.weights, device=setup.device)
-    report("loading", 1, 1)
     ids = tokenize_prompts(family.checkpoint, [PROMPT])[0]
     if prompt_tokens is not None:
         ids = (ids * (prompt_tokens // len(ids) + 1))[:prompt_tokens]
@@ -137,7 +135,7 @@ def _engines(
             raise ConfigError(f"{option} requires --against {kind}; add that, or remove {option}")
     loaded, model = [engines.ruyi_flow(family)], None
     for kind in dict.fromkeys(against):
-        report(f"loading {kind}", 0, 1)
+        report(f"loading {kind}", 0, 0)
         if kind is Against.LLAMA_CPP:
             if gguf is None and setup.family != store.DEMO:
                 raise ConfigError(f"--against {kind} needs --gguf FILE, of the same model as {setup.family!r}")
@@ -146,7 +144,6 @@ def _engines(
             model = model or engines.as_transformers(family.checkpoint, dtype=parse_dtype(setup.dtype)).to(setup.device)
             layers = _draft_layers(family, early_exit) if kind is Against.EARLY_EXIT else None
             loaded.append(engines.transformers(model, layers))
-        report(f"loading {kind}", 1, 1)
     return {engine.name: engine for engine in loaded}
 
 

@@ -29,7 +29,10 @@ __all__ = [
 ]
 
 Report = Callable[[str, int, int], None]
-"""A function that is called with the part of the work that runs, how much of it is done, and its total."""
+"""A function that is called with the part of the work that runs, how much of it is done, and its total.
+
+A total of 0 means that it is not known.
+"""
 
 
 def no_report(what: str, done: int, total: int) -> None:

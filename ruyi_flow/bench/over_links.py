@@ -48,13 +48,12 @@ async def hop(setup: Setup, *, report: Report = no_report) -> Measurement:
     cores = available_cores()[: setup.threads] or None
     times: dict[str, list[float]] = {"process": [], "node": [], "three": [], "three_free": []}
     parts: dict[str, list[float]] = {"compute": [], "queue": [], "wire": []}
-    report("starting nodes", 0, 1)
+    report("starting nodes", 0, 0)
     async with (
         running_nodes(cuts, cores=cores, **setup.node_options) as three,
         running_nodes([family.exits], cores=cores, **setup.node_options) as one,
         running_nodes(cuts, **setup.node_options) as free,
     ):
-        report("starting nodes", 1, 1)
         clients = {"three": three, "node": one, "three_free": free}
         for name, is_measured in interleaved([*times], setup.rounds, report):
             # A short answer first: the others' runs have evicted this one's code and weights from the CPU caches.
@@ -100,9 +99,8 @@ async def exits(setup: Setup, *, policy: Path, report: Report = no_report) -> Me
     times: dict[str, list[float]] = {"process": [], "three": []}
     decided = dict.fromkeys(family.exits, 0)
     flops = 0.0
-    report("starting nodes", 0, 1)
+    report("starting nodes", 0, 0)
     async with running_nodes(cuts, **setup.node_options) as client:
-        report("starting nodes", 1, 1)
         for name, is_measured in interleaved([*times], setup.rounds, report):
             seconds = 0.0
             for ids in prompts:
@@ -178,9 +176,8 @@ async def wan(
     relay = Relay(delay_s=round_trip_ms / 2000)
     times: dict[str, list[float]] = {name: [] for name in variants}
     drafted, accepted = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0)
-    report("starting nodes", 0, 1)
+    report("starting nodes", 0, 0)
     async with running_nodes(cuts, **setup.node_options, relay_to={1: relay}) as client:
-        report("starting nodes", 1, 1)
         for name, is_measured in interleaved([*variants], setup.rounds, report):
             stats = [(await generate_exactly(client, ids, setup.tokens, **variants[name])).stats for ids in prompts]
             if is_measured:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.bench.measurement import Measurement
 
 __all__ = ["draw"]
@@ -26,4 +27,5 @@ def draw(found: Measurement, processor: str, file: Path) -> None:
         axis.set_ylabel(unit)
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle(f"{found.bench}: {found.settings['family']}, {processor}", fontsize=9)
-    figure.savefig(file, dpi=120)
+    with atomic_file(file) as new:
+        figure.savefig(new, dpi=120)

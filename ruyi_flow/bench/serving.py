@@ -45,9 +45,8 @@ async def serve(setup: Setup, *, sessions: int = 16, rate: float = 0.0, report: 
     ttft_ms: dict[str, list[float]] = {name: [] for name in throughput}
     tpot_ms: dict[str, list[float]] = {name: [] for name in throughput}
     rng = np.random.default_rng(0)
-    report("starting nodes", 0, 1)
+    report("starting nodes", 0, 0)
     async with running_nodes([checkpoint.config.exits], **setup.node_options, limits=limits) as client:
-        report("starting nodes", 1, 1)
         for name, is_measured in interleaved([*throughput], setup.rounds, report):
             sent = prompts if name == "together" else prompts[:1]
             gaps = rng.exponential(1 / rate, len(sent)) if rate else np.zeros(len(sent))

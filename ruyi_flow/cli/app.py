@@ -159,7 +159,7 @@ def run() -> None:
         app()
     except SystemExit as end:
         if end.code == 130:  # typer turns Ctrl-C into this
-            sys.stderr.write("interrupted\n")
+            raise KeyboardInterrupt from None
         raise
     except (RuyiFlowError, OSError) as error:  # OSError: files and folders that cannot be read or written
         # Not through rich: a message must stay one line in logs and pipes, and may contain brackets.

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.bench import Against
 from ruyi_flow.bench.measurement import Report, Setup, describe_machine
 from ruyi_flow.cli.app import Panel, app
@@ -234,6 +235,7 @@ def fidelity(
         else:
             costs = Profile.load(profile)
         torch.set_num_threads(2)
+        report("loading the family", 0, 0)
         whole = load_family(family, dtype=dtype)
         prompts = tokenize_prompts(whole.checkpoint, example_prompts())
         trace = output / "fidelity-trace.msgpack"
@@ -253,7 +255,8 @@ def fidelity(
     machine = describe_machine(threads)
     text = markdown(found, machine)
     if table is not None:
-        table.write_text(text, encoding="utf-8")
+        with atomic_file(table) as new:
+            new.write_text(text, encoding="utf-8")
     if not as_json:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     rows = [{**asdict(one.setting), "measured": one.measured, "simulated": one.simulated} for one in found]
@@ -276,6 +279,7 @@ def _prepared(family: str, folder: Path, as_json: bool) -> Iterator[Report]:
 def _run(measure: Callable[..., Any], setup: Setup, output: Path, as_json: bool, **options: Any) -> None:
     """Run a benchmark; write its plot; print its table and, as the last line, its JSON object."""
     with _prepared(setup.family, output, as_json) as report:
+        report("loading the family", 0, 0)
         found = measure(setup, report=report, **options)
         if inspect.iscoroutine(found):
             found = asyncio.run(found)

@@ -76,20 +76,21 @@ def trace(
     if threads is not None:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_family(family, dtype=dtype, device=device, weights=weights)
-    if loaded.tokenizer is None:
-        raise ConfigError(f"family {family!r} has no tokenizer.json, which this command needs")
-    asked = list(islice(read_questions(prompts, loaded.tokenizer, scorer), limit))
-    if not asked:
-        raise ConfigError(f"{prompts}: the file contains no prompts")
     with counting_bar(quiet=as_json) as progress:
+        progress("loading the family", 0, 0)
+        loaded = load_family(family, dtype=dtype, device=device, weights=weights)
+        if loaded.tokenizer is None:
+            raise ConfigError(f"family {family!r} has no tokenizer.json, which this command needs")
+        asked = list(islice(read_questions(prompts, loaded.tokenizer, scorer), limit))
+        if not asked:
+            raise ConfigError(f"{prompts}: the file contains no prompts")
         skipped = record_trace(
             loaded,
             asked,
             out_file,
             scorer=scorer,
             max_new_tokens=max_new_tokens,
-            report=lambda done, total: progress("tracing", done, total),
+            report=lambda done, total: progress("answered prompts", done, total),
         )
     if skipped:
         err.print(
@@ -208,7 +209,7 @@ def calibrate(
     budget = Budget(*limits.values()) if any(value is not None for value in limits.values()) else None
     if budget is None and max_disagreement is None:
         max_disagreement = 0.05
-    deployment = _deployment(topology, loaded, measured=max_latency is not None)
+    deployment = _deployment(topology, loaded, measured=max_latency is not None, quiet=as_json)
     _calibrate_token(job, max_disagreement, budget, deployment)
 
 
@@ -297,7 +298,7 @@ def _calibrate_cascade(job: _Job, max_loss: float, window: int) -> None:
             score=job.score,
             window=window,
             seed=job.seed,
-            report=lambda done, total: progress("trying settings", done, total),
+            report=lambda done, total: progress("tried settings", done, total),
         )
     written = [] if job.report is None else write_cascade_report(job.report, found)
     if not options:
@@ -342,7 +343,7 @@ def _check_targets(out_file: Path, report: Path | None) -> None:
         check_target(report, "--report", folder=True)
 
 
-def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deployment | None:
+def _deployment(topology: Path | None, trace: Trace, *, measured: bool, quiet: bool) -> Deployment | None:
     """Read where a topology cuts the family; measure its running nodes when the budget limits time."""
     if topology is None:
         if measured:
@@ -362,5 +363,5 @@ def _deployment(topology: Path | None, trace: Trace, *, measured: bool) -> Deplo
             raise ConfigError(f"{topology} has family {fingerprint[:12]}, the trace {trace.header.family[:12]}")
     if not measured:
         return deployment_of(loaded, trace.header.hidden_size)
-    with progress_bar("measuring the nodes"):
+    with progress_bar("measuring the nodes", quiet=quiet):
         return asyncio.run(measure_deployment(loaded, trace.header.hidden_size))

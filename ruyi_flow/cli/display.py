@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from ruyi_flow.reply import tier_colour
 from ruyi_flow.types import NodeStatus, Reason, Stats, Token, counted
 
 __all__ = [
+    "LINE_EVERY_S",
     "beside_answers",
     "comma_list",
     "counting_bar",
@@ -60,6 +62,9 @@ _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 _CONTROLS |= {ord("\n"): "\n", ord("\t"): " " * _TAB, ord("\r"): ""}
 _PRINTABLE = str.maketrans(_CONTROLS)
 
+LINE_EVERY_S = 30.0
+"""Seconds between two lines of progress where standard error is not a terminal."""
+
 _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
 """Words for gRPC's states of a connection."""
 
@@ -84,43 +89,77 @@ def print_text(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text), style=style), soft_wrap=not console.file.isatty())
 
 
+class _Bars:
+    """Progress bars in a terminal; in a pipe or a log, a line of text every 30 seconds.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        text = TextColumn("{task.fields[text]}")
+        columns = [TextColumn("{task.description}"), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()]
+        self._shown = Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
+        self._prints_lines = not quiet and not err.is_terminal
+        self._parts: dict[str, TaskID] = {}
+        self._line = ""
+        self._began, self._ended = time.monotonic(), threading.Event()
+
+    def report(self, what: str, done: float = 0, total: float | None = None, note: str = "") -> None:
+        """Show a part of the work, how much of it is done, and its total, if it is known and not 0.
+
+        A part without a total disappears when the next part is reported.
+        """
+        total = total or None
+        done = max(0, done if total is None else min(done, total))
+        text = note if total is None else f"{done:,.0f}/{total:,.0f} {note}".rstrip()
+        if what not in self._parts:
+            for task in self._shown.tasks:
+                if task.total is None:
+                    self._shown.update(task.id, visible=False)
+            self._parts[what] = self._shown.add_task(what, total=total, text=text)
+        self._shown.update(self._parts[what], completed=done, total=total, text=text, visible=True)
+        self._line = f"{what}: {text}" if text else what
+
+    def __enter__(self) -> _Bars:
+        self._shown.start()
+        if self._prints_lines:
+            threading.Thread(target=self._print_lines, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._shown.stop()
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(LINE_EVERY_S):
+            err.print(escape(f"{self._line} ({time.monotonic() - self._began:.0f} s)"), soft_wrap=True, highlight=False)
+
+
 @contextmanager
 def progress_bar(what: str, *, total: float | None = None, quiet: bool = False) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar, or a spinner without a total; yields a function that takes the amount done so far."""
-    columns = [TextColumn("{task.description}"), BarColumn() if total else SpinnerColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    """Show a progress bar, without a total a moving one; yields a function that takes the amount done so far."""
+    with _Bars(quiet) as bars:
+        bars.report(what, 0, total)
+        yield lambda done: bars.report(what, done, total)
 
 
 @contextmanager
 def counting_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Show one progress bar for each part of the work; yields a function of (part's name, done, total)."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}")]
-    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
-        parts: dict[str, Any] = {}
+    """Show one progress bar for each part of the work; yields a function of (part's name, done, total).
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in parts:
-                parts[what] = progress.add_task(what, total=total)
-            progress.update(parts[what], completed=done, total=total)
-
-        yield report
+    A total of 0 means that it is not known.
+    """
+    with _Bars(quiet) as bars:
+        yield bars.report
 
 
 @contextmanager
 def training_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Show a progress bar with speed and time left; yields a function of (done, total, tokens per second, note)."""
-    text = TextColumn(
-        "{task.completed:,.0f}/{task.total:,.0f} · {task.fields[speed]:,.0f} tokens/s {task.fields[note]}"
-    )
-    columns = [TextColumn("{task.description}"), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
-        task = progress.add_task(what, total=1, speed=0.0, note="")
-        yield lambda done, total, speed, note="": progress.update(
-            task, completed=done, total=total, speed=speed, note=note
-        )
+    with _Bars(quiet) as bars:
+        bars.report(what)
+        yield lambda done, total, speed, note="": bars.report(what, done, total, f"{speed:,.0f} tokens/s {note}")
 
 
 def step_printer(quiet: bool = False) -> Callable[[str], None]:

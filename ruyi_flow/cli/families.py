@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
-from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer, training_bar
+from ruyi_flow.cli.display import counting_bar, err, out, print_json, progress_bar, step_printer, training_bar
 from ruyi_flow.cli.options import JsonOption, integers
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import require
@@ -184,7 +184,8 @@ def evaluate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    with progress_bar("loading the family", quiet=as_json):
+        loaded = load_family(family, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
     chosen = None if exits == "all" else integers(exits, "--exits")
     for exit in chosen or ():
         if exit not in loaded.exits:

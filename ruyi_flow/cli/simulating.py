@@ -89,7 +89,7 @@ def simulate(
     seeds = [] if seed is None else [f"seed={seed}"]
     asked = Scenario.read(scenario, [*(changes or ()), *seeds])
     load = asked.workload
-    counted = "requests" if load.requests or load.arrivals.kind == "replay" else "seconds of virtual time"
+    counted = "requests" if load.requests or load.arrivals.kind == "replay" else "seconds of simulated time"
     folder = folder or Path("runs/sim") / scenario.stem
     check_target(folder, "--out", folder=True)
     with _interruptible(), counting_bar(quiet=as_json) as bar:
@@ -98,7 +98,8 @@ def simulate(
         print_json(result.metrics)
         return
     show(result.metrics)
-    err.print(f"[dim]{folder}/report.html, metrics.json, requests.csv, trace.json (ui.perfetto.dev)[/]")
+    files = f"{escape(str(folder))}/report.html, metrics.json, requests.csv, trace.json (ui.perfetto.dev)"
+    err.print(f"[dim]{files}[/]", soft_wrap=True)
 
 
 @app.command(rich_help_panel=Panel.SIMULATE)

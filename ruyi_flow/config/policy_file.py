@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.config.examples import find
 from ruyi_flow.config.yaml_files import explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError, shown
@@ -111,13 +112,11 @@ class PolicyFile(_Model):
 
     def save(self, path: Path) -> None:
         """Write the file atomically; its folder is created."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.new")
         text = yaml.safe_dump(
             self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=110
         )
-        new.write_text(f"# Written by ruyi-flow calibrate.\n{text}", encoding="utf-8")
-        new.replace(path)
+        with atomic_file(path) as new:
+            new.write_text(f"# Written by ruyi-flow calibrate.\n{text}", encoding="utf-8")
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return routing options: the given ones, and those that the file sets.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.calibration.cascade import CascadeCalibration
 from ruyi_flow.calibration.curves import Floats, raw_confidences, reliability_bins
 from ruyi_flow.calibration.thresholds import TokenCalibration
@@ -80,8 +81,7 @@ def _write_points(
 ) -> list[Path]:
     """Write a CSV table, and plots of the value against each cost with a line for each policy."""
     pyplot, table, plot = _import_pyplot(), path.with_suffix(".csv"), path.with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(table) as new, new.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *(point.cells for point in points)])
     figure, axes = pyplot.subplots(1, len(costs), figsize=(14, 4), layout="constrained", sharey=True)
     for policy in dict.fromkeys(point.policy for point in points):
@@ -93,7 +93,8 @@ def _write_points(
         axis.set(xlabel=label)
     axes[0].set(ylabel=value)
     axes[0].legend()
-    figure.savefig(plot, dpi=120)
+    with atomic_file(plot) as new:
+        figure.savefig(new, dpi=120)
     pyplot.close(figure)
     return [table, plot]
 
@@ -112,7 +113,8 @@ def _plot_reliability(path: Path, trace: Trace, confidence: Mapping[int, Floats]
             axis.plot([mean for mean, _, _ in bins], [share for _, share, _ in bins], "o-", label=name, markersize=3)
         axis.set(title=f"exit {p}", xlabel="confidence", ylabel="agreement")
     panels[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as new:
+        figure.savefig(new, dpi=120)
     pyplot.close(figure)
     return path
 

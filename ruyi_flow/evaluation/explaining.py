@@ -11,6 +11,7 @@ import torch
 from jinja2 import Environment
 from torch import Tensor
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.every_exit import Tree, exit_logits
@@ -147,8 +148,8 @@ def write_html(out: Path, prompt: str, rows: Sequence[ExplainedToken], stats: St
     colours = {node: tier_colour(nodes, node) for node in nodes}
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(prompt=prompt, rows=rows, stats=asdict(stats), policy=_describe(policy), colours=colours)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    with atomic_file(out) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _describe(policy: Policy) -> Mapping[str, Any]:

@@ -65,12 +65,13 @@ def measure_quality(
         formats: the formats to compare.
         prompts: JSON lines as for a trace. Default: `QUESTIONS`.
         text: text file whose first windows measure perplexity. Default: no perplexity.
-        report: called with the format that is measured, the amount that is done, and the total.
+        report: called with the part of the work, such as a format, the amount that is done, and the total or 0.
 
     Raises:
         CheckpointError: a format does not support this family.
         ConfigError: a file cannot be read, or the family has no tokenizer.
     """
+    report("loading the family", 0, 0)
     wide = Family(checkpoint, dtype=torch.bfloat16)
     tokenizer, last = wide.tokenizer, wide.exits[-1]
     if tokenizer is None:
@@ -83,7 +84,11 @@ def measure_quality(
         except (OSError, ValueError) as error:
             raise ConfigError(f"{text}: cannot be read as text: {error}") from None
     windows = [w for i in range(0, len(read), _WINDOW) if len(w := read[i : i + _WINDOW]) > 1]
-    answers = [wide.generate(torch.tensor([p]), max_new_tokens=_ANSWER)[0].tolist() for p in asked]
+    answers: list[list[int]] = []
+    for prompt in asked:
+        report("answers to compare", len(answers), len(asked))
+        answers.append(wide.generate(torch.tensor([prompt]), max_new_tokens=_ANSWER)[0].tolist())
+    report("answers to compare", len(asked), len(asked))
     expected: list[Tensor] = []
     found = []
     for weights in (Weights.BF16, *formats):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.evaluation.run import Column, Evaluation, Row
 
 __all__ = ["cell", "heading", "markdown", "notes", "write"]
@@ -49,8 +50,10 @@ def write(evaluation: Evaluation, out: Path) -> list[Path]:
     head = f"{evaluation.family} ({evaluation.fingerprint[:12]}), {evaluation.dtype}, {evaluation.fewshot} shots{limit}"
     table, data, plot = out / "table.md", out / "evaluation.json", out / "plot.png"
     said = "".join(f"\n{note}\n" for note in notes(evaluation))
-    table.write_text(f"{head}\n\n{markdown(evaluation)}{said}", encoding="utf-8")
-    data.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    with atomic_file(table) as new:
+        new.write_text(f"{head}\n\n{markdown(evaluation)}{said}", encoding="utf-8")
+    with atomic_file(data) as new:
+        new.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
     try:
         import matplotlib
     except ImportError:
@@ -70,6 +73,7 @@ def write(evaluation: Evaluation, out: Path) -> list[Path]:
         )
         axis.title.set_fontsize(8)
         axis.set_xticks(exits)
-    figure.savefig(plot, dpi=120)
+    with atomic_file(plot) as new:
+        figure.savefig(new, dpi=120)
     pyplot.close(figure)
     return [table, data, plot]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
+import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from ruyi_flow.child_processes import child_processes
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
@@ -38,47 +37,42 @@ def simulate_all(
     if ray is not None:
         yield from _on_ray(runs, ray)
         return
-    before = set(multiprocessing.active_children())
-    most = min(len(runs), jobs or _cores())
-    pool = ProcessPoolExecutor(most, multiprocessing.get_context("spawn"), initializer=_prepare)
-    finished = False
-    try:
-        futures = {pool.submit(_run, *run): i for i, run in enumerate(runs)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-        finished = True
-    except BrokenProcessPool:
-        raise ConfigError(
-            "a simulating process was killed (out of memory?); run again with fewer at a time (--jobs)"
-        ) from None
-    finally:
-        if finished:
-            pool.shutdown()
-        else:
-            processes = set(multiprocessing.active_children()) - before
-            for process in processes:
-                process.kill()
-            # Do not wait for the pool: it may itself wait for the rest of what a killed process was sending.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.join()
+    waiting, running = deque(enumerate(runs)), dict[Any, int]()
+    with child_processes(min(len(runs), jobs or _cores()), _answer) as connections:
+        try:
+            for connection in connections:
+                running[connection], run = waiting.popleft()
+                connection.send(run)
+            while running:
+                ready: list[Any] = wait([*running])
+                for connection in ready:
+                    found, number = connection.recv(), running.pop(connection)
+                    if waiting:
+                        running[connection], run = waiting.popleft()
+                        connection.send(run)
+                    if isinstance(found, Exception):
+                        raise found
+                    yield number, found
+        except (EOFError, ConnectionError):
+            raise ConfigError(
+                "a simulating process was killed (out of memory?); run again with fewer at a time (--jobs)"
+            ) from None
+
+
+def _answer(connection: Connection) -> None:
+    """Simulate every scenario that is received, and send its metrics, or the error, back."""
+    while True:
+        try:
+            connection.send(_run(*connection.recv()))
+        except (EOFError, ConnectionError):
+            return
+        except Exception as error:
+            error.add_note("".join(traceback.format_exception(error)))
+            connection.send(error)
 
 
 def _run(scenario: Scenario, where: str) -> dict[str, Any]:
     return Simulation(scenario, where=where).run().metrics
-
-
-def _prepare() -> None:
-    """Prepare a simulating process: it leaves Ctrl-C to its parent, and exits when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _cores() -> int:

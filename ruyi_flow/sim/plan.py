@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Link, Node, Topology
 from ruyi_flow.errors import ConfigError, did_you_mean
@@ -227,6 +228,7 @@ def plan(
                     ended[i] = replace(chosen[i], simulated=tuple(metric(metrics, path) for path in wanted))
                     progress(len(every) + len(found) + len(ended), total)
             found += [ended[i] for i in sorted(ended)]
+    progress(total, total)  # also if there were fewer candidates than finalists to be
     found.sort(key=lambda c: c.order(constraints, c.simulated))
     labels = [one.label for one in constraints] + [minimize, "p95 token_s"]
     met = found[0].order(constraints, found[0].simulated)[0] == 0
@@ -298,7 +300,6 @@ def write_topology(found: Plan, out: Path, base: Path) -> None:
         base: the scenario's folder, which its relative paths refer to.
     """
     best, scenario = found.finalists[0], found.scenario
-    out.parent.mkdir(parents=True, exist_ok=True)
     planned = with_cut(scenario, best.cut, best, policy_file=out.with_suffix(".policy.yaml"))
     taken = {node.address for node in planned.nodes}
     free = (address for port in itertools.count(7101) if (address := f"127.0.0.1:{port}") not in taken)
@@ -325,16 +326,10 @@ def write_topology(found: Plan, out: Path, base: Path) -> None:
         "links": links,
     }
     data = {key: value for key, value in data.items() if value} | {"policy": policy}
-    new = out.with_name(f".{out.name}.new")
-    try:
-        new.write_text(
-            f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}",
-            encoding="utf-8",
-        )
+    text = f"# Written by ruyi-flow plan.\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}"
+    with atomic_file(out) as new:
+        new.write_text(text, encoding="utf-8")
         Topology.load(new)
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 # ---- the search ----

@@ -33,6 +33,7 @@ import msgpack
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.errors import ConfigError
 
 __all__ = ["Profile", "StageCost", "StepCost"]
@@ -151,13 +152,8 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile's file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.new")
-        try:
+        with atomic_file(path) as new:
             new.write_bytes(msgpack.packb({"format": _FORMAT, "version": _VERSION, **asdict(self)}))
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Profile:

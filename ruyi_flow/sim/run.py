@@ -106,7 +106,7 @@ class Simulation:
         step, recorder = self._time.env.step, self._recorder
         arriving = self._time.process(self._arrive())
         most = load.requests + load.before if load.requests else math.inf
-        seconds = math.ceil(load.duration_s or 0)
+        total = self._expected or max(1, math.ceil(load.duration_s or 0))
         usual = gc.get_threshold()
         gc.set_threshold(_COLLECTED, *usual[1:])
         try:
@@ -119,15 +119,14 @@ class Simulation:
                 except simpy.core.EmptySchedule:
                     break
                 recorder.timeline.fold()
-                if self._expected:
-                    progress(recorder.done, self._expected)
-                else:
-                    progress(min(seconds, int(self._time.now() - self._began_s)), seconds)
+                done = recorder.done if self._expected else max(0, int(self._time.now() - self._began_s))
+                progress(min(done, total), total)
         finally:
             gc.set_threshold(*usual)
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         recorder.close()
+        progress(total, total)
         return Result(self.scenario, self._metrics(), recorder, Path(self._where).stem)
 
     # ---- the load ----

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from ruyi_flow import __version__
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.config.yaml_files import parse_value
 from ruyi_flow.errors import ConfigError, RuyiFlowError
 from ruyi_flow.sim.parallel import simulate_all
@@ -179,7 +179,8 @@ def sweep(
     with closing(simulate_all([runs[name] for name in left], jobs=jobs, ray=ray)) as ended:
         for number, metrics in ended:
             found[left[number]] = metrics
-            _write_whole(folder / f"{left[number]}.json", metrics_text(metrics))
+            with atomic_file(folder / f"{left[number]}.json") as new:
+                new.write_text(metrics_text(metrics), encoding="utf-8")
             progress(len(found), len(runs))
     return [
         _point(keys, [found[name] for name in listed], seeds[0])
@@ -217,10 +218,9 @@ def write_tables(folder: Path, points: Sequence[Point]) -> list[Path]:
         for point in rows:
             pairs = [(f"{f.mean:.6g}", "" if f.half is None else f"{f.half:.3g}") for f in point.statistics.values()]
             lines.append([*map(str, point.keys.values()), *itertools.chain.from_iterable(pairs)])
-        new = folder / f".{name}.{os.getpid()}.new"
-        with new.open("w", newline="", encoding="utf-8") as file:
+        with atomic_file(folder / name) as new, new.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(lines)
-        written.append(new.replace(folder / name))
+        written.append(folder / name)
     return written
 
 
@@ -241,9 +241,9 @@ def plot_front(folder: Path, points: Sequence[Point]) -> Path:
         panel.set(xlabel=x_label, ylabel=label)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    new = folder / f".pareto.{os.getpid()}.new"
-    drawing.savefig(new, dpi=120, format="png")
-    return new.replace(folder / "pareto.png")
+    with atomic_file(folder / "pareto.png") as new:
+        drawing.savefig(new, dpi=120)
+    return folder / "pareto.png"
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -381,9 +381,3 @@ def _read_metrics(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

@@ -7,7 +7,6 @@ short answers do not wait for long ones.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.config import FamilyConfig
@@ -199,19 +199,17 @@ def distill(
             length = len(opening) + plan.max_new_tokens
             given = ask([opening] * plan.own_prompts, max_positions=length, temperature=1.0, seed=recipe.seed)
             own = _own_prompts(given, plan, tokenizer, eos_token_ids, report=report)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own), encoding="utf-8")
-            os.replace(part, file)
+            with atomic_file(file) as new:
+                new.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in own), encoding="utf-8")
         prompts += read_prompts(file, tokenizer)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < recipe.length]
     if skipped := len(prompts) - len(fitting):
         say(f"{skipped} of {len(prompts)} prompts have {recipe.length} tokens or more (length); they are not answered")
     file = recipe.answers
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     done = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last line off
-    file.write_text("".join(json.dumps(item) + "\n" for item in done), encoding="utf-8")
+    with atomic_file(file) as new:
+        new.write_text("".join(json.dumps(item) + "\n" for item in done), encoding="utf-8")
     answered = {(item["prompt_number"], item["temperature"]) for item in done}
     began, tokens, total = time.perf_counter(), 0, len(fitting) * len(plan.temperatures)
     with file.open("a", encoding="utf-8") as out:

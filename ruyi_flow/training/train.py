@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ruyi_flow.atomic_file import atomic_file
 from ruyi_flow.errors import ConfigError, TrainingError
 from ruyi_flow.family.checkpoint import Checkpoint, save_weights
 from ruyi_flow.family.config import FamilyConfig
@@ -129,7 +130,8 @@ def train(
     if accelerator.is_main_process:
         recipe.out.mkdir(parents=True, exist_ok=True)
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(lines[:done]), encoding="utf-8")  # one line a step; later steps are run again
+        with atomic_file(metrics) as file:
+            file.write_text("".join(lines[:done]), encoding="utf-8")  # one line a step; later steps are run again
     board = _board(recipe.out) if accelerator.is_main_process else None
     batches = _batches(recipe, torch.arange(held_out, len(packed)), accelerator.num_processes, done)
     began, tokens = time.perf_counter(), 0
@@ -170,8 +172,8 @@ def train(
         if accelerator.is_main_process:
             values = {"step": step + 1, "tokens_per_s": tokens_per_s, **losses}
             values |= {f"validation/{name}": value for name, value in found.items()}
-            with metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            with metrics.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(values) + "\n")
             if board is not None:
                 for name, value in values.items():
                     board.add_scalar(name, value, step + 1)
@@ -188,7 +190,8 @@ def train(
         else:  # probes of other branches would be wrong
             metadata |= {"ruyi_flow.branch_layers": json.dumps(config.branch_layers), "ruyi_flow.probe_size": "0"}
         tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in trainee.published(weights).items()}
-        save_weights(tensors, out, metadata)
+        with atomic_file(out) as file:
+            save_weights(tensors, file, metadata)
     accelerator.wait_for_everyone()
     return out
 
@@ -263,7 +266,11 @@ def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
 def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
     """Replace the state to resume from, so that a kill at any time leaves a complete one."""
     new = state.with_name("state.new")
-    accelerator.save_state(str(new))
+    try:
+        accelerator.save_state(str(new))
+    except KeyboardInterrupt:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new / "step.json").write_text(json.dumps(step), encoding="utf-8")

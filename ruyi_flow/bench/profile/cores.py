@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
 
+from ruyi_flow.bench.measurement import Report, no_report
 from ruyi_flow.bench.profile.stages import NEAR_CONTEXT, filled_session, time_stages
+from ruyi_flow.child_processes import child_processes
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
 from ruyi_flow.family.loading import load_slice
@@ -29,38 +30,31 @@ _MEASURED_S = 12.0
 
 
 def concurrent_step_times(
-    family: str, *, dtype: str, weights: Weights | None, threads: int, processes: int
+    family: str,
+    *,
+    dtype: str,
+    weights: Weights | None,
+    threads: int,
+    processes: int,
+    report: Report = no_report,
 ) -> tuple[float, float]:
     """Run steps with random pauses in several processes at once; return the mean seconds of a step and of a pause."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(processes), context.Queue()
+    what = f"seconds of steps in {processes} process{'es' if processes > 1 else ''}"
     options = {"dtype": dtype, "weights": weights, "threads": threads}
-    workers = [
-        context.Process(target=_run_steps, args=(family, seed, barrier, results), kwargs=options, daemon=True)
-        for seed in range(processes)
-    ]
-    with _ctrl_c_blocked():
-        for worker in workers:
-            worker.start()
-    try:
-        return per_step([results.get(timeout=120) for _ in workers])
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join(10)
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """Start processes in this block: Ctrl-C in a terminal reaches this process only, which ends them without traces."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with child_processes(processes, _run_steps, family, options) as connections:
+        try:
+            report(f"starting {processes} process{'es' if processes > 1 else ''}", 0, 0)
+            for connection in connections:
+                connection.recv()  # it is ready
+            for seed, connection in enumerate(connections):
+                connection.send(seed)
+            began = time.monotonic()
+            while not connections[0].poll(1.0):
+                report(what, int(time.monotonic() - began), int(_MEASURED_S))
+            report(what, int(_MEASURED_S), int(_MEASURED_S))
+            return per_step([connection.recv() for connection in connections])
+        except (EOFError, ConnectionError):
+            raise ConfigError("a measuring process ended early (out of memory?); its own message is above") from None
 
 
 def per_step(results: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
@@ -69,21 +63,23 @@ def per_step(results: Sequence[tuple[float, float, int]]) -> tuple[float, float]
     return stepped_s / counts, paused_s / counts
 
 
-def _run_steps(
-    family: str, seed: int, barrier: Any, results: Any, *, dtype: str, weights: Weights | None, threads: int
-) -> None:
+def _run_steps(connection: Connection, family: str, options: Mapping[str, Any]) -> None:
     """Alternate steps with pauses about as long as a step, like a node whose sessions wait for other nodes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    checkpoint, random_pause = Checkpoint(store.locate(family)), random.Random(seed).expovariate
+    torch.set_num_threads(options["threads"])
+    checkpoint = Checkpoint(store.locate(family))
     model = load_slice(
-        checkpoint, checkpoint.config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights
+        checkpoint,
+        checkpoint.config.exits,
+        dtype=parse_dtype(options["dtype"]),
+        device=torch.device("cpu"),
+        weights=options["weights"],
     )
     shard = Shard(model, max_positions=1024, max_sessions=1)
     with torch.inference_mode():
         session = filled_session(shard, NEAR_CONTEXT)
         step_s = sum(time_stages([session], 1, "trunk"))
-        barrier.wait(120)
+        connection.send(None)
+        random_pause = random.Random(connection.recv()).expovariate
         end, stepped_s, paused_s, count = time.perf_counter() + _MEASURED_S, 0.0, 0.0, 0
         while time.perf_counter() < end:
             session.rewind(NEAR_CONTEXT)
@@ -91,7 +87,7 @@ def _run_steps(
             began = time.perf_counter()
             time.sleep(random_pause(1 / step_s))
             paused_s, count = paused_s + time.perf_counter() - began, count + 1
-        results.put((stepped_s, paused_s, count))
+        connection.send((stepped_s, paused_s, count))
 
 
 def estimate_cores(alone: tuple[float, float], concurrent_s: float) -> float:

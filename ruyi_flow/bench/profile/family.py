@@ -63,6 +63,7 @@ def profile_family(
     checkpoint = Checkpoint(store.locate(family))
     config = checkpoint.config
     torch.set_num_threads(threads)
+    report("loading the family", 0, 0)
     model = load_slice(checkpoint, config.exits, dtype=parse_dtype(dtype), device=torch.device("cpu"), weights=weights)
     far = min(_FAR_CONTEXT, config.max_positions - 2 * ROWS[-1])
     if far <= NEAR_CONTEXT:
@@ -87,19 +88,13 @@ def profile_family(
     )
     del shard, model
     options: dict[str, Any] = {"dtype": dtype, "weights": weights, "threads": threads}
-    report("concurrent steps", 0, 2)
-    alone = concurrent_step_times(family, **options, processes=1)
-    report("concurrent steps", 1, 2)
-    concurrent_s, _ = concurrent_step_times(family, **options, processes=CONTENDERS)
+    alone = concurrent_step_times(family, **options, processes=1, report=report)
+    concurrent_s, _ = concurrent_step_times(family, **options, processes=CONTENDERS, report=report)
     found.machine["cores_for_nodes"] = round(estimate_cores(alone, concurrent_s), 3)
-    report("concurrent steps", 2, 2)
     if len(config.exits) > 1:
         node_options = {"family": family, **options}
-        report("nodes", 0, 2)
-        overheads = asyncio.run(measure_overheads(config.exits, node_options))
-        report("nodes", 1, 2)
-        found = replace(found, **overheads, **asyncio.run(measure_pauses(stages, node_options)))
-        report("nodes", 2, 2)
+        overheads = asyncio.run(measure_overheads(config.exits, node_options, report))
+        found = replace(found, **overheads, **asyncio.run(measure_pauses(stages, node_options, report)))
     return found
 
 

@@ -29,14 +29,16 @@ _DELAYS_S = (0.0, 0.01, 0.04)
 """One-way delays of links, which make nodes pause for different times between steps."""
 
 
-async def measure_overheads(exits: Sequence[int], node_options: Mapping[str, Any]) -> dict[str, Any]:
+async def measure_overheads(exits: Sequence[int], node_options: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Measure the seconds of rounds, requests and exchanges besides steps, as fields of `Profile`.
 
     The nodes are two processes on loopback; `node_options` are arguments of `running_nodes`.
     """
+    report("groups of nodes", 0, 2 + len(_DELAYS_S))
     async with running_nodes([exits], **node_options) as client:
         await _answer(client, 16, 16)
         round_cpu = await _cpu_per_round(client, 0.0)
+    report("groups of nodes", 1, 2 + len(_DELAYS_S))
     async with running_nodes([exits[:1], exits[1:]], **node_options) as client:
         await _answer(client, 16, 16)
         exchange_cpu = await _cpu_per_round(client, round_cpu)
@@ -58,7 +60,9 @@ async def measure_overheads(exits: Sequence[int], node_options: Mapping[str, Any
     }
 
 
-async def measure_pauses(stages: Sequence[StageCost], node_options: Mapping[str, Any]) -> dict[str, Any]:
+async def measure_pauses(
+    stages: Sequence[StageCost], node_options: Mapping[str, Any], report: Report
+) -> dict[str, Any]:
     """Measure how much longer steps take after pauses than in `stages`, as fields of `Profile`.
 
     Node processes behind links of several delays wait for one another; `node_options` as in `measure_overheads`.
@@ -70,7 +74,8 @@ async def measure_pauses(stages: Sequence[StageCost], node_options: Mapping[str,
         last_s = costs[-1].branch_s[0] + costs[-1].head_s[0] if part is cuts[-1] else 0.0
         warm_s.append(sum(s.trunk_s[0] for s in costs) + last_s)
     pauses, cold = [], []
-    for delay_s in _DELAYS_S:
+    for number, delay_s in enumerate(_DELAYS_S):
+        report("groups of nodes", 2 + number, 2 + len(_DELAYS_S))
         relays = {i: Relay(delay_s=delay_s) for i in range(1, len(cuts))} if delay_s else None
         async with running_nodes(cuts, **node_options, relay_to=relays) as client:
             await _answer(client, 16, 16)
@@ -79,6 +84,7 @@ async def measure_pauses(stages: Sequence[StageCost], node_options: Mapping[str,
         steps_s = [statistics.median(s.hops[i].compute_s / s.new_tokens for s in found) for i in range(len(cuts))]
         pauses.append(token_s - statistics.mean(steps_s))
         cold.append(max(0.0, statistics.mean(a - b for a, b in zip(steps_s, warm_s, strict=True))))
+    report("groups of nodes", 2 + len(_DELAYS_S), 2 + len(_DELAYS_S))
     return {"pauses_s": tuple(pauses), "cold_s": non_decreasing(cold)}
 
 
