@@ -70,7 +70,7 @@ def listen_problem(found: Sequence[Any]) -> int | None:
     A port of one address is also in use where something listens on all addresses. A host may have addresses that this
     machine lacks, such as ::1 where IPv6 is off; only if it lacks all of them, a server cannot listen.
     """
-    problems = []
+    problems: list[int | None] = []
     for family, kind, _, _, address in found:
         with socket.socket(family, kind) as probe:
             # As servers do, after an earlier one. On Windows, SO_REUSEADDR would take over a port in use.

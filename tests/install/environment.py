@@ -33,7 +33,7 @@ def build_wheels(folder: Path) -> list[Path]:
 
 def find_pythons() -> list[Path]:
     """Return an interpreter of each supported version that this machine has, the oldest first."""
-    low, high = map(int, re.findall(r"3\.(\d+)", project()["requires-python"]))
+    low, high = map(int, re.findall(r"3\.(\d+)", str(project()["requires-python"])))
     found = []
     for minor in range(low, high):
         kept = sorted((Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python3.{minor}"))

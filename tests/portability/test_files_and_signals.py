@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import _pyio
+import _pyio  # type: ignore[import-not-found]
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -19,8 +20,8 @@ from ruyi_flow.config.topology import Node
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.evaluation.harness import ResultCache
 from ruyi_flow.serving.node import stay_on_cores
-from ruyi_flow.serving.supervisor import _in_use
 from ruyi_flow.testing import free_ports
+from ruyi_flow.transport.addresses import listen_problem, resolve
 
 
 @pytest.fixture
@@ -80,12 +81,12 @@ async def test_a_port_in_use_is_found_with_the_option_that_windows_needs(monkeyp
     # On Windows, SO_REUSEADDR would bind the port all the same, as SO_REUSEPORT does here.
     monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
     monkeypatch.setattr(socket, "SO_REUSEADDR", socket.SO_REUSEPORT)
-    assert not await _in_use("127.0.0.1", port)
+    assert listen_problem(await resolve("127.0.0.1", port)) is None
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        assert await _in_use("127.0.0.1", port)
+        assert listen_problem(await resolve("127.0.0.1", port)) == errno.EADDRINUSE
 
 
 def test_a_cache_of_results_keeps_its_bytes_where_lines_end_otherwise(
