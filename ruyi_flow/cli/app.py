@@ -27,7 +27,7 @@ class Panel:
 
 
 _ORDER = (
-    *("demo", "pull", "up", "status", "shard", "node"),
+    *("demo", "pull", "list", "rm", "up", "status", "shard", "node"),
     *("generate", "chat", "explain"),
     *("trace", "calibrate"),
     *("train", "eval", "bench"),

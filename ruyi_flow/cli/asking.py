@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import (
+    counting_bar,
     err,
     log_writer,
     node_legend,
@@ -64,7 +65,7 @@ def demo(
 
     loaded, text = networked(topology), prompt_text(prompt)
     if loaded.family == store.DEMO:
-        store.pull(store.DEMO, say=step_printer(), bars=err.is_terminal)
+        store.pull(store.DEMO, say=step_printer(), bars=counting_bar if err.is_terminal else None)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
