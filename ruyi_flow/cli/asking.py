@@ -269,7 +269,7 @@ def describe_gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:
     saved_bytes = 0.0
     for hop in stats.hops[1:]:
         avoided = max(0, total - hop.messages)
-        saved.append(f"{avoided} round trips to the {topology.node(hop.node).label}")
+        saved.append(f"{avoided} round trips to the {topology.label_of(hop.node)}")
         saved_bytes += avoided * hop.bytes_down / hop.messages
         saved_bytes += (positions - hop.positions) * hop.bytes_up / hop.positions
     saved.append(f"{max(0, round(saved_bytes)):,} bytes")

@@ -44,6 +44,8 @@ _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_fa
 """Words for gRPC's states of a connection."""
 
 _COLOURS = ("green", "yellow", "cyan", "magenta", "blue", "red")
+_UNKNOWN_COLOUR = "default"
+"""Colour of a node that the client's topology does not have: the running nodes may have another one."""
 
 
 @contextmanager
@@ -97,7 +99,8 @@ def print_json(value: object) -> None:
 
 
 def _colour(topology: Topology, name: str) -> str:
-    return _COLOURS[[node.name for node in topology.nodes].index(name) % len(_COLOURS)]
+    names = [node.name for node in topology.nodes]
+    return _COLOURS[names.index(name) % len(_COLOURS)] if name in names else _UNKNOWN_COLOUR
 
 
 def token_text(topology: Topology, token: Token) -> Text:
@@ -127,8 +130,8 @@ def token_table(topology: Topology, tokens: list[Token]) -> Table:
     """Return a table with one row per token: the node and exit that decided it, its confidence and the reason."""
     table = Table("#", "token", "decided by", "exit", "confidence", "reason")
     for i, token in enumerate(tokens):
-        colour, node = _colour(topology, token.node), topology.node(token.node)
-        name = node.label if node.label == node.name else f"{node.label} ({node.name})"
+        colour, label = _colour(topology, token.node), topology.label_of(token.node)
+        name = label if label == token.node else f"{label} ({token.node})"
         table.add_row(
             str(i), Text(repr(token.text), style=colour), name, str(token.exit), f"{token.confidence:.2f}", token.reason
         )

@@ -36,7 +36,7 @@ class Description:
     folder: str
     """The family's folder."""
     source: str | None
-    """Where the family is from, or None if that is not known."""
+    """Source that the family was pulled from, or None if it is not known."""
     size_bytes: int
     """Size of the folder's files."""
     exits: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ def describe(folder: Path, source: str | None = None) -> Description:
 
     Args:
         folder: the folder.
-        source: where the family is from.
+        source: what the family was pulled from.
     """
     size = size_on_disk(folder)
     try:

@@ -100,7 +100,7 @@ class Supervisor:
             if await _in_use(host.strip("[]"), int(port)):
                 raise NodeError(
                     f"{node.address} is in use already; node {node.name!r} cannot listen there: end that process, "
-                    "or give the node another address",
+                    "give the node another address, or start only the nodes that do not run yet: ruyi-flow node NAME",
                     node=node.name,
                 )
 
