@@ -1,4 +1,4 @@
-"""What the commands print about an answer."""
+"""Answers of nodes that the client's topology does not have."""
 
 import io
 from pathlib import Path
