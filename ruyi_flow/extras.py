@@ -18,7 +18,6 @@ _NODE = ("node", "train", "eval", "bench")
 
 EXTRAS = {
     "accelerate": ("train",),
-    "filelock": _NODE,
     "gguf": _NODE,
     "huggingface_hub": _NODE,
     "jinja2": _NODE,

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.family.checkpoint import save_weights
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.requests import SamplingParams, SessionOpen
@@ -132,7 +132,7 @@ def tiny_family(
     if not config.tied_head:
         for name in ["lm_head"] if config.shared_heads else [f"lm_head.{i}" for i in range(len(exits))]:
             tensors[f"{name}.weight"] = random(v, h, scale=2)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_weights(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     return folder
 

@@ -40,6 +40,8 @@ MODULES = {
     "demo": "asking",
     "init": "starting",
     "pull": "families",
+    "list": "families",
+    "rm": "families",
     "up": "nodes",
     "status": "nodes",
     "doctor": "doctor",

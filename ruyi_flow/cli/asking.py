@@ -16,6 +16,7 @@ from ruyi_flow.cli.answer import AnswerPrinter
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import (
     beside_answers,
+    counting_bar,
     err,
     fallback_note,
     log_writer,
@@ -69,7 +70,7 @@ def demo(
 
     loaded, text, beside = networked(topology), prompt_text(prompt), beside_answers()
     if loaded.family == store.DEMO:
-        store.pull(store.DEMO, say=step_printer(), bars=err.is_terminal)
+        store.pull(store.DEMO, say=step_printer(), bars=counting_bar if err.is_terminal else None)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
@@ -250,8 +251,8 @@ def describe_gain(topology: Topology, tokens: list[Token], stats: Stats) -> str:
     saved_bytes = 0.0
     for hop in stats.hops[1:]:
         avoided = max(0, total - hop.messages)
-        saved.append(f"{avoided} round trips to the {topology.node(hop.node).label}")
-        saved_bytes += avoided * hop.bytes_down / hop.messages
-        saved_bytes += (positions - hop.positions) * hop.bytes_up / hop.positions
+        saved.append(f"{avoided} round trips to the {topology.label_of(hop.node)}")
+        saved_bytes += avoided * hop.bytes_down / max(1, hop.messages)
+        saved_bytes += (positions - hop.positions) * hop.bytes_up / max(1, hop.positions)
     saved.append(f"{max(0, round(saved_bytes)):,} bytes")
     return f"Of {total} tokens, {' and '.join(decided)}. That avoided {', '.join(saved[:-1])} and {saved[-1]}."

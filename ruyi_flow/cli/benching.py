@@ -271,7 +271,7 @@ def _prepared(family: str, folder: Path, as_json: bool) -> Iterator[Report]:
 
     folder.mkdir(parents=True, exist_ok=True)
     if family == store.DEMO:
-        store.pull(store.DEMO, say=step_printer(as_json), bars=err.is_terminal and not as_json)
+        store.pull(store.DEMO, say=step_printer(as_json), bars=None if as_json or not err.is_terminal else counting_bar)
     with counting_bar(quiet=as_json) as report:
         yield report
 

@@ -255,7 +255,7 @@ def _cause(topology: Topology, name: str, reason: Reason) -> str:
 
 def _node_name(topology: Topology, name: str) -> str:
     """Return a node's label as the legend has it, with its name if that is another word."""
-    label = next((node.label for node in topology.nodes if node.name == name), name)
+    label = topology.label_of(name)
     return printable(label if label == name else f"{label} ({name})")
 
 

@@ -1,23 +1,38 @@
-"""The commands pull, train and eval, which add, train and evaluate families."""
+"""The commands pull, list, rm, train and eval: families are added, listed, removed, trained and evaluated."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
-from ruyi_flow.cli.display import counting_bar, err, out, print_json, progress_bar, step_printer, training_bar
+from ruyi_flow.cli.display import (
+    comma_list,
+    counting_bar,
+    err,
+    out,
+    print_json,
+    progress_bar,
+    step_printer,
+    training_bar,
+)
 from ruyi_flow.cli.options import JsonOption, integers
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import require
 
-__all__ = ["evaluate", "pull", "train"]
+if TYPE_CHECKING:
+    from ruyi_flow.family.description import Description
+
+__all__ = ["evaluate", "list_families", "pull", "remove_families", "train"]
 
 
 @app.command(rich_help_panel=Panel.RUN)
@@ -31,6 +46,9 @@ def pull(
     branches: Annotated[
         list[Path] | None, typer.Option(help="File of trained branches or probes (ruyi-flow train); may be repeated.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the family of this name, once the new one is complete.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add a family to the local store (RUYI_FLOW_HOME, or the user's cache folder).
@@ -41,7 +59,6 @@ def pull(
     SmolLM2-135M-Instruct with trained branches.
     """
     from ruyi_flow.family import store
-    from ruyi_flow.family.checkpoint import Checkpoint
 
     began = time.monotonic()
     given_exits, steps, show = integers(exits, "--exits"), list[str](), step_printer(as_json)
@@ -50,28 +67,121 @@ def pull(
         steps.append(step)
         show(step)
 
-    bars = err.is_terminal and not as_json
     folder = store.pull(
-        source, name=name, exits=given_exits, dtype=dtype, branches=branches or (), say=count, bars=bars
+        source,
+        name=name,
+        exits=given_exits,
+        dtype=dtype,
+        branches=branches or (),
+        force=force,
+        say=count,
+        note=_print_note,
+        bars=None if as_json or not err.is_terminal else counting_bar,
     )
-    config = Checkpoint(folder).config
-    facts = {
-        "family": folder.name,
-        "folder": str(folder),
-        "new": bool(steps),
-        "seconds": round(time.monotonic() - began, 1),
-        "exits": list(config.exits),
-        "parameters": {p: config.num_parameters(p) for p in config.exits},
-    }
+    seconds, family = round(time.monotonic() - began, 1), store.stored(folder.name)
     if as_json:
-        print_json(facts)
+        print_json({"family": folder.name, "new": bool(steps), "seconds": seconds, **asdict(family)})
         return
-    sizes = ", ".join(f"{p}: {n / 1e6:,.0f}M" for p, n in facts["parameters"].items())  # type: ignore[attr-defined]
-    state = "pulled to" if facts["new"] else "is in the store already:"
+    state = "pulled to" if steps else "is in the store already:"
     out.print(
-        f"{folder.name} {state} {escape(str(folder))} ({facts['seconds']} s; parameters at each exit: {sizes})",
+        f"{folder.name} {state} {escape(str(folder))} ({seconds} s; parameters at each exit: {_parameters(family)})",
         soft_wrap=True,
     )
+
+
+@app.command("list", rich_help_panel=Panel.RUN)
+def list_families(as_json: JsonOption = False) -> None:
+    """List the families in the local store (RUYI_FLOW_HOME, or the user's cache folder).
+
+    An exit that was added to an ordinary checkpoint is untrained until
+    ruyi-flow train has trained it: it serves for mode exact only, in which it
+    drafts.
+    """
+    from ruyi_flow.family import store
+
+    found = store.families()
+    if as_json:
+        print_json({"store": str(store.home()), "families": [asdict(family) for family in found]})
+        return
+    if not found:
+        out.print(
+            f"the store at {escape(str(store.home()))} has no families yet; fetch the demo family: "
+            f"ruyi-flow pull {store.DEMO}",
+            soft_wrap=True,
+        )
+        return
+    table = Table("family", "exits", "untrained", "layers", "parameters\nat each exit", "format", "size, MB", "source")
+    table.columns[0].no_wrap = True
+    problems = []
+    for family in found:
+        size, source = f"{family.size_bytes / 1e6:,.1f}", _cell(family.source or "not known")
+        if family.problem is not None:
+            table.add_row(_cell(family.name), Text("damaged", style="red"), "", "", "", "", size, source)
+            problems.append(family.problem)
+            continue
+        table.add_row(
+            _cell(family.name),
+            comma_list(family.exits),
+            comma_list(family.untrained) or "none",
+            str(family.layers),
+            _parameters(family),
+            _cell(str(family.dtype)),
+            size,
+            source,
+        )
+    out.print(table)
+    for problem in problems:
+        out.print(_cell(problem, "red"), soft_wrap=True)
+    out.print(f"in {escape(str(store.home()))}", soft_wrap=True)
+
+
+@app.command("rm", rich_help_panel=Panel.RUN)
+def remove_families(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of families in the store.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove families from the local store.
+
+    Nothing else is removed: no checkpoint that a family was made from, and
+    nothing that a link leads to. A node that serves a removed family goes on
+    until it ends, but cannot be started again. The space is free once such
+    nodes have ended.
+    """
+    from ruyi_flow.family import store
+
+    names = list(dict.fromkeys(names))
+    store.check_names(names)
+    if not yes:
+        size = sum(store.stored(name).size_bytes for name in names)
+        if not sys.stdin.isatty():
+            raise ConfigError(f"rm asks before it removes {comma_list(names)}; add --yes, since this is no terminal")
+        try:
+            agreed = typer.confirm(f"Remove {comma_list(names)} ({size / 1e6:,.1f} MB) from {store.home()}?", err=True)
+        except typer.Abort:  # Ctrl-C
+            raise typer.Exit(130) from None
+        if not agreed:
+            err.print("nothing was removed")
+            raise typer.Exit(1)
+    freed = {name: store.remove(name, note=_print_note) for name in names}
+    if as_json:
+        print_json({"removed": list(freed), "freed_bytes": sum(freed.values())})
+        return
+    out.print(f"removed {escape(comma_list(freed))}: {sum(freed.values()) / 1e6:,.1f} MB", soft_wrap=True)
+
+
+def _print_note(text: str) -> None:
+    """Print on standard error what the user should know about a family."""
+    err.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _parameters(family: Description) -> str:
+    return ", ".join(f"{exit}: {count / 1e6:,.0f}M" for exit, count in (family.parameters or {}).items())
+
+
+def _cell(text: str, style: str = "") -> Text:
+    """Return a text from a file for a table. Control characters, which could change the terminal, are replaced."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style=style)
 
 
 @app.command(rich_help_panel=Panel.TRAIN)

@@ -53,7 +53,17 @@ def _not_bool(value: object) -> object:
     return value
 
 
-Address = Annotated[str, AfterValidator(check_address)]
+_SEVERAL = "see docs/guides/several-devices.md, and the examples phone and tablet (ruyi-flow init --from phone)"
+"""Where users find how several devices share deeper nodes."""
+
+
+def _one(value: object) -> object:
+    if isinstance(value, list):
+        raise ValueError(f"must be one text, not a list: a node cannot have replicas yet; {_SEVERAL}")
+    return value
+
+
+Address = Annotated[str, BeforeValidator(_one), AfterValidator(check_address)]
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 
@@ -127,9 +137,9 @@ class Node(Model):
 class Link(Model):
     """The connection of a node to the next one."""
 
-    source: str = Field(alias="from")
+    source: Annotated[str, BeforeValidator(_one)] = Field(alias="from")
     """Name of the node that sends."""
-    target: str = Field(alias="to")
+    target: Annotated[str, BeforeValidator(_one)] = Field(alias="to")
     """Name of the next node."""
     encoding: Encoding = Encoding.BF16
     """Encoding of boundary states: f32, bf16, f16, or int8 with one scale per position."""
@@ -250,6 +260,10 @@ class Topology(Model):
         names = [node.name for node in self.nodes]
         raise ConfigError(f"no node {name!r} in this topology; it has {names}{did_you_mean(name, names)}")
 
+    def label_of(self, name: str) -> str:
+        """Return a node's tier or name. A name that this file does not have stays: the running nodes may differ."""
+        return next((node.label for node in self.nodes if node.name == name), name)
+
     def next_of(self, name: str) -> tuple[Node, Link] | None:
         """Return the next deeper node and the link to it, or None for the deepest node."""
         index = self.nodes.index(self.node(name))
@@ -307,6 +321,10 @@ class Topology(Model):
             raise ConfigError(f"{where}: {key}: {message}")
 
         names = [node.name for node in self.nodes]
+        for i, node in enumerate(self.nodes):
+            for other in self.nodes[:i]:
+                if other.exits[0] == node.exits[0]:
+                    fail(f"nodes.{i}.exits", self._about_same_exits(other, node))
         for i, name in enumerate(names):
             if name in names[:i]:
                 fail(f"nodes.{i}.name", f"{name!r} is already the name of nodes.{names.index(name)}; rename one")
@@ -356,6 +374,19 @@ class Topology(Model):
             Policy.resolve(self.policy.routing(), self.all_exits)
         except RequestError as error:
             fail("policy", str(error))
+
+    def _about_same_exits(self, first: Node, second: Node) -> str:
+        """Say what to write instead of two nodes that begin with the same exit."""
+        same = f"{list(second.exits)} begins with the same exit as node {first.name!r}"
+        if first is self.entry:
+            return (
+                f"{same}, but a topology is one chain of nodes from one device on; for several devices, write one file "
+                f"per device, each with the same deeper nodes: {_SEVERAL}"
+            )
+        return (
+            f"{same}, but a node cannot have replicas or several addresses yet: remove one of the two, or write one "
+            f"file per chain of nodes: {_SEVERAL}"
+        )
 
     def _check_addresses(self, where: str) -> None:
         if len(self.nodes) == 1:

@@ -96,7 +96,7 @@ def explain(
         ExplainedToken(
             text=token.text,
             exit=token.exit,
-            node=topology.node(token.node).label,
+            node=topology.label_of(token.node),
             reason=str(token.reason),
             own=own[i],
             confidence=token.confidence,

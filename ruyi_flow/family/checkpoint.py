@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor
 from ruyi_flow.errors import CheckpointError, shown
 from ruyi_flow.family.config import FamilyConfig
 from ruyi_flow.family.config_file import GenerationFile, check_values
-from ruyi_flow.family.files import check_plain, copy_companions, read_json, whole_or_not
+from ruyi_flow.family.files import Progress, check_plain, copy_companions, read_json, whole_or_not
 from ruyi_flow.family.linear import Quantized
 from ruyi_flow.types import Weights
 
@@ -309,6 +311,7 @@ def cut(
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
     companions: bool = True,
+    report: Progress = lambda what, done, total: None,
 ) -> Path:
     """Write the stages that end at these exits to a new folder: config.json, one safetensors file, tokenizer files.
 
@@ -321,6 +324,7 @@ def cut(
         dtype: number format to convert to. Default: as in the checkpoint.
         weights: INT8 or INT4 quantizes the weights of products. Default, and BF16: as in the checkpoint.
         companions: also copy the tokenizer files, which an entry node needs.
+        report: called with (part of the work, amount done, whole amount).
 
     Raises:
         CheckpointError: `out` exists, or the checkpoint does not have these stages.
@@ -338,7 +342,8 @@ def cut(
     quantized = checkpoint.weights or (weights if weights is not Weights.BF16 else None)
     with whole_or_not(out) as folder:
         tensors: dict[str, Tensor] = {}
-        for name in names:
+        for i, name in enumerate(names):
+            report("converting tensors", i, len(names))
             weight = checkpoint.weight(name)
             if isinstance(weight, Tensor) and quantized and _is_product(name, checkpoint.config):
                 weight = Quantized.of(weight, format_of(name, quantized), name)
@@ -348,13 +353,14 @@ def cut(
                 continue
             # Copies of a trunk layer must not share memory: safetensors stores no aliases.
             tensors[name] = weight.to(dtype or weight.dtype, copy=not checkpoint.stores(name)).contiguous()
+        report("converting tensors", len(names), len(names))
         fingerprint = checkpoint.fingerprint
         if tuple(exits) == checkpoint.config.exits and not quantized:  # dtype may make another family of it
             fingerprint = _fingerprint(checkpoint.config, names, tensors.__getitem__)
         metadata = {"format": "pt", "ruyi_flow.exits": json.dumps(list(exits)), "ruyi_flow.fingerprint": fingerprint}
         if quantized:
             metadata["ruyi_flow.weights"] = quantized
-        save_weights(tensors, folder / _WEIGHTS, metadata)
+        save_weights(tensors, folder / _WEIGHTS, metadata, report)
         config = checkpoint.config.to_dict()
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
@@ -398,12 +404,53 @@ def _open_weights(path: Path) -> Any:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
 
 
-def save_weights(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file with the permissions of any new file; the library's own are for the owner alone."""
+def save_weights(
+    tensors: dict[str, Tensor],
+    path: Path,
+    metadata: dict[str, str],
+    report: Progress = lambda what, done, total: None,
+) -> None:
+    """Write a safetensors file with the permissions of any new file; the library's own are for the owner alone.
+
+    The file is written on a thread, since the library cannot be interrupted: Ctrl-C ends the wait for it at once.
+
+    Args:
+        tensors: the tensors by name.
+        path: the new file, in a folder to which nothing else is written.
+        metadata: texts for the file's header.
+        report: called with ("writing, in MB", megabytes written, all megabytes).
+    """
     path.touch()
     mode = path.stat().st_mode & 0o777
-    save_file(tensors, path, metadata)
+    errors: list[BaseException] = []
+
+    def save() -> None:
+        try:
+            save_file(tensors, path, metadata)
+        except BaseException as error:
+            errors.append(error)
+
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    before = _stored_bytes(path.parent)
+    thread = threading.Thread(target=save, name="save weights", daemon=True)
+    thread.start()
+    is_writing = True
+    while is_writing:
+        thread.join(0.1)
+        is_writing = thread.is_alive()
+        report("writing, in MB", min(total, _stored_bytes(path.parent) - before) // 10**6, total // 10**6)
+    if errors:
+        raise errors[0]
     path.chmod(mode)
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Return the bytes that a folder's files take on the disk: less than their size while one is being written."""
+    stored = 0
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # the library renames its file at the end
+            stored += 512 * file.stat().st_blocks
+    return stored
 
 
 def _parse_exits(text: str) -> tuple[int, ...]:

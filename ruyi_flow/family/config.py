@@ -77,8 +77,9 @@ class FamilyConfig:
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in BASES:
             raise CheckpointError(
-                f"{where}: model_type is {shown(model_type)}; this architecture is not supported; "
-                f"known: {', '.join(BASES)}"
+                f"{where}: model_type is {shown(model_type)}, an architecture that is not supported; use a Llama, "
+                f"Qwen2 or Qwen3 checkpoint or a Ruyi family ({', '.join(BASES)}), or a GGUF file whose "
+                "general.architecture is llama, qwen2 or qwen3, as Mistral's is: ruyi-flow pull FILE.gguf"
             )
         given = check_values(ConfigFile, raw, where)
         base, num_layers = BASES[given.model_type], given.num_hidden_layers

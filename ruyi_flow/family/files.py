@@ -6,20 +6,34 @@ files inside the folder are copied from it, since a link could name any file of 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ruyi_flow.errors import CheckpointError
 
-__all__ = ["check_plain", "companions", "copy_companions", "read_json", "whole_or_not"]
+__all__ = [
+    "Progress",
+    "check_plain",
+    "companions",
+    "copy_companions",
+    "exchange",
+    "exclusive_folder",
+    "read_json",
+    "whole_or_not",
+]
+
+Progress = Callable[[str, int, int], None]
+"""A function that shows how far a long task is: it takes a part of the work, the amount done, and the whole amount."""
 
 _COMPANIONS = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -104,6 +118,52 @@ def whole_or_not(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out}: cannot be written: {error}") from None
     finally:  # after Ctrl-C too
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def exclusive_folder(folder: Path, waiting: Callable[[], None]) -> Iterator[Path]:
+    """Yield a new temporary folder, to one process at a time; nothing of it stays but an empty lock file beside it.
+
+    Args:
+        folder: the folder. What is beside it are such folders too; those of processes that were killed are removed.
+        waiting: called when another process has the folder, before waiting for it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        for other in [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]:
+            with suppress(Timeout), _lock(other).acquire(timeout=0):
+                shutil.rmtree(other, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f"{folder.name}.lock"))
+
+
+def exchange(new: Path, out: Path) -> None:
+    """Put a new folder in the place of another, which then has the place of the new one."""
+    # Linux exchanges two names in one step. Python has no function for it, and some file systems cannot do it.
+    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if hasattr(libc, "renameat2") and not libc.renameat2(here, os.fsencode(new), here, os.fsencode(out), exchange):
+        return
+    old = new.with_name("old")
+    os.replace(out, old)
+    try:
+        os.replace(new, out)
+    except BaseException:
+        os.replace(old, out)
+        raise
 
 
 def check_plain(path: Path, most: int | None = None) -> None:

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ruyi_flow.errors import CheckpointError
-from ruyi_flow.family.files import whole_or_not
+from ruyi_flow.family.checkpoint import save_weights
+from ruyi_flow.family.files import Progress, whole_or_not
 from ruyi_flow.family.gguf_file import GGUFFile, Keys
 from ruyi_flow.family.gguf_tokenizer import GGUFTokenizer
 
@@ -57,13 +55,13 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 """Keys of an architecture that `_Model` does not read, with the values that change nothing; None: any value."""
 
 
-def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> None:
+def convert_gguf(path: str | Path, out: str | Path, *, report: Progress = lambda what, done, total: None) -> None:
     """Convert a GGUF file to an ordinary Hugging Face folder in float32, with its tokenizer.
 
     Args:
         path: the GGUF file, of architecture llama, qwen2 or qwen3.
         out: the new folder.
-        bars: show a progress bar on standard error.
+        report: called with (part of the work, amount done, whole amount).
 
     Raises:
         CheckpointError: the file cannot be read, or has something that is not supported, which the error names.
@@ -78,14 +76,13 @@ def convert_gguf(path: str | Path, out: str | Path, *, bars: bool = False) -> No
     with whole_or_not(Path(out)) as folder:
         file_of: dict[str, str] = {}
         size = 0
-        steps = track(
-            model.parts(), "converting", model.num_parts, console=Console(stderr=True), disable=not bars, transient=True
-        )
-        for part, tensors in enumerate(steps):
+        for part, tensors in enumerate(model.parts()):
+            report("converting layers", part, model.num_parts)
             name = f"model-{part:05}.safetensors"
-            save_file(tensors, folder / name, {"format": "pt"})
+            save_weights(tensors, folder / name, {"format": "pt"})
             file_of |= dict.fromkeys(tensors, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
+        report("converting layers", model.num_parts, model.num_parts)
         index = {"metadata": {"total_size": size}, "weight_map": file_of}
         ends = {"eos_token_id": list(tokenizer.ends)} if tokenizer.ends else {}
         for name, content in (
@@ -270,7 +267,7 @@ def _architecture(file: GGUFFile) -> str:
     """Return the architecture of a file, after checking that it is a whole model and known."""
     general, split = Keys(file, "general."), Keys(file, "split.")
     if (arch := general.take("architecture", str)) not in _CLASSES:
-        raise general.refusal("architecture", arch, f"is not supported; known: {', '.join(_CLASSES)}")
+        raise general.refusal("architecture", arch, f"is not supported; use a model of one of {', '.join(_CLASSES)}")
     if (kind := general.take("type", str, "model")) != "model":
         raise general.refusal("type", kind, "must be model")
     if (count := split.take("count", int, 1)) > 1:

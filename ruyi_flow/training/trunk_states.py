@@ -49,9 +49,11 @@ class TrunkStates:
         cached = min(len(packed), int(limit / row_bytes))
 
         def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            size = math.prod(shape)
-            file = str(folder / name)
-            return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(0)
+            size, file = math.prod(shape), folder / name
+            if not size:
+                return torch.empty(0)
+            file.touch()  # with the permissions of any new file; torch's own are for the owner alone
+            return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
 
         self._cache = (
             mapped("states", (cached, *self._shape), dtype),

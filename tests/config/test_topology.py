@@ -13,7 +13,8 @@ from ruyi_flow.serving.engine import Engine
 from ruyi_flow.testing import cut_topology
 from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Encoding, Mode, Upload
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
 
 
 def three() -> dict[str, Any]:
@@ -149,6 +150,51 @@ def test_a_file_that_is_no_topology_is_refused(tmp_path: Path, text: str) -> Non
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         Topology.load(file)
+
+
+SEVERAL = ["docs/guides/several-devices.md", "examples phone and tablet"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        (
+            "nodes.1",
+            {"name": "tablet", "address": "127.0.0.1:7104", "exits": [5, 11]},
+            ["nodes.1.exits: [5, 11] begins with the same exit as node 'device'", "write one file per device"],
+        ),
+        ("nodes.1", {"name": "device", "address": "127.0.0.1:7104", "exits": [5]}, ["nodes.1.exits", "per device"]),
+        (
+            "nodes.2",
+            {"name": "edge-2", "address": "127.0.0.1:7104", "exits": [17, 23]},
+            ["nodes.2.exits: [17, 23] begins with the same exit as node 'edge'", "replicas", "remove one of the two"],
+        ),
+        (
+            "nodes.2",
+            {"name": "edge", "address": "127.0.0.1:7104", "exits": [17, 23]},
+            ["nodes.2.exits", "cannot have replicas or several addresses yet", "one file per chain"],
+        ),
+        ("nodes.1.address", ["127.0.0.1:7102", "127.0.0.1:7104"], ["nodes.1.address", "cannot have replicas yet"]),
+        ("links.0.address", ["127.0.0.1:7102", "127.0.0.1:7104"], ["links.0.address", "cannot have replicas yet"]),
+        ("links.0.to", ["edge", "edge-2"], ["links.0.to", "not a list: a node cannot have replicas yet"]),
+        ("links.0.from", ["device", "tablet"], ["links.0.from", "not a list"]),
+    ],
+)
+def test_the_natural_file_of_several_devices_is_refused_with_what_to_write(
+    path: str, value: Any, parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Topology.parse(change(path, value))
+    for part in (*parts, *SEVERAL):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (FOLDER.parent / "docs/guides/several-devices.md").exists()
+
+
+def test_the_devices_of_the_example_share_all_deeper_nodes() -> None:
+    phone, tablet = (Topology.load(name) for name in ("phone", "tablet"))
+    assert phone.nodes[1:] == tablet.nodes[1:] and phone.links[1:] == tablet.links[1:]
+    assert phone.entry.name != tablet.entry.name and phone.entry.address != tablet.entry.address
 
 
 def test_only_what_is_wrong_is_said() -> None:

@@ -93,7 +93,11 @@ def test_an_ordinary_checkpoint_takes_exits() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this architecture is not supported; known: llama, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2', an architecture that is not supported; use a Llama, Qwen2 or Qwen3 checkpoint or a "
+            "Ruyi family .*or a GGUF file whose general.architecture is llama, .*: ruyi-flow pull FILE.gguf",
+        ),
         ({"model_type": ["llama"]}, "model_type is \\['llama'\\]"),
         ({"early_exit_branch_layers": [1, 1]}, "must have one number for each of the"),
         ({"early_exit_branch_layers": [2, 1, 1, 1, 2]}, "and 1 for the last"),

@@ -280,7 +280,8 @@ def test_files_that_are_no_gguf_or_end_early_are_refused(tmp_path: Path) -> None
     )
     damaged.write_bytes(other)
     with pytest.raises(
-        CheckpointError, match="general.architecture is not supported; known: llama, qwen2, qwen3: 'gemma'"
+        CheckpointError,
+        match="general.architecture is not supported; use a model of one of llama, qwen2, qwen3: 'gemma'",
     ):
         load_family(damaged)
 
