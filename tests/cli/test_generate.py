@@ -171,6 +171,18 @@ def test_every_option_of_an_answer_has_its_dashes() -> None:
         assert dashed(message) == message
 
 
+def test_a_terminal_that_knows_few_characters_gets_every_answer(nodes: Nodes) -> None:
+    command = [*COMMAND, "generate", "-t", str(nodes.file), *ASK]
+    printed = []
+    for encoding, options in (("ascii", []), ("ascii", ["--json"]), ("utf-8", ["--json"])):
+        done = subprocess.run([*command, *options], env=SHELL | {"PYTHONIOENCODING": encoding}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.decode(encoding))
+    assert "?" in printed[0]
+    texts = [json.loads(text)["text"] for text in printed[1:]]
+    assert texts[0] == texts[1] and not texts[0].isascii()
+
+
 def test_a_prompt_that_is_no_text_is_one_line(nodes: Nodes) -> None:
     command = [*COMMAND, "generate", "-t", str(nodes.file), "-p", "-"]
     done = subprocess.run(command, input=b"\xff\xfe", capture_output=True, env=SHELL | {"PYTHONIOENCODING": "utf-8"})
