@@ -80,7 +80,7 @@ def test_a_pipe_gets_tokens_as_they_come(nodes: Nodes) -> None:
         assert (process.wait(), process.stderr.read()) == (130, b"interrupted\n")
 
 
-@pytest.mark.parametrize("options", [[], ["-q"], ["--json"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["-q"], ["--json", "--max-new-tokens", "1", "--min-new-tokens", "1"]], ids=str)
 def test_a_closed_pipe_ends_the_command_quietly(nodes: Nodes, options: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
