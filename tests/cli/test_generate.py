@@ -80,7 +80,7 @@ def test_a_pipe_gets_tokens_as_they_come(nodes: Nodes) -> None:
         assert (process.wait(), process.stderr.read()) == (130, b"interrupted\n")
 
 
-@pytest.mark.parametrize("options", [[], ["-q"], ["--json"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["-q"], ["--json", "--max-new-tokens", "1", "--min-new-tokens", "1"]], ids=str)
 def test_a_closed_pipe_ends_the_command_quietly(nodes: Nodes, options: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -169,6 +169,18 @@ def test_every_option_of_an_answer_has_its_dashes() -> None:
         assert dashed(f"{name} is 3; it must be less") == f"{typed} is 3; it must be less"
     for message in ("nodes.0.top_k_x: no", "the prompt is empty", "exit 3 is not one of 2, 4, 6", "stop strings need"):
         assert dashed(message) == message
+
+
+def test_a_terminal_that_knows_few_characters_gets_every_answer(nodes: Nodes) -> None:
+    command = [*COMMAND, "generate", "-t", str(nodes.file), *ASK]
+    printed = []
+    for encoding, options in (("ascii", []), ("ascii", ["--json"]), ("utf-8", ["--json"])):
+        done = subprocess.run([*command, *options], env=SHELL | {"PYTHONIOENCODING": encoding}, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.decode(encoding))
+    assert "?" in printed[0]
+    texts = [json.loads(text)["text"] for text in printed[1:]]
+    assert texts[0] == texts[1] and not texts[0].isascii()
 
 
 def test_a_prompt_that_is_no_text_is_one_line(nodes: Nodes) -> None:
