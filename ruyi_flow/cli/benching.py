@@ -207,7 +207,11 @@ def fidelity(
     threads: ThreadsOption = 1,
     tokens: TokensOption = 32,
     requests: Annotated[
-        int, typer.Option(min=1, help="Requests per setting, and at least a third of this number per session.")
+        int,
+        typer.Option(
+            min=1,
+            help="Requests of each setting; with many sessions, at least a third of this number for each session.",
+        ),
     ] = 24,
     profile: Annotated[
         Path | None, typer.Option(help="Profile of this machine (ruyi-flow profile). Default: measured first.")

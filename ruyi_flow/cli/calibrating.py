@@ -119,27 +119,30 @@ def calibrate(
     max_disagreement: Annotated[
         float | None,
         typer.Option(
-            help="Mode token: most tokens decided early that may differ from the last exit's, as a share of those "
-            "decided early. Default: 0.05, or no bound if another limit is given."
+            help="Mode token: largest share of the tokens decided early that may differ from the last exit's. "
+            "Default: 0.05, or no bound if another limit is given."
         ),
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(help="Mode cascade: most of the last exit's quality that may be lost, as a share. Default: 0.03."),
+        typer.Option(help="Mode cascade: largest share of the last exit's quality that may be lost. Default: 0.03."),
     ] = None,
     confidence_level: Annotated[
         float, typer.Option("--confidence", help="Probability that the bound holds on new prompts of the same kind.")
     ] = 0.95,
     max_escalation: Annotated[
         float | None,
-        typer.Option(help="Mode token: most tokens for which the first node asks the next one, as a share."),
+        typer.Option(help="Mode token: largest share of the tokens for which the first node may ask the next one."),
     ] = None,
     max_bytes_per_token: Annotated[
         float | None, typer.Option(help="Mode token: most bytes sent upward on all links of --topology, per token.")
     ] = None,
     max_latency: Annotated[
         float | None,
-        typer.Option(help="Mode token: most seconds per token, from times measured on --topology's running nodes."),
+        typer.Option(
+            help="Mode token: most seconds that a token may take, computed from times measured on --topology's running "
+            "nodes."
+        ),
     ] = None,
     topology: Annotated[
         Path | None,

@@ -128,6 +128,9 @@ def profile(
 ) -> None:
     """Measure how fast this machine runs a family's stages, for `ruyi-flow simulate`.
 
+    This takes some minutes; standard error tells what is measured and how much
+    of it is done. Other work on the machine makes the times wrong.
+
     A scenario uses the file as its `profile`, or as the `profile` of one node;
     see docs/guides/simulation-and-planning.md.
 
@@ -265,11 +268,11 @@ _COLUMNS = {
     "first_token_p95_s": "TTFT p95, s",
     "token_p95_s": "TPOT p95, s",
     "tokens_per_s": "tokens/s",
-    "bytes_up_per_token": "bytes up",
+    "bytes_up_per_token": "bytes up/token",
     "agreement": "agreement",
     "beyond_first": "decided deeper",
     "joules_per_token": "J/token",
-    "usd_per_million_tokens": "$/M",
+    "usd_per_million_tokens": "$/M tokens",
     "failed": "failed",
 }
 """Columns of a sweep's table; results.csv also has medians."""
@@ -350,7 +353,7 @@ def plan(
 def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
     """Print a table of the finalists, and which one was chosen."""
     columns = [*dict.fromkeys(found.labels)]
-    table = Table("exits", "thresholds", "draft", *(f"{label}\n[dim]predicted[/]" for label in columns))
+    table = Table("exits", "thresholds", "draft", *(f"{label}\nsimulated\n[dim]predicted[/]" for label in columns))
     for i, one in enumerate(found.finalists):
         exits = "\n".join(f"{name} {comma_list(own)}" for name, own in zip(names, one.cut, strict=True) if own)
         thresholds = "\n".join(f"{p}: {'never' if t > 1 else f'{t:.3f}'}" for p, t in one.thresholds.items())
@@ -380,6 +383,9 @@ def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
 
 def show(metrics: dict[str, Any]) -> None:
     """Print tables of a simulation's metrics."""
+    from ruyi_flow.sim.report import dollars
+
+    usd = metrics["usd_per_million_tokens"]
     labels = {"time to first token": "first_token_s", "time per output token": "token_s", "total": "total_s"}
     times = [(name, *(f"{value:.4g}" for value in metrics[key].values())) for name, key in labels.items()]
     out.print(_table("latency in seconds", ("", "mean", "p50", "p90", "p95", "p99"), times))
@@ -390,28 +396,28 @@ def show(metrics: dict[str, Any]) -> None:
             f"{node['utilisation']:.1%}",
             f"{node['highest_utilisation']:.1%}",
             f"{node['queue']:.2f}",
-            f"{node['energy_j']:,.0f} J",
-            f"${node['cost_usd']:.4g}",
+            f"{node['energy_j']:,.0f}",
+            dollars(node["cost_usd"]),
         )
         for name, node in metrics["nodes"].items()
     ]
-    out.print(_table("nodes", ("node", "count", "busy", "busiest", "tasks waiting", "energy", "cost"), nodes))
+    out.print(_table("nodes", ("node", "count", "busy", "busiest", "tasks\nwaiting", "energy\nJ", "cost"), nodes))
     links = [
         (
             name,
-            *(f"{link[key] / 1e6:,.2f} MB" for key in ("bytes_up", "bytes_down")),
-            *(f"{link[key]:,.3f} Mbit/s" for key in ("up_mbit", "down_mbit")),
+            *(f"{link[key] / 1e6:,.2f}" for key in ("bytes_up", "bytes_down")),
+            *(f"{link[key]:,.3f}" for key in ("up_mbit", "down_mbit")),
         )
         for name, link in metrics["links"].items()
     ]
     if links:
-        out.print(_table("links", ("link", "up", "down", "up, mean", "down, mean"), links))
+        out.print(_table("links", ("link", "up\nMB", "down\nMB", "mean up\nMbit/s", "mean down\nMbit/s"), links))
     decided = ", ".join(f"{p}: {share:.1%}" for p, share in metrics["decided"].items())
     out.print(
         f"{metrics['requests']:,} requests, {metrics['tokens']:,} tokens, {metrics['tokens_per_s']:,.1f} tokens/s; "
         f"decided at exit {decided}; {metrics['agreement']:.1%} agree with the last exit; per token "
         f"{metrics['bytes_up_per_token']:,.0f} bytes up and {metrics['joules_per_token']:.3g} J; "
-        f"${metrics['usd_per_million_tokens']:.3g} per million tokens"
+        f"{f'${usd:.3g} per million tokens' if usd else 'the scenario has no prices'}"
         + (f"; {metrics['failed']:,} failed: {metrics['errors']}" if metrics["failed"] else ""),
         highlight=False,
     )

@@ -32,20 +32,39 @@ def read_yaml(path: Path, what: str) -> object:
         what: the kind of file, for error messages.
 
     Raises:
-        ConfigError: the file is missing, unreadable or not YAML.
+        ConfigError: the file is missing, unreadable, not YAML, or a file of another kind.
     """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             raise ConfigError(f"{path}: is larger than {_MOST_CHARACTERS} characters, so it is no {what} file")
-        return yaml.load(text, _Loader)
+        data = yaml.load(text, _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # the latter: a date that is none
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    kind = _kind_of(data)
+    if kind not in (None, what):
+        raise ConfigError(f"{path}: this is a {kind} file, not a {what} file")
+    return data
+
+
+def _kind_of(data: object) -> str | None:
+    """Return the kind of file that has these top-level keys; None if it is not clear."""
+    keys = set(data) if isinstance(data, dict) else set()
+    return next((kind for kind, own in _KINDS_OF_FILES.items() if own <= keys), None)
+
+
+_KINDS_OF_FILES = {
+    "scenario": {"nodes", "load"},
+    "topology": {"nodes", "family"},
+    "policy": {"thresholds", "curves"},
+    "recipe": {"family", "out", "steps"},
+}
+"""Top-level keys by which a file of each kind is recognized. A topology is what lacks the load of a scenario."""
 
 
 def parse_value(text: str, where: str) -> Any:

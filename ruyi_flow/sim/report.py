@@ -10,7 +10,7 @@ from typing import Any
 from ruyi_flow.sim.plots import bytes_text, plots, time_text
 from ruyi_flow.sim.results import Result
 
-__all__ = ["bottleneck", "write_report"]
+__all__ = ["bottleneck", "dollars", "write_report"]
 
 _BOTTLENECK = 0.8
 """Share of the time from which a busy node or link is called the bottleneck."""
@@ -78,6 +78,11 @@ def bottleneck(metrics: Mapping[str, Any]) -> str:
     )
 
 
+def dollars(value: float, digits: int = 4) -> str:
+    """Return an amount of money; without a price nothing is known of it, which is not the same as free."""
+    return f"${value:.{digits}g}" if value else "not priced"
+
+
 def _cards(metrics: Mapping[str, Any]) -> str:
     first, token = metrics["first_token_s"], metrics["token_s"]
     cards = [
@@ -96,7 +101,11 @@ def _cards(metrics: Mapping[str, Any]) -> str:
             f"down {bytes_text(metrics['bytes_down_per_token'])}",
         ),
         ("energy per token", f"{metrics['joules_per_token']:.3g} J", f"{metrics['energy_j']:,.0f} J in all"),
-        ("cost per million tokens", f"${metrics['usd_per_million_tokens']:.3g}", f"${metrics['cost_usd']:.3g} in all"),
+        (
+            "cost per million tokens",
+            dollars(metrics["usd_per_million_tokens"], 3),
+            f"{dollars(metrics['cost_usd'], 3)} in all" if metrics["cost_usd"] else "no price in the scenario",
+        ),
     ]
     inner = "".join(f"<div>{name}<b>{value}</b><small>{more}</small></div>" for name, value, more in cards)
     return f"<div class=cards>{inner}</div>"
@@ -130,7 +139,7 @@ def _tables(result: Result) -> list[str]:
                     f"{found['highest_utilisation']:.1%}",
                     f"{found['queue']:.2f}",
                     f"{found['energy_j']:,.0f} J",
-                    f"${found['cost_usd']:.4g}",
+                    dollars(found["cost_usd"]),
                     found["profile"],
                 )
                 for node, found in zip(scenario.nodes, metrics["nodes"].values(), strict=True)
@@ -148,7 +157,7 @@ def _tables(result: Result) -> list[str]:
                     f"{found['down_mbit']:,.3f} Mbit/s",
                     *(f"{found[key]:.1%}" if limited else "no limit" for key in ("utilisation", "highest_utilisation")),
                     f"{found['energy_j']:,.0f} J",
-                    f"${found['cost_usd']:.4g}",
+                    dollars(found["cost_usd"]),
                 )
                 for i, (name, found) in enumerate(metrics["links"].items())
                 if (link := scenario.link_after(i)) is not None
@@ -184,7 +193,7 @@ body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, san
 body { max-width: 1120px; margin: 2em auto; padding: 0 1em }
 h1 { margin: 0 } h1 + p { margin: 0 } h2 { font-size: 1.1em; margin: 2em 0 .4em }
 .finding { font-size: 1.15em; border-left: 4px solid #d55e00; padding-left: .8em } .bad { color: var(--bad) }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .6em }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(150px, 22%), 1fr)); gap: .6em }
 .cards div { background: var(--card); border-radius: 6px; padding: .5em .8em; font-size: .85em }
 .cards b { display: block; font-size: 1.5em; line-height: 1.3 } .cards small { opacity: .75 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9em }

@@ -265,24 +265,27 @@ def _identity(recipe: Recipe, config: FamilyConfig, packed: Packed) -> str:
 
 def _save(accelerator: Accelerator, state: Path, step: tuple[int, str]) -> None:
     """Replace the state to resume from, so that a kill at any time leaves a complete one."""
-    new = state.with_name("state.new")
+    new, old = state.with_name("state.new"), state.with_name("state.old")
     try:
         accelerator.save_state(str(new))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (new / "step.json").write_text(json.dumps(step), encoding="utf-8")
+            mode = (new / "step.json").stat().st_mode  # that of any new file; safetensors' own is for the owner alone
+            for file in new.iterdir():
+                file.chmod(mode)
+            shutil.rmtree(old, ignore_errors=True)
+            if state.exists():
+                os.replace(state, old)
+            os.replace(new, state)
+            shutil.rmtree(old, ignore_errors=True)
     except KeyboardInterrupt:
-        shutil.rmtree(new, ignore_errors=True)
+        if accelerator.is_main_process:
+            if not state.exists() and (new / "step.json").exists():
+                os.replace(new, state)
+            for rest in (new, old):
+                shutil.rmtree(rest, ignore_errors=True)
         raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (new / "step.json").write_text(json.dumps(step), encoding="utf-8")
-        mode = (new / "step.json").stat().st_mode  # that of any new file; safetensors' own is for the owner alone
-        for file in new.iterdir():
-            file.chmod(mode)
-        old = state.with_name("state.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if state.exists():
-            os.replace(state, old)
-        os.replace(new, state)
-        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

@@ -221,7 +221,8 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(base: Path, tmp_path: Path
     assert [word for word in ("Traceback", "Exception", "Error", "Warning", "leaked") if word in said] == [], said
     left = [process for process in psutil.process_iter() if _has_mark(process, mark)]
     assert psutil.wait_procs(left, timeout=10)[1] == []
-    assert [*scratch.iterdir()] == []
+    # Torch keeps a cache there, after any training.
+    assert [path for path in scratch.iterdir() if not path.name.startswith("torchinductor_")] == []
     for path in work.rglob("*"):
         assert "new" not in path.name, path
         if path.is_file():
