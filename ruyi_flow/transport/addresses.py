@@ -67,14 +67,17 @@ async def resolve(host: str, port: int) -> Sequence[Any]:
 def listen_problem(found: Sequence[Any]) -> int | None:
     """Return the error number of listening on a host's addresses, or None if nothing stands in the way.
 
-    A port of one address is also in use where something listens on all addresses.
+    A port of one address is also in use where something listens on all addresses. Of a name with several addresses,
+    one that this machine has is enough, as it is for gRPC.
     """
+    foreign = 0
     for family, kind, _, _, address in found:
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, after an earlier one
-            try:
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, after an earlier one
                 probe.bind(address)
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
-                    return error.errno
-    return None
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return error.errno
+            foreign += error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    return errno.EADDRNOTAVAIL if found and foreign == len(found) else None
