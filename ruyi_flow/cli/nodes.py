@@ -266,14 +266,15 @@ def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = Fa
         from ruyi_flow.doctor.agreement import disagreements
 
         out.print(status_table(answers))
+        whole = not out.is_terminal  # a pipe gets whole lines, a terminal whole words
         for answer in answers.values():
             if isinstance(answer, NodeError):
-                out.print(Text(str(answer), style="red"), soft_wrap=True)
+                out.print(Text(str(answer), style="red"), soft_wrap=whole)
         reached = {name: answer for name, answer in answers.items() if isinstance(answer, NodeStatus)}
         if found := disagreements(loaded, reached, where=str(topology)):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             line = f"{found[0].text}{more} What to do: ruyi-flow doctor {topology}"
-            out.print(Text(line, style="yellow"), soft_wrap=True)
+            out.print(Text(line, style="yellow"), soft_wrap=whole)
     if any(isinstance(answer, NodeError) for answer in answers.values()):
         raise typer.Exit(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ruyi_flow import __version__
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.types import NodeStatus
 
@@ -85,32 +86,31 @@ def disagreements(
 
 
 def _families(topology: Topology, statuses: Mapping[str, NodeStatus], fingerprint: str) -> list[Disagreement]:
-    """Compare the fingerprints with this machine's family, or with that of the first node that answered."""
-    first = next((node.name for node in topology.nodes if node.name in statuses), "")
-    known = fingerprint or (statuses[first].family if first else "")
-    whose = "this machine's copy" if fingerprint else f"node {first!r}"
-    return [
-        Disagreement(
-            node.name,
-            True,
-            f"Node {node.name!r} has family fingerprint {statuses[node.name].family}, and {whose} has {known}.",
-            "cut the family once with ruyi-flow shard, copy the shards to all machines, and start the nodes again",
-        )
-        for node in topology.nodes
-        if node.name in statuses and known not in ("", statuses[node.name].family)
-    ]
+    """Compare the families with that of the first node that answered, and that one with this machine's copy."""
+    names = [node.name for node in topology.nodes if node.name in statuses]
+    found = []
+    for name in names:
+        theirs, first = statuses[name].family, statuses[names[0]].family
+        if theirs != first:
+            text = f"Node {name!r} has family fingerprint {theirs}, and node {names[0]!r} has {first}."
+            fix = "cut the family once with ruyi-flow shard, copy the shards to all machines, and start the nodes again"
+            found.append(Disagreement(name, True, text, fix))
+        elif name == names[0] and fingerprint not in ("", first):
+            text = f"Node {name!r} has family fingerprint {first}, and this machine's copy has {fingerprint}."
+            fix = "if a node is to run here, or the family is to be measured here, replace this machine's copy"
+            found.append(Disagreement(name, False, text, fix))
+    return found
 
 
 def _versions(topology: Topology, statuses: Mapping[str, NodeStatus]) -> list[Disagreement]:
-    """Compare the versions with that of the first node that reports one."""
-    known = [(node.name, v) for node in topology.nodes if (s := statuses.get(node.name)) and (v := s.version)]
+    """Compare the versions that the nodes report with the version of this machine."""
     return [
         Disagreement(
-            name,
+            node.name,
             False,
-            f"Node {name!r} runs ruyi-flow {version}, and node {known[0][0]!r} runs {known[0][1]}.",
+            f"Node {node.name!r} runs ruyi-flow {status.version}, and this machine runs {__version__}.",
             "install the same version of ruyi-flow on all machines",
         )
-        for name, version in known[1:]
-        if version != known[0][1]
+        for node in topology.nodes
+        if (status := statuses.get(node.name)) is not None and status.version not in ("", __version__)
     ]

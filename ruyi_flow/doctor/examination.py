@@ -208,7 +208,7 @@ def _memory(here: Sequence[Node], places: Sequence[Place], report: TorchReport, 
         return []
     free = psutil.virtual_memory().available
     text = (
-        f"The weights of {', '.join(node.name for node in waiting)} are {needed / 1e9:.2f} GB at most, and "
+        f"The weights of {', '.join(node.name for node in waiting)} take {needed / 1e9:.2f} GB at most, and "
         f"{free / 1e9:.1f} GB of memory are free here."
     )
     if needed < free:

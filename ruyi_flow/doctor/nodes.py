@@ -172,14 +172,13 @@ async def _connect(place: Place) -> OSError | None:
     def connect() -> OSError | None:
         error: OSError | None = None
         for family, kind, _, _, address in place.found:
-            with socket.socket(family, kind) as probe:
-                probe.settimeout(_LIMIT_S)
-                try:
+            try:
+                with socket.socket(family, kind) as probe:
+                    probe.settimeout(_LIMIT_S)
                     probe.connect(address)
-                except OSError as refused:
-                    error = refused
-                else:
                     return None
+            except OSError as refused:
+                error = refused
         return error
 
     silent = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))

@@ -67,20 +67,18 @@ async def resolve(host: str, port: int) -> Sequence[Any]:
 def listen_problem(found: Sequence[Any]) -> int | None:
     """Return the error number of listening on a host's addresses, or None if nothing stands in the way.
 
-    A port of one address is also in use where something listens on all addresses. A host may have addresses that this
-    machine lacks, such as ::1 where IPv6 is off; only if it lacks all of them, a server cannot listen.
+    A port of one address is also in use where something listens on all addresses. Of a name with several addresses,
+    one that this machine has is enough, as it is for gRPC.
     """
-    problems: list[int | None] = []
+    foreign = 0
     for family, kind, _, _, address in found:
-        with socket.socket(family, kind) as probe:
-            # As servers do, after an earlier one. On Windows, SO_REUSEADDR would take over a port in use.
-            probe.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
-            try:
+        try:
+            with socket.socket(family, kind) as probe:
+                # As servers do, after an earlier one. On Windows, SO_REUSEADDR would take over a port in use.
+                probe.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
                 probe.bind(address)
-                problems.append(None)
-            except OSError as error:
-                problems.append(error.errno)
-    if errno.EADDRINUSE in problems:
-        return errno.EADDRINUSE
-    known = (errno.EADDRNOTAVAIL, errno.EACCES)
-    return problems[0] if problems and all(problem in known for problem in problems) else None
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return error.errno
+            foreign += error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    return errno.EADDRNOTAVAIL if found and foreign == len(found) else None

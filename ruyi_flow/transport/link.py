@@ -67,7 +67,8 @@ async def measure_link(
                     what = "a small message" if size == 1 else f"a message of {size:,} bytes"
                     raise NodeUnavailable(f"{address}: {what} was not answered within {limit_s:g} s") from None
                 if error.code() is not grpc.StatusCode.NOT_FOUND:  # the answer of a node: it has no such service
-                    raise NodeUnavailable(f"{address}: no answer: {error.details()}") from None
+                    reason = (error.details() or error.code().name).rpartition("connect: ")[2]
+                    raise NodeUnavailable(f"{address}: no answer: {reason}") from None
             return time.perf_counter() - sent
 
         await check(1)  # it connects

@@ -96,6 +96,8 @@ def test_nodes_that_serve_hang_and_are_ended(
     nodes["cloud"].wait()
     code, shown, _ = run("doctor", str(topology))
     assert code == 1 and "✗ Node 'cloud' does not run; its port" in shown
+    lost = r"✗ Node 'edge' does not reach node 'cloud': 127\.0\.0\.1:\d+: no answer: Connection refused \(111\)\.$"
+    assert re.search(lost, shown, re.MULTILINE), shown
     assert re.search(rf"^ +fix: start it: ruyi-flow node cloud --topology {topology}", shown, re.MULTILINE)
     code, shown, _ = run("status", "-t", str(topology))
     assert code == 1

@@ -197,7 +197,7 @@ async def test_an_operators_byte_budget_bounds_a_measurement(tiny: Path) -> None
     small = elsewhere(topology, "n0", limits=topology.nodes[0].limits.model_copy(update=limits))
     async with cluster(small, {"n1": relay}) as nodes:
         assert (await nodes.engines["n0"].status_with_link()).link is not None
-        assert relay.bytes_up < 40_000
+        assert relay.bytes_up < 40_000 / 6, "it can be asked for six times a minute"
 
 
 async def test_a_machine_that_swallows_packets_is_waited_for_a_while(
