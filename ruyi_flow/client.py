@@ -24,8 +24,7 @@ from ruyi_flow.requests import (
     GenerateRequest,
     Options,
     PromptInput,
-    check_option_names,
-    option_names,
+    check_request_options,
     parse_request,
     takes_options,
 )
@@ -117,16 +116,16 @@ class AsyncClient:
     async def events(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncGenerator[Token | Final, None]:
         """Answer a prompt token by token, then yield one `Final` with the text and the statistics."""
         self._check_usable()
-        loop = asyncio.get_running_loop()
         given = options.pop("timeout_s", None)
         timeout_s = self._timeout_s if given is None else _check_timeout(given)
-        deadline = loop.time() + timeout_s
         # A request may name a policy file, and a prompt may be long.
         request = await asyncio.to_thread(make_request, prompt, options)
+        await self._connect()  # not a part of the answer's time: it may load the node
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
         tokens: list[Token] = []
         retries = 0
         while True:
-            await self._connect()
             try:
                 async with aclosing(self._ask(request, timeout_s, deadline)) as events:
                     async for event in events:
@@ -144,6 +143,7 @@ class AsyncClient:
                     raise
             retries += 1
             await self._sleep(wait_s)
+            self._check_usable()
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
@@ -395,5 +395,5 @@ def make_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateReq
         RequestError: an option is unknown, or an option or the prompt has a value that it cannot have.
         ConfigError: the policy file cannot be read.
     """
-    check_option_names(options, option_names() | {"policy", "timeout_s"})
+    check_request_options(options, "policy", "timeout_s")
     return parse_request(prompt, with_policy_file({n: v for n, v in options.items() if n != "timeout_s"}))

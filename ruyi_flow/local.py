@@ -21,7 +21,7 @@ from ruyi_flow.family.gguf import convert_gguf
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.tokenizer import check_context, end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain, decode
-from ruyi_flow.requests import SamplingParams, SessionOpen, check_option_names, option_names, parse_request
+from ruyi_flow.requests import SamplingParams, SessionOpen, check_request_options, parse_request
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import InlineWorker
@@ -120,7 +120,7 @@ class Family:
         options = {name: value for name, value in options.items() if value is not None}
         if "raw" in options:
             raise RequestError("raw is not an option of Family.generate, which takes token ids")
-        check_option_names(options, option_names() | {"policy"})
+        check_request_options(options, "policy")
         request = parse_request((0,), {"draft": 0} | with_policy_file(options))
         if request.sampling.stop:
             raise RequestError("stop strings need text: use Client, or give eos_token_ids here")

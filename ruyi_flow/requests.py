@@ -25,6 +25,7 @@ __all__ = [
     "SamplingParams",
     "SessionOpen",
     "check_option_names",
+    "check_request_options",
     "field_docs",
     "option_names",
     "parse_request",
@@ -286,6 +287,18 @@ def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
             raise RequestError(f"unknown option {name!r}{hint}")
 
 
+def check_request_options(given: Iterable[str], *others: str) -> None:
+    """Check that every option is one of a request, or one of `others`.
+
+    The options that only policy files set are accepted. The message does not show them.
+
+    Raises:
+        RequestError: an option is unknown.
+    """
+    internal = Routing.names() - option_names()
+    check_option_names((name for name in given if name not in internal), option_names().union(others))
+
+
 def parse_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRequest:
     """Build a request from the keyword arguments of a call. Every front end uses this one function.
 
@@ -296,8 +309,7 @@ def parse_request(prompt: PromptInput, options: Mapping[str, Any]) -> GenerateRe
     Raises:
         RequestError: an unknown option, or a value that an option or the prompt cannot have.
     """
-    # A policy file sets more options than those that a user should know.
-    check_option_names(options.keys() - Routing.names(), option_names())
+    check_request_options(options)
     given = {name: value for name, value in options.items() if value is not None}
     raw = given.pop("raw", False)
     if not isinstance(raw, bool):

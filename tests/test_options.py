@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from ruyi_flow import AsyncClient, Client, Options
+from ruyi_flow.client import make_request
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.requests import SamplingParams, field_docs, option_names
@@ -75,6 +76,7 @@ def test_an_error_names_the_options_that_users_set(whole: Client, tmp_path: Path
         whole.generate("hi", **wrong)
     known = set(str(caught.value).partition("known: ")[2].split(", "))
     assert known == Options.__optional_keys__
+    assert make_request("hi", {"family": "abc"}).routing == {"family": "abc"}, "code may set what policy files set"
     file = tmp_path / "topology.yaml"
     file.write_text("family: x\nnodes: [{name: a, exits: [2]}]\npolicy: {zzz: 1}\n")
     with pytest.raises((ConfigError, RequestError), match="unknown option 'zzz'; known: back, draft, ") as told:

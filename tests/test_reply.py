@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ruyi_flow import Client
+from ruyi_flow import AsyncClient, Client
 from ruyi_flow.cli.display import token_text
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.reply import TIER_COLOURS, Reply, tier_colour
@@ -57,8 +57,6 @@ def test_a_reply_is_short_as_text() -> None:
 
 
 async def test_a_reply_of_nodes_counts_what_each_decided(nodes: Cluster) -> None:
-    from ruyi_flow.client import AsyncClient
-
     async with AsyncClient(nodes.topology) as client:
         reply = await client.generate("hi", mode="token", threshold=0.05, max_new_tokens=30, eos_token_ids=())
     assert list(reply.decided_by)[0] == "n0" and sum(reply.decided_by.values()) == 30
@@ -72,11 +70,8 @@ def test_html_has_each_token_in_the_colour_of_its_node() -> None:
     spans = [(attrs, text) for tag, attrs, text in page.elements if tag == "span"]
     tokens, legend = [s for s in spans if "title" in s[0]], [s for s in spans if "title" not in s[0]]
     assert [text for _, text in tokens] == ["The", " <b>&\"'", "\n"], "the text itself, whatever it contains"
-    assert [text.strip() for _, text in legend] == [
-        "device 1",
-        "edge 1",
-        f"cloud 2 {reply.stats.summary} · length",
-    ] or [text.strip().split(" ")[:2] for _, text in legend] == [["device", "1"], ["edge", "1"], ["cloud", "2"]]
+    assert [text.split()[:2] for _, text in legend] == [["device", "1"], ["edge", "1"], ["cloud", "2"]]
+    assert f"{reply.stats.summary} · length" in page.elements[-1][2]
     for (attrs, _), tier in zip(tokens, TIER_COLOURS, strict=False):
         assert tier.background in str(attrs["style"])
         assert re.fullmatch(r"(device|edge|cloud), exit 5, confidence 0.50, confident", str(attrs["title"]))
