@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _pyio
+import _pyio  # type: ignore[import-not-found]
 import asyncio
 import os
 import signal

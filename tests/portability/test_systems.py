@@ -185,7 +185,7 @@ def here(even: Path, tmp_path_factory: pytest.TempPathFactory) -> list[torch.Ten
 
 def logits(system: str, family: Path, folder: Path) -> list[torch.Tensor]:
     """Compute logits in every number format on a system."""
-    line = [sys.executable, "-c", LOGITS, family, folder / "logits"]
+    line = [sys.executable, "-c", LOGITS, str(family), str(folder / "logits")]
     done = subprocess.run(line, env=environment(system), capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr.decode()
     found: list[torch.Tensor] = torch.load(folder / "logits")
