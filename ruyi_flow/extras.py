@@ -76,7 +76,9 @@ def needed_by(user: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise missing_extra(error, user) or error from error
+        if (missing := missing_extra(error, user)) is None:
+            raise
+        raise missing from error
 
 
 def require(module: str) -> None:

@@ -14,6 +14,8 @@ from ruyi_flow.extras import EXTRAS, is_installed, missing_extra, needed_by, req
 from tests.conftest import Command
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS = packages_distributions()
+
 NOT_PLAIN = [
     *("torch", "transformers", "accelerate", "gguf", "safetensors", "tokenizers", "huggingface_hub", "jinja2"),
     *("filelock", "matplotlib"),
@@ -44,7 +46,7 @@ def plain(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("module", EXTRAS)
 def test_each_extra_of_the_table_brings_the_module(module: str) -> None:
     known = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm-eval"}  # of modules that need not be installed here
-    distribution = known.get(module) or packages_distributions().get(module, [module])[0].lower().replace("_", "-")
+    distribution = known.get(module) or DISTRIBUTIONS.get(module, [module])[0].lower().replace("_", "-")
     assert distribution not in names(PROJECT["dependencies"])
     bringing = [extra for extra in PROJECT["optional-dependencies"] if extra not in ("dev", "docs")]
     for extra in bringing:
@@ -53,7 +55,7 @@ def test_each_extra_of_the_table_brings_the_module(module: str) -> None:
 
 
 def test_no_plain_library_is_in_the_list_of_those_that_are_not() -> None:
-    distributions = {d.lower().replace("_", "-") for m in NOT_PLAIN for d in packages_distributions().get(m, [m])}
+    distributions = {d.lower().replace("_", "-") for m in NOT_PLAIN for d in DISTRIBUTIONS.get(m, [m])}
     assert not distributions & names(PROJECT["dependencies"])
 
 

@@ -87,7 +87,9 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             command = ctx.invoked_subcommand
-            raise missing_extra(error, f"ruyi-flow {command}", extra=command) or error from error
+            if (missing := missing_extra(error, f"ruyi-flow {command}", extra=command)) is None:
+                raise
+            raise missing from error
         except typer.BadParameter as error:
             error.message = error.message.replace("Value error, ", "", 1)
             raise

@@ -120,10 +120,11 @@ def test_a_cpu_is_refused_for_the_large_families(capsys: pytest.CaptureFixture[s
 
 def test_lacking_requirements_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\ndependencies = ["torch>=1", "not-there>=2", "numpy>=99"]\n'
+        '[project]\ndependencies = ["not-there>=2", "numpy>=99"]\n'
+        'optional-dependencies.node = ["torch>=1", "torch>=99"]\n'
         'optional-dependencies.dev = ["pytest>=1", "pytest-not-there", "ruff"]\n'
     )
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     lacks = gpu.unmet_requirements()
-    assert [text.split(" (")[0] for text in lacks] == ["not-there>=2", "numpy>=99", "pytest-not-there"]
+    assert [text.split(" (")[0] for text in lacks] == ["not-there>=2", "numpy>=99", "torch>=99", "pytest-not-there"]
     assert lacks[1].startswith("numpy>=99 (has ") and lacks[0].endswith("(not installed)")

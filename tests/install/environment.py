@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -44,9 +45,9 @@ def find_pythons() -> list[Path]:
     return found
 
 
-def project() -> dict[str, object]:
+def project() -> dict[str, Any]:
     """Return the project's table of pyproject.toml."""
-    table: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return table
 
 
@@ -57,9 +58,9 @@ def lowest_versions(*extras: str) -> list[str]:
         extras: extras whose dependencies to pin as well.
     """
     table = project()
-    dependencies: list[str] = list(table["dependencies"])  # type: ignore[call-overload]
+    dependencies: list[str] = list(table["dependencies"])
     for extra in extras:
-        dependencies += table["optional-dependencies"][extra]  # type: ignore[index]
+        dependencies += table["optional-dependencies"][extra]
     pins = []
     for requirement in map(Requirement, dependencies):
         if requirement.name != "ruyi-flow":
