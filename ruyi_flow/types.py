@@ -302,8 +302,8 @@ class Stats:
     """Time to first token (TTFT): seconds from the request's arrival at the entry node."""
     total_s: float
     """Seconds from the request's arrival to the end of the answer."""
-    seed: int
-    """The sampling seed; 0 for a greedy answer without one."""
+    seed: int | None
+    """The sampling seed, with which the answer can be repeated; None when nothing was sampled."""
     drafted: int
     """Number of tokens drafted past a position that was escalated."""
     accepted: int
@@ -326,7 +326,7 @@ class Stats:
         return (
             f"{counted(self.new_tokens, 'token')}, first after {1000 * self.first_token_s:.0f} ms, "
             f"then {1000 * self.token_s:.1f} ms each · {counted(self.escalations, 'escalation')}{drafts} · "
-            f"{up:,} bytes up" + (f" · seed {self.seed}" if self.seed else "")
+            f"{up:,} bytes up" + ("" if self.seed is None else f" · seed {self.seed}")
         )
 
     def __repr__(self) -> str:

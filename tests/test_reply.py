@@ -16,7 +16,7 @@ from ruyi_flow.types import FinishReason, Hop, Reason, Stats, Token
 def reply_of(*tokens: tuple[str, str], nodes: tuple[str, ...] = ("device", "edge", "cloud")) -> Reply:
     """A reply of (text, node) tokens."""
     made = tuple(Token(i, text, 5, node, 0.5, Reason.CONFIDENT) for i, (text, node) in enumerate(tokens))
-    stats = Stats(3, len(made), 0.05, 1.0, 0, 0, 0, 2, tuple(Hop(node) for node in nodes))
+    stats = Stats(3, len(made), 0.05, 1.0, None, 0, 0, 2, tuple(Hop(node) for node in nodes))
     return Reply("".join(text for text, _ in tokens), made, FinishReason.LENGTH, stats)
 
 

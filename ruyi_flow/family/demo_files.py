@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from ruyi_flow import __version__
@@ -56,9 +57,15 @@ def fetch_gguf(folder: Path, say: Callable[[str], None], *, bars: bool) -> Path:
 
 
 def trained(folder: Path, say: Callable[[str], None], *, bars: bool) -> list[Path]:
-    """Return the files of the trained branches and probes, from a checkout or else from a wheel; see `fetch_gguf`."""
-    files = [_FOLDER / name for name in TRAINED]
-    if not all(file.exists() for file in files):  # an installed package
+    """Return the files of the trained branches and probes, after checking them.
+
+    They are in a checkout, in the installed package `ruyi-flow-demo`, or else in its wheel; see `fetch_gguf`.
+    """
+    installed = find_spec("ruyi_flow_demo")
+    folders = [_FOLDER, *(map(Path, installed.submodule_search_locations or ()) if installed else ())]
+    found = ([place / name for name in TRAINED] for place in folders)
+    files = next((files for files in found if all(file.exists() for file in files)), [])
+    if not files:
         say(f"fetching {_TRAINED_WHEEL} from the Python package index, 39 MB")
         wheel = _download(_TRAINED_WHEEL, folder / "trained", bars=bars)
         files = [_extract(wheel, f"ruyi_flow_demo/{name}", folder) for name in TRAINED]

@@ -103,7 +103,8 @@ class Answering:
         if text.stopped and finish is FinishReason.LENGTH:
             finish = FinishReason.STOP
         total_s = time.perf_counter() - began
-        yield Final(finish, text.text, totals.stats(len(prompt), total_s, params.seed or 0))
+        seed = params.seed if params.temperature else None
+        yield Final(finish, text.text, totals.stats(len(prompt), total_s, seed))
 
     def _policy(self, request: GenerateRequest) -> Policy:
         """Resolve a request's routing over the topology's."""
@@ -137,7 +138,7 @@ class _Totals:
             self._hops.setdefault(hop.node, Hop(hop.node)).add(hop)
         return sum(hop.bytes_up for hop in settled.hops)
 
-    def stats(self, prompt_tokens: int, total_s: float, seed: int) -> Stats:
+    def stats(self, prompt_tokens: int, total_s: float, seed: int | None) -> Stats:
         return Stats(
             prompt_tokens=prompt_tokens,
             new_tokens=self.new_tokens,

@@ -327,7 +327,8 @@ def reply_from_pb(message: pb.GenerateReply) -> Token | Final:
     if message.HasField("final"):
         final = message.final
         _check_seconds(final.stats.first_token_s, final.stats.total_s)
-        stats = _make(Stats, final.stats, hops=_hops(final.stats.hops))
+        seed = final.stats.seed if final.stats.HasField("seed") else None
+        stats = _make(Stats, final.stats, hops=_hops(final.stats.hops), seed=seed)
         return Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats)
     raise WireError("a reply has neither a token nor the end of the answer")
 

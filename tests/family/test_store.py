@@ -446,6 +446,20 @@ def test_an_installed_package_fetches_the_demos_branches(
     assert said == [f"fetching ruyi-flow-demo=={__version__} from the Python package index, 39 MB"]
 
 
+def test_the_demos_branches_of_an_installed_wheel_are_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site" / "ruyi_flow_demo"  # an installed wheel has no __init__.py either
+    installed.mkdir(parents=True)
+    for name in demo_files.TRAINED:
+        shutil.copy(demo_files._FOLDER / name, installed)
+    monkeypatch.syspath_prepend(installed.parent)
+    monkeypatch.setattr(demo_files, "_FOLDER", tmp_path / "none")
+    said: list[str] = []
+    files = demo_files.trained(tmp_path, said.append, bars=False)
+    assert [file.parent for file in files] == [installed] * len(demo_files.TRAINED) and not said
+
+
 def test_branches_that_no_index_has_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

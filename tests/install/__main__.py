@@ -26,7 +26,7 @@ from ruyi_flow import __version__
 from ruyi_flow.testing import free_ports
 from tests.install.environment import Environment, build_wheels, find_pythons, link_torch, lowest_versions
 
-NOT_PLAIN = ("torch", "transformers", "accelerate", "gguf", "safetensors", "tokenizers", "huggingface_hub", "filelock")
+NOT_PLAIN = ("torch", "transformers", "accelerate", "gguf", "safetensors", "tokenizers", "huggingface_hub")
 """Distributions that a plain install must not have."""
 
 NEEDS_NODE = {

@@ -179,9 +179,11 @@ def test_requests_come_back(request_: GenerateRequest) -> None:
     assert codec.generate_from_bytes(message.SerializeToString()) == request_
 
 
-def test_answers_come_back() -> None:
+@pytest.mark.parametrize("seed", [None, 0, 9, 2**63 - 1])
+def test_answers_come_back(seed: int | None) -> None:
     token = Token(5, " blue", 29, "cloud", 0.5, Reason.UNREACHABLE, 0.25, 1200)
-    final = Final(FinishReason.STOP, "blue", Stats(3, 4, 0.5, 1.5, 9, 8, 7, 6, (Hop("device", 1.0), Hop("edge", 0.5))))
+    hops = (Hop("device", 1.0), Hop("edge", 0.5))
+    final = Final(FinishReason.STOP, "blue", Stats(3, 4, 0.5, 1.5, seed, 8, 7, 6, hops))
     for event in (token, final):
         message = codec.parse(pb.GenerateReply, codec.reply_to_pb(event).SerializeToString())
         assert codec.reply_from_pb(message) == event
