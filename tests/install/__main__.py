@@ -164,7 +164,7 @@ def main() -> None:
             title = f"{what}, Python {version_of(python)}, {versions} versions"
             pins = lowest_versions(*([] if what == "plain" else ["node"])) if versions == "lowest" else []
             env = Environment(folder / "trial", python, folder / "wheels")
-            linked = None if given.download_torch else given.torch or torch
+            linked = given.torch or (torch if version_of(python) == mine and not given.download_torch else None)
             found[title] = try_plain(env, pins=pins) if what == "plain" else try_node(env, pins=pins, torch=linked)
             say(title, found[title])
             shutil.rmtree(env.folder)
@@ -175,7 +175,7 @@ def main() -> None:
                 trial("plain", python, "newest")
             if is_mine:  # older releases have no wheels for newer Pythons
                 trial("plain", python, "lowest")
-            if not given.plain and (is_mine or given.download_torch or given.torch):
+            if not given.plain and (is_mine or python == pythons[-1] or given.download_torch):
                 trial("node", python, "newest")
             if not given.plain and is_mine:
                 trial("node", python, "lowest")
