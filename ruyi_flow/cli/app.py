@@ -167,5 +167,7 @@ def run() -> None:
         raise
     except (RuyiFlowError, OSError) as error:  # OSError: files and folders that cannot be read or written
         # Not through rich: a message must stay one line in logs and pipes, and may contain brackets.
-        sys.stderr.write(f"error: {error}\n")
+        from ruyi_flow.cli.display import printable
+
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         sys.exit(2)

