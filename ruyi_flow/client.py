@@ -51,7 +51,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 8.0
 class AsyncClient:
     """A client of a topology's entry node for asyncio. It connects at its first use.
 
-        client = AsyncClient("configs/local.yaml")
+        client = AsyncClient("local")
         reply = await client.generate("Why is the sky blue?")
         await client.close()
 
@@ -248,7 +248,7 @@ class AsyncClient:
 class Client:
     """A client of a topology's entry node. It connects at its first use, also in a notebook.
 
-        client = Client("configs/local.yaml")
+        client = Client("local")
         print(client.generate("Why is the sky blue?").text)
         client.close()
 
