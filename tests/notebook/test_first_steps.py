@@ -116,7 +116,7 @@ async def test_the_examples_of_the_guide_run(file: Path, tmp_path: Path) -> None
     examples = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
     async with kernel(tmp_path / "stderr") as cells:
         for code in [*examples, "await ask_both()"]:
-            done = await cells.run(code.replace("configs/local.yaml", str(file)))
+            done = await cells.run(code.replace('"local"', repr(str(file))))
             assert done["error"] is None, done
         assert done["text"] == "[8, 8]\n" or done["text"].startswith("[")
     assert (tmp_path / "stderr").read_text() == ""
