@@ -18,7 +18,7 @@ DISTRIBUTIONS = packages_distributions()
 
 NOT_PLAIN = [
     *("torch", "transformers", "accelerate", "gguf", "safetensors", "tokenizers", "huggingface_hub", "jinja2"),
-    *("filelock", "matplotlib"),
+    "matplotlib",
 ]
 """Modules that a plain install does not have."""
 

@@ -59,7 +59,11 @@ class Supervisor:
         """
         began = time.monotonic()
         for node in self._topology.nodes:  # something that listens there would answer in place of the new node
-            await check_listen(str(node.address), node.name)
+            await check_listen(
+                str(node.address),
+                node.name,
+                in_use="or start only the nodes that do not run yet: ruyi-flow node NAME",
+            )
         self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)

@@ -19,8 +19,13 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def check_listen(address: str, node: str) -> None:
+async def check_listen(address: str, node: str, *, in_use: str = "or give the node another address") -> None:
     """Check that a node can listen on host:port.
+
+    Args:
+        address: host:port.
+        node: the node's name, for messages.
+        in_use: what to do about an address that is in use, other than to end the process there.
 
     Raises:
         NodeError: it cannot; the message says why, and what to do.
@@ -37,8 +42,7 @@ async def check_listen(address: str, node: str) -> None:
     problem = listen_problem(found)
     if problem == errno.EADDRINUSE:
         raise NodeError(
-            f"{address} is in use already; node {node!r} cannot listen there: end that process, "
-            "or give the node another address",
+            f"{address} is in use already; node {node!r} cannot listen there: end that process, {in_use}",
             node=node,
         )
     if problem == errno.EADDRNOTAVAIL:

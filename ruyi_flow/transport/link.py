@@ -110,7 +110,11 @@ class LinkMeter:
         Raises:
             NodeError: the next node does not answer.
         """
-        if self._running is None or (self._running.done() and time.monotonic() > self._ended + _KEPT_S):
+        if (kept := self._kept()) is not None:
+            # The link may have broken since: one byte tells.
+            await measure_link(self._address, rounds=1, payload=1, repeats=1, limit_s=_METER_S)
+            return kept
+        if self._running is None or self._running.done():
             self._running = asyncio.create_task(
                 measure_link(self._address, rounds=10, payload=self._payload, repeats=2, limit_s=_METER_S)
             )
@@ -128,6 +132,13 @@ class LinkMeter:
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
+
+    def _kept(self) -> LinkMeasurement | None:
+        """Return the result of the last seconds, if there is one. A failure is not kept: it may be mended by now."""
+        last = self._running
+        if last is None or not last.done() or last.cancelled() or last.exception() is not None:
+            return None
+        return last.result() if time.monotonic() <= self._ended + _KEPT_S else None
 
     def _note_end(self, task: asyncio.Task[LinkMeasurement]) -> None:
         self._ended = time.monotonic()

@@ -342,7 +342,7 @@ def test_explain_holds_the_family_as_the_last_node_does(run: Command, even: Path
     assert own[None] != pytest.approx(own["int8"], abs=1e-5) and all(row["agrees"] for row in told)
 
 
-@pytest.mark.parametrize("begun", ["ruyi_flow.cli.commands", "typer", "ruyi_flow.family.store"])
+@pytest.mark.parametrize("begun", ["ruyi_flow.cli.asking", "typer", "ruyi_flow.family.store"])
 def test_ctrl_c_while_modules_are_loaded_is_one_line(begun: str) -> None:
     code = f"""
 import importlib.abc, signal, sys

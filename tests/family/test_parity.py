@@ -134,7 +134,7 @@ def test_dynamic_positions_end_with_the_context_that_they_do_not_change(tmp_path
     "model_type", ["mistral", "mixtral", "gemma2", "phi3", "qwen2_moe", "qwen3_moe", "gpt2", "smollm3", "deepseek_v3"]
 )
 def test_another_architecture_is_refused_by_name(model_type: str) -> None:
-    with pytest.raises(CheckpointError, match=f"model_type is '{model_type}'; this architecture is not supported"):
+    with pytest.raises(CheckpointError, match=f"model_type is '{model_type}', an architecture that is not supported"):
         FamilyConfig.parse(json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False)))
 
 

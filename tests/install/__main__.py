@@ -182,9 +182,8 @@ def main() -> None:
                 if is_mine or given.torch or shutil.disk_usage(folder).free > TORCH_BYTES:
                     trial("node", python, "newest")
                 else:
-                    print(
-                        f"node, Python {version_of(python)}: skipped, the disk has no {TORCH_BYTES / 1e9:.0f} GB for torch"
-                    )
+                    needed = f"{TORCH_BYTES / 1e9:.0f} GB"
+                    print(f"node, Python {version_of(python)}: skipped, because torch needs {needed} of free disk")
             if not given.plain and is_mine:
                 trial("node", python, "lowest")
     print(json.dumps({"install": found}))

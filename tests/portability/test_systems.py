@@ -109,10 +109,12 @@ class Running:
 @contextmanager
 def running(system: str, log: Path, *arguments: object) -> Iterator[Running]:
     """Run a command on a system while the block lasts; its processes have ended by then."""
+    before = psutil.Process().children()  # of other tests in this process
     started = Running(system, log, *arguments)
     try:
         yield started
-        assert not psutil.wait_procs(psutil.Process().children(), timeout=30)[1]
+        ours = [child for child in psutil.Process().children() if child not in before]
+        assert not psutil.wait_procs(ours, timeout=30)[1]
     finally:
         started.process.kill()
         started.process.communicate()
