@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -64,6 +64,12 @@ _PRINTABLE = str.maketrans(_CONTROLS)
 
 LINE_EVERY_S = 30.0
 """Seconds between two lines of progress where standard error is not a terminal."""
+
+_STATUS_ROWS = (
+    *("state", "exits", "trunk layers", "parameters (millions)", "memory, MB", "weights, MB"),
+    *("sessions open/max", "KV positions used/max", "next node"),
+)
+"""What the table of nodes' states says of each node."""
 
 _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
 """Words for gRPC's states of a connection."""
@@ -282,25 +288,29 @@ def stats_table(stats: Stats) -> Table:
 
 
 def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
-    """Return a table of the nodes' states; a node that could not be asked is down."""
-    headers = ("node", "state", "exits", "trunk\nlayers", "parameters\n(millions)", "memory, MB\n(tensors)")
-    table = Table(*headers, "sessions\nopen/max", "KV positions\nused/max", "next node")
-    table.columns[0].no_wrap = True
+    """Return a table of the nodes' states, with one column per node; a node that could not be asked is down."""
+    table, columns = Table(""), list[list[RenderableType]]()
     for name, status in answers.items():
         if isinstance(status, NodeError):
-            table.add_row(name, Text("down", style="red"))
+            table.add_column(escape(printable(name)))
+            columns.append([Text("down", style="red")])
             continue
-        table.add_row(
-            status.node if status.tier == status.node else f"{status.node} ({status.tier})",
+        table.add_column(escape(printable(name if status.tier == name else f"{name} ({status.tier})")))
+        state = _LINK_STATES.get(status.next_state, status.next_state)
+        cells = (
             status.state,
             comma_list(status.exits),
             f"{status.first_layer}-{status.last_layer - 1}",
             f"{status.parameters / 1e6:,.1f}",
-            f"{status.resident_bytes / 1e6:,.0f} ({status.tensor_bytes / 1e6:,.0f})",
+            f"{status.resident_bytes / 1e6:,.0f}",
+            f"{status.tensor_bytes / 1e6:,.0f}",
             f"{status.sessions}/{status.max_sessions}" + (f" + {status.waiting} waiting" if status.waiting else ""),
             f"{status.used_positions}/{status.max_positions}",
-            f"{status.next_node}: {_LINK_STATES.get(status.next_state, status.next_state)}" if status.next_node else "",
+            f"{status.next_node}: {state}" if status.next_node else "",
         )
+        columns.append([Text(printable(cell)) for cell in cells])
+    for i, row in enumerate(_STATUS_ROWS):
+        table.add_row(row, *(cells[i] if i < len(cells) else "" for cells in columns))
     return table
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ruyi_flow.cli.display import fallback_note, stats_table, token_summary, token_table
+from ruyi_flow.cli.display import fallback_note, stats_table, status_table, token_summary, token_table
 from ruyi_flow.config.topology import Topology
+from ruyi_flow.errors import NodeError
 from ruyi_flow.testing import cut_topology
-from ruyi_flow.types import Hop, Reason, Stats, Token
+from ruyi_flow.types import Hop, NodeStatus, Reason, Stats, Token
 
 
 @pytest.fixture
@@ -75,6 +76,16 @@ def test_the_table_of_statistics_fits_into_a_terminal_of_80_columns() -> None:
         for name in ("compute, ms/token", "queue, ms/token", "link, ms/token", "positions received", "bytes returned"):
             assert lines.count(name) == 1, lines
         assert lines.count("15.00") == nodes  # 1.5 s over 100 tokens
+
+
+def test_the_table_of_states_fits_into_a_terminal_of_80_columns() -> None:
+    serving = NodeStatus(
+        *("device", "device", "serving", "abc", (5, 11), 0, 11, 77_900_000, 212_000_000, 538_000_000, "bfloat16"),
+        *("cpu", 16, 16, 3, 16000, 16384, 60.0, "cloud", "idle", 1),
+    )
+    lines = shown(status_table({"device": serving, "edge": serving, "cloud": NodeError("it is down")}), 80)
+    assert "…" not in lines and lines.count("cloud: not connected") == 2 and lines.count("down") == 1
+    assert lines.count("16/16 + 3 waiting") == 2 and lines.count("16000/16384") == 2 and lines.count("device (") == 0
 
 
 def test_the_table_of_tokens_cuts_only_texts(topology: Topology) -> None:

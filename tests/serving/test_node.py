@@ -666,7 +666,7 @@ async def test_status_tells_how_many_sessions_wait_for_room(tiny: Path) -> None:
         await until(lambda: nodes.engines["n0"].front_door.waiting)
         status = (await client.status())["n0"]
         assert isinstance(status, NodeStatus) and (status.sessions, status.waiting) == (1, 1)
-        assert [*status_table({"n0": status}).columns[6].cells] == ["1/1 + 1 waiting"]
+        assert "1/1 + 1 waiting" in [str(cell) for cell in status_table({"n0": status}).columns[1].cells]
         await stream.aclose()
         await late
         status = (await client.status())["n0"]
