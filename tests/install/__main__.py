@@ -65,6 +65,7 @@ def try_plain(env: Environment, *, pins: Sequence[str]) -> dict[str, Any]:
     shown = env.run("ruyi-flow", "--help")
     assert all(f"│ {command} " in shown for command in ("demo", "init", "generate", "simulate", "plan"))
     assert "written: topology.yaml, policies/smollm2-5-percent.yaml" in env.run("ruyi-flow", "init")
+    use_free_ports(env.here / "topology.yaml")
     assert '"device"' in env.run("ruyi-flow", "status", "--json", status=1)
     assert '"laptop"' in env.run("ruyi-flow", "status", "--json", "--topology", "two", status=1)
     said = env.run("ruyi-flow", "simulate", "city", "--set", "load.duration_s=60", "--json")
@@ -108,11 +109,7 @@ def try_node(env: Environment, *, pins: Sequence[str], torch: Path | None) -> di
     assert "Of 12 tokens" in said and f"fetching ruyi-flow-demo=={__version__}" in said, said
     answered_s = time.monotonic() - began
     env.run("ruyi-flow", "init")
-    file = env.here / "topology.yaml"
-    text = file.read_text()
-    for port, free in zip((7101, 7102, 7103), free_ports(3), strict=True):
-        text = text.replace(f":{port}", f":{free}")
-    file.write_text(text)
+    use_free_ports(env.here / "topology.yaml")
     with env.start("ruyi-flow", "up") as nodes:
         try:
             assert nodes.stderr is not None and any("all 3 nodes serve" in line for line in nodes.stderr)
@@ -124,6 +121,14 @@ def try_node(env: Environment, *, pins: Sequence[str], torch: Path | None) -> di
             nodes.communicate(timeout=60)
     mb = sum(env.sizes().values()) / 1e6
     return {"install_s": installed_s, "mb": mb, "answer_s": answered_s}
+
+
+def use_free_ports(topology: Path) -> None:
+    """Give the nodes of the file that `init` writes ports that are free on this machine."""
+    text = topology.read_text()
+    for port, free in zip((7101, 7102, 7103), free_ports(3), strict=True):
+        text = text.replace(f":{port}", f":{free}")
+    topology.write_text(text)
 
 
 def version_of(python: Path) -> str:
