@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from ruyi_flow.config.examples import shortest
 from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.doctor.agreement import disagreements
 from ruyi_flow.doctor.checks import Check, Group, Mark
@@ -25,6 +26,7 @@ from ruyi_flow.doctor.nodes import (
 )
 from ruyi_flow.doctor.torch_report import Folder, TorchReport, ask_torch
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.family.demo_files import DEMO
 
 __all__ = ["examine", "examine_topology"]
 
@@ -38,7 +40,7 @@ async def examine(
     """Make all checks, one after the other, and yield what each of them found.
 
     Args:
-        path: the topology file. Default: only this machine is checked.
+        path: the topology file. None: only this machine is checked.
         announce: called with a few words before each step that may take long.
     """
     for check in machine_checks():
@@ -49,7 +51,7 @@ async def examine(
             topology = Topology.load(path)
         except ConfigError as refused:
             error = str(refused)
-    where = str(path)
+    where = "" if path is None else shortest(path, "topology")
     nodes = [] if topology is None else [node for node in topology.nodes if node.address is not None]
     announce("looking up the nodes' addresses")
     places = await asyncio.gather(*(find(node) for node in nodes))
@@ -154,6 +156,10 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
     here, places = _runs_here(topology, [v.place for v in visits]), [v.place for v in visits]
     for found in report.folders:
         what = f"The shard of node {found.node!r}" if found.node else "The family"
+        if not found.node and topology.family == DEMO and DEMO not in report.families:
+            text = f"The demo family {DEMO} is not in the store yet."
+            checks.append(Check(Group.TOPOLOGY, "family", Mark.WARNING, text, f"fetch it: ruyi-flow pull {DEMO}"))
+            continue
         if found.error:
             fix = (
                 "copy the shard to this machine, or correct shard in the topology (paths are relative to the file)"
