@@ -217,11 +217,11 @@ def pull(
         from ruyi_flow.family.checkpoint import Checkpoint, cut, parse_dtype
 
         chosen = None if dtype is None else parse_dtype(dtype)
+        if trained:  # before the download of the base model, which is of no use without them
+            branches = demo_files.trained(folder, say, bars=bars is not None)
         if old:
             say("updating the branches and the tokenizer of the stored demo family")
         found = out if old else _fetch(source, local, folder, say, bars)
-        if trained:
-            branches = demo_files.trained(folder, say, bars=bars is not None)
         say("reading the checkpoint")
         checkpoint = Checkpoint(found, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:

@@ -461,12 +461,20 @@ def test_the_demos_branches_of_an_installed_wheel_are_not_fetched(
     assert [file.parent for file in files] == [installed] * len(demo_files.TRAINED) and not said
 
 
-def test_branches_that_no_index_has_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_that_no_index_has_end_a_pull_before_the_base_model_is_fetched(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(demo_files, "_FOLDER", tmp_path / "none")
-    with pytest.raises(CheckpointError, match=rf"ruyi-flow-demo=={__version__} could not be fetched with pip: .*ERROR"):
-        demo_files.trained(tmp_path, lambda step: None, bars=False)
+    said: list[str] = []
+    with pytest.raises(
+        CheckpointError,
+        match=rf"ruyi-flow-demo=={__version__} could not be fetched with pip: .*ERROR.*; from a clone, install the "
+        r"trained exits: pip install \./ruyi_flow/family/demo$",
+    ):
+        store.pull(store.DEMO, say=said.append)
+    assert said == [f"fetching ruyi-flow-demo=={__version__} from the Python package index, 39 MB"]
 
 
 def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
