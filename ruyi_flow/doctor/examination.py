@@ -11,7 +11,7 @@ import psutil
 from ruyi_flow.config.examples import shortest
 from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.doctor.agreement import disagreements
-from ruyi_flow.doctor.checks import Check, Group, Mark
+from ruyi_flow.doctor.checks import Check, Group, Mark, ended
 from ruyi_flow.doctor.machine import machine_checks
 from ruyi_flow.doctor.nodes import (
     Place,
@@ -102,7 +102,7 @@ def _torch_checks(report: TorchReport) -> list[Check]:
     if not report.is_installed:
         return []  # the check of the packages has said so
     if report.error:
-        text = f"torch cannot be loaded: {report.error}."
+        text = ended(f"torch cannot be loaded: {report.error}")
         return [check("torch", Mark.FAILED, text, "install it again: pip install --force-reinstall torch")]
     onednn = " with oneDNN" if report.onednn else " without oneDNN"
     bfloat16 = "" if report.bfloat16 else ", without products in bfloat16 on this processor"
@@ -164,9 +164,10 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
             fix = (
                 "copy the shard to this machine, or correct shard in the topology (paths are relative to the file)"
                 if found.node
-                else f"fetch it: ruyi-flow pull {topology.family}"
+                else _family_fix(topology.family, where)
             )
-            checks.append(failed(found.node or "family", f"{what} cannot be read: {found.error}.", fix))
+            problem = found.error.partition("; fetch it: ")[0]
+            checks.append(failed(found.node or "family", ended(f"{what} cannot be read: {problem}"), fix))
             continue
         try:
             topology.check_family(found.family_exits, where=where)
@@ -200,6 +201,14 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
                     failed(node.name, text, f"use one of {', '.join(sorted(usable))}, or install another torch")
                 )
     return checks + _memory(here, places, report, visits)
+
+
+def _family_fix(family: str, where: str) -> str:
+    """Return what to do when a family cannot be read."""
+    if family == DEMO:
+        return f"fetch it again: ruyi-flow pull {DEMO} --force"
+    fetch = "" if "/" in family else ", or fetch it: ruyi-flow pull SOURCE --name NAME"
+    return f"correct family in {where}{fetch}"
 
 
 def _memory(here: Sequence[Node], places: Sequence[Place], report: TorchReport, visits: Sequence[Visit]) -> list[Check]:

@@ -153,6 +153,24 @@ def test_without_a_topology_the_default_one_is_checked(empty: Path, topology: Pa
     assert code == 0 and any(check["text"].startswith("topology.yaml describes device, edge") for check in checks)
 
 
+@pytest.mark.parametrize(
+    ("family", "text", "fix"),
+    [
+        ("smolm2", "has no families yet; did you mean 'smollm2'?", ", or fetch it: ruyi-flow pull SOURCE --name NAME"),
+        ("qwen", "has no families yet.", ", or fetch it: ruyi-flow pull SOURCE --name NAME"),
+        ("./gone", "gone: no such folder.", ""),
+    ],
+)
+def test_a_family_that_is_not_there_is_told_with_what_to_do(
+    empty: Path, topology: Path, family: str, text: str, fix: str
+) -> None:
+    topology.write_text(yaml.safe_dump(yaml.safe_load(topology.read_text()) | {"family": family}))
+    code, checks = ask(topology)
+    [found] = [check for check in checks if check["name"] == "family"]
+    assert code == 1 and found["text"].startswith("The family cannot be read: ") and found["text"].endswith(text)
+    assert found["fix"] == f"correct family in {topology}{fix}"
+
+
 @pytest.mark.parametrize("named", [("two",), ("-t", "two"), ("--topology", "two")])
 def test_an_example_is_checked_by_its_name(empty: Path, named: tuple[str, ...]) -> None:
     _, checks = ask(None, *named)
