@@ -356,6 +356,35 @@ def test_what_is_no_source_is_said(home: Path) -> None:
         store.locate("x" * 5000)
 
 
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("./nofolder", "./nofolder: no such folder"),
+        ("../no/folder", "../no/folder: no such folder"),
+        ("~/no-such-folder", "~/no-such-folder: no such folder"),
+        ("/no/folder", "/no/folder: no such folder"),
+        ("file:nofolder", "file:nofolder: no such folder"),
+        ("some/model.gguf", "some/model.gguf: no such file"),
+        ("./model.gguf", "./model.gguf: no such file"),
+        ("no/such/thing", "no/such/thing: neither a folder, nor a .gguf file, nor a hub id like "),
+        ("modelscope:no/such/thing", "modelscope:no/such/thing: neither a folder, nor"),
+        ("modelscope:thing", "modelscope:thing: neither a folder, nor"),
+        ("some/", "some/: neither a folder, nor"),
+        ("./notes.txt", "./notes.txt: neither a folder, nor"),
+        ("notes.txt", "notes.txt: neither a folder, nor"),
+    ],
+)
+def test_what_cannot_be_a_source_is_said_at_once(
+    run: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("text")
+    monkeypatch.setattr(store, "fetch_from_hub", lambda *given: pytest.fail(f"a hub was asked: {given}"))
+    code, out, said = run("pull", source)
+    assert code == 2 and out == "" and said.startswith(f"error: {error}") and said.count("\n") == 1
+    assert not home.exists()
+
+
 def test_modelscope_needs_its_extra(run: Command, home: Path) -> None:
     try:
         import modelscope  # noqa: F401
