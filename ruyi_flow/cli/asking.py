@@ -48,6 +48,7 @@ from ruyi_flow.cli.options import (
 )
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RequestError
+from ruyi_flow.extras import require
 from ruyi_flow.types import Final, Mode, Stats, Token
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def demo(
 
     If the topology names the demo family, it is fetched first.
     """
+    require("torch")  # here rather than in every node's process
     from ruyi_flow.family import store
 
     loaded, text, beside = networked(topology), prompt_text(prompt), beside_answers()

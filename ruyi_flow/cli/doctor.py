@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import err, out, print_json
-from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption
+from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, file_or_example, is_given
 from ruyi_flow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,12 +30,17 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", 
 
 @app.command(rich_help_panel=Panel.RUN)
 def doctor(
-    topology: Annotated[
+    context: typer.Context,
+    file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="TOPOLOGY", help=f"Topology file (YAML). Default: {DEFAULT_TOPOLOGY}, if there is such a file."
+            metavar="TOPOLOGY",
+            callback=file_or_example("topology"),
+            help="Topology file (YAML), or the name of an example; the same as --topology.",
         ),
     ] = None,
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    machine: Annotated[bool, typer.Option("--machine", help="Check only this machine, and no topology.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine, a topology, its nodes and their links, and say how to mend what is wrong.
@@ -45,18 +50,14 @@ def doctor(
     with each other: exits, family, version, addresses, encodings. The exit status
     is 1 when a check fails; warnings leave it 0.
     """
-    if topology is not None and not topology.is_file():
-        raise ConfigError(f"{topology}: no such topology file")
-    if topology is None and DEFAULT_TOPOLOGY.exists():
-        topology = DEFAULT_TOPOLOGY
-    checks = asyncio.run(_examine(topology, as_json))
+    if machine and (file is not None or is_given(context, "topology")):
+        raise ConfigError("--machine checks no topology; remove it, or name no topology")
+    checks = asyncio.run(_examine(None if machine else file or topology, as_json))
     failed, warned = (sum(check.mark == mark for check in checks) for mark in ("failed", "warning"))
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
         out.print()
-        if topology is None:
-            out.print("No topology was checked; name one: ruyi-flow doctor TOPOLOGY", soft_wrap=True)
         out.print(_summary(len(checks), failed, warned))
     if failed:
         raise typer.Exit(1)

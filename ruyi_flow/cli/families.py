@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
@@ -58,6 +59,7 @@ def pull(
     it is trained (ruyi-flow train). 'smollm2' is the demo family:
     SmolLM2-135M-Instruct with trained branches.
     """
+    require("torch")  # before a long download
     from ruyi_flow.family import store
 
     began = time.monotonic()
@@ -90,16 +92,24 @@ def pull(
 
 
 @app.command("list", rich_help_panel=Panel.RUN)
-def list_families(as_json: JsonOption = False) -> None:
+def list_families(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Families to show in full. Default: a line for each."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """List the families in the local store (RUYI_FLOW_HOME, or the user's cache folder).
 
-    An exit that was added to an ordinary checkpoint is untrained until
+    With names, all facts of these families are shown: also the parameters at
+    each exit, the untrained exits, and the source. An exit that was added to an ordinary checkpoint is untrained until
     ruyi-flow train has trained it: it serves for mode exact only, in which it
     drafts.
     """
     from ruyi_flow.family import store
 
-    found = store.families()
+    store.check_names(names or ())
+    found = [store.stored(name) for name in dict.fromkeys(names)] if names else store.families()
     if as_json:
         print_json({"store": str(store.home()), "families": [asdict(family) for family in found]})
         return
@@ -110,34 +120,55 @@ def list_families(as_json: JsonOption = False) -> None:
             soft_wrap=True,
         )
         return
-    table = Table("family", "exits", "untrained", "layers", "parameters\nat each exit", "format", "size, MB", "source")
-    table.columns[0].no_wrap = True
-    problems = []
+    if names:
+        for family in found:
+            out.print(_all_facts(family))
+        return
+    out.print(_overview(found))
     for family in found:
-        size, source = f"{family.size_bytes / 1e6:,.1f}", _cell(family.source or "not known")
         if family.problem is not None:
-            table.add_row(_cell(family.name), Text("damaged", style="red"), "", "", "", "", size, source)
-            problems.append(family.problem)
+            out.print(_cell(family.problem, "red"), soft_wrap=True)
+    out.print(f"in {escape(str(store.home()))}; all facts of a family: ruyi-flow list NAME", soft_wrap=True)
+
+
+def _overview(families: Sequence[Description]) -> Table:
+    """Return a table with one line for each family, which fits into 80 columns."""
+    table = Table(Column("family", overflow="fold"), "exits")
+    for heading in ("trained", "parameters", "format", "size, MB"):
+        table.add_column(heading, no_wrap=True)
+    for family in families:
+        size = f"{family.size_bytes / 1e6:,.1f}"
+        if family.problem is not None:
+            table.add_row(_cell(family.name), Text("damaged", style="red"), "", "", "", size)
             continue
-        table.add_row(
-            _cell(family.name),
-            comma_list(family.exits),
-            comma_list(family.untrained) or "none",
-            str(family.layers),
-            _parameters(family),
-            _cell(str(family.dtype)),
-            size,
-            source,
-        )
-    out.print(table)
-    for problem in problems:
-        out.print(_cell(problem, "red"), soft_wrap=True)
-    out.print(f"in {escape(str(store.home()))}", soft_wrap=True)
+        branches = family.exits[:-1]
+        trained = "yes" if not family.untrained else "partly" if len(family.untrained) < len(branches) else "no"
+        whole = f"{(family.parameters or {})[family.exits[-1]] / 1e6:,.0f}M"
+        table.add_row(_cell(family.name), comma_list(family.exits), trained, whole, _cell(str(family.dtype)), size)
+    return table
+
+
+def _all_facts(family: Description) -> Table:
+    """Return a table of all facts of a family."""
+    table = Table("family", Column(_cell(family.name), overflow="fold"))
+    if family.problem is not None:
+        table.add_row("damaged", _cell(family.problem, "red"))
+    else:
+        table.add_row("exits", comma_list(family.exits))
+        table.add_row("untrained exits", comma_list(family.untrained) or "none")
+        table.add_row("layers", str(family.layers))
+        table.add_row("parameters at each exit", _parameters(family))
+        table.add_row("format", _cell(str(family.dtype)))
+        table.add_row("tokenizer", "yes" if family.has_tokenizer else "none: prompts must be token ids")
+    table.add_row("size, MB", f"{family.size_bytes / 1e6:,.1f}")
+    table.add_row("source", _cell(family.source or "not known"))
+    table.add_row("folder", _cell(family.folder))
+    return table
 
 
 @app.command("rm", rich_help_panel=Panel.RUN)
 def remove_families(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of families in the store.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names of families in the store.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:

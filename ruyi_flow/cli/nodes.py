@@ -271,10 +271,11 @@ def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = Fa
         for answer in answers.values():
             if isinstance(answer, NodeError):
                 out.print(Text(str(answer), style="red"), soft_wrap=whole)
+        named = shortest(topology, "topology")
         reached = {name: answer for name, answer in answers.items() if isinstance(answer, NodeStatus)}
-        if found := disagreements(loaded, reached, where=str(topology)):
+        if found := disagreements(loaded, reached, where=named):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            line = f"{found[0].text}{more} What to do: ruyi-flow doctor {topology}"
+            line = f"{found[0].text}{more} What to do: ruyi-flow doctor {named}"
             out.print(Text(line, style="yellow"), soft_wrap=whole)
     if any(isinstance(answer, NodeError) for answer in answers.values()):
         raise typer.Exit(1)

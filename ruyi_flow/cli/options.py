@@ -38,6 +38,7 @@ __all__ = [
     "file_or_example",
     "dashed",
     "integers",
+    "is_given",
     "load_topology",
     "networked",
     "on_end_of_input",
@@ -57,10 +58,14 @@ def default_topology() -> Path:
     return DEFAULT_TOPOLOGY if DEFAULT_TOPOLOGY.exists() else find("local", "topology")
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter has its value from the user, rather than by default."""
+    source = context.get_parameter_source(name)
+    return source is None or source.name != "DEFAULT"
+
+
 def _topology_file(context: typer.Context, option: typer.CallbackParam, named: Path) -> Path:
-    source = context.get_parameter_source(str(option.name))
-    is_default = source is not None and source.name == "DEFAULT"
-    return default_topology() if is_default else find(named, "topology")
+    return find(named, "topology") if is_given(context, str(option.name)) else default_topology()
 
 
 DEFAULT_TOPOLOGY = Path("topology.yaml")

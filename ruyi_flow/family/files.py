@@ -11,13 +11,13 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from ruyi_flow.errors import CheckpointError
 
@@ -114,10 +114,16 @@ def whole_or_not(out: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         os.replace(folder, out)
-    except (OSError, SafetensorError) as error:
+    except _write_errors() as error:
         raise CheckpointError(f"{out}: cannot be written: {error}") from None
     finally:  # after Ctrl-C too
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of a full disk; safetensors, which a plain install does not have, raises its own."""
+    safetensors = sys.modules.get("safetensors")
+    return (OSError, safetensors.SafetensorError) if safetensors else (OSError,)
 
 
 @contextmanager

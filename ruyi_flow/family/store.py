@@ -191,6 +191,7 @@ def pull(
         local.exists()
     except (OSError, RuntimeError) as error:  # ~user without such a user, or a name that is too long
         raise CheckpointError(f"{source[:80]!r} cannot be a source: {error}") from None
+    _check_source(source, local)
     default_name = local.stem if local.suffix == ".gguf" else source.rstrip("/").split("/")[-1].split(":")[-1]
     name = name or default_name
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -217,11 +218,11 @@ def pull(
         from ruyi_flow.family.checkpoint import Checkpoint, cut, parse_dtype
 
         chosen = None if dtype is None else parse_dtype(dtype)
+        if trained:  # before the download of the base model, which is of no use without them
+            branches = demo_files.trained(folder, say, bars=bars is not None)
         if old:
             say("updating the branches and the tokenizer of the stored demo family")
         found = out if old else _fetch(source, local, folder, say, bars)
-        if trained:
-            branches = demo_files.trained(folder, say, bars=bars is not None)
         say("reading the checkpoint")
         checkpoint = Checkpoint(found, exits, branches)
         if checkpoint.exits != checkpoint.config.exits:
@@ -366,17 +367,31 @@ def _check_same(out: Path, identity: str, exits: Sequence[int] | None, dtype: st
             )
 
 
+def _check_source(source: str, local: Path) -> None:
+    """Check, before anything is loaded or a hub is asked, that a source can be one.
+
+    Raises:
+        CheckpointError: it is neither something that is there, nor in the form of a hub's id.
+    """
+    if source == DEMO or local.is_dir() or (local.suffix == ".gguf" and local.exists()):
+        return
+    if local.suffix == ".gguf":
+        raise CheckpointError(f"{source}: no such file")
+    if not local.exists() and (local.is_absolute() or source.startswith(("./", "../", "~", "file:"))):
+        raise CheckpointError(f"{source}: no such folder")
+    if local.exists() or not re.fullmatch(r"[^/]+/[^/]+", source.removeprefix("modelscope:")):
+        raise CheckpointError(
+            f"{source}: neither a folder, nor a .gguf file, nor a hub id like TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725"
+            f"{did_you_mean(source, [DEMO]) or f'; the demo family is {DEMO!r}'}"
+        )
+
+
 def _fetch(source: str, local: Path, folder: Path, say: Callable[[str], None], bars: ProgressBars | None) -> Path:
     """Fetch and convert a source in `folder`, where needed; returns a checkpoint folder."""
     if source != DEMO and local.suffix != ".gguf":
         if local.is_dir():
             return local
-        if source.startswith("modelscope:") or source.count("/") == 1:
-            return fetch_from_hub(source, say)
-        raise CheckpointError(
-            f"{source}: neither a folder, nor a .gguf file, nor a hub id like TeleAI-AI-Flow/AI-Flow-Ruyi-7B-0725"
-            f"{did_you_mean(source, [DEMO]) or f'; the demo family is {DEMO!r}'}"
-        )
+        return fetch_from_hub(source, say)
     gguf = demo_files.fetch_gguf(folder, say, bars=bars is not None) if source == DEMO else local
     say(f"converting {gguf.name}")
     from ruyi_flow.family.gguf import convert_gguf

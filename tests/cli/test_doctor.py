@@ -120,12 +120,62 @@ def test_a_wrong_file_is_a_failed_check_and_no_file_a_usage_error(topology: Path
     assert any(check["name"] == "memory" for check in checks)  # the machine is looked at all the same
 
 
-def test_without_a_topology_the_machine_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
+    """An empty current folder and an empty store."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    code, checks = ask(None)
+    return folder
+
+
+def test_machine_checks_no_topology(empty: Path, run: Command) -> None:
+    code, checks = ask(None, "--machine")
     assert code == 0 and {check["group"] for check in checks} == {"this machine"}
     assert {"python", "packages", "processor", "memory", "torch", "store"} <= {check["name"] for check in checks}
+    for named in (("two",), ("-t", "two")):
+        code, _, said = run("doctor", "--machine", *named)
+        assert code == 2 and said == "error: --machine checks no topology; remove it, or name no topology\n"
+
+
+def test_without_a_topology_the_default_one_is_checked(empty: Path, topology: Path) -> None:
+    code, checks = ask(None)
+    found = {check["name"]: check for check in checks if check["group"] != "this machine"}
+    assert found["file"]["text"] == "local describes device, edge, cloud of family smollm2."
+    assert found["family"]["text"] == "The demo family smollm2 is not in the store yet."
+    assert (found["family"]["mark"], found["family"]["fix"]) == ("warning", "fetch it: ruyi-flow pull smollm2")
+    assert code == int(any(check["mark"] == "failed" for check in checks))
+    if found.get("all"):  # unless other nodes run on this machine
+        assert code == 0 and found["all"]["fix"] == "start them: ruyi-flow up local"
+    (empty / "topology.yaml").write_text(topology.read_text())
+    code, checks = ask(None)
+    assert code == 0 and any(check["text"].startswith("topology.yaml describes device, edge") for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "fix"),
+    [
+        ("smolm2", "has no families yet; did you mean 'smollm2'?", ", or fetch it: ruyi-flow pull SOURCE --name NAME"),
+        ("qwen", "has no families yet.", ", or fetch it: ruyi-flow pull SOURCE --name NAME"),
+        ("./gone", "gone: no such folder.", ""),
+    ],
+)
+def test_a_family_that_is_not_there_is_told_with_what_to_do(
+    empty: Path, topology: Path, family: str, text: str, fix: str
+) -> None:
+    topology.write_text(yaml.safe_dump(yaml.safe_load(topology.read_text()) | {"family": family}))
+    code, checks = ask(topology)
+    [found] = [check for check in checks if check["name"] == "family"]
+    assert code == 1 and found["text"].startswith("The family cannot be read: ") and found["text"].endswith(text)
+    assert found["fix"] == f"correct family in {topology}{fix}"
+
+
+@pytest.mark.parametrize("named", [("two",), ("-t", "two"), ("--topology", "two")])
+def test_an_example_is_checked_by_its_name(empty: Path, named: tuple[str, ...]) -> None:
+    _, checks = ask(None, *named)
+    [file] = [check for check in checks if check["name"] == "file"]
+    assert file["mark"] == "ok" and file["text"].startswith("two describes ")
 
 
 def test_ctrl_c_ends_it_at_once(topology: Path) -> None:

@@ -9,30 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ruyi_flow.family import store
 from ruyi_flow.testing import tiny_family
+from tests.cli.conftest import Terminal
 from tests.conftest import Command
+from tests.test_extras import plain as plain_python
 
 COMMAND = [sys.executable, "-m", "ruyi_flow.cli"]
-
-WITHOUT_TORCH = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers"):
-            raise ImportError(f"{name} is not installed")
-
-sys.meta_path.insert(0, Refuse())
-sys.argv[0] = "ruyi-flow"
-from ruyi_flow.cli import main
-main()
-"""
-"""The command line on a machine without torch."""
 
 
 @pytest.fixture
@@ -54,27 +43,63 @@ def test_list_shows_every_family(run: Command, home: Path, plain: Path, tiny: Pa
     (home / "families" / "odd\x1b[31m" / "config.json").write_text("{")
     code, out, _ = run("list")
     rows = [re.split(r"\s*│\s*", line.strip("│ ")) for line in out.splitlines() if line.startswith("│")]
-    assert code == 0 and [row[:4] for row in rows] == [
-        ["copied", "2, 4, 6", "2, 4", "7"],
-        ["odd\ufffd[31m", "damaged", "", ""],
-        ["tiny", "2, 4, 6", "none", "7"],
+    assert code == 0 and [row[:5] for row in rows] == [
+        ["copied", "2, 4, 6", "no", "0M", "float32"],
+        ["odd\ufffd[31m", "damaged", "", "", ""],
+        ["tiny", "2, 4, 6", "yes", "0M", "bfloat16"],
     ]
-    assert rows[2][5] == "bfloat16" and "\x1b[31m" not in out and "config.json: cannot be read as JSON" in out
+    assert "\x1b[31m" not in out and "config.json: cannot be read as JSON" in out
     listed = {family["name"]: family for family in json.loads(run("list", "--json")[1])["families"]}
     assert listed["copied"]["untrained"] == [2, 4] and listed["copied"]["source"] == str(plain)
     assert listed["tiny"]["dtype"] == "bfloat16" and listed["tiny"]["problem"] is None
     assert set(listed["tiny"]["parameters"]) == {"2", "4", "6"}
 
 
-def test_list_and_rm_need_no_torch(home: Path, tiny: Path) -> None:
+def test_list_shows_all_facts_of_a_family(run: Command, home: Path, plain: Path, tiny: Path) -> None:
+    run("pull", str(plain), "--exits", "2,4", "--name", "copied")
+    run("pull", str(tiny))
+    code, out, _ = run("list", "copied")
+    assert code == 0 and "tiny" not in out.replace(str(home), "").replace(str(plain), "")
+    for fact, value in (("untrained exits", "2, 4"), ("layers", "7"), ("tokenizer", "none: prompts must be token ids")):
+        assert re.search(rf"│ {fact} +│ {value} +│", out), out
+    assert [f["name"] for f in json.loads(run("list", "tiny", "--json")[1])["families"]] == ["tiny"]
+    code, out, err = run("list", "tinny")
+    assert code == 2 and out == "" and "no family 'tinny' in the store" in err and "did you mean 'tiny'?" in err
+
+
+def test_list_fits_into_a_terminal_of_80_columns(home: Path, tmp_path: Path, terminal: Callable[..., Terminal]) -> None:
+    exits = (5, 11, 17, 23, 29)
+    shape: dict[str, Any] = {"num_hidden_layers": 30, "early_exit_branch_layers": [1, 1, 1, 1, 1]}
+    family = tiny_family(tmp_path / "family", exits=exits, **shape)
+    store.pull(str(family), name="smollm2")
+    lines = listed(terminal, home)
+    assert re.search(r"│ smollm2 │ 5, 11, 17, 23, 29 │ yes     │ 0M         │ float32 │ [\d.]+ +│", lines[3]), lines
+    store.pull(str(family), name="a-family-of-a-long-name-that-is-trained")
+    lines = listed(terminal, home)
+    assert all(word in "\n".join(lines) for word in ("trained", "parameters", "size, MB", "float32"))
+    assert not any("…" in line for line in lines), lines
+
+
+def listed(terminal: Callable[..., Terminal], home: Path) -> list[str]:
+    """What `list` prints in a terminal of 80 columns, whose lines all fit but the last one, a path."""
+    shown = terminal("list", columns=80, RUYI_FLOW_HOME=str(home))
+    assert shown.end() == 0, shown.text
+    lines = shown.text.splitlines()
+    assert all(len(line) <= 80 for line in lines[:-1]), shown.text
+    return lines
+
+
+def test_list_and_rm_work_in_a_plain_install(home: Path, tiny: Path, tmp_path: Path) -> None:
     store.pull(str(tiny))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+        code = f"sys.argv = ['ruyi-flow', *{list(arguments)}]; from ruyi_flow.cli import main; main()"
+        return plain_python(code, tmp_path)
 
     listed = run("list", "--json")
     assert listed.returncode == 0, listed.stderr
     assert json.loads(listed.stdout)["families"][0]["exits"] == [2, 4, 6]
+    assert "float32" in run("list").stdout and "source" in run("list", "tiny").stdout
     removed = run("rm", "tiny", "--yes", "--json")
     assert removed.returncode == 0 and store.names() == []
 

@@ -26,7 +26,7 @@ def test_each_message_of_the_page_is_one_of_the_code() -> None:
 
 def test_each_failed_check_is_on_the_page() -> None:
     code = "".join((ROOT / f"ruyi_flow/doctor/{name}.py").read_text() for name in ("agreement", "nodes"))
-    texts = re.findall(r'(?:failed|differs)\(\s*f"([^"]+)"', code)
+    texts = re.findall(r'(?:failed|differs)\(\s*(?:ended\(\s*)?f"([^"]+)"', code)
     page = re.sub(r"…+", "…", " ".join(messages()))
     assert len(texts) > 8
     for text in texts:

@@ -356,6 +356,35 @@ def test_what_is_no_source_is_said(home: Path) -> None:
         store.locate("x" * 5000)
 
 
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("./nofolder", "./nofolder: no such folder"),
+        ("../no/folder", "../no/folder: no such folder"),
+        ("~/no-such-folder", "~/no-such-folder: no such folder"),
+        ("/no/folder", "/no/folder: no such folder"),
+        ("file:nofolder", "file:nofolder: no such folder"),
+        ("some/model.gguf", "some/model.gguf: no such file"),
+        ("./model.gguf", "./model.gguf: no such file"),
+        ("no/such/thing", "no/such/thing: neither a folder, nor a .gguf file, nor a hub id like "),
+        ("modelscope:no/such/thing", "modelscope:no/such/thing: neither a folder, nor"),
+        ("modelscope:thing", "modelscope:thing: neither a folder, nor"),
+        ("some/", "some/: neither a folder, nor"),
+        ("./notes.txt", "./notes.txt: neither a folder, nor"),
+        ("notes.txt", "notes.txt: neither a folder, nor"),
+    ],
+)
+def test_what_cannot_be_a_source_is_said_at_once(
+    run: Command, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("text")
+    monkeypatch.setattr(store, "fetch_from_hub", lambda *given: pytest.fail(f"a hub was asked: {given}"))
+    code, out, said = run("pull", source)
+    assert code == 2 and out == "" and said.startswith(f"error: {error}") and said.count("\n") == 1
+    assert not home.exists()
+
+
 def test_modelscope_needs_its_extra(run: Command, home: Path) -> None:
     try:
         import modelscope  # noqa: F401
@@ -461,12 +490,20 @@ def test_the_demos_branches_of_an_installed_wheel_are_not_fetched(
     assert [file.parent for file in files] == [installed] * len(demo_files.TRAINED) and not said
 
 
-def test_branches_that_no_index_has_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_that_no_index_has_end_a_pull_before_the_base_model_is_fetched(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(demo_files, "_FOLDER", tmp_path / "none")
-    with pytest.raises(CheckpointError, match=rf"ruyi-flow-demo=={__version__} could not be fetched with pip: .*ERROR"):
-        demo_files.trained(tmp_path, lambda step: None, bars=False)
+    said: list[str] = []
+    with pytest.raises(
+        CheckpointError,
+        match=rf"ruyi-flow-demo=={__version__} could not be fetched with pip: .*ERROR.*; from a clone, install the "
+        r"trained exits: pip install \./ruyi_flow/family/demo$",
+    ):
+        store.pull(store.DEMO, say=said.append)
+    assert said == [f"fetching ruyi-flow-demo=={__version__} from the Python package index, 39 MB"]
 
 
 def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
