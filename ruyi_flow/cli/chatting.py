@@ -105,7 +105,7 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
         conversation.tokens = tokens
     warn_of_fallback(conversation.topology, tokens)
     if problem is not None:
-        hint = " The answer stays in the conversation as far as it came." if answer else ""
+        hint = ". The answer stays in the conversation as far as it came." if answer else ""
         if isinstance(problem, ContextLengthError):
             hint = "; /reset begins a new conversation"
         print_error(dashed(str(problem)) + hint)

@@ -123,7 +123,7 @@ def answer_options(
                 make_request("", options)  # before anything is loaded or asked
                 command(**rest, options=options)
             except RuyiFlowError as error:
-                error.args = (dashed(str(error)), *error.args[1:])
+                error.args = (dashed(error.message), *error.args[1:])
                 raise
 
         added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *parameters)]

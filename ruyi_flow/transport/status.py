@@ -59,9 +59,9 @@ def status_of(error: RuyiFlowError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def short_text(error: Exception) -> str:
-    """Return an error's text, cut to what a status can carry: a character that is not ASCII takes 6 to 12 bytes."""
-    text, room = str(error), _TEXT_BYTES
+def short_text(error: RuyiFlowError) -> str:
+    """Return an error's message, cut to what a status can carry: a character that is not ASCII takes 6 to 12 bytes."""
+    text, room = error.message, _TEXT_BYTES
     for i, character in enumerate(text):
         plain = " " <= character <= "~" and character != "%"
         room -= 1 if plain else 3 * len(character.encode(errors="replace"))  # percent-encoded

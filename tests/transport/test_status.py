@@ -9,6 +9,7 @@ import pytest
 from ruyi_flow import errors
 from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError
 from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of, error_of_call, short_text, status_of
+from ruyi_flow.types import Reason, Token
 
 KINDS = [
     kind
@@ -63,6 +64,17 @@ def test_a_text_is_cut_to_what_a_status_can_carry() -> None:
         cut = short_text(RequestError(character * 10_000))
         encoded = quote(cut, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")
         assert set(cut) == {character} and 4096 - 12 <= len(encoded) <= 4096
+
+
+def test_what_had_arrived_does_not_travel() -> None:
+    """Each hop sends the message alone; the client adds what arrived there."""
+    tokens = (Token(1, "a", 2, "n0", 0.5, Reason.CONFIDENT),)
+    error: RuyiFlowError = NodeUnavailable("gone", node="cloud", tokens=tokens)
+    for _ in range(3):
+        error = error_of(status_of(error).value[0], short_text(error), "cloud")
+        assert isinstance(error, NodeUnavailable)
+        error.tokens = tokens
+    assert str(error) == "gone; 1 token had arrived before" and error.message == "gone"
 
 
 def test_the_name_of_a_node_can_travel_on() -> None:
