@@ -12,7 +12,8 @@ from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
 from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text
-from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
+from ruyi_flow.cli.options import TimeoutOption, TopologyOption, answer_options, dashed, load_topology
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.errors import ContextLengthError, RuyiFlowError
 from ruyi_flow.types import Final, Token
 

@@ -6,6 +6,7 @@ the fix.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.yaml_files import explain, read_yaml
-from ruyi_flow.errors import ConfigError, RequestError, did_you_mean
+from ruyi_flow.errors import ConfigError, RequestError, did_you_mean, shown
 from ruyi_flow.requests import check_option_names, option_names
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Encoding, Upload, Weights
@@ -201,6 +202,11 @@ class Topology(Model):
         Raises:
             ConfigError: with the file, the key's path, the value and the fix.
         """
+        if not isinstance(path, (str, os.PathLike)):  # what a user's program gives
+            raise ConfigError(
+                f"{shown(path)} is no topology; give the path of a YAML file, the name of an example "
+                f"({', '.join(examples('topology'))}), or a Topology, which Topology.parse makes of a mapping"
+            )
         path = find(path, "topology")
         base = path.parent
         data = read_yaml(path, "topology")
