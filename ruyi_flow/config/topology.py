@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -377,9 +377,22 @@ class Topology(Model):
             if (a, b) not in linked:
                 fail("links", f"{b!r} cannot be reached from {a!r}; add {{from: {a}, to: {b}}}")
         try:
-            Policy.resolve(self.policy.routing(), self.all_exits)
+            routing = self.policy.routing()
+            self._check_exits_of(routing, fail)
+            Policy.resolve(routing, self.all_exits)
         except RequestError as error:
             fail("policy", str(error))
+
+    def _check_exits_of(self, routing: Routing, fail: Callable[[str, str], None]) -> None:
+        """Check the exits that the policy names: either the policy or the exits of a node may be wrong."""
+        key = "policy" if self.policy.file is None else "policy.file"
+        have = ", ".join(f"nodes.{i} ({node.name}) has {list(node.exits)}" for i, node in enumerate(self.nodes))
+        correct = f"{have}; correct the exits of a node, or the policy"
+        for p in routing.exits:
+            if p not in self.all_exits:
+                fail(key, f"the policy names exit {p}, which no node has: {correct}")
+        if routing.exits[-1:] == self.all_exits[-1:] and self.policy.file is not None:
+            fail(key, f"the policy takes exit {self.all_exits[-1]} for an early one, and it is the last: {correct}")
 
     def _about_same_exits(self, first: Node, second: Node) -> str:
         """Say what to write instead of two nodes that begin with the same exit."""

@@ -431,7 +431,7 @@ async def test_bad_requests_are_refused_one_by_one(tiny: Path) -> None:
             ("hello", {}, RequestError, "has no tokenizer.json"),
             ([3, 61], {}, RequestError, "token ids must be 0 … 60"),
             ([5] * 512, {}, ContextLengthError, "512 tokens, which leaves no room in the family's context of 512"),
-            ([5], {"mode": "fixed", "exit": 3}, RequestError, "exit 3 is not one of the family's exits"),
+            ([5], {"mode": "fixed", "exit": 3}, RequestError, "exit 3 is not one of the exits"),
             ([5], {"mode": "token"}, RequestError, "requires a threshold"),
             ([5], {"mode": "best"}, RequestError, "mode is 'best'; known: fixed, token, exact"),
             ([5], {"temprature": 1.0}, RequestError, "unknown option 'temprature'; did you mean 'temperature'"),
