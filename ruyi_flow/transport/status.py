@@ -77,8 +77,23 @@ def error_of(status: int, details: str, about: str) -> RuyiFlowError:
     return kind(details, node=about) if issubclass(kind, NodeError) else kind(details)
 
 
-def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiFlowError:
-    """Return the exception for a failed call to a node."""
+def error_of_call(
+    error: grpc.aio.AioRpcError,
+    node: str,
+    address: str,
+    *,
+    timeout_s: float | None = None,
+    needs_deeper: bool = True,
+) -> RuyiFlowError:
+    """Return the exception for a failed call to a node.
+
+    Args:
+        error: what gRPC reports.
+        node: the node's name.
+        address: the node's address.
+        timeout_s: seconds that the call could take, if it had a limit.
+        needs_deeper: whether the node may have waited for a deeper one.
+    """
     code, details = error.code(), error.details() or ""
     about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
     if about is not None:  # the node, or a deeper one, sent the error itself
@@ -87,7 +102,13 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     kind = _ERROR_OF.get(code.value[0], NodeUnavailable)
     peer = f"node {node!r} at {address}"
     if kind is DeadlineExceeded:
-        return DeadlineExceeded(f"{peer} did not answer before the deadline (timeout_s)", node=node)
+        limit = "before the deadline" if timeout_s is None else f"within {_seconds(timeout_s)} s (timeout_s)"
+        if not needs_deeper:
+            return DeadlineExceeded(f"{peer} did not answer {limit}", node=node)
+        return DeadlineExceeded(
+            f"no complete answer {limit}: {peer} or a deeper node is stuck or too slow; ruyi-flow doctor shows which",
+            node=node,
+        )
     if kind is CapacityError:
         if _TOO_LARGE in details:  # at every try, so it is no lack of capacity
             return RequestError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})")
@@ -97,6 +118,11 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     if kind is NodeUnavailable and code is grpc.StatusCode.UNAVAILABLE or details == _WRITE_FAILED:
         return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
     return NodeUnavailable(f"the connection to {peer} is broken: {code.name} {details}", node=node)
+
+
+def _seconds(timeout_s: float) -> str:
+    """Return a time limit in words: of one that was sent on, a little has passed already."""
+    return f"{timeout_s:.3g}" if timeout_s < 100 else f"{timeout_s:.0f}"
 
 
 def wrong_answer(error: WireError, node: str) -> WireError:

@@ -42,6 +42,18 @@ def test_every_status_of_grpc_itself_names_the_peer(code: grpc.StatusCode) -> No
         assert isinstance(error, NodeUnavailable) and "is it running?" in str(error)
 
 
+def test_a_deadline_blames_no_node_that_may_have_waited_for_another() -> None:
+    empty = grpc.aio.Metadata()
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, empty, empty, "Deadline Exceeded")
+    for timeout_s, limit in ((7.9996, "8"), (0.4, "0.4"), (599.98, "600"), (1e6, "1000000")):
+        assert str(error_of_call(failure, "device", "127.0.0.1:1", timeout_s=timeout_s)) == (
+            f"no complete answer within {limit} s (timeout_s): node 'device' at 127.0.0.1:1 or a deeper node is stuck "
+            "or too slow; ruyi-flow doctor shows which"
+        )
+    alone = error_of_call(failure, "device", "127.0.0.1:1", timeout_s=3, needs_deeper=False)
+    assert str(alone) == "node 'device' at 127.0.0.1:1 did not answer within 3 s (timeout_s)"
+
+
 def test_a_write_that_meets_a_lost_connection_is_a_lost_connection() -> None:
     empty = grpc.aio.Metadata()
     failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, empty, empty, "Internal error from Core")
