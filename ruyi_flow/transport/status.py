@@ -16,6 +16,7 @@ from ruyi_flow.errors import (
     RequestError,
     RuyiFlowError,
     WireError,
+    shown,
 )
 
 __all__ = ["NODE_KEY", "STATUS_OF", "error_of", "error_of_call", "short_text", "status_of", "wrong_answer"]
@@ -38,6 +39,22 @@ NODE_KEY = "ruyi-flow-node"
 
 _WRITE_FAILED = "Internal error from Core"
 """Details of the INTERNAL status that grpc.aio gives to a write on a connection that was just lost."""
+
+_NO_NAME = ("errors resolving", "DNS resolution failed")
+"""Parts of gRPC's details for a host whose name no name server knows."""
+
+_CAUSES = {
+    "Connection refused": "connection refused",
+    "No route to host": "no route to host",
+    "Network is unreachable": "the network is unreachable",
+    "Connection reset": "the connection was lost",
+    "Socket closed": "the connection was lost",
+    "Broken pipe": "the connection was lost",
+    "timed out": "no answer",
+    "timeout": "no answer",
+    _WRITE_FAILED: "the connection was lost",
+}
+"""Parts of gRPC's details, which differ between its versions and systems, and what they mean."""
 
 _TEXT_BYTES = 4096
 """Largest encoded error text: gRPC replaces a status whose metadata has more than 8 KB by an error of its own."""
@@ -116,7 +133,14 @@ def error_of_call(
     if kind is RequestCancelled:
         return RequestCancelled(f"the call to {peer} was cancelled", node=node)
     if kind is NodeUnavailable and code is grpc.StatusCode.UNAVAILABLE or details == _WRITE_FAILED:
-        return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
+        if any(part in details for part in _NO_NAME):
+            return NodeUnavailable(
+                f"{peer} cannot be reached: the name in its address cannot be resolved; correct its address", node=node
+            )
+        cause = next((words for part, words in _CAUSES.items() if part in details), shown(details))
+        return NodeUnavailable(
+            f"{peer} cannot be reached: {cause}; is it running? (ruyi-flow up, or ruyi-flow node {node})", node=node
+        )
     return NodeUnavailable(f"the connection to {peer} is broken: {code.name} {details}", node=node)
 
 

@@ -403,7 +403,9 @@ async def test_a_node_that_is_down_is_named(tiny: Path) -> None:
         nodes.engines["n0"].topology = broken
         nodes.engines["n0"]._next = broken.next_of("n0")
         async with AsyncClient(broken) as client:
-            with pytest.raises(NodeUnavailable, match="node 'n1' at 127.0.0.1:9 cannot be reached; is it running"):
+            with pytest.raises(
+                NodeUnavailable, match="node 'n1' at 127.0.0.1:9 cannot be reached: connection refused; is it running"
+            ):
                 await client.generate(PROMPT, max_new_tokens=5)
             status = await client.status(timeout_s=1)
             assert isinstance(status["n0"], NodeStatus) and isinstance(status["n1"], NodeUnavailable)

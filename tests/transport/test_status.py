@@ -7,7 +7,8 @@ import grpc
 import pytest
 
 from ruyi_flow import errors
-from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError
+from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError, shown
+from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of, error_of_call, short_text, status_of
 from ruyi_flow.types import Reason, Token
 
@@ -52,6 +53,47 @@ def test_a_deadline_blames_no_node_that_may_have_waited_for_another() -> None:
         )
     alone = error_of_call(failure, "device", "127.0.0.1:1", timeout_s=3, needs_deeper=False)
     assert str(alone) == "node 'device' at 127.0.0.1:1 did not answer within 3 s (timeout_s)"
+
+
+@pytest.mark.parametrize(
+    ("details", "cause"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:7101: Failed to connect to remote "
+            "host: connect: Connection refused (111)",
+            "connection refused",
+        ),
+        ("failed to connect to all addresses; last error: … connect: No route to host (113)", "no route to host"),
+        ("Stream removed (Socket closed)", "the connection was lost"),
+        ("recvmsg:Connection reset by peer", "the connection was lost"),
+        ("keepalive watchdog timeout", "no answer"),
+        ("x" * 5000, shown("x" * 5000)),
+    ],
+    ids=["refused", "no route", "closed", "reset", "silent", "other"],
+)
+def test_a_node_that_cannot_be_reached_gets_a_short_cause(details: str, cause: str) -> None:
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+    assert str(error_of_call(failure, "device", "127.0.0.1:7101")) == (
+        f"node 'device' at 127.0.0.1:7101 cannot be reached: {cause}; is it running? "
+        "(ruyi-flow up, or ruyi-flow node device)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "cause"),
+    [
+        ("127.0.0.1:9", "connection refused; is it running? (ruyi-flow up, or ruyi-flow node device)"),
+        ("nothing.invalid:9", "the name in its address cannot be resolved; correct its address"),
+    ],
+)
+async def test_the_causes_are_those_that_this_version_of_grpc_reports(address: str, cause: str) -> None:
+    peer = Peer("device", address, max_message_bytes=2**20)
+    try:
+        with pytest.raises(NodeUnavailable) as caught:
+            await peer.status(timeout_s=20)
+    finally:
+        await peer.close()
+    assert str(caught.value) == f"node 'device' at {address} cannot be reached: {cause}"
 
 
 def test_a_write_that_meets_a_lost_connection_is_a_lost_connection() -> None:
