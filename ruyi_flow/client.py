@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ruyi_flow.background_loop import CLOSED, FORKED, BackgroundLoop
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology
 from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, RequestError, shown
@@ -59,16 +60,22 @@ class AsyncClient:
     one node without an address is loaded and run in this process. A client belongs to the event loop of its first use.
 
     Args:
-        topology: a YAML file, or a loaded `Topology`.
+        topology: a YAML file, the name of an example, or a loaded `Topology`. Default: topology.yaml in the current
+            folder if there is one, or else the example `local`.
         timeout_s: seconds that an answer may take, unless the call sets another limit.
         max_retries: number of times that a request is sent again to a full node, before its first token and within its
             time limit. The waits between grow from 0.25 to 8 s, with jitter: half a minute in all. 0 never retries.
     """
 
     def __init__(
-        self, topology: str | Path | Topology, *, timeout_s: float = 600.0, max_retries: int = MAX_RETRIES
+        self,
+        topology: str | Path | Topology = DEFAULT_TOPOLOGY,
+        *,
+        timeout_s: float = 600.0,
+        max_retries: int = MAX_RETRIES,
     ) -> None:
-        self.topology = topology if isinstance(topology, Topology) else Topology.load(topology)
+        named = default_topology() if topology is DEFAULT_TOPOLOGY else topology
+        self.topology = named if isinstance(named, Topology) else Topology.load(named)
         self._timeout_s = _check_timeout(timeout_s)
         self._max_retries = check_number(
             "max_retries", max_retries, to_int(max_retries), low=0, high=1000, meaning="a whole number from 0 to 1000"
@@ -257,14 +264,19 @@ class Client:
     an address is loaded and run in this process.
 
     Args:
-        topology: a YAML file, or a loaded `Topology`.
+        topology: a YAML file, the name of an example, or a loaded `Topology`. Default: topology.yaml in the current
+            folder if there is one, or else the example `local`.
         timeout_s: seconds that an answer may take, unless the call sets another limit.
         max_retries: number of times that a request is sent again to a full node, before its first token and within its
             time limit. The waits between grow from 0.25 to 8 s, with jitter: half a minute in all. 0 never retries.
     """
 
     def __init__(
-        self, topology: str | Path | Topology, *, timeout_s: float = 600.0, max_retries: int = MAX_RETRIES
+        self,
+        topology: str | Path | Topology = DEFAULT_TOPOLOGY,
+        *,
+        timeout_s: float = 600.0,
+        max_retries: int = MAX_RETRIES,
     ) -> None:
         self._async = AsyncClient(topology, timeout_s=timeout_s, max_retries=max_retries)
         self._loop = BackgroundLoop(self._async.close)

@@ -54,6 +54,11 @@ __all__ = [
 class RuyiFlowError(Exception):
     """The base class. `str(error)` is a message that a user can act on."""
 
+    @property
+    def message(self) -> str:
+        """What happened, and what to do, without what the error's text adds about an answer."""
+        return super().__str__()
+
 
 class ConfigError(RuyiFlowError):
     """A topology or a command line cannot work. The message names the file, the key, the value and the fix."""
@@ -99,8 +104,8 @@ class NodeError(RuyiFlowError):
         return "".join(token.text for token in self.tokens)
 
     def __str__(self) -> str:
-        message, count = super().__str__(), len(self.tokens)
-        return f"{message}; {count} token{'s' * (count > 1)} had arrived before" if count else message
+        count = len(self.tokens)
+        return f"{self.message}; {count} token{'s' * (count > 1)} had arrived before" if count else self.message
 
 
 class HandshakeError(NodeError):

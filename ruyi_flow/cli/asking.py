@@ -32,7 +32,6 @@ from ruyi_flow.cli.display import (
 )
 from ruyi_flow.cli.nodes import start_nodes
 from ruyi_flow.cli.options import (
-    DEFAULT_TOPOLOGY,
     JsonOption,
     MaxOption,
     PromptOption,
@@ -46,6 +45,7 @@ from ruyi_flow.cli.options import (
     on_signals,
     prompt_text,
 )
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RequestError
 from ruyi_flow.extras import require

@@ -12,7 +12,8 @@ from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
 from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text
-from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
+from ruyi_flow.cli.options import TimeoutOption, TopologyOption, answer_options, dashed, load_topology
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.errors import ContextLengthError, RuyiFlowError
 from ruyi_flow.types import Final, Token
 
@@ -105,7 +106,7 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
         conversation.tokens = tokens
     warn_of_fallback(conversation.topology, tokens)
     if problem is not None:
-        hint = " The answer stays in the conversation as far as it came." if answer else ""
+        hint = ". The answer stays in the conversation as far as it came." if answer else ""
         if isinstance(problem, ContextLengthError):
             hint = "; /reset begins a new conversation"
         print_error(dashed(str(problem)) + hint)

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import err, out, print_json
-from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, TopologyOption, file_or_example, is_given
+from ruyi_flow.cli.options import JsonOption, TopologyOption, file_or_example, is_given
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -19,17 +19,15 @@ from rich.text import Text
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import comma_list, counting_bar, err, log_writer, out, print_json, progress_bar, status_table
 from ruyi_flow.cli.options import (
-    DEFAULT_TOPOLOGY,
     JsonOption,
     TopologyOption,
-    default_topology,
     file_or_example,
     load_topology,
     networked,
     on_end_of_input,
     on_signals,
 )
-from ruyi_flow.config.examples import shortest
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology, shortest
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.extras import require
 from ruyi_flow.types import NodeStatus, Weights

@@ -18,14 +18,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ruyi_flow.client import make_request
-from ruyi_flow.config.examples import Kind, examples, find
+from ruyi_flow.config.examples import Kind, default_topology, examples, find
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, RequestError, RuyiFlowError
 from ruyi_flow.requests import SamplingParams, field_docs, option_names
 from ruyi_flow.routing.policy import Routing
 
 __all__ = [
-    "DEFAULT_TOPOLOGY",
     "JsonOption",
     "MaxOption",
     "PromptOption",
@@ -34,7 +33,6 @@ __all__ = [
     "TopologyOption",
     "answer_options",
     "check_target",
-    "default_topology",
     "file_or_example",
     "dashed",
     "integers",
@@ -53,11 +51,6 @@ def file_or_example(kind: Kind) -> Callable[[Path | None], Path | None]:
     return lambda named: None if named is None else find(named, kind)
 
 
-def default_topology() -> Path:
-    """Return the topology of a command that names none: the file in the current folder, or else the example `local`."""
-    return DEFAULT_TOPOLOGY if DEFAULT_TOPOLOGY.exists() else find("local", "topology")
-
-
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether a parameter has its value from the user, rather than by default."""
     source = context.get_parameter_source(name)
@@ -67,8 +60,6 @@ def is_given(context: typer.Context, name: str) -> bool:
 def _topology_file(context: typer.Context, option: typer.CallbackParam, named: Path) -> Path:
     return find(named, "topology") if is_given(context, str(option.name)) else default_topology()
 
-
-DEFAULT_TOPOLOGY = Path("topology.yaml")
 
 TopologyOption = Annotated[
     Path,
@@ -128,7 +119,7 @@ def answer_options(
                 make_request("", options)  # before anything is loaded or asked
                 command(**rest, options=options)
             except RuyiFlowError as error:
-                error.args = (dashed(str(error)), *error.args[1:])
+                error.args = (dashed(error.message), *error.args[1:])
                 raise
 
         added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *parameters)]

@@ -10,8 +10,8 @@ import typer
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import out, print_json
-from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, JsonOption, check_target
-from ruyi_flow.config.examples import Kind, examples
+from ruyi_flow.cli.options import JsonOption, check_target
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, Kind, examples
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.config.yaml_files import read_yaml
 from ruyi_flow.errors import ConfigError, did_you_mean

@@ -6,8 +6,9 @@ the fix.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.yaml_files import explain, read_yaml
-from ruyi_flow.errors import ConfigError, RequestError, did_you_mean
+from ruyi_flow.errors import ConfigError, RequestError, did_you_mean, shown
 from ruyi_flow.requests import check_option_names, option_names
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Encoding, Upload, Weights
@@ -201,6 +202,11 @@ class Topology(Model):
         Raises:
             ConfigError: with the file, the key's path, the value and the fix.
         """
+        if not isinstance(path, (str, os.PathLike)):  # what a user's program gives
+            raise ConfigError(
+                f"{shown(path)} is no topology; give the path of a YAML file, the name of an example "
+                f"({', '.join(examples('topology'))}), or a Topology, which Topology.parse makes of a mapping"
+            )
         path = find(path, "topology")
         base = path.parent
         data = read_yaml(path, "topology")
@@ -371,9 +377,22 @@ class Topology(Model):
             if (a, b) not in linked:
                 fail("links", f"{b!r} cannot be reached from {a!r}; add {{from: {a}, to: {b}}}")
         try:
-            Policy.resolve(self.policy.routing(), self.all_exits)
+            routing = self.policy.routing()
+            self._check_exits_of(routing, fail)
+            Policy.resolve(routing, self.all_exits)
         except RequestError as error:
             fail("policy", str(error))
+
+    def _check_exits_of(self, routing: Routing, fail: Callable[[str, str], None]) -> None:
+        """Check the exits that the policy names: either the policy or the exits of a node may be wrong."""
+        key = "policy" if self.policy.file is None else "policy.file"
+        have = ", ".join(f"nodes.{i} ({node.name}) has {list(node.exits)}" for i, node in enumerate(self.nodes))
+        correct = f"{have}; correct the exits of a node, or the policy"
+        for p in routing.exits:
+            if p not in self.all_exits:
+                fail(key, f"the policy names exit {p}, which no node has: {correct}")
+        if routing.exits[-1:] == self.all_exits[-1:] and self.policy.file is not None:
+            fail(key, f"the policy takes exit {self.all_exits[-1]} for an early one, and it is the last: {correct}")
 
     def _about_same_exits(self, first: Node, second: Node) -> str:
         """Say what to write instead of two nodes that begin with the same exit."""

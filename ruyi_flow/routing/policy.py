@@ -105,6 +105,13 @@ class Routing:
         """Return the names of the routing options."""
         return frozenset(f.name for f in fields(cls))
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Every exit that an option names, ascending."""
+        named = {*(self.thresholds or ()), *(() if self.exit is None else (self.exit,))}
+        named.update(() if self.scale is None else self.scale.curves, () if self.start is None else self.start.weights)
+        return tuple(sorted(named))
+
     def check_family(self, fingerprint: str) -> None:
         """Check that a policy file was calibrated for the family of this fingerprint.
 
@@ -171,12 +178,10 @@ class Policy:
             default = WINDOW if name == "window" else None
             if getattr(routing, name) != default and f"'{mode}'" not in modes:
                 raise RequestError(f"{name} requires mode {modes}; the mode is '{mode}'")
-        for p in () if routing.scale is None else routing.scale.curves:
-            _check_exit(p, exits)
-        deepest = exits[-1]
-        if routing.exit is not None:
-            deepest = routing.exit
-            _check_exit(deepest, exits)
+        for p in routing.exits:
+            if p not in exits:
+                raise RequestError(f"exit {p} is not one of the exits {list(exits)}")
+        deepest = exits[-1] if routing.exit is None else routing.exit
         shallower = [p for p in exits if p < deepest]
         if not thresholded:
             chosen = dict.fromkeys(shallower, NEVER)
@@ -188,12 +193,9 @@ class Policy:
             chosen = dict.fromkeys(shallower, float(routing.threshold or 0.0))
         else:
             for p in routing.thresholds:
-                _check_exit(p, exits)
                 if p == deepest:
                     raise RequestError(f"thresholds: exit {p} is the last one, which always decides; leave it out")
             chosen = {p: float(routing.thresholds.get(p, NEVER)) for p in shallower}
-        for p in () if routing.start is None else routing.start.weights:
-            _check_exit(p, exits)
         rest = replace(routing, exit=None, threshold=None, thresholds=None, family=None)
         return cls(rest, chosen, deepest)
 
@@ -284,8 +286,3 @@ def _threshold(value: object) -> float:
             f"a threshold is {shown(value)}; it must be a number from 0 (always decide) to 1 (above it: never)"
         )
     return number
-
-
-def _check_exit(exit: int, exits: Sequence[int]) -> None:
-    if exit not in exits:
-        raise RequestError(f"exit {exit} is not one of the family's exits {list(exits)}")

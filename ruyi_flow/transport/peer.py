@@ -79,7 +79,7 @@ class Peer:
             async for data in call:
                 yield codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
         except grpc.aio.AioRpcError as error:
-            raise error_of_call(error, self.name, self.address) from None
+            raise error_of_call(error, self.name, self.address, timeout_s=timeout_s) from None
         except WireError as error:
             raise wrong_answer(error, self.name) from None
         finally:
@@ -100,7 +100,9 @@ class Peer:
             data = await self._status(request.SerializeToString(), timeout=timeout_s)
             return codec.status_from_pb(codec.parse(pb.StatusReply, data))
         except grpc.aio.AioRpcError as error:
-            raise error_of_call(error, self.name, self.address) from None
+            raise error_of_call(
+                error, self.name, self.address, timeout_s=timeout_s, needs_deeper=measure_link
+            ) from None
         except WireError as error:
             raise wrong_answer(error, self.name) from None
 
@@ -118,7 +120,7 @@ class Peer:
                 health_pb2.HealthCheckRequest(), timeout=timeout_s
             )
         except grpc.aio.AioRpcError as error:
-            raise error_of_call(error, self.name, self.address) from None
+            raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:

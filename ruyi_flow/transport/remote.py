@@ -202,7 +202,7 @@ class RemoteStage:
                     self._owed -= 1
                 self._wake()
         except grpc.aio.AioRpcError as failure:
-            error = error_of_call(failure, peer.name, peer.address)
+            error = error_of_call(failure, peer.name, peer.address, timeout_s=self._session_timeout_s)
         except WireError as failure:
             error = failure
         finally:  # also when the connection was closed here, which cancels this task

@@ -16,6 +16,7 @@ from ruyi_flow.errors import (
     RequestError,
     RuyiFlowError,
     WireError,
+    shown,
 )
 
 __all__ = ["NODE_KEY", "STATUS_OF", "error_of", "error_of_call", "short_text", "status_of", "wrong_answer"]
@@ -39,6 +40,22 @@ NODE_KEY = "ruyi-flow-node"
 _WRITE_FAILED = "Internal error from Core"
 """Details of the INTERNAL status that grpc.aio gives to a write on a connection that was just lost."""
 
+_NO_NAME = ("errors resolving", "DNS resolution failed")
+"""Parts of gRPC's details for a host whose name no name server knows."""
+
+_CAUSES = {
+    "Connection refused": "connection refused",
+    "No route to host": "no route to host",
+    "Network is unreachable": "the network is unreachable",
+    "Connection reset": "the connection was lost",
+    "Socket closed": "the connection was lost",
+    "Broken pipe": "the connection was lost",
+    "timed out": "no answer",
+    "timeout": "no answer",
+    _WRITE_FAILED: "the connection was lost",
+}
+"""Parts of gRPC's details, which differ between its versions and systems, and what they mean."""
+
 _TEXT_BYTES = 4096
 """Largest encoded error text: gRPC replaces a status whose metadata has more than 8 KB by an error of its own."""
 
@@ -59,9 +76,9 @@ def status_of(error: RuyiFlowError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def short_text(error: Exception) -> str:
-    """Return an error's text, cut to what a status can carry: a character that is not ASCII takes 6 to 12 bytes."""
-    text, room = str(error), _TEXT_BYTES
+def short_text(error: RuyiFlowError) -> str:
+    """Return an error's message, cut to what a status can carry: a character that is not ASCII takes 6 to 12 bytes."""
+    text, room = error.message, _TEXT_BYTES
     for i, character in enumerate(text):
         plain = " " <= character <= "~" and character != "%"
         room -= 1 if plain else 3 * len(character.encode(errors="replace"))  # percent-encoded
@@ -77,8 +94,23 @@ def error_of(status: int, details: str, about: str) -> RuyiFlowError:
     return kind(details, node=about) if issubclass(kind, NodeError) else kind(details)
 
 
-def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiFlowError:
-    """Return the exception for a failed call to a node."""
+def error_of_call(
+    error: grpc.aio.AioRpcError,
+    node: str,
+    address: str,
+    *,
+    timeout_s: float | None = None,
+    needs_deeper: bool = True,
+) -> RuyiFlowError:
+    """Return the exception for a failed call to a node.
+
+    Args:
+        error: what gRPC reports.
+        node: the node's name.
+        address: the node's address.
+        timeout_s: seconds that the call could take, if it had a limit.
+        needs_deeper: whether the node may have waited for a deeper one.
+    """
     code, details = error.code(), error.details() or ""
     about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
     if about is not None:  # the node, or a deeper one, sent the error itself
@@ -87,7 +119,13 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     kind = _ERROR_OF.get(code.value[0], NodeUnavailable)
     peer = f"node {node!r} at {address}"
     if kind is DeadlineExceeded:
-        return DeadlineExceeded(f"{peer} did not answer before the deadline (timeout_s)", node=node)
+        limit = "before the deadline" if timeout_s is None else f"within {_seconds(timeout_s)} s (timeout_s)"
+        if not needs_deeper:
+            return DeadlineExceeded(f"{peer} did not answer {limit}", node=node)
+        return DeadlineExceeded(
+            f"no complete answer {limit}: {peer} or a deeper node is stuck or too slow; ruyi-flow doctor shows which",
+            node=node,
+        )
     if kind is CapacityError:
         if _TOO_LARGE in details:  # at every try, so it is no lack of capacity
             return RequestError(f"{peer} refused the message: it exceeds limits.max_message_bytes ({details})")
@@ -95,8 +133,20 @@ def error_of_call(error: grpc.aio.AioRpcError, node: str, address: str) -> RuyiF
     if kind is RequestCancelled:
         return RequestCancelled(f"the call to {peer} was cancelled", node=node)
     if kind is NodeUnavailable and code is grpc.StatusCode.UNAVAILABLE or details == _WRITE_FAILED:
-        return NodeUnavailable(f"{peer} cannot be reached; is it running? ({details})", node=node)
+        if any(part in details for part in _NO_NAME):
+            return NodeUnavailable(
+                f"{peer} cannot be reached: the name in its address cannot be resolved; correct its address", node=node
+            )
+        cause = next((words for part, words in _CAUSES.items() if part in details), shown(details))
+        return NodeUnavailable(
+            f"{peer} cannot be reached: {cause}; is it running? (ruyi-flow up, or ruyi-flow node {node})", node=node
+        )
     return NodeUnavailable(f"the connection to {peer} is broken: {code.name} {details}", node=node)
+
+
+def _seconds(timeout_s: float) -> str:
+    """Return a time limit in words: of one that was sent on, a little has passed already."""
+    return f"{timeout_s:.3g}" if timeout_s < 100 else f"{timeout_s:.0f}"
 
 
 def wrong_answer(error: WireError, node: str) -> WireError:

@@ -101,7 +101,9 @@ def test_nodes_that_serve_hang_and_are_ended(
     assert re.search(rf"^ +fix: start it: ruyi-flow node cloud --topology {topology}", shown, re.MULTILINE)
     code, shown, _ = run("status", "-t", str(topology))
     assert code == 1
-    assert re.search(r"^node 'cloud' at \S+ cannot be reached; is it running\? \(.*\)$", shown, re.MULTILINE)
+    assert re.search(
+        r"^node 'cloud' at \S+ cannot be reached: connection refused; is it running\? \(.*\)$", shown, re.MULTILINE
+    )
 
 
 def test_nodes_that_are_not_started_yet_are_a_warning(topology: Path, run: Command) -> None:

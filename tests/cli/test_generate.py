@@ -80,6 +80,14 @@ def test_a_pipe_gets_tokens_as_they_come(nodes: Nodes) -> None:
         assert (process.wait(), process.stderr.read()) == (130, b"interrupted\n")
 
 
+def test_an_error_after_the_first_tokens_says_once_how_many_there_were(nodes: Nodes) -> None:
+    nodes.relay.delay_s = 0.05
+    length = ["--max-new-tokens", "1500", "--min-new-tokens", "1500"]
+    done = call("generate", "-t", str(nodes.file), "-p", "hi", "--mode", "exact", *length, "--timeout-s", "2")
+    assert done.returncode == 2 and done.stderr.count("had arrived before") == 1
+    assert re.search(r"^error: .*; \d+ tokens? had arrived before$", done.stderr, re.MULTILINE)
+
+
 @pytest.mark.parametrize("options", [[], ["-q"], ["--json", "--max-new-tokens", "1", "--min-new-tokens", "1"]], ids=str)
 def test_a_closed_pipe_ends_the_command_quietly(nodes: Nodes, options: list[str]) -> None:
     read, write = os.pipe()

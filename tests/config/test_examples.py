@@ -1,11 +1,13 @@
 """Example files are known by their names, in any folder, and a file of one's own wins."""
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ruyi_flow.client import Client
+from ruyi_flow.client import AsyncClient, Client
 from ruyi_flow.config.examples import Kind, examples, find, shortest
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
@@ -97,6 +99,39 @@ def test_commands_use_the_topology_of_the_folder_or_else_the_example(run: Comman
     (empty_folder / "topology.yaml").unlink()
     code, _, error = run("status", "--topology", "topology.yaml")  # named, so no other takes its place
     assert code == 2 and error == "error: topology.yaml: no such topology file\n"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_clients_use_the_topology_of_the_folder_or_else_the_example(
+    kind: type[Client] | type[AsyncClient], empty_folder: Path
+) -> None:
+    assert kind().topology == Topology.load("local")
+    shutil.copy(find("two", "topology"), empty_folder / "topology.yaml")
+    assert kind().topology == Topology.load("two")
+    (empty_folder / "topology.yaml").unlink()
+    with pytest.raises(ConfigError, match="topology.yaml: no such topology file"):  # named, so no other takes its place
+        kind("topology.yaml")
+    with pytest.raises(ConfigError, match="topology.yaml: no such topology file"):
+        kind(Path("topology.yaml"))
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("given", [None, 5, b"local", {"family": "smollm2"}, ["local"]], ids=repr)
+def test_what_is_no_topology_gets_what_one_is(kind: type[Client] | type[AsyncClient], given: Any) -> None:
+    message = f"{given!r} is no topology; give the path of a YAML file, the name of an example (five, local, "
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        kind(given)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:7101", "localhost:80", "[::1]:7101", "http://edge.example:7101/"])
+def test_an_address_is_no_file(address: str, empty_folder: Path, run: Command) -> None:
+    message = f"{address} is an address, and no topology; name a topology file (YAML) or an example: five, local, "
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        Client(address)
+    code, _, error = run("status", "-t", address)
+    assert code == 2 and "is an address, and no topology" in error
+    (empty_folder / "a:1").write_text("family: smollm2\nnodes: [{name: one, exits: [5]}]\n")
+    assert Client("a:1").topology.entry.name == "one"
 
 
 def test_a_name_is_shown_as_a_name() -> None:

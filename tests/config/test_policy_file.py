@@ -69,7 +69,7 @@ def test_a_policy_of_other_exits_is_refused_in_every_mode(
     curve = {"temperature": 1.0, "scores": [0.0, 1.0], "chances": [0.0, 1.0]}
     path = write(tmp_path / "p.yaml", thresholds={curved[0]: 0.5}, curves=dict.fromkeys(curved, curve))
     routing = Routing().updated(PolicyFile.load(path).options({} if mode is None else {"mode": mode}))
-    with pytest.raises(RequestError, match="exit 7 is not one of the family's exits"):
+    with pytest.raises(RequestError, match="exit 7 is not one of the exits"):
         Policy.resolve(routing, (2, 4, 6))
 
 

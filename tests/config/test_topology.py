@@ -115,7 +115,11 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ),
         ("family", None, ["family", "required"]),
         ("policy", {"mode": "token"}, ["policy", "requires a threshold"]),
-        ("policy", {"mode": "fixed", "exit": 6}, ["policy", "exit 6 is not one of"]),
+        (
+            "policy",
+            {"mode": "fixed", "exit": 6},
+            ["policy: the policy names exit 6, which no node has: nodes.0 (device) has"],
+        ),
         ("policy", {"mode": "exact", "threshold": 0.5}, ["policy", "threshold requires mode 'token' or 'cascade'"]),
         ("policy", {"draft": -1}, ["policy", "draft is -1"]),
     ],
@@ -127,6 +131,26 @@ def test_a_mistake_names_file_key_and_fix(tmp_path: Path, path: str, value: Any,
         Topology.load(file)
     for part in (str(file), *parts):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cut", "mistake"),
+    [
+        ([[5, 11], [17, 22], [29]], "the policy names exit 23, which no node has"),
+        ([[5, 11], [17], [23]], "the policy takes exit 23 for an early one, and it is the last"),
+    ],
+    ids=["a typing error", "a missing end"],
+)
+def test_a_policy_file_of_other_exits_than_the_nodes(tmp_path: Path, cut: list[list[int]], mistake: str) -> None:
+    data = change("policy", {"file": "smollm2-5-percent"})
+    for node, exits in zip(data["nodes"], cut, strict=True):
+        node["exits"] = exits
+    file = tmp_path / "topology.yaml"
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError) as caught:
+        Topology.load(file)
+    have = f"nodes.0 (device) has {cut[0]}, nodes.1 (edge) has {cut[1]}, nodes.2 (cloud) has {cut[2]}"
+    assert str(caught.value) == f"{file}: policy.file: {mistake}: {have}; correct the exits of a node, or the policy"
 
 
 @pytest.mark.parametrize(

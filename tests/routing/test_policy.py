@@ -50,7 +50,7 @@ def test_threshold_zero_is_always_sure_and_above_one_never() -> None:
     assert judged(never, 2, 1.0) is None and not never.can_decide(2)
 
 
-NO_EXIT = "exit 3 is not one of the family's exits [2, 4, 6]"
+NO_EXIT = "exit 3 is not one of the exits [2, 4, 6]"
 NO_THRESHOLD = "a threshold is {}; it must be a number from 0 (always decide) to 1 (above it: never)"
 NO_MAPPING = "thresholds is {}; it must map exits to numbers, as in {{5: 0.9}}"
 NO_DRAFT = "draft is {}; it must be a whole number from 0 (ask at once) to 1024"

@@ -7,8 +7,10 @@ import grpc
 import pytest
 
 from ruyi_flow import errors
-from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError
+from ruyi_flow.errors import NodeError, NodeUnavailable, RequestError, RuyiFlowError, shown
+from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.status import NODE_KEY, STATUS_OF, error_of, error_of_call, short_text, status_of
+from ruyi_flow.types import Reason, Token
 
 KINDS = [
     kind
@@ -41,6 +43,59 @@ def test_every_status_of_grpc_itself_names_the_peer(code: grpc.StatusCode) -> No
         assert isinstance(error, NodeUnavailable) and "is it running?" in str(error)
 
 
+def test_a_deadline_blames_no_node_that_may_have_waited_for_another() -> None:
+    empty = grpc.aio.Metadata()
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, empty, empty, "Deadline Exceeded")
+    for timeout_s, limit in ((7.9996, "8"), (0.4, "0.4"), (599.98, "600"), (1e6, "1000000")):
+        assert str(error_of_call(failure, "device", "127.0.0.1:1", timeout_s=timeout_s)) == (
+            f"no complete answer within {limit} s (timeout_s): node 'device' at 127.0.0.1:1 or a deeper node is stuck "
+            "or too slow; ruyi-flow doctor shows which"
+        )
+    alone = error_of_call(failure, "device", "127.0.0.1:1", timeout_s=3, needs_deeper=False)
+    assert str(alone) == "node 'device' at 127.0.0.1:1 did not answer within 3 s (timeout_s)"
+
+
+@pytest.mark.parametrize(
+    ("details", "cause"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:7101: Failed to connect to remote "
+            "host: connect: Connection refused (111)",
+            "connection refused",
+        ),
+        ("failed to connect to all addresses; last error: … connect: No route to host (113)", "no route to host"),
+        ("Stream removed (Socket closed)", "the connection was lost"),
+        ("recvmsg:Connection reset by peer", "the connection was lost"),
+        ("keepalive watchdog timeout", "no answer"),
+        ("x" * 5000, shown("x" * 5000)),
+    ],
+    ids=["refused", "no route", "closed", "reset", "silent", "other"],
+)
+def test_a_node_that_cannot_be_reached_gets_a_short_cause(details: str, cause: str) -> None:
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+    assert str(error_of_call(failure, "device", "127.0.0.1:7101")) == (
+        f"node 'device' at 127.0.0.1:7101 cannot be reached: {cause}; is it running? "
+        "(ruyi-flow up, or ruyi-flow node device)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "cause"),
+    [
+        ("127.0.0.1:9", "connection refused; is it running? (ruyi-flow up, or ruyi-flow node device)"),
+        ("nothing.invalid:9", "the name in its address cannot be resolved; correct its address"),
+    ],
+)
+async def test_the_causes_are_those_that_this_version_of_grpc_reports(address: str, cause: str) -> None:
+    peer = Peer("device", address, max_message_bytes=2**20)
+    try:
+        with pytest.raises(NodeUnavailable) as caught:
+            await peer.status(timeout_s=20)
+    finally:
+        await peer.close()
+    assert str(caught.value) == f"node 'device' at {address} cannot be reached: {cause}"
+
+
 def test_a_write_that_meets_a_lost_connection_is_a_lost_connection() -> None:
     empty = grpc.aio.Metadata()
     failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, empty, empty, "Internal error from Core")
@@ -63,6 +118,17 @@ def test_a_text_is_cut_to_what_a_status_can_carry() -> None:
         cut = short_text(RequestError(character * 10_000))
         encoded = quote(cut, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")
         assert set(cut) == {character} and 4096 - 12 <= len(encoded) <= 4096
+
+
+def test_what_had_arrived_does_not_travel() -> None:
+    """Each hop sends the message alone; the client adds what arrived there."""
+    tokens = (Token(1, "a", 2, "n0", 0.5, Reason.CONFIDENT),)
+    error: RuyiFlowError = NodeUnavailable("gone", node="cloud", tokens=tokens)
+    for _ in range(3):
+        error = error_of(status_of(error).value[0], short_text(error), "cloud")
+        assert isinstance(error, NodeUnavailable)
+        error.tokens = tokens
+    assert str(error) == "gone; 1 token had arrived before" and error.message == "gone"
 
 
 def test_the_name_of_a_node_can_travel_on() -> None:
