@@ -35,6 +35,7 @@ from ruyi_flow.cli.options import (
     DEFAULT_TOPOLOGY,
     JsonOption,
     MaxOption,
+    PromptArgument,
     PromptOption,
     RawOption,
     TimeoutOption,
@@ -53,22 +54,30 @@ from ruyi_flow.types import Final, Mode, Stats, Token
 if TYPE_CHECKING:
     from ruyi_flow.client import AsyncClient, Reply
 
-__all__ = ["ask", "demo", "describe_gain", "explain_", "generate", "warn_of_fallback"]
+__all__ = ["DEMO_PROMPT", "ask", "demo", "describe_gain", "explain_", "generate", "warn_of_fallback"]
+
+DEMO_PROMPT = "What is the capital of France, and what is it famous for?"
+"""What the demo asks when no prompt is given."""
 
 
 @app.command(rich_help_panel=Panel.RUN)
 def demo(
+    prompt: PromptArgument = None,
+    prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
-    prompt: PromptOption = "What is the capital of France, and what is it famous for?",
     max_new_tokens: MaxOption = 48,
 ) -> None:
     """Start all nodes of a topology, answer one prompt with them, show which node decided every token, and end them.
 
-    If the topology names the demo family, it is fetched first.
+    Without a prompt it asks about the capital of France. If the topology names the
+    demo family, it is fetched first.
+
+    Example: ruyi-flow demo "What is rain?"
     """
     from ruyi_flow.family import store
 
-    loaded, text, beside = networked(topology), prompt_text(prompt), beside_answers()
+    text = prompt_text(prompt, prompt_option, default=DEMO_PROMPT)
+    loaded, beside = networked(topology), beside_answers()
     if loaded.family == store.DEMO:
         store.pull(store.DEMO, say=step_printer(), bars=counting_bar if err.is_terminal else None)
 
@@ -102,8 +111,9 @@ def demo(
 @app.command(rich_help_panel=Panel.ASK)
 @answer_options()
 def generate(
-    prompt: PromptOption,
     options: dict[str, Any],
+    prompt: PromptArgument = None,
+    prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
@@ -120,12 +130,12 @@ def generate(
     The answer alone goes to standard output when that is a file or a pipe; the
     statistics go to standard error. In a terminal both are shown.
 
-    Example: ruyi-flow generate -p "Why is the sky blue?" > answer.txt
+    Example: ruyi-flow generate "Why is the sky blue?" > answer.txt
     """
     options["raw"] = raw
     if quiet and tokens:
         raise RequestError("--tokens cannot be combined with --quiet, which prints nothing but the answer")
-    loaded, text = load_topology(topology), prompt_text(prompt)
+    loaded, text = load_topology(topology), prompt_text(prompt, prompt_option)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
@@ -149,8 +159,9 @@ def generate(
 @app.command("explain", rich_help_panel=Panel.ASK)
 @answer_options(sampling=["max_new_tokens"], max_new_tokens=64)
 def explain_(
-    prompt: PromptOption,
     options: dict[str, Any],
+    prompt: PromptArgument = None,
+    prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
@@ -165,13 +176,13 @@ def explain_(
     family must be in this machine's store; it is loaded as the last node has it.
     In mode cascade the mean over the window decides, so it is shown as well.
 
-    Example: ruyi-flow explain --policy policy.yaml --prompt "Why is the sky blue?"
+    Example: ruyi-flow explain "Why is the sky blue?" --policy policy.yaml
     --html answer.html
     """
     options["raw"] = raw
     if html is not None:
         check_target(html, "--html")
-    loaded, text = load_topology(topology), prompt_text(prompt)
+    loaded, text = load_topology(topology), prompt_text(prompt, prompt_option)
 
     from ruyi_flow.client import Client, make_request
     from ruyi_flow.evaluation import explaining
