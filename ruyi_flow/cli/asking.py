@@ -30,7 +30,7 @@ from ruyi_flow.cli.display import (
     token_summary,
     token_table,
 )
-from ruyi_flow.cli.nodes import start_nodes
+from ruyi_flow.cli.nodes import ENDING, start_nodes
 from ruyi_flow.cli.options import (
     DEFAULT_TOPOLOGY,
     JsonOption,
@@ -85,8 +85,8 @@ def demo(
         from ruyi_flow.client import AsyncClient
         from ruyi_flow.serving.supervisor import supervise
 
-        stop = on_signals()
         async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
+            stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:
                 beside.print(status_table(await client.status()))
@@ -99,6 +99,8 @@ def demo(
                     stopping.cancel()
                     if not answer.done():
                         answer.cancel()
+                        printer.end()
+                        err.print(ENDING)
                         raise typer.Exit(130)
                     reply = answer.result()
         warn_of_fallback(loaded, reply.tokens)

@@ -283,13 +283,17 @@ def networked(path: Path) -> Topology:
     return loaded
 
 
-def on_signals() -> asyncio.Event:
-    """Return an event that the first SIGINT, SIGTERM or Ctrl-Break sets; the second one ends the process."""
+def on_signals(again: Callable[[], None] = lambda: os._exit(130)) -> asyncio.Event:
+    """Return an event that the first SIGINT, SIGTERM or Ctrl-Break sets.
+
+    Args:
+        again: called at every further signal. Default: the process ends at once.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
         if stop.is_set():
-            os._exit(130)
+            again()
         stop.set()
 
     def on_plain_signal(number: int, frame: object) -> None:
