@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,13 +46,14 @@ def chat(
     Example: ruyi-flow chat --mode exact --system "You answer in one sentence."
     """
     conversation = Conversation(load_topology(topology), options, system)
-    from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_reader, typed_reader
+    from ruyi_flow.cli.chat_input import history_file, input_is_terminal, keys_not_echoed, piped_reader, typed_reader
     from ruyi_flow.client import Client
 
     typed = input_is_terminal()
     read = typed_reader(None if no_history else history_file()) if typed else piped_reader(sys.stdin)
     failed = False
-    with Client(conversation.topology, timeout_s=timeout_s) as client:
+    silence = keys_not_echoed() if typed else nullcontext()
+    with Client(conversation.topology, timeout_s=timeout_s) as client, silence:
         if typed:
             beside_answers().print(node_legend(conversation.topology))
             print_text(beside_answers(), "/help lists the commands, Ctrl-D ends the chat.", "dim")
