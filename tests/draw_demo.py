@@ -17,7 +17,6 @@ from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.serving.supervisor import supervise
 
-PROMPT = "What is the capital of France, and what is it famous for?"
 OUT = Path(__file__).parent.parent / "docs" / "images" / "demo.svg"
 
 
@@ -28,8 +27,8 @@ async def run(console: Console) -> None:
     async with supervise(file, topology, lambda name, line: None) as supervisor:
         await supervisor.start()
         async with AsyncClient(topology) as client:
-            reply = await client.generate(PROMPT, max_new_tokens=48)
-    console.print(f"[bold]> {PROMPT}[/bold]")
+            reply = await client.generate(asking.DEMO_PROMPT, max_new_tokens=48)
+    console.print(f"[bold]> {asking.DEMO_PROMPT}[/bold]")
     console.print(display.node_legend(topology))
     console.print(Text().join(display.token_text(topology, token) for token in reply.tokens))
     console.print()

@@ -27,6 +27,7 @@ from ruyi_flow.cli.display import (
     stats_table,
     status_table,
     step_printer,
+    summary_line,
     token_summary,
     token_table,
 )
@@ -49,6 +50,7 @@ from ruyi_flow.cli.options import (
 )
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RequestError
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.types import Final, Mode, Stats, Token
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEMO_PROMPT", "ask", "demo", "describe_gain", "explain_", "generate", "warn_of_fallback"]
 
-DEMO_PROMPT = "What is the capital of France, and what is it famous for?"
+DEMO_PROMPT = "What is the capital of France?"
 """What the demo asks when no prompt is given."""
 
 
@@ -104,7 +106,7 @@ def demo(
                         raise typer.Exit(130)
                     reply = answer.result()
         warn_of_fallback(loaded, reply.tokens)
-        _print_figures(loaded, reply, tokens=True)
+        _print_figures(loaded, reply, max_new_tokens, tokens=True)
         print_text(beside, describe_gain(loaded, list(reply.tokens), reply.stats))
 
     asyncio.run(run())
@@ -153,7 +155,8 @@ def generate(
         if not quiet:
             warn_of_fallback(loaded, reply.tokens)
         if not (quiet or as_json):
-            _print_figures(loaded, reply, tokens=tokens)
+            limit = options.get("max_new_tokens", SamplingParams().max_new_tokens)
+            _print_figures(loaded, reply, limit, tokens=tokens)
 
     asyncio.run(run())
 
@@ -214,7 +217,7 @@ def explain_(
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)
     warn_of_fallback(loaded, reply.tokens)
-    print_text(out, reply.stats.summary)
+    print_text(out, summary_line(reply.stats, reply.finish_reason, options["max_new_tokens"]))
     same = sum(row.agrees for row in rows)
     out.print(f"{same} of {len(rows)} tokens are those that the last branch predicts after the same text")
     if html is not None:
@@ -235,14 +238,14 @@ async def ask(client: AsyncClient, prompt: str, options: dict[str, Any], printer
     raise NodeError("the stream ended before the answer was complete")
 
 
-def _print_figures(topology: Topology, reply: Reply, *, tokens: bool) -> None:
+def _print_figures(topology: Topology, reply: Reply, max_new_tokens: int, *, tokens: bool) -> None:
     """Print what an answer took, and how its tokens were decided if `tokens` is set."""
     console = beside_answers()
     if tokens:
         console.print(token_table(topology, reply.tokens))
         print_text(console, token_summary(topology, reply.tokens))
     console.print(stats_table(reply.stats))
-    print_text(console, reply.stats.summary)
+    print_text(console, summary_line(reply.stats, reply.finish_reason, max_new_tokens))
 
 
 def warn_of_fallback(topology: Topology, tokens: Sequence[Token]) -> None:

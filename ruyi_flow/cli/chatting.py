@@ -12,7 +12,7 @@ from ruyi_flow.cli.answer import AnswerPrinter
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
-from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text
+from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text, summary_line
 from ruyi_flow.cli.options import DEFAULT_TOPOLOGY, TimeoutOption, TopologyOption, answer_options, dashed, load_topology
 from ruyi_flow.errors import ContextLengthError, RuyiFlowError
 from ruyi_flow.types import Final, Token
@@ -112,5 +112,6 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
             hint = "; /reset begins a new conversation"
         print_error(dashed(str(problem)) + hint)
     if final is not None:
-        print_text(beside_answers(), final.stats.summary, "dim")
+        limit = conversation.options["max_new_tokens"]
+        print_text(beside_answers(), summary_line(final.stats, final.finish_reason, limit), "dim")
     return problem is None

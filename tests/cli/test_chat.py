@@ -35,7 +35,8 @@ def test_each_line_of_a_pipe_is_answered_in_one_conversation(nodes: Nodes, tmp_p
             answers.append(client.generate(messages, max_new_tokens=12, min_new_tokens=12).text)
             messages.append({"role": "assistant", "content": answers[-1]})
     assert (code, out.decode()) == (0, "".join(answer.rstrip("\n") + "\n" for answer in answers))
-    assert err.count("12 tokens, first after") == 3 and "The mode is exact." in err and "seed" not in err
+    assert err.count("12 tokens, first after") == err.count(" · ended at --max-new-tokens 12") == 3
+    assert "The mode is exact." in err and "seed" not in err
     assert json.loads(saved.read_text()) == {"messages": messages[:-2]}
     tokenizer = load_tokenizer(Checkpoint(spoken))
     [ids] = read_prompts(saved, tokenizer)

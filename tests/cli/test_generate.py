@@ -38,7 +38,13 @@ def test_a_pipe_gets_the_answer_alone(nodes: Nodes, environment: dict[str, str])
     text = expected(nodes)
     done = call("generate", "-t", str(nodes.file), *ASK, "--tokens", **environment)
     assert (done.returncode, done.stdout) == (0, text.rstrip("\n") + "\n")
-    for word in ("confidence", "48 tokens: n1 decided 48", "bytes returned", "48 tokens, first after", "seed 5"):
+    for word in (
+        "confidence",
+        "48 tokens: n1 decided 48",
+        "bytes returned",
+        "48 tokens, first after",
+        "seed 5 · ended at --max-new-tokens 48",
+    ):
         assert word in done.stderr
     done = call("generate", "-t", str(nodes.file), *ASK, "--quiet", **environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, text.rstrip("\n") + "\n", "")
