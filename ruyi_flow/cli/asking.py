@@ -40,6 +40,7 @@ from ruyi_flow.cli.options import (
     PromptOption,
     RawOption,
     TimeoutOption,
+    TokensOption,
     TopologyOption,
     answer_options,
     check_target,
@@ -68,11 +69,13 @@ def demo(
     prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     max_new_tokens: MaxOption = 48,
+    tokens: TokensOption = False,
 ) -> None:
-    """Start all nodes of a topology, answer one prompt with them, show which node decided every token, and end them.
+    """Start all nodes of a topology, answer one prompt with them, and end them.
 
-    Without a prompt it asks about the capital of France. If the topology names the
-    demo family, it is fetched first.
+    In a terminal each token has the colour of the node that decided it; --tokens
+    lists them in a table as well. Without a prompt it asks for the capital of
+    France. If the topology names the demo family, it is fetched first.
 
     Example: ruyi-flow demo "What is rain?"
     """
@@ -106,7 +109,7 @@ def demo(
                         raise typer.Exit(130)
                     reply = answer.result()
         warn_of_fallback(loaded, reply.tokens)
-        _print_figures(loaded, reply, max_new_tokens, tokens=True)
+        _print_figures(loaded, reply, max_new_tokens, tokens=tokens)
         print_text(beside, describe_gain(loaded, list(reply.tokens), reply.stats))
 
     asyncio.run(run())
@@ -121,9 +124,7 @@ def generate(
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
-    tokens: Annotated[
-        bool, typer.Option("--tokens", help="Also list every token with the node that decided it, and why.")
-    ] = False,
+    tokens: TokensOption = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, also in a terminal.")
     ] = False,

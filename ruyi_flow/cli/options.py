@@ -32,6 +32,7 @@ __all__ = [
     "PromptOption",
     "RawOption",
     "TimeoutOption",
+    "TokensOption",
     "TopologyOption",
     "answer_options",
     "check_target",
@@ -82,6 +83,9 @@ PromptArgument = Annotated[
 ]
 PromptOption = Annotated[
     str | None, typer.Option("--prompt", "-p", show_default=False, help="The same as the argument PROMPT.")
+]
+TokensOption = Annotated[
+    bool, typer.Option("--tokens", help="Also list every token with the node that decided it, and why.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 MaxOption = Annotated[int, typer.Option(min=1, help="End the answer after at most this many new tokens.")]
