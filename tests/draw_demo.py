@@ -17,19 +17,18 @@ from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.serving.supervisor import supervise
 
-PROMPT = "What is the capital of France, and what is it famous for?"
 OUT = Path(__file__).parent.parent / "docs" / "images" / "demo.svg"
 
 
 async def run(console: Console) -> None:
-    """Ask the nodes of configs/local.yaml, and print what the demo prints."""
+    """Ask the nodes of configs/local.yaml, and print what the demo prints with --tokens."""
     file = Path("configs/local.yaml")
     topology = Topology.load(file)
     async with supervise(file, topology, lambda name, line: None) as supervisor:
         await supervisor.start()
         async with AsyncClient(topology) as client:
-            reply = await client.generate(PROMPT, max_new_tokens=48)
-    console.print(f"[bold]> {PROMPT}[/bold]")
+            reply = await client.generate(asking.DEMO_PROMPT, max_new_tokens=48)
+    console.print(f"[bold]> {asking.DEMO_PROMPT}[/bold]")
     console.print(display.node_legend(topology))
     console.print(Text().join(display.token_text(topology, token) for token in reply.tokens))
     console.print()
@@ -42,7 +41,9 @@ def main() -> None:
     console = Console(record=True, width=100, force_terminal=True, file=io.StringIO())
     asyncio.run(run(console))
     offline = re.sub(r"@font-face \{\{.*?\}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.S)  # rich names fonts of a web host
-    OUT.write_text(console.export_svg(title="make demo", theme=MONOKAI, code_format=offline, unique_id="demo"))
+    OUT.write_text(
+        console.export_svg(title="ruyi-flow demo --tokens", theme=MONOKAI, code_format=offline, unique_id="demo")
+    )
 
 
 if __name__ == "__main__":

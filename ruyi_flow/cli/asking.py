@@ -27,16 +27,19 @@ from ruyi_flow.cli.display import (
     stats_table,
     status_table,
     step_printer,
+    summary_line,
     token_summary,
     token_table,
 )
-from ruyi_flow.cli.nodes import start_nodes
+from ruyi_flow.cli.nodes import ENDING, start_nodes
 from ruyi_flow.cli.options import (
     JsonOption,
     MaxOption,
+    PromptArgument,
     PromptOption,
     RawOption,
     TimeoutOption,
+    TokensOption,
     TopologyOption,
     answer_options,
     check_target,
@@ -49,28 +52,39 @@ from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RequestError
 from ruyi_flow.extras import require
+from ruyi_flow.requests import SamplingParams
 from ruyi_flow.types import Final, Mode, Stats, Token
 
 if TYPE_CHECKING:
     from ruyi_flow.client import AsyncClient, Reply
 
-__all__ = ["ask", "demo", "describe_gain", "explain_", "generate", "warn_of_fallback"]
+__all__ = ["DEMO_PROMPT", "ask", "demo", "describe_gain", "explain_", "generate", "warn_of_fallback"]
+
+DEMO_PROMPT = "What is the capital of France?"
+"""What the demo asks when no prompt is given."""
 
 
 @app.command(rich_help_panel=Panel.RUN)
 def demo(
+    prompt: PromptArgument = None,
+    prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
-    prompt: PromptOption = "What is the capital of France, and what is it famous for?",
     max_new_tokens: MaxOption = 48,
+    tokens: TokensOption = False,
 ) -> None:
-    """Start all nodes of a topology, answer one prompt with them, show which node decided every token, and end them.
+    """Start all nodes of a topology, answer one prompt with them, and end them.
 
-    If the topology names the demo family, it is fetched first.
+    In a terminal each token has the colour of the node that decided it; --tokens
+    lists them in a table as well. Without a prompt it asks for the capital of
+    France. If the topology names the demo family, it is fetched first.
+
+    Example: ruyi-flow demo "What is rain?"
     """
     require("torch")  # here rather than in every node's process
     from ruyi_flow.family import store
 
-    loaded, text, beside = networked(topology), prompt_text(prompt), beside_answers()
+    text = prompt_text(prompt, prompt_option, default=DEMO_PROMPT)
+    loaded, beside = networked(topology), beside_answers()
     if loaded.family == store.DEMO:
         store.pull(store.DEMO, say=step_printer(), bars=counting_bar if err.is_terminal else None)
 
@@ -78,8 +92,8 @@ def demo(
         from ruyi_flow.client import AsyncClient
         from ruyi_flow.serving.supervisor import supervise
 
-        stop = on_signals()
         async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
+            stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:
                 beside.print(status_table(await client.status()))
@@ -92,10 +106,12 @@ def demo(
                     stopping.cancel()
                     if not answer.done():
                         answer.cancel()
+                        printer.end()
+                        err.print(ENDING)
                         raise typer.Exit(130)
                     reply = answer.result()
         warn_of_fallback(loaded, reply.tokens)
-        _print_figures(loaded, reply, tokens=True)
+        _print_figures(loaded, reply, max_new_tokens, tokens=tokens)
         print_text(beside, describe_gain(loaded, list(reply.tokens), reply.stats))
 
     asyncio.run(run())
@@ -104,14 +120,13 @@ def demo(
 @app.command(rich_help_panel=Panel.ASK)
 @answer_options()
 def generate(
-    prompt: PromptOption,
     options: dict[str, Any],
+    prompt: PromptArgument = None,
+    prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
-    tokens: Annotated[
-        bool, typer.Option("--tokens", help="Also list every token with the node that decided it, and why.")
-    ] = False,
+    tokens: TokensOption = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, also in a terminal.")
     ] = False,
@@ -122,12 +137,12 @@ def generate(
     The answer alone goes to standard output when that is a file or a pipe; the
     statistics go to standard error. In a terminal both are shown.
 
-    Example: ruyi-flow generate -p "Why is the sky blue?" > answer.txt
+    Example: ruyi-flow generate "Why is the sky blue?" > answer.txt
     """
     options["raw"] = raw
     if quiet and tokens:
         raise RequestError("--tokens cannot be combined with --quiet, which prints nothing but the answer")
-    loaded, text = load_topology(topology), prompt_text(prompt)
+    loaded, text = load_topology(topology), prompt_text(prompt, prompt_option)
 
     async def run() -> None:
         from ruyi_flow.client import AsyncClient
@@ -143,7 +158,8 @@ def generate(
         if not quiet:
             warn_of_fallback(loaded, reply.tokens)
         if not (quiet or as_json):
-            _print_figures(loaded, reply, tokens=tokens)
+            limit = options.get("max_new_tokens", SamplingParams().max_new_tokens)
+            _print_figures(loaded, reply, limit, tokens=tokens)
 
     asyncio.run(run())
 
@@ -151,8 +167,9 @@ def generate(
 @app.command("explain", rich_help_panel=Panel.ASK)
 @answer_options(sampling=["max_new_tokens"], max_new_tokens=64)
 def explain_(
-    prompt: PromptOption,
     options: dict[str, Any],
+    prompt: PromptArgument = None,
+    prompt_option: PromptOption = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     raw: RawOption = False,
     timeout_s: TimeoutOption = 600.0,
@@ -167,13 +184,13 @@ def explain_(
     family must be in this machine's store; it is loaded as the last node has it.
     In mode cascade the mean over the window decides, so it is shown as well.
 
-    Example: ruyi-flow explain --policy policy.yaml --prompt "Why is the sky blue?"
+    Example: ruyi-flow explain "Why is the sky blue?" --policy policy.yaml
     --html answer.html
     """
     options["raw"] = raw
     if html is not None:
         check_target(html, "--html")
-    loaded, text = load_topology(topology), prompt_text(prompt)
+    loaded, text = load_topology(topology), prompt_text(prompt, prompt_option)
 
     from ruyi_flow.client import Client, make_request
     from ruyi_flow.evaluation import explaining
@@ -203,7 +220,7 @@ def explain_(
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)
     warn_of_fallback(loaded, reply.tokens)
-    print_text(out, reply.stats.summary)
+    print_text(out, summary_line(reply.stats, reply.finish_reason, options["max_new_tokens"]))
     same = sum(row.agrees for row in rows)
     out.print(f"{same} of {len(rows)} tokens are those that the last branch predicts after the same text")
     if html is not None:
@@ -224,14 +241,14 @@ async def ask(client: AsyncClient, prompt: str, options: dict[str, Any], printer
     raise NodeError("the stream ended before the answer was complete")
 
 
-def _print_figures(topology: Topology, reply: Reply, *, tokens: bool) -> None:
+def _print_figures(topology: Topology, reply: Reply, max_new_tokens: int, *, tokens: bool) -> None:
     """Print what an answer took, and how its tokens were decided if `tokens` is set."""
     console = beside_answers()
     if tokens:
         console.print(token_table(topology, reply.tokens))
         print_text(console, token_summary(topology, reply.tokens))
     console.print(stats_table(reply.stats))
-    print_text(console, reply.stats.summary)
+    print_text(console, summary_line(reply.stats, reply.finish_reason, max_new_tokens))
 
 
 def warn_of_fallback(topology: Topology, tokens: Sequence[Token]) -> None:

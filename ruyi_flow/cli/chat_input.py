@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from ruyi_flow.cli.display import err
 from ruyi_flow.errors import RequestError
 from ruyi_flow.types import Mode
 
-__all__ = ["CommandCompleter", "history_file", "input_is_terminal", "piped_messages", "piped_reader", "typed_reader"]
+__all__ = [
+    "CommandCompleter",
+    "history_file",
+    "input_is_terminal",
+    "keys_not_echoed",
+    "piped_messages",
+    "piped_reader",
+    "typed_reader",
+]
 
 
 def history_file() -> Path:
@@ -35,6 +43,27 @@ def history_file() -> Path:
 def input_is_terminal() -> bool:
     """Return whether a person types the messages and sees the line that is typed."""
     return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+
+
+@contextmanager
+def keys_not_echoed() -> Iterator[None]:
+    """Keep keys that are typed during the block out of what is printed; the next line that is read begins with them.
+
+    Standard input is a terminal. On Windows, which has no termios, this does nothing.
+    """
+    try:
+        import termios
+    except ModuleNotFoundError:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = termios.tcgetattr(sys.stdin)
+    silent[3] &= ~(termios.ECHO | termios.ECHOCTL)  # index 3 is the local modes
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def piped_messages(lines: Iterable[str]) -> Iterator[str]:

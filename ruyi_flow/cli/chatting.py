@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from ruyi_flow.cli.answer import AnswerPrinter
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.asking import warn_of_fallback
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
-from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text
+from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text, summary_line
 from ruyi_flow.cli.options import TimeoutOption, TopologyOption, answer_options, dashed, load_topology
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.errors import ContextLengthError, RuyiFlowError
@@ -46,13 +47,14 @@ def chat(
     Example: ruyi-flow chat --mode exact --system "You answer in one sentence."
     """
     conversation = Conversation(load_topology(topology), options, system)
-    from ruyi_flow.cli.chat_input import history_file, input_is_terminal, piped_reader, typed_reader
+    from ruyi_flow.cli.chat_input import history_file, input_is_terminal, keys_not_echoed, piped_reader, typed_reader
     from ruyi_flow.client import Client
 
     typed = input_is_terminal()
     read = typed_reader(None if no_history else history_file()) if typed else piped_reader(sys.stdin)
     failed = False
-    with Client(conversation.topology, timeout_s=timeout_s) as client:
+    silence = keys_not_echoed() if typed else nullcontext()
+    with Client(conversation.topology, timeout_s=timeout_s) as client, silence:
         if typed:
             beside_answers().print(node_legend(conversation.topology))
             print_text(beside_answers(), "/help lists the commands, Ctrl-D ends the chat.", "dim")
@@ -111,5 +113,6 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
             hint = "; /reset begins a new conversation"
         print_error(dashed(str(problem)) + hint)
     if final is not None:
-        print_text(beside_answers(), final.stats.summary, "dim")
+        limit = conversation.options["max_new_tokens"]
+        print_text(beside_answers(), summary_line(final.stats, final.finish_reason, limit), "dim")
     return problem is None

@@ -19,7 +19,7 @@ from rich.text import Text
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.reply import tier_colour
-from ruyi_flow.types import NodeStatus, Reason, Stats, Token, counted
+from ruyi_flow.types import FinishReason, NodeStatus, Reason, Stats, Token, counted
 
 __all__ = [
     "LINE_EVERY_S",
@@ -40,6 +40,7 @@ __all__ = [
     "stdout_is_terminal",
     "status_table",
     "step_printer",
+    "summary_line",
     "token_summary",
     "token_table",
     "token_text",
@@ -285,6 +286,15 @@ def stats_table(stats: Stats) -> Table:
     ):
         table.add_row(name, *(f"{count:,}" for count in counts))
     return table
+
+
+def summary_line(stats: Stats, finish_reason: FinishReason, max_new_tokens: int) -> str:
+    """Return the summary of an answer's statistics, and what cut the answer off if something did."""
+    if finish_reason is not FinishReason.LENGTH:
+        return stats.summary
+    is_limit = stats.new_tokens >= max_new_tokens
+    cause = f"ended at --max-new-tokens {max_new_tokens}" if is_limit else "ended because the context is full"
+    return f"{stats.summary} · {cause}"
 
 
 def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:

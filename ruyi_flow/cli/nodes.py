@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from ruyi_flow.evaluation.quality import Quality
     from ruyi_flow.family.checkpoint import Checkpoint
 
-__all__ = ["LogLevel", "node", "shard", "start_nodes", "status", "up"]
+__all__ = ["ENDING", "LogLevel", "node", "shard", "start_nodes", "status", "up"]
+
+
+ENDING = "ending the nodes"
+"""What is said when Ctrl-C ends nodes that this process runs."""
 
 
 class LogLevel(StrEnum):
@@ -223,8 +227,8 @@ def up(
     async def run() -> None:
         from ruyi_flow.serving.supervisor import supervise
 
-        stop = on_signals()
         async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
+            stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
             asked = "" if topology == default_topology() else f" --topology {shortest(topology, 'topology')}"
             err.print(
@@ -238,7 +242,7 @@ def up(
                 wait.cancel()
             for wait in done:
                 wait.result()
-            err.print("ending all nodes")
+            err.print(ENDING)
 
     asyncio.run(run())
 
@@ -283,10 +287,14 @@ async def start_nodes(supervisor: Any, stop: asyncio.Event) -> None:
     """Start the nodes and show a spinner, until they serve or a signal arrives."""
     starting = asyncio.ensure_future(supervisor.start())
     stopping = asyncio.ensure_future(stop.wait())
-    with progress_bar("starting nodes"):
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not starting.done():
+    try:
+        with progress_bar("starting nodes"):
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            err.print(ENDING)
+            raise typer.Exit(130)
+    finally:
+        stopping.cancel()
         starting.cancel()
-        raise typer.Exit(130)
+        await asyncio.wait({starting})  # so that it starts no process after the others have been ended
     err.print(f"[dim]nodes serve after {starting.result():.1f} s[/dim]")

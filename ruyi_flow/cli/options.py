@@ -27,9 +27,11 @@ from ruyi_flow.routing.policy import Routing
 __all__ = [
     "JsonOption",
     "MaxOption",
+    "PromptArgument",
     "PromptOption",
     "RawOption",
     "TimeoutOption",
+    "TokensOption",
     "TopologyOption",
     "answer_options",
     "check_target",
@@ -71,7 +73,16 @@ TopologyOption = Annotated[
         show_default="topology.yaml in the current folder, or else local",
     ),
 ]
-PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The user's text; '-' reads standard input.")]
+PromptArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", show_default=False, help="The user's text; '-' reads standard input."),
+]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", "-p", show_default=False, help="The same as the argument PROMPT.")
+]
+TokensOption = Annotated[
+    bool, typer.Option("--tokens", help="Also list every token with the node that decided it, and why.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 MaxOption = Annotated[int, typer.Option(min=1, help="End the answer after at most this many new tokens.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat template.")]
@@ -223,16 +234,24 @@ def check_target(path: Path, option: str, *, folder: bool = False) -> None:
         raise ConfigError(f"{option} {path}: cannot be written")
 
 
-def prompt_text(text: str) -> str:
-    """Return the prompt, which '-' reads from standard input.
+def prompt_text(argument: str | None, option: str | None, *, default: str | None = None) -> str:
+    """Return the prompt, from the argument PROMPT or the option --prompt. '-' reads standard input.
 
     Raises:
-        RequestError: standard input is no text.
+        RequestError: both are given; neither is, and there is no default; or standard input is no text.
     """
+    if argument is not None and option is not None:
+        raise RequestError("the prompt is given twice, as the argument PROMPT and with --prompt; give one of them")
+    given = default if argument is None and option is None else argument if option is None else option
+    if given is None:
+        raise RequestError(
+            'no prompt is given; write it after the command, in quotation marks: "What is rain?"; '
+            "'-' reads it from standard input"
+        )
     try:
-        return sys.stdin.read() if text == "-" else text
+        return sys.stdin.read() if given == "-" else given
     except UnicodeDecodeError as error:
-        raise RequestError(f"--prompt -: standard input is not text in {error.encoding}: {error.reason}") from None
+        raise RequestError(f"the prompt on standard input is not text in {error.encoding}: {error.reason}") from None
 
 
 def load_topology(path: Path) -> Topology:
@@ -264,13 +283,17 @@ def networked(path: Path) -> Topology:
     return loaded
 
 
-def on_signals() -> asyncio.Event:
-    """Return an event that the first SIGINT, SIGTERM or Ctrl-Break sets; the second one ends the process."""
+def on_signals(again: Callable[[], None] = lambda: os._exit(130)) -> asyncio.Event:
+    """Return an event that the first SIGINT, SIGTERM or Ctrl-Break sets.
+
+    Args:
+        again: called at every further signal. Default: the process ends at once.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
         if stop.is_set():
-            os._exit(130)
+            again()
         stop.set()
 
     def on_plain_signal(number: int, frame: object) -> None:

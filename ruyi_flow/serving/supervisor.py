@@ -46,6 +46,8 @@ class Supervisor:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._last_lines: dict[str, str] = {}
+        self._serving = False
+        """Whether all nodes have served."""
         self._failed: asyncio.Future[NodeError] = asyncio.get_running_loop().create_future()
 
     async def start(self, *, timeout_s: float = 120.0) -> float:
@@ -83,6 +85,7 @@ class Supervisor:
                 await peer.close()
         if self._failed.done():  # a node that had served already
             raise self._failed.result()
+        self._serving = True
         return time.monotonic() - began
 
     async def wait(self) -> None:
@@ -94,12 +97,23 @@ class Supervisor:
         raise await asyncio.shield(self._failed)
 
     async def stop(self) -> None:
-        """Let every node drain, and kill it after its grace time."""
+        """Let every node drain, and kill it after its grace time; nodes that are still starting end at once."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         grace_s = max(node.limits.grace_s for node in self._topology.nodes) + 5
+        if not self._serving:
+            for process in self._running():
+                process.terminate()
         await asyncio.gather(*(_end(process, grace_s) for process in self._processes.values()))
+
+    def kill(self) -> None:
+        """End every node at once, without letting it drain."""
+        for process in self._running():
+            process.kill()
+
+    def _running(self) -> list[asyncio.subprocess.Process]:
+        return [process for process in self._processes.values() if process.returncode is None]
 
     async def _keep_running(self, name: str) -> None:
         """Run a node's process and restart it when it crashes."""

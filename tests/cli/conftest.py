@@ -134,6 +134,10 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
+    def echoes(self) -> bool:
+        """Return whether the terminal itself prints the keys that are pressed."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
+
     def until(self, condition: Callable[[], object]) -> None:
         """Read what is printed until the condition holds. The timeout of the test ends a wait for what never comes."""
         while not condition():

@@ -36,7 +36,8 @@ def test_each_line_of_a_pipe_is_answered_in_one_conversation(nodes: Nodes, tmp_p
             answers.append(client.generate(messages, max_new_tokens=12, min_new_tokens=12).text)
             messages.append({"role": "assistant", "content": answers[-1]})
     assert (code, out.decode()) == (0, "".join(answer.rstrip("\n") + "\n" for answer in answers))
-    assert err.count("12 tokens, first after") == 3 and "The mode is exact." in err and "seed" not in err
+    assert err.count("12 tokens, first after") == err.count(" · ended at --max-new-tokens 12") == 3
+    assert "The mode is exact." in err and "seed" not in err
     assert json.loads(saved.read_text()) == {"messages": messages[:-2]}
     tokenizer = load_tokenizer(Checkpoint(spoken))
     [ids] = read_prompts(saved, tokenizer)
@@ -123,10 +124,27 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(nodes: Nodes, tmp_path: Path,
     shown.shows("Ctrl-D or /quit ends the chat.")
     shown.shows(">")
     shown.press("\x04")
-    assert shown.end() == 0 and "Traceback" not in shown.text
+    assert shown.end() == 0 and "Traceback" not in shown.text and "^C" not in shown.text
+    assert shown.echoes()
     [line] = (tmp_path / "other.jsonl").read_text().splitlines()
     roles = [message["role"] for message in json.loads(line)["messages"]]
     assert roles == ["user", "assistant"] and not Path("kept.jsonl").exists()
+
+
+def test_keys_that_are_typed_during_an_answer_are_not_printed_into_it(
+    nodes: Nodes, chat: Callable[..., Terminal]
+) -> None:
+    nodes.relay.delay_s = 0.02
+    shown = chat("--mode", "exact", "--draft", "0", "--max-new-tokens", "100", "--min-new-tokens", "100")
+    before = len(shown.output)
+    shown.press("hi\r")
+    shown.until(lambda: "\x1b[33m" in shown.output[before:])  # a token of the second node
+    shown.press("/qqzqqzq")
+    shown.shows("100 tokens, first after")
+    assert "qqz" not in shown.text[: shown.text.index("100 tokens, first after")] and not shown.echoes()
+    shown.shows("/qqzqqzq")  # at the prompt
+    shown.press("\x03\x04")
+    assert shown.end() == 0 and shown.echoes()
 
 
 def test_history_is_kept_over_chats_and_is_private(nodes: Nodes, tmp_path: Path, chat: Callable[..., Terminal]) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ruyi_flow.cli.display import fallback_note, stats_table, status_table, token_summary, token_table
+from ruyi_flow.cli.display import fallback_note, stats_table, status_table, summary_line, token_summary, token_table
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.testing import cut_topology
-from ruyi_flow.types import Hop, NodeStatus, Reason, Stats, Token
+from ruyi_flow.types import FinishReason, Hop, NodeStatus, Reason, Stats, Token
 
 
 @pytest.fixture
@@ -91,6 +91,16 @@ def test_the_table_of_states_fits_into_a_terminal_of_80_columns() -> None:
 def test_the_table_of_tokens_cuts_only_texts(topology: Topology) -> None:
     lines = shown(token_table(topology, [token("n1", Reason.UNREACHABLE, text="a" * 30)]), 56)
     assert "…" not in lines and "confidence" in lines and "unreachable" in lines and "cloud (n1)" in lines
+
+
+def test_an_answer_that_was_cut_off_says_by_what() -> None:
+    ended = {
+        (FinishReason.EOS, 100): "",
+        (FinishReason.LENGTH, 100): " · ended at --max-new-tokens 100",
+        (FinishReason.LENGTH, 300): " · ended because the context is full",
+    }
+    for (reason, limit), said in ended.items():
+        assert summary_line(stats(1), reason, limit) == stats(1).summary + said
 
 
 def test_the_seed_is_shown_when_tokens_were_sampled() -> None:

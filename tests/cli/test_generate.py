@@ -38,7 +38,13 @@ def test_a_pipe_gets_the_answer_alone(nodes: Nodes, environment: dict[str, str])
     text = expected(nodes)
     done = call("generate", "-t", str(nodes.file), *ASK, "--tokens", **environment)
     assert (done.returncode, done.stdout) == (0, text.rstrip("\n") + "\n")
-    for word in ("confidence", "48 tokens: n1 decided 48", "bytes returned", "48 tokens, first after", "seed 5"):
+    for word in (
+        "confidence",
+        "48 tokens: n1 decided 48",
+        "bytes returned",
+        "48 tokens, first after",
+        "seed 5 · ended at --max-new-tokens 48",
+    ):
         assert word in done.stderr
     done = call("generate", "-t", str(nodes.file), *ASK, "--quiet", **environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, text.rstrip("\n") + "\n", "")
@@ -195,7 +201,27 @@ def test_a_prompt_that_is_no_text_is_one_line(nodes: Nodes) -> None:
     command = [*COMMAND, "generate", "-t", str(nodes.file), "-p", "-"]
     done = subprocess.run(command, input=b"\xff\xfe", capture_output=True, env=SHELL | {"PYTHONIOENCODING": "utf-8"})
     assert (done.returncode, done.stdout) == (2, b"") and done.stderr.count(b"\n") == 1
-    assert done.stderr.startswith(b"error: --prompt -: standard input is not text in utf-8")
+    assert done.stderr.startswith(b"error: the prompt on standard input is not text in utf-8")
+
+
+@pytest.mark.parametrize("command", ["generate", "explain", "demo"])
+def test_a_prompt_is_an_argument_or_an_option_and_not_both(run: Command, nodes: Nodes, command: str) -> None:
+    code, out, err = run(command, "hi", "-p", "hi", "-t", str(nodes.file))
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: the prompt is given twice, ")
+    if command != "demo":
+        code, out, err = run(command, "-t", str(nodes.file))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: no prompt is given; write it after the command, in quotation marks: ")
+
+
+def test_a_prompt_as_an_argument_and_on_standard_input_gets_the_same_answer(nodes: Nodes) -> None:
+    text, rest = expected(nodes), ("-t", str(nodes.file), "-q", *ASK[2:])
+    command = [*COMMAND, "generate"]
+    for given, said in (("hi", None), ("-", "hi")):
+        done = subprocess.run(
+            [*command, given, *rest], input=said and said.encode(), capture_output=True, env=SHELL | {"PYTHONUTF8": "1"}
+        )
+        assert (done.returncode, done.stderr, done.stdout.decode()) == (0, b"", text.rstrip("\n") + "\n")
 
 
 def test_quiet_and_a_list_of_tokens_contradict_each_other(run: Command, nodes: Nodes) -> None:

@@ -219,6 +219,8 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(base: Path, tmp_path: Path
     assert (code, said.splitlines()[-1:]) == (130, ["interrupted"]), said
     assert said.count("interrupted") == 1
     assert [word for word in ("Traceback", "Exception", "Error", "Warning", "leaked") if word in said] == [], said
+    if name in ("demo", "up") and polled:
+        assert said.count("ending the nodes") == 1
     left = [process for process in psutil.process_iter() if _has_mark(process, mark)]
     assert psutil.wait_procs(left, timeout=10)[1] == []
     # Torch keeps a cache there, after any training.
@@ -227,6 +229,38 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(base: Path, tmp_path: Path
         assert "new" not in path.name, path
         if path.is_file():
             _check_whole(path)
+
+
+@pytest.mark.parametrize("at", [CHILD, SERVES], ids=["starting", "answering"])
+def test_ctrl_c_pressed_twice_ends_the_nodes_before_the_command_ends(base: Path, tmp_path: Path, at: At) -> None:
+    mark, errors = uuid.uuid4().hex, tmp_path / "errors"
+    command = [*_COMMAND, "demo", "-t", str(base / "three.yaml"), "--max-new-tokens", "400"]
+    with errors.open("wb") as file:
+        running = subprocess.Popen(
+            command,
+            env=os.environ | {"TEST_MARK": mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    try:
+        while not _reached(at, running.pid, errors):
+            assert running.poll() is None, errors.read_text()
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGINT)
+        while "ending the nodes" not in errors.read_text():
+            assert running.poll() is None, errors.read_text()
+            time.sleep(0.001)
+        os.killpg(running.pid, signal.SIGINT)
+        code = running.wait(60)
+        left = [process for process in psutil.process_iter() if _has_mark(process, mark)]
+    finally:
+        running.kill()
+    said = errors.read_text()
+    assert (code, said.splitlines()[-1:], left) == (130, ["interrupted"], []), said
+    assert "Traceback" not in said
 
 
 def _reached(at: At, pid: int, errors: Path) -> bool:

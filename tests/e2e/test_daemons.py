@@ -192,6 +192,16 @@ def test_a_node_stays_on_its_cores(topology: Path) -> None:
     assert done.returncode == 2 and "not all among this process's cores" in done.stderr
 
 
+def test_the_demo_lists_tokens_only_when_asked(topology: Path, spoken: Path) -> None:
+    topology.write_text(yaml.safe_dump(yaml.safe_load(topology.read_text()) | {"family": str(spoken)}))
+    command = [*COMMAND, "demo", "hi", "-t", str(topology), "--max-new-tokens", "3"]
+    for options, tables in (([], 0), (["--tokens"], 1)):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=110)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("┃ confidence ┃") == done.stderr.count("(mean confidence") == tables
+        assert "bytes returned" in done.stderr and done.stderr.splitlines()[-1].startswith("Of 3 tokens, the device ")
+
+
 @pytest.mark.model
 def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
     source = yaml.safe_load((Path(__file__).parents[2] / "configs" / "local.yaml").read_text())
@@ -200,7 +210,7 @@ def test_the_demo_answers_and_ends(smollm2: Path, tmp_path: Path) -> None:
     source["policy"]["file"] = str(Path(__file__).parents[2] / "configs" / source["policy"]["file"])
     path = tmp_path / "demo.yaml"
     path.write_text(yaml.safe_dump(source))
-    command = [*COMMAND, "demo", "-t", str(path), "--max-new-tokens", "8"]
+    command = [*COMMAND, "demo", "-t", str(path), "--max-new-tokens", "8", "--tokens"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The capital of France is Paris") and done.stdout.count("\n") == 1
