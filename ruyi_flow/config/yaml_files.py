@@ -60,7 +60,8 @@ def _syntax_error(error: Exception, text: str) -> str:
         return f"{_place(error.problem_mark)}: not valid YAML: {error.problem}{context}"
     if isinstance(error, yaml.reader.ReaderError):
         line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
-        return f"line {line}, column {column}: not valid YAML: the character U+{ord(text[error.position]):04X} is not allowed"
+        character = f"U+{ord(text[error.position]):04X}"
+        return f"line {line}, column {column}: not valid YAML: the character {character} is not allowed"
     if isinstance(error, RecursionError):
         return "not valid YAML: lists or mappings are nested too deeply"
     return f"not valid YAML: {error}"
