@@ -45,11 +45,30 @@ def read_yaml(path: Path, what: str) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # the latter: a date that is none
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: {_syntax_error(error, text)}") from None
     kind = _kind_of(data)
     if kind not in (None, what):
         raise ConfigError(f"{path}: this is a {kind} file, not a {what} file")
     return data
+
+
+def _syntax_error(error: Exception, text: str) -> str:
+    """Return in one line what is wrong in the text of a YAML file, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        begun = "" if error.context_mark is None else f" from {_place(error.context_mark)} on"
+        context = f" ({error.context}{begun})" if error.context else ""
+        return f"{_place(error.problem_mark)}: not valid YAML: {error.problem}{context}"
+    if isinstance(error, yaml.reader.ReaderError):
+        at = error.position
+        line, column, code = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at), ord(text[at])
+        return f"line {line}, column {column}: not valid YAML: the character U+{code:04X} is not allowed"
+    if isinstance(error, RecursionError):
+        return "not valid YAML: lists or mappings are nested too deeply"
+    return f"not valid YAML: {error}"
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _kind_of(data: object) -> str | None:
@@ -80,7 +99,8 @@ def parse_value(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{where}: {text!r} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError(f"{where}: {text!r} is not valid YAML: {problem}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -152,6 +172,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
         message = item["msg"].removeprefix("Value error, ")
         if kind == "extra_forbidden":
             known = _known_keys(root, loc)
+            value = None if isinstance(value, (dict, list)) else value  # long, and not what is wrong
             message = f"unknown key; the keys here are {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
         elif kind == "missing":
             value, message = None, "this key is required; add it"

@@ -7,7 +7,7 @@ import pytest
 
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.config.yaml_files import read_yaml
+from ruyi_flow.config.yaml_files import parse_value, read_yaml
 from ruyi_flow.errors import ConfigError, shown
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.training.recipe import Recipe
@@ -41,6 +41,58 @@ def test_a_file_that_only_wastes_memory_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         read(file)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "family: x\nnodes: [\n  a: b: c\n",
+            "line 3, column 7: not valid YAML: expected ',' or ']', but got ':' "
+            "(while parsing a flow sequence from line 2, column 8 on)",
+        ),
+        ("a: 1\na: 2\n", "line 2, column 1: not valid YAML: the key 'a' occurs twice"),
+        (
+            "a: 1\n\tb: 2\n",
+            "line 2, column 1: not valid YAML: found character '\\t' that cannot start any token "
+            "(while scanning for the next token)",
+        ),
+        ("a: 1\nb: *c\n", "line 2, column 4: not valid YAML: found undefined alias 'c'"),
+        ("a: 1\nb: x\x00\n", "line 2, column 5: not valid YAML: the character U+0000 is not allowed"),
+        ("\x00", "line 1, column 1: not valid YAML: the character U+0000 is not allowed"),
+        ("[" * 5000, "not valid YAML: lists or mappings are nested too deeply"),
+        ("a: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_a_syntax_error_is_one_line_with_its_place(
+    tmp_path: Path, read: Callable[[Path], object], text: str, message: str
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read(file)
+    assert str(caught.value) == f"{file}: {message}"
+
+
+@pytest.mark.parametrize("text", ["a: b: c", "[1", "\x00", "2020-13-45"])
+def test_a_wrong_value_of_an_option_is_one_line(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_value(text, "--set x")
+    said = str(caught.value)
+    assert (
+        said.startswith(f"--set x: {text!r} is not valid YAML: ") and "\n" not in said and "unicode string" not in said
+    )
+
+
+def test_an_unknown_key_is_told_without_the_list_or_mapping_behind_it(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("family: x\nnodez: [{name: a, exits: [5]}]\nlinkz: {a: 1}\n")
+    keys = "unknown key; the keys here are family, exits, nodes, links, policy"
+    with pytest.raises(ConfigError) as caught:
+        Topology.load(file)
+    assert f"{file}: nodez: {keys}; did you mean 'nodes'?\n" in str(caught.value)
+    assert f"{file}: linkz: {keys}; did you mean 'links'?" in str(caught.value)
 
 
 def test_what_an_alias_repeats_counts_each_time(tmp_path: Path) -> None:
