@@ -28,6 +28,7 @@ __all__ = [
     "check_request_options",
     "field_docs",
     "option_names",
+    "own_name",
     "parse_request",
     "takes_options",
 ]
@@ -274,6 +275,24 @@ def takes_options(method: F) -> F:
 _OPTION_DOCS = field_docs(Options)
 
 
+_NAMES_ELSEWHERE = {
+    "max_completion_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "temp": "temperature",
+}
+"""Names that other tools give to options of an answer, and those that they have here."""
+
+
+def own_name(option: str) -> str:
+    """Return the name that an option of another tool has here, or else the same name."""
+    return _NAMES_ELSEWHERE.get(option, option)
+
+
 def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
     """Check that every option has a known name.
 
@@ -283,7 +302,7 @@ def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+            hint = did_you_mean(own_name(name), known) or f"; known: {', '.join(known)}"
             raise RequestError(f"unknown option {name!r}{hint}")
 
 

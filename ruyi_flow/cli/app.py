@@ -20,7 +20,7 @@ import typer
 import typer.core
 
 from ruyi_flow import __version__
-from ruyi_flow.errors import RuyiFlowError
+from ruyi_flow.errors import RuyiFlowError, did_you_mean
 from ruyi_flow.extras import missing_extra
 
 __all__ = ["MODULES", "Panel", "app", "listed", "run"]
@@ -93,6 +93,26 @@ class _Commands(typer.core.TyperGroup):
         except typer.BadParameter as error:
             error.message = error.message.replace("Value error, ", "", 1)
             raise
+        except _UsageError as error:
+            _suggest_option(error)
+            raise
+
+
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]
+"""A command line that is wrong; typer does not export it."""
+
+
+def _suggest_option(error: Any) -> None:
+    """Let the error of an unknown option name the closest one, as the SDK does."""
+    given = getattr(error, "option_name", "")
+    if not (hasattr(error, "possibilities") and given.startswith("--") and error.ctx is not None):
+        return
+    from ruyi_flow.requests import own_name
+
+    known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+    meant = f"--{own_name(given[2:].replace('-', '_')).replace('_', '-')}"
+    if hint := did_you_mean(meant, known):
+        error.message, error.possibilities = f"unknown option {given!r}{hint}", []
 
 
 def listed(name: str) -> typer.core.TyperCommand:

@@ -59,9 +59,9 @@ def _syntax_error(error: Exception, text: str) -> str:
         context = f" ({error.context}{begun})" if error.context else ""
         return f"{_place(error.problem_mark)}: not valid YAML: {error.problem}{context}"
     if isinstance(error, yaml.reader.ReaderError):
-        line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
-        character = f"U+{ord(text[error.position]):04X}"
-        return f"line {line}, column {column}: not valid YAML: the character {character} is not allowed"
+        at = error.position
+        line, column, code = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at), ord(text[at])
+        return f"line {line}, column {column}: not valid YAML: the character U+{code:04X} is not allowed"
     if isinstance(error, RecursionError):
         return "not valid YAML: lists or mappings are nested too deeply"
     return f"not valid YAML: {error}"
@@ -99,7 +99,8 @@ def parse_value(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{where}: {text!r} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError(f"{where}: {text!r} is not valid YAML: {problem}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from ruyi_flow.client import Client
+from ruyi_flow.client import Client, make_request
+from ruyi_flow.errors import RequestError
 from ruyi_flow.local import load_family
 from ruyi_flow.routing.confidence import Curve
 from ruyi_flow.testing import tiny_family
@@ -207,7 +208,29 @@ def test_help_teaches_tracing_and_calibrating(run: Command) -> None:
 
 def test_an_unknown_option_is_refused(run: Command) -> None:
     code, _, err = run("generate", "--topolgy", "x")
-    assert code == 2 and "topolgy" in err
+    assert code == 2 and "unknown option '--topolgy'; did you mean '--topology'?" in err
+    code, _, err = run("generate", "--zzzz", "x")
+    assert code == 2 and "No such option: --zzzz" in err and "did you mean" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("max_tokens", "max_new_tokens"),
+        ("max_length", "max_new_tokens"),
+        ("n_predict", "max_new_tokens"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("temp", "temperature"),
+        ("tempreature", "temperature"),
+    ],
+)
+def test_an_option_of_another_tool_gets_its_name_here(run: Command, given: str, meant: str) -> None:
+    """The SDK and the command line say the same."""
+    with pytest.raises(RequestError, match=f"^unknown option '{given}'; did you mean '{meant}'\\?$"):
+        make_request("hi", {given: 1})
+    told = f"unknown option '--{given}'; did you mean '--{meant}'?".replace("_", "-")
+    code, _, err = run("generate", f"--{given}".replace("_", "-"), "1")
+    assert code == 2 and told in err
 
 
 def test_a_log_level_that_is_none_is_refused(run: Command, topology: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.config.yaml_files import read_yaml
+from ruyi_flow.config.yaml_files import parse_value, read_yaml
 from ruyi_flow.errors import ConfigError, shown
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.training.recipe import Recipe
@@ -73,6 +73,16 @@ def test_a_syntax_error_is_one_line_with_its_place(
     with pytest.raises(ConfigError) as caught:
         read(file)
     assert str(caught.value) == f"{file}: {message}"
+
+
+@pytest.mark.parametrize("text", ["a: b: c", "[1", "\x00", "2020-13-45"])
+def test_a_wrong_value_of_an_option_is_one_line(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_value(text, "--set x")
+    said = str(caught.value)
+    assert (
+        said.startswith(f"--set x: {text!r} is not valid YAML: ") and "\n" not in said and "unicode string" not in said
+    )
 
 
 def test_an_unknown_key_is_told_without_the_list_or_mapping_behind_it(tmp_path: Path) -> None:
