@@ -104,7 +104,7 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
     answer = "".join(token.text for token in tokens) if final is None else final.text
     if answer or final is not None:
         conversation.turns += [message, {"role": "assistant", "content": answer}]
-        conversation.tokens = tokens
+        conversation.tokens, conversation.finish_reason = tokens, None if final is None else final.finish_reason
     warn_of_fallback(conversation.topology, tokens)
     if problem is not None:
         hint = " The answer stays in the conversation as far as it came." if answer else ""

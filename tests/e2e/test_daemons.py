@@ -198,6 +198,7 @@ def test_the_demo_lists_tokens_only_when_asked(topology: Path, spoken: Path) -> 
     for options, tables in (([], 0), (["--tokens"], 1)):
         done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=110)
         assert done.returncode == 0, done.stderr
+        assert re.search(r"^device │ \d\d:\d\d:\d\d INFO device serves ", done.stderr, re.MULTILINE)
         assert done.stderr.count("┃ confidence ┃") == done.stderr.count("(mean confidence") == tables
         assert "bytes returned" in done.stderr and done.stderr.splitlines()[-1].startswith("Of 3 tokens, the device ")
 
