@@ -166,6 +166,7 @@ def test_a_port_in_use_is_said(topology: Path) -> None:
         done = subprocess.run([*COMMAND, "up", str(topology)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f"127.0.0.1:{port} is in use already; node 'edge' cannot listen there" in done.stderr
+    assert f"the nodes may be running already: ruyi-flow generate -t {topology} -p …" in done.stderr
 
 
 def test_a_node_that_cannot_start_ends_up_with_its_reason(topology: Path) -> None:
