@@ -32,8 +32,7 @@ async def run(console: Console) -> None:
     console.print(display.node_legend(topology))
     console.print(Text().join(display.token_text(topology, token) for token in reply.tokens))
     console.print()
-    console.print(display.token_table(topology, list(reply.tokens[:8])))
-    console.print("…")
+    console.print(display.token_table(topology, reply.tokens, reply.finish_reason))
     console.print(asking.describe_gain(topology, list(reply.tokens), reply.stats), highlight=False)
 
 

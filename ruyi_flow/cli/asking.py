@@ -28,6 +28,7 @@ from ruyi_flow.cli.display import (
     status_table,
     step_printer,
     summary_line,
+    token_label,
     token_summary,
     token_table,
 )
@@ -216,7 +217,15 @@ def explain_(
         last = "the same" if row.agrees else repr(row.last)
         values = (row.own, row.confidence, *([row.mean] if cascade else []), row.threshold)
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
-        cells = (repr(row.text), row.node, str(row.exit), *numbers, row.reason, last, f"{row.bytes_up:,}")
+        cells = (
+            token_label(reply.tokens, i, reply.finish_reason),
+            row.node,
+            str(row.exit),
+            *numbers,
+            row.reason,
+            last,
+            f"{row.bytes_up:,}",
+        )
         table.add_row(str(i), *map(escape, cells), f"{row.ms:.1f}", style=None if row.agrees else "yellow")
     out.print(table)
     warn_of_fallback(loaded, reply.tokens)
@@ -245,7 +254,7 @@ def _print_figures(topology: Topology, reply: Reply, max_new_tokens: int, *, tok
     """Print what an answer took, and how its tokens were decided if `tokens` is set."""
     console = beside_answers()
     if tokens:
-        console.print(token_table(topology, reply.tokens))
+        console.print(token_table(topology, reply.tokens, reply.finish_reason))
         print_text(console, token_summary(topology, reply.tokens))
     console.print(stats_table(reply.stats))
     print_text(console, summary_line(reply.stats, reply.finish_reason, max_new_tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,8 +15,8 @@ from ruyi_flow.cli.asking import warn_of_fallback
 from ruyi_flow.cli.conversation import Conversation, command_of, print_error, run_command
 from ruyi_flow.cli.display import beside_answers, err, node_legend, print_text, summary_line
 from ruyi_flow.cli.options import TimeoutOption, TopologyOption, answer_options, dashed, load_topology
-from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
-from ruyi_flow.errors import ContextLengthError, RuyiFlowError
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, shortest
+from ruyi_flow.errors import ContextLengthError, NodeError, RuyiFlowError
 from ruyi_flow.types import Final, Token
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def chat(
     failed = False
     silence = keys_not_echoed() if typed else nullcontext()
     with Client(conversation.topology, timeout_s=timeout_s) as client, silence:
+        _check_that_a_node_runs(client, topology)
         if typed:
             beside_answers().print(node_legend(conversation.topology))
             print_text(beside_answers(), "/help lists the commands, Ctrl-D ends the chat.", "dim")
@@ -73,6 +75,20 @@ def chat(
                 print_text(err, "Ctrl-D or /quit ends the chat.", "dim")
     if failed and not typed:
         raise typer.Exit(2)
+
+
+def _check_that_a_node_runs(client: Client, topology: Path) -> None:
+    """Check before the first message that there are nodes to ask; one without an address runs in this process.
+
+    Raises:
+        NodeError: no node answers.
+    """
+    if client.topology.entry.address is None:
+        return
+    answers = client.status()
+    if all(isinstance(answer, NodeError) for answer in answers.values()):
+        cause = answers[client.topology.entry.name]
+        raise NodeError(f"no node runs: {cause}; start them: ruyi-flow up {shortest(topology, 'topology')}")
 
 
 def _answer(client: Client, conversation: Conversation, text: str, typed: bool) -> bool:
@@ -105,7 +121,7 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
     answer = "".join(token.text for token in tokens) if final is None else final.text
     if answer or final is not None:
         conversation.turns += [message, {"role": "assistant", "content": answer}]
-        conversation.tokens = tokens
+        conversation.tokens, conversation.finish_reason = tokens, None if final is None else final.finish_reason
     warn_of_fallback(conversation.topology, tokens)
     if problem is not None:
         hint = ". The answer stays in the conversation as far as it came." if answer else ""

@@ -18,7 +18,7 @@ from ruyi_flow.client import make_request
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import RequestError, RuyiFlowError, did_you_mean
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.types import Mode, Token, parse_mode
+from ruyi_flow.types import FinishReason, Mode, Token, parse_mode
 
 __all__ = ["COMMANDS", "Command", "Conversation", "command_of", "print_error", "run_command"]
 
@@ -48,6 +48,8 @@ class Conversation:
         """The messages of the user and their answers."""
         self.tokens: Sequence[Token] = ()
         """The tokens of the last answer."""
+        self.finish_reason: FinishReason | None = None
+        """Why the last answer ended; None if it was interrupted."""
         self._saved: set[Path] = set()
 
     @property
@@ -160,7 +162,7 @@ def _tokens(conversation: Conversation, rest: str) -> None:
     if not conversation.tokens:
         raise RequestError("there is no answer yet")
     console = beside_answers()
-    console.print(token_table(conversation.topology, conversation.tokens))
+    console.print(token_table(conversation.topology, conversation.tokens, conversation.finish_reason))
     print_text(console, token_summary(conversation.topology, conversation.tokens))
 
 
@@ -232,7 +234,7 @@ def run_command(conversation: Conversation, name: str, rest: str) -> None:
     """
     try:
         if name not in COMMANDS:
-            hint = did_you_mean(name, [*COMMANDS, *_ALIASES]) or "; /help lists them."
+            hint = did_you_mean(f"/{name}", [f"/{one}" for one in (*COMMANDS, *_ALIASES)]) or "; /help lists them."
             raise RequestError(f"/{name} is no command{hint} To send it as a message, type a space before it")
         if rest and not COMMANDS[name].takes:
             raise RequestError(f"/{name} takes nothing after its name; there is {printable(rest)[:60]!r}")

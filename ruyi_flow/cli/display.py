@@ -41,6 +41,7 @@ __all__ = [
     "status_table",
     "step_printer",
     "summary_line",
+    "token_label",
     "token_summary",
     "token_table",
     "token_text",
@@ -210,12 +211,18 @@ def log_writer(topology: Topology) -> Callable[[str, str], None]:
     return log
 
 
-def token_table(topology: Topology, tokens: Sequence[Token]) -> Table:
+def token_label(tokens: Sequence[Token], i: int, finish_reason: FinishReason | None) -> str:
+    """Return how a table shows the text of a token; a token that ends the answer and has no text is <end>."""
+    is_end = finish_reason is FinishReason.EOS and i == len(tokens) - 1 and not tokens[i].text
+    return "<end>" if is_end else repr(tokens[i].text)
+
+
+def token_table(topology: Topology, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Table:
     """Return a table with one row per token: the node and exit that decided it, its confidence and the reason."""
     whole = [Column(name, no_wrap=True) for name in ("node", "exit", "confidence", "reason")]
     table = Table("#", Column("token", overflow="fold"), *whole)
     for i, token in enumerate(tokens):
-        text = Text(repr(token.text), style=node_colour(topology, token.node))
+        text = Text(token_label(tokens, i, finish_reason), style=node_colour(topology, token.node))
         exit, confidence = str(token.exit), f"{token.confidence:.2f}"
         table.add_row(str(i), text, escape(_node_name(topology, token.node)), exit, confidence, token.reason)
     return table

@@ -160,7 +160,14 @@ def node(
     get its grace time; a second signal ends it at once. The standard gRPC health
     service answers for '' and 'ruyi_flow.v1.Node'.
     """
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S"
+        if supervised
+        else None,  # `up` and `demo` print these lines in a terminal, where long ones wrap
+        stream=sys.stderr,
+    )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     began = time.monotonic()
     loaded = load_topology(topology)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from ruyi_flow.config.examples import shortest
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.transport.addresses import check_listen
@@ -64,7 +65,8 @@ class Supervisor:
             await check_listen(
                 str(node.address),
                 node.name,
-                in_use="or start only the nodes that do not run yet: ruyi-flow node NAME",
+                in_use="or start only the nodes that do not run yet: ruyi-flow node NAME; the nodes may be running "
+                f"already: ruyi-flow generate -t {shortest(self._path, 'topology')} -p …",
             )
         self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:

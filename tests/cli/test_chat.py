@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ruyi_flow.client import Client
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.tokenizer import load_tokenizer
+from ruyi_flow.testing import free_ports
 from ruyi_flow.training.corpus import read_prompts
 from tests.cli.conftest import COMMAND, SHELL, Nodes, Terminal, wait_for
 
@@ -62,6 +64,19 @@ def test_input_that_is_no_text_is_one_line(nodes: Nodes) -> None:
         and err.startswith("error: standard input is not text in utf-8")
         and err.count("\n") == 1
     )
+
+
+def test_a_chat_without_a_node_that_runs_says_so_before_a_message_is_typed(
+    tmp_path: Path, spoken: Path, terminal: Callable[..., Terminal]
+) -> None:
+    file, names = tmp_path / "two.yaml", ("a", "b")
+    ports = zip(names, free_ports(2), ((2,), (4, 6)), strict=True)
+    made = [{"name": name, "address": f"127.0.0.1:{port}", "exits": list(exits)} for name, port, exits in ports]
+    file.write_text(yaml.safe_dump({"family": str(spoken), "nodes": made, "links": [{"from": "a", "to": "b"}]}))
+    shown = terminal("chat", "-t", str(file), columns=400)
+    assert shown.end() == 2 and shown.echoes()
+    assert shown.text.startswith("error: no node runs: node 'a' at ") and shown.text.count("\n") == 1
+    assert shown.text.endswith(f"; start them: ruyi-flow up {file}\n")
 
 
 def test_a_chat_says_when_no_deeper_node_was_asked(spent: Nodes) -> None:

@@ -137,7 +137,8 @@ def test_the_system_message_is_shown_and_set_and_stays_after_a_reset(talk: Conve
 def test_an_unknown_command_is_one_line(say: Said) -> None:
     space = "To send it as a message, type a space before it\n"
     assert say("/shrug well") == f"error: /shrug is no command; /help lists them. {space}"
-    assert say("/treshold 1") == f"error: /treshold is no command; did you mean 'threshold'? {space}"
+    assert say("/mod") == f"error: /mod is no command; did you mean '/mode'? {space}"
+    assert say("/treshold 1") == f"error: /treshold is no command; did you mean '/threshold'? {space}"
 
 
 @pytest.mark.parametrize("line", ["/quit", "/exit"])

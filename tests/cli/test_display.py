@@ -89,8 +89,16 @@ def test_the_table_of_states_fits_into_a_terminal_of_80_columns() -> None:
 
 
 def test_the_table_of_tokens_cuts_only_texts(topology: Topology) -> None:
-    lines = shown(token_table(topology, [token("n1", Reason.UNREACHABLE, text="a" * 30)]), 56)
+    lines = shown(token_table(topology, [token("n1", Reason.UNREACHABLE, text="a" * 30)], None), 56)
     assert "…" not in lines and "confidence" in lines and "unreachable" in lines and "cloud (n1)" in lines
+
+
+def test_the_token_that_ends_an_answer_has_a_name_in_the_table(topology: Topology) -> None:
+    answer = [token("n0", text=""), token("n1", text="")]
+    lines = shown(token_table(topology, answer, FinishReason.EOS), 80).splitlines()
+    assert [("''" in line, "<end>" in line) for line in lines[3:5]] == [(True, False), (False, True)]
+    for tokens, reason in ((answer, FinishReason.LENGTH), (answer, None), ([token("n0")], FinishReason.EOS)):
+        assert "<end>" not in shown(token_table(topology, tokens, reason), 80)
 
 
 def test_an_answer_that_was_cut_off_says_by_what() -> None:

@@ -24,7 +24,7 @@ async def test_an_answer_of_a_node_that_the_clients_file_does_not_have_is_shown(
     shown = io.StringIO()
     console = Console(file=shown, width=120)
     console.print(node_legend(ours), *(token_text(ours, token) for token in reply.tokens))
-    console.print(token_table(ours, list(reply.tokens)))
+    console.print(token_table(ours, reply.tokens, reply.finish_reason))
     console.print(describe_gain(ours, list(reply.tokens), reply.stats))
     assert "renamed" in shown.getvalue() and shown.getvalue().count("│ n2 ") == 4
     assert "round trips to the n2" in shown.getvalue()

@@ -166,6 +166,7 @@ def test_a_port_in_use_is_said(topology: Path) -> None:
         done = subprocess.run([*COMMAND, "up", str(topology)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f"127.0.0.1:{port} is in use already; node 'edge' cannot listen there" in done.stderr
+    assert f"the nodes may be running already: ruyi-flow generate -t {topology} -p …" in done.stderr
 
 
 def test_a_node_that_cannot_start_ends_up_with_its_reason(topology: Path) -> None:
@@ -198,6 +199,7 @@ def test_the_demo_lists_tokens_only_when_asked(topology: Path, spoken: Path) -> 
     for options, tables in (([], 0), (["--tokens"], 1)):
         done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=110)
         assert done.returncode == 0, done.stderr
+        assert re.search(r"^device │ \d\d:\d\d:\d\d INFO device serves ", done.stderr, re.MULTILINE)
         assert done.stderr.count("┃ confidence ┃") == done.stderr.count("(mean confidence") == tables
         assert "bytes returned" in done.stderr and done.stderr.splitlines()[-1].startswith("Of 3 tokens, the device ")
 
