@@ -49,7 +49,7 @@ from ruyi_flow.cli.options import (
     on_signals,
     prompt_text,
 )
-from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, shortest
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RequestError
 from ruyi_flow.extras import require
@@ -85,7 +85,7 @@ def demo(
     from ruyi_flow.family import store
 
     text = prompt_text(prompt, prompt_option, default=DEMO_PROMPT)
-    loaded, beside = networked(topology), beside_answers()
+    loaded, beside, named = networked(topology), beside_answers(), shortest(topology, "topology")
     if loaded.family == store.DEMO:
         store.pull(store.DEMO, say=step_printer(), bars=counting_bar if err.is_terminal else None)
 
@@ -93,7 +93,7 @@ def demo(
         from ruyi_flow.client import AsyncClient
         from ruyi_flow.serving.supervisor import supervise
 
-        async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
+        async with supervise(topology, loaded, log_writer(loaded), named=named) as supervisor:
             stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:

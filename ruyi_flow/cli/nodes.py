@@ -229,15 +229,16 @@ def up(
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
     require("torch")  # here rather than in every node's process
     topology = file or topology
-    loaded = networked(topology)
+    loaded, named = networked(topology), shortest(topology, "topology")
+    is_default = topology == default_topology()
 
     async def run() -> None:
         from ruyi_flow.serving.supervisor import supervise
 
-        async with supervise(topology, loaded, log_writer(loaded)) as supervisor:
+        async with supervise(topology, loaded, log_writer(loaded), named=named) as supervisor:
             stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
-            asked = "" if topology == default_topology() else f" --topology {shortest(topology, 'topology')}"
+            asked = "" if is_default else f" --topology {named}"
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "
                 f"[bold]ruyi-flow generate{asked} --prompt 'Why is the sky blue?'[/bold]",

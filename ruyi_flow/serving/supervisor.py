@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from ruyi_flow.config.examples import shortest
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.transport.addresses import check_listen
@@ -40,10 +39,11 @@ class Supervisor:
         path: the topology file, which every node process reads itself.
         topology: the same topology, loaded.
         log: called with (node name, line) for every line that a node prints.
+        named: the topology as messages name it. Default: its path.
     """
 
-    def __init__(self, path: Path, topology: Topology, log: Callable[[str, str], None]) -> None:
-        self._path, self._topology, self._log = path, topology, log
+    def __init__(self, path: Path, topology: Topology, log: Callable[[str, str], None], *, named: str = "") -> None:
+        self._path, self._topology, self._log, self._named = path, topology, log, named or str(path)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._last_lines: dict[str, str] = {}
@@ -66,7 +66,7 @@ class Supervisor:
                 str(node.address),
                 node.name,
                 in_use="or start only the nodes that do not run yet: ruyi-flow node NAME; the nodes may be running "
-                f"already: ruyi-flow generate -t {shortest(self._path, 'topology')} -p …",
+                f"already: ruyi-flow generate -t {self._named} -p …",
             )
         self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:
@@ -159,9 +159,11 @@ class Supervisor:
 
 
 @asynccontextmanager
-async def supervise(path: Path, topology: Topology, log: Callable[[str, str], None]) -> AsyncIterator[Supervisor]:
+async def supervise(
+    path: Path, topology: Topology, log: Callable[[str, str], None], *, named: str = ""
+) -> AsyncIterator[Supervisor]:
     """Make a `Supervisor` for the block; all its nodes have ended when the block is left."""
-    supervisor = Supervisor(path, topology, log)
+    supervisor = Supervisor(path, topology, log, named=named)
     try:
         yield supervisor
     finally:
