@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import err, out, print_json
-from ruyi_flow.cli.options import JsonOption, TopologyOption, file_or_example, is_given
+from ruyi_flow.cli.options import JsonOption, TopologyArgument, TopologyOption, is_given
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.errors import ConfigError
 
@@ -32,14 +32,7 @@ _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", 
 @app.command(rich_help_panel=Panel.RUN)
 def doctor(
     context: typer.Context,
-    file: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="TOPOLOGY",
-            callback=file_or_example("topology"),
-            help="Topology file (YAML), or the name of an example; the same as --topology.",
-        ),
-    ] = None,
+    file: TopologyArgument = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     machine: Annotated[bool, typer.Option("--machine", help="Check only this machine, and no topology.")] = False,
     as_json: JsonOption = False,

@@ -20,8 +20,8 @@ from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import comma_list, counting_bar, err, log_writer, out, print_json, progress_bar, status_table
 from ruyi_flow.cli.options import (
     JsonOption,
+    TopologyArgument,
     TopologyOption,
-    file_or_example,
     load_topology,
     networked,
     on_end_of_input,
@@ -216,14 +216,7 @@ def node(
 
 @app.command(rich_help_panel=Panel.RUN)
 def up(
-    file: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="TOPOLOGY",
-            callback=file_or_example("topology"),
-            help="Topology file (YAML), or the name of an example; the same as --topology.",
-        ),
-    ] = None,
+    file: TopologyArgument = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""

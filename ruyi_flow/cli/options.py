@@ -32,6 +32,7 @@ __all__ = [
     "RawOption",
     "TimeoutOption",
     "TokensOption",
+    "TopologyArgument",
     "TopologyOption",
     "answer_options",
     "check_target",
@@ -63,6 +64,14 @@ def _topology_file(context: typer.Context, option: typer.CallbackParam, named: P
     return find(named, "topology") if is_given(context, str(option.name)) else default_topology()
 
 
+TopologyArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="TOPOLOGY",
+        callback=file_or_example("topology"),
+        help="Topology file (YAML), or the name of an example; the same as --topology.",
+    ),
+]
 TopologyOption = Annotated[
     Path,
     typer.Option(
