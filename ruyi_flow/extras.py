@@ -18,6 +18,7 @@ _NODE = ("node", "train", "eval", "bench")
 
 EXTRAS = {
     "accelerate": ("train",),
+    "fastapi": ("http",),
     "gguf": _NODE,
     "huggingface_hub": _NODE,
     "jinja2": _NODE,
@@ -25,21 +26,27 @@ EXTRAS = {
     "lm_eval": ("eval",),
     "matplotlib": ("sim", "eval", "bench"),
     "modelscope": ("modelscope",),
+    "opentelemetry": ("otel",),
+    "prometheus_client": ("http", *_NODE),
     "ray": ("ray",),
     "safetensors": _NODE,
     "tensorboard": ("train",),
     "tokenizers": _NODE,
     "torch": _NODE,
     "transformers": _NODE,
+    "uvicorn": ("http",),
 }
 """The extras that bring each module; the first one is the smallest."""
 
 LIBRARIES = {
+    "fastapi": "FastAPI",
     "huggingface_hub": "huggingface-hub",
     "jinja2": "Jinja2",
     "llama_cpp": "llama-cpp-python",
     "lm_eval": "lm-evaluation-harness",
     "modelscope": "ModelScope's client",
+    "opentelemetry": "OpenTelemetry",
+    "prometheus_client": "Prometheus' client",
     "ray": "Ray",
     "tensorboard": "TensorBoard",
     "torch": "PyTorch",

@@ -1,0 +1,1 @@
+"""An HTTP server in front of a topology: the API of OpenAI, health and metrics."""
