@@ -30,7 +30,7 @@ from ruyi_flow.requests import (
     takes_options,
 )
 from ruyi_flow.stream import AsyncStream, Stream
-from ruyi_flow.types import Final, NodeStatus, Token, check_number, to_int
+from ruyi_flow.types import Event, Final, NodeStatus, Token, Tokenized, check_number, to_int
 
 if TYPE_CHECKING:
     from ruyi_flow.serving.answering import Answering
@@ -120,8 +120,11 @@ class AsyncClient:
         return AsyncStream(self.events(prompt, **options))
 
     @takes_options
-    async def events(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncGenerator[Token | Final, None]:
-        """Answer a prompt token by token, then yield one `Final` with the text and the statistics."""
+    async def events(self, prompt: PromptInput, **options: Unpack[Options]) -> AsyncGenerator[Event, None]:
+        """Answer a prompt token by token, then yield one `Final` with the text and the statistics.
+
+        With `prompt_logprobs`, the first event is one `PromptTokens`.
+        """
         self._check_usable()
         given = options.pop("timeout_s", None)
         timeout_s = self._timeout_s if given is None else _check_timeout(given)
@@ -151,6 +154,15 @@ class AsyncClient:
             retries += 1
             await self._sleep(wait_s)
             self._check_usable()
+
+    async def tokenize(self, prompt: PromptInput, *, raw: bool = False, timeout_s: float = 30.0) -> Tokenized:
+        """Return a prompt's tokens; `Client.tokenize` explains the arguments and the errors."""
+        _check_timeout(timeout_s)
+        request = await asyncio.to_thread(make_request, prompt, {"raw": raw})
+        await self._connect()
+        if self._answering is not None:
+            return await self._answering.tokenize(request)
+        return await self._peers[self.topology.entry.name].tokenize(request, timeout_s=timeout_s)
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
@@ -185,7 +197,7 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"AsyncClient({_describe(self.topology, self.is_connected, self._closing is not None)})"
 
-    def _ask(self, request: GenerateRequest, timeout_s: float, deadline: float) -> AsyncGenerator[Token | Final, None]:
+    def _ask(self, request: GenerateRequest, timeout_s: float, deadline: float) -> AsyncGenerator[Event, None]:
         """Send a request, which may be a repeated one: less than `timeout_s` is left until the deadline."""
         left = max(0.001, deadline - asyncio.get_running_loop().time())
         if self._answering is not None:
@@ -334,10 +346,27 @@ class Client:
         return Stream(answer, self._tokens(answer))
 
     @takes_options
-    def events(self, prompt: PromptInput, **options: Unpack[Options]) -> Generator[Token | Final, None, None]:
-        """Answer a prompt token by token, then yield one `Final` with the text and the statistics."""
+    def events(self, prompt: PromptInput, **options: Unpack[Options]) -> Generator[Event, None, None]:
+        """Answer a prompt token by token, then yield one `Final` with the text and the statistics.
+
+        With `prompt_logprobs`, the first event is one `PromptTokens`.
+        """
         events = self._async.events(prompt, **options)
         yield from self._loop.iterate(events, events.aclose)
+
+    def tokenize(self, prompt: PromptInput, *, raw: bool = False, timeout_s: float = 30.0) -> Tokenized:
+        """Return a prompt's tokens, as the entry node makes them.
+
+        Args:
+            prompt: a text (one user turn), messages, or token ids; see `generate`.
+            raw: whether a text is encoded as it is, instead of as one user turn of the chat template.
+            timeout_s: seconds that the answer may take.
+
+        Raises:
+            RequestError: the prompt is empty, too long, or refused by the tokenizer or the chat template.
+            NodeError: the entry node cannot be asked.
+        """
+        return self._loop.run(lambda: self._async.tokenize(prompt, raw=raw, timeout_s=timeout_s))
 
     def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
@@ -361,8 +390,8 @@ def _describe(topology: Topology, is_connected: bool, is_closed: bool) -> str:
 
 
 async def _within(
-    events: AsyncGenerator[Token | Final, None], timeout_s: float, deadline: float
-) -> AsyncGenerator[Token | Final, None]:
+    events: AsyncGenerator[Event, None], timeout_s: float, deadline: float
+) -> AsyncGenerator[Event, None]:
     """Yield an answer's events until a deadline of the event loop's clock.
 
     Raises:

@@ -122,6 +122,8 @@ class Family:
             raise RequestError("raw is not an option of Family.generate, which takes token ids")
         check_request_options(options, "policy")
         request = parse_request((0,), {"draft": 0} | with_policy_file(options))
+        if request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None:
+            raise RequestError("Family.generate returns token ids alone: use Client for logprobs, or Family.logits")
         if request.sampling.stop:
             raise RequestError("stop strings need text: use Client, or give eos_token_ids here")
         routing = Routing().updated(request.routing)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, NamedTuple
 
-from ruyi_flow.types import FinishReason, Stats, Token
+from ruyi_flow.types import FinishReason, PromptTokens, Stats, Token
 
 __all__ = ["TIER_COLOURS", "Reply", "TierColour", "shortened", "tier_colour"]
 
@@ -59,6 +59,8 @@ class Reply:
     """Why the answer ended."""
     stats: Stats
     """Statistics of the answer: durations, drafts, and the time and traffic of each node."""
+    prompt: PromptTokens | None = None
+    """The prompt's tokens; None unless `prompt_logprobs` asked for them."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -82,6 +84,7 @@ class Reply:
             "finish_reason": self.finish_reason,
             "tokens": [asdict(token) for token in self.tokens],
             "stats": stats,
+            **({} if self.prompt is None else {"prompt": asdict(self.prompt)}),
         }
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from ruyi_flow.types import MAX_COUNT, Encoding, Mode, check_number, is_text, to
 
 __all__ = [
     "MAX_EOS_TOKENS",
+    "MAX_LOGPROBS",
     "MAX_NGRAM",
     "GenerateRequest",
     "Options",
@@ -32,6 +33,9 @@ __all__ = [
     "parse_request",
     "takes_options",
 ]
+
+MAX_LOGPROBS = 20
+"""Largest number of most probable tokens that a request may ask for in each place."""
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 1000
 """Largest number of stop strings in a request, and of characters in one of them."""
@@ -73,6 +77,10 @@ class SamplingParams:
     """Never repeat an n-gram of this size (at most 64), the prompt included; 0 is off."""
     min_new_tokens: int = 0
     """Forbid the end of sequence before this many new tokens."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens that the answer already contains (-2 to 2); 0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtract this from a token's logit for each time that the answer already contains it (-2 to 2); 0 is off."""
     max_new_tokens: int = 256
     """End the answer after at most this many new tokens."""
     stop: tuple[str, ...] = ()
@@ -81,6 +89,10 @@ class SamplingParams:
     """Token ids that end the answer, at most 256. Default: the family's own. In Python, an empty tuple means none."""
     seed: int | None = None
     """Sampling seed. Default: random, returned in the statistics."""
+    logprobs: int | None = None
+    """Return each token's log-probability, and this many of the most probable tokens (0 to 20). Default: neither."""
+    prompt_logprobs: int | None = None
+    """Return the same of the prompt's tokens, by the last exit. It requires mode exact or fixed. Default: neither."""
 
     def __post_init__(self) -> None:
         for name, parse, low, high, meaning in (
@@ -91,10 +103,14 @@ class SamplingParams:
             ("no_repeat_ngram_size", to_int, 0, MAX_NGRAM, f"a whole number from 0 (off) to {MAX_NGRAM}"),
             ("min_new_tokens", to_int, 0, MAX_COUNT, "a whole number of 0 or more"),
             ("max_new_tokens", to_int, 1, MAX_COUNT, "a whole number of 1 or more"),
+            ("presence_penalty", to_float, -2.0, 2.0, "a number from -2 to 2 (0 is off)"),
+            ("frequency_penalty", to_float, -2.0, 2.0, "a number from -2 to 2 (0 is off)"),
             ("seed", to_int, 0, 2**63 - 1, "a whole number of 0 or more, below 2**63"),
+            ("logprobs", to_int, 0, MAX_LOGPROBS, f"a whole number from 0 to {MAX_LOGPROBS}"),
+            ("prompt_logprobs", to_int, 0, MAX_LOGPROBS, f"a whole number from 0 to {MAX_LOGPROBS}"),
         ):
             value = getattr(self, name)
-            if value is None and name == "seed":
+            if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
                 continue
             number = check_number(name, value, parse(value), low=low, high=high, meaning=meaning)
             object.__setattr__(self, name, number)
@@ -156,12 +172,20 @@ class Options(TypedDict, total=False):
     """Never repeat an n-gram of this size (at most 64), the prompt included; 0 is off."""
     min_new_tokens: int
     """Forbid the end of sequence before this many new tokens."""
+    presence_penalty: float
+    """Subtract this from the logits of tokens that the answer already contains (-2 to 2); 0 is off."""
+    frequency_penalty: float
+    """Subtract this from a token's logit for each time that the answer already contains it (-2 to 2); 0 is off."""
     stop: Sequence[str]
     """End the answer before the first occurrence of one of these strings."""
     eos_token_ids: Sequence[int] | None
     """Token ids that end the answer, at most 256. Default: the family's own. In Python, an empty tuple means none."""
     seed: int | None
     """Sampling seed. Default: random, returned in the statistics."""
+    logprobs: int | None
+    """Return each token's log-probability, and this many of the most probable tokens (0 to 20). Default: neither."""
+    prompt_logprobs: int | None
+    """Return the same of the prompt's tokens, by the last exit. It requires mode exact or fixed. Default: neither."""
     mode: Mode | Literal["fixed", "token", "exact", "cascade"]
     """Mode that decides a token: fixed, token, cascade or exact."""
     exit: int | None

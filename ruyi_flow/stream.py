@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Generator
 
 from ruyi_flow.errors import RequestError
 from ruyi_flow.reply import Reply, shortened
-from ruyi_flow.types import Final, Token
+from ruyi_flow.types import Event, Final, PromptTokens, Token
 
 __all__ = ["AsyncStream", "Stream"]
 
@@ -17,11 +17,12 @@ class AsyncStream:
     Leaving an `async with` block, or `await stream.close()`, ends the answer on the nodes.
 
     Args:
-        events: the tokens, then one `Final`.
+        events: the prompt's tokens if they were asked for, the tokens, then one `Final`.
     """
 
-    def __init__(self, events: AsyncGenerator[Token | Final, None]) -> None:
+    def __init__(self, events: AsyncGenerator[Event, None]) -> None:
         self._events = events
+        self._prompt: PromptTokens | None = None
         self._tokens: list[Token] = []
         self._reply: Reply | None = None
 
@@ -34,6 +35,11 @@ class AsyncStream:
     def text(self) -> str:
         """The text that has arrived."""
         return "".join(token.text for token in self._tokens)
+
+    @property
+    def prompt(self) -> PromptTokens | None:
+        """The prompt's tokens, if `prompt_logprobs` asked for them and they have arrived."""
+        return self._prompt
 
     @property
     def reply(self) -> Reply:
@@ -54,11 +60,13 @@ class AsyncStream:
 
     async def __anext__(self) -> Token:
         event = await anext(self._events, None)
+        if isinstance(event, PromptTokens):
+            self._prompt, event = event, await anext(self._events, None)
         if isinstance(event, Token):
             self._tokens.append(event)
             return event
-        if event is not None:
-            self._reply = Reply(event.text, tuple(self._tokens), event.finish_reason, event.stats)
+        if isinstance(event, Final):
+            self._reply = Reply(event.text, tuple(self._tokens), event.finish_reason, event.stats, self._prompt)
         raise StopAsyncIteration
 
     async def close(self) -> None:
@@ -106,6 +114,11 @@ class Stream:
     def text(self) -> str:
         """The text that has arrived."""
         return self._answer.text
+
+    @property
+    def prompt(self) -> PromptTokens | None:
+        """The prompt's tokens, if `prompt_logprobs` asked for them and they have arrived."""
+        return self._answer.prompt
 
     @property
     def reply(self) -> Reply:

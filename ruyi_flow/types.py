@@ -19,18 +19,25 @@ __all__ = [
     "Block",
     "Decision",
     "Encoding",
+    "Event",
     "Final",
     "FinishReason",
     "Hop",
+    "Likelihood",
     "LinkMeasurement",
+    "Logprobs",
     "MAX_COUNT",
     "MIN_UPLOAD_POSITIONS",
     "Mode",
     "NodeStatus",
+    "PromptToken",
+    "PromptTokens",
     "Reason",
     "Stage",
     "Stats",
     "Token",
+    "Tokenized",
+    "TopToken",
     "Upload",
     "Verdict",
     "Weights",
@@ -209,6 +216,18 @@ class Block(NamedTuple):
     """Positions whose next token is wanted, ascending. Empty: the block only fills KV caches."""
 
 
+class Likelihood(NamedTuple):
+    """How probable a branch finds a token in its place, and which tokens it finds most probable there.
+
+    The log-probabilities are natural logarithms, of the branch's logits before penalties and temperature.
+    """
+
+    logprob: float
+    """Log-probability of the token."""
+    top: tuple[tuple[int, float], ...]
+    """Ids and log-probabilities of the most probable tokens, the most probable one first."""
+
+
 class Decision(NamedTuple):
     """One decided token."""
 
@@ -220,6 +239,8 @@ class Decision(NamedTuple):
     """Confidence of that branch, 0 … 1."""
     reason: Reason
     """Why it was decided there."""
+    likelihood: Likelihood | None = None
+    """How probable the branch finds it; None unless the session asks for it."""
 
 
 @dataclass(slots=True)
@@ -263,6 +284,68 @@ class Verdict(NamedTuple):
     """Decisions for the wanted positions in order, up to the first that contradicts its draft."""
     hops: tuple[Hop, ...] = ()
     """Time and traffic of every node on the way, the answering node first."""
+    prompt: tuple[Likelihood, ...] = ()
+    """Likelihoods of the prompt's tokens after the first, in order, as far as they are new."""
+
+
+class TopToken(NamedTuple):
+    """One of the most probable tokens in a place."""
+
+    id: int
+    """The token id."""
+    text: str
+    """The text of this token alone."""
+    logprob: float
+    """Its log-probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How probable a branch finds a token, and which tokens it finds most probable in its place.
+
+    The log-probabilities are natural logarithms, before penalties and temperature.
+    """
+
+    text: str
+    """The text of this token alone, also of a special token; U+FFFD for a part of a character."""
+    logprob: float
+    """Log-probability of the token."""
+    top: tuple[TopToken, ...]
+    """The most probable tokens, the most probable one first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of a prompt."""
+
+    id: int
+    """The token id."""
+    text: str
+    """The text of this token alone."""
+    logprobs: Logprobs | None
+    """How probable the deepest exit finds it after the tokens before; None for the first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """The tokens of a prompt with their log-probabilities: the first event of an answer that was asked for them."""
+
+    tokens: tuple[PromptToken, ...]
+    """The prompt's tokens."""
+    text: str
+    """The text of all of them, with special tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A prompt as tokens."""
+
+    token_ids: tuple[int, ...]
+    """The prompt's token ids."""
+    texts: tuple[str, ...]
+    """The text of each token alone."""
+    context: int
+    """The family's context: the largest number of tokens of a prompt and its answer."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -285,6 +368,8 @@ class Token:
     """Seconds from the request's arrival at the entry node until the token was decided."""
     bytes_up: int = 0
     """Bytes sent upward by the round that decided this token; 0 on the round's other tokens."""
+    logprobs: Logprobs | None = None
+    """Log-probabilities of the branch that decided it; None unless the request asks for them."""
 
     def __repr__(self) -> str:
         return f"Token({self.text!r}, {self.node}, exit {self.exit}, {self.confidence:.2f}, {self.reason})"
@@ -343,6 +428,10 @@ class Final:
     """The complete answer."""
     stats: Stats
     """Statistics of the answer."""
+
+
+Event = PromptTokens | Token | Final
+"""What an answer arrives as: the prompt's tokens if they were asked for, then tokens, then one `Final`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +502,8 @@ class NodeStatus:
     """The link to the next node; None unless its measurement was asked for and succeeded."""
     link_error: str = ""
     """Why the link to the next node could not be measured."""
+    context: int = 0
+    """The family's context, in tokens; 0 if the node does not report it."""
 
 
 class Stage(Protocol):

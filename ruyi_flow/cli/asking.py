@@ -51,10 +51,10 @@ from ruyi_flow.cli.options import (
 )
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, shortest
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import NodeError, RequestError
+from ruyi_flow.errors import RequestError
 from ruyi_flow.extras import require
 from ruyi_flow.requests import SamplingParams
-from ruyi_flow.types import Final, Mode, Stats, Token
+from ruyi_flow.types import Mode, Stats, Token
 
 if TYPE_CHECKING:
     from ruyi_flow.client import AsyncClient, Reply
@@ -238,16 +238,11 @@ def explain_(
 
 async def ask(client: AsyncClient, prompt: str, options: dict[str, Any], printer: AnswerPrinter) -> Reply:
     """Print an answer as it arrives, and return it."""
-    from ruyi_flow.client import Reply
-
-    tokens: list[Token] = []
-    async for event in client.events(prompt, **options):
-        if isinstance(event, Final):
-            printer.end()
-            return Reply(event.text, tuple(tokens), event.finish_reason, event.stats)
-        tokens.append(event)
-        printer.push(event)
-    raise NodeError("the stream ended before the answer was complete")
+    async with client.stream(prompt, **options) as stream:
+        async for token in stream:
+            printer.push(token)
+        printer.end()
+        return stream.reply
 
 
 def _print_figures(topology: Topology, reply: Reply, max_new_tokens: int, *, tokens: bool) -> None:

@@ -26,7 +26,7 @@ __all__ = ["chat"]
 
 
 @app.command(rich_help_panel=Panel.ASK)
-@answer_options(max_new_tokens=512)
+@answer_options(skip=("logprobs", "prompt_logprobs"), max_new_tokens=512)
 def chat(
     options: dict[str, Any],
     topology: TopologyOption = DEFAULT_TOPOLOGY,
@@ -108,6 +108,7 @@ def _answer(client: Client, conversation: Conversation, text: str, typed: bool) 
                 if isinstance(event, Final):
                     final = event
                     break
+                assert isinstance(event, Token)
                 tokens.append(event)
                 printer.push(event)
         except KeyboardInterrupt:

@@ -108,19 +108,20 @@ _PANELS: dict[type, str] = {Routing: "Routing (default: the topology's policy)",
 
 
 def answer_options(
-    *, sampling: Iterable[str] | None = None, **defaults: Any
+    *, sampling: Iterable[str] | None = None, skip: Iterable[str] = (), **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options of an answer to a command, which receives those that were given as `options`.
 
     Args:
         sampling: names of the sampling options to add. Default: all.
+        skip: names of sampling options not to add.
         defaults: values of options that are sent when the user gives none.
     """
     parameters = [
         *_parameters(Routing, skip=("threshold", "thresholds", "start", "scale", "family")),
         _parameter("threshold", str, _THRESHOLD_HELP, _PANELS[Routing]),
         _parameter("policy", Path, _POLICY_HELP, _PANELS[Routing]),
-        *_parameters(SamplingParams, only=sampling, defaults=asdict(SamplingParams()) | defaults),
+        *_parameters(SamplingParams, only=sampling, skip=skip, defaults=asdict(SamplingParams()) | defaults),
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from ruyi_flow.routing.drafting import DraftCosts, DraftLength, ahead_pays
 from ruyi_flow.routing.policy import Judge
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
-from ruyi_flow.types import Block, Decision, Hop, Verdict
+from ruyi_flow.types import Block, Decision, Hop, Likelihood, Verdict
 
 __all__ = ["PART", "Chain", "Round", "decode"]
 
@@ -44,6 +44,8 @@ class Round(NamedTuple):
     """Number of tokens drafted past the first position that was escalated."""
     accepted: int = 0
     """Number of those drafts that were accepted."""
+    prompt: tuple[Likelihood, ...] = ()
+    """Likelihoods of the prompt's tokens after the first, where the session asks for them."""
 
 
 class Chain:
@@ -105,11 +107,12 @@ class Chain:
             await self._pass_on(hop, block)
             return Verdict((), (hop,))
         walks = await self._run(hop, count, self._descend([], block))
-        return Verdict(*await self._conclude(walks, hop))
+        return Verdict(*await self._conclude(walks, hop), session.take_prompt_likelihoods())
 
     async def feed(self, block: Block) -> None:
         """Run a block without questions; see `Stage.feed`. In one process there is nothing to gain from not waiting."""
-        await self.advance(block)
+        verdict = await self.advance(block)
+        self._session.prompt_likelihoods += verdict.prompt  # the next answer has them
 
     async def arrived(self) -> None:
         """Return at once; see `Stage.arrived`."""
@@ -137,12 +140,13 @@ class Chain:
         walk, took_s = walks[0], self._clock.now() - began
         if measured:
             costs.add_round(looks, took_s, len(decisions))
+        prompt = self._session.take_prompt_likelihoods()
         if not walk.undecided:
-            return Round(decisions, hops)
+            return Round(decisions, hops, prompt=prompt)
         if single and draft > 0 and looks:
             costs.add_question(max(0.0, took_s - drafting_s))
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
-        return Round(decisions, hops, len(walk.looks) - past, len(decisions) - past)
+        return Round(decisions, hops, len(walk.looks) - past, len(decisions) - past, prompt)
 
     async def rewind(self, position: int) -> None:
         """Forget every position from `position` on, here and deeper; see `Stage.rewind`."""
@@ -305,10 +309,13 @@ class Chain:
                     assert reason is not None
                 else:
                     decisions, hops = verdict.decisions, (hop, *verdict.hops)
+                    session.prompt_likelihoods += verdict.prompt
             if reason is not None:
                 last.decide_all(reason)
         for walk in reversed(walks):
             decisions = walk.merge(decisions)
+        if session.params.logprobs is not None and decisions:
+            decisions = session.with_likelihoods(decisions, [look.position for look in first.looks])
         if first.looks:
             look = first.looks[len(decisions) - 1]
             kept = look.position + 1

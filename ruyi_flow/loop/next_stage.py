@@ -184,6 +184,19 @@ class NextStage:
             WireError: it cannot.
         """
         session, policy, decisions = self._session, self._session.policy, verdict.decisions
+        asked, most = session.params.logprobs, session.params.prompt_logprobs
+        for likelihood, top in (
+            *((decision.likelihood, asked) for decision in decisions if decision.likelihood is not None),
+            *((likelihood, most) for likelihood in verdict.prompt),
+        ):
+            if (
+                top is None
+                or len(likelihood.top) > top
+                or any(token >= session.vocab_size for token, _ in likelihood.top)
+            ):
+                raise WireError("the next stage answered likelihoods that nothing asked for")
+        if len(verdict.prompt) >= session.prompt_length:
+            raise WireError(f"the next stage rated {len(verdict.prompt)} tokens of a prompt of {session.prompt_length}")
         if not 1 <= len(decisions) <= len(block.wants):
             raise WireError(f"the next stage answered {len(decisions)} of {len(block.wants)} questions")
         for decision in decisions:

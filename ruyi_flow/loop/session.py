@@ -13,6 +13,7 @@ from ruyi_flow.loop.pages import PAGE_SIZE
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS, Reading
+from ruyi_flow.types import Decision, Likelihood
 
 __all__ = ["CHUNK", "Found", "Pass", "Piece", "Session", "Stages", "States"]
 
@@ -145,6 +146,10 @@ class Session(ABC):
         self._adopt(opening.policy)
         self._unsent: list[list[States]] = [[] for _ in stages.exits]
         self._unsent_start = [0] * len(stages.exits)
+        self.likelihoods: dict[tuple[int, int], Likelihood] = {}
+        """How probable a branch found the token that it picked, by exit and position, where the session asks for it."""
+        self.prompt_likelihoods: list[Likelihood] = []
+        """Those of the prompt's tokens that the previous node does not know yet."""
 
     @property
     def alone(self) -> bool:
@@ -186,7 +191,11 @@ class Session(ABC):
         return self._may_run_branch[stage] and (self._always_runs_branch[stage] or not self.judges[stage].retired)
 
     def rows_to_read(self, stage: int, start: int, count: int, wants: Sequence[int]) -> Sequence[int]:
-        """Return the rows of a piece whose logits are computed: the wanted ones, or the end of a rated prompt."""
+        """Return the rows of a piece whose logits are computed: those of `rows_to_pick`, or all of a prompt's."""
+        return range(count) if self.reads_prompt(stage, start) else self.rows_to_pick(stage, start, count, wants)
+
+    def rows_to_pick(self, stage: int, start: int, count: int, wants: Sequence[int]) -> Sequence[int]:
+        """Return the rows of a piece from which tokens are picked: the wanted ones, or the end of a rated prompt."""
         if self.rates_prompt(stage, start + count):
             return range(max(0, count - READ_TOKENS - 1), count)
         if count == 1:
@@ -202,6 +211,33 @@ class Session(ABC):
     def rates_prompt(self, stage: int, stop: int) -> bool:
         """Return whether a piece that ends before position `stop` ends a prompt from which the first exit is chosen."""
         return self.policy.routing.start is not None and stage == 0 and stop == self.prompt_length
+
+    def reads_prompt(self, stage: int, start: int) -> bool:
+        """Return whether a piece from this position on has tokens of a prompt whose likelihoods are asked for."""
+        return (
+            self.params.prompt_logprobs is not None
+            and start + 1 < self.prompt_length
+            and self.exits[stage] == self.policy.deepest
+        )
+
+    def with_likelihoods(self, decisions: Sequence[Decision], positions: Sequence[int]) -> tuple[Decision, ...]:
+        """Return decisions with the likelihoods that the branches here found, and forget those of decided positions.
+
+        Args:
+            decisions: decided tokens; those of deeper nodes have their likelihoods already.
+            positions: the position before each of them.
+        """
+        found = self.likelihoods
+        self.likelihoods = {key: value for key, value in found.items() if key[1] > positions[len(decisions) - 1]}
+        return tuple(
+            d._replace(likelihood=found.get((d.exit, position))) if d.likelihood is None else d
+            for d, position in zip(decisions, positions, strict=False)
+        )
+
+    def take_prompt_likelihoods(self) -> tuple[Likelihood, ...]:
+        """Return the likelihoods of the prompt's tokens that the previous node does not know yet."""
+        found, self.prompt_likelihoods = tuple(self.prompt_likelihoods), []
+        return found
 
     def choose_start(self, reading: Reading) -> None:
         """Choose the exit that answers from what the first branch makes of the prompt."""

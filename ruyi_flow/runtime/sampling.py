@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -35,7 +36,7 @@ class Sampler:
 
     Args:
         params: sampling parameters, with `seed` and `eos_token_ids` set.
-        prompt_length: tokens of the prompt, from which `min_new_tokens` is counted.
+        prompt_length: tokens of the prompt, after which `min_new_tokens` and the answer's penalties count.
     """
 
     def __init__(self, params: SamplingParams, prompt_length: int) -> None:
@@ -43,6 +44,8 @@ class Sampler:
         self.processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
             self.processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        if params.presence_penalty or params.frequency_penalty:
+            self.processors.append(_AnswerPenalties(params, prompt_length))
         if params.no_repeat_ngram_size:
             self.processors.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
         if params.min_new_tokens and params.eos_token_ids:
@@ -112,6 +115,23 @@ class Sampler:
             scores = TopPLogitsWarper(params.top_p)(None, scores)
         noisy = scores[0].double() + gumbel(params.seed or 0, position + 1, survivors)
         return int(survivors[noisy.argmax()])
+
+
+class _AnswerPenalties(LogitsProcessor):  # type: ignore[misc]
+    """Lowers the logits of tokens that the answer contains, by OpenAI's formula: presence + frequency x count.
+
+    Args:
+        params: sampling parameters with the two penalties.
+        prompt_length: number of tokens of the prompt, which are not counted.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_length: int) -> None:
+        self._presence, self._frequency, self._start = params.presence_penalty, params.frequency_penalty, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, counts = input_ids[0, self._start :].unique(return_counts=True)
+        scores[0, tokens] -= self._presence + self._frequency * counts
+        return scores
 
 
 def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from ruyi_flow.errors import RequestError
 from ruyi_flow.family.transformer import Probe
 from ruyi_flow.routing.confidence import Scale, Score
+from ruyi_flow.types import Likelihood
 
-__all__ = ["PLAIN", "Confidence", "loss_and_entropy", "measure", "measure_all", "most_probable"]
+__all__ = ["PLAIN", "Confidence", "likelihoods", "loss_and_entropy", "measure", "measure_all", "most_probable"]
 
 _ROWS_AT_ONCE = 64
 """Rows that `measure_all` processes together, few enough to stay in the CPU caches."""
@@ -23,6 +24,25 @@ def most_probable(logits: Tensor) -> tuple[list[int], list[float]]:
     wide = logits.float()
     tokens = wide.max(-1).indices
     return tokens.tolist(), wide.softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+def likelihoods(logits: Tensor, tokens: Sequence[int], top: int) -> list[Likelihood]:
+    """Compute how probable a branch finds n tokens, and its most probable tokens in their places.
+
+    Args:
+        logits: (n, vocab) in any number format.
+        tokens: the n tokens.
+        top: number of most probable tokens of each place.
+    """
+    found = []
+    for start in range(0, len(tokens), _ROWS_AT_ONCE):
+        rows = logits[start : start + _ROWS_AT_ONCE].float().log_softmax(-1)
+        chosen = torch.tensor(tokens[start : start + _ROWS_AT_ONCE], device=rows.device)
+        best = rows.topk(min(top, rows.shape[1]), -1)
+        own = rows.gather(-1, chosen[:, None])[:, 0].tolist()
+        for logprob, ids, values in zip(own, best.indices.tolist(), best.values.tolist(), strict=True):
+            found.append(Likelihood(logprob, tuple(zip(ids, values, strict=True))))
+    return found
 
 
 def measure(

@@ -20,7 +20,7 @@ from ruyi_flow.routing.start import Reading
 from ruyi_flow.runtime.attention import LONG_PAGE, BatchedAttention, CachedAttention, flash_attention
 from ruyi_flow.runtime.cuda_graphs import Graphs
 from ruyi_flow.runtime.sampling import Sampler
-from ruyi_flow.runtime.scores import Confidence, loss_and_entropy, most_probable
+from ruyi_flow.runtime.scores import Confidence, likelihoods, loss_and_entropy, most_probable
 
 __all__ = ["Shard", "ShardSession"]
 
@@ -163,6 +163,8 @@ class ShardSession(Session):
         self._confidence = {p: Confidence(scale, p, branches[p].probe) for p in self.exits}
         self._memory = shard.memory[:, :, :, lease.pages.positions]
         self._attention = CachedAttention(self._memory, 0, 0, shard.flash)
+        self._unrated: Tensor | None = None
+        """(1, vocab) logits after the last token of a part of a prompt, until the next part's first token is known."""
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -196,15 +198,34 @@ class ShardSession(Session):
             known: the most probable token and its probability, per row.
         """
         work, stop = piece.work, piece.stop
+        if self.reads_prompt(work.stage, piece.start):
+            self._rate_prompt(logits, piece.start)
+            rows = list(self.rows_to_pick(work.stage, piece.start, piece.count, work.wants))
+            if not rows:
+                return
+            logits, read, known = logits[rows], read[rows], ([known[0][i] for i in rows], [known[1][i] for i in rows])
         rates_prompt = self.rates_prompt(work.stage, stop)
         if rates_prompt:
-            following = torch.tensor(self.token_ids[stop - len(logits) + 1 : stop], device=logits.device)
-            loss, entropy = loss_and_entropy(logits[:-1], following)
+            rated = torch.tensor(self.token_ids[stop - len(logits) + 1 : stop], device=logits.device)
+            loss, entropy = loss_and_entropy(logits[:-1], rated)
             logits, read, known = logits[-1:], read[-1:], (known[0][-1:], known[1][-1:])
         tokens, confidences = self.sampler.pick(
             logits, piece.wants, self.token_ids, confidence=self._confidence[exit], head_input=read, known=known
         )
+        if self.params.logprobs is not None:
+            for position, found in zip(piece.wants, likelihoods(logits, tokens, self.params.logprobs), strict=True):
+                self.likelihoods[exit, position] = found
         if rates_prompt:
             self.choose_start(Reading(self.prompt_length, loss, entropy, confidences[0]))
         assert work.found is not None
         work.found += zip(tokens, confidences, strict=True)
+
+    def _rate_prompt(self, logits: Tensor, start: int) -> None:
+        """Add the likelihoods of the prompt's tokens that follow these (n, vocab) logits, of positions from `start`."""
+        assert self.params.prompt_logprobs is not None
+        if self._unrated is not None:
+            logits, start = torch.cat([self._unrated, logits]), start - 1
+        following = self.token_ids[start + 1 : min(start + 1 + len(logits), self.prompt_length)]
+        self.prompt_likelihoods += likelihoods(logits[: len(following)], following, self.params.prompt_logprobs)
+        ends_part = start + 1 + len(following) < self.prompt_length and len(following) < len(logits)
+        self._unrated = logits[-1:].clone() if ends_part else None

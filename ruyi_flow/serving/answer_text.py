@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ruyi_flow.types import Decision, Token
+from ruyi_flow.types import Decision, Likelihood, Logprobs, PromptToken, PromptTokens, Token, TopToken
 
-__all__ = ["AnswerText", "Detokenizer"]
+__all__ = ["AnswerText", "Detokenizer", "TokenTexts"]
 
 _REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not UTF-8, or not yet."""
@@ -70,6 +70,53 @@ class Detokenizer:
         return text
 
 
+class TokenTexts:
+    """The texts of single tokens, and log-probabilities with them.
+
+    Args:
+        tokenizer: the family's transformers tokenizer, or None: then all texts are empty.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._texts: dict[int, str] = {}
+        self._before: list[int] = []
+        """A token before the one that is decoded, since decoders leave out the space in front of a text."""
+        self._skipped = 0
+        if self._backend is not None:
+            self._before = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+            self._skipped = len(self._decode(self._before))
+
+    def __getitem__(self, token: int) -> str:
+        """Return the text of a token alone; of a part of a character, U+FFFD."""
+        text = self._texts.get(token)
+        if text is None:
+            known = self._backend is not None and self._backend.id_to_token(token) is not None
+            text = self._decode([*self._before, token])[self._skipped :] if known else ""
+            self._texts[token] = text
+        return text
+
+    def logprobs(self, token: int, likelihood: Likelihood | None) -> Logprobs | None:
+        """Return a token's likelihood with texts."""
+        if likelihood is None:
+            return None
+        top = tuple(TopToken(one, self[one], logprob) for one, logprob in likelihood.top)
+        return Logprobs(self[token], likelihood.logprob, top)
+
+    def prompt(self, ids: Sequence[int], likelihoods: Sequence[Likelihood]) -> PromptTokens:
+        """Return a prompt's tokens, given the likelihoods of all but the first."""
+        tokens = (
+            PromptToken(token, self[token], self.logprobs(token, found))
+            for token, found in zip(ids, (None, *likelihoods), strict=True)
+        )
+        return PromptTokens(tuple(tokens), "" if self._backend is None else self._decode(ids))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        assert self._backend is not None
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+
 class _StopString:
     """Finds one string in a text that arrives in pieces, in time linear in both (Knuth, Morris and Pratt 1977)."""
 
@@ -102,9 +149,11 @@ class AnswerText:
     Args:
         tokenizer: the family's transformers tokenizer, or None for an answer without text.
         stop: the stop strings.
+        texts: the texts of single tokens, for log-probabilities.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], texts: TokenTexts | None = None) -> None:
+        self._texts = texts or TokenTexts(None)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._stop = {string: _StopString(string) for string in stop}
         self._pending: deque[tuple[Decision, str, float, int]] = deque()
@@ -156,7 +205,9 @@ class AnswerText:
             if end > certain and not everything and not self.stopped:
                 break
             shown = piece[: max(0, certain - self._released)]
-            tokens.append(Token(d.token, shown, d.exit, node_of[d.exit], d.confidence, d.reason, after_s, bytes_up))
+            logprobs = self._texts.logprobs(d.token, d.likelihood)
+            node = node_of[d.exit]
+            tokens.append(Token(d.token, shown, d.exit, node, d.confidence, d.reason, after_s, bytes_up, logprobs))
             self._released = end
             self._pending.popleft()
         return tokens

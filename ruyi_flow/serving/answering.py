@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import NodeUnavailable, RequestError
 from ruyi_flow.family.tokenizer import PromptEncoder
 from ruyi_flow.loop.chain import Chain, Round, decode
 from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
-from ruyi_flow.serving.answer_text import AnswerText
-from ruyi_flow.types import Final, FinishReason, Hop, Stats, Token
+from ruyi_flow.serving.answer_text import AnswerText, TokenTexts
+from ruyi_flow.types import Event, Final, FinishReason, Hop, Likelihood, Mode, PromptTokens, Stats, Tokenized
 
 __all__ = ["Answering"]
 
@@ -49,9 +49,23 @@ class Answering:
         self._open, self._prompts, self._routing = open, prompts, routing
         self._fingerprint, self._eos_token_ids = fingerprint, eos_token_ids
         self._node_of, self._max_draft = node_of, max_draft
+        self._texts = TokenTexts(prompts.tokenizer)
 
-    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
-        """Answer a request: yield tokens as they are decided, then one `Final`.
+    async def tokenize(self, request: GenerateRequest) -> Tokenized:
+        """Return the tokens of a request's prompt; its other options are ignored.
+
+        Raises:
+            RequestError: the prompt is empty or too long, or the tokenizer or the chat template refuses it.
+        """
+
+        def work() -> Tokenized:
+            ids = self._prompts.encode(request.prompt, raw=request.raw)
+            return Tokenized(tuple(ids), tuple(self._texts[i] for i in ids), self._prompts.context)
+
+        return await asyncio.to_thread(work)
+
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        """Answer a request: yield the prompt's tokens if they are asked for, tokens as they are decided, one `Final`.
 
         Args:
             request: the request.
@@ -65,7 +79,7 @@ class Answering:
         policy = self._policy(request)
         prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
         params = self._sampling(request.sampling, self._prompts.context - len(prompt))
-        text = AnswerText(self._prompts.tokenizer, params.stop)
+        text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
         opening = SessionOpen(
             max_positions=len(prompt) + params.max_new_tokens,
             prompt_length=len(prompt),
@@ -80,6 +94,8 @@ class Answering:
                 async for settled in rounds:
                     after_s = time.perf_counter() - began
                     bytes_up = totals.add(settled, after_s)
+                    if params.prompt_logprobs is not None and not totals.new_tokens:
+                        yield await self._prompt_tokens(prompt, settled.prompt)
                     for decision in settled.decisions:
                         totals.new_tokens += 1
                         text.push(decision, after_s, bytes_up)
@@ -106,11 +122,24 @@ class Answering:
         seed = params.seed if params.temperature else None
         yield Final(finish, text.text, totals.stats(len(prompt), total_s, seed))
 
+    async def _prompt_tokens(self, prompt: Sequence[int], likelihoods: Sequence[Likelihood]) -> PromptTokens:
+        if len(likelihoods) != len(prompt) - 1:
+            raise NodeUnavailable(
+                "the log-probabilities of the prompt are not known: the last exit was not asked, since its node cannot "
+                "be reached or a limit of bytes is used up"
+            )
+        return await asyncio.to_thread(self._texts.prompt, prompt, likelihoods)
+
     def _policy(self, request: GenerateRequest) -> Policy:
         """Resolve a request's routing over the topology's."""
         routing = self._routing.updated(request.routing)
         routing.check_family(self._fingerprint)
         routing = replace(routing, draft=min(routing.draft, self._max_draft))
+        if request.sampling.prompt_logprobs is not None and routing.mode not in (Mode.EXACT, Mode.FIXED):
+            raise RequestError(
+                "prompt_logprobs requires mode 'exact' or 'fixed', in which the last exit reads the whole prompt; the "
+                f"mode is '{routing.mode}'"
+            )
         return Policy.resolve(routing, sorted(self._node_of))
 
     def _sampling(self, given: SamplingParams, room: int) -> SamplingParams:

@@ -227,6 +227,7 @@ class Engine:
             version=__version__,
             next_address=self._next_address,
             next_encoding=None if self._next is None else self._next[1].encoding,
+            context=self.checkpoint.config.max_positions,
         )
 
     async def status_with_link(self) -> NodeStatus:

@@ -12,11 +12,12 @@ import psutil
 from ruyi_flow.config import topology
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.serving.answering import Answering
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.heap import tidy_heap
 from ruyi_flow.transport.addresses import check_listen
 from ruyi_flow.transport.server import Server
-from ruyi_flow.types import Final, NodeStatus, Stage, Token
+from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
 
 __all__ = ["Node", "serve", "stay_on_cores"]
 
@@ -43,18 +44,31 @@ class Node:
         """Open a session for the previous node; see `Service.open_session`."""
         return await self.engine.open_session(opening, timeout_s)
 
-    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """Answer a user's request; see `Answering.generate`.
 
         Raises:
             RequestError: this is not the entry node.
         """
+        return self._entry.generate(request, timeout_s)
+
+    async def tokenize(self, request: GenerateRequest) -> Tokenized:
+        """Return the tokens of a request's prompt; see `Answering.tokenize`.
+
+        Raises:
+            RequestError: this is not the entry node, or the prompt is refused.
+        """
+        return await self._entry.tokenize(request)
+
+    @property
+    def _entry(self) -> Answering:
+        """The answers to users, on the entry node."""
         if self._answering is None:
             entry = self.engine.topology.entry
             raise RequestError(
                 f"node {self.name!r} is not the entry node; send requests to {entry.name!r} at {entry.address}"
             )
-        return self._answering.generate(request, timeout_s)
+        return self._answering
 
     async def status(self, *, measure_link: bool) -> NodeStatus:
         """Return what the node contains and does; see `Service.status`."""

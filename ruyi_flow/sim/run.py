@@ -230,7 +230,7 @@ class Simulation:
             try:
                 async with aclosing(decode(chain, [0] * prompt, answer)) as rounds:
                     async for round_ in rounds:
-                        decisions, hops, drafted, accepted = round_
+                        decisions, hops, drafted, accepted, _ = round_
                         now = self._time.now()
                         if may_fail and outages.hit(began, now):
                             raise NodeUnavailable("the entry node went down and lost its sessions")
@@ -246,7 +246,7 @@ class Simulation:
                                 lately = min(after, hop.queue_s)
                                 queue = self._recorder.timeline.series(f"queue {hop.node}")
                                 queue.add((now - lately, hop.queue_s, lately))
-                        for token, exit, _, _ in decisions:
+                        for token, exit, *_ in decisions:
                             exits[exit] += 1
                             one.agreed += last[one.new_tokens % len(last)][0] == token
                             one.new_tokens += 1

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from ruyi_flow.errors import WireError
-from ruyi_flow.requests import GenerateRequest, Prompt, SamplingParams, SessionOpen
+from ruyi_flow.requests import MAX_LOGPROBS, GenerateRequest, Prompt, SamplingParams, SessionOpen
 from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.start import Start
@@ -20,12 +20,18 @@ from ruyi_flow.types import (
     Final,
     FinishReason,
     Hop,
+    Likelihood,
     LinkMeasurement,
+    Logprobs,
     Mode,
     NodeStatus,
+    PromptToken,
+    PromptTokens,
     Reason,
     Stats,
     Token,
+    Tokenized,
+    TopToken,
     Verdict,
 )
 
@@ -34,6 +40,8 @@ __all__ = [
     "PROTOCOL",
     "generate_from_bytes",
     "generate_to_pb",
+    "tokenized_from_pb",
+    "tokenized_to_pb",
     "open_from_pb",
     "open_to_pb",
     "parse",
@@ -45,7 +53,7 @@ __all__ = [
     "verdict_to_pb",
 ]
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the wire protocol; both sides of a hop must have the same."""
 
 _MAX_HOPS = 64
@@ -173,9 +181,13 @@ def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
     message = reply.verdict  # filled in place, since a constructor copies the messages that it is given
     message.elapsed_s = elapsed_s
     for d in verdict.decisions:
-        message.decisions.add(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
+        added = message.decisions.add(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
+        if d.likelihood is not None:
+            _add_likelihoods((d.likelihood,), added.likelihood)
     for hop in verdict.hops:
         message.hops.append(_hop_to_pb(hop))
+    if verdict.prompt:
+        _add_likelihoods(verdict.prompt, message.prompt)
     return reply
 
 
@@ -188,9 +200,37 @@ def verdict_from_pb(message: pb.Verdict) -> Verdict:
     decisions = []
     for d in message.decisions:
         _check_confidence(d.confidence)
-        decisions.append(Decision(d.token, d.exit, d.confidence, _known(_REASON_OF, d.reason, pb.Reason)))
+        likelihood = None
+        if d.HasField("likelihood"):
+            [likelihood] = _likelihoods(d.likelihood, 1)
+        reason = _known(_REASON_OF, d.reason, pb.Reason)
+        decisions.append(Decision(d.token, d.exit, d.confidence, reason, likelihood))
     _check_seconds(message.elapsed_s)
-    return Verdict(tuple(decisions), _hops(message.hops))
+    prompt = _likelihoods(message.prompt, len(message.prompt.logprobs)) if message.HasField("prompt") else ()
+    return Verdict(tuple(decisions), _hops(message.hops), prompt)
+
+
+def _add_likelihoods(found: Sequence[Likelihood], message: pb.Likelihoods) -> None:
+    message.logprobs.extend(one.logprob for one in found)
+    message.top = len(found[0].top)
+    for one in found:
+        message.top_ids.extend(token for token, _ in one.top)
+        message.top_logprobs.extend(logprob for _, logprob in one.top)
+
+
+def _likelihoods(message: pb.Likelihoods, count: int) -> tuple[Likelihood, ...]:
+    """Decode likelihoods of `count` tokens.
+
+    Raises:
+        WireError: they are of another number of tokens, or a number cannot be.
+    """
+    own, top, ids, logprobs = message.logprobs, message.top, message.top_ids, message.top_logprobs
+    if len(own) != count or top > MAX_LOGPROBS or not len(ids) == len(logprobs) == count * top:
+        raise WireError(f"likelihoods of {count} tokens have {len(own)}, {top}, {len(ids)} and {len(logprobs)} values")
+    if not all(value <= 0 for value in own) or not all(value <= 0 for value in logprobs):  # false for NaN, too
+        raise WireError("a log-probability in an answer is not a number of 0 or less")
+    pairs = list(zip(ids, logprobs, strict=True))
+    return tuple(Likelihood(value, tuple(pairs[i * top : (i + 1) * top])) for i, value in enumerate(own))
 
 
 # ---- requests of users ----
@@ -293,8 +333,42 @@ _ROUTING_MESSAGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] 
 """The routing options that are messages of their own, and how they are encoded and decoded."""
 
 
-def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
+def tokenized_to_pb(tokenized: Tokenized) -> pb.Tokenized:
+    """Encode a prompt's tokens."""
+    return pb.Tokenized(token_ids=tokenized.token_ids, texts=tokenized.texts, context=tokenized.context)
+
+
+def tokenized_from_pb(message: pb.Tokenized) -> Tokenized:
+    """Decode a prompt's tokens.
+
+    Raises:
+        WireError: they do not have one text each.
+    """
+    if len(message.token_ids) != len(message.texts):
+        raise WireError(f"{len(message.token_ids)} tokens have {len(message.texts)} texts")
+    return Tokenized(tuple(message.token_ids), tuple(message.texts), message.context)
+
+
+def _logprobs_to_pb(logprobs: Logprobs) -> pb.Logprobs:
+    top = [pb.TopToken(id=one.id, text=one.text, logprob=one.logprob) for one in logprobs.top]
+    return pb.Logprobs(text=logprobs.text, logprob=logprobs.logprob, top=top)
+
+
+def _logprobs_from_pb(message: pb.Logprobs) -> Logprobs:
+    top = tuple(TopToken(one.id, one.text, one.logprob) for one in message.top)
+    if not all(value <= 0 for value in (message.logprob, *(one.logprob for one in top))):  # false for NaN, too
+        raise WireError("a log-probability in an answer is not a number of 0 or less")
+    return Logprobs(message.text, message.logprob, top)
+
+
+def reply_to_pb(event: PromptTokens | Token | Final) -> pb.GenerateReply:
     """Encode one event of an answer."""
+    if isinstance(event, PromptTokens):
+        reply = pb.GenerateReply(prompt=pb.PromptTokens(text=event.text))
+        for one in event.tokens:
+            logprobs = None if one.logprobs is None else _logprobs_to_pb(one.logprobs)
+            reply.prompt.tokens.add(id=one.id, text=one.text, logprobs=logprobs)
+        return reply
     if isinstance(event, Token):
         token = pb.Token(
             id=event.id,
@@ -305,6 +379,7 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
             reason=_REASONS[event.reason],
             after_s=event.after_s,
             bytes_up=event.bytes_up,
+            logprobs=None if event.logprobs is None else _logprobs_to_pb(event.logprobs),
         )
         return pb.GenerateReply(token=token)
     stats = _copy(event.stats, pb.Stats(), skip=("hops",))
@@ -312,7 +387,7 @@ def reply_to_pb(event: Token | Final) -> pb.GenerateReply:
     return pb.GenerateReply(final=pb.Final(finish_reason=_FINISHES[event.finish_reason], text=event.text, stats=stats))
 
 
-def reply_from_pb(message: pb.GenerateReply) -> Token | Final:
+def reply_from_pb(message: pb.GenerateReply) -> PromptTokens | Token | Final:
     """Decode one event of an answer.
 
     Raises:
@@ -323,13 +398,20 @@ def reply_from_pb(message: pb.GenerateReply) -> Token | Final:
         _check_confidence(t.confidence)
         _check_seconds(t.after_s)
         reason = _known(_REASON_OF, t.reason, pb.Reason)
-        return Token(t.id, t.text, t.exit, t.node, t.confidence, reason, t.after_s, t.bytes_up)
+        logprobs = _logprobs_from_pb(t.logprobs) if t.HasField("logprobs") else None
+        return Token(t.id, t.text, t.exit, t.node, t.confidence, reason, t.after_s, t.bytes_up, logprobs)
     if message.HasField("final"):
         final = message.final
         _check_seconds(final.stats.first_token_s, final.stats.total_s)
         seed = final.stats.seed if final.stats.HasField("seed") else None
         stats = _make(Stats, final.stats, hops=_hops(final.stats.hops), seed=seed)
         return Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats)
+    if message.HasField("prompt"):
+        tokens = (
+            PromptToken(t.id, t.text, _logprobs_from_pb(t.logprobs) if t.HasField("logprobs") else None)
+            for t in message.prompt.tokens
+        )
+        return PromptTokens(tuple(tokens), message.prompt.text)
     raise WireError("a reply has neither a token nor the end of the answer")
 
 
@@ -407,6 +489,10 @@ def _check_confidence(value: float) -> None:
         raise WireError(f"an answer says that a branch's confidence was {value}")
 
 
+_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
+"""Sampling options that need not have a value."""
+
+
 def _sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     message = _copy(params, pb.SamplingParams(), skip=("eos_token_ids",))
     if params.eos_token_ids is not None:
@@ -421,7 +507,7 @@ def _sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
         message,
         stop=tuple(message.stop),
         eos_token_ids=tuple(message.eos_token_ids.ids) if message.HasField("eos_token_ids") else None,
-        seed=message.seed if message.HasField("seed") else None,
+        **{name: getattr(message, name) if message.HasField(name) else None for name in _OPTIONAL},
     )
 
 

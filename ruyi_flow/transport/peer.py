@@ -13,11 +13,11 @@ from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import Batches
 from ruyi_flow.transport.status import error_of_call, wrong_answer
-from ruyi_flow.types import Final, NodeStatus, Token
+from ruyi_flow.types import Event, NodeStatus, Tokenized
 
 __all__ = ["METHODS", "Peer"]
 
-METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Status")}
+METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Tokenize", "Status")}
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
 
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
@@ -56,6 +56,7 @@ class Peer:
             name, address, self._channel.stream_stream(METHODS["Together"]), max_bytes=max_message_bytes
         )
         self._generate = self._channel.unary_stream(METHODS["Generate"])
+        self._tokenize = self._channel.unary_unary(METHODS["Tokenize"])
         self._status = self._channel.unary_unary(METHODS["Status"])
 
     @property
@@ -63,7 +64,7 @@ class Peer:
         """State of the connection: idle, connecting, ready, transient_failure or shutdown."""
         return str(self._channel.get_state().name.lower())
 
-    async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Token | Final, None]:
+    async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Event, None]:
         """Send a user's request to an entry node, and yield its answer token by token.
 
         Args:
@@ -84,6 +85,25 @@ class Peer:
             raise wrong_answer(error, self.name) from None
         finally:
             call.cancel()
+
+    async def tokenize(self, request: GenerateRequest, *, timeout_s: float) -> Tokenized:
+        """Ask an entry node for the tokens of a request's prompt.
+
+        Args:
+            request: the request.
+            timeout_s: seconds that the answer may take.
+
+        Raises:
+            RequestError: the node refuses the prompt.
+            NodeError: the node or the connection fails.
+        """
+        try:
+            data = await self._tokenize(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s)
+            return codec.tokenized_from_pb(codec.parse(pb.Tokenized, data))
+        except grpc.aio.AioRpcError as error:
+            raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
+        except WireError as error:
+            raise wrong_answer(error, self.name) from None
 
     async def status(self, *, timeout_s: float, measure_link: bool = False) -> NodeStatus:
         """Ask what the node contains and does.

@@ -96,7 +96,8 @@ class RemoteStage:
         mine.bytes_down += bytes_down
         mine.wire_s += max(0.0, time.perf_counter() - began - elapsed_s)
         self._fed_positions = self._fed_bytes = 0
-        return Verdict(verdicts[-1].decisions, hops)
+        prompt = tuple(one for verdict in verdicts for one in verdict.prompt)
+        return Verdict(verdicts[-1].decisions, hops, prompt)
 
     async def feed(self, block: Block) -> None:
         """Send a block without questions; see `Stage.feed`. The next `advance` takes the replies."""

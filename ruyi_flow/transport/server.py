@@ -22,7 +22,7 @@ from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
-from ruyi_flow.types import Final, NodeStatus, Stage, Token
+from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,12 @@ class Service(Protocol):
         """
         ...
 
-    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """Answer a user's request."""
+        ...
+
+    async def tokenize(self, request: GenerateRequest) -> Tokenized:
+        """Return the tokens of a request's prompt."""
         ...
 
     async def status(self, *, measure_link: bool) -> NodeStatus:
@@ -97,6 +101,7 @@ class Server:
             "Session": grpc.stream_stream_rpc_method_handler(self._session),
             "Together": grpc.stream_stream_rpc_method_handler(self._together),
             "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self._tokenize),
             "Status": grpc.unary_unary_rpc_method_handler(self._status),
         }
         assert handlers.keys() == METHODS.keys()
@@ -201,12 +206,16 @@ class Server:
 
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
-            # A request of megabytes may have a million parts, and the event loop must not wait for their conversion.
-            decode = codec.generate_from_bytes
-            request = decode(data) if len(data) <= SHORT_BYTES else await asyncio.to_thread(decode, data)
+            request = await _request(data)
             async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                 async for event in events:
                     await context.write(codec.reply_to_pb(event).SerializeToString())
+
+    async def _tokenize(self, data: bytes, context: Any) -> bytes:
+        async with _Statuses(self._service.name, context):
+            tokenized = await self._service.tokenize(await _request(data))
+            return codec.tokenized_to_pb(tokenized).SerializeToString()
+        raise AssertionError("abort has raised")
 
     async def _status(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
@@ -214,6 +223,13 @@ class Server:
             status = await self._service.status(measure_link=request.measure_link)
             return codec.status_to_pb(status).SerializeToString()
         raise AssertionError("abort has raised")
+
+
+async def _request(data: bytes) -> GenerateRequest:
+    """Decode a user's request."""
+    # A request of megabytes may have a million parts, and the event loop must not wait for their conversion.
+    decode = codec.generate_from_bytes
+    return decode(data) if len(data) <= SHORT_BYTES else await asyncio.to_thread(decode, data)
 
 
 class _Session:

@@ -17,7 +17,7 @@ from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.server import Server
-from ruyi_flow.types import Block, Decision, Encoding, Final, Hop, NodeStatus, Reason, Stage, Token, Verdict
+from ruyi_flow.types import Block, Decision, Encoding, Event, Hop, NodeStatus, Reason, Stage, Tokenized, Verdict
 
 _HIDDEN_SIZE, _MAX_MESSAGE_BYTES, _ROUNDS = 576, 4 * 1024 * 1024, 60
 
@@ -51,7 +51,10 @@ class _Step:
 
     async def close(self) -> None: ...
 
-    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Token | Final, None]:
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        raise NotImplementedError
+
+    async def tokenize(self, request: GenerateRequest) -> Tokenized:
         raise NotImplementedError
 
     async def status(self, *, measure_link: bool) -> NodeStatus:

@@ -267,6 +267,8 @@ async def test_sampling_with_history_does_not_depend_on_cut_or_draft(world: Worl
         top_k=20,
         top_p=0.95,
         repetition_penalty=1.2,
+        presence_penalty=0.4,
+        frequency_penalty=0.3,
         no_repeat_ngram_size=3,
         min_new_tokens=5,
         eos_token_ids=(2, 9, 17),

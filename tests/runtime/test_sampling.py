@@ -143,3 +143,20 @@ def test_integers_are_accepted_for_float_parameters() -> None:
     assert Sampler(params, 1).pick(logits(1, 50), [0], [0])[0][0] < 50
     with pytest.raises(RequestError, match="from 0 .greedy. to 100"):
         SamplingParams(temperature=10**400)
+
+
+def test_the_penalties_of_the_answer_are_openais_and_leave_the_prompt_alone() -> None:
+    prompt, answer = [5, 5, 6, 7], [5, 8, 8, 8, 9]
+    scores = logits(1, 50)
+    params = SamplingParams(presence_penalty=0.75, frequency_penalty=0.5, eos_token_ids=())
+    expected = scores.clone()
+    for token, count in ((5, 1), (8, 3), (9, 1)):
+        expected[0, token] -= 0.75 + 0.5 * count
+    for position in (8, 3):  # after the answer's last token, and after the prompt
+        wanted = expected if position == 8 else scores
+        tokens, confidences = Sampler(params, len(prompt)).pick(scores.clone(), [position], prompt + answer)
+        assert tokens == [int(wanted.argmax())]
+        assert confidences == pytest.approx([float(wanted.softmax(-1).max())])
+    raised = SamplingParams(presence_penalty=-2, eos_token_ids=())
+    low = torch.zeros(1, 50)
+    assert Sampler(raised, 4).pick(low, [4], prompt + [9])[0] == [9], "a negative penalty asks for repetition"

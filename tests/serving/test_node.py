@@ -518,7 +518,7 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
             ([pb.SessionRequest()], WireError, "must start with open"),
             ([block()], WireError, "must start with open, not with block"),
             ([opening, opening], WireError, "open is not allowed in the middle of a session"),
-            ([options_of(nodes, protocol=9)], HandshakeError, "has protocol version 3, the caller 9"),
+            ([options_of(nodes, protocol=9)], HandshakeError, "has protocol version 4, the caller 9"),
             ([options_of(nodes, family="x")], HandshakeError, "family fingerprint: the caller has x"),
             ([options_of(nodes, first_layer=4)], HandshakeError, "first layer: the caller has 4, node 'n1' has 2"),
             ([options_of(nodes, hidden_size=64)], HandshakeError, "hidden size: the caller has 64"),

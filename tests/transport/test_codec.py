@@ -18,12 +18,18 @@ from ruyi_flow.types import (
     Final,
     FinishReason,
     Hop,
+    Likelihood,
     LinkMeasurement,
+    Logprobs,
     Mode,
     NodeStatus,
+    PromptToken,
+    PromptTokens,
     Reason,
     Stats,
     Token,
+    Tokenized,
+    TopToken,
     Verdict,
 )
 
@@ -157,6 +163,42 @@ def test_verdicts_come_back() -> None:
     reply = codec.parse(pb.SessionReply, codec.verdict_to_pb(verdict, 1.5).SerializeToString())
     assert codec.verdict_from_pb(reply.verdict) == verdict
     assert reply.verdict.elapsed_s == 1.5
+    likely = Likelihood(-0.5, ((7, -0.5), (9, -2.0)))
+    for rated in (
+        Verdict((decisions[0]._replace(likelihood=likely), decisions[1]), verdict.hops),
+        Verdict(decisions, verdict.hops, (likely, Likelihood(-3.0, ((1, -0.25), (2, -0.5))))),
+        Verdict(decisions, verdict.hops, (Likelihood(-3.0, ()),) * 3),
+    ):
+        reply = codec.parse(pb.SessionReply, codec.verdict_to_pb(rated, 1.5).SerializeToString())
+        assert codec.verdict_from_pb(reply.verdict) == rated
+
+
+def test_log_probabilities_that_cannot_be_are_refused() -> None:
+    nan = float("nan")
+    for likelihoods in (
+        pb.Likelihoods(logprobs=[0.5]),
+        pb.Likelihoods(logprobs=[nan]),
+        pb.Likelihoods(logprobs=[-1], top=2, top_ids=[1], top_logprobs=[-1]),
+        pb.Likelihoods(logprobs=[-1], top=1, top_ids=[1], top_logprobs=[nan]),
+        pb.Likelihoods(logprobs=[-1], top=2**31, top_ids=[1], top_logprobs=[-1]),
+        pb.Likelihoods(logprobs=[-1], top=21, top_ids=[1] * 21, top_logprobs=[-1] * 21),
+        pb.Likelihoods(logprobs=[-1], top=0, top_ids=[1], top_logprobs=[-1]),
+    ):
+        with pytest.raises(WireError):
+            codec.verdict_from_pb(pb.Verdict(prompt=likelihoods))
+        decision = pb.Decision(reason=pb.REASON_FIXED, likelihood=likelihoods)
+        with pytest.raises(WireError):
+            codec.verdict_from_pb(pb.Verdict(decisions=[decision]))
+    two = pb.Decision(reason=pb.REASON_FIXED, likelihood=pb.Likelihoods(logprobs=[-1, -1]))
+    with pytest.raises(WireError, match="likelihoods of 1 tokens"):
+        codec.verdict_from_pb(pb.Verdict(decisions=[two]))
+    token = pb.Token(reason=pb.REASON_FIXED)
+    for logprobs in (pb.Logprobs(logprob=nan), pb.Logprobs(top=[pb.TopToken(logprob=1)])):
+        token.logprobs.CopyFrom(logprobs)
+        with pytest.raises(WireError, match="log-probability"):
+            codec.reply_from_pb(pb.GenerateReply(token=token))
+    with pytest.raises(WireError, match="2 tokens have 1 texts"):
+        codec.tokenized_from_pb(pb.Tokenized(token_ids=[1, 2], texts=["a"]))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +212,8 @@ def test_verdicts_come_back() -> None:
         *(GenerateRequest("x", routing={name: value}) for name, value in EVERY_OPTION.items()),
         GenerateRequest("x", routing=EVERY_OPTION),
         GenerateRequest("x", sampling=SamplingParams(eos_token_ids=(), seed=0)),
+        GenerateRequest("x", sampling=SamplingParams(logprobs=0, prompt_logprobs=20)),
+        GenerateRequest("x", sampling=SamplingParams(presence_penalty=-0.5, frequency_penalty=1.5)),
     ],
     ids=str,
 )
@@ -179,12 +223,20 @@ def test_requests_come_back(request_: GenerateRequest) -> None:
     assert codec.generate_from_bytes(message.SerializeToString()) == request_
 
 
+def test_tokenized_prompts_come_back() -> None:
+    tokenized = Tokenized((5, 6), (" blue", "\ufffd"), 8192)
+    message = codec.parse(pb.Tokenized, codec.tokenized_to_pb(tokenized).SerializeToString())
+    assert codec.tokenized_from_pb(message) == tokenized
+
+
 @pytest.mark.parametrize("seed", [None, 0, 9, 2**63 - 1])
 def test_answers_come_back(seed: int | None) -> None:
     token = Token(5, " blue", 29, "cloud", 0.5, Reason.UNREACHABLE, 0.25, 1200)
     hops = (Hop("device", 1.0), Hop("edge", 0.5))
     final = Final(FinishReason.STOP, "blue", Stats(3, 4, 0.5, 1.5, seed, 8, 7, 6, hops))
-    for event in (token, final):
+    logprobs = Logprobs(" blue", -0.5, (TopToken(5, " blue", -0.5), TopToken(6, " red", -2.0)))
+    prompt = PromptTokens((PromptToken(3, "sky", None), PromptToken(5, " blue", logprobs)), "sky blue")
+    for event in (token, replace(token, logprobs=logprobs), prompt, final):
         message = codec.parse(pb.GenerateReply, codec.reply_to_pb(event).SerializeToString())
         assert codec.reply_from_pb(message) == event
 

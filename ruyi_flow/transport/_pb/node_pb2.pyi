@@ -151,7 +151,7 @@ class Failure(_message.Message):
     def __init__(self, status: _Optional[int] = ..., message: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "stop", "eos_token_ids", "seed")
+    __slots__ = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "stop", "eos_token_ids", "seed", "presence_penalty", "frequency_penalty", "logprobs", "prompt_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,10 @@ class SamplingParams(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -172,7 +176,11 @@ class SamplingParams(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     eos_token_ids: TokenIds
     seed: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
+    presence_penalty: float
+    frequency_penalty: float
+    logprobs: int
+    prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., no_repeat_ngram_size: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -303,16 +311,30 @@ class Block(_message.Message):
     def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., wants: _Optional[_Iterable[int]] = ..., states: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("token", "exit", "confidence", "reason")
+    __slots__ = ("token", "exit", "confidence", "reason", "likelihood")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LIKELIHOOD_FIELD_NUMBER: _ClassVar[int]
     token: int
     exit: int
     confidence: float
     reason: Reason
-    def __init__(self, token: _Optional[int] = ..., exit: _Optional[int] = ..., confidence: _Optional[float] = ..., reason: _Optional[_Union[Reason, str]] = ...) -> None: ...
+    likelihood: Likelihoods
+    def __init__(self, token: _Optional[int] = ..., exit: _Optional[int] = ..., confidence: _Optional[float] = ..., reason: _Optional[_Union[Reason, str]] = ..., likelihood: _Optional[_Union[Likelihoods, _Mapping]] = ...) -> None: ...
+
+class Likelihoods(_message.Message):
+    __slots__ = ("logprobs", "top", "top_ids", "top_logprobs")
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    top: int
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., top: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Hop(_message.Message):
     __slots__ = ("node", "compute_s", "queue_s", "wire_s", "messages", "positions", "bytes_up", "bytes_down")
@@ -335,14 +357,16 @@ class Hop(_message.Message):
     def __init__(self, node: _Optional[str] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., messages: _Optional[int] = ..., positions: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("decisions", "hops", "elapsed_s")
+    __slots__ = ("decisions", "hops", "elapsed_s", "prompt")
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
     hops: _containers.RepeatedCompositeFieldContainer[Hop]
     elapsed_s: float
-    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., elapsed_s: _Optional[float] = ...) -> None: ...
+    prompt: Likelihoods
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., elapsed_s: _Optional[float] = ..., prompt: _Optional[_Union[Likelihoods, _Mapping]] = ...) -> None: ...
 
 class Rewind(_message.Message):
     __slots__ = ("position",)
@@ -385,15 +409,65 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("token", "final")
+    __slots__ = ("token", "final", "prompt")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     token: Token
     final: Final
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ...) -> None: ...
+    prompt: PromptTokens
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ..., prompt: _Optional[_Union[PromptTokens, _Mapping]] = ...) -> None: ...
+
+class Tokenized(_message.Message):
+    __slots__ = ("token_ids", "texts", "context")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    context: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., context: _Optional[int] = ...) -> None: ...
+
+class PromptTokens(_message.Message):
+    __slots__ = ("tokens", "text")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[PromptToken]
+    text: str
+    def __init__(self, tokens: _Optional[_Iterable[_Union[PromptToken, _Mapping]]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class PromptToken(_message.Message):
+    __slots__ = ("id", "text", "logprobs")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    text: str
+    logprobs: Logprobs
+    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+
+class Logprobs(_message.Message):
+    __slots__ = ("text", "logprob", "top")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[TopToken]
+    def __init__(self, text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopToken, _Mapping]]] = ...) -> None: ...
+
+class TopToken(_message.Message):
+    __slots__ = ("id", "text", "logprob")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    text: str
+    logprob: float
+    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up")
+    __slots__ = ("id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up", "logprobs")
     ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
@@ -402,6 +476,7 @@ class Token(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     AFTER_S_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     id: int
     text: str
     exit: int
@@ -410,7 +485,8 @@ class Token(_message.Message):
     reason: Reason
     after_s: float
     bytes_up: int
-    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., exit: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., reason: _Optional[_Union[Reason, str]] = ..., after_s: _Optional[float] = ..., bytes_up: _Optional[int] = ...) -> None: ...
+    logprobs: Logprobs
+    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., exit: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., reason: _Optional[_Union[Reason, str]] = ..., after_s: _Optional[float] = ..., bytes_up: _Optional[int] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
 
 class Final(_message.Message):
     __slots__ = ("finish_reason", "text", "stats")
@@ -451,7 +527,7 @@ class StatusRequest(_message.Message):
     def __init__(self, measure_link: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting", "version", "next_address", "next_encoding", "link", "link_error")
+    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting", "version", "next_address", "next_encoding", "link", "link_error", "context")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -478,6 +554,7 @@ class StatusReply(_message.Message):
     NEXT_ENCODING_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     LINK_ERROR_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
     node: str
     tier: str
     state: str
@@ -504,7 +581,8 @@ class StatusReply(_message.Message):
     next_encoding: Encoding
     link: Link
     link_error: str
-    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ..., version: _Optional[str] = ..., next_address: _Optional[str] = ..., next_encoding: _Optional[_Union[Encoding, str]] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., link_error: _Optional[str] = ...) -> None: ...
+    context: int
+    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ..., version: _Optional[str] = ..., next_address: _Optional[str] = ..., next_encoding: _Optional[_Union[Encoding, str]] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., link_error: _Optional[str] = ..., context: _Optional[int] = ...) -> None: ...
 
 class Link(_message.Message):
     __slots__ = ("round_trip_ms", "jitter_ms", "up_mbit")
