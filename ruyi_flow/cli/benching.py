@@ -19,12 +19,13 @@ from ruyi_flow.bench import Against
 from ruyi_flow.bench.measurement import Report, Setup, describe_machine
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import counting_bar, err, out, print_json, step_printer
-from ruyi_flow.cli.options import JsonOption, file_or_example
+from ruyi_flow.cli.options import JsonOption, file_or_example, integers
 from ruyi_flow.config.examples import find
+from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import require
 from ruyi_flow.types import Weights
 
-__all__ = ["decode", "exits", "fidelity", "hop", "prefill", "serve", "wan"]
+__all__ = ["decode", "exits", "fidelity", "hop", "http", "prefill", "serve", "wan"]
 
 bench = typer.Typer(no_args_is_help=True)
 app.add_typer(
@@ -198,6 +199,30 @@ def serve(
 
     setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds, device=device)
     _run(serving.serve, setup, output, as_json, sessions=sessions, rate=rate)
+
+
+@bench.command()
+def http(
+    family: FamilyOption = "smollm2",
+    weights: WeightsOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
+    tokens: TokensOption = 48,
+    rounds: RoundsOption = 3,
+    clients: Annotated[str, typer.Option(help="Numbers of clients at once, with commas.")] = "1,4,16,64",
+    output: OutOption = _OUT,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what the HTTP server adds to the SDK: requests a second, time to first token, time per token."""
+    require("uvicorn")
+    from ruyi_flow.bench import http as measured
+
+    counts = integers(clients, "--clients") or ()
+    if not all(1 <= count <= 1024 for count in counts):
+        raise ConfigError(f"--clients is {clients!r}; each number must be from 1 to 1024")
+    setup = Setup(family, weights=weights, dtype=dtype, threads=threads, tokens=tokens, rounds=rounds, device=device)
+    _run(measured.http, setup, output, as_json, clients=counts)
 
 
 @bench.command()
