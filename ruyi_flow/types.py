@@ -288,7 +288,8 @@ class Verdict(NamedTuple):
     """Likelihoods of the prompt's tokens after the first, in order, as far as they are new."""
 
 
-class TopToken(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TopToken:
     """One of the most probable tokens in a place."""
 
     id: int
