@@ -28,7 +28,7 @@ def check_command(words: list[str]) -> None:
         assert TOPOLOGY.node(words[1])
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_yaml_file_loads(path: Path) -> None:
     documents = list(yaml.safe_load_all(path.read_text()))
     assert documents and all(isinstance(document, dict) for document in documents)
@@ -36,13 +36,35 @@ def test_every_yaml_file_loads(path: Path) -> None:
 
 def test_compose_runs_every_node_and_lets_it_drain() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert {node.name for node in TOPOLOGY.nodes} == set(services) - {"pull"}
+    assert {node.name for node in TOPOLOGY.nodes} == set(services) - {"pull", "server", "prometheus", "grafana"}
     for name, service in services.items():
-        check_command(service["command"])
-        if name != "pull":
-            assert TOPOLOGY.node(name).address == f"{name}:7101"
+        if service["image"] == "ruyi-flow":
+            check_command(service["command"])
+        if service["image"] == "ruyi-flow" and name != "pull":
+            assert name == "server" or TOPOLOGY.node(name).address == f"{name}:7101"
             assert int(service["stop_grace_period"].removesuffix("s")) > STOP_S
             assert "./compose-topology.yaml:/etc/ruyi-flow/topology.yaml:ro" in service["volumes"]
+        for volume in service["volumes"]:
+            assert not volume.startswith("./") or (DEPLOY / volume.split(":")[0]).exists(), volume
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), "nothing is published beyond this machine"
+
+
+def test_the_server_in_kubernetes_is_probed_where_it_listens() -> None:
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes-server.yaml").read_text()))
+    pods = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in documents if d["kind"] == "Deployment"}
+    ports = {d["metadata"]["name"]: d["spec"]["ports"][0]["port"] for d in documents if d["kind"] == "Service"}
+    assert pods.keys() == ports.keys() == {"server", "prometheus", "grafana"}
+    for name, pod in pods.items():
+        [container] = pod["containers"]
+        assert container["readinessProbe"]["httpGet"]["port"] == container["ports"][0]["containerPort"] == ports[name]
+    [server] = pods["server"]["containers"]
+    check_command(server["args"])
+    assert server["args"][server["args"].index("--port") + 1] == str(ports["server"])
+    for mount in pods["grafana"]["containers"][0]["volumeMounts"]:
+        assert (DEPLOY / "grafana" / mount["subPath"]).exists(), mount
+    datasource = yaml.safe_load((DEPLOY / "grafana/datasource.yaml").read_text())["datasources"][0]
+    assert datasource["url"] == f"http://prometheus:{ports['prometheus']}"
 
 
 def test_kubernetes_probes_the_port_that_the_node_listens_on() -> None:
@@ -61,8 +83,9 @@ def test_kubernetes_probes_the_port_that_the_node_listens_on() -> None:
     assert pod["terminationGracePeriodSeconds"] > STOP_S
 
 
-def test_systemd_runs_a_node_and_lets_it_drain() -> None:
-    unit = (DEPLOY / "ruyi-flow@.service").read_text()
+@pytest.mark.parametrize("name", ["ruyi-flow@.service", "ruyi-flow-server.service"])
+def test_systemd_runs_a_command_and_lets_it_drain(name: str) -> None:
+    unit = (DEPLOY / name).read_text()
     [line] = re.findall(r"^ExecStart=\S+ (.*)$", unit, re.M)
     check_command(line.split())
     assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M)[0]) > STOP_S
