@@ -41,7 +41,7 @@ Command = Callable[..., tuple[int, str, str]]
 """The command line, as the fixture `run` gives it: takes arguments, returns exit status, standard output and error."""
 
 
-LOOPS = [f"ruyi_flow.{name}" for name in ("client", "loop", "runtime", "serving", "stream", "transport")]
+LOOPS = [f"ruyi_flow.{name}" for name in ("client", "http", "loop", "runtime", "serving", "stream", "transport")]
 """The modules that run on an event loop."""
 
 MAY_BLOCK = [

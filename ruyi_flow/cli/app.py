@@ -43,6 +43,7 @@ MODULES = {
     "list": "families",
     "rm": "families",
     "up": "nodes",
+    "serve": "serving",
     "status": "nodes",
     "doctor": "doctor",
     "shard": "nodes",

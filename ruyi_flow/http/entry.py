@@ -1,0 +1,119 @@
+"""The one class that reaches entry nodes. Replicas and recovery will live here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.errors import NodeError, RuyiFlowError
+from ruyi_flow.requests import PromptInput
+from ruyi_flow.types import Event, NodeStatus, Tokenized
+
+__all__ = ["AT_ONCE", "Ask", "EntryNodes"]
+
+AT_ONCE = 16
+"""Largest number of sessions that one request has open at once; its other answers wait for them."""
+
+_STATUS_S = 2.5
+"""Seconds that a node may take to tell its state."""
+
+Ask = tuple[PromptInput, Mapping[str, Any]]
+"""A prompt and the options of its answer."""
+
+
+class EntryNodes:
+    """The entry node of a topology, or its one node in this process.
+
+    Args:
+        topology: the topology.
+        timeout_s: seconds that an answer may take.
+    """
+
+    def __init__(self, topology: Topology, *, timeout_s: float) -> None:
+        self._topology = topology
+        self._client = AsyncClient(topology, timeout_s=timeout_s)
+        self._status: NodeStatus | None = None
+
+    async def start(self) -> None:
+        """Connect; a topology of one node without an address is loaded."""
+        await self._client.__aenter__()
+
+    async def events(self, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Event], None]:
+        """Answer prompts at once; yield each answer's events with its index. Closing it ends all of them on the nodes.
+
+        Raises:
+            RuyiFlowError: one of the answers failed; the others have been ended.
+        """
+        if len(asks) == 1:
+            [(prompt, options)] = asks
+            async with aclosing(self._client.events(prompt, **options)) as events:
+                async for event in events:
+                    yield 0, event
+            return
+        # Without a bound: a queue holds at most the answers, and a full one would keep sessions open at their end.
+        arrived: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def answer(index: int, ask: Ask) -> None:
+            async with places, aclosing(self._client.events(ask[0], **ask[1])) as events:
+                async for event in events:
+                    arrived.put_nowait((index, event))
+
+        async def answer_all() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for index, ask in enumerate(asks):
+                        group.create_task(answer(index, ask))
+            except ExceptionGroup as failed:
+                arrived.put_nowait(failed.exceptions[0])
+            else:
+                arrived.put_nowait(None)
+
+        answers = asyncio.create_task(answer_all())
+        try:
+            while (item := await arrived.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            answers.cancel()
+            await asyncio.wait({answers})
+
+    async def tokenize(self, prompt: PromptInput, *, raw: bool) -> Tokenized:
+        """Return a prompt's tokens.
+
+        Raises:
+            RuyiFlowError: the prompt is refused, or the entry node cannot be asked.
+        """
+        return await self._client.tokenize(prompt, raw=raw)
+
+    async def states(self) -> dict[str, str]:
+        """Return what each node says of itself, `serving` or `draining`, or the error of one that does not answer."""
+        answers = await self._client.status(timeout_s=_STATUS_S)
+        entry = answers.get(self._topology.entry.name)
+        self._status = entry if isinstance(entry, NodeStatus) else self._status
+        return {name: str(a) if isinstance(a, NodeError) else a.state for name, a in answers.items()}
+
+    async def about(self) -> NodeStatus | None:
+        """Return a status of the entry node, which tells the family and its context; None while it does not answer."""
+        if self._status is None:
+            with suppress(RuyiFlowError):
+                await self.states()
+        return self._status
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the family, as clients tell it apart; None until the entry node has told it."""
+        return None if self._status is None else f"fp_{self._status.family[:12]}"
+
+    def tier_of(self, node: str) -> str:
+        """Return a node's tier, or its name if it has none."""
+        return self._topology.label_of(node)
+
+    async def close(self) -> None:
+        """Close the connections, and end the answers that are under way: they fail as if the node had gone."""
+        await self._client.close()
