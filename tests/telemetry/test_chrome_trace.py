@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,7 +238,7 @@ def test_a_full_file_takes_no_more_and_says_so_once(
 def test_a_full_disk_ends_the_trace_and_no_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(chrome_trace, "_open_shared", lambda path: chrome_trace.os.open(path, chrome_trace.os.O_WRONLY))
+    monkeypatch.setattr(chrome_trace, "_open_shared", lambda path: os.open(path, os.O_WRONLY))
     tracer = ChromeTracer(SharedTrace(Path("/dev/full"), "phone"), 1.0)
     tracer.start("request").end()
     tracer.close()
