@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard, ShardSession
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.node import serve
+from ruyi_flow.telemetry.spans import NO_TRACER, Tracer
 
 __all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "open_session", "tiny_family"]
 
@@ -236,19 +237,22 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(topology: Topology, relays: dict[str, Relay] | None = None) -> AsyncIterator[Cluster]:
+async def cluster(
+    topology: Topology, relays: dict[str, Relay] | None = None, tracers: Mapping[str, Tracer] | None = None
+) -> AsyncIterator[Cluster]:
     """Run all nodes of a topology in this process while the block lasts, each with its gRPC server and compute thread.
 
     Args:
         topology: the topology; port 0 in an address picks a free port.
         relays: relays in front of nodes, by the node's name.
+        tracers: tracers of nodes, by the node's name; the caller closes them.
     """
     engines: dict[str, Engine] = {}
     async with AsyncExitStack() as stack:
         for i in reversed(range(len(topology.nodes))):  # the deepest first: each needs the next one's address
             node = topology.nodes[i]
             engine = await asyncio.to_thread(Engine.load, topology, node.name)
-            server = await stack.enter_async_context(serve(engine))
+            server = await stack.enter_async_context(serve(engine, tracer=(tracers or {}).get(node.name, NO_TRACER)))
             address = server.address
             if relays and node.name in relays:
                 address = await stack.enter_async_context(relays[node.name].run(address))

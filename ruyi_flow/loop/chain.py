@@ -20,6 +20,8 @@ from ruyi_flow.routing.drafting import DraftCosts, DraftLength, ahead_pays
 from ruyi_flow.routing.policy import Judge
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
+from ruyi_flow.telemetry import spans
+from ruyi_flow.telemetry.spans import NO_SPAN, Attribute, Span
 from ruyi_flow.types import Block, Decision, Hop, Likelihood, Verdict
 
 __all__ = ["PART", "Chain", "Round", "decode"]
@@ -58,6 +60,7 @@ class Chain:
         next_stage: the connection to the next node; default: there is none.
         costs: the entry node's drafting costs; default: the session's own.
         clock: where it waits.
+        span: the session's span on this node; its steps, hops and rounds become parts of it.
     """
 
     def __init__(
@@ -69,8 +72,11 @@ class Chain:
         next_stage: NextStage | None = None,
         costs: DraftCosts | None = None,
         clock: Clock = REAL_CLOCK,
+        span: Span = NO_SPAN,
     ) -> None:
         self._session, self._worker, self._node, self._clock = session, worker, node, clock
+        self.span = span
+        """What the chain works for now: the session, or one of its rounds."""
         self._next, self._costs = next_stage or NextStage(session), costs or DraftCosts()
         self._since = clock.now()
         """Time of arrival of the current work at this node; all parts of a prompt arrived with the first."""
@@ -148,6 +154,19 @@ class Chain:
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
         return Round(decisions, hops, len(walk.looks) - past, len(decisions) - past, prompt)
 
+    async def propose_traced(self, token_ids: Sequence[int], draft: int) -> Round:
+        """Do the same, and record it as a span with its steps and hops."""
+        whole, name = self.span, "round" if self._session.token_ids else "prefill"
+        with whole.child(name) as self.span:
+            try:
+                settled = await self.propose(token_ids, draft)
+                about: dict[str, Attribute] = {spans.DRAFTED: settled.drafted, spans.ACCEPTED: settled.accepted}
+                about[spans.EXITS] = exits = tuple(decision.exit for decision in settled.decisions)
+                self.span.set(**about, **{spans.TOKENS: len(exits)})
+            finally:
+                self.span = whole
+        return settled
+
     async def rewind(self, position: int) -> None:
         """Forget every position from `position` on, here and deeper; see `Stage.rewind`."""
         self._session.rewind(position)
@@ -165,7 +184,20 @@ class Chain:
         result, queue_s, compute_s = await self._worker.run(task, brief=brief, since=self._since)
         hop.queue_s += queue_s
         hop.compute_s += compute_s
+        if self.span:
+            about = {spans.ROWS: rows, spans.QUEUE_S: queue_s, spans.COMPUTE_S: compute_s}
+            self.span.child("step", ago_s=queue_s + compute_s, **about).end()
         return result
+
+    async def _hop(self, sending: Coroutine[None, None, T], block: Block) -> T:
+        """Send a block to the next node and record it as a span."""
+        asked = {spans.POSITIONS: len(block.token_ids), spans.ASKED: len(block.wants)}
+        with self.span.child("hop", **asked) as span:
+            answer = await sending
+            if isinstance(answer, Verdict):
+                hop = answer.hops[0]
+                span.set(**{spans.BYTES_UP: hop.bytes_up, spans.BYTES_DOWN: hop.bytes_down, spans.WIRE_S: hop.wire_s})
+            return answer
 
     # ---- prompts ----
 
@@ -202,7 +234,8 @@ class Chain:
     async def _pass_on(self, hop: Hop, block: Block) -> None:
         """Run this node's layers on a part of a prompt, and send it to the next node."""
         onward = await self._run(hop, len(block.token_ids), self._prefill_all(block))
-        await self._next.feed(onward)
+        feeding = self._next.feed(onward)
+        await (self._hop(feeding, onward) if self.span else feeding)
 
     def _prefill(self, token_ids: Sequence[int]) -> Task[None]:
         """Fill the first stage's KV cache with a part of the prompt."""
@@ -302,7 +335,10 @@ class Chain:
             if session.covers_next:
                 reason = self._next.refusal(last.undecided[-1] + 1 - session.unsent_start(stage))
             if reason is None:
-                asking = self._next.ask(self._question(stage, last))
+                question = self._question(stage, last)
+                asking = self._next.ask(question)
+                if self.span:
+                    asking = self._hop(asking, question)
                 verdict = await (self._draft_ahead(asking, first, hop) if drafts_ahead else asking)
                 if verdict is None:
                     reason = self._next.lost
@@ -376,10 +412,11 @@ async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> As
     """
     session = chain.session
     eos, draft = session.params.eos_token_ids or (), session.policy.routing.draft
+    propose = chain.propose_traced if chain.span else chain.propose
     count, new = 0, prompt
     while True:
         left = max_new_tokens - count
-        settled = await chain.propose(new, min(draft, left - 1))
+        settled = await propose(new, min(draft, left - 1))
         decided = settled[0]
         decisions = decided[:left]
         if eos:

@@ -16,6 +16,7 @@ from ruyi_flow.loop.steps import Worker
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.drafting import DraftCosts
 from ruyi_flow.routing.policy import Policy
+from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.types import Reason, Stage
 
 __all__ = ["Connect", "FrontDoor", "Limits"]
@@ -110,8 +111,10 @@ class FrontDoor:
             )
         if self._limits.deepest is not None:
             opening = replace(opening, policy=opening.policy.limited_to(self._limits.deepest))
+        span = current_span.get()
         try:
-            lease = await self._admission.admit(opening.max_positions)
+            with span.child("queue"):
+                lease = await self._admission.admit(opening.max_positions)
         except CapacityError as error:
             raise CapacityError(f"node {self._name!r} is full: {error}", node=self._name) from None
         try:
@@ -130,7 +133,15 @@ class FrontDoor:
             clock=self._clock,
             uplink=self._uplink,
         )
-        return Chain(session, self._worker, self._name, next_stage=next_stage, costs=self._costs, clock=self._clock)
+        return Chain(
+            session,
+            self._worker,
+            self._name,
+            next_stage=next_stage,
+            costs=self._costs,
+            clock=self._clock,
+            span=span,
+        )
 
     def _check_open(self) -> None:
         if self.draining:

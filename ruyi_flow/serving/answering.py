@@ -17,6 +17,7 @@ from ruyi_flow.loop.chain import Chain, Round, decode
 from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.serving.answer_text import AnswerText, TokenTexts
+from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.types import Event, Final, FinishReason, Hop, Likelihood, Mode, PromptTokens, Stats, Tokenized
 
 __all__ = ["Answering"]
@@ -77,7 +78,8 @@ class Answering:
         """
         began = time.perf_counter()
         policy = self._policy(request)
-        prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
+        with current_span.get().child("tokenize"):
+            prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
         params = self._sampling(request.sampling, self._prompts.context - len(prompt))
         text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
         opening = SessionOpen(

@@ -26,6 +26,7 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.serving.answering import Answering
+from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.transport.blocks import rows_in
 from ruyi_flow.transport.link import FRAME_BYTES, LinkMeter
 from ruyi_flow.transport.peer import Peer
@@ -262,7 +263,7 @@ class Engine:
         if self._peer is None:
             self._peer = Peer(target.name, self._next_address, max_message_bytes=target.limits.max_message_bytes)
         peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
-        config, model = self.checkpoint.config, self.shard.model
+        config, model, traceparent = self.checkpoint.config, self.shard.model, current_span.get().traceparent
         onward = replace(
             opening,
             family=self.checkpoint.fingerprint,
@@ -275,6 +276,6 @@ class Engine:
         def make(policy: Policy) -> Stage:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
             asked = replace(onward, policy=policy)
-            return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left)
+            return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left, traceparent=traceparent)
 
         return make

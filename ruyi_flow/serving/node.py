@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import psutil
 
@@ -15,6 +16,9 @@ from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.serving.answering import Answering
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.heap import tidy_heap
+from ruyi_flow.telemetry import spans
+from ruyi_flow.telemetry.request_log import RequestEntry
+from ruyi_flow.telemetry.spans import NO_TRACER, Attribute, Tracer, current_span
 from ruyi_flow.transport.addresses import check_listen
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
@@ -44,13 +48,28 @@ class Node:
         """Open a session for the previous node; see `Service.open_session`."""
         return await self.engine.open_session(opening, timeout_s)
 
-    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """Answer a user's request; see `Answering.generate`.
 
         Raises:
             RequestError: this is not the entry node.
         """
-        return self._entry.generate(request, timeout_s)
+        answering, span = self._entry, current_span.get()
+        entry = RequestEntry(Path(self.engine.topology.family).name)
+        if span:
+            span.set(**_about(request, entry.model))
+        try:
+            async with aclosing(answering.generate(request, timeout_s)) as events:
+                async for event in events:
+                    entry.saw(event)
+                    yield event
+        except Exception as error:
+            entry.failed(error)
+            raise
+        finally:
+            entry.write()
+            if span:
+                span.set(**entry.attributes)
 
     async def tokenize(self, request: GenerateRequest) -> Tokenized:
         """Return the tokens of a request's prompt; see `Answering.tokenize`.
@@ -77,6 +96,23 @@ class Node:
         return self.engine.status()
 
 
+def _about(request: GenerateRequest, model: str) -> dict[str, Attribute]:
+    """Return what the span of a request says about it."""
+    params, prompt = request.sampling, request.prompt
+    is_chat = not request.raw and not (prompt and isinstance(prompt[0], int))
+    found: dict[str, Attribute] = {
+        spans.OPERATION: "chat" if is_chat else "text_completion",
+        spans.PROVIDER: "ruyi-flow",
+        spans.REQUEST_MODEL: model,
+        spans.RESPONSE_MODEL: model,
+        spans.MAX_TOKENS: params.max_new_tokens,
+        spans.TEMPERATURE: params.temperature,
+        spans.TOP_P: params.top_p,
+        spans.TOP_K: params.top_k,
+    }
+    return found if params.seed is None else found | {spans.SEED: params.seed}
+
+
 def stay_on_cores(node: topology.Node, where: str) -> None:
     """Pin this process to the node's cores. Call it before any thread starts, since threads inherit the pinning.
 
@@ -100,7 +136,7 @@ def stay_on_cores(node: topology.Node, where: str) -> None:
 
 
 @asynccontextmanager
-async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[Server]:
+async def serve(engine: Engine, *, address: str | None = None, tracer: Tracer = NO_TRACER) -> AsyncIterator[Server]:
     """Serve an engine; leaving the block drains and stops the server.
 
     While it drains, the node takes no new sessions and gives running ones its grace time; then it cancels the rest.
@@ -108,6 +144,7 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
     Args:
         engine: the loaded node.
         address: host:port to listen on. Default: the topology's.
+        tracer: records requests and sessions.
 
     Raises:
         NodeError: the node cannot listen there.
@@ -116,7 +153,7 @@ async def serve(engine: Engine, *, address: str | None = None) -> AsyncIterator[
     address = address or str(node.address)
     await check_listen(address, node.name)
     service = await asyncio.to_thread(Node, engine)  # it reads the tokenizer's files
-    server = Server(service, address, max_message_bytes=node.limits.max_message_bytes)
+    server = Server(service, address, max_message_bytes=node.limits.max_message_bytes, tracer=tracer)
     engine.worker.lend()
     await server.start()
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from array import array
 from collections import defaultdict
@@ -16,15 +15,16 @@ import numpy as np
 from ddsketch import DDSketch
 
 from ruyi_flow.sim.scenario import Scenario
+from ruyi_flow.telemetry.chrome_trace import ChromeTrace
 from ruyi_flow.types import Hop
 
-__all__ = ["AddSlice", "Distribution", "Events", "Recorder", "RequestOutcome", "Result", "TimedAmount", "Timeline"]
+__all__ = ["AddSlice", "Distribution", "Recorder", "RequestOutcome", "Result", "TimedAmount", "Timeline"]
 
 PARTS = ("room", "compute", "queue", "wire")
 """The parts of a request's time on a node: waiting for admission, computing, waiting for a step, and the network."""
 
 AddSlice = Callable[..., None]
-"""`Events.slice` of a certain process and thread."""
+"""`ChromeTrace.slice` of a certain process and thread."""
 
 TimedAmount = tuple[float, float, float]
 """A start in seconds, an amount, and the seconds from the start over which the amount is spread evenly."""
@@ -34,9 +34,6 @@ _ACCURACY = 0.002
 
 _BINS = 400
 """Most bins of a timeline; when it needs more, bins are merged in pairs."""
-
-_EVENTS = 40_000
-"""Most events in a Chrome trace; later ones are dropped."""
 
 _SLOWEST = 4
 """Number of the slowest requests that are kept whole."""
@@ -245,7 +242,7 @@ class Recorder:
         self.began_s, self.ended_s = math.inf, 0.0
         self._file = None if folder is None else (folder / "requests.csv").open("w", newline="", encoding="utf-8")
         self._rows = None if self._file is None else csv.writer(self._file)
-        self.events = None if folder is None else Events(folder / "trace.json")
+        self.events = None if folder is None else ChromeTrace(folder / "trace.json")
         """The Chrome trace; None without a folder."""
         if self._rows is not None:
             self._rows.writerow(
@@ -267,7 +264,16 @@ class Recorder:
                 + [f"{one.parts[part].get(node, 0.0):.6f}" for node in self.nodes for part in PARTS]
             )
         if self.events is not None:
-            self.events.request(one)
+            self.events.request(
+                one.number,
+                one.at_s,
+                one.first_token_s if one.new_tokens else None,
+                one.total_s,
+                tokens=one.new_tokens,
+                prompt=one.prompt_tokens,
+                device=one.device,
+                error=one.error,
+            )
         self.done += 1
         if one.number < self.skip:
             return
@@ -346,74 +352,3 @@ class Result:
     recorder: Recorder
     name: str
     """Name of the scenario's file, without the suffix."""
-
-
-class Events:
-    """A Chrome trace (Trace Event Format; open it in ui.perfetto.dev or chrome://tracing), written during the run.
-
-    A tier or a link is shown as a process, each of its nodes or directions as a thread, a request as an async event.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
-        self._file.write("[\n")
-        self._count, self._comma = 0, ""
-        self._processes: dict[str, int] = {}
-        self._threads: dict[tuple[int, str], dict[int, float]] = {}
-        """The second at which each thread is free, by process and name: more than one thread where slices overlap."""
-        self._num_threads = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether it has all the events that it takes."""
-        return self._count >= _EVENTS
-
-    def slice(self, process: str, thread: str, name: str, at_s: float, for_s: float, **about: Any) -> None:
-        """Add an activity of a node or a link. Activities must be added in the order of their ends.
-
-        Viewers draw overlapping slices of a thread wrongly, so such a slice goes to another thread of the same name.
-        """
-        if self.full:
-            return
-        self._count += 1
-        pid = self._process(process)
-        threads = self._threads.setdefault((pid, thread), {})
-        tid = next((tid for tid, free_s in threads.items() if free_s <= at_s + 1e-9), 0)
-        if not tid:
-            tid = self._num_threads = self._num_threads + 1
-            self._line("M", pid, tid, name="thread_name", args={"name": thread})
-        threads[tid] = at_s + for_s
-        self._line("X", pid, tid, name=name, ts=_us(at_s), dur=_us(for_s), args=about)
-
-    def request(self, one: RequestOutcome) -> None:
-        """Add a request: its arrival, its first token and its end."""
-        if self.full:
-            return
-        self._count += 3
-        pid = self._process("requests")
-        row = {"name": f"request {one.number}", "cat": "request", "id": one.number}
-        about = {"tokens": one.new_tokens, "prompt": one.prompt_tokens, "device": one.device, "error": one.error}
-        self._line("b", pid, 0, ts=_us(one.at_s), args=about, **row)
-        if one.new_tokens:
-            self._line("n", pid, 0, ts=_us(one.at_s + one.first_token_s), **{**row, "name": "first token"})
-        self._line("e", pid, 0, ts=_us(one.at_s + one.total_s), **row)
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.write("\n]\n")
-        self._file.close()
-
-    def _process(self, name: str) -> int:
-        if name not in self._processes:
-            pid = self._processes[name] = len(self._processes) + 1
-            self._line("M", pid, 0, name="process_name", args={"name": name})
-        return self._processes[name]
-
-    def _line(self, kind: str, pid: int, tid: int, **event: Any) -> None:
-        self._file.write(self._comma + json.dumps({"ph": kind, "pid": pid, "tid": tid, **event}))
-        self._comma = ",\n"
-
-
-def _us(seconds: float) -> float:
-    """Return microseconds, rounded to the nanosecond."""
-    return round(1e6 * seconds, 3)

@@ -9,13 +9,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ruyi_flow.errors import WireError
 from ruyi_flow.requests import GenerateRequest
+from ruyi_flow.telemetry.spans import TRACEPARENT, current_span
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import Batches
 from ruyi_flow.transport.status import error_of_call, wrong_answer
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
-__all__ = ["METHODS", "Peer"]
+__all__ = ["METHODS", "Peer", "trace_metadata"]
 
 METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Tokenize", "Status")}
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
@@ -75,7 +76,8 @@ class Peer:
             RequestError: the node refuses the request.
             NodeError: the node or the connection fails.
         """
-        call = self._generate(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s)
+        metadata = trace_metadata(current_span.get().traceparent)
+        call = self._generate(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s, metadata=metadata)
         try:
             async for data in call:
                 yield codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
@@ -147,3 +149,8 @@ class Peer:
         """Close the connection and the sessions over it."""
         await self.batches.close()
         await self._channel.close()
+
+
+def trace_metadata(traceparent: str) -> tuple[tuple[str, str]] | None:
+    """Return a call's metadata with the context of a trace; None for an empty one."""
+    return ((TRACEPARENT, traceparent),) if traceparent else None

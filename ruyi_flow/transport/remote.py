@@ -15,7 +15,7 @@ from ruyi_flow.requests import SessionOpen
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
-from ruyi_flow.transport.peer import Peer
+from ruyi_flow.transport.peer import Peer, trace_metadata
 from ruyi_flow.transport.status import error_of, error_of_call, wrong_answer
 from ruyi_flow.types import Block, Hop, Verdict
 
@@ -37,12 +37,19 @@ class RemoteStage:
         opening: the handshake.
         timeout_s: seconds that one answer may take.
         session_timeout_s: seconds that the whole session may take. Default: no limit.
+        traceparent: the context of the trace that the session belongs to. Default: none.
     """
 
     def __init__(
-        self, peer: Peer, opening: SessionOpen, *, timeout_s: float, session_timeout_s: float | None = None
+        self,
+        peer: Peer,
+        opening: SessionOpen,
+        *,
+        timeout_s: float,
+        session_timeout_s: float | None = None,
+        traceparent: str = "",
     ) -> None:
-        self._peer, self._opening = peer, opening
+        self._peer, self._opening, self._traceparent = peer, opening, traceparent
         self._timeout_s, self._session_timeout_s = timeout_s, session_timeout_s
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
         self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
@@ -124,7 +131,9 @@ class RemoteStage:
         """Encode a block; the session's first one starts with the handshake."""
         messages = [self._blocks.to_bytes(b) for b in self._split(block)]
         if self._call is None:
-            self._call = self._peer.session_call(timeout=self._session_timeout_s)
+            self._call = self._peer.session_call(
+                timeout=self._session_timeout_s, metadata=trace_metadata(self._traceparent)
+            )
             self._reader = asyncio.create_task(self._read(), name=f"session with {self._peer.name}")
             self._peer.sessions += 1
             self._watch()

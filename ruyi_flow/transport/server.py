@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -16,6 +16,7 @@ from grpc_health.v1._async import HealthServicer
 
 from ruyi_flow.errors import HandshakeError, NodeError, NodeFault, RuyiFlowError, WireError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
+from ruyi_flow.telemetry.spans import NO_TRACER, NODE, TRACEPARENT, Tracer, current_span
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
@@ -78,11 +79,12 @@ class Server:
         service: the node.
         address: host:port to listen on; port 0 picks a free port.
         max_message_bytes: the largest message that is accepted.
+        tracer: records requests and sessions.
     """
 
-    def __init__(self, service: Service, address: str, *, max_message_bytes: int) -> None:
+    def __init__(self, service: Service, address: str, *, max_message_bytes: int, tracer: Tracer = NO_TRACER) -> None:
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_connection)
-        self._service = service
+        self._service, self._tracer = service, tracer
         self._sessions: dict[tuple[str, int], _Session] = {}
         """The open sessions, by connection and number."""
         self._numbers = itertools.count(1)
@@ -135,7 +137,8 @@ class Server:
         name = self._service.name
         async with _Statuses(name, context):
             try:
-                await self._converse(context)
+                with self._traced("session", context):
+                    await self._converse(context)
             except grpc.aio.BaseError:
                 raise
             except Exception as error:
@@ -206,10 +209,11 @@ class Server:
 
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
-            request = await _request(data)
-            async with aclosing(self._service.generate(request, context.time_remaining())) as events:
-                async for event in events:
-                    await context.write(codec.reply_to_pb(event).SerializeToString())
+            with self._traced("request", context):
+                request = await _request(data)
+                async with aclosing(self._service.generate(request, context.time_remaining())) as events:
+                    async for event in events:
+                        await context.write(codec.reply_to_pb(event).SerializeToString())
 
     async def _tokenize(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
@@ -223,6 +227,25 @@ class Server:
             status = await self._service.status(measure_link=request.measure_link)
             return codec.status_to_pb(status).SerializeToString()
         raise AssertionError("abort has raised")
+
+    @contextmanager
+    def _traced(self, name: str, context: Any) -> Iterator[None]:
+        """Make a span the current one for the block. Callers end sessions by cancelling them, which is no error."""
+        with self._tracer.start(name, _traceparent(context), **{NODE: self._service.name}) as span:
+            token = current_span.set(span)
+            try:
+                yield
+            except asyncio.CancelledError:
+                if name == "session":
+                    span.end()
+                raise
+            finally:
+                current_span.reset(token)
+
+
+def _traceparent(context: Any) -> str | None:
+    """Return a caller's context of a trace, which is not checked yet."""
+    return next((value for key, value in context.invocation_metadata() or () if key == TRACEPARENT), None)
 
 
 async def _request(data: bytes) -> GenerateRequest:

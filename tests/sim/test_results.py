@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ruyi_flow.sim.results import Distribution, Events, Recorder, RequestOutcome, Timeline
+from ruyi_flow.sim.results import Distribution, Recorder, RequestOutcome, Timeline
 from ruyi_flow.types import Hop
 
 # ---- Distribution ----
@@ -168,100 +166,3 @@ def test_few_requests_are_kept_from_all_over_the_run_and_the_slowest(count: int)
     assert len(steps) <= 1 and count + 3 - kept[-1] <= max(steps, default=1)
     slowest = sorted((1.0 + (n * 7919) % 1009 for n in range(3, count + 3)), reverse=True)
     assert [one.total_s for one in recorder.slowest] == slowest[:4]
-
-
-# ---- Events ----
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = json.loads(path.read_text())
-    for event in events:
-        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
-        assert event["ph"] in ("M", "X", "b", "n", "e")
-        assert all(math.isfinite(event[key]) and event[key] >= 0 for key in ("ts", "dur") if key in event)
-    return events
-
-
-def names(events: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, str]]:
-    """Return the names of each process and thread."""
-    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    return {key: (processes[key[0]], name) for key, name in threads.items()}
-
-
-def test_a_trace_names_its_processes_and_threads(tmp_path: Path) -> None:
-    events = Events(tmp_path / "t.json")
-    events.slice("phone", "phone 0", "exit 2", 0.0, 0.25, rows=3)
-    events.slice("phone", "phone 1", "exit 2", 0.0, 0.5)
-    events.slice("link phone-cloud", "up 0", "message", 0.25, 0.75, bytes=10)
-    events.request(answered(7, at_s=0.0))
-    events.close()
-    found = read(tmp_path / "t.json")
-    slices = [e for e in found if e["ph"] == "X"]
-    called = names(found)
-    assert [called[e["pid"], e["tid"]] for e in slices] == [
-        ("phone", "phone 0"),
-        ("phone", "phone 1"),
-        ("link phone-cloud", "up 0"),
-    ]
-    assert [(e["name"], e["ts"], e["dur"], e["args"]) for e in slices][0] == ("exit 2", 0.0, 250_000.0, {"rows": 3})
-    request = [e for e in found if e.get("cat") == "request"]
-    assert [(e["ph"], e["ts"]) for e in request] == [("b", 0.0), ("n", 500_000.0), ("e", 1_500_000.0)]
-    assert {e["id"] for e in request} == {7} and request[0]["args"]["tokens"] == 3
-
-
-def test_a_request_without_a_token_has_no_first_one(tmp_path: Path) -> None:
-    events = Events(tmp_path / "t.json")
-    events.request(answered(0, new_tokens=0, first_token_s=0.0, error="NodeUnavailable"))
-    events.close()
-    request = [e for e in read(tmp_path / "t.json") if e.get("cat") == "request"]
-    assert [e["ph"] for e in request] == ["b", "e"] and request[0]["args"]["error"] == "NodeUnavailable"
-
-
-def test_an_empty_trace_is_json(tmp_path: Path) -> None:
-    Events(tmp_path / "t.json").close()
-    assert read(tmp_path / "t.json") == []
-
-
-@given(spans=st.lists(st.tuples(st.floats(0, 10), st.floats(0, 3)), max_size=40))
-def test_slices_of_one_thread_never_overlap(
-    tmp_path_factory: pytest.TempPathFactory, spans: list[tuple[float, float]]
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "slices.json"
-    events = Events(path)
-    for at, lasts in sorted(spans, key=lambda span: span[0] + span[1]):
-        events.slice("link", "up 0", "message", at, lasts)
-    events.close()
-    slices = [e for e in read(path) if e["ph"] == "X"]
-    assert len(slices) == len(spans)
-    ends: dict[int, float] = {}
-    for e in slices:
-        assert e["ts"] >= ends.get(e["tid"], 0.0) - 0.01, "times are to the nanosecond"
-        ends[e["tid"]] = e["ts"] + e["dur"]
-
-
-def test_slices_that_overlap_are_on_threads_of_one_name(tmp_path: Path) -> None:
-    events = Events(tmp_path / "t.json")
-    for at, lasts in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.5, 1.0)):
-        events.slice("link", "up 0", "message", at, lasts)
-    events.close()
-    found = read(tmp_path / "t.json")
-    assert [e["tid"] for e in found if e["ph"] == "X"] == [1, 2, 1, 2]
-    assert set(names(found).values()) == {("link", "up 0")}
-
-
-def test_a_full_trace_takes_no_more_and_is_whole(tmp_path: Path) -> None:
-    events = Events(tmp_path / "t.json")
-    number = 0
-    while not events.full:
-        events.slice("phone", "phone 0", "exit 2", number, 1.0)
-        events.request(answered(number))
-        number += 1
-    for _ in range(5):
-        events.slice("phone", "phone 9", "exit 2", number, 1.0)
-        events.request(answered(number))
-    events.close()
-    found = read(tmp_path / "t.json")
-    assert 40_000 <= sum(e["ph"] != "M" for e in found) < 40_004
-    kinds = [e["ph"] for e in found]
-    assert kinds.count("b") == kinds.count("n") == kinds.count("e") == kinds.count("X") == number
