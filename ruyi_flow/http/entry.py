@@ -35,7 +35,8 @@ class EntryNodes:
 
     def __init__(self, topology: Topology, *, timeout_s: float) -> None:
         self._topology = topology
-        self._client = AsyncClient(topology, timeout_s=timeout_s)
+        # A full node has a queue already, and HTTP clients obey retry-after.
+        self._client = AsyncClient(topology, timeout_s=timeout_s, max_retries=0)
         self._status: NodeStatus | None = None
 
     async def start(self) -> None:

@@ -81,7 +81,7 @@ HARMLESS: dict[str, dict[str, Harmless]] = {
         "modalities": _one_of(["text"]),
         "audio": _empty,
         "prediction": _empty,
-        "web_search_options": _empty,
+        "web_search_options": _one_of(),  # an empty object switches the search on
         "moderation": _empty,
         "reasoning_effort": _one_of("none"),
         "verbosity": _one_of("medium"),
