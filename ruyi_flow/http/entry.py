@@ -35,7 +35,8 @@ class EntryNodes:
 
     def __init__(self, topology: Topology, *, timeout_s: float) -> None:
         self._topology = topology
-        self._client = AsyncClient(topology, timeout_s=timeout_s)
+        # The nodes have queues, and clients of HTTP retry by themselves: a full node is told at once.
+        self._client = AsyncClient(topology, timeout_s=timeout_s, max_retries=0)
         self._status: NodeStatus | None = None
 
     async def start(self) -> None:

@@ -53,7 +53,7 @@ _CODES: dict[type[Exception], str] = {
 }
 
 _RETRY_AFTER = {"retry-after": "1", "retry-after-ms": "1000"}
-"""Headers of an error that is soon over. The SDK has retried for half a minute before it reports a full node."""
+"""Headers of an error that is soon over."""
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 

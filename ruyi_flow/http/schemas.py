@@ -48,6 +48,10 @@ def _empty(given: Any) -> bool:
     return given in ("", [], {}) or given is False
 
 
+def _none(given: Any) -> bool:
+    return False
+
+
 def _any(given: Any) -> bool:
     return True
 
@@ -91,7 +95,7 @@ HARMLESS: dict[str, dict[str, Harmless]] = {
         "modalities": _one_of(["text"]),
         "audio": _empty,
         "prediction": _empty,
-        "web_search_options": _empty,
+        "web_search_options": _none,  # an empty object switches the search on
         "moderation": _empty,
         "reasoning_effort": _one_of("none"),
         "verbosity": _one_of("medium"),
