@@ -244,9 +244,11 @@ def up(
         async with AsyncExitStack() as stack:
             supervisor = await stack.enter_async_context(supervise(topology, loaded, log_writer(loaded), named=named))
             stop = on_signals(supervisor.kill)
-            await start_nodes(supervisor, stop)
-            if server is not None:
+            if (
+                server is not None
+            ):  # first: a port in use is told at once, and /ready tells which node is still starting
                 await stack.enter_async_context(serving(loaded, server))
+            await start_nodes(supervisor, stop)
             asked = "" if is_default else f" --topology {named}"
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "
