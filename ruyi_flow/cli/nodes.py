@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import time
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -22,11 +23,13 @@ from ruyi_flow.cli.options import (
     JsonOption,
     TopologyArgument,
     TopologyOption,
+    is_given,
     load_topology,
     networked,
     on_end_of_input,
     on_signals,
 )
+from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, serving
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology, shortest
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.extras import require
@@ -216,11 +219,21 @@ def node(
 
 @app.command(rich_help_panel=Panel.RUN)
 def up(
+    context: typer.Context,
     file: TopologyArgument = None,
     topology: TopologyOption = DEFAULT_TOPOLOGY,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Also run the HTTP server of ruyi-flow serve, in this process.")
+    ] = False,
+    port: PortOption = 8000,
+    policy: PolicyOption = None,
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
     require("torch")  # here rather than in every node's process
+    for name in ("port", "policy"):
+        if is_given(context, name) and not serve:
+            raise ConfigError(f"--{name} is for the HTTP server; add --serve")
+    server = ServerOptions(port=port, policies=policy) if serve else None
     topology = file or topology
     loaded, named = networked(topology), shortest(topology, "topology")
     is_default = topology == default_topology()
@@ -228,8 +241,13 @@ def up(
     async def run() -> None:
         from ruyi_flow.serving.supervisor import supervise
 
-        async with supervise(topology, loaded, log_writer(loaded), named=named) as supervisor:
+        async with AsyncExitStack() as stack:
+            supervisor = await stack.enter_async_context(supervise(topology, loaded, log_writer(loaded), named=named))
             stop = on_signals(supervisor.kill)
+            if (
+                server is not None
+            ):  # first: a port in use is told at once, and /ready tells which node is still starting
+                await stack.enter_async_context(serving(loaded, server))
             await start_nodes(supervisor, stop)
             asked = "" if is_default else f" --topology {named}"
             err.print(

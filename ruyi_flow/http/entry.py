@@ -35,9 +35,10 @@ class EntryNodes:
 
     def __init__(self, topology: Topology, *, timeout_s: float) -> None:
         self._topology = topology
-        # A full node has a queue already, and HTTP clients obey retry-after.
+        # The nodes have queues, and clients of HTTP retry by themselves: a full node is told at once.
         self._client = AsyncClient(topology, timeout_s=timeout_s, max_retries=0)
         self._status: NodeStatus | None = None
+        self._learning: asyncio.Task[NodeStatus | None] | None = None
 
     async def start(self) -> None:
         """Connect; a topology of one node without an address is loaded."""
@@ -108,8 +109,12 @@ class EntryNodes:
 
     @property
     def fingerprint(self) -> str | None:
-        """Fingerprint of the family, as clients tell it apart; None until the entry node has told it."""
-        return None if self._status is None else f"fp_{self._status.family[:12]}"
+        """Fingerprint of the family, as replies tell it; None until the entry node has told it, which it is asked."""
+        if self._status is None:
+            if self._learning is None or self._learning.done():
+                self._learning = asyncio.create_task(self.about())
+            return None
+        return f"fp_{self._status.family[:12]}"
 
     def tier_of(self, node: str) -> str:
         """Return a node's tier, or its name if it has none."""
@@ -117,4 +122,6 @@ class EntryNodes:
 
     async def close(self) -> None:
         """Close the connections, and end the answers that are under way: they fail as if the node had gone."""
+        if self._learning is not None:
+            await asyncio.wait({self._learning})
         await self._client.close()

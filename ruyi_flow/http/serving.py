@@ -92,7 +92,6 @@ async def serve(
     app = application(site)
     server = _Server(_config(app))
     serving = asyncio.create_task(server.serve(sockets))
-    greeting = asyncio.create_task(entry.about())  # so that the first reply tells the family's fingerprint
     try:
         while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
             await asyncio.sleep(0.005)
@@ -102,7 +101,6 @@ async def serve(
         deadline = asyncio.get_running_loop().time() + grace_s
         while app.running and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
-        await asyncio.wait({greeting})
         await entry.close()  # what still runs fails now, and tells its client
         server.should_exit = True
         await serving
