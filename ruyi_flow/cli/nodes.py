@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -29,7 +28,19 @@ from ruyi_flow.cli.options import (
     on_end_of_input,
     on_signals,
 )
+<<<<<<< HEAD
 from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, serving
+=======
+from ruyi_flow.cli.telemetry import (
+    LogJsonOption,
+    NoRequestLogOption,
+    OtlpOption,
+    TraceOption,
+    TraceShareOption,
+    Tracing,
+    log_to_stderr,
+)
+>>>>>>> h-traces
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology, shortest
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.extras import require
@@ -155,6 +166,11 @@ def node(
     name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
     supervised: Annotated[bool, typer.Option(hidden=True, help="Drain the node when standard input ends.")] = False,
 ) -> None:
     """Run one node of a topology as a daemon on this machine.
@@ -163,20 +179,14 @@ def node(
     get its grace time; a second signal ends it at once. The standard gRPC health
     service answers for '' and 'ruyi_flow.v1.Node'.
     """
-    logging.basicConfig(
-        level=log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S"
-        if supervised
-        else None,  # `up` and `demo` print these lines in a terminal, where long ones wrap
-        stream=sys.stderr,
-    )
+    log_to_stderr(log_level, as_json=log_json, requests=not no_request_log, brief=supervised, node=name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     began = time.monotonic()
     loaded = load_topology(topology)
     here = loaded.node(name)
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
+    tracing = Tracing(trace, otlp, trace_share)
     from ruyi_flow.transport.addresses import check_listen
 
     require("torch")
@@ -186,6 +196,7 @@ def node(
     from ruyi_flow.serving.node import serve, stay_on_cores
 
     stay_on_cores(here, str(topology))
+    tracer = tracing.tracer(name)
     logger = logging.getLogger("ruyi_flow.serving.node")
     with tidy_heap():
         engine = Engine.load(loaded, name, where=str(topology))
@@ -194,7 +205,7 @@ def node(
         stop = on_signals()
         if supervised:
             on_end_of_input(stop)
-        async with serve(engine) as server:
+        async with serve(engine, tracer=tracer) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()
@@ -214,7 +225,10 @@ def node(
             logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
         logger.info("stopped")
 
-    asyncio.run(run())
+    try:
+        asyncio.run(run())
+    finally:
+        tracer.close()
 
 
 @app.command(rich_help_panel=Panel.RUN)
@@ -227,6 +241,11 @@ def up(
     ] = False,
     port: PortOption = 8000,
     policy: PolicyOption = None,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
     require("torch")  # here rather than in every node's process
@@ -234,15 +253,258 @@ def up(
         if is_given(context, name) and not serve:
             raise ConfigError(f"--{name} is for the HTTP server; add --serve")
     server = ServerOptions(port=port, policies=policy) if serve else None
+    tracing = Tracing(trace, otlp, trace_share)
     topology = file or topology
     loaded, named = networked(topology), shortest(topology, "topology")
     is_default = topology == default_topology()
+    options = tracing.begin()
+    options += ["--log-json"] * log_json + ["--no-request-log"] * no_request_log
+
+    def log_as_is(name: str, line: str) -> None:
+        err.print(Text(line), soft_wrap=True)
+
+    log = log_as_is if log_json else log_writer(loaded)
 
     async def run() -> None:
         from ruyi_flow.serving.supervisor import supervise
 
         async with AsyncExitStack() as stack:
+            supervisor = await stack.enter_async_context(
+                supervise(topology, loaded, log, named=named, options=options)
+            )
+from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology, shortest
+from ruyi_flow.errors import ConfigError, NodeError
+from ruyi_flow.extras import require
+from ruyi_flow.types import NodeStatus, Weights
+
+if TYPE_CHECKING:
+    from ruyi_flow.evaluation.quality import Quality
+    from ruyi_flow.family.checkpoint import Checkpoint
+
+__all__ = ["ENDING", "LogLevel", "node", "shard", "start_nodes", "status", "up"]
+
+
+ENDING = "ending the nodes"
+"""What is said when Ctrl-C ends nodes that this process runs."""
+
+
+class LogLevel(StrEnum):
+    """The least severe messages that a daemon logs."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@app.command(rich_help_panel=Panel.RUN)
+def shard(
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; each node gets a folder in it.")],
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts (JSON lines, as for trace) on which the quality loss of quantized weights is measured."
+        ),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to measure the perplexity on.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads of torch. Default: all cores.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut a family into one folder per node: one safetensors file, config.json, and the tokenizer for the entry node.
+
+    Copy each folder to its machine, and name it there as the node's 'shard' in
+    the topology. For nodes with 'weights: int8' or 'int4' the weights are
+    quantized here, and the loss of quality of the whole family is measured:
+    how often its last exit predicts the same token as in bfloat16, and its
+    perplexity.
+    """
+    import torch
+
+    from ruyi_flow.family import store
+    from ruyi_flow.family.checkpoint import Checkpoint, cut
+    from ruyi_flow.family.tokenizer import load_tokenizer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_topology(topology)
+    checkpoint = Checkpoint(store.locate(loaded.family), loaded.exits)
+    loaded.check_family(checkpoint.config.exits, where=str(topology))
+    rounded = {node.weights for node in loaded.nodes} if checkpoint.weights is None else set()
+    formats = tuple(w for w in (Weights.INT8, Weights.INT4) if w in rounded)
+    tokenizer = load_tokenizer(checkpoint) if formats else None
+    if prompts is not None or text is not None:
+        if not formats:
+            raise ConfigError("--prompts and --text require a node with weights: int8 or int4")
+        _check_questions(checkpoint, tokenizer, prompts, text)
+    shards = []
+    with progress_bar("cutting", total=len(loaded.nodes), quiet=as_json) as progress:
+        for i, node in enumerate(loaded.nodes):
+            folder = cut(checkpoint, node.exits, output / node.name, weights=node.weights, companions=i == 0)
+            size = (folder / "model.safetensors").stat().st_size
+            shards.append({"node": node.name, "folder": str(folder), "exits": list(node.exits), "bytes": size})
+            progress(i + 1)
+    cost: list[Quality] = []
+    if tokenizer is not None:
+        from ruyi_flow.evaluation.quality import measure_quality
+
+        with counting_bar(quiet=as_json) as report:
+            cost = measure_quality(checkpoint, formats, prompts=prompts, text=text, report=report)
+    if as_json:
+        quality = [asdict(q) for q in cost]
+        print_json({"family": checkpoint.fingerprint, "shards": shards, **({"quality": quality} if cost else {})})
+        return
+    table = Table("node", "exits", "MB", "folder")
+    for item in shards:
+        table.add_row(item["node"], comma_list(item["exits"]), f"{item['bytes'] / 1e6:.1f}", item["folder"])  # type: ignore[arg-type,operator]
+    out.print(table)
+    if cost:
+        table = Table("weights", "same tokens", "of", "perplexity", title="loss of quality", title_justify="left")
+        for q in cost:
+            shown = "-" if q.perplexity is None else f"{q.perplexity:.2f}"
+            table.add_row(q.weights, f"{q.agreement:.3f}", str(q.tokens), shown)
+        out.print(table)
+        if text is None:
+            out.print("add --text FILE to measure the perplexity on a text")
+    elif formats:
+        out.print("the loss of quality was not measured: the family has no tokenizer.json")
+
+
+def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | None, text: Path | None) -> None:
+    """Check that the files to measure quality on can be read, before anything is cut.
+
+    Raises:
+        ConfigError: a file cannot be read, or the family has no tokenizer.
+    """
+    from ruyi_flow.calibration.trace import Scorer
+    from ruyi_flow.evaluation.scorers import read_questions
+
+    if tokenizer is None:
+        raise ConfigError(f"{checkpoint.folder}: has no tokenizer.json, which --prompts and --text need")
+    if prompts is not None and not list(read_questions(prompts, tokenizer, Scorer.AGREEMENT)):
+        raise ConfigError(f"{prompts}: contains no prompts")
+    if text is not None:
+        try:
+            text.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{text}: cannot be read as text: {error}") from None
+
+
+@app.command(rich_help_panel=Panel.RUN)
+def node(
+    name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
+    supervised: Annotated[bool, typer.Option(hidden=True, help="Drain the node when standard input ends.")] = False,
+) -> None:
+    """Run one node of a topology as a daemon on this machine.
+
+    SIGTERM or Ctrl-C drains the node: it takes no new sessions, and running ones
+    get its grace time; a second signal ends it at once. The standard gRPC health
+    service answers for '' and 'ruyi_flow.v1.Node'.
+    """
+    log_to_stderr(log_level, as_json=log_json, requests=not no_request_log, brief=supervised, node=name)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    began = time.monotonic()
+    loaded = load_topology(topology)
+    here = loaded.node(name)
+    if here.address is None:
+        raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
+    tracing = Tracing(trace, otlp, trace_share)
+    from ruyi_flow.transport.addresses import check_listen
+
+    require("torch")
+    asyncio.run(check_listen(here.address, name))  # before torch and the weights are loaded
+    from ruyi_flow.serving.engine import Engine
+    from ruyi_flow.serving.heap import tidy_heap
+    from ruyi_flow.serving.node import serve, stay_on_cores
+
+    stay_on_cores(here, str(topology))
+    tracer = tracing.tracer(name)
+    logger = logging.getLogger("ruyi_flow.serving.node")
+    with tidy_heap():
+        engine = Engine.load(loaded, name, where=str(topology))
+
+    async def run() -> None:
+        stop = on_signals()
+        if supervised:
+            on_end_of_input(stop)
+        async with serve(engine, tracer=tracer) as server:
+            gc.collect()
+            gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
+            status = engine.status()
+            logger.info(
+                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; %.0f MB resident",
+                name,
+                list(status.exits),
+                status.first_layer,
+                status.last_layer - 1,
+                status.parameters / 1e6,
+                status.dtype,
+                server.address,
+                time.monotonic() - began,
+                status.resident_bytes / 1e6,
+            )
+            await stop.wait()
+            logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
+        logger.info("stopped")
+
+    try:
+        asyncio.run(run())
+    finally:
+        tracer.close()
+
+
+@app.command(rich_help_panel=Panel.RUN)
+def up(
+    context: typer.Context,
+    file: TopologyArgument = None,
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Also run the HTTP server of ruyi-flow serve, in this process.")
+    ] = False,
+    port: PortOption = 8000,
+    policy: PolicyOption = None,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
+) -> None:
+    """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
+    require("torch")  # here rather than in every node's process
+    for name in ("port", "policy"):
+        if is_given(context, name) and not serve:
+            raise ConfigError(f"--{name} is for the HTTP server; add --serve")
+    server = ServerOptions(port=port, policies=policy) if serve else None
+    tracing = Tracing(trace, otlp, trace_share)
+    topology = file or topology
+    loaded, named = networked(topology), shortest(topology, "topology")
+    is_default = topology == default_topology()
+    options = tracing.begin()
+    options += ["--log-json"] * log_json + ["--no-request-log"] * no_request_log
+
+    def log_as_is(name: str, line: str) -> None:
+        err.print(Text(line), soft_wrap=True)
+
+    log = log_as_is if log_json else log_writer(loaded)
+
+    async def run() -> None:
+        from ruyi_flow.serving.supervisor import supervise
+
+<<<<<<< HEAD
+        async with AsyncExitStack() as stack:
             supervisor = await stack.enter_async_context(supervise(topology, loaded, log_writer(loaded), named=named))
+=======
+        async with supervise(topology, loaded, log, named=named, options=options) as supervisor:
+>>>>>>> h-traces
             stop = on_signals(supervisor.kill)
             if (
                 server is not None
