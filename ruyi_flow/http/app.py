@@ -18,9 +18,12 @@ from ruyi_flow import __version__
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.http.asking import Site
 from ruyi_flow.http.chat import chat_completions
+from ruyi_flow.http.completions import completions
 from ruyi_flow.http.errors import HttpError
 from ruyi_flow.http.events import JsonResponse, error_response
 from ruyi_flow.http.health import Health
+from ruyi_flow.http.responses import responses
+from ruyi_flow.http.tokenizing import tokenize
 from ruyi_flow.http.usage import Record
 
 __all__ = ["MAX_BODY_BYTES", "Gate", "application"]
@@ -61,6 +64,9 @@ def application(site: Site) -> Gate:
         app.add_api_route(path, answer, methods=["POST"], response_model=None)
 
     post("/v1/chat/completions", chat_completions)
+    post("/v1/completions", completions)
+    post("/v1/responses", responses)
+    post("/tokenize", tokenize)
 
     @app.get("/v1/models", response_model=None)
     async def models(request: Request) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +19,10 @@ from ruyi_flow.http.schemas import Asked, Body, parse_json
 from ruyi_flow.http.usage import Record, Usage
 from ruyi_flow.types import Event, Final, FinishReason, PromptTokens, Stats, Token
 
-__all__ = ["Answer", "Exchange", "Site", "finish_reason", "read_body", "stats_object", "token_details"]
+__all__ = ["Answer", "Exchange", "Site", "details_of", "finish_reason", "finite", "head_of", "read_body"]
+
+_LEAST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON does not have; as OpenAI and vLLM write it."""
 
 _LARGE_BODY = 64 * 1024
 """Bytes from which a body is parsed and checked in a thread, so that it does not stop the event loop."""
@@ -133,17 +136,27 @@ class Exchange:
         """Return `ruyi` of the whole reply: the statistics of its answer, or a list of those of several answers."""
         if not self.asked.details:
             return {}
-        stats = [stats_object(answer.final.stats) for answer in self.answers if answer.final is not None]
+        stats = [_stats_object(answer.final.stats) for answer in self.answers if answer.final is not None]
         return {"ruyi": {"stats": stats[0] if len(self.answers) == 1 else stats}}
 
 
-def stats_object(stats: Stats) -> dict[str, Any]:
-    """Return the statistics of an answer for JSON."""
-    return {**asdict(stats), "token_s": stats.token_s}
+def head_of(exchange: Exchange, kind: str) -> dict[str, Any]:
+    """Return the fields that begin a reply, or each chunk of a streamed one."""
+    return {
+        "id": exchange.id,
+        "object": kind,
+        "created": exchange.created,
+        "model": exchange.model,
+        "system_fingerprint": exchange.fingerprint,
+    }
 
 
-def token_details(token: Token, site: Site) -> dict[str, Any]:
-    """Return who decided a token, and why, for JSON."""
+def details_of(site: Site, asked: Asked, tokens: Sequence[Token]) -> dict[str, Any]:
+    """Return `ruyi` of tokens, if it was asked for: who decided each, and why."""
+    return {"ruyi": {"tokens": [_token_object(token, site) for token in tokens]}} if asked.details else {}
+
+
+def _token_object(token: Token, site: Site) -> dict[str, Any]:
     return {
         "id": token.id,
         "text": token.text,
@@ -157,9 +170,18 @@ def token_details(token: Token, site: Site) -> dict[str, Any]:
     }
 
 
+def _stats_object(stats: Stats) -> dict[str, Any]:
+    return {**asdict(stats), "token_s": stats.token_s}
+
+
 def finish_reason(final: Final) -> str:
     """Return OpenAI's word for why an answer ended."""
     return "length" if final.finish_reason is FinishReason.LENGTH else "stop"
+
+
+def finite(logprob: float) -> float:
+    """Return a log-probability that JSON can hold."""
+    return max(logprob, _LEAST_LOGPROB)
 
 
 async def read_body(request: Request, check: Callable[[Body], Any]) -> Any:

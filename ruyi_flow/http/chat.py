@@ -9,16 +9,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ruyi_flow.http.asking import Exchange, Site, finish_reason, read_body, token_details
+from ruyi_flow.http.asking import Exchange, Site, details_of, finish_reason, finite, head_of, read_body
 from ruyi_flow.http.events import DONE, EventStream, JsonResponse, event
 from ruyi_flow.http.schemas import Asked, chat_request
 from ruyi_flow.http.usage import Record
 from ruyi_flow.types import Final, Token
 
-__all__ = ["chat_completions", "finite", "text_bytes"]
-
-_LEAST_LOGPROB = -9999.0
-"""What stands for minus infinity, which JSON does not have; as OpenAI and vLLM write it."""
+__all__ = ["chat_completions"]
 
 
 async def chat_completions(site: Site, request: Request, record: Record) -> Response:
@@ -41,15 +38,15 @@ async def chat_completions(site: Site, request: Request, record: Record) -> Resp
                 "message": {"role": "assistant", "content": answer.final.text, "refusal": None},
                 "logprobs": _logprobs(asked, answer.tokens),
                 "finish_reason": finish_reason(answer.final),
-                **_details(site, asked, answer.tokens),
+                **details_of(site, asked, answer.tokens),
             }
         )
-    head = _head(exchange, "chat.completion")
+    head = head_of(exchange, "chat.completion")
     return JsonResponse({**head, "choices": choices, "usage": exchange.usage(), **exchange.details()})
 
 
 async def _chunks(site: Site, exchange: Exchange) -> AsyncGenerator[bytes, None]:
-    asked, head = exchange.asked, _head(exchange, "chat.completion.chunk")
+    asked, head = exchange.asked, head_of(exchange, "chat.completion.chunk")
     no_usage = {"usage": None} if asked.include_usage else {}
     shows_each = asked.details or "logprobs" in asked.options
     begun: set[int] = set()
@@ -60,7 +57,7 @@ async def _chunks(site: Site, exchange: Exchange) -> AsyncGenerator[bytes, None]
             "delta": delta,
             "logprobs": _logprobs(asked, tokens) if tokens else None,
             "finish_reason": None if end is None else finish_reason(end),
-            **(_details(site, asked, tokens) if tokens else {}),
+            **(details_of(site, asked, tokens) if tokens else {}),
         }
         is_last = end is not None and exchange.is_complete and not asked.include_usage
         return event({**head, "choices": [choice], **no_usage, **(exchange.details() if is_last else {})})
@@ -82,20 +79,6 @@ async def _chunks(site: Site, exchange: Exchange) -> AsyncGenerator[bytes, None]
     yield DONE
 
 
-def _head(exchange: Exchange, kind: str) -> dict[str, Any]:
-    return {
-        "id": exchange.id,
-        "object": kind,
-        "created": exchange.created,
-        "model": exchange.model,
-        "system_fingerprint": exchange.fingerprint,
-    }
-
-
-def _details(site: Site, asked: Asked, tokens: Sequence[Token]) -> dict[str, Any]:
-    return {"ruyi": {"tokens": [token_details(token, site) for token in tokens]}} if asked.details else {}
-
-
 def _logprobs(asked: Asked, tokens: Sequence[Token]) -> dict[str, Any] | None:
     if "logprobs" not in asked.options:
         return None
@@ -108,14 +91,9 @@ def _logprobs(asked: Asked, tokens: Sequence[Token]) -> dict[str, Any] | None:
 
 
 def _one(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": finite(logprob), "bytes": text_bytes(text)}
+    return {"token": text, "logprob": finite(logprob), "bytes": _bytes(text)}
 
 
-def finite(logprob: float) -> float:
-    """Return a log-probability that JSON can hold."""
-    return max(logprob, _LEAST_LOGPROB)
-
-
-def text_bytes(text: str) -> list[int] | None:
+def _bytes(text: str) -> list[int] | None:
     """Return a token's bytes; None for a part of a character, whose text does not tell them."""
     return None if "\ufffd" in text else list(text.encode())

@@ -16,8 +16,18 @@ from ruyi_flow.http.errors import HttpError
 from ruyi_flow.requests import MAX_LOGPROBS, MAX_STOPS, PromptInput, own_name
 from ruyi_flow.types import MAX_COUNT, is_text, to_token_id
 
-__all__ = ["MAX_CHOICES", "Asked", "chat_request", "completion_request", "parse_json", "responses_request"]
-__all__ += ["tokenize_request"]
+__all__ = [
+    "HARMLESS",
+    "MAX_CHOICES",
+    "Asked",
+    "ToTokenize",
+    "chat_request",
+    "completion_request",
+    "parse_json",
+    "refuse",
+    "responses_request",
+    "tokenize_request",
+]
 
 MAX_CHOICES = 128
 """Largest number of answers that one request may ask for: `n` for each of its prompts."""
@@ -158,6 +168,18 @@ class Asked:
     """The request itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class ToTokenize:
+    """A checked request for the tokens of a prompt."""
+
+    model: str | None
+    """The model's name, if the request has one; all names of a family have one tokenizer."""
+    prompt: PromptInput
+    """The prompt."""
+    raw: bool
+    """Whether it is encoded as it is, without the chat template."""
+
+
 def refuse(message: str, param: str | None, code: str | None = None) -> NoReturn:
     """Refuse a request for one of its fields.
 
@@ -221,9 +243,10 @@ def completion_request(body: Body, max_new_tokens: int) -> Asked:
     logprobs = _whole(body, "logprobs", 0, MAX_LOGPROBS)
     if logprobs is not None:
         options["logprobs"] = logprobs
-        if echo:
-            options["prompt_logprobs"] = logprobs
-    asked = _asked(body, _prompts(body.get("prompt")), options, echo=echo, drops_token=limit == 0)
+    prompts = _prompts(body.get("prompt"))
+    if echo and (logprobs is not None or not all(isinstance(prompt, str) for prompt in prompts)):
+        options["prompt_logprobs"] = logprobs or 0  # the entry node tells the text of token ids with them
+    asked = _asked(body, prompts, options, echo=echo, drops_token=limit == 0)
     if (best := _whole(body, "best_of", 1, _MAX_N)) is not None and best != asked.n:
         refuse(f"best_of is {best}; it must be the same as n ({asked.n}), since answers are not ranked", "best_of")
     return asked
@@ -244,27 +267,27 @@ def responses_request(body: Body, max_new_tokens: int) -> Asked:
     return _asked(body, [messages], options)
 
 
-def tokenize_request(body: Body) -> tuple[PromptInput, bool]:
+def tokenize_request(body: Body) -> ToTokenize:
     """Check a request for the tokens of a prompt.
-
-    Returns:
-        The prompt, and whether it is encoded as it is.
 
     Raises:
         HttpError: it has no prompt, or one that cannot be.
     """
-    messages, prompt = body.get("messages"), body.get("prompt")
+    model, messages, prompt = body.get("model"), body.get("messages"), body.get("prompt")
+    if model is not None:
+        model = _model_name(body)
     if (messages is None) == (prompt is None):
-        refuse("give either prompt or messages", "prompt")
-    if messages is not None:
-        return _messages(messages, "messages"), False
-    if not isinstance(prompt, str):
-        refuse(f"prompt is {shown(prompt)}; it must be a text", "prompt")
+        refuse("the request must have either prompt or messages", "prompt")
     if body.get("add_special_tokens") not in (None, True):
         refuse(
-            "add_special_tokens: false is not supported: prompts are encoded as answers need it", "add_special_tokens"
+            "add_special_tokens: false is not supported: a prompt is encoded as /v1/completions does",
+            "add_special_tokens",
         )
-    return prompt, True
+    if messages is not None:
+        return ToTokenize(model, _messages(messages, "messages"), False)
+    if not isinstance(prompt, str) or not is_text(prompt):
+        refuse(f"prompt is {shown(prompt)}; it must be a text", "prompt")
+    return ToTokenize(model, prompt, True)
 
 
 def _model_name(body: Body) -> str:
