@@ -1,0 +1,1 @@
+"""Clients that were written for OpenAI's server, against this one."""

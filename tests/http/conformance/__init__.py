@@ -1,0 +1,1 @@
+"""Requests that fit OpenAI's published schema, and what the server must answer."""
