@@ -233,7 +233,7 @@ def test_a_full_node_is_asked_again_when_it_says(endless: Path, tmp_path: Path) 
     freed = threading.Event()
     with serve_topology(cut_topology(endless, [[2], [4, 6]], limits=limits), tmp_path) as served:
         busy = patient(served).chat.completions.create(
-            model="endless", messages=HI, max_completion_tokens=LONG, stream=True
+            model="endless", messages=HI, temperature=0, max_completion_tokens=LONG, stream=True
         )
         next(busy)
 
@@ -261,7 +261,7 @@ def test_a_full_node_is_an_error_for_who_does_not_retry(endless: Path, tmp_path:
     with serve_topology(cut_topology(endless, [[2], [4, 6]], limits=limits), tmp_path) as served:
         client = patient(served)
         with client.chat.completions.create(
-            model="endless", messages=HI, max_completion_tokens=LONG, stream=True
+            model="endless", messages=HI, temperature=0, max_completion_tokens=LONG, stream=True
         ) as busy:
             next(iter(busy))
             for stream in (False, True):
@@ -274,7 +274,12 @@ def test_a_full_node_is_an_error_for_who_does_not_retry(endless: Path, tmp_path:
 def test_closing_a_stream_early_ends_its_work(far: tuple[Served, Relay]) -> None:
     served, _ = far
     client = patient(served)
-    options: dict[str, Any] = {"model": "endless@exact", "messages": HI, "max_completion_tokens": LONG}
+    options: dict[str, Any] = {
+        "model": "endless@exact",
+        "messages": HI,
+        "temperature": 0,
+        "max_completion_tokens": LONG,
+    }
     for n in (1, 3):
         with client.chat.completions.create(**options, n=n, stream=True) as stream:
             next(iter(stream))
@@ -284,7 +289,12 @@ def test_closing_a_stream_early_ends_its_work(far: tuple[Served, Relay]) -> None
 
 async def test_cancelling_a_task_ends_its_work(far: tuple[Served, Relay]) -> None:
     served, _ = far
-    options: dict[str, Any] = {"model": "endless@exact", "messages": HI, "max_completion_tokens": LONG}
+    options: dict[str, Any] = {
+        "model": "endless@exact",
+        "messages": HI,
+        "temperature": 0,
+        "max_completion_tokens": LONG,
+    }
     async with AsyncOpenAI(base_url=served.base_url, api_key="any", timeout=30, max_retries=0) as client:
         task = asyncio.create_task(client.chat.completions.create(**options))
         await until(lambda: all(served.sessions().values()))
@@ -298,7 +308,7 @@ def test_the_clients_own_timeout_ends_the_work(far: tuple[Served, Relay]) -> Non
     served, _ = far
     client = patient(served, timeout=0.7)
     with pytest.raises(openai.APITimeoutError):
-        client.chat.completions.create(model="endless@exact", messages=HI, max_completion_tokens=LONG)
+        client.chat.completions.create(model="endless@exact", messages=HI, temperature=0, max_completion_tokens=LONG)
     served.seconds_until_idle()
 
 
@@ -308,7 +318,12 @@ def test_the_servers_time_limit_is_not_asked_again(endless: Path, tmp_path: Path
     topology = cut_topology(endless, [[2], [4], [6]], limits={"max_positions": 200_000, "grace_s": 1})
     with serve_topology(topology, tmp_path, "--timeout", "1", relays={"n2": relay}) as served:
         http = httpx.Client(event_hooks={"response": [seen.append]}, trust_env=False)
-        options: dict[str, Any] = {"model": "endless@exact", "messages": HI, "max_completion_tokens": LONG}
+        options: dict[str, Any] = {
+            "model": "endless@exact",
+            "messages": HI,
+            "temperature": 0,
+            "max_completion_tokens": LONG,
+        }
         with OpenAI(base_url=served.base_url, api_key="any", max_retries=3, http_client=http) as client:
             with pytest.raises(openai.InternalServerError) as late:
                 client.chat.completions.create(**options)
@@ -327,11 +342,11 @@ def test_a_node_that_dies_in_the_middle_of_a_stream_is_an_error(far: tuple[Serve
     options: dict[str, Any] = {"model": "endless@exact", "stream": True}
     stream: Any
     if path == "chat":
-        stream = client.chat.completions.create(messages=HI, max_completion_tokens=LONG, **options)
+        stream = client.chat.completions.create(messages=HI, temperature=0, max_completion_tokens=LONG, **options)
     elif path == "completions":
-        stream = client.completions.create(prompt="hello", max_tokens=LONG, **options)
+        stream = client.completions.create(prompt="hello", temperature=0, max_tokens=LONG, **options)
     else:
-        stream = client.responses.create(input="hi", max_output_tokens=LONG, **options)
+        stream = client.responses.create(input="hi", temperature=0, max_output_tokens=LONG, **options)
     events: list[Any] = []
 
     def read() -> None:
