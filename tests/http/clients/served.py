@@ -36,6 +36,8 @@ class Served:
     """Where the server listens, without a path."""
     cluster: Cluster
     """The nodes."""
+    loop: asyncio.AbstractEventLoop
+    """The event loop of the nodes and of the relays before them."""
     log: list[str] = field(default_factory=list)
     """Lines that the server wrote."""
 
@@ -53,6 +55,22 @@ class Served:
         """Return the number of sessions that each node has."""
         return {name: len(engine.shard.capacity.leases) for name, engine in self.cluster.engines.items()}
 
+    def cut(self, relay: Relay, target: str | None = None) -> None:
+        """Abort every connection of a relay, which from then on may lead to another target.
+
+        Args:
+            relay: a relay before one of the nodes.
+            target: host:port that new connections are relayed to. Default: the same.
+        """
+
+        async def cut() -> None:
+            if target is not None:
+                host, _, port = target.rpartition(":")
+                relay._target = (host, int(port))
+            relay.cut()
+
+        asyncio.run_coroutine_threadsafe(cut(), self.loop).result()
+
     def seconds_until_idle(self, limit_s: float = 10.0) -> float:
         """Wait until no node has a session, and return how long that took."""
         began = time.monotonic()
@@ -63,7 +81,9 @@ class Served:
 
 
 @contextmanager
-def running_nodes(topology: Topology, relays: dict[str, Relay] | None = None) -> Iterator[Cluster]:
+def running_nodes(
+    topology: Topology, relays: dict[str, Relay] | None = None
+) -> Iterator[tuple[Cluster, asyncio.AbstractEventLoop]]:
     """Run all nodes of a topology on an event loop of their own, so that clients may block."""
     ready: Future[tuple[Cluster, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
@@ -89,7 +109,7 @@ def running_nodes(topology: Topology, relays: dict[str, Relay] | None = None) ->
     try:
         nodes, loop, stop = ready.result(timeout=START_S)
         try:
-            yield nodes
+            yield nodes, loop
         finally:
             loop.call_soon_threadsafe(stop.set)
     finally:
@@ -140,10 +160,10 @@ def serve_topology(
         arguments: further ones of `ruyi-flow serve`.
         relays: relays in front of nodes, by the node's name.
     """
-    with running_nodes(topology, relays) as nodes:
+    with running_nodes(topology, relays) as (nodes, loop):
         file = write_topology(nodes.topology, folder / "topology.yaml")
         with http_server(file, *arguments) as (url, lines):
-            yield Served(url, nodes, lines)
+            yield Served(url, nodes, loop, lines)
 
 
 def _address(fresh: SimpleQueue[str | None], lines: Sequence[str]) -> str:

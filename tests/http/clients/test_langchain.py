@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import openai
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
@@ -58,7 +60,8 @@ def test_a_stream_adds_up_to_the_answer(chat: Any, sdk: Client) -> None:
 async def test_an_asynchronous_batch(chat: Any, sdk: Client) -> None:
     questions = ["one", "two", "three", "four"]
     replies = await chat.abatch(questions)
-    assert [reply.content for reply in replies] == [sdk.generate(text, max_new_tokens=16).text for text in questions]
+    expected = [(await asyncio.to_thread(sdk.generate, text, max_new_tokens=16)).text for text in questions]
+    assert [reply.content for reply in replies] == expected
 
 
 def test_log_probabilities(chat: Any) -> None:
@@ -67,14 +70,13 @@ def test_log_probabilities(chat: Any) -> None:
 
 
 def test_a_choice_of_several(chat: Any) -> None:
-    [generations] = chat.bind(n=2, temperature=1.0, seed=3).generate([[HumanMessage("hi")]]).generations
+    [generations] = chat.generate([[HumanMessage("hi")]], n=2, temperature=1.0, seed=3).generations
     assert len({generation.text for generation in generations}) == 2
 
 
 def test_tools_are_refused_by_name(chat: Any) -> None:
-    with pytest.raises(Exception, match="tools") as refused:
+    with pytest.raises(openai.BadRequestError, match="tools"):
         chat.bind_tools([{"type": "function", "function": {"name": "now", "parameters": {}}}]).invoke("hi")
-    assert type(refused.value).__name__.endswith("BadRequestError")
 
 
 def test_completions_of_several_prompts(served: Served, sdk: Client) -> None:

@@ -33,7 +33,7 @@ def test_its_list_of_models(page: httpx.Client) -> None:
     assert all(isinstance(model.get("name", model["id"]), str) for model in models)
 
 
-@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer ", "Bearer sk-anything", "Basic YTpi"])
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer sk-anything", "Basic YTpi"])
 def test_no_key_is_asked_for(served: Served, key: str | None) -> None:
     headers = {} if key is None else {"authorization": key}
     assert httpx.get(f"{served.base_url}/models", headers=headers, trust_env=False).status_code == 200
@@ -57,7 +57,6 @@ def test_a_chat_of_the_page(page: httpx.Client, sdk: Client) -> None:
         "chat_id": "0b5c",
         "session_id": "9f",
         "features": {"web_search": False},
-        "user": {"name": "Anna", "id": "7", "email": "anna@example.org", "role": "admin"},
     }
     with page.stream("POST", "/chat/completions", json=body) as reply:
         assert reply.status_code == 200, reply.read()
@@ -72,6 +71,33 @@ def test_a_chat_of_the_page(page: httpx.Client, sdk: Client) -> None:
     ]
     assert text == sdk.generate(messages, max_new_tokens=20).text
     assert chunks[-1]["usage"]["completion_tokens"] == 20
+
+
+def test_a_chat_of_a_connection_that_asks_for_responses(page: httpx.Client, sdk: Client) -> None:
+    """The page rewrites a chat so when the connection's type of API is "responses"."""
+    body = {
+        "model": "spoken",
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hello"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "bye"}]},
+        ],
+        "instructions": "Be short.",
+        "temperature": 0,
+        "max_output_tokens": 20,
+        "stream": True,
+    }
+    reply = page.post("/responses", json=body).raise_for_status()
+    found = [json.loads(one) for one in events(reply.text)]
+    text = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "bye"},
+    ]
+    assert text == sdk.generate(messages, max_new_tokens=20).text
+    assert found[-1]["response"]["usage"]["output_tokens"] == 20
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
