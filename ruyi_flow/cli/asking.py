@@ -93,7 +93,9 @@ def demo(
         from ruyi_flow.client import AsyncClient
         from ruyi_flow.serving.supervisor import supervise
 
-        async with supervise(topology, loaded, log_writer(loaded), named=named) as supervisor:
+        async with supervise(
+            topology, loaded, log_writer(loaded), named=named, options=["--no-request-log"]
+        ) as supervisor:
             stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -30,6 +29,15 @@ from ruyi_flow.cli.options import (
     on_signals,
 )
 from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, serving
+from ruyi_flow.cli.telemetry import (
+    LogJsonOption,
+    NoRequestLogOption,
+    OtlpOption,
+    TraceOption,
+    TraceShareOption,
+    Tracing,
+    log_to_stderr,
+)
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology, shortest
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.extras import require
@@ -155,6 +163,11 @@ def node(
     name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
     topology: TopologyOption = DEFAULT_TOPOLOGY,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
     supervised: Annotated[bool, typer.Option(hidden=True, help="Drain the node when standard input ends.")] = False,
 ) -> None:
     """Run one node of a topology as a daemon on this machine.
@@ -163,20 +176,14 @@ def node(
     get its grace time; a second signal ends it at once. The standard gRPC health
     service answers for '' and 'ruyi_flow.v1.Node'.
     """
-    logging.basicConfig(
-        level=log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S"
-        if supervised
-        else None,  # `up` and `demo` print these lines in a terminal, where long ones wrap
-        stream=sys.stderr,
-    )
+    log_to_stderr(log_level, as_json=log_json, requests=not no_request_log, brief=supervised, node=name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     began = time.monotonic()
     loaded = load_topology(topology)
     here = loaded.node(name)
     if here.address is None:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
+    tracing = Tracing(trace, otlp, trace_share)
     from ruyi_flow.transport.addresses import check_listen
 
     require("torch")
@@ -186,6 +193,7 @@ def node(
     from ruyi_flow.serving.node import serve, stay_on_cores
 
     stay_on_cores(here, str(topology))
+    tracer = tracing.tracer(name)
     logger = logging.getLogger("ruyi_flow.serving.node")
     with tidy_heap():
         engine = Engine.load(loaded, name, where=str(topology))
@@ -194,7 +202,7 @@ def node(
         stop = on_signals()
         if supervised:
             on_end_of_input(stop)
-        async with serve(engine) as server:
+        async with serve(engine, tracer=tracer) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()
@@ -214,7 +222,10 @@ def node(
             logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
         logger.info("stopped")
 
-    asyncio.run(run())
+    try:
+        asyncio.run(run())
+    finally:
+        tracer.close()
 
 
 @app.command(rich_help_panel=Panel.RUN)
@@ -227,6 +238,11 @@ def up(
     ] = False,
     port: PortOption = 8000,
     policy: PolicyOption = None,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
     require("torch")  # here rather than in every node's process
@@ -234,19 +250,25 @@ def up(
         if is_given(context, name) and not serve:
             raise ConfigError(f"--{name} is for the HTTP server; add --serve")
     server = ServerOptions(port=port, policies=policy) if serve else None
+    tracing = Tracing(trace, otlp, trace_share)
     topology = file or topology
     loaded, named = networked(topology), shortest(topology, "topology")
     is_default = topology == default_topology()
+    options = tracing.begin()
+    options += ["--log-json"] * log_json + ["--no-request-log"] * no_request_log
+
+    def log_as_is(name: str, line: str) -> None:
+        err.print(Text(line), soft_wrap=True)
+
+    log = log_as_is if log_json else log_writer(loaded)
 
     async def run() -> None:
         from ruyi_flow.serving.supervisor import supervise
 
         async with AsyncExitStack() as stack:
-            supervisor = await stack.enter_async_context(supervise(topology, loaded, log_writer(loaded), named=named))
+            supervisor = await stack.enter_async_context(supervise(topology, loaded, log, named=named, options=options))
             stop = on_signals(supervisor.kill)
-            if (
-                server is not None
-            ):  # first: a port in use is told at once, and /ready tells which node is still starting
+            if server is not None:  # first: a port in use is told at once, and /ready tells which node still starts
                 await stack.enter_async_context(serving(loaded, server))
             await start_nodes(supervisor, stop)
             asked = "" if is_default else f" --topology {named}"

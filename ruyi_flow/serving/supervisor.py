@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -40,10 +40,20 @@ class Supervisor:
         topology: the same topology, loaded.
         log: called with (node name, line) for every line that a node prints.
         named: the topology as messages name it. Default: its path.
+        options: further options of every node's command.
     """
 
-    def __init__(self, path: Path, topology: Topology, log: Callable[[str, str], None], *, named: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        topology: Topology,
+        log: Callable[[str, str], None],
+        *,
+        named: str = "",
+        options: Sequence[str] = (),
+    ) -> None:
         self._path, self._topology, self._log, self._named = path, topology, log, named or str(path)
+        self._options = tuple(options)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._last_lines: dict[str, str] = {}
@@ -125,6 +135,7 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "ruyi_flow.cli", "node", name, "--topology", str(self._path)),
                 "--supervised",
+                *self._options,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -160,10 +171,15 @@ class Supervisor:
 
 @asynccontextmanager
 async def supervise(
-    path: Path, topology: Topology, log: Callable[[str, str], None], *, named: str = ""
+    path: Path,
+    topology: Topology,
+    log: Callable[[str, str], None],
+    *,
+    named: str = "",
+    options: Sequence[str] = (),
 ) -> AsyncIterator[Supervisor]:
     """Make a `Supervisor` for the block; all its nodes have ended when the block is left."""
-    supervisor = Supervisor(path, topology, log, named=named)
+    supervisor = Supervisor(path, topology, log, named=named, options=options)
     try:
         yield supervisor
     finally:

@@ -119,12 +119,20 @@ class RequestEntry:
 
 
 class JsonLines(logging.Formatter):
-    """Writes every log line as one JSON object; a request's line has its fields."""
+    """Writes every log line as one JSON object; a request's line has its fields.
+
+    Args:
+        about: fields of every line, for instance the node.
+    """
+
+    def __init__(self, **about: str) -> None:
+        super().__init__()
+        self._about = about
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": when, "level": record.levelname.lower(), "logger": record.name}
+        line = {"time": when, "level": record.levelname.lower(), "logger": record.name, **self._about}
         request = getattr(record, "request", None)
         line |= {"message": record.getMessage()} if request is None else {"request": request}
         if record.exc_info:
