@@ -55,7 +55,7 @@ class Node:
             RequestError: this is not the entry node.
         """
         answering, span = self._entry, current_span.get()
-        entry = RequestEntry(Path(self.engine.topology.family).name)
+        entry = RequestEntry(Path(self.engine.topology.family).name, id=span.trace_id)
         if span:
             span.set(**_about(request, entry.model))
         try:

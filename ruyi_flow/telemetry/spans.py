@@ -93,6 +93,11 @@ class Span:
         """The context to send to whoever continues the trace; empty if they decide by themselves."""
         return ""
 
+    @property
+    def trace_id(self) -> str:
+        """The trace's number in hexadecimal; empty if there is none."""
+        return self.traceparent[3:35]
+
     def __bool__(self) -> bool:
         """Whether it records."""
         return False

@@ -42,10 +42,11 @@ def topology(tmp_path: Path, tiny: Path) -> Path:
 class Up:
     """A running `ruyi-flow up`."""
 
-    def __init__(self, topology: Path, log: Path) -> None:
+    def __init__(self, topology: Path, log: Path, *options: str) -> None:
         self.topology, self.log = topology, log
+        command = [*COMMAND, "up", str(topology), *options]
         with log.open("wb") as file:
-            self.process = subprocess.Popen([*COMMAND, "up", str(topology)], stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
     def status(self) -> dict[str, dict[str, object]]:
         done = subprocess.run([*COMMAND, "status", "-t", str(self.topology), "--json"], capture_output=True, text=True)
@@ -81,8 +82,8 @@ def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def up(topology: Path) -> Iterator[Up]:
-    running = Up(topology, topology.with_suffix(".log"))
+def up(topology: Path, *options: str) -> Iterator[Up]:
+    running = Up(topology, topology.with_suffix(".log"), *options)
     try:
         until(lambda: "nodes serve" in running.log.read_text() or running.process.poll() is not None, 60)
         assert running.process.poll() is None, running.log.read_text()
@@ -92,6 +93,22 @@ def up(topology: Path) -> Iterator[Up]:
             running.process.kill()
         running.process.wait()
         until(lambda: not running.nodes())
+
+
+def test_the_nodes_of_up_share_one_trace_and_log_in_json(topology: Path) -> None:
+    trace = topology.with_name("trace.json")
+    with up(topology, "--trace", str(trace), "--log-json") as running:
+        assert len(running.ask()) == 12
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(30) == 0
+        lines = [json.loads(line) for line in running.log.read_text().splitlines() if line.startswith("{")]
+    (request,) = [line for line in lines if "request" in line]
+    assert request["node"] == "device" and request["request"]["new_tokens"] == 12
+    assert {line["node"] for line in lines} == {"device", "edge", "cloud"}
+    events = json.loads(trace.read_text().removesuffix(",\n") + "]")
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    slices = {(names[event["pid"]], event["name"]) for event in events if event["ph"] == "X"}
+    assert {("device", "request"), ("device", "prefill"), ("edge", "session"), ("cloud", "step")} <= slices
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
