@@ -194,6 +194,11 @@ class AsyncClient:
         """Whether the client has been used, so that it has connections or a loaded node."""
         return self._owner is not None and self._closing is None
 
+    @property
+    def engine(self) -> Engine | None:
+        """The node that runs in this process; None if there is none, or the client is not connected."""
+        return self._engine
+
     def __repr__(self) -> str:
         return f"AsyncClient({_describe(self.topology, self.is_connected, self._closing is not None)})"
 

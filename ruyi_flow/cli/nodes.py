@@ -187,7 +187,11 @@ def node(
     from ruyi_flow.transport.addresses import check_listen
 
     require("torch")
-    asyncio.run(check_listen(here.address, name))  # before torch and the weights are loaded
+    for address in (here.address, here.metrics):  # before torch and the weights are loaded
+        if address is not None:
+            asyncio.run(check_listen(address, name))
+    if here.metrics is not None:
+        require("prometheus_client")
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.serving.heap import tidy_heap
     from ruyi_flow.serving.node import serve, stay_on_cores

@@ -110,6 +110,8 @@ class Node(Model):
     """Label such as device, edge or cloud. Default: the node's name."""
     address: Address | None = None
     """host:port to listen on and to be reached at. A topology of one node needs none: its clients run the node."""
+    metrics: Address | None = None
+    """host:port where the node serves its metrics to Prometheus, as plain HTTP. Default: nowhere."""
     exits: tuple[Int, ...] = Field(min_length=1, max_length=1024)
     """Exits of the node's stages, ascending."""
     dtype: Dtype = "bfloat16"
@@ -408,18 +410,23 @@ class Topology(Model):
         )
 
     def _check_addresses(self, where: str) -> None:
-        if len(self.nodes) == 1:
-            return
-        seen: dict[str, int] = {}
+        seen: dict[str, str] = {}
         for i, node in enumerate(self.nodes):
-            if node.address is None:
+            if node.address is None and len(self.nodes) > 1:
                 raise ConfigError(f"{where}: nodes.{i}.address: node {node.name!r} needs an address (host:port)")
-            if node.address in seen and not node.address.endswith(":0"):
+            if node.address is None and node.metrics is not None:
                 raise ConfigError(
-                    f"{where}: nodes.{i}.address: {node.address} is already the address of nodes.{seen[node.address]}; "
-                    "pick another port"
+                    f"{where}: nodes.{i}.metrics: a node without an address runs inside its clients and serves no "
+                    "metrics; add an address, or remove the key"
                 )
-            seen[node.address] = i
+            for key, address in (("address", node.address), ("metrics", node.metrics)):
+                if address is None or address.endswith(":0"):
+                    continue
+                if address in seen:
+                    raise ConfigError(
+                        f"{where}: nodes.{i}.{key}: {address} is already used by {seen[address]}; pick another port"
+                    )
+                seen[address] = f"nodes.{i}.{key}"
 
 
 def resolve_path(path: str | Path, base: Path, where: str) -> Path:

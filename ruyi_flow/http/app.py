@@ -92,6 +92,11 @@ def application(site: Site) -> Gate:
         _record(request, "/ready")
         return await health.ready()
 
+    @app.get("/metrics", response_model=None)
+    async def metrics(request: Request) -> Response:
+        _record(request, "/metrics")
+        return health.metrics(request.headers.get("accept", ""))
+
     async def on_error(request: Request, error: Exception) -> Response:
         return error_response(_of_route(request, error), request.scope["record"])
 

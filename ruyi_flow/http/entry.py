@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, RuyiFlowError
 from ruyi_flow.requests import PromptInput
 from ruyi_flow.types import Event, NodeStatus, Tokenized
+
+if TYPE_CHECKING:
+    from ruyi_flow.serving.engine import Engine
 
 __all__ = ["AT_ONCE", "Ask", "EntryNodes"]
 
@@ -84,6 +87,11 @@ class EntryNodes:
         finally:
             answers.cancel()
             await asyncio.wait({answers})
+
+    @property
+    def engine(self) -> Engine | None:
+        """The node that runs in this process, if the topology's one node has no address."""
+        return self._client.engine
 
     async def tokenize(self, prompt: PromptInput, *, raw: bool) -> Tokenized:
         """Return a prompt's tokens.

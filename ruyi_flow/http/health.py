@@ -1,11 +1,15 @@
-"""/health says that the server is alive, /ready that every node serves, or which does not."""
+"""/health says that the server is alive, /ready that every node serves or which does not, /metrics what it counts."""
 
 from __future__ import annotations
 
 import asyncio
 
+from starlette.responses import Response
+
 from ruyi_flow.http.asking import Site
 from ruyi_flow.http.events import JsonResponse
+from ruyi_flow.telemetry import names
+from ruyi_flow.telemetry.exposition import make_registry, node_gauges, page
 
 __all__ = ["Health"]
 
@@ -26,10 +30,24 @@ class Health:
         """Whether the server takes no new requests."""
         self._asking: asyncio.Task[dict[str, str]] | None = None
         self._asked_at = 0.0
+        usage, engine = site.usage, site.entry.engine
+        counters = usage.counters.all if engine is None else [*usage.counters.all, *engine.counters.all]
+        self._registry = make_registry(
+            counters,
+            lambda: {
+                names.HTTP_RUNNING: ((), usage.running),
+                **({} if engine is None else node_gauges(engine.status())),
+            },
+        )
 
     async def health(self) -> JsonResponse:
         """Say that the server is alive."""
         return JsonResponse({"status": "ok"})
+
+    def metrics(self, accept: str) -> Response:
+        """Return the server's metrics, and those of a node that runs in its process."""
+        body, content_type = page(self._registry, accept)
+        return Response(body, headers={"content-type": content_type})
 
     async def ready(self) -> JsonResponse:
         """Say whether every node of the topology serves."""

@@ -7,9 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ruyi_flow.http.access import Caller
+from ruyi_flow.telemetry.counters import ServerCounters
 from ruyi_flow.types import Event, Final, Stats, Token
 
 __all__ = ["Record", "Usage"]
+
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""The methods that counters tell apart."""
 
 
 @dataclass(slots=True)
@@ -76,9 +80,11 @@ class Record:
 
 
 class Usage:
-    """Counts requests. Metrics and the request log hang here."""
+    """Counts requests."""
 
     def __init__(self) -> None:
+        self.counters = ServerCounters()
+        """What `/metrics` tells."""
         self.running = 0
         """Number of requests that have begun and not ended."""
 
@@ -90,3 +96,14 @@ class Usage:
         """Note that a request has ended, however it did; it is called once for each."""
         self.running -= 1
         record.total_s = time.perf_counter() - record.began
+        counters, route = self.counters, record.endpoint
+        counters.requests.add(route, record.method if record.method in _METHODS else "other", record.status)
+        counters.request_s.observe(record.total_s, route)
+        if record.is_disconnected:
+            counters.disconnects.add(route)
+        if record.first_token_s is not None:
+            counters.first_token_s.observe(record.first_token_s)
+        if record.stats:
+            counters.prompt_tokens.add(amount=record.prompt_tokens)
+        for (node, exit), count in record.new_tokens.items():
+            counters.tokens.add(node, exit, amount=count)

@@ -7,7 +7,7 @@ Only the entry node's chain proposes: it drafts with its first branch.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import NamedTuple, TypeVar
 
 from ruyi_flow.errors import WireError
@@ -22,7 +22,7 @@ from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.telemetry import spans
 from ruyi_flow.telemetry.spans import NO_SPAN, Attribute, Span
-from ruyi_flow.types import Block, Decision, Hop, Likelihood, Verdict
+from ruyi_flow.types import Block, Decision, Hop, Likelihood, Reason, Verdict
 
 __all__ = ["PART", "Chain", "Round", "decode"]
 
@@ -61,6 +61,8 @@ class Chain:
         costs: the entry node's drafting costs; default: the session's own.
         clock: where it waits.
         span: the session's span on this node; its steps, hops and rounds become parts of it.
+        verify: called for each token of a branch here that the family's last exit was asked about: the branch's exit,
+            its confidence, and whether the last exit decided the same token. Default: nobody wants to know.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Chain:
         costs: DraftCosts | None = None,
         clock: Clock = REAL_CLOCK,
         span: Span = NO_SPAN,
+        verify: Callable[[int, float, bool], None] | None = None,
     ) -> None:
+        self._verify = None if session.params.temperature else verify  # calibration is about the most probable token
         self._session, self._worker, self._node, self._clock = session, worker, node, clock
         self.span = span
         """What the chain works for now: the session, or one of its rounds."""
@@ -349,7 +353,10 @@ class Chain:
             if reason is not None:
                 last.decide_all(reason)
         for walk in reversed(walks):
+            is_deeper = bool(decisions)
             decisions = walk.merge(decisions)
+            if is_deeper and self._verify is not None:
+                self._compare(walk, decisions)
         if session.params.logprobs is not None and decisions:
             decisions = session.with_likelihoods(decisions, [look.position for look in first.looks])
         if first.looks:
@@ -360,6 +367,13 @@ class Chain:
                 session.rewind(kept)
             self._next.settle(kept)
         return decisions, hops
+
+    def _compare(self, walk: Walk, decisions: Sequence[Decision]) -> None:
+        """Compare a branch's tokens with what the family's last exit decided in their places, where it did."""
+        assert self._verify is not None
+        for look, decision in zip(walk.looks, decisions, strict=False):
+            if look.token is not None and decision.reason is Reason.DEEPEST and decision.exit != walk.exit:
+                self._verify(walk.exit, look.confidence, look.token == decision.token)
 
     async def _draft_ahead(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
         """Return the answer; until it arrives, draft past the question with the first branch while that pays."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ruyi_flow.errors import CapacityError, NodeUnavailable, RequestError
+from ruyi_flow.errors import CapacityError, NodeUnavailable, RequestError, RuyiFlowError
 from ruyi_flow.loop.admission import Admission
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock
@@ -16,6 +16,7 @@ from ruyi_flow.loop.steps import Worker
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.drafting import DraftCosts
 from ruyi_flow.routing.policy import Policy
+from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.types import Reason, Stage
 
@@ -49,6 +50,10 @@ class Limits(Protocol):
         ...
 
 
+_REFUSALS = {NodeUnavailable: "draining", CapacityError: "full", RequestError: "too_large"}
+"""Why a session is refused, by the class of the error."""
+
+
 class FrontDoor:
     """Takes sessions in on one node.
 
@@ -61,6 +66,7 @@ class FrontDoor:
         row_bytes: bytes of one position on the link to the next node.
         ahead: number of positions that a session may upload before anything is asked about them.
         clock: where it waits.
+        counters: where admissions, refusals and verified drafts are counted. Default: nowhere.
     """
 
     def __init__(
@@ -74,7 +80,9 @@ class FrontDoor:
         row_bytes: int = 0,
         ahead: int = 0,
         clock: Clock = REAL_CLOCK,
+        counters: NodeCounters | None = None,
     ) -> None:
+        self._counters = counters
         self.draining = False
         """Whether the node takes no new sessions."""
         self._name, self._limits, self._stages, self._worker = name, limits, stages, worker
@@ -101,6 +109,21 @@ class FrontDoor:
             CapacityError: the node is full.
             RequestError: the session needs more than the node has in all.
         """
+        if self._counters is None:
+            return await self._open(opening, timeout_s)
+        came = self._clock.now()
+        try:
+            chain = await self._open(opening, timeout_s)
+        except RuyiFlowError as error:
+            cause = next((cause for kind, cause in _REFUSALS.items() if isinstance(error, kind)), None)
+            if cause is not None:
+                self._counters.refusals.add(cause)
+            raise
+        self._counters.admissions.add()
+        self._counters.queue_s.observe(self._clock.now() - came)
+        return chain
+
+    async def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
         self._check_open()
         capacity = self._stages.capacity
         total = capacity.pool.num_positions
@@ -141,6 +164,7 @@ class FrontDoor:
             costs=self._costs,
             clock=self._clock,
             span=span,
+            verify=None if self._counters is None else self._counters.verify,
         )
 
     def _check_open(self) -> None:

@@ -70,11 +70,13 @@ class Pass:
         wants: the positions among them whose next token is wanted, ascending.
     """
 
-    __slots__ = ("error", "found", "looks", "rows", "session", "stage", "states", "wants")
+    __slots__ = ("count", "error", "found", "looks", "rows", "session", "stage", "states", "wants")
 
     def __init__(self, session: Session, stage: int, states: States, wants: Sequence[int]) -> None:
         self.session, self.stage, self.states, self.wants = session, stage, states, wants
-        self.rows: int = states.shape[0]
+        self.count: int = states.shape[0]
+        """Number of its rows."""
+        self.rows = self.count
         """Number of rows that have not run yet."""
         self.looks = session.runs_branch(stage)
         """Whether the stage's branch runs on these rows."""
@@ -82,6 +84,11 @@ class Pass:
         """A token and a confidence for each wanted position that has run; None where the branch does not run."""
         self.error: Exception | None = None
         """Why the pass cannot go on."""
+
+    @property
+    def exit(self) -> int:
+        """The exit that ends the stage."""
+        return self.session.stages.exits[self.stage]
 
     def take(self, count: int) -> States:
         """Remove the next rows and return their states."""

@@ -16,6 +16,7 @@ import torch
 
 from ruyi_flow.errors import NodeUnavailable
 from ruyi_flow.loop.steps import Job, Steps, Task, drive, run_alone, run_parts
+from ruyi_flow.telemetry.counters import StepCounters
 
 __all__ = ["InlineWorker", "ThreadWorker"]
 
@@ -50,9 +51,16 @@ class ThreadWorker:
     Args:
         threads: CPU threads of torch in the compute thread. Default: torch's own.
         budget: positions of a step.
+        counters: where the steps of the compute thread and of the event loop are counted. Default: nowhere.
     """
 
-    def __init__(self, threads: int | None = None, budget: int = 256) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        budget: int = 256,
+        counters: tuple[StepCounters, StepCounters] | None = None,
+    ) -> None:
+        self._thread_steps, self._loop_steps = counters or (StepCounters(), StepCounters())
         self._inbox: SimpleQueue[Job | Callable[[], object] | None] = SimpleQueue()
         self._steps = Steps(budget, self._ended, self._failed)
         self._thread = Thread(target=self._work, args=(threads,), name="compute", daemon=True)
@@ -80,8 +88,10 @@ class ThreadWorker:
             running = run_alone(task)
             try:
                 while spent < _BRIEF_S:
+                    before = spent
                     work = next(running)
                     spent = time.perf_counter() - began
+                    self._loop_steps.ran(work.exit, spent - before, work.count)
             except StopIteration as ended:
                 self._brief_s = time.perf_counter() - began
                 return ended.value, 0.0, self._brief_s
@@ -120,9 +130,12 @@ class ThreadWorker:
             steps.forget_cancelled()
             parts = steps.next()
             if parts:
+                rows, exit = sum(count for _, count in parts), parts[0][0].running.exit
                 began = time.perf_counter()
                 run_parts(parts)
-                steps.ran(time.perf_counter() - began)
+                took_s = time.perf_counter() - began
+                self._thread_steps.ran(exit, took_s, rows)
+                steps.ran(took_s)
 
     def _ended(self, job: Job, result: object) -> None:
         if job.brief and self._lent:

@@ -13,12 +13,14 @@ from dataclasses import replace
 
 from ruyi_flow.errors import NodeUnavailable, RequestError
 from ruyi_flow.family.tokenizer import PromptEncoder
-from ruyi_flow.loop.chain import Chain, Round, decode
+from ruyi_flow.loop.chain import Chain, decode
 from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.serving.answer_text import AnswerText, TokenTexts
+from ruyi_flow.serving.totals import Totals
+from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
-from ruyi_flow.types import Event, Final, FinishReason, Hop, Likelihood, Mode, PromptTokens, Stats, Tokenized
+from ruyi_flow.types import Event, Final, FinishReason, Likelihood, Mode, PromptTokens, Tokenized
 
 __all__ = ["Answering"]
 
@@ -34,6 +36,8 @@ class Answering:
         routing: the routing of requests that set none.
         node_of: the node of every exit.
         max_draft: largest number of drafts that fit into one message on every link.
+        tier_of: the tier of every node. Default: nodes have none.
+        counters: where answers are counted. Default: nowhere that anyone reads.
     """
 
     def __init__(
@@ -46,7 +50,11 @@ class Answering:
         routing: Routing,
         node_of: Mapping[int, str],
         max_draft: int,
+        tier_of: Mapping[str, str] | None = None,
+        counters: NodeCounters | None = None,
     ) -> None:
+        self._counters = counters or NodeCounters()
+        self._place_of = {p: (node, (tier_of or {}).get(node, "")) for p, node in node_of.items()}
         self._open, self._prompts, self._routing = open, prompts, routing
         self._fingerprint, self._eos_token_ids = fingerprint, eos_token_ids
         self._node_of, self._max_draft = node_of, max_draft
@@ -77,52 +85,55 @@ class Answering:
             NodeError: a node cannot serve the request.
         """
         began = time.perf_counter()
-        policy = self._policy(request)
-        with current_span.get().child("tokenize"):
-            prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
-        params = self._sampling(request.sampling, self._prompts.context - len(prompt))
-        text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
-        opening = SessionOpen(
-            max_positions=len(prompt) + params.max_new_tokens,
-            prompt_length=len(prompt),
-            sampling=params,
-            policy=policy,
-        )
-        left = None if timeout_s is None else max(0.001, timeout_s - (time.perf_counter() - began))
-        chain = await self._open(opening, left)
-        totals, finish = _Totals(), FinishReason.LENGTH
-        try:
-            async with aclosing(decode(chain, prompt, params.max_new_tokens)) as rounds:
-                async for settled in rounds:
-                    after_s = time.perf_counter() - began
-                    bytes_up = totals.add(settled, after_s)
-                    if params.prompt_logprobs is not None and not totals.new_tokens:
-                        yield await self._prompt_tokens(prompt, settled.prompt)
-                    for decision in settled.decisions:
-                        totals.new_tokens += 1
-                        text.push(decision, after_s, bytes_up)
-                        bytes_up = 0
-                        if decision.token in (params.eos_token_ids or ()):
-                            finish = FinishReason.EOS
-                        elif text.stopped:
-                            finish = FinishReason.STOP
+        with Totals(self._counters, self._place_of) as totals:
+            policy = self._policy(request)
+            with current_span.get().child("tokenize"):
+                prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
+            params = self._sampling(request.sampling, self._prompts.context - len(prompt))
+            text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
+            opening = SessionOpen(
+                max_positions=len(prompt) + params.max_new_tokens,
+                prompt_length=len(prompt),
+                sampling=params,
+                policy=policy,
+            )
+            left = None if timeout_s is None else max(0.001, timeout_s - (time.perf_counter() - began))
+            chain = await self._open(opening, left)
+            finish = FinishReason.LENGTH
+            try:
+                async with aclosing(decode(chain, prompt, params.max_new_tokens)) as rounds:
+                    async for settled in rounds:
+                        after_s = time.perf_counter() - began
+                        bytes_up = totals.add(settled, after_s)
+                        if params.prompt_logprobs is not None and not totals.new_tokens:
+                            yield await self._prompt_tokens(prompt, settled.prompt)
+                        for decision in settled.decisions:
+                            totals.add_token(decision)
+                            text.push(decision, after_s, bytes_up)
+                            bytes_up = 0
+                            if decision.token in (params.eos_token_ids or ()):
+                                finish = FinishReason.EOS
+                            elif text.stopped:
+                                finish = FinishReason.STOP
+                                break
+                        released = text.release(self._node_of)
+                        for token in released:
+                            yield token
+                        if (
+                            not released
+                        ):  # without a message to write, brief steps would keep the event loop to themselves
+                            await asyncio.sleep(0)
+                        if finish is not FinishReason.LENGTH:
                             break
-                    released = text.release(self._node_of)
-                    for token in released:
-                        yield token
-                    if not released:  # without a message to write, brief steps would keep the event loop to themselves
-                        await asyncio.sleep(0)
-                    if finish is not FinishReason.LENGTH:
-                        break
-        finally:
-            await chain.close()
-        for token in text.finish(self._node_of):
-            yield token
-        if text.stopped and finish is FinishReason.LENGTH:
-            finish = FinishReason.STOP
-        total_s = time.perf_counter() - began
-        seed = params.seed if params.temperature else None
-        yield Final(finish, text.text, totals.stats(len(prompt), total_s, seed))
+            finally:
+                await chain.close()
+            for token in text.finish(self._node_of):
+                yield token
+            if text.stopped and finish is FinishReason.LENGTH:
+                finish = FinishReason.STOP
+            total_s = time.perf_counter() - began
+            seed = params.seed if params.temperature else None
+            yield Final(finish, text.text, totals.end(finish, len(prompt), total_s, seed))
 
     async def _prompt_tokens(self, prompt: Sequence[int], likelihoods: Sequence[Likelihood]) -> PromptTokens:
         if len(likelihoods) != len(prompt) - 1:
@@ -149,35 +160,3 @@ class Answering:
         if given.stop and self._prompts.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this family has none")
         return given.completed(eos_token_ids=self._eos_token_ids, room=room)
-
-
-class _Totals:
-    """Sums over the rounds of an answer."""
-
-    def __init__(self) -> None:
-        self.new_tokens = self._drafted = self._accepted = self._escalations = 0
-        self._first_token_s = 0.0
-        self._hops: dict[str, Hop] = {}
-
-    def add(self, settled: Round, after_s: float) -> int:
-        """Add a round that ended at this time, and return the bytes that it sent upward."""
-        self._drafted += settled.drafted
-        self._accepted += settled.accepted
-        self._escalations += len(settled.hops) > 1
-        self._first_token_s = self._first_token_s or after_s
-        for hop in settled.hops:
-            self._hops.setdefault(hop.node, Hop(hop.node)).add(hop)
-        return sum(hop.bytes_up for hop in settled.hops)
-
-    def stats(self, prompt_tokens: int, total_s: float, seed: int | None) -> Stats:
-        return Stats(
-            prompt_tokens=prompt_tokens,
-            new_tokens=self.new_tokens,
-            first_token_s=self._first_token_s,
-            total_s=total_s,
-            seed=seed,
-            drafted=self._drafted,
-            accepted=self._accepted,
-            escalations=self._escalations,
-            hops=tuple(self._hops.values()),
-        )

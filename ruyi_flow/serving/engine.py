@@ -26,6 +26,7 @@ from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.runtime.worker import ThreadWorker
 from ruyi_flow.serving.answering import Answering
+from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.transport.blocks import rows_in
 from ruyi_flow.transport.link import FRAME_BYTES, LinkMeter
@@ -48,11 +49,20 @@ class Engine:
         checkpoint: the family, or the node's shard.
         shard: the node's stages.
         worker: runs them.
+        counters: what the node counts.
     """
 
     def __init__(
-        self, topology: Topology, name: str, *, checkpoint: Checkpoint, shard: Shard, worker: ThreadWorker
+        self,
+        topology: Topology,
+        name: str,
+        *,
+        checkpoint: Checkpoint,
+        shard: Shard,
+        worker: ThreadWorker,
+        counters: NodeCounters,
     ) -> None:
+        self.counters = counters
         self.topology, self.name, self.checkpoint, self.shard, self.worker = topology, name, checkpoint, shard, worker
         self.node = topology.node(name)
         self._next = topology.next_of(name)
@@ -73,6 +83,7 @@ class Engine:
             connect=None if self._next is None else self._connect,
             row_bytes=row_bytes,
             ahead=topology.ahead_of(name, row_bytes),
+            counters=counters,
         )
         self._max_draft = min(rows, default=2**31) - 1  # drafts and the position before them travel in one message
 
@@ -145,8 +156,9 @@ class Engine:
                 f"{where}: node {name!r}: limits.max_positions: there is not enough memory for the KV cache of "
                 f"{limits.max_positions} positions: {str(error).splitlines()[0]}"
             ) from None
-        worker = ThreadWorker(threads, limits.max_step_positions)
-        return cls(topology, name, checkpoint=checkpoint, shard=shard, worker=worker)
+        counters = NodeCounters()
+        worker = ThreadWorker(threads, limits.max_step_positions, counters.steps)
+        return cls(topology, name, checkpoint=checkpoint, shard=shard, worker=worker, counters=counters)
 
     def answering(self) -> Answering:
         """Return the answers of this node to users; it must be the entry node.
@@ -164,6 +176,8 @@ class Engine:
             routing=self.topology.routing(),
             node_of={p: node.name for node in self.topology.nodes for p in node.exits},
             max_draft=self._max_draft,
+            tier_of={node.name: node.label for node in self.topology.nodes},
+            counters=self.counters,
         )
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
@@ -276,6 +290,13 @@ class Engine:
         def make(policy: Policy) -> Stage:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
             asked = replace(onward, policy=policy)
-            return RemoteStage(peer, asked, timeout_s=link.timeout_s, session_timeout_s=left, traceparent=traceparent)
+            return RemoteStage(
+                peer,
+                asked,
+                timeout_s=link.timeout_s,
+                session_timeout_s=left,
+                traceparent=traceparent,
+                counters=self.counters.link,
+            )
 
         return make

@@ -12,6 +12,7 @@ import psutil
 
 from ruyi_flow.config import topology
 from ruyi_flow.errors import ConfigError, RequestError
+from ruyi_flow.extras import needed_by
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.serving.answering import Answering
 from ruyi_flow.serving.engine import Engine
@@ -149,24 +150,50 @@ async def serve(engine: Engine, *, address: str | None = None, tracer: Tracer = 
     Raises:
         NodeError: the node cannot listen there.
     """
-    node, leases = engine.node, engine.shard.capacity.leases
+    node = engine.node
     address = address or str(node.address)
     await check_listen(address, node.name)
     service = await asyncio.to_thread(Node, engine)  # it reads the tokenizer's files
-    server = Server(service, address, max_message_bytes=node.limits.max_message_bytes, tracer=tracer)
-    engine.worker.lend()
-    await server.start()
+    async with _metrics(engine):
+        server = Server(service, address, max_message_bytes=node.limits.max_message_bytes, tracer=tracer)
+        engine.worker.lend()
+        await server.start()
+        try:
+            yield server
+        finally:
+            await _stop(engine, server)
+
+
+@asynccontextmanager
+async def _metrics(engine: Engine) -> AsyncIterator[None]:
+    """Serve the node's metrics while the block lasts, if the topology says where."""
+    node = engine.node
+    if node.metrics is None:
+        yield
+        return
+    with needed_by("metrics of a node"):
+        from ruyi_flow.telemetry.exposition import make_registry, node_gauges, serve_page
+
+    registry = make_registry(engine.counters.all, lambda: node_gauges(engine.status()))
+    serving = serve_page(node.metrics, registry, f"node {node.name!r}: metrics")
+    await asyncio.to_thread(serving.__enter__)  # starting and ending its thread takes a moment
     try:
-        yield server
+        yield
     finally:
-        engine.front_door.draining = True
-        await server.refuse()
-        if not await _idle(engine, node.limits.grace_s):
-            logger.warning("cancelling %d sessions after %g s of grace", len(leases), node.limits.grace_s)
-        await server.stop()
-        await _idle(engine, _LAST_STEP_S)  # a cancelled session ends with the step that is running
-        await engine.close()
-        engine.shard.capacity.check_integrity()
+        await asyncio.to_thread(serving.__exit__, None, None, None)
+
+
+async def _stop(engine: Engine, server: Server) -> None:
+    """Drain a node and stop its server."""
+    node, leases = engine.node, engine.shard.capacity.leases
+    engine.front_door.draining = True
+    await server.refuse()
+    if not await _idle(engine, node.limits.grace_s):
+        logger.warning("cancelling %d sessions after %g s of grace", len(leases), node.limits.grace_s)
+    await server.stop()
+    await _idle(engine, _LAST_STEP_S)  # a cancelled session ends with the step that is running
+    await engine.close()
+    engine.shard.capacity.check_integrity()
 
 
 async def _idle(engine: Engine, timeout_s: float) -> bool:

@@ -12,6 +12,7 @@ import grpc
 
 from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.requests import SessionOpen
+from ruyi_flow.telemetry.counters import LinkCounters
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
@@ -38,6 +39,7 @@ class RemoteStage:
         timeout_s: seconds that one answer may take.
         session_timeout_s: seconds that the whole session may take. Default: no limit.
         traceparent: the context of the trace that the session belongs to. Default: none.
+        counters: where the traffic is counted. Default: nowhere.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class RemoteStage:
         timeout_s: float,
         session_timeout_s: float | None = None,
         traceparent: str = "",
+        counters: LinkCounters | None = None,
     ) -> None:
+        self._counters = counters
         self._peer, self._opening, self._traceparent = peer, opening, traceparent
         self._timeout_s, self._session_timeout_s = timeout_s, session_timeout_s
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
@@ -99,9 +103,12 @@ class RemoteStage:
         mine = hops[0]
         mine.messages += len(verdicts)
         mine.positions += self._fed_positions + len(block.token_ids)
-        mine.bytes_up += self._fed_bytes + sum(map(len, messages))
+        bytes_up = self._fed_bytes + sum(map(len, messages))
+        mine.bytes_up += bytes_up
         mine.bytes_down += bytes_down
         mine.wire_s += max(0.0, time.perf_counter() - began - elapsed_s)
+        if self._counters is not None:
+            self._counters.exchanged(self._peer.name, messages=len(verdicts), bytes_up=bytes_up, bytes_down=bytes_down)
         self._fed_positions = self._fed_bytes = 0
         prompt = tuple(one for verdict in verdicts for one in verdict.prompt)
         return Verdict(verdicts[-1].decisions, hops, prompt)

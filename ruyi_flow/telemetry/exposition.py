@@ -1,0 +1,191 @@
+"""Metrics as Prometheus reads them: the counters become samples when they are asked for, and a node has a page."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from ruyi_flow.errors import ConfigError
+from ruyi_flow.telemetry import names
+from ruyi_flow.telemetry.counters import Counter, Histogram
+from ruyi_flow.telemetry.names import Kind, Metric
+from ruyi_flow.types import NodeStatus
+
+__all__ = ["Gauges", "make_registry", "node_gauges", "page", "serve_page"]
+
+Gauges = Callable[[], Mapping[Metric, tuple[tuple[str, ...], float]]]
+"""Returns the gauges of this moment: the values of each one's labels, and its value."""
+
+_REQUEST_S = 10.0
+"""Seconds that a reader of a node's page may take to send its request."""
+
+
+class _Counters(Collector):
+    """Turns counters and histograms into samples.
+
+    Args:
+        counters: what is counted; several of one metric are added up.
+        gauges: returns the gauges.
+    """
+
+    def __init__(self, counters: Sequence[Counter | Histogram], gauges: Gauges) -> None:
+        self._counters, self._gauges = counters, gauges
+
+    def collect(self) -> Iterable[Any]:
+        """Return the metrics of this moment."""
+        for metric, (labels, value) in self._gauges().items():
+            gauge = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+            gauge.add_metric(labels, value)
+            yield gauge
+        by_metric: dict[str, list[Counter | Histogram]] = {}
+        for one in self._counters:
+            by_metric.setdefault(one.metric.name, []).append(one)
+        for same in by_metric.values():
+            yield _histogram(same) if same[0].metric.kind is Kind.HISTOGRAM else _counter(same)
+
+
+def _counter(same: Sequence[Any]) -> CounterMetricFamily:
+    metric: Metric = same[0].metric
+    sums: dict[tuple[str, ...], float] = {} if metric.labels else {(): 0.0}
+    for one in same:
+        for labels, value in list(one.values.items()):
+            key = tuple(map(str, labels))
+            sums[key] = sums.get(key, 0) + value
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for key, value in sums.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _histogram(same: Sequence[Any]) -> HistogramMetricFamily:
+    metric: Metric = same[0].metric
+    size = len(metric.buckets) + 1
+    sums: dict[tuple[str, ...], tuple[list[int], float]] = {} if metric.labels else {(): ([0] * size, 0.0)}
+    for one in same:
+        for labels, row in list(one.rows.items()):
+            key = tuple(map(str, labels))
+            counts, total = sums.get(key, ([0] * size, 0.0))
+            sums[key] = ([a + b for a, b in zip(counts, row.counts, strict=True)], total + row.sum)
+    family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    bounds = [*(f"{bound:g}" for bound in metric.buckets), "+Inf"]
+    for key, (counts, total) in sums.items():
+        buckets, before = [], 0
+        for bound, count in zip(bounds, counts, strict=True):
+            before += count
+            buckets.append((bound, before))
+        family.add_metric(key, buckets, total)
+    return family
+
+
+def make_registry(counters: Sequence[Counter | Histogram], gauges: Gauges) -> CollectorRegistry:
+    """Return a registry of these counters and gauges, and of what the process itself uses.
+
+    Args:
+        counters: what is counted.
+        gauges: returns the gauges; called at each reading.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Counters(counters, gauges))
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry
+
+
+def node_gauges(status: NodeStatus) -> dict[Metric, tuple[tuple[str, ...], float]]:
+    """Return the gauges of a node, from its status."""
+    return {
+        names.RUNNING: ((), status.sessions),
+        names.WAITING: ((), status.waiting),
+        names.KV_CACHE: ((), status.used_positions / max(1, status.max_positions)),
+        names.INFO: ((status.node, status.tier, status.version, status.family), 1),
+        names.DRAINING: ((), status.state == "draining"),
+    }
+
+
+def page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """Return the metrics as text and its content type, in the format that a reader accepts.
+
+    Args:
+        registry: the metrics.
+        accept: the reader's header Accept; empty for none.
+    """
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+@contextmanager
+def serve_page(address: str, registry: CollectorRegistry, where: str) -> Iterator[int]:
+    """Serve GET /metrics and GET /health on threads of their own while the block lasts; yield the port.
+
+    Args:
+        address: host:port to listen on.
+        registry: the metrics.
+        where: what gave the address, for an error message.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    host, _, port = address.rpartition(":")
+
+    def answer(environ: dict[str, Any], start: Any) -> list[bytes]:
+        path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")
+        status, content_type, body = "404 Not Found", "text/plain; charset=utf-8", b"there are /metrics and /health\n"
+        if method not in ("GET", "HEAD"):
+            status, body = "405 Method Not Allowed", b"only GET is allowed\n"
+        elif path == "/health":
+            status, content_type, body = "200 OK", "application/json", b'{"status":"ok"}'
+        elif path == "/metrics":
+            body, content_type = page(registry, environ.get("HTTP_ACCEPT", ""))
+            status = "200 OK"
+        start(status, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+        return [b"" if method == "HEAD" else body]
+
+    try:
+        kind = _Threads6 if ":" in host else _Threads
+        server = make_server(host.strip("[]"), int(port), answer, kind, _Quiet)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot listen on {address}: {error.strerror}; correct it") from None
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Threads(ThreadingMixIn, WSGIServer):
+    """Answers each reader on a thread, so that a slow one stops no other."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def server_bind(self) -> None:
+        """Listen, without asking a name server for this machine's name."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore what a reader broke off."""
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = _REQUEST_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Write no line for each reading."""
+
+
+class _Threads6(_Threads):
+    address_family = socket.AF_INET6

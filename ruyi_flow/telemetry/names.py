@@ -1,0 +1,316 @@
+"""Every metric of the system: its name, what it tells, who reads it, and how many series it can have. Pure.
+
+Names that other servers of language models share have the same words here, after the prefix `ruyi_`
+(vLLM's have `vllm:`, SGLang's `sglang:`), so that a dashboard or an autoscaler needs only another prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["ALL", "CONFIDENCE_BOUNDS", "Kind", "Metric", "Where"]
+
+
+class Kind(StrEnum):
+    """The kinds of metrics."""
+
+    COUNTER = "counter"
+    """A number that grows until the process ends."""
+    GAUGE = "gauge"
+    """A number of this moment."""
+    HISTOGRAM = "histogram"
+    """How many values fell into each range."""
+
+
+class Where(StrEnum):
+    """The processes that have a metric."""
+
+    ENTRY = "entry node"
+    """The node that requests reach."""
+    NODE = "every node"
+    """Every node."""
+    SERVER = "HTTP server"
+    """The HTTP server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric."""
+
+    name: str
+    """Its name, with the unit; counters end in _total."""
+    kind: Kind
+    """Its kind."""
+    where: Where
+    """Which processes have it."""
+    help: str
+    """What it tells."""
+    readers: str
+    """Who reads it: the panel of the dashboard, the alert, or the program."""
+    labels: tuple[str, ...] = ()
+    """Its labels."""
+    bound: str = "1"
+    """The number of its series in one process, at most."""
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram's ranges; the last range has none."""
+
+
+ALL: list[Metric] = []
+"""Every metric."""
+
+
+def _metric(
+    name: str,
+    kind: Kind,
+    where: Where,
+    help: str,
+    readers: str,
+    labels: tuple[str, ...] = (),
+    bound: str = "1",
+    buckets: tuple[float, ...] = (),
+) -> Metric:
+    ALL.append(Metric(name, kind, where, help, readers, labels, bound, buckets))
+    return ALL[-1]
+
+
+CONFIDENCE_BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Upper bounds of the ranges of confidence, close to each other where thresholds are."""
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5)
+_STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+# The state of a node, read when it is asked for.
+RUNNING = _metric(
+    "ruyi_num_requests_running", Kind.GAUGE, Where.NODE, "Sessions that have capacity.", "autoscalers; Service"
+)
+WAITING = _metric(
+    "ruyi_num_requests_waiting",
+    Kind.GAUGE,
+    Where.NODE,
+    "Sessions that wait for capacity.",
+    "autoscalers; Service; alert RuyiFlowQueue",
+)
+KV_CACHE = _metric(
+    "ruyi_kv_cache_usage_perc",
+    Kind.GAUGE,
+    Where.NODE,
+    "Reserved share of the KV cache, 0 to 1.",
+    "autoscalers; Nodes; alert RuyiFlowCacheFull",
+)
+INFO = _metric(
+    "ruyi_node_info",
+    Kind.GAUGE,
+    Where.NODE,
+    "1; the labels tell the node, its tier, the version and the family's fingerprint.",
+    "every panel, to name nodes",
+    ("node", "tier", "version", "family"),
+)
+DRAINING = _metric("ruyi_draining", Kind.GAUGE, Where.NODE, "1 while the node takes no new sessions.", "Nodes")
+
+# Answers, counted by the entry node.
+PROMPT_TOKENS = _metric(
+    "ruyi_prompt_tokens_total", Kind.COUNTER, Where.ENTRY, "Tokens of prompts that were read.", "Service"
+)
+GENERATION_TOKENS = _metric(
+    "ruyi_generation_tokens_total", Kind.COUNTER, Where.ENTRY, "New tokens of answers.", "Service"
+)
+TOKENS = _metric(
+    "ruyi_tokens_total",
+    Kind.COUNTER,
+    Where.ENTRY,
+    "New tokens by the exit, node and tier that decided them, and why there.",
+    "Tiers; alert RuyiFlowFallback",
+    ("exit", "node", "tier", "reason"),
+    "exits x reasons (6)",
+)
+SUCCESSES = _metric(
+    "ruyi_request_success_total",
+    Kind.COUNTER,
+    Where.ENTRY,
+    "Complete answers by the reason of their end: eos, stop or length.",
+    "Service",
+    ("finished_reason",),
+    "3",
+)
+FAILURES = _metric(
+    "ruyi_request_failures_total",
+    Kind.COUNTER,
+    Where.ENTRY,
+    "Requests without a complete answer, by the class of the error; Cancelled when the client went away.",
+    "Service; alert RuyiFlowFailures",
+    ("error",),
+    "classes of errors (about 12)",
+)
+FIRST_TOKEN_SECONDS = _metric(
+    "ruyi_time_to_first_token_seconds",
+    Kind.HISTOGRAM,
+    Where.ENTRY,
+    "Time to first token, from the request's arrival at the entry node.",
+    "Service; alert RuyiFlowSlowStart",
+    buckets=_LATENCY,
+)
+INTER_TOKEN_SECONDS = _metric(
+    "ruyi_inter_token_latency_seconds",
+    Kind.HISTOGRAM,
+    Where.ENTRY,
+    "Time per token after the first: a round's time over the tokens that it decided.",
+    "Service",
+    buckets=_TOKEN,
+)
+REQUEST_SECONDS = _metric(
+    "ruyi_e2e_request_latency_seconds",
+    Kind.HISTOGRAM,
+    Where.ENTRY,
+    "Time of complete answers, from the request's arrival to the last token.",
+    "Service",
+    buckets=_LATENCY,
+)
+ESCALATIONS = _metric(
+    "ruyi_escalations_total",
+    Kind.COUNTER,
+    Where.ENTRY,
+    "Questions of the entry node to the next one, each of them a round trip.",
+    "Tiers",
+)
+DRAFTED = _metric(
+    "ruyi_draft_tokens_total", Kind.COUNTER, Where.ENTRY, "Tokens drafted past an escalated position.", "Tiers"
+)
+ACCEPTED = _metric(
+    "ruyi_accepted_draft_tokens_total", Kind.COUNTER, Where.ENTRY, "Drafts that a deeper exit accepted.", "Tiers"
+)
+CONFIDENCE = _metric(
+    "ruyi_confidence",
+    Kind.HISTOGRAM,
+    Where.ENTRY,
+    "Confidence of decided tokens, by exit.",
+    "Calibration",
+    ("exit",),
+    "exits",
+    CONFIDENCE_BOUNDS,
+)
+
+# Work of every node.
+QUEUE_SECONDS = _metric(
+    "ruyi_admission_wait_seconds",
+    Kind.HISTOGRAM,
+    Where.NODE,
+    "Time that sessions waited for capacity before they were admitted.",
+    "Service",
+    buckets=_LATENCY,
+)
+ADMISSIONS = _metric("ruyi_admissions_total", Kind.COUNTER, Where.NODE, "Sessions that were admitted.", "Service")
+REFUSALS = _metric(
+    "ruyi_refusals_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Sessions that were refused: full, draining, or too_large for the node.",
+    "Service; alert RuyiFlowRefusals",
+    ("cause",),
+    "3",
+)
+STEP_SECONDS = _metric(
+    "ruyi_step_seconds",
+    Kind.HISTOGRAM,
+    Where.NODE,
+    "Time of a step of one stage, over all sessions in it; the label is the exit that ends the stage.",
+    "Nodes",
+    ("exit",),
+    "exits of the node",
+    _STEP,
+)
+STEP_ROWS = _metric(
+    "ruyi_step_rows_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Positions that ran through a stage, drafts included; over the number of steps, the size of a batch.",
+    "Nodes",
+    ("exit",),
+    "exits of the node",
+)
+LINK_BYTES = _metric(
+    "ruyi_link_bytes_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Bytes of messages to the next node (up) and of its replies (down).",
+    "Links",
+    ("link", "direction"),
+    "2",
+)
+LINK_MESSAGES = _metric(
+    "ruyi_link_messages_total", Kind.COUNTER, Where.NODE, "Messages to the next node.", "Links", ("link",)
+)
+VERIFIED = _metric(
+    "ruyi_verified_early_tokens_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Greedy tokens of an early branch that the last exit was asked about anyway, by exit and range of confidence "
+    "(the label is the upper bound).",
+    "Calibration; alert RuyiFlowDrift",
+    ("exit", "confidence"),
+    "exits of the node x 12",
+)
+CONTRADICTED = _metric(
+    "ruyi_contradicted_early_tokens_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Those of them for which the last exit decided another token.",
+    "Calibration; alert RuyiFlowDrift",
+    ("exit", "confidence"),
+    "exits of the node x 12",
+)
+
+# The HTTP server.
+HTTP_RUNNING = _metric(
+    "ruyi_http_requests_running", Kind.GAUGE, Where.SERVER, "Requests that have not ended.", "autoscalers; HTTP"
+)
+HTTP_REQUESTS = _metric(
+    "ruyi_http_requests_total",
+    Kind.COUNTER,
+    Where.SERVER,
+    "Requests that have ended, by route, method and status; other stands for what the server does not have, and "
+    "status 0 for a client that went away before the reply began.",
+    "HTTP; alert RuyiFlowHttpErrors",
+    ("route", "method", "status"),
+    "routes (10) x methods (8) x statuses (about 15)",
+)
+HTTP_DISCONNECTS = _metric(
+    "ruyi_http_disconnects_total",
+    Kind.COUNTER,
+    Where.SERVER,
+    "Clients that went away before their reply was complete, by route.",
+    "HTTP",
+    ("route",),
+    "routes (10)",
+)
+HTTP_PROMPT_TOKENS = _metric(
+    "ruyi_http_prompt_tokens_total", Kind.COUNTER, Where.SERVER, "Tokens of prompts that were answered.", "HTTP"
+)
+HTTP_TOKENS = _metric(
+    "ruyi_http_generation_tokens_total",
+    Kind.COUNTER,
+    Where.SERVER,
+    "New tokens by the node and the exit that decided them.",
+    "HTTP",
+    ("node", "exit"),
+    "exits",
+)
+HTTP_REQUEST_SECONDS = _metric(
+    "ruyi_http_request_duration_seconds",
+    Kind.HISTOGRAM,
+    Where.SERVER,
+    "Time of a request, from its arrival at the server to the end of the reply, by route.",
+    "HTTP",
+    ("route",),
+    "routes (10)",
+    _LATENCY,
+)
+HTTP_FIRST_TOKEN_SECONDS = _metric(
+    "ruyi_http_time_to_first_token_seconds",
+    Kind.HISTOGRAM,
+    Where.SERVER,
+    "Time to first token, from the request's arrival at the server.",
+    "HTTP",
+    buckets=_LATENCY,
+)
