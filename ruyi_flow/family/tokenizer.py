@@ -149,7 +149,7 @@ class PromptEncoder:
         chars = sum(len(role) + len(content) for role, content in turns)
         if chars > self._max_chars:
             raise ContextLengthError(
-                f"the prompt has {chars} characters, more than can fit into the family's context of "
+                f"the prompt is too long: it has {chars} characters, more than can fit into the family's context of "
                 f"{self.context} tokens; shorten it"
             )
         ids = self._encode(prompt, special=True) if isinstance(prompt, str) and raw else self._encode_turns(turns)
@@ -202,7 +202,9 @@ def check_context(count: int, context: int, what: str = "tokens") -> None:
     """
     if count >= context:
         raise ContextLengthError(
-            f"the prompt has {count} {what}, which leaves no room in the family's context of {context}; shorten it"
+            # Clients of OpenAI's API know a context that is too short by the words "prompt is too long".
+            f"the prompt is too long: it has {count} {what}, which leaves no room in the family's context of {context}; "
+            "shorten it"
         )
 
 

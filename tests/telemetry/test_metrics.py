@@ -83,7 +83,7 @@ async def test_nodes_count_what_they_do(spoken: Path) -> None:
             await asyncio.to_thread(read, f"http://127.0.0.1:{ports[0]}/")
     assert json.loads(health) == {"status": "ok"}
     tokens = entry["ruyi_tokens_total"]
-    for token in {(t.exit, t.node, t.reason) for r in replies for t in r.tokens}:
+    for token in {(t.exit, t.node, str(t.reason)) for r in replies for t in r.tokens}:
         labels = (("exit", str(token[0])), ("node", token[1]), ("reason", token[2]), ("tier", token[1]))
         count = sum((t.exit, t.node, t.reason) == token for r in replies for t in r.tokens)
         assert count <= tokens[labels] <= count + 30, "the answer that was broken off had some tokens"
