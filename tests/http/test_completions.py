@@ -71,7 +71,7 @@ async def test_seeds_make_choices_that_differ_and_repeat(three: Cluster, http: h
 async def test_logprobs_are_those_of_the_sdk(three: Cluster, http: httpx.AsyncClient, top: int) -> None:
     reply = await sdk(three, "abc", logprobs=top, prompt_logprobs=top)
     assert reply.prompt is not None
-    of = [token.logprobs for token in (*reply.prompt.tokens, *reply.tokens)]
+    of = [*(token.logprobs for token in reply.prompt.tokens), *(token.logprobs for token in reply.tokens)]
     [choice] = (await ask(http, prompt="abc", logprobs=top, echo=True))["choices"]
     assert choice["text"] == "abc" + reply.text
     logprobs = choice["logprobs"]
