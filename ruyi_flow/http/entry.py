@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import NodeError, RuyiFlowError
+from ruyi_flow.errors import NodeError, NodeUnavailable, RuyiFlowError
 from ruyi_flow.requests import PromptInput
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
@@ -23,6 +23,9 @@ AT_ONCE = 16
 
 _STATUS_S = 2.5
 """Seconds that a node may take to tell its state."""
+
+_END_S = 3.0
+"""Seconds that answers may take to end when the server does."""
 
 Ask = tuple[PromptInput, Mapping[str, Any]]
 """A prompt and the options of its answer."""
@@ -40,6 +43,9 @@ class EntryNodes:
         self._topology = topology
         # The nodes have queues, and clients of HTTP retry by themselves: a full node is told at once.
         self._client = AsyncClient(topology, timeout_s=timeout_s, max_retries=0)
+        self._answering: set[asyncio.Task[Any]] = set()
+        """The tasks that wait for an answer's events."""
+        self._closing = False
         self._status: NodeStatus | None = None
         self._learning: asyncio.Task[NodeStatus | None] | None = None
 
@@ -54,8 +60,7 @@ class EntryNodes:
             RuyiFlowError: one of the answers failed; the others have been ended.
         """
         if len(asks) == 1:
-            [(prompt, options)] = asks
-            async with aclosing(self._client.events(prompt, **options)) as events:
+            async with aclosing(self._answer(asks[0])) as events:
                 async for event in events:
                     yield 0, event
             return
@@ -64,7 +69,7 @@ class EntryNodes:
         places = asyncio.Semaphore(AT_ONCE)
 
         async def answer(index: int, ask: Ask) -> None:
-            async with places, aclosing(self._client.events(ask[0], **ask[1])) as events:
+            async with places, aclosing(self._answer(ask)) as events:
                 async for event in events:
                     arrived.put_nowait((index, event))
 
@@ -92,6 +97,29 @@ class EntryNodes:
     def engine(self) -> Engine | None:
         """The node that runs in this process, if the topology's one node has no address."""
         return self._client.engine
+
+    async def _answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """Yield the events of one answer.
+
+        Raises:
+            NodeUnavailable: the server ended the answer.
+            RuyiFlowError: it failed.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._answering.add(task)
+        prompt, options = ask
+        try:
+            async with aclosing(self._client.events(prompt, **options)) as events:
+                async for event in events:
+                    yield event
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            task.uncancel()
+            raise NodeUnavailable("the server is shutting down; ask again in a moment") from None
+        finally:
+            self._answering.discard(task)
 
     async def tokenize(self, prompt: PromptInput, *, raw: bool) -> Tokenized:
         """Return a prompt's tokens.
@@ -129,7 +157,11 @@ class EntryNodes:
         return self._topology.label_of(node)
 
     async def close(self) -> None:
-        """Close the connections, and end the answers that are under way: they fail as if the node had gone."""
-        if self._learning is not None:
-            await asyncio.wait({self._learning})
+        """End the answers that are under way, which fail as if the node had gone, and close the connections."""
+        self._closing = True
+        for task in self._answering:
+            task.cancel()
+        waits = {*self._answering, *({self._learning} if self._learning else ())}
+        if waits:  # so that the sessions are free, and the clients told
+            await asyncio.wait(waits, timeout=_END_S)
         await self._client.close()

@@ -31,6 +31,9 @@ __all__ = ["Listening", "serve"]
 _IDLE_S = 75.0
 """Seconds after which a connection without a request is closed; longer than those of usual proxies (60 s)."""
 
+_LINGER_S = 1.0
+"""Seconds for which the rest of a refused request is read and thrown away."""
+
 
 class Listening:
     """A running server.
@@ -192,16 +195,33 @@ class _Server(uvicorn.Server):
 class _Protocol(H11Protocol):
     """HTTP/1.1 that refuses what is no request in the shape of OpenAI's errors."""
 
+    _is_refused = False
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; what follows a refused request is thrown away."""
+        if not self._is_refused:
+            super().data_received(data)
+
     def send_400_response(self, msg: str) -> None:
-        """Tell that what arrived is no request, or has too many headers, and close the connection."""
+        """Tell that what arrived is no request, or has too many headers, and close the connection a while later.
+
+        Closing it at once, with bytes that nobody has read, would reset it before the client sees the reply.
+        """
         error = sys.exception()
-        flood = isinstance(error, RemoteProtocolError) and error.error_status_hint == 431
-        if flood:
-            told = HttpError(431, "the headers of the request are too long", code="headers_too_large")
+        if isinstance(error, RemoteProtocolError) and error.error_status_hint == 431:
+            reason, told = b"Request Header Fields Too Large", HttpError(431, "the headers of the request are too long")
         else:
-            told = HttpError(400, "this is no HTTP request that the server understands", code="invalid_http")
+            reason, told = b"Bad Request", HttpError(400, "this is no HTTP request that the server understands")
         body = encode(told.body)
-        reason = b"Request Header Fields Too Large" if flood else b"Bad Request"
         head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (told.status, reason, len(body)) + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self._is_refused = True
+        self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def shutdown(self) -> None:
+        """End the connection with the server."""
+        if self._is_refused:
+            self.transport.close()
+        else:
+            super().shutdown()
