@@ -25,7 +25,7 @@ __all__ = ["Served", "http_server", "running_nodes", "serve_topology"]
 START_S = 40.0
 """Seconds in which the server must say where it listens, on a machine that is busy with other tests."""
 
-COMMAND = (sys.executable, "-m", "ruyi_flow.cli", "serve")
+COMMAND = (sys.executable, "-m", "ruyi_flow.cli")
 
 
 @dataclass
@@ -119,9 +119,13 @@ def running_nodes(
 
 
 @contextmanager
-def http_server(topology: Path, *arguments: str) -> Iterator[tuple[str, list[str]]]:
-    """Run `ruyi-flow serve` for a topology's file on a free port; yield its address and the lines that it writes."""
-    command = [*COMMAND, "--topology", str(topology), "--port", "0", *arguments]
+def http_server(*arguments: str) -> Iterator[tuple[str, list[str], subprocess.Popen[str]]]:
+    """Run a command of `ruyi-flow` that starts an HTTP server: yield its address, the lines that it writes, and itself.
+
+    Args:
+        arguments: the command, `serve` or `up --serve`, and its arguments.
+    """
+    command = [*COMMAND, *arguments, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     fresh: SimpleQueue[str | None] = SimpleQueue()
@@ -136,7 +140,7 @@ def http_server(topology: Path, *arguments: str) -> Iterator[tuple[str, list[str
     reader = threading.Thread(target=read, name="log of the server")
     reader.start()
     try:
-        yield _address(fresh, lines), lines
+        yield _address(fresh, lines), lines, process
     finally:
         process.terminate()
         try:
@@ -162,7 +166,7 @@ def serve_topology(
     """
     with running_nodes(topology, relays) as (nodes, loop):
         file = write_topology(nodes.topology, folder / "topology.yaml")
-        with http_server(file, *arguments) as (url, lines):
+        with http_server("serve", "--topology", str(file), *arguments) as (url, lines, _):
             yield Served(url, nodes, loop, lines)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import SecretStr
@@ -77,6 +78,11 @@ def test_a_choice_of_several(chat: Any) -> None:
 def test_tools_are_refused_by_name(chat: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="tools"):
         chat.bind_tools([{"type": "function", "function": {"name": "now", "parameters": {}}}]).invoke("hi")
+
+
+def test_a_prompt_that_is_too_long_is_known_as_such(chat: Any) -> None:
+    with pytest.raises(ContextOverflowError):  # what LangChain's agents answer by shortening the history
+        chat.invoke("a" * 600)
 
 
 def test_completions_of_several_prompts(served: Served, sdk: Client) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,43 @@ def served(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield running
 
 
-def samples(model: Any, data: Path, out: Path, tasks: list[str], **options: Any) -> dict[str, list[Any]]:  # noqa: F811
-    """Return what a model answered to each request of each task, in the order of the documents."""
-    loaded = run._load_tasks(tasks, data, out, fewshot=0, run_code=False)
-    found = evaluate(model, loaded, limit=3, bootstrap_iters=0, log_samples=True, **options)
-    ordered = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in found["samples"].items()}
-    assert all(len(rows) >= 2 for rows in ordered.values()) and ordered.keys() == set(tasks)
-    return {name: [row["resps"] for row in rows] for name, rows in ordered.items()}
+@pytest.fixture(scope="module")
+def scored(family: Family, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:  # noqa: F811
+    """Scores of the tasks, which are loaded once."""
+    out = tmp_path_factory.mktemp("scored")
+    loaded = run._load_tasks(TASKS, data, out, fewshot=0, run_code=False)["tasks"]
+    return Scored(family, loaded, out)
 
 
-def by_us(family: Family, exit: int, out: Path) -> Iterator[ExitLM]:
-    with ResultCache(out / f"known-{exit}.jsonl") as cache:
-        yield ExitLM(family, exit, [exit], cache, batch_tokens=4000, report=lambda *a: None)
+class Scored:
+    """What models answer to each request of the tasks.
+
+    Args:
+        family: the family whose exits answer.
+        loaded: the tasks, by name.
+        out: a folder for caches.
+    """
+
+    def __init__(self, family: Family, loaded: dict[str, Any], out: Path) -> None:
+        self.family, self.loaded, self.out = family, loaded, out
+
+    def by(self, model: Any, tasks: Sequence[str] = TASKS, **options: Any) -> dict[str, list[Any]]:
+        """Return what a model answers, by task, in the order of the documents."""
+        chosen = {"tasks": {name: self.loaded[name] for name in tasks}, "groups": {}}
+        found = evaluate(model, chosen, limit=3, bootstrap_iters=0, log_samples=True, **options)
+        ordered = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in found["samples"].items()}
+        assert all(len(rows) >= 2 for rows in ordered.values()) and ordered.keys() == set(tasks)
+        return {name: [row["resps"] for row in rows] for name, rows in ordered.items()}
+
+    def by_us(self, exit: int, tasks: Sequence[str] = TASKS, **options: Any) -> dict[str, list[Any]]:
+        """Return what `ruyi-flow eval` finds for an exit."""
+        with ResultCache(self.out / f"known-{exit}.jsonl") as cache:
+            return self.by(exit_model(self.family, exit, cache), tasks, **options)
+
+
+def exit_model(family: Family, exit: int, cache: ResultCache) -> ExitLM:
+    """Return the model of `ruyi-flow eval` for an exit."""
+    return ExitLM(family, exit, [exit], cache, batch_tokens=4000, report=lambda *a: None)
 
 
 def same(name: str, ours: Any, theirs: Any) -> None:
@@ -87,27 +112,10 @@ def same(name: str, ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize(("exit", "batch", "concurrent"), [(2, 1, 1), (4, 1, 4), (6, 8, 1)])
 def test_completions_score_as_the_exit_does(
-    family: Family,
-    served: Served,
-    data: Path,  # noqa: F811
-    tmp_path: Path,
-    exit: int,
-    batch: int,
-    concurrent: int,
+    scored: Scored, served: Served, exit: int, batch: int, concurrent: int
 ) -> None:
-    api = LocalCompletionsAPI(
-        model=f"talker@exit-{exit}",
-        base_url=f"{served.base_url}/completions",
-        tokenizer_backend="huggingface",
-        tokenizer=str(served.cluster.topology.family),
-        max_length=CONTEXT,
-        batch_size=batch,
-        num_concurrent=concurrent,
-        max_retries=1,
-    )
-    theirs = samples(api, data, tmp_path, TASKS)
-    for model in by_us(family, exit, tmp_path):
-        ours = samples(model, data, tmp_path, TASKS)
+    theirs = scored.by(completions(served, exit, batch_size=batch, num_concurrent=concurrent))
+    ours = scored.by_us(exit)
     for name in TASKS:
         same(name, ours[name], theirs[name])
     assert any(text for [[text]] in theirs["gsm8k"]), "every answer is empty"
@@ -119,29 +127,15 @@ def test_tokens_that_are_greedy_are_known_as_such(family: Family, served: Served
     answer = family.generate(torch.tensor([context]), exit=4, max_new_tokens=6, min_new_tokens=6)[0].tolist()
     wrong = [*answer[:3], (answer[3] + 1) % 200, *answer[4:]]
     requests = [(("", ""), list(context), answer), (("", ""), list(context), wrong)]
-    api = LocalCompletionsAPI(
-        model="talker@exit-4",
-        base_url=f"{served.base_url}/completions",
-        tokenizer_backend="huggingface",
-        tokenizer=str(served.cluster.topology.family),
-        max_length=CONTEXT,
-        max_retries=1,
-    )
-    theirs = api._loglikelihood_tokens(requests)
-    for model in by_us(family, 4, tmp_path):
-        ours = model._loglikelihood_tokens(requests)
+    theirs = completions(served, 4)._loglikelihood_tokens(requests)
+    with ResultCache(tmp_path / "known.jsonl") as cache:
+        ours = exit_model(family, 4, cache)._loglikelihood_tokens(requests)
     assert [bool(greedy) for _, greedy in theirs] == [bool(greedy) for _, greedy in ours] == [True, False]
     assert [likely for likely, _ in theirs] == pytest.approx([likely for likely, _ in ours], abs=1e-3)
 
 
 @pytest.mark.parametrize("concurrent", [1, 3])
-def test_chats_are_answered_as_the_exit_answers(
-    family: Family,
-    served: Served,
-    data: Path,  # noqa: F811
-    tmp_path: Path,
-    concurrent: int,
-) -> None:
+def test_chats_are_answered_as_the_exit_answers(scored: Scored, served: Served, concurrent: int) -> None:
     api = LocalChatCompletion(
         model="talker@exit-4",
         base_url=f"{served.base_url}/chat/completions",
@@ -149,8 +143,19 @@ def test_chats_are_answered_as_the_exit_answers(
         max_retries=1,
         eos_string="<|im_end|>",
     )
-    theirs = samples(api, data, tmp_path, ["gsm8k"], apply_chat_template=True)
-    for model in by_us(family, 4, tmp_path):
-        ours = samples(model, data, tmp_path, ["gsm8k"], apply_chat_template=True)
-    same("gsm8k", ours["gsm8k"], theirs["gsm8k"])
+    theirs = scored.by(api, ["gsm8k"], apply_chat_template=True)
+    same("gsm8k", scored.by_us(4, ["gsm8k"], apply_chat_template=True)["gsm8k"], theirs["gsm8k"])
     assert any(text for [[text]] in theirs["gsm8k"]), "every answer is empty"
+
+
+def completions(served: Served, exit: int, **options: int) -> LocalCompletionsAPI:
+    """Return the harness's model of an exit behind the server."""
+    return LocalCompletionsAPI(
+        model=f"talker@exit-{exit}",
+        base_url=f"{served.base_url}/completions",
+        tokenizer_backend="huggingface",
+        tokenizer=str(served.cluster.topology.family),
+        max_length=CONTEXT,
+        max_retries=1,
+        **options,
+    )
