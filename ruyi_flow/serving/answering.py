@@ -17,6 +17,7 @@ from ruyi_flow.loop.chain import Chain, Round, decode
 from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.serving.answer_text import AnswerText, TokenTexts
+from ruyi_flow.serving.attributes import about_answer, about_request, model_name
 from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.types import Event, Final, FinishReason, Hop, Likelihood, Mode, PromptTokens, Stats, Tokenized
 
@@ -34,6 +35,7 @@ class Answering:
         routing: the routing of requests that set none.
         node_of: the node of every exit.
         max_draft: largest number of drafts that fit into one message on every link.
+        family: the family as the topology names it.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class Answering:
         routing: Routing,
         node_of: Mapping[int, str],
         max_draft: int,
+        family: str,
     ) -> None:
         self._open, self._prompts, self._routing = open, prompts, routing
         self._fingerprint, self._eos_token_ids = fingerprint, eos_token_ids
-        self._node_of, self._max_draft = node_of, max_draft
+        self._node_of, self._max_draft, self._model = node_of, max_draft, model_name(family)
         self._texts = TokenTexts(prompts.tokenizer)
 
     async def tokenize(self, request: GenerateRequest) -> Tokenized:
@@ -78,9 +81,12 @@ class Answering:
         """
         began = time.perf_counter()
         policy = self._policy(request)
-        with current_span.get().child("tokenize"):
+        span = current_span.get()
+        with span.child("tokenize"):
             prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
         params = self._sampling(request.sampling, self._prompts.context - len(prompt))
+        if span:
+            span.set(**about_request(request, params, self._model))
         text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
         opening = SessionOpen(
             max_positions=len(prompt) + params.max_new_tokens,
@@ -122,7 +128,10 @@ class Answering:
             finish = FinishReason.STOP
         total_s = time.perf_counter() - began
         seed = params.seed if params.temperature else None
-        yield Final(finish, text.text, totals.stats(len(prompt), total_s, seed))
+        final = Final(finish, text.text, totals.stats(len(prompt), total_s, seed))
+        if span:
+            span.set(**about_answer(final))
+        yield final
 
     async def _prompt_tokens(self, prompt: Sequence[int], likelihoods: Sequence[Likelihood]) -> PromptTokens:
         if len(likelihoods) != len(prompt) - 1:

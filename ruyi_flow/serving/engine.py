@@ -164,6 +164,7 @@ class Engine:
             routing=self.topology.routing(),
             node_of={p: node.name for node in self.topology.nodes for p in node.exits},
             max_draft=self._max_draft,
+            family=self.topology.family,
         )
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
