@@ -255,6 +255,8 @@ def up(
             raise ConfigError(f"--{name} is for the HTTP server; add --serve")
     server = ServerOptions(port=port, policies=policy) if serve else None
     tracing = Tracing(trace, otlp, trace_share)
+    if serve:  # whose log this is; those of the nodes are printed as they come
+        log_to_stderr("info", as_json=log_json, requests=not no_request_log, brief=True, node="server")
     topology = file or topology
     loaded, named = networked(topology), shortest(topology, "topology")
     is_default = topology == default_topology()
@@ -273,7 +275,9 @@ def up(
             supervisor = await stack.enter_async_context(supervise(topology, loaded, log, named=named, options=options))
             stop = on_signals(supervisor.kill)
             if server is not None:  # first: a port in use is told at once, and /ready tells which node still starts
-                await stack.enter_async_context(serving(loaded, server))
+                tracer = tracing.tracer("server")
+                stack.push_async_callback(asyncio.to_thread, tracer.close)
+                await stack.enter_async_context(serving(loaded, server, tracer))
             await start_nodes(supervisor, stop)
             asked = "" if is_default else f" --topology {named}"
             err.print(

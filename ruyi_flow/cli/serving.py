@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,10 +14,20 @@ import typer
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import err, progress_bar
 from ruyi_flow.cli.options import TopologyArgument, TopologyOption, load_topology, on_signals
+from ruyi_flow.cli.telemetry import (
+    LogJsonOption,
+    NoRequestLogOption,
+    OtlpOption,
+    TraceOption,
+    TraceShareOption,
+    Tracing,
+    log_to_stderr,
+)
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, find
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import require
+from ruyi_flow.telemetry.spans import NO_TRACER, Tracer
 
 __all__ = ["PolicyOption", "PortOption", "ServerOptions", "serve", "serving"]
 
@@ -56,6 +65,11 @@ def serve(
         bool,
         typer.Option("--insecure", help="Listen also on an address that other machines reach. Everyone there may ask."),
     ] = False,
+    log_json: LogJsonOption = False,
+    no_request_log: NoRequestLogOption = False,
+    trace: TraceOption = None,
+    otlp: OtlpOption = None,
+    trace_share: TraceShareOption = None,
 ) -> None:
     """Serve OpenAI's API for a topology over HTTP, to applications, chat windows and scripts.
 
@@ -70,17 +84,21 @@ def serve(
     loaded = load_topology(file or topology)
     if loaded.entry.address is None:
         require("torch")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr("info", as_json=log_json, requests=not no_request_log)
+    tracer = Tracing(trace, otlp, trace_share).tracer("server")
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     async def run() -> None:
         stop = on_signals()
         given = ServerOptions(host, port, policy, default_max_tokens, timeout, insecure)
-        async with serving(loaded, given):
+        async with serving(loaded, given, tracer):
             await stop.wait()
             err.print("ending the server")
 
-    asyncio.run(run())
+    try:
+        asyncio.run(run())
+    finally:
+        tracer.close()
 
 
 class ServerOptions:
@@ -105,8 +123,13 @@ class ServerOptions:
 
 
 @asynccontextmanager
-async def serving(topology: Topology, options: ServerOptions) -> AsyncIterator[None]:
+async def serving(topology: Topology, options: ServerOptions, tracer: Tracer = NO_TRACER) -> AsyncIterator[None]:
     """Run an HTTP server for a topology while the block lasts, and say where it listens.
+
+    Args:
+        topology: the topology.
+        options: the server's options.
+        tracer: records what asks for answers; the caller closes it.
 
     Raises:
         RuyiFlowError: it cannot listen, or a policy or the one node of the topology cannot be loaded.
@@ -130,6 +153,7 @@ async def serving(topology: Topology, options: ServerOptions) -> AsyncIterator[N
                     default_max_tokens=options.default_max_tokens,
                     timeout_s=options.timeout_s,
                     insecure=options.insecure,
+                    tracer=tracer,
                 )
             )
         model = listening.site.models.family

@@ -203,8 +203,8 @@ def check_context(count: int, context: int, what: str = "tokens") -> None:
     if count >= context:
         raise ContextLengthError(
             # Clients of OpenAI's API know a context that is too short by the words "prompt is too long".
-            f"the prompt is too long: it has {count} {what}, which leaves no room in the family's context of {context}; "
-            "shorten it"
+            f"the prompt is too long: it has {count} {what}, which leaves no room in the family's context of "
+            f"{context}; shorten it"
         )
 
 

@@ -25,6 +25,7 @@ from ruyi_flow.http.health import Health
 from ruyi_flow.http.responses import responses
 from ruyi_flow.http.tokenizing import tokenize
 from ruyi_flow.http.usage import Record
+from ruyi_flow.telemetry.spans import TRACEPARENT
 
 __all__ = ["MAX_BODY_BYTES", "Gate", "application"]
 
@@ -169,7 +170,7 @@ class Gate:
             await send(message)
 
         usage = self._site.usage
-        usage.begun(record)
+        usage.begun(record, _header(scope, TRACEPARENT))
         try:
             try:
                 record.caller = self._site.access.admit(scope)
@@ -271,6 +272,12 @@ async def _read(scope: Scope, receive: Receive) -> bytes:
     except TimeoutError:
         close = {"connection": "close"}
         raise HttpError(408, f"the body did not arrive within {_BODY_S:g} s", code="timeout", headers=close) from None
+
+
+def _header(scope: Scope, name: str) -> str | None:
+    """Return a header that may be there once; several ones cannot be right."""
+    found = [value.decode("latin-1") for key, value in scope["headers"] if key == name.encode()]
+    return found[0] if len(found) == 1 else None
 
 
 def _request_id(scope: Scope) -> str:

@@ -24,6 +24,8 @@ from ruyi_flow.http.asking import Site
 from ruyi_flow.http.entry import EntryNodes
 from ruyi_flow.http.errors import HttpError, encode
 from ruyi_flow.http.models import Models
+from ruyi_flow.http.usage import Usage
+from ruyi_flow.telemetry.spans import NO_TRACER, Tracer
 from ruyi_flow.transport.addresses import resolve
 
 __all__ = ["Listening", "serve"]
@@ -63,6 +65,7 @@ async def serve(
     timeout_s: float = 600.0,
     grace_s: float = 10.0,
     insecure: bool = False,
+    tracer: Tracer = NO_TRACER,
 ) -> AsyncIterator[Listening]:
     """Serve OpenAI's API for a topology while the block lasts. Leaving the block drains the server.
 
@@ -77,6 +80,7 @@ async def serve(
         timeout_s: seconds that an answer may take.
         grace_s: seconds that running requests have when the server stops.
         insecure: whether it may listen on an address that is not loopback.
+        tracer: records what asks for answers.
 
     Raises:
         ConfigError: the server cannot listen there, or a policy does not fit.
@@ -91,7 +95,7 @@ async def serve(
         for one in sockets:
             one.close()
         raise
-    site = Site(entry, models, default_max_tokens=default_max_tokens)
+    site = Site(entry, models, usage=Usage(tracer), default_max_tokens=default_max_tokens)
     app = application(site)
     server = _Server(_config(app))
     serving = asyncio.create_task(server.serve(sockets))

@@ -7,7 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ruyi_flow.http.access import Caller
+from ruyi_flow.telemetry import spans
 from ruyi_flow.telemetry.counters import ServerCounters
+from ruyi_flow.telemetry.request_log import RequestEntry
+from ruyi_flow.telemetry.spans import NO_SPAN, NO_TRACER, Attribute, Span, Tracer, current_span
 from ruyi_flow.types import Event, Final, Stats, Token
 
 __all__ = ["Record", "Usage"]
@@ -52,6 +55,8 @@ class Record:
     """Seconds from the request's arrival at this server to the first token; None if there was none."""
     total_s: float = 0.0
     """Seconds from the request's arrival at this server to the end of the reply."""
+    span: Span = NO_SPAN
+    """What is traced of it."""
 
     def saw(self, event: Event) -> None:
         """Note an event of an answer."""
@@ -80,17 +85,25 @@ class Record:
 
 
 class Usage:
-    """Counts requests."""
+    """Counts, traces and logs requests.
 
-    def __init__(self) -> None:
+    Args:
+        tracer: records what asks for answers.
+    """
+
+    def __init__(self, tracer: Tracer = NO_TRACER) -> None:
         self.counters = ServerCounters()
         """What `/metrics` tells."""
         self.running = 0
         """Number of requests that have begun and not ended."""
+        self._tracer = tracer
 
-    def begun(self, record: Record) -> None:
-        """Note that a request has arrived."""
+    def begun(self, record: Record, traceparent: str | None = None) -> None:
+        """Note that a request has arrived, with the context of a trace if its client sent one; not checked yet."""
         self.running += 1
+        if record.method == "POST":  # not those who ask every few seconds how the server is
+            record.span = self._tracer.start("request", traceparent, **{spans.METHOD: record.method})
+        current_span.set(record.span)  # each request has a task of its own
 
     def ended(self, record: Record) -> None:
         """Note that a request has ended, however it did; it is called once for each."""
@@ -107,3 +120,31 @@ class Usage:
             counters.prompt_tokens.add(amount=record.prompt_tokens)
         for (node, exit), count in record.new_tokens.items():
             counters.tokens.add(node, exit, amount=count)
+        if record.method == "POST":
+            _entry(record).write()
+            record.span.end(**_attributes(record))
+
+
+def _entry(record: Record) -> RequestEntry:
+    """Return what the request log says about a request."""
+    entry = RequestEntry(record.model, user=_user(record), id=record.request_id, trace=record.span.trace_id)
+    entry.status = record.error or ("cancelled" if record.is_disconnected else "ok")
+    entry.finish_reason = "+".join(dict.fromkeys(record.finish_reasons))
+    entry.prompt_tokens, entry.new_tokens = record.prompt_tokens, record.completion_tokens
+    for (node, _), count in record.new_tokens.items():
+        entry.nodes[node] = entry.nodes.get(node, 0) + count
+    entry.queue_s, entry.first_token_s, entry.total_s = record.queue_s, record.first_token_s or 0.0, record.total_s
+    entry.bytes_up = sum(hop.bytes_up for stats in record.stats for hop in stats.hops)
+    return entry
+
+
+def _user(record: Record) -> str:
+    """Return the caller's name, and the end user whom the request names."""
+    return f"{record.caller.name}/{record.user}" if record.user else record.caller.name
+
+
+def _attributes(record: Record) -> dict[str, Attribute]:
+    """Return what the span of a request says about its reply; those of the answer are set where it is made."""
+    found: dict[str, Attribute] = {spans.ROUTE: record.endpoint, spans.STATUS: record.status}
+    error = record.error or ("cancelled" if record.is_disconnected else "")
+    return found | {spans.ERROR: error} if error else found

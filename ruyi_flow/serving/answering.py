@@ -17,6 +17,7 @@ from ruyi_flow.loop.chain import Chain, decode
 from ruyi_flow.requests import GenerateRequest, SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.serving.answer_text import AnswerText, TokenTexts
+from ruyi_flow.serving.attributes import about_answer, about_request, model_name
 from ruyi_flow.serving.totals import Totals
 from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
@@ -38,6 +39,7 @@ class Answering:
         max_draft: largest number of drafts that fit into one message on every link.
         tier_of: the tier of every node. Default: nodes have none.
         counters: where answers are counted. Default: nowhere that anyone reads.
+        family: the family as the topology names it.
     """
 
     def __init__(
@@ -52,12 +54,13 @@ class Answering:
         max_draft: int,
         tier_of: Mapping[str, str] | None = None,
         counters: NodeCounters | None = None,
+        family: str,
     ) -> None:
         self._counters = counters or NodeCounters()
         self._place_of = {p: (node, (tier_of or {}).get(node, "")) for p, node in node_of.items()}
         self._open, self._prompts, self._routing = open, prompts, routing
         self._fingerprint, self._eos_token_ids = fingerprint, eos_token_ids
-        self._node_of, self._max_draft = node_of, max_draft
+        self._node_of, self._max_draft, self._model = node_of, max_draft, model_name(family)
         self._texts = TokenTexts(prompts.tokenizer)
 
     async def tokenize(self, request: GenerateRequest) -> Tokenized:
@@ -87,9 +90,12 @@ class Answering:
         began = time.perf_counter()
         with Totals(self._counters, self._place_of) as totals:
             policy = self._policy(request)
-            with current_span.get().child("tokenize"):
+            span = current_span.get()
+            with span.child("tokenize"):
                 prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
             params = self._sampling(request.sampling, self._prompts.context - len(prompt))
+            if span:
+                span.set(**about_request(request, params, self._model))
             text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
             opening = SessionOpen(
                 max_positions=len(prompt) + params.max_new_tokens,
@@ -119,9 +125,7 @@ class Answering:
                         released = text.release(self._node_of)
                         for token in released:
                             yield token
-                        if (
-                            not released
-                        ):  # without a message to write, brief steps would keep the event loop to themselves
+                        if not released:  # nothing is written, so brief steps would keep the event loop to themselves
                             await asyncio.sleep(0)
                         if finish is not FinishReason.LENGTH:
                             break
@@ -133,7 +137,10 @@ class Answering:
                 finish = FinishReason.STOP
             total_s = time.perf_counter() - began
             seed = params.seed if params.temperature else None
-            yield Final(finish, text.text, totals.end(finish, len(prompt), total_s, seed))
+            final = Final(finish, text.text, totals.end(finish, len(prompt), total_s, seed))
+            if span:
+                span.set(**about_answer(final))
+            yield final
 
     async def _prompt_tokens(self, prompt: Sequence[int], likelihoods: Sequence[Likelihood]) -> PromptTokens:
         if len(likelihoods) != len(prompt) - 1:

@@ -178,6 +178,7 @@ class Engine:
             max_draft=self._max_draft,
             tier_of={node.name: node.label for node in self.topology.nodes},
             counters=self.counters,
+            family=self.topology.family,
         )
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Chain:

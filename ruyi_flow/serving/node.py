@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 
 import psutil
 
@@ -15,11 +14,11 @@ from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.extras import needed_by
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.serving.answering import Answering
+from ruyi_flow.serving.attributes import model_name
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.heap import tidy_heap
-from ruyi_flow.telemetry import spans
 from ruyi_flow.telemetry.request_log import RequestEntry
-from ruyi_flow.telemetry.spans import NO_TRACER, Attribute, Tracer, current_span
+from ruyi_flow.telemetry.spans import NO_TRACER, Tracer, current_span
 from ruyi_flow.transport.addresses import check_listen
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
@@ -40,7 +39,7 @@ class Node:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.name = engine, engine.name
+        self.engine, self.name, self._model = engine, engine.name, model_name(engine.topology.family)
         self.dtype, self.device = engine.shard.memory.dtype, engine.shard.memory.device
         with tidy_heap():  # parsing a tokenizer's file leaves holes in the heap
             self._answering = engine.answering() if engine.shard.is_entry else None
@@ -55,10 +54,8 @@ class Node:
         Raises:
             RequestError: this is not the entry node.
         """
-        answering, span = self._entry, current_span.get()
-        entry = RequestEntry(Path(self.engine.topology.family).name, id=span.trace_id)
-        if span:
-            span.set(**_about(request, entry.model))
+        answering, trace = self._entry, current_span.get().trace_id
+        entry = RequestEntry(self._model, id=trace, trace=trace)
         try:
             async with aclosing(answering.generate(request, timeout_s)) as events:
                 async for event in events:
@@ -69,8 +66,6 @@ class Node:
             raise
         finally:
             entry.write()
-            if span:
-                span.set(**entry.attributes)
 
     async def tokenize(self, request: GenerateRequest) -> Tokenized:
         """Return the tokens of a request's prompt; see `Answering.tokenize`.
@@ -95,23 +90,6 @@ class Node:
         if measure_link:
             return await self.engine.status_with_link()
         return self.engine.status()
-
-
-def _about(request: GenerateRequest, model: str) -> dict[str, Attribute]:
-    """Return what the span of a request says about it."""
-    params, prompt = request.sampling, request.prompt
-    is_chat = not request.raw and not (prompt and isinstance(prompt[0], int))
-    found: dict[str, Attribute] = {
-        spans.OPERATION: "chat" if is_chat else "text_completion",
-        spans.PROVIDER: "ruyi-flow",
-        spans.REQUEST_MODEL: model,
-        spans.RESPONSE_MODEL: model,
-        spans.MAX_TOKENS: params.max_new_tokens,
-        spans.TEMPERATURE: params.temperature,
-        spans.TOP_P: params.top_p,
-        spans.TOP_K: params.top_k,
-    }
-    return found if params.seed is None else found | {spans.SEED: params.seed}
 
 
 def stay_on_cores(node: topology.Node, where: str) -> None:

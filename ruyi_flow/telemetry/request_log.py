@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from ruyi_flow.telemetry import spans
-from ruyi_flow.telemetry.spans import Attribute
 from ruyi_flow.types import Event, Final, Token
 
 __all__ = ["JsonLines", "RequestEntry"]
@@ -31,20 +29,23 @@ class RequestEntry:
         model: the model that was asked for.
         user: the user's name. Default: unknown.
         id: the request's id. Default: a new one.
+        trace: the id of its trace. Default: it has none.
     """
 
-    def __init__(self, model: str, *, user: str = "", id: str = "") -> None:
-        self.id, self.user, self.model = id or uuid4().hex, user, model
+    def __init__(self, model: str, *, user: str = "", id: str = "", trace: str = "") -> None:
+        self.id, self.user, self.model, self.trace = id or uuid4().hex, user, model, trace
         self.status = "cancelled"
-        """ok, cancelled (the client went away), or the name of the error that ended the request."""
+        """ok, cancelled (the client went away), or what ended the request otherwise."""
         self.finish_reason = ""
         """Why the answer ended; empty if it is not complete."""
-        self.prompt_tokens = self.new_tokens = self.bytes_up = self.escalations = 0
+        self.prompt_tokens = self.new_tokens = self.bytes_up = 0
         self.nodes: dict[str, int] = {}
         """Number of tokens that each node decided."""
-        self.queue_s = self.first_token_s = 0.0
+        self.queue_s = 0.0
+        """Seconds of waiting for the compute threads of all nodes."""
+        self.first_token_s = self.total_s = 0.0
+        """Seconds from the request's arrival to its first token and to its end."""
         self._began = time.perf_counter()
-        self._ended: float | None = None
 
     def saw(self, event: Event) -> None:
         """Take note of an event of the answer."""
@@ -58,20 +59,15 @@ class RequestEntry:
             self.status, self.finish_reason = "ok", str(event.finish_reason)
             self.prompt_tokens, self.new_tokens = stats.prompt_tokens, stats.new_tokens
             self.queue_s = sum(hop.queue_s for hop in stats.hops)
-            self.bytes_up, self.escalations = sum(hop.bytes_up for hop in stats.hops), stats.escalations
+            self.bytes_up = sum(hop.bytes_up for hop in stats.hops)
 
     def failed(self, error: BaseException) -> None:
         """Take note of the error that ended the request."""
         self.status = type(error).__name__
 
-    @property
-    def total_s(self) -> float:
-        """Seconds from the request's arrival to its end, or until now."""
-        return (time.perf_counter() if self._ended is None else self._ended) - self._began
-
     def write(self) -> None:
-        """End the request and write its line."""
-        self._ended = time.perf_counter()
+        """Write the line of a request that has ended."""
+        self.total_s = self.total_s or time.perf_counter() - self._began
         logger.info("%s", self, extra={"request": self.fields})
 
     @property
@@ -79,6 +75,7 @@ class RequestEntry:
         """The line as JSON has it; times are in milliseconds."""
         return {
             "id": _cut(self.id),
+            "trace": self.trace,
             "user": _cut(self.user),
             "model": _cut(self.model),
             "status": self.status,
@@ -102,20 +99,6 @@ class RequestEntry:
             + f", queue {1000 * self.queue_s:.1f} ms, first token {1000 * self.first_token_s:.1f} ms, "
             f"total {1000 * self.total_s:.1f} ms, {self.bytes_up} bytes up"
         )
-
-    @property
-    def attributes(self) -> dict[str, Attribute]:
-        """What a span of the request says about its answer."""
-        found: dict[str, Attribute] = {
-            spans.INPUT_TOKENS: self.prompt_tokens,
-            spans.OUTPUT_TOKENS: self.new_tokens,
-            spans.FIRST_TOKEN_S: self.first_token_s,
-            spans.BYTES_UP: self.bytes_up,
-            spans.ESCALATIONS: self.escalations,
-        }
-        if self.finish_reason:
-            found[spans.FINISH_REASONS] = (self.finish_reason,)
-        return found
 
 
 class JsonLines(logging.Formatter):

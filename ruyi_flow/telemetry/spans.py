@@ -50,7 +50,9 @@ INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
 FIRST_TOKEN_S = "gen_ai.response.time_to_first_chunk"
-SERVER_ADDRESS = "server.address"
+METHOD = "http.request.method"
+ROUTE = "http.route"
+STATUS = "http.response.status_code"
 ERROR = "error.type"
 
 # Attribute names of this package: no convention has exits, drafts and hops.

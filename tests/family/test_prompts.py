@@ -74,6 +74,7 @@ async def test_prompts_are_encoded_beside_the_event_loop() -> None:
         eos_token_ids=(),
         routing=Routing(),
         node_of={6: "n0"},
+        family="tiny",
         max_draft=4,
     )
     with pytest.raises(NodeUnavailable):

@@ -117,12 +117,12 @@ async def test_the_current_span_is_that_of_the_task() -> None:
 
 
 def test_the_conventions_names_are_those_of_opentelemetry() -> None:
-    from opentelemetry.semconv._incubating.attributes import gen_ai_attributes, server_attributes
-    from opentelemetry.semconv.attributes import error_attributes
+    from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+    from opentelemetry.semconv.attributes import error_attributes, http_attributes
 
     known = {
         value
-        for module in (gen_ai_attributes, server_attributes, error_attributes)
+        for module in (gen_ai_attributes, http_attributes, error_attributes)
         for value in vars(module).values()
         if isinstance(value, str)
     }
