@@ -77,6 +77,7 @@ class Exchange:
         self.asked, self.record, self.model = asked, record, model.id
         self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
         self._entry = site.entry
+        self._entry.learn()
         options = {**model.routing(asked.routing), **asked.options}
         seed = options.pop("seed", None)
         self._asks: list[Ask] = [

@@ -143,14 +143,15 @@ class EntryNodes:
                 await self.states()
         return self._status
 
+    def learn(self) -> None:
+        """Ask the entry node about the family in the background, unless that is known."""
+        if self._status is None and (self._learning is None or self._learning.done()):
+            self._learning = asyncio.create_task(self.about())
+
     @property
     def fingerprint(self) -> str | None:
-        """Fingerprint of the family, as replies tell it; None until the entry node has told it, which it is asked."""
-        if self._status is None:
-            if self._learning is None or self._learning.done():
-                self._learning = asyncio.create_task(self.about())
-            return None
-        return f"fp_{self._status.family[:12]}"
+        """Fingerprint of the family, as replies tell it; None until the entry node has told it."""
+        return None if self._status is None else f"fp_{self._status.family[:12]}"
 
     def tier_of(self, node: str) -> str:
         """Return a node's tier, or its name if it has none."""

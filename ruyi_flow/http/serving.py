@@ -102,6 +102,7 @@ async def serve(
     try:
         while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
             await asyncio.sleep(0.005)
+        entry.learn()
         yield Listening(site, host, sockets[0].getsockname()[1])
     finally:
         app.drain()
