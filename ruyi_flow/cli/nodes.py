@@ -28,7 +28,7 @@ from ruyi_flow.cli.options import (
     on_end_of_input,
     on_signals,
 )
-from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, serving
+from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, announce, serving
 from ruyi_flow.cli.telemetry import (
     LogJsonOption,
     NoRequestLogOption,
@@ -277,7 +277,7 @@ def up(
             if server is not None:  # first: a port in use is told at once, and /ready tells which node still starts
                 tracer = tracing.tracer("server")
                 stack.push_async_callback(asyncio.to_thread, tracer.close)
-                await stack.enter_async_context(serving(loaded, server, tracer))
+                listening = await stack.enter_async_context(serving(loaded, server, tracer))
             await start_nodes(supervisor, stop)
             asked = "" if is_default else f" --topology {named}"
             err.print(
@@ -285,6 +285,8 @@ def up(
                 f"[bold]ruyi-flow generate{asked} --prompt 'Why is the sky blue?'[/bold]",
                 soft_wrap=True,
             )
+            if server is not None:
+                announce(listening)
             waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(supervisor.wait())]
             done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in pending:

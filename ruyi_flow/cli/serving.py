@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +29,10 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import require
 from ruyi_flow.telemetry.spans import NO_TRACER, Tracer
 
-__all__ = ["PolicyOption", "PortOption", "ServerOptions", "serve", "serving"]
+if TYPE_CHECKING:
+    from ruyi_flow.http.serving import Listening
+
+__all__ = ["PolicyOption", "PortOption", "ServerOptions", "announce", "serve", "serving"]
 
 PortOption = Annotated[
     int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one and prints it.")
@@ -91,7 +94,8 @@ def serve(
     async def run() -> None:
         stop = on_signals()
         given = ServerOptions(host, port, policy, default_max_tokens, timeout, insecure)
-        async with serving(loaded, given, tracer):
+        async with serving(loaded, given, tracer) as listening:
+            announce(listening)
             await stop.wait()
             err.print("ending the server")
 
@@ -123,8 +127,8 @@ class ServerOptions:
 
 
 @asynccontextmanager
-async def serving(topology: Topology, options: ServerOptions, tracer: Tracer = NO_TRACER) -> AsyncIterator[None]:
-    """Run an HTTP server for a topology while the block lasts, and say where it listens.
+async def serving(topology: Topology, options: ServerOptions, tracer: Tracer = NO_TRACER) -> AsyncIterator[Listening]:
+    """Run an HTTP server for a topology while the block lasts; `announce` says where it listens.
 
     Args:
         topology: the topology.
@@ -156,14 +160,18 @@ async def serving(topology: Topology, options: ServerOptions, tracer: Tracer = N
                     tracer=tracer,
                 )
             )
-        model = listening.site.models.family
-        asked = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
-        for line in (
-            f"OpenAI's API for {model} is at {listening.url}/v1; ask it:",
-            f"curl {listening.url}/v1/chat/completions -d '{asked}'",
-        ):
-            err.print(line, soft_wrap=True, markup=False, highlight=False)
-        yield
+        yield listening
+
+
+def announce(listening: Listening) -> None:
+    """Say where a server listens, and how it is asked."""
+    model = listening.site.models.family
+    asked = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
+    for line in (
+        f"OpenAI's API for {model} is at {listening.url}/v1; ask it:",
+        f"curl {listening.url}/v1/chat/completions -d '{asked}'",
+    ):
+        err.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _policy(given: str) -> tuple[str, Path]:

@@ -84,9 +84,9 @@ async def test_nodes_count_what_they_do(spoken: Path) -> None:
     assert json.loads(health) == {"status": "ok"}
     tokens = entry["ruyi_tokens_total"]
     for token in {(t.exit, t.node, str(t.reason)) for r in replies for t in r.tokens}:
-        labels = (("exit", str(token[0])), ("node", token[1]), ("reason", token[2]), ("tier", token[1]))
+        found = (("exit", str(token[0])), ("node", token[1]), ("reason", token[2]), ("tier", token[1]))
         count = sum((t.exit, t.node, t.reason) == token for r in replies for t in r.tokens)
-        assert count <= tokens[labels] <= count + 30, "the answer that was broken off had some tokens"
+        assert count <= tokens[found] <= count + 30, "the answer that was broken off had some tokens"
     done = sum(len(r.tokens) for r in replies)
     assert done <= entry["ruyi_generation_tokens_total"][()] == sum(tokens.values())
     assert entry["ruyi_prompt_tokens_total"][()] == sum(r.stats.prompt_tokens for r in replies)
