@@ -14,8 +14,9 @@ from starlette.requests import Request
 
 from ruyi_flow.http.access import Access
 from ruyi_flow.http.entry import Ask, EntryNodes
+from ruyi_flow.http.fields import Body, parse_json
 from ruyi_flow.http.models import Models
-from ruyi_flow.http.schemas import Asked, Body, parse_json
+from ruyi_flow.http.schemas import Asked
 from ruyi_flow.http.usage import Record, Usage
 from ruyi_flow.types import Event, Final, FinishReason, PromptTokens, Stats, Token
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.http.schemas import MAX_CHOICES
+from ruyi_flow.http.fields import MAX_CHOICES
 from ruyi_flow.http.serving import Listening
 from ruyi_flow.reply import Reply
 from ruyi_flow.testing import Cluster

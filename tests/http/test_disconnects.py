@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,31 @@ def open_sessions(nodes: Cluster) -> int:
     return sum(len(engine.shard.capacity.leases) for engine in nodes.engines.values())
 
 
-async def hang_up(listening: Listening, kind: str, after_s: float) -> None:
-    """Send a request and break the connection a while later."""
+Moment = Callable[[asyncio.StreamReader], Awaitable[object]]
+"""Waits for the moment at which a client goes away."""
+
+
+async def hang_up(listening: Listening, kind: str, moment: Moment) -> None:
+    """Send a request, and break the connection at a moment."""
     path, body = KINDS[kind]
     data = json.dumps(body).encode()
-    _, writer = await asyncio.open_connection("127.0.0.1", listening.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
     writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
-    await asyncio.sleep(after_s)
+    await moment(reader)
     writer.transport.abort()
 
 
 async def test_sessions_are_freed_at_a_hundred_random_moments(narrow: Cluster) -> None:
     moments = random.Random(7)
     seen = 0
+
+    def soon(_: asyncio.StreamReader) -> Awaitable[None]:
+        return asyncio.sleep(moments.uniform(0, 0.1))
+
     async with serve(narrow.topology, port=0, grace_s=1) as listening:
         for _ in range(25):
             kinds = moments.choices(list(KINDS), k=4)
-            asked = [asyncio.create_task(hang_up(listening, kind, moments.uniform(0, 0.1))) for kind in kinds]
+            asked = [asyncio.create_task(hang_up(listening, kind, soon)) for kind in kinds]
             while not all(task.done() for task in asked):
                 seen += open_sessions(narrow)
                 await asyncio.sleep(0.002)
@@ -77,9 +85,11 @@ async def test_sessions_are_freed_at_a_hundred_random_moments(narrow: Cluster) -
 
 async def test_a_queued_request_leaves_the_queue_with_its_client(narrow: Cluster) -> None:
     async with serve(narrow.topology, port=0, grace_s=1) as listening:
-        asked = [asyncio.create_task(hang_up(listening, "whole chat", 0.5)) for _ in range(6)]
+        now = asyncio.Event()
+        asked = [asyncio.create_task(hang_up(listening, "whole chat", lambda _: now.wait())) for _ in range(6)]
         entry = narrow.engines["n0"]
         await until(lambda: entry.front_door.waiting == 3)
+        now.set()
         await asyncio.gather(*asked)
         await until(lambda: not open_sessions(narrow) and not entry.front_door.waiting)
 
@@ -95,7 +105,7 @@ async def test_a_request_is_counted_once_also_when_its_client_goes_away(three: C
             ended.append(record)
 
         usage.ended = note  # type: ignore[method-assign]
-        await hang_up(listening, "streamed chat", 0.2)
+        await hang_up(listening, "streamed chat", lambda reader: reader.readuntil(b'"role":"assistant"'))
         await until(lambda: ended)
         async with client_of(listening) as http:
             await http.post("/v1/chat/completions", json=chat(user="ann"), headers={"x-request-id": "mine-1"})

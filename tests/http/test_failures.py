@@ -37,14 +37,18 @@ def test_every_exception_of_a_request_has_a_status() -> None:
 async def test_a_full_node_is_told_with_the_time_to_come_back(spoken: Path) -> None:
     limits = {"max_sessions": 1, "max_waiting": 0, "max_positions": 1024, "grace_s": 1}
     topology = cut_topology(spoken, [[2], [4, 6]], limits=limits)
-    async with cluster(topology) as nodes, serve(nodes.topology, port=0, grace_s=1) as listening:
+    relay = Relay()
+    async with cluster(topology, {"n1": relay}) as nodes, serve(nodes.topology, port=0, grace_s=1) as listening:
         async with client_of(listening) as http:
             async with http.stream("POST", PATH, json=chat(stream=True, max_tokens=400)) as first:
-                await anext(first.aiter_lines())
+                lines = aiter(first.aiter_lines())  # closing it would close the connection
+                await anext(lines)
+                relay.frozen = True  # so that the answer goes on
                 for stream in (False, True):
                     reply = await http.post(PATH, json=chat(stream=stream))
                     assert reply.status_code == 503 and reply.json()["error"]["code"] == "overloaded"
                     assert (reply.headers["retry-after"], reply.headers["retry-after-ms"]) == ("1", "1000")
+            relay.frozen = False
             await until(lambda: not nodes.engines["n0"].shard.capacity.leases)
             assert (await http.post(PATH, json=chat())).status_code == 200
         await nodes.settle()

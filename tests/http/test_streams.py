@@ -84,12 +84,14 @@ async def test_comments_keep_a_waiting_stream_awake(spoken: Path, monkeypatch: p
 
 
 async def test_a_stopping_server_lets_answers_end_and_refuses_new_ones(spoken: Path) -> None:
-    async with cluster(cut_topology(spoken, [[2], [4], [6]])) as nodes, AsyncExitStack() as stack:
+    relay = Relay()
+    async with cluster(cut_topology(spoken, [[2], [4], [6]]), {"n2": relay}) as nodes, AsyncExitStack() as stack:
         listening = await stack.enter_async_context(serve(nodes.topology, port=0, grace_s=30))
         async with client_of(listening) as http:
             async with http.stream("POST", PATH, json=chat(stream=True, max_tokens=300)) as reply:
                 lines = aiter(reply.aiter_lines())
                 await anext(lines)
+                relay.frozen = True  # so that the answer goes on
                 stopping = asyncio.create_task(stack.aclose())
                 await asyncio.sleep(0)
                 refused = await http.post(PATH, json=chat())
@@ -97,6 +99,7 @@ async def test_a_stopping_server_lets_answers_end_and_refuses_new_ones(spoken: P
                 assert refused.headers["retry-after"] == "1"
                 assert (await http.get("/ready")).json() == {"status": "draining"}
                 assert (await http.get("/health")).status_code == 200
+                relay.frozen = False
                 assert [line async for line in lines if line][-1] == "data: [DONE]"
             await stopping
             with pytest.raises(httpx.ConnectError):
