@@ -17,23 +17,8 @@ import yaml
 from ruyi_flow import Client
 from ruyi_flow.testing import cut_topology, tiny_family
 from tests.families import MIN_VOCAB, add_tokenizer
+from tests.http.clients.guide import ADDRESS, TEXT, sections
 from tests.http.clients.served import Served, serve_topology
-from tests.install.environment import ROOT
-
-GUIDE = ROOT / "docs" / "guides" / "clients.md"
-TEXT = GUIDE.read_text()
-
-ADDRESS = "http://127.0.0.1:8000"
-
-
-def sections(language: str) -> dict[str, list[str]]:
-    """Return the snippets in a language by the heading that they are below."""
-    found = {}
-    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
-        blocks = re.findall(rf"^```{language}\n(.*?)^```", part, re.DOTALL | re.MULTILINE)
-        if blocks:
-            found[part.splitlines()[0]] = blocks
-    return found
 
 
 @pytest.fixture(scope="module")
