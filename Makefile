@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs install-trial bench bench-sim gpu mutants protos picture clean
+.PHONY: demo test check docs install-trial client-trial bench bench-sim gpu mutants protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -24,6 +24,9 @@ docs: $(READY)            ## the documentation, in site/: generated pages first,
 
 install-trial: $(READY)   ## build the wheels, and try them in empty environments on every Python of this machine
 	$(BIN)/python -m tests.install
+
+client-trial: $(READY)    ## LiteLLM in an environment of its own, and curl, against real daemons and their HTTP server
+	$(BIN)/python -m tests.http.clients
 
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench

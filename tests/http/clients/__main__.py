@@ -24,6 +24,7 @@ from ruyi_flow import Client, __version__
 from ruyi_flow.testing import cut_topology, free_ports, tiny_family
 from tests.conftest import write_topology
 from tests.families import MIN_VOCAB, add_tokenizer
+from tests.http.clients.guide import ADDRESS, sections
 from tests.http.clients.served import http_server
 from tests.install.environment import Environment
 
@@ -39,6 +40,7 @@ def main() -> None:
     with TemporaryDirectory(prefix="ruyi-flow-clients-") as name:
         folder = Path(name)
         env = Environment(folder / "litellm", Path(sys.executable), folder / "wheels")
+        env.variables["PIP_NO_COMPILE"] = "1"  # thousands of files, of which few are imported
         installed_s = env.install(LITELLM)
         file = small_topology(folder)
         with http_server("up", "--topology", str(file), "--serve") as (url, lines, process):
@@ -46,12 +48,13 @@ def main() -> None:
             given = {
                 "base_url": f"{url}/v1",
                 "model": "small",
+                "snippet": guides_snippet(url),
                 "answers": expected(file),
                 "node": "n2",
                 "node_pid": node_process(process.pid, "n2"),
             }
-            env.run("python", str(Path(__file__).with_name("litellm_trial.py")), json.dumps(given), timeout_s=120)
-            version = env.run("python", "-c", "import importlib.metadata as m; print(m.version('litellm'))").strip()
+            trial = str(Path(__file__).with_name("litellm_trial.py"))
+            version = env.run("python", trial, json.dumps(given), timeout_s=120).splitlines()[-1]
             curl_a_stream(url)
     figures = {
         "litellm": version,
@@ -74,6 +77,12 @@ def small_topology(folder: Path) -> Path:
         node["address"] = f"127.0.0.1:{port}"
     file.write_text(yaml.safe_dump(topology))
     return file
+
+
+def guides_snippet(url: str) -> str:
+    """Return what the guide to clients shows of LiteLLM, for this server and its family."""
+    [code] = sections("python")["LiteLLM"]
+    return code.replace(ADDRESS, url).replace("smollm2", "small")
 
 
 def expected(file: Path) -> dict[str, str]:

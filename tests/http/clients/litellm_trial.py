@@ -1,14 +1,16 @@
 """What LiteLLM makes of the server. It runs in an environment that has LiteLLM and nothing of this project.
 
-    python litellm_trial.py '{"base_url": …, "model": …, "answers": {…}, "node_pid": …}'
+    python litellm_trial.py '{"base_url": …, "model": …, "answers": {…}, "snippet": …, "node": …, "node_pid": …}'
 
-`answers` are the SDK's texts. The node with this process id is killed in the middle of a stream.
+`answers` are the SDK's texts, and `snippet` is the code of the guide. The node is killed in the middle of a stream. The
+last line is LiteLLM's version.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -129,6 +131,8 @@ def node_dies() -> None:
 
 
 if __name__ == "__main__":
+    exec(GIVEN["snippet"])
     answers()
     errors()
     node_dies()
+    sys.stdout.write(f"{importlib.metadata.version('litellm')}\n")
