@@ -187,11 +187,10 @@ def node(
     from ruyi_flow.transport.addresses import check_listen
 
     require("torch")
-    for address in (here.address, here.metrics):  # before torch and the weights are loaded
-        if address is not None:
-            asyncio.run(check_listen(address, name))
+    asyncio.run(check_listen(here.address, name))  # before torch and the weights are loaded
     if here.metrics is not None:
         require("prometheus_client")
+        asyncio.run(check_listen(here.metrics, name, key="metrics"))
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.serving.heap import tidy_heap
     from ruyi_flow.serving.node import serve, stay_on_cores

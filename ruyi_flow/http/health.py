@@ -8,8 +8,7 @@ from starlette.responses import Response
 
 from ruyi_flow.http.asking import Site
 from ruyi_flow.http.events import JsonResponse
-from ruyi_flow.telemetry import names
-from ruyi_flow.telemetry.exposition import make_registry, node_gauges, page
+from ruyi_flow.telemetry.exposition import make_registry, node_metrics, page, server_metrics
 
 __all__ = ["Health"]
 
@@ -31,13 +30,9 @@ class Health:
         self._asking: asyncio.Task[dict[str, str]] | None = None
         self._asked_at = 0.0
         usage, engine = site.usage, site.entry.engine
-        counters = usage.counters.all if engine is None else [*usage.counters.all, *engine.counters.all]
+        mine = server_metrics(usage.counters, lambda: usage.running)
         self._registry = make_registry(
-            counters,
-            lambda: {
-                names.HTTP_RUNNING: ((), usage.running),
-                **({} if engine is None else node_gauges(engine.status())),
-            },
+            mine, *([] if engine is None else [node_metrics(engine.counters, engine.status)])
         )
 
     async def health(self) -> JsonResponse:

@@ -115,11 +115,9 @@ class Usage:
         if record.is_disconnected:
             counters.disconnects.add(route)
         if record.first_token_s is not None:
-            counters.first_token_s.observe(record.first_token_s)
-        if record.stats:
-            counters.prompt_tokens.add(amount=record.prompt_tokens)
-        for (node, exit), count in record.new_tokens.items():
-            counters.tokens.add(node, exit, amount=count)
+            counters.first_token_s.observe(record.first_token_s, record.model)
+            counters.prompt_tokens.add(record.model, amount=record.prompt_tokens)
+            counters.tokens.add(record.model, amount=record.completion_tokens)
         if record.method == "POST":
             _entry(record).write()
             record.span.end(**_attributes(record))

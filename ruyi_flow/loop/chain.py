@@ -7,7 +7,7 @@ Only the entry node's chain proposes: it drafts with its first branch.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import NamedTuple, TypeVar
 
 from ruyi_flow.errors import WireError
@@ -21,6 +21,7 @@ from ruyi_flow.routing.policy import Judge
 from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.telemetry import spans
+from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import NO_SPAN, Attribute, Span
 from ruyi_flow.types import Block, Decision, Hop, Likelihood, Reason, Verdict
 
@@ -61,8 +62,8 @@ class Chain:
         costs: the entry node's drafting costs; default: the session's own.
         clock: where it waits.
         span: the session's span on this node; its steps, hops and rounds become parts of it.
-        verify: called for each token of a branch here that the family's last exit was asked about: the branch's exit,
-            its confidence, and whether the last exit decided the same token. Default: nobody wants to know.
+        counters: where tokens of branches here are counted that the family's last exit was asked about. Default:
+            nowhere.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class Chain:
         costs: DraftCosts | None = None,
         clock: Clock = REAL_CLOCK,
         span: Span = NO_SPAN,
-        verify: Callable[[int, float, bool], None] | None = None,
+        counters: NodeCounters | None = None,
     ) -> None:
-        self._verify = None if session.params.temperature else verify  # calibration is about the most probable token
+        # Calibration is about the most probable token, so sampled ones say nothing about it.
+        self._counters = None if session.params.temperature else counters
         self._session, self._worker, self._node, self._clock = session, worker, node, clock
         self.span = span
         """What the chain works for now: the session, or one of its rounds."""
@@ -355,7 +357,7 @@ class Chain:
         for walk in reversed(walks):
             is_deeper = bool(decisions)
             decisions = walk.merge(decisions)
-            if is_deeper and self._verify is not None:
+            if is_deeper and self._counters is not None:
                 self._compare(walk, decisions)
         if session.params.logprobs is not None and decisions:
             decisions = session.with_likelihoods(decisions, [look.position for look in first.looks])
@@ -370,10 +372,12 @@ class Chain:
 
     def _compare(self, walk: Walk, decisions: Sequence[Decision]) -> None:
         """Compare a branch's tokens with what the family's last exit decided in their places, where it did."""
-        assert self._verify is not None
+        assert self._counters is not None
+        is_calibrated = self._session.policy.routing.scale is not None
         for look, decision in zip(walk.looks, decisions, strict=False):
             if look.token is not None and decision.reason is Reason.DEEPEST and decision.exit != walk.exit:
-                self._verify(walk.exit, look.confidence, look.token == decision.token)
+                agrees = look.token == decision.token
+                self._counters.verify(walk.exit, look.confidence, is_calibrated=is_calibrated, agrees=agrees)
 
     async def _draft_ahead(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
         """Return the answer; until it arrives, draft past the question with the first branch while that pays."""

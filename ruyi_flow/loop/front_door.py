@@ -164,7 +164,7 @@ class FrontDoor:
             costs=self._costs,
             clock=self._clock,
             span=span,
-            verify=None if self._counters is None else self._counters.verify,
+            counters=self._counters,
         )
 
     def _check_open(self) -> None:

@@ -150,9 +150,9 @@ async def _metrics(engine: Engine) -> AsyncIterator[None]:
         yield
         return
     with needed_by("metrics of a node"):
-        from ruyi_flow.telemetry.exposition import make_registry, node_gauges, serve_page
+        from ruyi_flow.telemetry.exposition import make_registry, node_metrics, serve_page
 
-    registry = make_registry(engine.counters.all, lambda: node_gauges(engine.status()))
+    registry = make_registry(node_metrics(engine.counters, engine.status))
     serving = serve_page(node.metrics, registry, f"node {node.name!r}: metrics")
     await asyncio.to_thread(serving.__enter__)  # starting and ending its thread takes a moment
     try:

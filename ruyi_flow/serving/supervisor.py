@@ -78,6 +78,8 @@ class Supervisor:
                 in_use="or start only the nodes that do not run yet: ruyi-flow node NAME; the nodes may be running "
                 f"already: ruyi-flow generate -t {self._named} -p …",
             )
+            if node.metrics is not None:
+                await check_listen(node.metrics, node.name, key="metrics")
         self._tasks = [asyncio.create_task(self._keep_running(node.name)) for node in self._topology.nodes]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeUnavailable, RequestCancelled, RequestError
 from ruyi_flow.loop.chain import Round
 from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.types import Decision, FinishReason, Hop, Stats
@@ -32,9 +33,7 @@ class Totals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not self._is_complete:
-            self._counters.failures.add(
-                kind.__name__ if kind is not None and issubclass(kind, Exception) else "Cancelled"
-            )
+            self._counters.failures.add(_cause(error))
 
     def add(self, settled: Round, after_s: float) -> int:
         """Add a round that ended at this time, and return the bytes that it sent upward."""
@@ -85,3 +84,18 @@ class Totals:
             escalations=self._escalations,
             hops=tuple(self._hops.values()),
         )
+
+
+def _cause(error: BaseException | None) -> str:
+    """Return why there is no complete answer, as the metrics name it."""
+    if error is None or not isinstance(error, Exception) or isinstance(error, RequestCancelled):
+        return "cancelled"
+    return next((cause for kind, cause in _CAUSES.items() if isinstance(error, kind)), "fault")
+
+
+_CAUSES = {
+    RequestError: "request",
+    CapacityError: "full",
+    DeadlineExceeded: "deadline",
+    NodeUnavailable: "unavailable",
+}

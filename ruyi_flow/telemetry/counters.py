@@ -80,26 +80,28 @@ class StepCounters:
 
     def __init__(self) -> None:
         self.seconds = Histogram(names.STEP_SECONDS)
-        self.rows = Counter(names.STEP_ROWS)
+        self.rows = Histogram(names.STEP_ROWS)
 
     def ran(self, exit: int, seconds: float, rows: int) -> None:
         """Count a step at the stage that ends at an exit."""
         self.seconds.observe(seconds, exit)
-        self.rows.add(exit, amount=rows)
+        self.rows.observe(rows, exit)
 
 
 class LinkCounters:
     """The traffic of a node with the next one."""
 
-    __slots__ = ("bytes", "messages")
+    __slots__ = ("bytes", "messages", "seconds")
 
     def __init__(self) -> None:
         self.bytes = Counter(names.LINK_BYTES)
         self.messages = Counter(names.LINK_MESSAGES)
+        self.seconds = Histogram(names.LINK_SECONDS)
 
-    def exchanged(self, link: str, *, messages: int, bytes_up: int, bytes_down: int) -> None:
+    def exchanged(self, link: str, *, messages: int, bytes_up: int, bytes_down: int, wire_s: float) -> None:
         """Count an exchange over a link."""
         self.messages.add(link, amount=messages)
+        self.seconds.observe(wire_s, link)
         self.bytes.add(link, "up", amount=bytes_up)
         self.bytes.add(link, "down", amount=bytes_down)
 
@@ -127,28 +129,30 @@ class NodeCounters:
         self.refusals = Counter(names.REFUSALS)
         self.verified = Counter(names.VERIFIED)
         self.contradicted = Counter(names.CONTRADICTED)
+        self.expected = Counter(names.EXPECTED)
         self.link = LinkCounters()
         self.steps = (StepCounters(), StepCounters())
         """Steps of the compute thread, and of the event loop."""
 
-    def verify(self, exit: int, confidence: float, agrees: bool) -> None:
+    def verify(self, exit: int, confidence: float, *, is_calibrated: bool, agrees: bool) -> None:
         """Count an early branch's token that the last exit was asked about.
 
         Args:
             exit: the branch's exit.
             confidence: the branch's confidence in the token.
+            is_calibrated: whether the confidence comes from a policy file.
             agrees: whether the last exit decided the same token.
         """
-        bucket = confidence_range(confidence)
-        self.verified.add(exit, bucket)
-        if not agrees:
-            self.contradicted.add(exit, bucket)
+        labels = (exit, _RANGES[bisect_left(CONFIDENCE_BOUNDS, confidence)], "true" if is_calibrated else "false")
+        self.verified.add(*labels)
+        self.contradicted.add(*labels, amount=not agrees)
+        self.expected.add(*labels, amount=max(0.0, 1.0 - confidence))
 
     @property
     def all(self) -> Sequence[Counter | Histogram]:
         """The counters and histograms, those of two threads side by side."""
         found: list[Counter | Histogram] = [c for c in vars(self).values() if isinstance(c, (Counter, Histogram))]
-        found += [self.link.bytes, self.link.messages]
+        found += [self.link.bytes, self.link.messages, self.link.seconds]
         return found + [one for steps in self.steps for one in (steps.seconds, steps.rows)]
 
 
@@ -167,11 +171,6 @@ class ServerCounters:
     def all(self) -> Sequence[Counter | Histogram]:
         """The counters and histograms."""
         return [c for c in vars(self).values() if isinstance(c, (Counter, Histogram))]
-
-
-def confidence_range(confidence: float) -> str:
-    """Return the range of a confidence as the label `confidence` has it: its upper bound."""
-    return _RANGES[bisect_left(CONFIDENCE_BOUNDS, confidence)]
 
 
 _RANGES = [f"{bound:g}" for bound in (*CONFIDENCE_BOUNDS, 1)]

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -17,14 +18,14 @@ from prometheus_client.registry import Collector
 
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.telemetry import names
-from ruyi_flow.telemetry.counters import Counter, Histogram
+from ruyi_flow.telemetry.counters import Counter, Histogram, NodeCounters, ServerCounters
 from ruyi_flow.telemetry.names import Kind, Metric
 from ruyi_flow.types import NodeStatus
 
-__all__ = ["Gauges", "make_registry", "node_gauges", "page", "serve_page"]
+__all__ = ["make_registry", "node_metrics", "page", "serve_page", "server_metrics"]
 
 Gauges = Callable[[], Mapping[Metric, tuple[tuple[str, ...], float]]]
-"""Returns the gauges of this moment: the values of each one's labels, and its value."""
+"""Returns the gauges of this moment: the values of each one's own labels, and its value."""
 
 _REQUEST_S = 10.0
 """Seconds that a reader of a node's page may take to send its request."""
@@ -36,78 +37,96 @@ class _Counters(Collector):
     Args:
         counters: what is counted; several of one metric are added up.
         gauges: returns the gauges.
+        common: the node's name and tier; empty for a server.
     """
 
-    def __init__(self, counters: Sequence[Counter | Histogram], gauges: Gauges) -> None:
-        self._counters, self._gauges = counters, gauges
+    def __init__(self, counters: Sequence[Counter | Histogram], gauges: Gauges, common: tuple[str, ...] = ()) -> None:
+        self._counters, self._gauges, self._common = counters, gauges, common
 
     def collect(self) -> Iterable[Any]:
         """Return the metrics of this moment."""
         for metric, (labels, value) in self._gauges().items():
-            gauge = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
-            gauge.add_metric(labels, value)
+            gauge = GaugeMetricFamily(metric.name, metric.help, labels=metric.all_labels)
+            gauge.add_metric(self._labels(metric, labels), value)
             yield gauge
         by_metric: dict[str, list[Counter | Histogram]] = {}
         for one in self._counters:
             by_metric.setdefault(one.metric.name, []).append(one)
         for same in by_metric.values():
-            yield _histogram(same) if same[0].metric.kind is Kind.HISTOGRAM else _counter(same)
+            yield self._histogram(same) if same[0].metric.kind is Kind.HISTOGRAM else self._counter(same)
+
+    def _labels(self, metric: Metric, labels: Sequence[str | int]) -> tuple[str, ...]:
+        common = self._common if len(metric.all_labels) > len(labels) else ()
+        return (*common, *map(str, labels))
+
+    def _counter(self, same: Sequence[Any]) -> CounterMetricFamily:
+        metric: Metric = same[0].metric
+        sums: dict[tuple[str, ...], float] = {} if metric.labels else {self._labels(metric, ()): 0.0}
+        for one in same:
+            for labels, value in list(one.values.items()):
+                key = self._labels(metric, labels)
+                sums[key] = sums.get(key, 0) + value
+        family = CounterMetricFamily(metric.name, metric.help, labels=metric.all_labels)
+        for key, value in sums.items():
+            family.add_metric(key, value)
+        return family
+
+    def _histogram(self, same: Sequence[Any]) -> HistogramMetricFamily:
+        metric: Metric = same[0].metric
+        none = [0] * (len(metric.buckets) + 1)
+        sums: dict[tuple[str, ...], tuple[list[int], float]] = {}
+        if not metric.labels:
+            sums[self._labels(metric, ())] = none, 0.0
+        for one in same:
+            for labels, row in list(one.rows.items()):
+                key = self._labels(metric, labels)
+                counts, total = sums.get(key, (none, 0.0))
+                sums[key] = ([a + b for a, b in zip(counts, row.counts, strict=True)], total + row.sum)
+        family = HistogramMetricFamily(metric.name, metric.help, labels=metric.all_labels)
+        bounds = [*(f"{bound:g}" for bound in metric.buckets), "+Inf"]
+        for key, (counts, total) in sums.items():
+            family.add_metric(key, list(zip(bounds, accumulate(counts), strict=True)), total)
+        return family
 
 
-def _counter(same: Sequence[Any]) -> CounterMetricFamily:
-    metric: Metric = same[0].metric
-    sums: dict[tuple[str, ...], float] = {} if metric.labels else {(): 0.0}
-    for one in same:
-        for labels, value in list(one.values.items()):
-            key = tuple(map(str, labels))
-            sums[key] = sums.get(key, 0) + value
-    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
-    for key, value in sums.items():
-        family.add_metric(key, value)
-    return family
-
-
-def _histogram(same: Sequence[Any]) -> HistogramMetricFamily:
-    metric: Metric = same[0].metric
-    size = len(metric.buckets) + 1
-    sums: dict[tuple[str, ...], tuple[list[int], float]] = {} if metric.labels else {(): ([0] * size, 0.0)}
-    for one in same:
-        for labels, row in list(one.rows.items()):
-            key = tuple(map(str, labels))
-            counts, total = sums.get(key, ([0] * size, 0.0))
-            sums[key] = ([a + b for a, b in zip(counts, row.counts, strict=True)], total + row.sum)
-    family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
-    bounds = [*(f"{bound:g}" for bound in metric.buckets), "+Inf"]
-    for key, (counts, total) in sums.items():
-        buckets, before = [], 0
-        for bound, count in zip(bounds, counts, strict=True):
-            before += count
-            buckets.append((bound, before))
-        family.add_metric(key, buckets, total)
-    return family
-
-
-def make_registry(counters: Sequence[Counter | Histogram], gauges: Gauges) -> CollectorRegistry:
-    """Return a registry of these counters and gauges, and of what the process itself uses.
-
-    Args:
-        counters: what is counted.
-        gauges: returns the gauges; called at each reading.
-    """
+def make_registry(*collectors: Collector) -> CollectorRegistry:
+    """Return a registry of these metrics, and of what the process itself uses."""
     registry = CollectorRegistry()
-    registry.register(_Counters(counters, gauges))
+    for one in collectors:
+        registry.register(one)
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     return registry
 
 
-def node_gauges(status: NodeStatus) -> dict[Metric, tuple[tuple[str, ...], float]]:
-    """Return the gauges of a node, from its status."""
+def node_metrics(counters: NodeCounters, status: Callable[[], NodeStatus]) -> Collector:
+    """Return the metrics of a node.
+
+    Args:
+        counters: what it counts.
+        status: returns its status; called at each reading.
+    """
+    now = status()
+    return _Counters(counters.all, lambda: _gauges(status()), (now.node, now.tier))
+
+
+def server_metrics(counters: ServerCounters, running: Callable[[], int]) -> Collector:
+    """Return the metrics of an HTTP server.
+
+    Args:
+        counters: what it counts.
+        running: returns the number of requests that have not ended; called at each reading.
+    """
+    return _Counters(counters.all, lambda: {names.HTTP_RUNNING: ((), running())})
+
+
+def _gauges(status: NodeStatus) -> dict[Metric, tuple[tuple[str, ...], float]]:
     return {
         names.RUNNING: ((), status.sessions),
         names.WAITING: ((), status.waiting),
         names.KV_CACHE: ((), status.used_positions / max(1, status.max_positions)),
-        names.INFO: ((status.node, status.tier, status.version, status.family), 1),
+        names.WEIGHT_BYTES: ((), status.tensor_bytes),
+        names.INFO: ((status.version, status.family), 1),
         names.DRAINING: ((), status.state == "draining"),
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["ALL", "CONFIDENCE_BOUNDS", "Kind", "Metric", "Where"]
+__all__ = ["ALL", "CONFIDENCE_BOUNDS", "NODE_LABELS", "Kind", "Metric", "Where"]
 
 
 class Kind(StrEnum):
@@ -55,6 +55,15 @@ class Metric:
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram's ranges; the last range has none."""
 
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        """Its labels with those that all metrics of a node have: its name and tier."""
+        is_common = self.where is not Where.SERVER and "node" not in self.labels
+        return (*NODE_LABELS, *self.labels) if is_common else self.labels
+
+
+NODE_LABELS = ("node", "tier")
+"""The labels of every metric of a node. Where a metric has its own, they tell who decided a token."""
 
 ALL: list[Metric] = []
 """Every metric."""
@@ -79,6 +88,7 @@ CONFIDENCE_BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5)
+_ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 # The state of a node, read when it is asked for.
@@ -99,15 +109,16 @@ KV_CACHE = _metric(
     "Reserved share of the KV cache, 0 to 1.",
     "autoscalers; Nodes; alert RuyiFlowCacheFull",
 )
+WEIGHT_BYTES = _metric("ruyi_weight_bytes", Kind.GAUGE, Where.NODE, "Bytes of the node's weights.", "Nodes")
 INFO = _metric(
     "ruyi_node_info",
     Kind.GAUGE,
     Where.NODE,
-    "1; the labels tell the node, its tier, the version and the family's fingerprint.",
-    "every panel, to name nodes",
-    ("node", "tier", "version", "family"),
+    "1; the labels tell the version and the family's fingerprint.",
+    "operators, to see what runs where",
+    ("version", "family"),
 )
-DRAINING = _metric("ruyi_draining", Kind.GAUGE, Where.NODE, "1 while the node takes no new sessions.", "Nodes")
+DRAINING = _metric("ruyi_node_draining", Kind.GAUGE, Where.NODE, "1 while the node takes no new sessions.", "Nodes")
 
 # Answers, counted by the entry node.
 PROMPT_TOKENS = _metric(
@@ -135,13 +146,14 @@ SUCCESSES = _metric(
     "3",
 )
 FAILURES = _metric(
-    "ruyi_request_failures_total",
+    "ruyi_request_failure_total",
     Kind.COUNTER,
     Where.ENTRY,
-    "Requests without a complete answer, by the class of the error; Cancelled when the client went away.",
-    "Service; alert RuyiFlowFailures",
-    ("error",),
-    "classes of errors (about 12)",
+    "Requests without a complete answer: cancelled by the client, refused for an option or the prompt (request), full, "
+    "unavailable, past the deadline, or a fault.",
+    "Service",
+    ("cause",),
+    "6",
 )
 FIRST_TOKEN_SECONDS = _metric(
     "ruyi_time_to_first_token_seconds",
@@ -181,7 +193,7 @@ ACCEPTED = _metric(
     "ruyi_accepted_draft_tokens_total", Kind.COUNTER, Where.ENTRY, "Drafts that a deeper exit accepted.", "Tiers"
 )
 CONFIDENCE = _metric(
-    "ruyi_confidence",
+    "ruyi_token_confidence",
     Kind.HISTOGRAM,
     Where.ENTRY,
     "Confidence of decided tokens, by exit.",
@@ -193,7 +205,7 @@ CONFIDENCE = _metric(
 
 # Work of every node.
 QUEUE_SECONDS = _metric(
-    "ruyi_admission_wait_seconds",
+    "ruyi_request_queue_time_seconds",
     Kind.HISTOGRAM,
     Where.NODE,
     "Time that sessions waited for capacity before they were admitted.",
@@ -211,7 +223,7 @@ REFUSALS = _metric(
     "3",
 )
 STEP_SECONDS = _metric(
-    "ruyi_step_seconds",
+    "ruyi_step_duration_seconds",
     Kind.HISTOGRAM,
     Where.NODE,
     "Time of a step of one stage, over all sessions in it; the label is the exit that ends the stage.",
@@ -221,13 +233,14 @@ STEP_SECONDS = _metric(
     _STEP,
 )
 STEP_ROWS = _metric(
-    "ruyi_step_rows_total",
-    Kind.COUNTER,
+    "ruyi_step_rows",
+    Kind.HISTOGRAM,
     Where.NODE,
-    "Positions that ran through a stage, drafts included; over the number of steps, the size of a batch.",
+    "Positions in a step of one stage, over all sessions in it, drafts included.",
     "Nodes",
     ("exit",),
     "exits of the node",
+    _ROWS,
 )
 LINK_BYTES = _metric(
     "ruyi_link_bytes_total",
@@ -235,30 +248,49 @@ LINK_BYTES = _metric(
     Where.NODE,
     "Bytes of messages to the next node (up) and of its replies (down).",
     "Links",
-    ("link", "direction"),
+    ("to", "direction"),
     "2",
 )
+LINK_SECONDS = _metric(
+    "ruyi_link_wire_seconds",
+    Kind.HISTOGRAM,
+    Where.NODE,
+    "Time that questions to the next node and their answers were on the way, without the time of that node.",
+    "Links",
+    ("to",),
+    buckets=_TOKEN,
+)
 LINK_MESSAGES = _metric(
-    "ruyi_link_messages_total", Kind.COUNTER, Where.NODE, "Messages to the next node.", "Links", ("link",)
+    "ruyi_link_messages_total", Kind.COUNTER, Where.NODE, "Messages to the next node.", "Links", ("to",)
 )
 VERIFIED = _metric(
-    "ruyi_verified_early_tokens_total",
+    "ruyi_verified_drafts_total",
     Kind.COUNTER,
     Where.NODE,
-    "Greedy tokens of an early branch that the last exit was asked about anyway, by exit and range of confidence "
-    "(the label is the upper bound).",
+    "Greedy tokens of an early branch that the last exit was asked about anyway, by exit, range of confidence (the "
+    "label is the upper bound), and whether the confidence is calibrated.",
     "Calibration; alert RuyiFlowDrift",
-    ("exit", "confidence"),
-    "exits of the node x 12",
+    ("exit", "confidence", "calibrated"),
+    "exits of the node x 24",
 )
 CONTRADICTED = _metric(
-    "ruyi_contradicted_early_tokens_total",
+    "ruyi_contradicted_drafts_total",
     Kind.COUNTER,
     Where.NODE,
     "Those of them for which the last exit decided another token.",
     "Calibration; alert RuyiFlowDrift",
-    ("exit", "confidence"),
-    "exits of the node x 12",
+    ("exit", "confidence", "calibrated"),
+    "exits of the node x 24",
+)
+EXPECTED = _metric(
+    "ruyi_expected_contradictions_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "How many of them their confidence says to expect: the sum of 1 - confidence. Calibrated, it should equal the "
+    "number of contradicted ones.",
+    "Calibration; alert RuyiFlowDrift",
+    ("exit", "confidence", "calibrated"),
+    "exits of the node x 24",
 )
 
 # The HTTP server.
@@ -285,16 +317,22 @@ HTTP_DISCONNECTS = _metric(
     "routes (10)",
 )
 HTTP_PROMPT_TOKENS = _metric(
-    "ruyi_http_prompt_tokens_total", Kind.COUNTER, Where.SERVER, "Tokens of prompts that were answered.", "HTTP"
+    "ruyi_http_prompt_tokens_total",
+    Kind.COUNTER,
+    Where.SERVER,
+    "Tokens of prompts that were answered, by model.",
+    "HTTP",
+    ("model",),
+    "models of the server",
 )
 HTTP_TOKENS = _metric(
     "ruyi_http_generation_tokens_total",
     Kind.COUNTER,
     Where.SERVER,
-    "New tokens by the node and the exit that decided them.",
+    "New tokens, by model.",
     "HTTP",
-    ("node", "exit"),
-    "exits",
+    ("model",),
+    "models of the server",
 )
 HTTP_REQUEST_SECONDS = _metric(
     "ruyi_http_request_duration_seconds",
@@ -310,7 +348,9 @@ HTTP_FIRST_TOKEN_SECONDS = _metric(
     "ruyi_http_time_to_first_token_seconds",
     Kind.HISTOGRAM,
     Where.SERVER,
-    "Time to first token, from the request's arrival at the server.",
+    "Time to first token, from the request's arrival at the server, by model.",
     "HTTP",
-    buckets=_LATENCY,
+    ("model",),
+    "models of the server",
+    _LATENCY,
 )

@@ -19,36 +19,40 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def check_listen(address: str, node: str, *, in_use: str = "or give the node another address") -> None:
+async def check_listen(address: str, node: str, *, key: str = "address", in_use: str = "") -> None:
     """Check that a node can listen on host:port.
 
     Args:
         address: host:port.
         node: the node's name, for messages.
-        in_use: what to do about an address that is in use, other than to end the process there.
+        key: the key of the topology that has the address.
+        in_use: what to do about an address that is in use, other than to end the process there. Default: to give the
+            node another one.
 
     Raises:
         NodeError: it cannot; the message says why, and what to do.
     """
     host, port = split_address(address)
+    named = key if key == "address" else f"{key} address"
     try:
         found = await resolve(host, port)
     except OSError as error:
         raise NodeError(
             f"node {node!r} cannot listen on {address}: the name {host!r} cannot be resolved ({error.strerror}); "
-            "correct the node's address in the topology",
+            f"correct the node's {named} in the topology",
             node=node,
         ) from None
     problem = listen_problem(found)
     if problem == errno.EADDRINUSE:
         raise NodeError(
-            f"{address} is in use already; node {node!r} cannot listen there: end that process, {in_use}",
+            f"{address} is in use already; node {node!r} cannot listen there: end that process, "
+            + (in_use or f"or give the node another {named}"),
             node=node,
         )
     if problem == errno.EADDRNOTAVAIL:
         raise NodeError(
             f"node {node!r} cannot listen on {address}: no network interface of this machine has this address; "
-            "start the node on its own machine, or correct its address in the topology",
+            f"start the node on its own machine, or correct its {named} in the topology",
             node=node,
         )
     if problem == errno.EACCES:

@@ -106,9 +106,12 @@ class RemoteStage:
         bytes_up = self._fed_bytes + sum(map(len, messages))
         mine.bytes_up += bytes_up
         mine.bytes_down += bytes_down
-        mine.wire_s += max(0.0, time.perf_counter() - began - elapsed_s)
+        wire_s = max(0.0, time.perf_counter() - began - elapsed_s)
+        mine.wire_s += wire_s
         if self._counters is not None:
-            self._counters.exchanged(self._peer.name, messages=len(verdicts), bytes_up=bytes_up, bytes_down=bytes_down)
+            self._counters.exchanged(
+                self._peer.name, messages=len(verdicts), bytes_up=bytes_up, bytes_down=bytes_down, wire_s=wire_s
+            )
         self._fed_positions = self._fed_bytes = 0
         prompt = tuple(one for verdict in verdicts for one in verdict.prompt)
         return Verdict(verdicts[-1].decisions, hops, prompt)

@@ -18,11 +18,13 @@ from ruyi_flow.errors import CapacityError, ConfigError
 from ruyi_flow.local import load_family
 from ruyi_flow.telemetry import names
 from ruyi_flow.telemetry.counters import NodeCounters, ServerCounters
-from ruyi_flow.telemetry.exposition import make_registry, page, serve_page
+from ruyi_flow.telemetry.exposition import make_registry, node_metrics, page, serve_page
 from ruyi_flow.telemetry.names import Kind, Where
 from ruyi_flow.testing import cluster, cut_topology, free_ports
+from ruyi_flow.types import NodeStatus
 
 OURS = "ruyi_"
+STATUS = NodeStatus("n", "t", "serving", "f", (2,), 0, 2, 9, 8, 7, "float32", "cpu", 1, 2, 10, 3, 4, 5.5, "", "", 6)
 
 
 def samples(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -30,7 +32,10 @@ def samples(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+            labels = dict(sample.labels)
+            if sample.name.startswith(OURS) and "reason" not in labels:
+                assert labels.pop("node") and labels.pop("tier")
+            found.setdefault(sample.name, {})[tuple(sorted(labels.items()))] = sample.value
     return found
 
 
@@ -44,6 +49,7 @@ def test_names_are_unique_and_follow_prometheus() -> None:
     for metric in names.ALL:
         assert metric.name.startswith(OURS) and metric.help.endswith((".", ")."))
         assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
+        assert metric.labels[: len(names.NODE_LABELS)] != names.NODE_LABELS
         assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
         assert list(metric.buckets) == sorted(set(metric.buckets))
         assert metric.readers and metric.bound
@@ -91,22 +97,23 @@ async def test_nodes_count_what_they_do(spoken: Path) -> None:
     assert done <= entry["ruyi_generation_tokens_total"][()] == sum(tokens.values())
     assert entry["ruyi_prompt_tokens_total"][()] == sum(r.stats.prompt_tokens for r in replies)
     assert entry["ruyi_request_success_total"] == {(("finished_reason", "length"),): 2}
-    assert entry["ruyi_request_failures_total"] == {(("error", "Cancelled"),): 1, (("error", "CapacityError"),): 1}
+    assert entry["ruyi_request_failure_total"] == {(("cause", "cancelled"),): 1, (("cause", "full"),): 1}
     assert entry["ruyi_time_to_first_token_seconds_count"][()] == 3
     assert entry["ruyi_e2e_request_latency_seconds_count"][()] == 2
     assert entry["ruyi_refusals_total"] == {(("cause", "full"),): 1}
-    assert entry["ruyi_admissions_total"][()] == entry["ruyi_admission_wait_seconds_count"][()] == 3
+    assert entry["ruyi_admissions_total"][()] == entry["ruyi_request_queue_time_seconds_count"][()] == 3
     assert entry["ruyi_num_requests_running"][()] == entry["ruyi_kv_cache_usage_perc"][()] == 0
     assert entry["ruyi_escalations_total"][()] >= sum(r.stats.escalations for r in replies)
     assert entry["ruyi_draft_tokens_total"][()] >= sum(r.stats.drafted for r in replies) > 0
-    assert entry["ruyi_link_bytes_total"][(("direction", "up"), ("link", "n1"))] >= sum(
+    assert entry["ruyi_link_bytes_total"][(("direction", "up"), ("to", "n1"))] >= sum(
         r.stats.hops[1].bytes_up for r in replies if len(r.stats.hops) > 1
     )
-    assert middle["ruyi_link_messages_total"][(("link", "n2"),)] > 0 and not last.get("ruyi_link_messages_total")
+    assert middle["ruyi_link_messages_total"][(("to", "n2"),)] > 0 and not last.get("ruyi_link_messages_total")
     assert not middle.get("ruyi_tokens_total"), "answers are counted once, by the entry node"
     for node, exit in ((entry, "2"), (middle, "4"), (last, "6")):
-        steps = node["ruyi_step_seconds_count"][(("exit", exit),)]
-        assert node["ruyi_step_rows_total"][(("exit", exit),)] >= steps > 0
+        steps = node["ruyi_step_duration_seconds_count"][(("exit", exit),)]
+        assert node["ruyi_step_rows_sum"][(("exit", exit),)] >= steps == node["ruyi_step_rows_count"][(("exit", exit),)]
+        assert steps > 0 and node["ruyi_weight_bytes"][()] > 0
         assert node["ruyi_node_info"].popitem()[1] == 1
     for node in (entry, middle, last):
         known = {metric.name.removesuffix("_total"): metric for metric in names.ALL}
@@ -119,6 +126,8 @@ async def test_nodes_count_what_they_do(spoken: Path) -> None:
                 assert metric.where is not Where.SERVER
                 for labels in node[name]:
                     assert {label for label, _ in labels} - {"le"} == set(metric.labels)
+    told = {name.removesuffix("_bucket") for node in (entry, middle) for name in node}
+    assert {metric.name for metric in names.ALL if metric.where is not Where.SERVER} <= told
 
 
 async def test_drafts_that_the_last_exit_was_asked_about_show_what_calibration_is_worth(spoken: Path) -> None:
@@ -139,17 +148,18 @@ async def test_drafts_that_the_last_exit_was_asked_about_show_what_calibration_i
         differ += own != token.id
         ids.append(token.id)
     assert sum(contradicted.values()) >= differ > 0
-    assert {exit for exit, _ in verified} == {2}
+    assert {(exit, calibrated) for exit, _, calibrated in verified} == {(2, "false")}
+    assert contradicted.keys() == verified.keys() == counters.expected.values.keys()
 
 
 def test_a_page_survives_garbage_and_an_address_in_use_is_an_error() -> None:
-    registry = make_registry(NodeCounters().all, dict)
+    registry = make_registry(node_metrics(NodeCounters(), lambda: STATUS))
     with serve_page("127.0.0.1:0", registry, "here") as port:
         for garbage in (b"\x00\xff\r\n\r\n", b"GET", b"POST /metrics HTTP/1.1\r\n\r\n", b"GET /" + b"x" * 100_000):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as one:
                 one.sendall(garbage)
         slow = socket.create_connection(("127.0.0.1", port), timeout=5)  # sends nothing
-        assert "ruyi_generation_tokens_total 0.0" in read(f"http://127.0.0.1:{port}/metrics")
+        assert 'ruyi_generation_tokens_total{node="n",tier="t"} 0.0' in read(f"http://127.0.0.1:{port}/metrics")
         slow.close()
         with pytest.raises(ConfigError, match=f"here: cannot listen on 127.0.0.1:{port}"):
             with serve_page(f"127.0.0.1:{port}", registry, "here"):
