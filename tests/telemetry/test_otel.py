@@ -78,6 +78,11 @@ def id_of(span: ReadableSpan) -> int:
     return int(span.context.span_id)
 
 
+def seconds(span: ReadableSpan) -> float:
+    assert span.start_time is not None and span.end_time is not None
+    return (span.end_time - span.start_time) / 1e9
+
+
 def parent_of(span: ReadableSpan) -> int | None:
     return None if span.parent is None else int(span.parent.span_id)
 
@@ -115,6 +120,7 @@ async def test_a_request_is_one_trace_over_all_nodes(tiny: Path) -> None:
     assert [node_of(s) for s in recorded.named("queue")] == ["n0", "n1", "n2"]
     (prefill,) = recorded.named("prefill")
     rounds = [prefill, *recorded.named("round")]
+    assert len(rounds) > 1 and {parent_of(s) for s in rounds} == {id_of(request)}
     assert sum(about(s)["ruyi.tokens"] for s in rounds) >= 6
     assert all(about(s)["ruyi.exits"] == (6,) * about(s)["ruyi.tokens"] for s in rounds)
     assert sum(about(s)["ruyi.drafted"] for s in rounds) == reply.stats.drafted
@@ -131,6 +137,9 @@ async def test_a_request_is_one_trace_over_all_nodes(tiny: Path) -> None:
         parents = {id_of(s) for s in rounds} if node == "n0" else {id_of(sessions[node])}
         assert {parent_of(s) for s in steps} <= parents and len(steps) >= len(rounds)
         assert sum(about(s)["ruyi.compute_s"] for s in steps) == pytest.approx(spent[node].compute_s)
+        for step in steps:
+            lasted_s = about(step)["ruyi.compute_s"] + about(step)["ruyi.queue_s"]
+            assert seconds(step) >= lasted_s - 1e-6
     for span in recorded.spans:
         assert span.start_time is not None and span.end_time is not None and span.start_time <= span.end_time
         within = [s for s in recorded.spans if id_of(s) == parent_of(span) and node_of(s) == node_of(span)]
@@ -233,18 +242,21 @@ async def test_spans_end_when_a_request_fails_or_its_client_goes(tiny: Path) -> 
     async with nodes(tiny, {**recorded.tracers}) as running, AsyncClient(running.topology, max_retries=0) as client:
         with pytest.raises(RequestError):
             await client.generate([5] * 600)
-        async for _ in client.events(PROMPT, **OPTIONS | {"max_new_tokens": 300}):
-            break
-        await running.settle()
+        for number in range(6):  # in different moments, most of them with a question under way
+            events = client.events(PROMPT, **OPTIONS | {"max_new_tokens": 300})
+            for _ in range(number + 1):
+                await anext(events)
+            await events.aclose()
+            await running.settle()
         for _ in range(200):
-            if len(recorded.named("session")) == 2:
+            if len(recorded.named("session")) == 12:
                 break
             await asyncio.sleep(0.01)
-    refused, left = recorded.named("request")
+    refused, *left = recorded.named("request")
     assert about(refused)["error.type"] == "ContextLengthError" and refused.status.status_code is StatusCode.ERROR
-    assert about(left)["error.type"] == "CancelledError"
+    assert [about(s)["error.type"] for s in left] == ["CancelledError"] * 6
     sessions = recorded.named("session")
-    assert len(sessions) == 2 and not any("error.type" in about(s) for s in sessions)
+    assert len(sessions) == 12 and not any("error.type" in about(s) for s in sessions)
 
 
 async def test_a_lost_node_is_the_error_of_its_hop(tiny: Path) -> None:
