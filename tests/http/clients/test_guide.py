@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -89,7 +90,7 @@ def test_lm_evaluation_harness(served: Served, tmp_path: Path, number: int) -> N
     command = sections("bash")["lm-evaluation-harness"][number]
     rows = [{"question": f"What is {word}?", "answers": ["water", "a stone"]} for word in ("rain", "hail")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
+    task: dict[str, Any] = {
         "task": "here",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
