@@ -9,6 +9,7 @@ AssertionError at the first thing that is wrong. The last line is one JSON objec
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def main() -> None:
                 "node_pid": node_process(process.pid, "n2"),
             }
             trial = str(Path(__file__).with_name("litellm_trial.py"))
-            version = env.run("python", trial, json.dumps(given), timeout_s=120).splitlines()[-1]
+            said = env.run("python", trial, json.dumps(given), timeout_s=120)
+            [version] = re.findall(r"^litellm ([\d.]+)$", said, re.MULTILINE)
             curl_a_stream(url)
     figures = {
         "litellm": version,

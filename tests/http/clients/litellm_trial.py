@@ -2,8 +2,8 @@
 
     python litellm_trial.py '{"base_url": …, "model": …, "answers": {…}, "snippet": …, "node": …, "node_pid": …}'
 
-`answers` are the SDK's texts, and `snippet` is the code of the guide. The node is killed in the middle of a stream. The
-last line is LiteLLM's version.
+`answers` are the SDK's texts, and `snippet` is the code of the guide. The node is killed in the middle of a stream. A
+line tells LiteLLM's version.
 """
 
 from __future__ import annotations
@@ -135,4 +135,4 @@ if __name__ == "__main__":
     answers()
     errors()
     node_dies()
-    sys.stdout.write(f"{importlib.metadata.version('litellm')}\n")
+    sys.stdout.write(f"litellm {importlib.metadata.version('litellm')}\n")

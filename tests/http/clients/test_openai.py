@@ -17,6 +17,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from ruyi_flow import Client
 from ruyi_flow.testing import Relay, cut_topology
+from ruyi_flow.types import FinishReason
 from tests.conftest import until
 from tests.http.clients.served import Served, serve_topology
 
@@ -177,13 +178,24 @@ def test_responses(client: OpenAI, sdk: Client) -> None:
     assert reply.incomplete_details.reason == "max_output_tokens"
     events = list(client.responses.create(**options, stream=True))
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
-    with client.responses.stream(**options) as stream:
-        for _ in stream:
-            pass
-        last = stream._raw_stream  # the package reads to the end, also of an incomplete answer
-    assert last is not None
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(**options, previous_response_id="resp_1")
+
+
+def test_an_answer_that_ends_by_itself_is_complete(client: OpenAI, sdk: Client) -> None:
+    sampled: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 200}
+    replies = ((seed, sdk.generate("hi", seed=seed, **sampled)) for seed in range(100))
+    seed, expected = next((s, r) for s, r in replies if r.finish_reason is FinishReason.EOS and len(r.text) > 3)
+    options: dict[str, Any] = {"model": "spoken", "temperature": 1.0, "seed": seed}
+    chat = client.chat.completions.create(messages=HI, max_completion_tokens=200, **options).choices[0]
+    assert (chat.message.content, chat.finish_reason) == (expected.text, "stop")
+    with client.chat.completions.stream(messages=HI, max_completion_tokens=200, **options) as stream:
+        assert stream.get_final_completion().choices[0].message.content == expected.text
+    del options["seed"]  # OpenAI's responses have none, so an extra field says it
+    response = client.responses.create(input="hi", max_output_tokens=200, extra_body={"seed": seed}, **options)
+    assert (response.output_text, response.status) == (expected.text, "completed")
+    with client.responses.stream(input="hi", max_output_tokens=200, extra_body={"seed": seed}, **options) as responses:
+        assert responses.get_final_response().output_text == expected.text
 
 
 def test_details_tell_who_decided_each_token(client: OpenAI, sdk: Client) -> None:
@@ -269,6 +281,41 @@ def test_a_full_node_is_an_error_for_who_does_not_retry(endless: Path, tmp_path:
                     client.chat.completions.create(model="endless", messages=HI, max_completion_tokens=4, stream=stream)
                 assert full.value.status_code in (429, 503) and "session" in str(full.value)
         served.seconds_until_idle()
+
+
+def test_who_stops_waiting_leaves_the_queue(endless: Path, tmp_path: Path) -> None:
+    limits = {"max_sessions": 1, "max_waiting": 4, "max_wait_s": 30, "max_positions": 200_000, "grace_s": 1}
+    with serve_topology(cut_topology(endless, [[2], [4, 6]], limits=limits), tmp_path) as served:
+        options: dict[str, Any] = {"model": "endless", "messages": HI, "temperature": 0, "max_completion_tokens": LONG}
+        with patient(served).chat.completions.create(**options, stream=True) as busy:
+            next(iter(busy))
+            for stream in (False, True):
+                with pytest.raises(openai.APITimeoutError):
+                    patient(served, timeout=0.5).chat.completions.create(**options, stream=stream)
+            assert sum(served.sessions().values()) == 2  # those of the first request, on both nodes
+        served.seconds_until_idle()  # none of the others begins now
+
+
+async def test_leaving_an_asynchronous_stream_ends_its_work(far: tuple[Served, Relay]) -> None:
+    served, _ = far
+    async with AsyncOpenAI(base_url=served.base_url, api_key="any", timeout=30, max_retries=0) as client:
+        for path in ("chat", "responses"):
+            stream: Any
+            if path == "chat":
+                stream = await client.chat.completions.create(
+                    model="endless@exact", messages=HI, temperature=0, max_completion_tokens=LONG, stream=True
+                )
+            else:
+                stream = await client.responses.create(
+                    model="endless@exact", input="hi", temperature=0, max_output_tokens=LONG, stream=True
+                )
+            async with stream:
+                seen = 0
+                async for _ in stream:
+                    seen += 1
+                    if seen == 10:
+                        break
+            await asyncio.to_thread(served.seconds_until_idle)
 
 
 def test_closing_a_stream_early_ends_its_work(far: tuple[Served, Relay]) -> None:
