@@ -42,6 +42,7 @@ from tests.bench.event_loop import bench_event_loop
 from tests.bench.messages import bench_messages
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
 from tests.bench.simulator import bench_simulator, bench_simulator_long
+from tests.bench.telemetry import bench_telemetry
 
 console = Console(width=110)
 
@@ -151,6 +152,7 @@ BENCHES: dict[str, Callable[[int], Any]] = {
     "wan": bench_wan,
     "messages": bench_messages,
     "event-loop": bench_event_loop,
+    "telemetry": bench_telemetry,
     "start": bench_start,
     "train": bench_train,
     "policy": bench_policy,
