@@ -290,12 +290,15 @@ class _ChromeSpan(Span):
 
 _HEAD = b"[\n"
 
+_APPEND = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
+"""Flags of a file to which whole lines are appended; on Windows, without a carriage return at each end."""
+
 
 def _open_shared(path: Path) -> int:
     """Open a trace for appending whole lines; a missing one is made."""
     try:
         try:
-            file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+            file = os.open(path, _APPEND | os.O_CREAT | os.O_EXCL, 0o666)
             os.write(file, _HEAD)
         except FileExistsError:
             with path.open("rb") as there:
@@ -306,7 +309,7 @@ def _open_shared(path: Path) -> int:
                 raise ConfigError(
                     f"{path}: is not a trace that nodes may continue; name a file that does not exist yet"
                 ) from None
-            file = os.open(path, os.O_RDWR | os.O_APPEND)
+            file = os.open(path, _APPEND)
             if not head:
                 os.write(file, _HEAD)
     except OSError as error:
