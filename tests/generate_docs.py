@@ -212,7 +212,7 @@ def _metrics() -> str:
         lines.append("|---|---|---|---|---|---|")
         for m in names.ALL:
             if m.where is where:
-                labels = ", ".join(f"`{label}`" for label in m.labels)
+                labels = ", ".join(f"`{label}`" for label in m.all_labels)
                 lines.append(f"| `{m.name}` | {m.kind} | {labels} | {_prose(m.help)} | {m.readers} | {m.bound} |")
         lines.append("")
     return "\n".join(lines)
