@@ -1,4 +1,4 @@
-"""Generate the parts of docs/reference that follow from the code; `make docs` writes them, a test compares."""
+"""Generate the parts of docs/ that follow from the code; `make docs` writes them, a test compares."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ruyi_flow.config import topology
 from ruyi_flow.routing.policy import Routing
 from ruyi_flow.sim import scenario
 from ruyi_flow.sim.hardware import HARDWARE
+from ruyi_flow.telemetry import names
 from ruyi_flow.training import recipe
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
@@ -38,6 +39,7 @@ def generate() -> dict[str, str]:
         "scenario.md": _scenario(),
         "recipe.md": _recipe(),
         "simulation-costs.md": _machines(),
+        "../guides/metrics.md": _metrics(),
     }
     return {name: (FOLDER / name).read_text().partition(_MARK)[0] + f"{_MARK}\n{part}" for name, part in parts.items()}
 
@@ -197,6 +199,23 @@ def _machines() -> str:
     lines += ["", "## Sources", ""]
     lines += [f"- `{h.name}`: {h.source}. Power and price: {h.power_source}." for h in HARDWARE.values()]
     return "\n".join([*lines, ""])
+
+
+def _metrics() -> str:
+    lines = []
+    for where in names.Where:
+        lines += [
+            f"### {where.value[0].upper()}{where.value[1:]}",
+            "",
+            "| metric | kind | labels | meaning | readers | series |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        for m in names.ALL:
+            if m.where is where:
+                labels = ", ".join(f"`{label}`" for label in m.all_labels)
+                lines.append(f"| `{m.name}` | {m.kind} | {labels} | {_prose(m.help)} | {m.readers} | {m.bound} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _tables(*parts: tuple[str, type[Any], str], skip: Set[str] = frozenset()) -> str:

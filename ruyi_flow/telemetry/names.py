@@ -151,7 +151,7 @@ FAILURES = _metric(
     Where.ENTRY,
     "Requests without a complete answer: cancelled by the client, refused for an option or the prompt (request), full, "
     "unavailable, past the deadline, or a fault.",
-    "Service",
+    "Service; alert RuyiFlowFailures",
     ("cause",),
     "6",
 )
