@@ -78,24 +78,39 @@ class EventStream(Response):
         self._last = loop.time()
         comments = asyncio.create_task(self._comment(send))
         try:
+            await self._send_all(send)
+        except _Early as early:
+            comments.cancel()
+            await error_response(early.error, self._record)(scope, receive, send)
+            return
+        except _Stalled:
+            self._record.is_disconnected = True
+            return  # uvicorn closes the connection of a reply that is not complete
+        finally:
+            comments.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send) -> None:
+        """Send the events; an error after the first one becomes the last event.
+
+        Raises:
+            _Early: an error came before the first event.
+            _Stalled: the client does not read.
+        """
+        loop = asyncio.get_running_loop()
+        try:
             async with aclosing(self._events) as events:
                 async for data in events:
                     await self._write(send, data)
                     self._last = loop.time()
         except _Stalled:
-            self._record.is_disconnected = True
-            return  # uvicorn closes the connection of a reply that is not complete
+            raise
         except Exception as error:
             if not self._begun:
-                comments.cancel()
-                await error_response(error, self._record)(scope, receive, send)
-                return
+                raise _Early(error) from error
             told = http_error(error)
             self._record.error = told.code or told.type
             await self._write(send, event(told.body))
-        finally:
-            comments.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, data: bytes) -> None:
         try:
@@ -116,6 +131,14 @@ class EventStream(Response):
                 self._last = loop.time()
                 with suppress(_Stalled):
                     await self._write(send, b": waiting\n\n")
+
+
+class _Early(Exception):
+    """An error before the first event, which is told by the reply's status."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class _Stalled(Exception):

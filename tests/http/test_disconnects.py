@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
+from ruyi_flow.errors import NodeUnavailable
+from ruyi_flow.http import events
 from ruyi_flow.http.serving import Listening, serve
 from ruyi_flow.http.usage import Record
 from ruyi_flow.testing import Cluster, cluster, cut_topology
@@ -94,17 +97,22 @@ async def test_a_queued_request_leaves_the_queue_with_its_client(narrow: Cluster
         await until(lambda: not open_sessions(narrow) and not entry.front_door.waiting)
 
 
-async def test_a_request_is_counted_once_also_when_its_client_goes_away(three: Cluster) -> None:
+def records_of(listening: Listening) -> list[Record]:
+    """Keep what is known of each request that has ended."""
     ended: list[Record] = []
+    count = listening.site.usage.ended
+
+    def note(record: Record) -> None:
+        count(record)
+        ended.append(record)
+
+    listening.site.usage.ended = note  # type: ignore[method-assign]
+    return ended
+
+
+async def test_a_request_is_counted_once_also_when_its_client_goes_away(three: Cluster) -> None:
     async with serve(three.topology, port=0, grace_s=1) as listening:
-        usage = listening.site.usage
-        count = usage.ended
-
-        def note(record: Record) -> None:
-            count(record)
-            ended.append(record)
-
-        usage.ended = note  # type: ignore[method-assign]
+        ended = records_of(listening)
         await hang_up(listening, "streamed chat", lambda reader: reader.readuntil(b'"role":"assistant"'))
         await until(lambda: ended)
         async with client_of(listening) as http:
@@ -121,3 +129,31 @@ async def test_a_request_is_counted_once_also_when_its_client_goes_away(three: C
     assert whole.first_token_s is not None and 0 < whole.first_token_s <= whole.total_s
     assert (refused.status, refused.error, refused.model) == (404, "model_not_found", "")
     assert (lost.status, lost.error, lost.endpoint) == (404, "unknown_url", "other")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    monkeypatch.setattr(events, "_STALLED_S", 0.05)
+    record, sent, closed = Record("id", "POST"), 0, False
+
+    async def answer() -> AsyncGenerator[bytes, None]:
+        nonlocal closed
+        try:
+            for _ in range(100):
+                yield b"data: {}\n\n"
+                if fails and sent == 6:
+                    raise NodeUnavailable("gone")
+        finally:
+            closed = True
+
+    async def send(message: Message) -> None:  # as uvicorn's, whose buffer is full after some messages
+        nonlocal sent
+        sent += 1
+        if sent > 6:
+            await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        raise AssertionError("nothing is received")
+
+    await events.EventStream(answer(), record)({"type": "http"}, receive, send)
+    assert sent == 7 and closed and record.is_disconnected
