@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -19,12 +20,9 @@ JSON = ("-H", "Content-Type: application/json")
 
 
 def curl(*arguments: str, status: int = 0, body: bytes | None = None) -> str:
-    """Run curl, and return what it prints."""
-    done = subprocess.run(
-        ["curl", "--silent", "--show-error", "--noproxy", "*", "--max-time", "30", *arguments],
-        input=body,
-        capture_output=True,
-    )
+    """Run curl with a body as its standard input, and return what it prints."""
+    command = ["curl", "--silent", "--show-error", "--noproxy", "*", "--max-time", "30", *arguments]
+    done = subprocess.run(command, input=body, capture_output=True)
     assert done.returncode == status, done.stderr.decode()
     return done.stdout.decode()
 
@@ -79,12 +77,25 @@ def test_a_status_becomes_curls_own(served: Served) -> None:
     assert curl("--fail", f"{served.url}/ready")
 
 
-def test_a_head_request_and_a_trailing_slash_are_errors_of_the_right_shape(served: Served) -> None:
-    for path in ("/v1/models/", "/v1", "/", "//v1/models"):
-        said = curl("-w", "\n%{http_code}", "--path-as-is", f"{served.url}{path}")
-        body, _, code = said.rpartition("\n")
-        assert code in ("404", "405"), path
-        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/spoken"])
+def test_monitors_may_ask_for_the_head_alone(served: Served, path: str) -> None:
+    said = curl("--head", f"{served.url}{path}")
+    assert said.startswith("HTTP/1.1 200") and "x-request-id" in said.lower()
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1", "/", "//v1/models", "/v1/chat/completions/", "/v1/responses/x"])
+@pytest.mark.parametrize("body", [(), ("-d", "{}")])
+def test_a_path_that_is_not_there_is_an_error_of_the_right_shape(
+    served: Served, path: str, body: tuple[str, ...]
+) -> None:
+    said, _, code = curl("-w", "\n%{http_code}", "--path-as-is", f"{served.url}{path}", *body).rpartition("\n")
+    assert code in ("404", "405") and json.loads(said)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_compressed_body_is_refused_by_name(served: Served) -> None:
+    given = ("-H", "Content-Encoding: gzip", "--data-binary", "@-")
+    said = curl(f"{served.base_url}/chat/completions", *JSON, *given, body=gzip.compress(asked().encode()))
+    assert "content-encoding" in json.loads(said)["error"]["message"].lower()
 
 
 def test_a_body_that_is_too_large_is_refused(served: Served, tmp_path: Path) -> None:
