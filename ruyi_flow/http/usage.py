@@ -112,8 +112,7 @@ class Usage:
         counters, route = self.counters, record.endpoint
         counters.requests.add(route, record.method if record.method in _METHODS else "other", record.status)
         counters.request_s.observe(record.total_s, route)
-        if record.is_disconnected:
-            counters.disconnects.add(route)
+        counters.disconnects.add(route, amount=record.is_disconnected)
         if record.first_token_s is not None:
             counters.first_token_s.observe(record.first_token_s, record.model)
             counters.prompt_tokens.add(record.model, amount=record.prompt_tokens)

@@ -21,7 +21,7 @@ from ruyi_flow.serving.attributes import about_answer, about_request, model_name
 from ruyi_flow.serving.totals import Totals
 from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
-from ruyi_flow.types import Event, Final, FinishReason, Likelihood, Mode, PromptTokens, Tokenized
+from ruyi_flow.types import Event, Final, FinishReason, Likelihood, Mode, PromptTokens, Reason, Tokenized
 
 __all__ = ["Answering"]
 
@@ -58,6 +58,9 @@ class Answering:
     ) -> None:
         self._counters = counters or NodeCounters()
         self._place_of = {p: (node, (tier_of or {}).get(node, "")) for p, node in node_of.items()}
+        for exit, place in self._place_of.items():
+            for reason in Reason:
+                self._counters.tokens.add(exit, *place, reason, amount=0)  # Prometheus then sees the first one, too
         self._open, self._prompts, self._routing = open, prompts, routing
         self._fingerprint, self._eos_token_ids = fingerprint, eos_token_ids
         self._node_of, self._max_draft, self._model = node_of, max_draft, model_name(family)

@@ -28,7 +28,7 @@ class Counter:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.values: dict[Labels, float] = {}
+        self.values: dict[Labels, float] = {(value,): 0 for value in metric.known}
 
     def add(self, *labels: str | int, amount: float = 1) -> None:
         """Add to the number with these labels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
@@ -27,8 +27,11 @@ __all__ = ["make_registry", "node_metrics", "page", "serve_page", "server_metric
 Gauges = Callable[[], Mapping[Metric, tuple[tuple[str, ...], float]]]
 """Returns the gauges of this moment: the values of each one's own labels, and its value."""
 
-_REQUEST_S = 10.0
-"""Seconds that a reader of a node's page may take to send its request."""
+_CALL_S = 10.0
+"""Seconds that a reader of a node's page may take for everything; Prometheus itself gives up after as many."""
+
+_MAX_CALLS = 16
+"""Largest number of readers of a node's page at a time; further ones are turned away."""
 
 
 class _Counters(Collector):
@@ -195,13 +198,42 @@ class _Threads(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._places = threading.BoundedSemaphore(_MAX_CALLS)
+        super().__init__(*args, **options)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a reader on a thread, if there is a place for it."""
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread can be started
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a reader, and cut it off when it takes too long: it may send a byte now and then for ever."""
+        timer = threading.Timer(_CALL_S, _cut, (request,))
+        timer.daemon = True
+        timer.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            timer.cancel()
+            self._places.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore what a reader broke off."""
 
 
-class _Quiet(WSGIRequestHandler):
-    timeout = _REQUEST_S
+def _cut(request: socket.socket) -> None:
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
+
+class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Write no line for each reading."""
 

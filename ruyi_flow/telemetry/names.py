@@ -54,6 +54,9 @@ class Metric:
     """The number of its series in one process, at most."""
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram's ranges; the last range has none."""
+    known: tuple[str, ...] = ()
+    """Values of its one label that are there with 0 from the beginning: a series that appears with its first event
+    has not grown, as Prometheus sees it."""
 
     @property
     def all_labels(self) -> tuple[str, ...]:
@@ -78,8 +81,9 @@ def _metric(
     labels: tuple[str, ...] = (),
     bound: str = "1",
     buckets: tuple[float, ...] = (),
+    known: tuple[str, ...] = (),
 ) -> Metric:
-    ALL.append(Metric(name, kind, where, help, readers, labels, bound, buckets))
+    ALL.append(Metric(name, kind, where, help, readers, labels, bound, buckets, known))
     return ALL[-1]
 
 
@@ -144,6 +148,7 @@ SUCCESSES = _metric(
     "Service",
     ("finished_reason",),
     "3",
+    known=("eos", "stop", "length"),
 )
 FAILURES = _metric(
     "ruyi_request_failure_total",
@@ -154,6 +159,7 @@ FAILURES = _metric(
     "Service; alert RuyiFlowFailures",
     ("cause",),
     "6",
+    known=("cancelled", "request", "full", "unavailable", "deadline", "fault"),
 )
 FIRST_TOKEN_SECONDS = _metric(
     "ruyi_time_to_first_token_seconds",
@@ -221,6 +227,7 @@ REFUSALS = _metric(
     "Service; alert RuyiFlowRefusals",
     ("cause",),
     "3",
+    known=("full", "draining", "too_large"),
 )
 STEP_SECONDS = _metric(
     "ruyi_step_duration_seconds",
