@@ -40,6 +40,9 @@ _MAX_DISCARDED_BYTES = 256 * 1024 * 1024
 _BODY_S = 60.0
 """Seconds that the body of a request may take to arrive."""
 
+_GET = ["GET", "HEAD"]
+"""The methods of what is read; uvicorn sends no body to those who ask for the head alone."""
+
 _MAX_RUNNING = 1024
 """Largest number of requests that are answered at once; each may hold a body in memory."""
 
@@ -55,7 +58,9 @@ def application(site: Site) -> Gate:
         site: the server's parts.
     """
     # The pages that FastAPI generates are off: they load scripts from the Internet.
-    app = FastAPI(title="Ruyi Flow", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="Ruyi Flow", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     health = Health(site)
 
     def post(path: str, endpoint: Endpoint) -> None:
@@ -69,31 +74,31 @@ def application(site: Site) -> Gate:
     post("/v1/responses", responses)
     post("/tokenize", tokenize)
 
-    @app.get("/v1/models", response_model=None)
+    @app.api_route("/v1/models", methods=_GET, response_model=None)
     async def models(request: Request) -> Response:
         _record(request, "/v1/models")
         about = await site.entry.about()
         context = None if about is None else about.context
         return JsonResponse({"object": "list", "data": [site.models.listing(m, context) for m in site.models.ids]})
 
-    @app.get("/v1/models/{name:path}", response_model=None)
+    @app.api_route("/v1/models/{name:path}", methods=_GET, response_model=None)
     async def model(request: Request, name: str) -> Response:
         record = _record(request, "/v1/models/{model}")
         record.model = site.models.find(name).id
         about = await site.entry.about()
         return JsonResponse(site.models.listing(name, None if about is None else about.context))
 
-    @app.get("/health", response_model=None)
+    @app.api_route("/health", methods=_GET, response_model=None)
     async def alive(request: Request) -> Response:
         _record(request, "/health")
         return await health.health()
 
-    @app.get("/ready", response_model=None)
+    @app.api_route("/ready", methods=_GET, response_model=None)
     async def ready(request: Request) -> Response:
         _record(request, "/ready")
         return await health.ready()
 
-    @app.get("/metrics", response_model=None)
+    @app.api_route("/metrics", methods=_GET, response_model=None)
     async def metrics(request: Request) -> Response:
         _record(request, "/metrics")
         return health.metrics(request.headers.get("accept", ""))
@@ -249,6 +254,11 @@ async def _read(scope: Scope, receive: Receive) -> bytes:
         headers={"connection": "close"},
     )
     headers = dict(scope["headers"])
+    if (encoding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
+        shown = encoding[:50].decode("latin-1")
+        raise HttpError(
+            415, f"Content-Encoding: {shown} is not supported; send the body as it is", code="unsupported_encoding"
+        )
     is_long = int(headers.get(b"content-length", b"0")) > MAX_BODY_BYTES
     if is_long and b"expect" in headers:  # the client waits for leave to send it
         raise too_long

@@ -69,14 +69,14 @@ class Exchange:
         site: the server's parts.
         asked: the request.
         record: what is known of it, which the answers complete.
-        kind: what begins the reply's id, such as chatcmpl.
+        kind: what begins the reply's id, such as chatcmpl-.
     """
 
     def __init__(self, site: Site, asked: Asked, record: Record, kind: str) -> None:
         model = site.models.find(asked.model)
         record.model, record.user, record.is_streamed = model.id, asked.user, asked.stream
         self.asked, self.record, self.model = asked, record, model.id
-        self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = f"{kind}{uuid.uuid4().hex}", int(time.time())
         self._entry = site.entry
         self._entry.learn()
         options = {**model.routing(asked.routing), **asked.options}

@@ -26,7 +26,7 @@ async def chat_completions(site: Site, request: Request, record: Record) -> Resp
         RuyiFlowError: it could not be answered.
     """
     asked: Asked = await read_body(request, lambda body: chat_request(body, site.default_max_tokens))
-    exchange = Exchange(site, asked, record, "chatcmpl")
+    exchange = Exchange(site, asked, record, "chatcmpl-")
     if asked.stream:
         return EventStream(_chunks(site, exchange), record)
     choices = []

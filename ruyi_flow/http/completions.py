@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ async def completions(site: Site, request: Request, record: Record) -> Response:
         RuyiFlowError: it could not be answered.
     """
     asked: Asked = await read_body(request, lambda body: completion_request(body, site.default_max_tokens))
-    exchange = Exchange(site, asked, record, "cmpl")
+    exchange = Exchange(site, asked, record, "cmpl-")
     if asked.stream:
         return EventStream(_chunks(site, exchange), record)
     choices = []
@@ -124,13 +124,28 @@ class _Choice:
             return None
         columns = _Columns(bool(self.asked.options["logprobs"]))
         if prompt is not None and self.asked.echo:
-            for one in prompt.tokens:
-                columns.add(one.text, one.logprobs, self.offset)
-                self.offset += len(one.text)
+            text = self.begin(prompt)
+            for one, offset in zip(prompt.tokens, _offsets(text, prompt), strict=True):
+                columns.add(one.text, one.logprobs, offset)
+            self.offset = len(text)
         for token in tokens:
             columns.add("" if token.logprobs is None else token.logprobs.text, token.logprobs, self.offset)
             self.offset += len(token.text)
         return columns.object
+
+
+def _offsets(text: str, prompt: PromptTokens) -> Iterator[int]:
+    """Yield where each token of a prompt begins in its text; a part of a character, where the character does."""
+    end = parts = 0
+    for one in prompt.tokens:
+        # The tokens before may be parts of characters, of which each has at least one.
+        start = text.find(one.text, end, end + parts + len(one.text))
+        if start < 0 or "\ufffd" in one.text:
+            yield end
+            parts += 1
+        else:
+            yield start
+            end, parts = start + len(one.text), 0
 
 
 @dataclass(slots=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import ConfigError, RequestError, did_you_mean, shown
+from ruyi_flow.errors import ConfigError, RequestError, did_you_mean
 from ruyi_flow.http.errors import HttpError
+from ruyi_flow.http.fields import told
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.types import Mode
 
@@ -112,7 +113,7 @@ class Models:
             return model
         raise HttpError(
             404,
-            f"the model {shown(name)} does not exist; this server has {', '.join(self.ids)}"
+            f"the model {told(name)} does not exist; this server has {', '.join(self.ids)}"
             f"{did_you_mean(name[:200], self.ids)}",
             param="model",
             code="model_not_found",

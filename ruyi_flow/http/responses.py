@@ -28,7 +28,7 @@ async def responses(site: Site, request: Request, record: Record) -> Response:
         RuyiFlowError: it could not be answered.
     """
     asked: Asked = await read_body(request, lambda body: responses_request(body, site.default_max_tokens))
-    reply = _Reply(site, Exchange(site, asked, record, "resp"))
+    reply = _Reply(site, Exchange(site, asked, record, "resp_"))
     if asked.stream:
         return EventStream(reply.events(), record)
     await reply.exchange.complete()

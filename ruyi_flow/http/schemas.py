@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ruyi_flow.errors import did_you_mean, shown
+from ruyi_flow.errors import did_you_mean
 from ruyi_flow.http.fields import (
     MAX_CHOICES,
     Body,
@@ -27,6 +27,7 @@ from ruyi_flow.http.fields import (
     read_stop,
     read_whole,
     refuse,
+    told,
 )
 from ruyi_flow.requests import MAX_LOGPROBS, PromptInput, own_name
 from ruyi_flow.types import MAX_COUNT, is_text
@@ -211,7 +212,7 @@ def responses_request(body: Body, max_new_tokens: int) -> Asked:
     instructions = body.get("instructions")
     if instructions is not None:
         if not isinstance(instructions, str):
-            refuse(f"instructions is {shown(instructions)}; it must be a text", "instructions")
+            refuse(f"instructions is {told(instructions)}; it must be a text", "instructions")
         messages = [{"role": "system", "content": instructions}, *messages]
     return _asked(body, [messages], options)
 
@@ -235,7 +236,7 @@ def tokenize_request(body: Body) -> ToTokenize:
     if messages is not None:
         return ToTokenize(model, read_messages(messages, "messages"), False)
     if not isinstance(prompt, str) or not is_text(prompt):
-        refuse(f"prompt is {shown(prompt)}; it must be a text", "prompt")
+        refuse(f"prompt is {told(prompt)}; it must be a text", "prompt")
     return ToTokenize(model, prompt, True)
 
 
@@ -269,7 +270,7 @@ def _asked(
     if streaming is not None and not stream:
         refuse("stream_options requires stream: true", "stream_options")
     if streaming is not None and not isinstance(streaming, dict):
-        refuse(f"stream_options is {shown(streaming)}; it must be an object", "stream_options")
+        refuse(f"stream_options is {told(streaming)}; it must be an object", "stream_options")
     routing = _ruyi(body.get("ruyi"))
     details = routing.pop("details", False)
     user = body.get("safety_identifier") or body.get("user")
@@ -294,7 +295,7 @@ def _check_harmless(body: Body, endpoint: str) -> None:
         given = body.get(name)
         if given is not None and not is_harmless(given):
             refuse(
-                f"{name} is {shown(given)}, which this server does not support; remove it",
+                f"{name} is {told(given)}, which this server does not support; remove it",
                 name,
                 "unsupported_parameter",
             )
@@ -330,11 +331,11 @@ def _ruyi(given: Any) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, dict):
-        refuse(f"ruyi is {shown(given)}; it must be an object with keys of {', '.join(_RUYI)}", "ruyi")
+        refuse(f"ruyi is {told(given)}; it must be an object with keys of {', '.join(_RUYI)}", "ruyi")
     for name in given:
         if name not in _RUYI:
             hint = did_you_mean(own_name(name[:100]), _RUYI) or f"; known: {', '.join(_RUYI)}"
-            refuse(f"ruyi has the unknown key {shown(name)}{hint}", f"ruyi.{name[:100]}")
+            refuse(f"ruyi has the unknown key {told(name)}{hint}", f"ruyi.{name[:100]}")
     options = {name: value for name, value in given.items() if value is not None}
     read_flag(options, "details", "ruyi.details")
     thresholds = options.get("thresholds")
@@ -343,7 +344,7 @@ def _ruyi(given: Any) -> dict[str, Any]:
             p.isascii() and p.isdecimal() and len(p) < 10 for p in thresholds
         ):
             refuse(
-                f'ruyi.thresholds is {shown(thresholds)}; it must map exits to numbers, as in {{"5": 0.9}}',
+                f'ruyi.thresholds is {told(thresholds)}; it must map exits to numbers, as in {{"5": 0.9}}',
                 "ruyi.thresholds",
             )
         options["thresholds"] = {int(p): value for p, value in thresholds.items()}

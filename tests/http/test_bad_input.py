@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -242,6 +243,36 @@ async def test_paths_and_methods_that_are_none(http: httpx.AsyncClient) -> None:
     assert error_of(await http.post("/health"), 405)["code"] == "method_not_allowed"
     for path in ("/docs", "/redoc", "/openapi.json"):  # pages that would load scripts from elsewhere
         error_of(await http.get(path), 404)
+
+
+async def test_paths_are_exact_and_can_be_asked_for_their_head(http: httpx.AsyncClient) -> None:
+    assert error_of(await http.post(f"{CHAT}/", json=chat()), 404)["code"] == "unknown_url"
+    for path in ("/health", "/ready", "/v1/models", "/v1/models/spoken"):
+        reply = await http.head(path)
+        assert reply.status_code == 200 and not reply.content
+
+
+async def test_a_compressed_body_is_refused_by_name(http: httpx.AsyncClient) -> None:
+    body = gzip.compress(json.dumps(chat()).encode())
+    error = error_of(await http.post(CHAT, content=body, headers={"content-encoding": "gzip"}), 415)
+    assert "Content-Encoding: gzip" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("null", "content is null;"),
+        ("true", "content is true;"),
+        ("1e999", "content is Infinity;"),
+        ('{"a": [1, false]}', 'content is {"a": [1, false]};'),
+        ("[" * 200 + "]" * 200, "content[0] is a part of type null;"),
+        ("9" * 4000, f"content is {'9' * 120}…;"),
+    ],
+    ids=lambda value: value[:30],
+)
+async def test_errors_show_values_as_json_has_them(http: httpx.AsyncClient, value: str, words: str) -> None:
+    body = f'{{"model": "spoken", "messages": [{{"role": "user", "content": {value}}}]}}'
+    assert words in error_of(await http.post(CHAT, content=body))["message"]
 
 
 async def test_a_request_keeps_its_id(http: httpx.AsyncClient) -> None:

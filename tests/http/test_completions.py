@@ -182,3 +182,12 @@ async def test_tokenize_tells_the_tokens(http: httpx.AsyncClient) -> None:
     ):
         reply = await http.post("/tokenize", json=body)
         assert reply.status_code in (400, 404) and reply.json()["error"]["param"] == param
+
+
+async def test_offsets_count_characters_also_of_several_tokens(http: httpx.AsyncClient) -> None:
+    [choice] = (await ask(http, prompt="né日a", logprobs=0, echo=True))["choices"]
+    offsets = choice["logprobs"]["text_offset"]
+    # The parts of two characters in a row cannot be told apart; what follows them is exact.
+    assert offsets[:8] == [0, 1, 1, 1, 1, 1, 3, 4] and choice["text"][:4] == "né日a"
+    parts = [c["choices"][0]["logprobs"] for c in await stream(http, prompt="né日a", logprobs=0, echo=True)]
+    assert [offset for part in parts if part for offset in part["text_offset"]] == offsets
