@@ -124,7 +124,7 @@ async def _is_ready(port: int) -> bool:
 
 
 async def _ask_client(client: AsyncClient, ids: Sequence[int], tokens: int) -> list[float]:
-    options: dict[str, Any] = {"mode": "exact", "draft": 0, "max_new_tokens": tokens}
+    options: dict[str, Any] = {"mode": "exact", "draft": 0, "max_new_tokens": tokens, "eos_token_ids": ()}
     times = [time.perf_counter()]
     async with aclosing(client.events(ids, **options)) as events:
         async for event in events:
@@ -136,7 +136,7 @@ async def _ask_client(client: AsyncClient, ids: Sequence[int], tokens: int) -> l
 
 async def _ask_server(port: int, model: str, ids: Sequence[int], tokens: int) -> list[float]:
     asked = {"model": model, "prompt": list(ids), "max_tokens": tokens, "temperature": 0, "stream": True}
-    asked |= {"stream_options": {"include_usage": True}, "ruyi": {"mode": "exact", "draft": 0}}
+    asked |= {"stream_options": {"include_usage": True}, "ignore_eos": True, "ruyi": {"mode": "exact", "draft": 0}}
     times, last = [time.perf_counter()], b""
     async with aclosing(_lines(port, "POST", "/v1/completions", json.dumps(asked).encode())) as lines:
         async for line in lines:

@@ -38,6 +38,7 @@ from ruyi_flow.bench.over_links import hop, wan
 from ruyi_flow.family import store
 from ruyi_flow.testing import free_ports
 from ruyi_flow.types import NodeStatus
+from tests.bench.disconnects import bench_disconnects
 from tests.bench.event_loop import bench_event_loop
 from tests.bench.messages import bench_messages
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
@@ -153,6 +154,7 @@ BENCHES: dict[str, Callable[[int], Any]] = {
     "messages": bench_messages,
     "event-loop": bench_event_loop,
     "telemetry": bench_telemetry,
+    "disconnects": bench_disconnects,
     "start": bench_start,
     "train": bench_train,
     "policy": bench_policy,
