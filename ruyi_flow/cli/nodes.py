@@ -278,6 +278,8 @@ def up(
                 stack.push_async_callback(asyncio.to_thread, tracer.close)
                 listening = await stack.enter_async_context(serving(loaded, server, tracer))
             await start_nodes(supervisor, stop)
+            if server is not None:
+                await listening.reach_nodes()
             asked = "" if is_default else f" --topology {named}"
             err.print(
                 f"all {len(loaded.nodes)} nodes serve; ask them: "

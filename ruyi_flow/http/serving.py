@@ -53,6 +53,14 @@ class Listening:
         """The URL that the API's paths follow."""
         self.port = port
 
+    async def reach_nodes(self, *, timeout_s: float = 5.0) -> None:
+        """Wait until this server reaches every node; nodes that have just started may be dialled again only later."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while any(state != "serving" for state in (await self.site.entry.states()).values()):
+            if asyncio.get_running_loop().time() > deadline:
+                return  # /ready tells which node it is
+            await asyncio.sleep(0.1)
+
 
 @asynccontextmanager
 async def serve(
