@@ -12,20 +12,18 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import psutil
 import yaml
 
 from ruyi_flow.bench.measurement import Measurement, Report, Setup, interleaved, no_report
-from ruyi_flow.bench.nodes import check_token_count, running_nodes, tokenize_prompts
+from ruyi_flow.bench.nodes import check_token_count, running_nodes, token_times, tokenize_prompts
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import NodeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.testing import free_ports
-from ruyi_flow.types import Token
 
 __all__ = ["http"]
 
@@ -64,7 +62,7 @@ async def http(setup: Setup, *, clients: Sequence[int] = (1, 4, 16, 64), report:
         async with _server(client) as (port, idle_mb):
             model = Path(client.topology.family).name
             ask: dict[str, Ask] = {
-                "SDK": lambda ids: _ask_client(client, ids, setup.tokens),
+                "SDK": lambda ids: token_times(client, ids, setup.tokens),
                 "HTTP": lambda ids: _ask_server(port, model, ids, setup.tokens),
             }
             for name, is_measured in interleaved([*runs], setup.rounds, report):
@@ -121,17 +119,6 @@ async def _is_ready(port: int) -> bool:
             return b" 200 " in await anext(lines)
     except OSError:
         return False
-
-
-async def _ask_client(client: AsyncClient, ids: Sequence[int], tokens: int) -> list[float]:
-    options: dict[str, Any] = {"mode": "exact", "draft": 0, "max_new_tokens": tokens, "eos_token_ids": ()}
-    times = [time.perf_counter()]
-    async with aclosing(client.events(ids, **options)) as events:
-        async for event in events:
-            if isinstance(event, Token):
-                times.append(time.perf_counter())
-    check_token_count("an answer", len(times) - 1, tokens)
-    return times
 
 
 async def _ask_server(port: int, model: str, ids: Sequence[int], tokens: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,15 @@ from ruyi_flow.requests import PromptInput
 from ruyi_flow.serving.supervisor import supervise
 from ruyi_flow.testing import Relay, free_ports
 
-__all__ = ["PROMPT", "PROMPTS", "check_token_count", "generate_exactly", "running_nodes", "tokenize_prompts"]
+__all__ = [
+    "PROMPT",
+    "PROMPTS",
+    "check_token_count",
+    "generate_exactly",
+    "running_nodes",
+    "token_times",
+    "tokenize_prompts",
+]
 
 PROMPT = "Why is the sky blue?"
 
@@ -48,6 +57,21 @@ async def generate_exactly(client: AsyncClient, prompt: PromptInput, tokens: int
     reply = await client.generate(prompt, max_new_tokens=tokens, eos_token_ids=(), **asked)
     check_token_count("an answer", len(reply.tokens), tokens)
     return reply
+
+
+async def token_times(client: AsyncClient, ids: Sequence[int], tokens: int) -> list[float]:
+    """Stream an answer; return the time of the request and of each token, in seconds of one clock.
+
+    Raises:
+        RuyiFlowError: the answer ended early.
+    """
+    options: dict[str, Any] = {"mode": "exact", "draft": 0, "max_new_tokens": tokens, "eos_token_ids": ()}
+    times = [time.perf_counter()]
+    async with client.stream(ids, **options) as stream:
+        async for _ in stream:
+            times.append(time.perf_counter())
+    check_token_count("an answer", len(times) - 1, tokens)
+    return times
 
 
 def check_token_count(what: str, generated: int, wanted: int) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
 from ruyi_flow.bench.measurement import Measurement, Report, Setup, interleaved, no_report, ratios
-from ruyi_flow.bench.nodes import check_token_count, running_nodes, tokenize_prompts
+from ruyi_flow.bench.nodes import running_nodes, token_times, tokenize_prompts
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint
-from ruyi_flow.types import Token
 
 __all__ = ["serve"]
 
@@ -73,11 +69,4 @@ async def serve(setup: Setup, *, sessions: int = 16, rate: float = 0.0, report: 
 async def _session(client: AsyncClient, ids: Sequence[int], tokens: int, arrival_s: float) -> list[float]:
     """Ask after `arrival_s`; return the time of the request and of each token, in seconds of one clock."""
     await asyncio.sleep(arrival_s)
-    options: dict[str, Any] = {"mode": "exact", "draft": 0, "max_new_tokens": tokens, "eos_token_ids": ()}
-    times = [time.perf_counter()]
-    async with aclosing(client.events(ids, **options)) as events:
-        async for event in events:
-            if isinstance(event, Token):
-                times.append(time.perf_counter())
-    check_token_count("an answer", len(times) - 1, tokens)
-    return times
+    return await token_times(client, ids, tokens)
