@@ -40,7 +40,11 @@ class Page(HTMLParser):
 def test_a_reply_is_one_json_object(whole: Client) -> None:
     data = whole.generate("hi", max_new_tokens=3, eos_token_ids=()).to_dict()
     assert set(data) == {"text", "token_ids", "finish_reason", "tokens", "stats"}
-    assert set(data["tokens"][0]) == {"id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up"}
+    rated = whole.generate("hi", max_new_tokens=1, eos_token_ids=(), logprobs=2, prompt_logprobs=0).to_dict()
+    assert [set(top) for top in rated["tokens"][0]["logprobs"]["top"]] == [{"id", "text", "logprob"}] * 2
+    assert [token["text"] for token in rated["prompt"]["tokens"]] == list(rated["prompt"]["text"])
+    about = {"id", "text", "exit", "node", "confidence", "reason", "after_s", "bytes_up", "logprobs"}
+    assert set(data["tokens"][0]) == about and data["tokens"][0]["logprobs"] is None
     assert {"first_token_s", "token_s", "total_s", "hops"} <= set(data["stats"])
     assert {"node", "compute_s", "queue_s", "wire_s", "messages", "bytes_up", "bytes_down"} <= set(
         data["stats"]["hops"][0]

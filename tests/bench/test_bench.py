@@ -178,7 +178,7 @@ def test_compared_runs_are_interleaved_and_the_first_round_warms_up() -> None:
         ),
         (("decode", "--threads", "5000"), "Invalid value for '--threads'"),
         (("prefill", "--against", "transformers-early-exit"), "valid for decode only"),
-        (("prefill", "--prompt-tokens", "1000"), "the prompt has 1000 tokens"),
+        (("prefill", "--prompt-tokens", "1000"), "the prompt is too long: it has 1000 tokens"),
         (("wan", "--policy", "none.yaml"), "none.yaml: no such policy file"),
     ],
 )

@@ -84,7 +84,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("nodes.1.exits", [11, 17], ["nodes.1.exits", "[11, 17] does not continue after exit 11"]),
         ("nodes.1.exits", [23, 17], ["nodes.1.exits", "from shallow to deep"]),
         ("nodes.1.exits", [], ["nodes.1.exits", "at least one"]),
-        ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is already the address of nodes.0"]),
+        ("nodes.2.address", "127.0.0.1:7101", ["nodes.2.address", "7101 is already used by nodes.0.address"]),
         ("nodes.2.address", "localhost", ["nodes.2.address", "'localhost'", "host:port"]),
         ("nodes.2.address", None, ["nodes.2.address", "'cloud' needs an address"]),
         ("nodes.2.name", "edge", ["nodes.2.name", "'edge' is already the name of nodes.1"]),
