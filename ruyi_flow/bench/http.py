@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import yaml
 
-from ruyi_flow.bench.measurement import Measurement, Report, Setup, interleaved, no_report
+from ruyi_flow.bench.measurement import Measurement, Report, Setup, available_cores, interleaved, no_report
 from ruyi_flow.bench.nodes import check_token_count, running_nodes, token_times, tokenize_prompts
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import NodeError
@@ -37,7 +37,9 @@ Ask = Callable[[Sequence[int]], Awaitable[list[float]]]
 async def http(setup: Setup, *, clients: Sequence[int] = (1, 4, 16, 64), report: Report = no_report) -> Measurement:
     """Measure one node that has the whole family, through the SDK and through an HTTP server in a process of its own.
 
-    Every client streams one answer at a time. The HTTP clients are as thin as a client can be: they read lines.
+    Every client streams one answer at a time. The HTTP clients are as thin as a client can be: they read lines. Where
+    the machine has more cores than the node has threads, the node keeps to as many of them, so that the server and the
+    clients do not take its time.
 
     Args:
         setup: settings of the benchmark.
@@ -58,7 +60,9 @@ async def http(setup: Setup, *, clients: Sequence[int] = (1, 4, 16, 64), report:
     token_ms: dict[str, list[float]] = {name: [] for name in runs}
     rounds_ms: dict[str, list[float]] = {name: [] for name in runs}
     report("starting nodes", 0, 0)
-    async with running_nodes([checkpoint.config.exits], **setup.node_options, limits=limits) as client:
+    here = available_cores()
+    cores = here[: setup.threads] if len(here) > setup.threads else None
+    async with running_nodes([checkpoint.config.exits], **setup.node_options, limits=limits, cores=cores) as client:
         async with _server(client) as (port, idle_mb):
             model = Path(client.topology.family).name
             ask: dict[str, Ask] = {
