@@ -96,6 +96,7 @@ class Answering:
             span = current_span.get()
             with span.child("tokenize"):
                 prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
+            totals.prompt_tokens = len(prompt)
             params = self._sampling(request.sampling, self._prompts.context - len(prompt))
             if span:
                 span.set(**about_request(request, params, self._model))
@@ -140,7 +141,7 @@ class Answering:
                 finish = FinishReason.STOP
             total_s = time.perf_counter() - began
             seed = params.seed if params.temperature else None
-            final = Final(finish, text.text, totals.end(finish, len(prompt), total_s, seed))
+            final = Final(finish, text.text, totals.end(finish, total_s, seed))
             if span:
                 span.set(**about_answer(final))
             yield final

@@ -22,6 +22,8 @@ class Totals:
     """
 
     def __init__(self, counters: NodeCounters, place_of: Mapping[int, tuple[str, str]]) -> None:
+        self.prompt_tokens = 0
+        """Number of tokens of the prompt, which is set before the first round."""
         self.new_tokens = self._drafted = self._accepted = self._escalations = 0
         self._first_token_s = self._last_s = 0.0
         self._hops: dict[str, Hop] = {}
@@ -45,6 +47,7 @@ class Totals:
         else:
             self._first_token_s = after_s
             counters.first_token_s.observe(after_s)
+            counters.prompt_tokens.add(amount=self.prompt_tokens)
         self._last_s = after_s
         if settled.drafted:
             self._drafted += settled.drafted
@@ -66,15 +69,14 @@ class Totals:
         self._counters.tokens.add(exit, *self._place_of[exit], decision.reason)
         self._counters.confidence.observe(decision.confidence, exit)
 
-    def end(self, finish: FinishReason, prompt_tokens: int, total_s: float, seed: int | None) -> Stats:
+    def end(self, finish: FinishReason, total_s: float, seed: int | None) -> Stats:
         """Count the complete answer, and return its statistics."""
         self._is_complete = True
         counters = self._counters
         counters.successes.add(finish)
-        counters.prompt_tokens.add(amount=prompt_tokens)
         counters.request_s.observe(total_s)
         return Stats(
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
             first_token_s=self._first_token_s,
             total_s=total_s,
