@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -38,8 +39,17 @@ async def completions(site: Site, request: Request, record: Record) -> Response:
     exchange = Exchange(site, asked, record, "cmpl-")
     if asked.stream:
         return EventStream(_chunks(site, exchange), record)
+    await exchange.complete()
+    if any(answer.prompt is not None for answer in exchange.answers):  # it may be megabytes
+        return await asyncio.to_thread(_whole, site, exchange)
+    return _whole(site, exchange)
+
+
+def _whole(site: Site, exchange: Exchange) -> Response:
+    """Return the reply with all choices."""
+    asked = exchange.asked
     choices = []
-    for index, answer in enumerate(await exchange.complete()):
+    for index, answer in enumerate(exchange.answers):
         assert answer.final is not None
         choice = _Choice(asked, index)
         text = choice.begin(answer.prompt)
@@ -85,7 +95,7 @@ async def _chunks(site: Site, exchange: Exchange) -> AsyncGenerator[bytes, None]
                 begun.add(index)
                 prompt = one if isinstance(one, PromptTokens) else None
                 if asked.echo:
-                    data = chunk(index, choices[index].begin(prompt), prompt, ())
+                    data = await asyncio.to_thread(chunk, index, choices[index].begin(prompt), prompt, ())
             if isinstance(one, Token) and (one.text or shows_each) and not asked.drops_token:
                 data += chunk(index, one.text, None, [one])
             elif isinstance(one, Final):

@@ -16,7 +16,7 @@ from ruyi_flow.errors import (
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock, Pending
 from ruyi_flow.loop.session import Session, States
 from ruyi_flow.routing.policy import Policy
-from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Block, Reason, Stage, Verdict
+from ruyi_flow.types import MIN_UPLOAD_POSITIONS, Block, Likelihood, Reason, Stage, Verdict
 
 __all__ = ["NextStage", "Uplink"]
 
@@ -184,19 +184,6 @@ class NextStage:
             WireError: it cannot.
         """
         session, policy, decisions = self._session, self._session.policy, verdict.decisions
-        asked, most = session.params.logprobs, session.params.prompt_logprobs
-        for likelihood, top in (
-            *((decision.likelihood, asked) for decision in decisions if decision.likelihood is not None),
-            *((likelihood, most) for likelihood in verdict.prompt),
-        ):
-            if (
-                top is None
-                or len(likelihood.top) > top
-                or any(token >= session.vocab_size for token, _ in likelihood.top)
-            ):
-                raise WireError("the next stage answered likelihoods that nothing asked for")
-        if len(verdict.prompt) >= session.prompt_length:
-            raise WireError(f"the next stage rated {len(verdict.prompt)} tokens of a prompt of {session.prompt_length}")
         if not 1 <= len(decisions) <= len(block.wants):
             raise WireError(f"the next stage answered {len(decisions)} of {len(block.wants)} questions")
         for decision in decisions:
@@ -205,6 +192,18 @@ class NextStage:
                 raise WireError(f"the next stage decided token {decision.token} of {session.vocab_size}")
             if exit <= session.exits[-1] or exit != policy.deepest and exit not in policy.thresholds:
                 raise WireError(f"the next stage decided at exit {exit}, which it does not have")
+            if decision.likelihood is not None:
+                self._check_likelihood(decision.likelihood, session.params.logprobs)
+        if len(verdict.prompt) >= session.prompt_length:
+            raise WireError(f"the next stage rated {len(verdict.prompt)} tokens of a prompt of {session.prompt_length}")
+        for likelihood in verdict.prompt:
+            self._check_likelihood(likelihood, session.params.prompt_logprobs)
+
+    def _check_likelihood(self, likelihood: Likelihood, asked: int | None) -> None:
+        """Refuse a likelihood that nothing asked for, or with tokens that the family does not have."""
+        vocab_size = self._session.vocab_size
+        if asked is None or len(likelihood.top) > asked or any(token >= vocab_size for token, _ in likelihood.top):
+            raise WireError("the next stage answered likelihoods that nothing asked for")
 
     def _connect(self) -> Stage:
         if self._stage is None:

@@ -156,7 +156,7 @@ class Session(ABC):
         self.likelihoods: dict[tuple[int, int], Likelihood] = {}
         """How probable a branch found the token that it picked, by exit and position, where the session asks for it."""
         self.prompt_likelihoods: list[Likelihood] = []
-        """Those of the prompt's tokens that the previous node does not know yet."""
+        """Likelihoods of the prompt's tokens that have not been told to the previous node."""
 
     @property
     def alone(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 import grpc
@@ -12,7 +13,7 @@ from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.telemetry.spans import TRACEPARENT, current_span
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
-from ruyi_flow.transport.batches import Batches
+from ruyi_flow.transport.batches import SHORT_BYTES, Batches
 from ruyi_flow.transport.status import error_of_call, wrong_answer
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
@@ -80,7 +81,8 @@ class Peer:
         call = self._generate(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s, metadata=metadata)
         try:
             async for data in call:
-                yield codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
+                # The tokens of a long prompt may be megabytes, and the event loop must not wait for their conversion.
+                yield _decode(data) if len(data) <= SHORT_BYTES else await asyncio.to_thread(_decode, data)
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s) from None
         except WireError as error:
@@ -149,6 +151,10 @@ class Peer:
         """Close the connection and the sessions over it."""
         await self.batches.close()
         await self._channel.close()
+
+
+def _decode(data: bytes) -> Event:
+    return codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
 
 
 def trace_metadata(traceparent: str) -> tuple[tuple[str, str]] | None:

@@ -23,7 +23,7 @@ from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
-from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
+from ruyi_flow.types import Event, NodeStatus, PromptTokens, Stage, Tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +213,9 @@ class Server:
                 request = await _request(data)
                 async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                     async for event in events:
-                        await context.write(codec.reply_to_pb(event).SerializeToString())
+                        # The tokens of a long prompt may be megabytes, and the event loop must not wait for them.
+                        is_long = isinstance(event, PromptTokens)
+                        await context.write(await asyncio.to_thread(_encode, event) if is_long else _encode(event))
 
     async def _tokenize(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
@@ -246,6 +248,11 @@ class Server:
 def _traceparent(context: Any) -> str | None:
     """Return a caller's context of a trace, which is not checked yet."""
     return next((value for key, value in context.invocation_metadata() or () if key == TRACEPARENT), None)
+
+
+def _encode(event: Event) -> bytes:
+    data: bytes = codec.reply_to_pb(event).SerializeToString()
+    return data
 
 
 async def _request(data: bytes) -> GenerateRequest:
