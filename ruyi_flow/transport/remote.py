@@ -86,9 +86,12 @@ class RemoteStage:
         verdicts: list[Verdict] = []
         bytes_down, elapsed_s = 0, 0.0
         try:
-            for i, (reply, size) in enumerate(self._replies):
+            for i, (reply, size) in enumerate(tuple(self._replies)):
                 if reply.HasField("verdict"):
-                    verdict = codec.verdict_from_pb(reply.verdict)
+                    if reply.verdict.HasField("prompt"):  # of thousands of tokens: the event loop must not wait
+                        verdict = await asyncio.to_thread(codec.verdict_from_pb, reply.verdict)
+                    else:
+                        verdict = codec.verdict_from_pb(reply.verdict)
                     if not verdict.hops:
                         raise WireError("a verdict names no node")
                     verdicts.append(verdict)
