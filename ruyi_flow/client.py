@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import secrets
+import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,7 +21,17 @@ from ruyi_flow.background_loop import CLOSED, FORKED, BackgroundLoop
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology
 from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, RequestError, shown
+from ruyi_flow.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    NodeError,
+    NodeUnavailable,
+    RequestCancelled,
+    RequestError,
+    WireError,
+    loss_cause,
+    shown,
+)
 from ruyi_flow.extras import needed_by
 from ruyi_flow.reply import Reply
 from ruyi_flow.requests import (
@@ -30,12 +43,24 @@ from ruyi_flow.requests import (
     takes_options,
 )
 from ruyi_flow.stream import AsyncStream, Stream
-from ruyi_flow.types import Event, Final, NodeStatus, Token, Tokenized, check_number, to_int
+from ruyi_flow.types import (
+    Event,
+    Final,
+    NodeStatus,
+    PromptTokens,
+    Recovery,
+    Token,
+    Tokenized,
+    check_number,
+    to_float,
+    to_int,
+)
 
 if TYPE_CHECKING:
     from ruyi_flow.serving.answering import Answering
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.transport.peer import Peer
+    from ruyi_flow.transport.replicas import Replicas
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Reply", "Stream", "make_request"]
 
@@ -44,6 +69,18 @@ MAX_RETRIES = 8
 
 _connected_in: int | None = None
 """The process in which a client of this program first connected: gRPC crashes in a process forked from it."""
+
+_LOST = (NodeUnavailable, WireError, RequestCancelled, CapacityError)
+"""Errors after which an answer is taken up again, if the entry node had been heard before."""
+
+_MOST_DAMAGED = 2
+"""Times that an answer may end with garbage; after more, it is not the connection that damages it."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+"""Seconds between attempts to take up an answer."""
+
+RECOVER_S = 10.0
+"""Default number of seconds for which an answer is taken up again after its entry node was last heard."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 8.0
 """Seconds before the first retry, at most, and before any retry: each wait is up to twice as long as the one before."""
@@ -65,6 +102,8 @@ class AsyncClient:
         timeout_s: seconds that an answer may take, unless the call sets another limit.
         max_retries: number of times that a request is sent again to a full node, before its first token and within its
             time limit. The waits between grow from 0.25 to 8 s, with jitter: half a minute in all. 0 never retries.
+        recover_s: seconds for which an answer is taken up again after its entry node was lost, since that node was last
+            heard. 0 never does it.
     """
 
     def __init__(
@@ -73,6 +112,7 @@ class AsyncClient:
         *,
         timeout_s: float = 600.0,
         max_retries: int = MAX_RETRIES,
+        recover_s: float = RECOVER_S,
     ) -> None:
         named = default_topology() if topology is DEFAULT_TOPOLOGY else topology
         self.topology = named if isinstance(named, Topology) else Topology.load(named)
@@ -80,7 +120,11 @@ class AsyncClient:
         self._max_retries = check_number(
             "max_retries", max_retries, to_int(max_retries), low=0, high=1000, meaning="a whole number from 0 to 1000"
         )
+        self._recover_s = check_number(
+            "recover_s", recover_s, to_float(recover_s), low=0, high=1e6, meaning="a number of seconds, 0 or more"
+        )
         self._peers: dict[str, Peer] = {}
+        self._entry: Replicas | None = None
         self._engine: Engine | None = None
         self._answering: Answering | None = None
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
@@ -131,28 +175,39 @@ class AsyncClient:
         # A request may name a policy file, and a prompt may be long.
         request = await asyncio.to_thread(make_request, prompt, options)
         await self._connect()  # not a part of the answer's time: it may load the node
+        if request.sampling.temperature and request.sampling.seed is None:  # so that the answer can be taken up again
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        tokens: list[Token] = []
+        began = loop.time()
+        deadline = began + timeout_s
+        answer = _Answer()
         retries = 0
+        pause_s = 0.0
         while True:
             try:
-                async with aclosing(self._ask(request, timeout_s, deadline)) as events:
+                asked = replace(request, resumed=answer.resumed)
+                async with aclosing(self._ask(asked, timeout_s, deadline)) as events:
+                    answer.offset_s = loop.time() - began if answer.recovering else 0.0
                     async for event in events:
-                        if isinstance(event, Token):
-                            tokens.append(event)
-                        yield event
+                        shown = answer.take(event)
+                        if shown is not None:
+                            yield shown
                         if isinstance(event, Final):
                             return
-                raise NodeError("the stream ended before the answer was complete")
+                raise WireError("the stream ended before the answer was complete", node=self.topology.entry.name)
             except NodeError as error:
-                error.tokens = tuple(tokens)
-                wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**retries) * random.uniform(0.5, 1)
-                is_hopeless = retries >= self._max_retries or loop.time() + wait_s > deadline
-                if not isinstance(error, CapacityError) or tokens or is_hopeless:
-                    raise
-            retries += 1
-            await self._sleep(wait_s)
+                error.tokens = tuple(answer.tokens)
+                if isinstance(error, CapacityError) and not answer.tokens and not answer.recovering:
+                    pause_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**retries) * random.uniform(0.5, 1)
+                    if retries >= self._max_retries or loop.time() + pause_s > deadline:
+                        raise
+                    retries += 1
+                else:
+                    left_s = min(self._left_s(error, answer), deadline - loop.time())
+                    if left_s <= 0:
+                        raise
+                    pause_s = min(answer.lose(error), left_s)
+            await self._sleep(pause_s)
             self._check_usable()
 
     async def tokenize(self, prompt: PromptInput, *, raw: bool = False, timeout_s: float = 30.0) -> Tokenized:
@@ -162,7 +217,8 @@ class AsyncClient:
         await self._connect()
         if self._answering is not None:
             return await self._answering.tokenize(request)
-        return await self._peers[self.topology.entry.name].tokenize(request, timeout_s=timeout_s)
+        assert self._entry is not None
+        return await self._entry.pick().tokenize(request, timeout_s=timeout_s)
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
         """Return the status of every node, or the error of a node that cannot be asked."""
@@ -207,7 +263,17 @@ class AsyncClient:
         left = max(0.001, deadline - asyncio.get_running_loop().time())
         if self._answering is not None:
             return _within(self._answering.generate(request, left), timeout_s, deadline)
-        return self._peers[self.topology.entry.name].generate(request, timeout_s=left)
+        assert self._entry is not None
+        return self._entry.pick().generate(request, timeout_s=left)
+
+    def _left_s(self, error: NodeError, answer: _Answer) -> float:
+        """Return the seconds for which it makes sense to take up an answer again; 0 if the error is final."""
+        entry = self._entry
+        if entry is None or not isinstance(error, _LOST) or not entry.was_heard:
+            return 0.0
+        if isinstance(error, WireError) and answer.damaged > _MOST_DAMAGED:
+            return 0.0
+        return entry.left_s(error, began=answer.recovering or bool(answer.tokens))
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, unless the client is closed before."""
@@ -250,11 +316,20 @@ class AsyncClient:
             self._engine, self._answering = await asyncio.to_thread(_load, self.topology)
             return
         from ruyi_flow.transport.peer import Peer
+        from ruyi_flow.transport.replicas import Replicas
 
         global _connected_in
         _connected_in = _connected_in or os.getpid()
         if _connected_in != os.getpid():
             raise RequestError(FORKED)
+        entry = self.topology.entry
+        self._entry = Replicas(
+            entry.name,
+            (str(entry.address),),
+            max_message_bytes=entry.limits.max_message_bytes,
+            recover_s=self._recover_s,
+            timeout_s=self._timeout_s,
+        )
         for node in self.topology.nodes:
             self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
 
@@ -265,6 +340,8 @@ class AsyncClient:
         peers, self._peers = self._peers, {}
         engine, self._engine, self._answering = self._engine, None, None
         await asyncio.gather(*(peer.close() for peer in peers.values()))
+        if self._entry is not None:
+            await self._entry.close()
         if engine is not None:
             await engine.close()
 
@@ -286,6 +363,8 @@ class Client:
         timeout_s: seconds that an answer may take, unless the call sets another limit.
         max_retries: number of times that a request is sent again to a full node, before its first token and within its
             time limit. The waits between grow from 0.25 to 8 s, with jitter: half a minute in all. 0 never retries.
+        recover_s: seconds for which an answer is taken up again after its entry node was lost, since that node was last
+            heard. 0 never does it.
     """
 
     def __init__(
@@ -294,8 +373,9 @@ class Client:
         *,
         timeout_s: float = 600.0,
         max_retries: int = MAX_RETRIES,
+        recover_s: float = RECOVER_S,
     ) -> None:
-        self._async = AsyncClient(topology, timeout_s=timeout_s, max_retries=max_retries)
+        self._async = AsyncClient(topology, timeout_s=timeout_s, max_retries=max_retries, recover_s=recover_s)
         self._loop = BackgroundLoop(self._async.close)
         # A client that nobody has any more closes itself; at the end of the interpreter, the loop does it.
         weakref.finalize(self, self._loop.stop).atexit = False
@@ -392,6 +472,64 @@ class Client:
 def _describe(topology: Topology, is_connected: bool, is_closed: bool) -> str:
     state = "closed" if is_closed else "connected" if is_connected else "not connected yet"
     return f"{topology.family} on {', '.join(node.name for node in topology.nodes)}; {state}"
+
+
+class _Answer:
+    """What has arrived of an answer, whose entry node may be lost."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        """The tokens that have arrived."""
+        self.recovering = False
+        """Whether the entry node was lost, and the answer begins again or goes on."""
+        self.damaged = 0
+        """Number of times that it ended with garbage."""
+        self.offset_s = 0.0
+        """Seconds from the first request to the one under way."""
+        self._has_prompt = False
+        self._lost: tuple[str, float] | None = None
+        """Why the entry node was lost, and when, until another event arrives."""
+        self._pause_s = 0.0
+        self._recoveries: list[Recovery] = []
+
+    @property
+    def resumed(self) -> tuple[tuple[int, int], ...]:
+        """The tokens with which the answer goes on, and their exits."""
+        return tuple((token.id, token.exit) for token in self.tokens)
+
+    def take(self, event: Event) -> Event | None:
+        """Take in an event; return it as the user sees it, or None if the user has it."""
+        if self._lost is not None:
+            cause, since = self._lost
+            self._recoveries.append(Recovery(cause, time.monotonic() - since, len(self.tokens)))
+            self._lost, self._pause_s = None, 0.0
+        if isinstance(event, PromptTokens):
+            is_new, self._has_prompt = not self._has_prompt, True
+            return event if is_new else None
+        if isinstance(event, Token):
+            if self.offset_s:
+                event = replace(event, after_s=event.after_s + self.offset_s)
+            self.tokens.append(event)
+            return event
+        if not self._recoveries:
+            return event
+        stats = event.stats
+        first_s = self.tokens[0].after_s if self.tokens else stats.first_token_s
+        stats = replace(
+            stats,
+            first_token_s=first_s,
+            total_s=stats.total_s + self.offset_s,
+            recoveries=tuple(self._recoveries),
+        )
+        return replace(event, stats=stats)
+
+    def lose(self, error: NodeError) -> float:
+        """Note a loss, and return the seconds to wait before the answer is taken up again."""
+        self.recovering = True
+        self.damaged += isinstance(error, WireError)
+        self._lost = self._lost or (loss_cause(error), time.monotonic())
+        pause_s, self._pause_s = self._pause_s, min(_LONGEST_PAUSE_S, 2 * self._pause_s or _FIRST_PAUSE_S)
+        return pause_s
 
 
 async def _within(

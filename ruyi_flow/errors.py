@@ -47,6 +47,7 @@ __all__ = [
     "TrainingError",
     "WireError",
     "did_you_mean",
+    "loss_cause",
     "shown",
 ]
 
@@ -91,11 +92,14 @@ class NodeError(RuyiFlowError):
         message: what happened, and what to do.
         node: name of the node that the error is about, if it is known.
         tokens: the tokens of an answer that arrived before the error.
+        cause: in one word, why the node was lost, if the class of the error does not say it.
     """
 
-    def __init__(self, message: str, *, node: str | None = None, tokens: Sequence[Token] = ()) -> None:
+    def __init__(
+        self, message: str, *, node: str | None = None, tokens: Sequence[Token] = (), cause: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.node = node
+        self.node, self.cause = node, cause
         self.tokens = tuple(tokens)
 
     @property
@@ -134,6 +138,19 @@ class WireError(NodeError):
 
 class NodeFault(NodeError):
     """A bug in a node; its log has the details."""
+
+
+_CAUSES: dict[type[NodeError], str] = {
+    DeadlineExceeded: "late",
+    CapacityError: "full",
+    WireError: "damaged",
+    RequestCancelled: "left",
+}
+
+
+def loss_cause(error: NodeError) -> str:
+    """Return in one word why a node was lost: reset, silent, damaged, left, full or late."""
+    return error.cause or next((cause for kind, cause in _CAUSES.items() if isinstance(error, kind)), "reset")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

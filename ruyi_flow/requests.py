@@ -222,19 +222,25 @@ class GenerateRequest:
     """Sampling options."""
     routing: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `Routing` that the request sets; `Routing.updated` merges them with the topology's policy."""
+    resumed: tuple[tuple[int, int], ...] = ()
+    """The first tokens of the answer and the exits that decided them, if it goes on after its entry node was lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOpen:
     """The handshake that opens a session on a node: what the sender has, and what it expects of the receiver.
 
-    The entry node opens its own session without the first four fields, which describe a hop.
+    The entry node opens its own session without the first six fields, which describe a hop.
     """
 
     family: str = ""
     """Fingerprint of the sender's family; the receiver must have the same."""
     first_layer: int = 0
     """The first trunk layer that the receiver must run."""
+    node: str = ""
+    """The receiver's name in the sender's topology."""
+    exits: tuple[int, ...] = ()
+    """The receiver's exits in the sender's topology."""
     hidden_size: int = 0
     """Width of a boundary state."""
     encoding: Encoding = Encoding.F32

@@ -149,6 +149,7 @@ def cut_topology(
     threads: int | None = 1,
     limits: dict[str, Any] | None = None,
     timeout_s: float = 30.0,
+    recover_s: float = 10.0,
 ) -> Topology:
     """Make a topology of nodes n0, n1, … on free ports of loopback; each cut lists the exits of one node."""
     names = [f"n{i}" for i in range(len(cuts))]
@@ -169,7 +170,8 @@ def cut_topology(
                 for name, cut in zip(names, cuts, strict=True)
             ],
             "links": [
-                {"from": a, "to": b, "encoding": encoding, "timeout_s": timeout_s} for a, b in itertools.pairwise(names)
+                {"from": a, "to": b, "encoding": encoding, "timeout_s": timeout_s, "recover_s": recover_s}
+                for a, b in itertools.pairwise(names)
             ],
         }
     )

@@ -214,6 +214,8 @@ class Block(NamedTuple):
     """The n token ids of these positions; the token of position i+1 is the draft for position i."""
     wants: tuple[int, ...]
     """Positions whose next token is wanted, ascending. Empty: the block only fills KV caches."""
+    decided: tuple[tuple[int, int], ...] = ()
+    """In a replay: positions that had been asked about, ascending, and the exit that decided the token after each."""
 
 
 class Likelihood(NamedTuple):
@@ -243,6 +245,18 @@ class Decision(NamedTuple):
     """How probable the branch finds it; None unless the session asks for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A session that lost the next node, and was taken up again."""
+
+    cause: str
+    """Why it was lost: reset, silent, damaged, left, full or late."""
+    seconds: float
+    """Seconds from the loss until the answer to the question that was asked again."""
+    positions: int
+    """Number of positions that were sent again."""
+
+
 @dataclass(slots=True)
 class Hop:
     """Time and traffic of one node, for one verdict or for a whole answer."""
@@ -263,11 +277,15 @@ class Hop:
     """Bytes of the messages sent to the node."""
     bytes_down: int = 0
     """Bytes of its replies."""
+    recoveries: tuple[Recovery, ...] = ()
+    """The times that the session lost the node and was taken up again there, or on another replica."""
 
     def add(self, other: Hop) -> None:
         """Add what the same node spent on something else."""
         self.compute_s += other.compute_s
         self.queue_s += other.queue_s
+        if other.recoveries:
+            self.recoveries += other.recoveries
         if not other.messages:  # nothing was sent to the node
             return
         self.wire_s += other.wire_s
@@ -398,6 +416,10 @@ class Stats:
     """Number of questions that the entry node asked the next node, each of them one round trip."""
     hops: tuple[Hop, ...]
     """Time and traffic of each node for the whole answer, the entry node first."""
+    reused: int = 0
+    """Number of tokens of the prompt whose caches the entry node had from an earlier answer."""
+    recoveries: tuple[Recovery, ...] = ()
+    """The times that the client lost the entry node and took up the answer again; `hops` have those of deeper nodes."""
 
     @property
     def token_s(self) -> float:

@@ -154,6 +154,9 @@ class Link(Model):
     """Bytes that one session may upload ahead of questions."""
     timeout_s: Float = Field(default=30.0, gt=0, le=1e6)
     """Seconds that one answer over this link may take, including the work of all deeper nodes."""
+    recover_s: Float = Field(default=10.0, ge=0, le=1e6)
+    """Seconds for which a lost session may be taken up again on the next node, since it could last be reached. Then the
+    answer fails, or falls back."""
 
     def row_bytes(self, hidden_size: int) -> int:
         """Return the bytes of one position on the link: its state, its token id, and its share of the frame."""

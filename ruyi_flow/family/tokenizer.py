@@ -115,7 +115,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, config: FamilyConfig, *, family: str) -> None:
         self.tokenizer, self.context = tokenizer, config.max_positions
-        self._vocab_size, self._family = config.vocab_size, family
+        self.vocab_size, self._family = config.vocab_size, family
         self._max_chars = 0
         if tokenizer is not None:
             tokenizer("a")  # transformers sets the backend up at its first call; later ones must not, beside a thread
@@ -137,8 +137,8 @@ class PromptEncoder:
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
             check_context(len(prompt), self.context)
             ids = [i for i in prompt if isinstance(i, int)]
-            if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self._vocab_size:
-                raise RequestError(f"token ids must be 0 … {self._vocab_size - 1}")
+            if len(ids) != len(prompt) or min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise RequestError(f"token ids must be 0 … {self.vocab_size - 1}")
             return ids
         if self.tokenizer is None:
             raise RequestError(f"family {self._family!r} has no tokenizer.json; give token ids as the prompt")
@@ -182,9 +182,9 @@ class PromptEncoder:
         ids: list[int] = encoded[0].ids
         if not ids:
             raise RequestError("the prompt is empty; give it some text")
-        if max(ids) >= self._vocab_size:
+        if max(ids) >= self.vocab_size:
             raise RequestError(
-                f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {self._vocab_size}"
+                f"the family's tokenizer gives token {max(ids)}, but its vocabulary has {self.vocab_size}"
             )
         return ids
 

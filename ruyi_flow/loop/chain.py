@@ -23,7 +23,7 @@ from ruyi_flow.routing.walk import Look, Walk
 from ruyi_flow.telemetry import spans
 from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import NO_SPAN, Attribute, Span
-from ruyi_flow.types import Block, Decision, Hop, Likelihood, Reason, Verdict
+from ruyi_flow.types import Block, Decision, Hop, Likelihood, Mode, Reason, Verdict
 
 __all__ = ["PART", "Chain", "Round", "decode"]
 
@@ -100,13 +100,15 @@ class Chain:
         Raises:
             WireError: the block does not continue the session.
         """
-        start, states, token_ids, wants = block
+        start, states, token_ids, wants, decided = block
         session, count = self._session, len(token_ids)
         position = session.positions[0]
         if start != position:
             raise WireError(f"a block starts at position {start}; this session is at {position}")
         if states.shape[0] != count or any(not position <= p < position + count for p in wants):
             raise WireError(f"a block of {count} positions has {states.shape[0]} states and wants {wants}")
+        if decided and not (wants == () and all(position <= p < position + count for p, _ in decided)):
+            raise WireError(f"a block of {count} positions replays {len(decided)} decisions and wants {wants}")
         if max(token_ids) >= session.vocab_size:
             raise WireError(f"a block has token ids up to {max(token_ids)}; the largest is {session.vocab_size - 1}")
         if position + count > session.max_positions:
@@ -115,6 +117,9 @@ class Chain:
         if position >= session.prompt_length:
             self._since = self._clock.now()
         hop = Hop(self._node)
+        if decided:
+            await self._run(hop, count, self._replay(block))
+            return Verdict((), (hop,))
         if not wants and self._passes_on:
             await self._pass_on(hop, block)
             return Verdict((), (hop,))
@@ -160,6 +165,28 @@ class Chain:
         past = next(i for i, look in enumerate(walk.looks) if look.reason is None) + 1
         return Round(decisions, hops, len(walk.looks) - past, len(decisions) - past, prompt)
 
+    async def resume(self, prompt: Sequence[int], token_ids: Sequence[int], exits: Sequence[int]) -> None:
+        """Run a prompt and the tokens of its answer that were decided before the entry node was lost.
+
+        The next proposal begins with the last of these tokens.
+
+        Args:
+            prompt: token ids of the prompt.
+            token_ids: the tokens of the answer, at least one.
+            exits: the exits that decided them.
+        """
+        session, hop = self._session, Hop(self._node)
+        self._since = self._clock.now()
+        rest = await self._begin_prompt(hop, prompt) if len(prompt) > SHORT_ROWS else prompt
+        decided = list(enumerate(exits, len(prompt) - 1))
+        # The exit that begins is chosen at the end of the prompt, before the other positions are judged.
+        for ids, about in ((rest, decided[:1]), (token_ids[:-1], decided[1:])):
+            start = len(session.token_ids)
+            if ids:
+                session.token_ids.extend(ids)
+                block = Block(start, session.embed(ids), tuple(ids), (), tuple(about))
+                await self._run(hop, len(ids), self._replay(block))
+
     async def propose_traced(self, token_ids: Sequence[int], draft: int) -> Round:
         """Do the same, and record it as a span with its steps and hops."""
         whole, name = self.span, "round" if self._session.token_ids else "prefill"
@@ -195,10 +222,9 @@ class Chain:
             self.span.child("step", ago_s=queue_s + compute_s, **about).end()
         return result
 
-    async def _hop(self, sending: Coroutine[None, None, T], block: Block) -> T:
-        """Send a block to the next node and record it as a span."""
-        asked = {spans.POSITIONS: len(block.token_ids), spans.ASKED: len(block.wants)}
-        with self.span.child("hop", **asked) as span:
+    async def _hop(self, sending: Coroutine[None, None, T], positions: int, asked: int = 0) -> T:
+        """Send so many positions to the next node and record it as a span."""
+        with self.span.child("hop", **{spans.POSITIONS: positions, spans.ASKED: asked}) as span:
             answer = await sending
             if isinstance(answer, Verdict):
                 hop = answer.hops[0]
@@ -239,9 +265,9 @@ class Chain:
 
     async def _pass_on(self, hop: Hop, block: Block) -> None:
         """Run this node's layers on a part of a prompt, and send it to the next node."""
-        onward = await self._run(hop, len(block.token_ids), self._prefill_all(block))
-        feeding = self._next.feed(onward)
-        await (self._hop(feeding, onward) if self.span else feeding)
+        await self._run(hop, len(block.token_ids), self._prefill_all(block))
+        feeding = self._next.feed()
+        await (self._hop(feeding, self._session.log_length - self._next.sent) if self.span else feeding)
 
     def _prefill(self, token_ids: Sequence[int]) -> Task[None]:
         """Fill the first stage's KV cache with a part of the prompt."""
@@ -249,14 +275,36 @@ class Chain:
         session.token_ids.extend(token_ids)
         yield Pass(session, 0, session.embed(token_ids), ())
 
-    def _prefill_all(self, block: Block) -> Task[Block]:
-        """Fill the KV caches of all stages here, and return the block for the next node."""
+    def _prefill_all(self, block: Block) -> Task[None]:
+        """Fill the KV caches of all stages here."""
         session, stop = self._session, block.start + len(block.token_ids)
-        start, states = block.start, block.states
+        states = block.states
         for stage in range(len(session.exits)):
+            if stage:
+                states = session.take_unsent(stage - 1, stop)
             yield Pass(session, stage, states, ())
-            start, states = session.unsent_start(stage), session.take_unsent(stage, stop)
-        return Block(start, states, tuple(session.token_ids[start:stop]), ())
+
+    def _replay(self, block: Block) -> Task[None]:
+        """Run positions of a session that was lost, and let judges and deeper stages see what they had seen.
+
+        In `cascade`, each judge sees the positions that reached it: those that no shallower exit decided. The other
+        modes remember nothing, and deeper stages catch up when they are asked.
+        """
+        session, decided = self._session, block.decided
+        if session.policy.routing.mode is not Mode.CASCADE:
+            yield Pass(session, 0, block.states, ())
+            return
+        for stage in range(len(session.exits)):
+            found: Found | None = yield Pass(session, stage, block.states, tuple([p for p, _ in decided]))
+            judge, exit = session.judges[stage], session.exits[stage]  # which the end of the prompt may have chosen
+            for (position, _), (_, confidence) in zip(decided, found or (), strict=False):
+                judge.decide(position, confidence)
+            decided = tuple([one for one in decided if one[1] > exit])
+            if not decided:
+                return
+            if stage + 1 < len(session.exits):
+                block = self._question(stage, [p for p, _ in decided])
+        self._next.note_decided(decided)
 
     # ---- one round ----
 
@@ -308,7 +356,7 @@ class Chain:
             draft, ids = draft - 1, (look.token,)
         walks = [walk]
         if walk.undecided and len(session.exits) > 1:
-            walks = yield from self._descend(walks, self._question(0, walk))
+            walks = yield from self._descend(walks, self._question(0, walk.undecided))
         return walks, length.drafting_s
 
     def _descend(self, walks: list[Walk], block: Block) -> Task[list[Walk]]:
@@ -320,14 +368,13 @@ class Chain:
             walks.append(walk)
             if not walk.undecided or stage + 1 == len(session.exits):
                 break
-            block = self._question(stage, walk)
+            block = self._question(stage, walk.undecided)
         return walks
 
-    def _question(self, stage: int, walk: Walk) -> Block:
-        """Return the question to the stage after this one: the undecided positions, and all states that it lacks."""
-        session, undecided = self._session, tuple(walk.undecided)
-        start, stop = session.unsent_start(stage), undecided[-1] + 1
-        return Block(start, session.take_unsent(stage, stop), tuple(session.token_ids[start:stop]), undecided)
+    def _question(self, stage: int, undecided: Sequence[int]) -> Block:
+        """Return the question to the next stage here: the undecided positions, and all states that it lacks."""
+        session, start, stop = self._session, self._session.unsent_start(stage), undecided[-1] + 1
+        return Block(start, session.take_unsent(stage, stop), tuple(session.token_ids[start:stop]), tuple(undecided))
 
     async def _conclude(
         self, walks: list[Walk], hop: Hop, *, drafts_ahead: bool = False
@@ -337,14 +384,13 @@ class Chain:
         decisions: tuple[Decision, ...] = ()
         hops: tuple[Hop, ...] = (hop,)
         if last.undecided:
-            stage, reason = len(walks) - 1, None
+            reason, wants = None, tuple(last.undecided)
             if session.covers_next:
-                reason = self._next.refusal(last.undecided[-1] + 1 - session.unsent_start(stage))
+                reason = self._next.refusal(wants[-1] + 1)
             if reason is None:
-                question = self._question(stage, last)
-                asking = self._next.ask(question)
+                asking = self._next.ask(wants)
                 if self.span:
-                    asking = self._hop(asking, question)
+                    asking = self._hop(asking, wants[-1] + 1 - self._next.sent, len(wants))
                 verdict = await (self._draft_ahead(asking, first, hop) if drafts_ahead else asking)
                 if verdict is None:
                     reason = self._next.lost
@@ -417,7 +463,9 @@ def _look(judge: Judge, position: int, found: Sequence[tuple[int, float]] | None
     return Look(position, None, token, confidence, judge.decide(position, confidence))
 
 
-async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> AsyncGenerator[Round, None]:
+async def decode(
+    chain: Chain, prompt: Sequence[int], max_new_tokens: int, resumed: Sequence[tuple[int, int]] = ()
+) -> AsyncGenerator[Round, None]:
     """Settle round after round on an entry node's new chain, until an end of sequence or the length limit.
 
     Only decided tokens count, in order. Tokens that were drafted or decided past the end are dropped with the chain,
@@ -427,11 +475,18 @@ async def decode(chain: Chain, prompt: Sequence[int], max_new_tokens: int) -> As
         chain: the entry node's chain for a new session.
         prompt: token ids.
         max_new_tokens: length limit, 1 or more.
+        resumed: the first tokens of the answer with their exits, which were decided before the entry node was lost.
     """
     session = chain.session
     eos, draft = session.params.eos_token_ids or (), session.policy.routing.draft
     propose = chain.propose_traced if chain.span else chain.propose
-    count, new = 0, prompt
+    count, new = len(resumed), prompt
+    if resumed:
+        ids = [token for token, _ in resumed]
+        if ids[-1] in eos or count == max_new_tokens:
+            return
+        await chain.resume(prompt, ids, [exit for _, exit in resumed])
+        new = ids[-1:]
     while True:
         left = max_new_tokens - count
         settled = await propose(new, min(draft, left - 1))

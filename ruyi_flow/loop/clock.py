@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Awaitable, Coroutine, Generator
 from typing import Any, Protocol, TypeVar
 
 __all__ = ["REAL_CLOCK", "Clock", "Event", "Pending"]
@@ -52,6 +52,10 @@ class Clock(Protocol):
 
     async def wait(self, event: Event, timeout_s: float) -> bool:
         """Wait for an event; return False when it was not set within `timeout_s`."""
+        ...
+
+    def sleep(self, seconds: float) -> Awaitable[object]:
+        """Wait so many seconds, 0 or more."""
         ...
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
@@ -103,6 +107,7 @@ class _RealClock:
     """The clock of asyncio's event loop."""
 
     now = staticmethod(time.perf_counter)
+    sleep = staticmethod(asyncio.sleep)
     event = _Event
 
     async def wait(self, event: Event, timeout_s: float) -> bool:

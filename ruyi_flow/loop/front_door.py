@@ -10,7 +10,7 @@ from ruyi_flow.errors import CapacityError, NodeUnavailable, RequestError, RuyiF
 from ruyi_flow.loop.admission import Admission
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock
-from ruyi_flow.loop.next_stage import NextStage, Uplink
+from ruyi_flow.loop.next_stage import NO_RECOVERY, NextStage, Recoveries, Uplink
 from ruyi_flow.loop.session import Stages
 from ruyi_flow.loop.steps import Worker
 from ruyi_flow.requests import SessionOpen
@@ -63,6 +63,7 @@ class FrontDoor:
         stages: its stages.
         worker: runs them.
         connect: connects to the next node; None on the deepest one.
+        recoveries: whether and how long lost sessions are taken up again there. Default: never.
         row_bytes: bytes of one position on the link to the next node.
         ahead: number of positions that a session may upload before anything is asked about them.
         clock: where it waits.
@@ -77,6 +78,7 @@ class FrontDoor:
         worker: Worker,
         *,
         connect: Connect | None = None,
+        recoveries: Recoveries = NO_RECOVERY,
         row_bytes: int = 0,
         ahead: int = 0,
         clock: Clock = REAL_CLOCK,
@@ -87,6 +89,7 @@ class FrontDoor:
         """Whether the node takes no new sessions."""
         self._name, self._limits, self._stages, self._worker = name, limits, stages, worker
         self._connect, self._ahead, self._clock = connect, ahead, clock
+        self._recoveries = recoveries
         self._admission = Admission(stages.capacity, limits.max_waiting, limits.max_wait_s, clock)
         self._costs, self._uplink = DraftCosts(), Uplink()
         per_minute = None if connect is None else limits.bytes_up_per_minute
@@ -151,6 +154,7 @@ class FrontDoor:
         next_stage = NextStage(
             session,
             open_next,
+            recoveries=self._recoveries,
             gate=None if self._budget is None else self._budget.spend,
             ahead=self._ahead,
             clock=self._clock,

@@ -128,7 +128,10 @@ class Piece:
 
 
 class Session(ABC):
-    """Token ids, positions, judges, and the boundary states that the next stage has not received.
+    """Token ids, positions, judges, and boundary states: those that the next stage here lacks, and the log.
+
+    The log has the states after the last stage here of every position, as long as the session may ask the next node.
+    It has as many rows as that stage has positions, and its memory belongs to the lease.
 
     Args:
         stages: the node's stages.
@@ -151,8 +154,9 @@ class Session(ABC):
         self.exits = tuple(p for p in stages.exits if p <= opening.policy.deepest)
         """The exits of the stages that this session may run."""
         self._adopt(opening.policy)
-        self._unsent: list[list[States]] = [[] for _ in stages.exits]
-        self._unsent_start = [0] * len(stages.exits)
+        self._unsent: list[list[States]] = [[] for _ in stages.exits[1:]]
+        """For each stage but the last, the states that the next stage here lacks."""
+        self._unsent_start = [0] * len(self._unsent)
         self.likelihoods: dict[tuple[int, int], Likelihood] = {}
         """How probable a branch found the token that it picked, by exit and position, where the session asks for it."""
         self.prompt_likelihoods: list[Likelihood] = []
@@ -163,9 +167,22 @@ class Session(ABC):
         """Whether no other session is open on this node."""
         return self.lease.alone
 
+    @property
+    def log_length(self) -> int:
+        """Number of rows of the log."""
+        return self.positions[-1]
+
     @abstractmethod
     def embed(self, token_ids: Sequence[int]) -> States:
         """Return the (n, hidden) states that enter the first stage."""
+
+    @abstractmethod
+    def states(self, start: int, stop: int) -> States:
+        """Return the rows start … stop-1 of the log, which must not be written to."""
+
+    @abstractmethod
+    def write_log(self, start: int, boundary: States) -> None:
+        """Write the (n, hidden) states of positions from `start` on into the log."""
 
     @abstractmethod
     def join(self, states: Sequence[States]) -> States:
@@ -211,9 +228,13 @@ class Session(ABC):
 
     def add_boundary(self, stage: int, boundary: States) -> None:
         """Count positions that a stage has run, and keep their (n, hidden) states for the next stage."""
-        self.positions[stage] += boundary.shape[0]
+        start = self.positions[stage]
+        self.positions[stage] = start + boundary.shape[0]
         if self.stages.exits[stage] < self.policy.deepest:
-            self._unsent[stage].append(self.compact(boundary))
+            if stage < len(self._unsent):
+                self._unsent[stage].append(self.compact(boundary))
+            else:
+                self.write_log(start, boundary)
 
     def rates_prompt(self, stage: int, stop: int) -> bool:
         """Return whether a piece that ends before position `stop` ends a prompt from which the first exit is chosen."""
@@ -253,11 +274,11 @@ class Session(ABC):
         self._adopt(self.policy.starting_at(start.exit(reading, self.policy.deepest)))
 
     def unsent_start(self, stage: int) -> int:
-        """Return the number of positions that the next stage has received."""
+        """Return the number of positions that the next stage here has received."""
         return self._unsent_start[stage]
 
     def take_unsent(self, stage: int, stop: int) -> States:
-        """Return the (stop - unsent_start, hidden) states that the next stage lacks, and count them as received."""
+        """Return the (stop - unsent_start, hidden) states that the next stage here lacks; it has received them then."""
         states = self._unsent[stage]
         joined = states[0] if len(states) == 1 else self.join(states)
         count = stop - self._unsent_start[stage]
@@ -279,6 +300,8 @@ class Session(ABC):
             if count <= position:
                 continue
             self.positions[stage] = position
+            if stage == len(self._unsent):
+                continue
             start = self._unsent_start[stage]
             if start >= position:
                 self._unsent[stage], self._unsent_start[stage] = [], position

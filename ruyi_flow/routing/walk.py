@@ -49,7 +49,7 @@ class Walk:
         """
         looks: list[Look] = []
         undecided: list[int] = []
-        start, _, ids, wants = block  # Python 3.11 unpacks a named tuple in the time of one of its attributes
+        start, _, ids, wants, _ = block  # Python 3.11 unpacks a named tuple in the time of one of its attributes
         end = start + len(ids) - 1
         for i, position in enumerate(wants):
             draft = ids[position - end] if position < end else None

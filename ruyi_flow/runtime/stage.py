@@ -52,6 +52,12 @@ class Shard:
             dtype=weight.dtype,
             device=weight.device,
         )
+        self.log = torch.empty(
+            (0 if model.exits[-1] == config.exits[-1] else pool.num_positions, config.hidden_size),
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        """(positions, hidden) states after the last stage, kept for the next node; empty on the deepest one."""
         self.graphs = Graphs(model, self.memory, pool.num_pages, self.flash) if paged else None
 
     @property
@@ -162,6 +168,7 @@ class ShardSession(Session):
         scale, branches = opening.policy.routing.scale, shard.model.branch_at
         self._confidence = {p: Confidence(scale, p, branches[p].probe) for p in self.exits}
         self._memory = shard.memory[:, :, :, lease.pages.positions]
+        self._log = shard.log[lease.pages.positions]
         self._attention = CachedAttention(self._memory, 0, 0, shard.flash)
         self._unrated: Tensor | None = None
         """(1, vocab) logits after the last token of a part of a prompt, until the next part's first token is known."""
@@ -169,6 +176,12 @@ class ShardSession(Session):
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         return self.stages.model.embed(torch.tensor(token_ids, device=self.stages.memory.device))
+
+    def states(self, start: int, stop: int) -> Tensor:
+        return self._log[start:stop]
+
+    def write_log(self, start: int, boundary: Tensor) -> None:
+        self._log[start : start + boundary.shape[0]] = boundary
 
     def join(self, states: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(states))

@@ -23,6 +23,12 @@ __all__ = ["InlineWorker", "ThreadWorker"]
 _BRIEF_S = 0.02
 """Seconds of a task on the event loop; once they are exceeded, the rest runs on the compute thread."""
 
+_STUCK_S = 5.0
+"""Seconds that a step may always take before the compute thread counts as stuck."""
+
+_STUCK_FACTOR = 10
+"""Times the slowest row so far, for each of its rows, that it may take: a step of many rows costs much less."""
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -68,6 +74,9 @@ class ThreadWorker:
         self._closed = self._lent = False
         self._brief_s = math.inf
         """Seconds that the last brief task took."""
+        self._step: tuple[float, int] | None = None
+        """When the step that is running began, and its rows."""
+        self._slowest_row_s = 0.0
         self._thread.start()
 
     def lend(self) -> None:
@@ -79,6 +88,15 @@ class ThreadWorker:
         self._lent = True
         if self._threads:
             torch.set_num_threads(self._threads)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the step that is running takes far longer than such steps have taken so far."""
+        step = self._step
+        if step is None or not self._slowest_row_s:  # the first step may take any time
+            return False
+        began, rows = step
+        return time.perf_counter() - began > max(_STUCK_S, _STUCK_FACTOR * rows * self._slowest_row_s)
 
     async def run(self, task: Task[T], *, brief: bool = False, since: float | None = None) -> tuple[T, float, float]:
         if self._closed:
@@ -132,8 +150,10 @@ class ThreadWorker:
             if parts:
                 rows, exit = sum(count for _, count in parts), parts[0][0].running.exit
                 began = time.perf_counter()
+                self._step = began, rows
                 run_parts(parts)
                 took_s = time.perf_counter() - began
+                self._step, self._slowest_row_s = None, max(self._slowest_row_s, took_s / rows)
                 self._thread_steps.ran(exit, took_s, rows)
                 steps.ran(took_s)
 

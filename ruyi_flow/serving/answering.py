@@ -21,7 +21,17 @@ from ruyi_flow.serving.attributes import about_answer, about_request, model_name
 from ruyi_flow.serving.totals import Totals
 from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
-from ruyi_flow.types import Event, Final, FinishReason, Likelihood, Mode, PromptTokens, Reason, Tokenized
+from ruyi_flow.types import (
+    Decision,
+    Event,
+    Final,
+    FinishReason,
+    Likelihood,
+    Mode,
+    PromptTokens,
+    Reason,
+    Tokenized,
+)
 
 __all__ = ["Answering"]
 
@@ -101,21 +111,30 @@ class Answering:
             if span:
                 span.set(**about_request(request, params, self._model))
             text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
+            resumed = self._resumed(request, policy, params)
+            totals.new_tokens = len(resumed)
             opening = SessionOpen(
                 max_positions=len(prompt) + params.max_new_tokens,
                 prompt_length=len(prompt),
-                sampling=params,
+                sampling=replace(params, prompt_logprobs=None) if resumed else params,
                 policy=policy,
             )
             left = None if timeout_s is None else max(0.001, timeout_s - (time.perf_counter() - began))
             chain = await self._open(opening, left)
             finish = FinishReason.LENGTH
             try:
-                async with aclosing(decode(chain, prompt, params.max_new_tokens)) as rounds:
+                for number, exit in resumed:  # the caller has them, and the text goes on after theirs
+                    text.push(Decision(number, exit, 0.0, Reason.DEEPEST), 0.0, 0)
+                if resumed and resumed[-1][0] in (params.eos_token_ids or ()):
+                    finish = FinishReason.EOS
+                known = len(resumed) - len(text.release(self._node_of))
+                """Number of tokens to come that the caller has."""
+                most = len(resumed) if text.stopped else params.max_new_tokens
+                async with aclosing(decode(chain, prompt, most, resumed)) as rounds:
                     async for settled in rounds:
                         after_s = time.perf_counter() - began
                         bytes_up = totals.add(settled, after_s)
-                        if params.prompt_logprobs is not None and not totals.new_tokens:
+                        if params.prompt_logprobs is not None and not totals.new_tokens and not resumed:
                             yield await self._prompt_tokens(prompt, settled.prompt)
                         for decision in settled.decisions:
                             totals.add_token(decision)
@@ -127,15 +146,16 @@ class Answering:
                                 finish = FinishReason.STOP
                                 break
                         released = text.release(self._node_of)
-                        for token in released:
+                        for token in released[known:]:
                             yield token
+                        known = max(0, known - len(released))
                         if not released:  # nothing is written, so brief steps would keep the event loop to themselves
                             await asyncio.sleep(0)
                         if finish is not FinishReason.LENGTH:
                             break
             finally:
                 await chain.close()
-            for token in text.finish(self._node_of):
+            for token in text.finish(self._node_of)[known:]:
                 yield token
             if text.stopped and finish is FinishReason.LENGTH:
                 finish = FinishReason.STOP
@@ -153,6 +173,28 @@ class Answering:
                 "be reached or a limit of bytes is used up"
             )
         return await asyncio.to_thread(self._texts.prompt, prompt, likelihoods)
+
+    def _resumed(self, request: GenerateRequest, policy: Policy, params: SamplingParams) -> tuple[tuple[int, int], ...]:
+        """Return the tokens with which an answer goes on after its entry node was lost.
+
+        Raises:
+            RequestError: no answer to this request can begin with them.
+        """
+        resumed, eos = request.resumed, params.eos_token_ids or ()
+        if len(resumed) > params.max_new_tokens:
+            raise RequestError(f"the answer is resumed after {len(resumed)} tokens of {params.max_new_tokens}")
+        if resumed and params.temperature and request.sampling.seed is None:
+            raise RequestError("a sampled answer can only be resumed with its seed")
+        for i, (token, exit) in enumerate(resumed):
+            if token >= self._prompts.vocab_size:
+                raise RequestError(
+                    f"the answer is resumed with token {token}; the family has {self._prompts.vocab_size} tokens"
+                )
+            if exit not in self._node_of or exit > policy.deepest:
+                raise RequestError(f"the answer is resumed with a token of exit {exit}, which cannot have decided it")
+            if token in eos and i + 1 < len(resumed):
+                raise RequestError("the answer is resumed with tokens after the one that ends it")
+        return resumed
 
     def _policy(self, request: GenerateRequest) -> Policy:
         """Resolve a request's routing over the topology's."""

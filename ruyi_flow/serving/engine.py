@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from ruyi_flow import __version__
-from ruyi_flow.config.topology import Topology
+from ruyi_flow.config.topology import Link, Node, Topology
 from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError, NodeError
 from ruyi_flow.family import store
 from ruyi_flow.family.checkpoint import Checkpoint, parse_dtype
@@ -21,6 +21,7 @@ from ruyi_flow.family.loading import load_slice
 from ruyi_flow.family.tokenizer import PromptEncoder, end_tokens, load_tokenizer
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.loop.front_door import FrontDoor
+from ruyi_flow.loop.next_stage import NO_RECOVERY
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.runtime.stage import Shard
@@ -30,8 +31,8 @@ from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.transport.blocks import rows_in
 from ruyi_flow.transport.link import FRAME_BYTES, LinkMeter
-from ruyi_flow.transport.peer import Peer
 from ruyi_flow.transport.remote import RemoteStage
+from ruyi_flow.transport.replicas import Replicas
 from ruyi_flow.types import NodeStatus, Stage
 
 __all__ = ["Engine"]
@@ -66,7 +67,6 @@ class Engine:
         self.topology, self.name, self.checkpoint, self.shard, self.worker = topology, name, checkpoint, shard, worker
         self.node = topology.node(name)
         self._next = topology.next_of(name)
-        self._peer: Peer | None = None
         self._meter: LinkMeter | None = None
         self._started = time.monotonic()
         self._parameters = shard.model.num_parameters()
@@ -75,12 +75,14 @@ class Engine:
         hops = [hop for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
         rows = [rows_in(target.limits.max_message_bytes, hidden, link.encoding) for target, link in hops]
         row_bytes = 0 if self._next is None else self._next[1].row_bytes(hidden)
+        self._replicas = None if self._next is None else self._make_replicas(*self._next)
         self.front_door = FrontDoor(
             name,
             self.node.limits,
             shard,
             worker,
             connect=None if self._next is None else self._connect,
+            recoveries=self._replicas or NO_RECOVERY,
             row_bytes=row_bytes,
             ahead=topology.ahead_of(name, row_bytes),
             counters=counters,
@@ -193,11 +195,13 @@ class Engine:
             ("family fingerprint", opening.family, self.checkpoint.fingerprint),
             ("hidden size", opening.hidden_size, config.hidden_size),
             ("first layer", opening.first_layer, first_layer),
+            ("node", opening.node, self.name),
+            ("exits of this node", list(opening.exits), list(self.node.exits)),
         ):
             if theirs != mine:
                 raise HandshakeError(
                     f"{what}: the caller has {theirs}, node {self.name!r} has {mine}; "
-                    "both must run shards of one family, cut by one topology",
+                    "both must run shards of one family, cut by one topology: compare their topology files",
                     node=self.name,
                 )
         policy = opening.policy
@@ -238,7 +242,7 @@ class Engine:
             max_positions=pool.num_positions,
             uptime_s=time.monotonic() - self._started,
             next_node="" if self._next is None else self._next[0].name,
-            next_state="" if self._next is None else "idle" if self._peer is None else self._peer.state,
+            next_state="" if self._next is None else "idle" if self._replicas is None else self._replicas.state,
             process_id=os.getpid(),
             version=__version__,
             next_address=self._next_address,
@@ -265,24 +269,35 @@ class Engine:
 
     async def close(self) -> None:
         """Close the connection to the next node, and end the compute thread."""
-        if self._peer is not None:
-            await self._peer.close()
+        if self._replicas is not None:
+            await self._replicas.close()
         if self._meter is not None:
             await self._meter.close()
         await asyncio.to_thread(self.worker.shutdown)  # it waits for the step that is running
 
+    def _make_replicas(self, target: Node, link: Link) -> Replicas:
+        """Return the replicas of the next node."""
+        return Replicas(
+            target.name,
+            (self._next_address,),
+            max_message_bytes=target.limits.max_message_bytes,
+            recover_s=link.recover_s,
+            timeout_s=link.timeout_s,
+            counters=self.counters.link,
+        )
+
     def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
         """Return the function that opens a session on the next node; see `loop.front_door.Connect`."""
-        assert self._next is not None
+        assert self._next is not None and self._replicas is not None
         target, link = self._next
-        if self._peer is None:
-            self._peer = Peer(target.name, self._next_address, max_message_bytes=target.limits.max_message_bytes)
-        peer, deadline = self._peer, None if timeout_s is None else time.monotonic() + timeout_s
+        replicas, deadline = self._replicas, None if timeout_s is None else time.monotonic() + timeout_s
         config, model, traceparent = self.checkpoint.config, self.shard.model, current_span.get().traceparent
         onward = replace(
             opening,
             family=self.checkpoint.fingerprint,
             first_layer=model.last_layer,
+            node=target.name,
+            exits=target.exits,
             hidden_size=config.hidden_size,
             encoding=link.encoding,
             sampling=replace(opening.sampling, stop=()),  # only the entry node looks at the text
@@ -292,7 +307,7 @@ class Engine:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
             asked = replace(onward, policy=policy)
             return RemoteStage(
-                peer,
+                replicas.pick(),
                 asked,
                 timeout_s=link.timeout_s,
                 session_timeout_s=left,

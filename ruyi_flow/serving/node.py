@@ -85,6 +85,11 @@ class Node:
             )
         return self._answering
 
+    def load(self) -> float | None:
+        """Return the share of the KV cache that is reserved, or None while the compute thread is stuck."""
+        pool = self.engine.shard.capacity.pool
+        return None if self.engine.worker.is_stuck else 1 - pool.free / pool.num_pages
+
     async def status(self, *, measure_link: bool) -> NodeStatus:
         """Return what the node contains and does; see `Service.status`."""
         if measure_link:

@@ -132,6 +132,12 @@ class VirtualSession(Session):
     def embed(self, token_ids: Sequence[int]) -> Rows:
         return _ONE if len(token_ids) == 1 else Rows(len(token_ids))
 
+    def states(self, start: int, stop: int) -> Rows:
+        return _ONE if stop - start == 1 else Rows(stop - start)
+
+    def write_log(self, start: int, boundary: Rows) -> None:
+        """There is nothing to keep: rows are counted, not computed."""
+
     def join(self, states: Sequence[Rows]) -> Rows:
         return Rows(sum(s.shape[0] for s in states))
 

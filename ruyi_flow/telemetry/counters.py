@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ruyi_flow.telemetry import names
 from ruyi_flow.telemetry.names import CONFIDENCE_BOUNDS, Metric
+from ruyi_flow.types import Recovery
 
 __all__ = ["Counter", "Histogram", "LinkCounters", "NodeCounters", "ServerCounters", "StepCounters"]
 
@@ -89,11 +90,15 @@ class StepCounters:
 
 
 class LinkCounters:
-    """The traffic of a node with the next one."""
+    """The traffic of a node with the next one, and the sessions that it lost there."""
 
-    __slots__ = ("bytes", "messages", "seconds")
+    __slots__ = ("bytes", "losses", "messages", "recoveries", "recovery_s", "replayed", "seconds")
 
     def __init__(self) -> None:
+        self.losses = Counter(names.LOSSES)
+        self.recoveries = Counter(names.RECOVERIES)
+        self.recovery_s = Histogram(names.RECOVERY_SECONDS)
+        self.replayed = Counter(names.REPLAYED)
         self.bytes = Counter(names.LINK_BYTES)
         self.messages = Counter(names.LINK_MESSAGES)
         self.seconds = Histogram(names.LINK_SECONDS)
@@ -104,6 +109,17 @@ class LinkCounters:
         self.seconds.observe(wire_s, link)
         self.bytes.add(link, "up", amount=bytes_up)
         self.bytes.add(link, "down", amount=bytes_down)
+
+    def recovered(self, link: str, recovery: Recovery) -> None:
+        """Count a session that was taken up again after a loss."""
+        self.recoveries.add(link, recovery.cause)
+        self.recovery_s.observe(recovery.seconds, link)
+        self.replayed.add(link, amount=recovery.positions)
+
+    @property
+    def all(self) -> Sequence[Counter | Histogram]:
+        """The counters and histograms."""
+        return [getattr(self, name) for name in self.__slots__]
 
 
 class NodeCounters:
@@ -152,7 +168,7 @@ class NodeCounters:
     def all(self) -> Sequence[Counter | Histogram]:
         """The counters and histograms, those of two threads side by side."""
         found: list[Counter | Histogram] = [c for c in vars(self).values() if isinstance(c, (Counter, Histogram))]
-        found += [self.link.bytes, self.link.messages, self.link.seconds]
+        found += self.link.all
         return found + [one for steps in self.steps for one in (steps.seconds, steps.rows)]
 
 

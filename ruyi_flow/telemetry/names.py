@@ -258,6 +258,43 @@ LINK_BYTES = _metric(
     ("to", "direction"),
     "2",
 )
+LOSSES = _metric(
+    "ruyi_node_losses_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Times that a session lost a deeper node, by the node and the cause: reset, silent, damaged, left, full or late.",
+    "Recovery; alert RuyiFlowLosses",
+    ("link", "cause"),
+    "causes x deeper nodes",
+)
+RECOVERIES = _metric(
+    "ruyi_recoveries_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Sessions that were taken up again after a loss of the next node, by the first cause.",
+    "Recovery",
+    ("link", "cause"),
+    "causes",
+)
+RECOVERY_SECONDS = _metric(
+    "ruyi_recovery_seconds",
+    Kind.HISTOGRAM,
+    Where.NODE,
+    "Seconds from a loss of the next node until the question was answered.",
+    "Recovery",
+    ("link",),
+    "15",
+    _LATENCY,
+)
+REPLAYED = _metric(
+    "ruyi_replayed_positions_total",
+    Kind.COUNTER,
+    Where.NODE,
+    "Positions that were sent to the next node again after a loss.",
+    "Recovery",
+    ("link",),
+    "1",
+)
 LINK_SECONDS = _metric(
     "ruyi_link_wire_seconds",
     Kind.HISTOGRAM,

@@ -16,6 +16,7 @@ import grpc
 from ruyi_flow.errors import NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.status import error_of_call, wrong_answer
 
 __all__ = ["SHORT_BYTES", "Batches", "Outbox", "items_of"]
@@ -41,7 +42,7 @@ def items_of(data: bytes) -> Sequence[pb.Item]:
     """
     if len(data) > _MAX_BYTES:  # before it is parsed: a message of millions of items stops the event loop
         raise WireError(f"a batch has {len(data)} bytes; at most {_MAX_BYTES} are allowed")
-    items = codec.parse(pb.Batch, data).items
+    items = codec.parse_sealed(pb.Batch, data).items
     if len(items) > _MAX_ITEMS:
         raise WireError(f"a batch has {len(items)} messages; at most {_MAX_ITEMS} are allowed")
     return items
@@ -101,7 +102,7 @@ class Outbox:
                         room -= size
                     if not self._items:
                         self._changed.clear()
-                    await write(batch.SerializeToString())
+                    await write(seal(batch.SerializeToString()))
                     self._bytes -= self._max_bytes - room
                     self._emptied.set()
         finally:

@@ -86,6 +86,9 @@ class BlockCodec:
         sent.start = start
         sent.token_ids.extend(block.token_ids)
         sent.wants.extend([p - start for p in block.wants])
+        if block.decided:
+            sent.decided.extend([p - start for p, _ in block.decided])
+            sent.decided_exits.extend([exit for _, exit in block.decided])
         tensor = sent.states
         tensor.encoding, tensor.rows = self._number, len(block.token_ids)
         large = len(block.token_ids) * self._row_bytes >= _LARGE
@@ -139,7 +142,16 @@ class BlockCodec:
         wants = tuple([start + offset for offset in message.wants])
         if len(wants) > 1 and any(b <= a for a, b in zip(wants, wants[1:], strict=False)):
             raise WireError(f"wanted positions {wants} do not ascend")
-        return Block(start, states, token_ids, wants)
+        if not message.decided and not message.decided_exits:
+            return Block(start, states, token_ids, wants)
+        if len(message.decided) != len(message.decided_exits) or len(message.decided) > rows:
+            raise WireError(
+                f"{len(message.decided)} decided positions of {rows} have {len(message.decided_exits)} exits"
+            )
+        positions = [start + offset for offset in message.decided]
+        if any(b <= a for a, b in zip(positions, positions[1:], strict=False)):
+            raise WireError(f"decided positions {positions} do not ascend")
+        return Block(start, states, token_ids, wants, tuple(zip(positions, message.decided_exits, strict=True)))
 
     def _check_numbers(self, data: bytes) -> None:
         """Refuse what would make other values NaN; as integers, since a call of numpy costs less than one of torch."""

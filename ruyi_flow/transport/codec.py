@@ -14,6 +14,7 @@ from ruyi_flow.routing.confidence import Curve, Scale, Score
 from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.routing.start import Start
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import check
 from ruyi_flow.types import (
     Decision,
     Encoding,
@@ -28,6 +29,7 @@ from ruyi_flow.types import (
     PromptToken,
     PromptTokens,
     Reason,
+    Recovery,
     Stats,
     Token,
     Tokenized,
@@ -45,6 +47,7 @@ __all__ = [
     "open_from_pb",
     "open_to_pb",
     "parse",
+    "parse_sealed",
     "reply_from_pb",
     "reply_to_pb",
     "status_from_pb",
@@ -53,11 +56,14 @@ __all__ = [
     "verdict_to_pb",
 ]
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the wire protocol; both sides of a hop must have the same."""
 
 _MAX_HOPS = 64
 """Largest number of nodes that an answer may name."""
+
+_MAX_RECOVERIES = 4096
+"""Largest number of recoveries that an answer may tell of."""
 
 _MAX_NAME = 200
 """Longest name of a node in an answer."""
@@ -120,6 +126,15 @@ def parse(kind: type[M], data: bytes) -> M:
         raise WireError(f"not a {kind.DESCRIPTOR.name} message: {error}") from None
 
 
+def parse_sealed(kind: type[M], data: bytes) -> M:
+    """Parse a message of a stream, which ends with its checksum.
+
+    Raises:
+        WireError: the checksum is wrong, or the bytes are not such a message.
+    """
+    return parse(kind, check(data))
+
+
 # ---- sessions ----
 
 
@@ -132,6 +147,8 @@ def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
             protocol=PROTOCOL,
             family=opening.family,
             first_layer=opening.first_layer,
+            node=opening.node,
+            exits=opening.exits,
             hidden_size=opening.hidden_size,
             encoding=ENCODINGS[opening.encoding],
             max_positions=opening.max_positions,
@@ -164,6 +181,8 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
     return SessionOpen(
         family=message.family,
         first_layer=message.first_layer,
+        node=message.node,
+        exits=tuple(message.exits),
         hidden_size=message.hidden_size,
         encoding=_known(_ENCODING_OF, message.encoding, pb.Encoding),
         max_positions=message.max_positions,
@@ -175,11 +194,11 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
     )
 
 
-def verdict_to_pb(verdict: Verdict, elapsed_s: float) -> pb.SessionReply:
-    """Encode a verdict; `elapsed_s` counts from the arrival of the block."""
+def verdict_to_pb(verdict: Verdict, elapsed_s: float, position: int) -> pb.SessionReply:
+    """Encode a verdict on a block that ends before `position`; `elapsed_s` counts from the arrival of the block."""
     reply = pb.SessionReply()
     message = reply.verdict  # filled in place, since a constructor copies the messages that it is given
-    message.elapsed_s = elapsed_s
+    message.elapsed_s, message.position = elapsed_s, position
     for d in verdict.decisions:
         added = message.decisions.add(token=d.token, exit=d.exit, confidence=d.confidence, reason=_REASONS[d.reason])
         if d.likelihood is not None:
@@ -248,6 +267,9 @@ def generate_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
         for turn in request.prompt:
             assert isinstance(turn, tuple)
             message.messages.messages.add(role=turn[0], content=turn[1])
+    if request.resumed:
+        message.resume.token_ids.extend(token for token, _ in request.resumed)
+        message.resume.exits.extend(exit for _, exit in request.resumed)
     return message
 
 
@@ -259,6 +281,8 @@ def generate_from_bytes(data: bytes) -> GenerateRequest:
         RequestError: an option has a value that it cannot have.
     """
     message = parse(pb.GenerateRequest, data)
+    if message.HasField("checksum"):
+        check(data)
     kind = message.WhichOneof("prompt")
     prompt: Prompt
     if kind == "messages":
@@ -268,7 +292,11 @@ def generate_from_bytes(data: bytes) -> GenerateRequest:
     else:
         prompt = message.raw if kind == "raw" else message.text
     routing = _routing_from_pb(message.routing)
-    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing)
+    resume = message.resume
+    if len(resume.token_ids) != len(resume.exits):
+        raise WireError(f"{len(resume.token_ids)} tokens of an answer have {len(resume.exits)} exits")
+    resumed = tuple(zip(resume.token_ids, resume.exits, strict=True))
+    return GenerateRequest(prompt, kind == "raw", _sampling_from_pb(message.sampling), routing, resumed)
 
 
 def _routing_to_pb(options: Mapping[str, Any]) -> pb.Routing:
@@ -382,8 +410,9 @@ def reply_to_pb(event: PromptTokens | Token | Final) -> pb.GenerateReply:
             logprobs=None if event.logprobs is None else _logprobs_to_pb(event.logprobs),
         )
         return pb.GenerateReply(token=token)
-    stats = _copy(event.stats, pb.Stats(), skip=("hops",))
+    stats = _copy(event.stats, pb.Stats(), skip=("hops", "recoveries"))
     stats.hops.extend(_hop_to_pb(hop) for hop in event.stats.hops)
+    stats.recoveries.extend(_recovery_to_pb(recovery) for recovery in event.stats.recoveries)
     return pb.GenerateReply(final=pb.Final(finish_reason=_FINISHES[event.finish_reason], text=event.text, stats=stats))
 
 
@@ -404,7 +433,8 @@ def reply_from_pb(message: pb.GenerateReply) -> PromptTokens | Token | Final:
         final = message.final
         _check_seconds(final.stats.first_token_s, final.stats.total_s)
         seed = final.stats.seed if final.stats.HasField("seed") else None
-        stats = _make(Stats, final.stats, hops=_hops(final.stats.hops), seed=seed)
+        recoveries = _recoveries(final.stats.recoveries)
+        stats = _make(Stats, final.stats, hops=_hops(final.stats.hops), seed=seed, recoveries=recoveries)
         return Final(_known(_FINISH_OF, final.finish_reason, pb.FinishReason), final.text, stats)
     if message.HasField("prompt"):
         tokens = (
@@ -463,7 +493,22 @@ def _hop_to_pb(hop: Hop) -> pb.Hop:
         positions=min(hop.positions, 2**32 - 1),
         bytes_up=min(hop.bytes_up, 2**64 - 1),
         bytes_down=min(hop.bytes_down, 2**64 - 1),
+        recoveries=[_recovery_to_pb(recovery) for recovery in hop.recoveries] if hop.recoveries else None,
     )
+
+
+def _recovery_to_pb(recovery: Recovery) -> pb.Recovery:
+    return pb.Recovery(cause=recovery.cause, seconds=recovery.seconds, positions=min(recovery.positions, 2**32 - 1))
+
+
+def _recoveries(messages: Collection[pb.Recovery]) -> tuple[Recovery, ...]:
+    if len(messages) > _MAX_RECOVERIES:
+        raise WireError(f"an answer tells of {len(messages)} recoveries; at most {_MAX_RECOVERIES} are allowed")
+    for one in messages:
+        _check_seconds(one.seconds)
+        if len(one.cause) > _MAX_NAME or not one.cause.isprintable():
+            raise WireError(f"{one.cause[:_MAX_NAME]!r} is not the cause of a loss")
+    return tuple(Recovery(one.cause, one.seconds, one.positions) for one in messages)
 
 
 def _hops(messages: Collection[pb.Hop]) -> tuple[Hop, ...]:
@@ -474,7 +519,10 @@ def _hops(messages: Collection[pb.Hop]) -> tuple[Hop, ...]:
         if len(h.node) > _MAX_NAME or not h.node.isprintable():
             raise WireError(f"{h.node[:_MAX_NAME]!r} is not the name of a node")
         _check_seconds(h.compute_s, h.queue_s, h.wire_s)
-        hops.append(Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down))
+        hop = Hop(h.node, h.compute_s, h.queue_s, h.wire_s, h.messages, h.positions, h.bytes_up, h.bytes_down)
+        if h.recoveries:
+            hop.recoveries = _recoveries(h.recoveries)
+        hops.append(hop)
     return tuple(hops)
 
 

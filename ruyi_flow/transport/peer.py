@@ -1,26 +1,36 @@
-"""The calling end of the wire: a connection to a node, and the calls over it. No torch."""
+"""The calling end of the wire: a connection to one address of a node, and the calls over it. No torch."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ruyi_flow.errors import WireError
+from ruyi_flow.errors import NodeError, NodeUnavailable, WireError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.telemetry.spans import TRACEPARENT, current_span
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import SHORT_BYTES, Batches
-from ruyi_flow.transport.status import error_of_call, wrong_answer
+from ruyi_flow.transport.checksum import seal
+from ruyi_flow.transport.lifeline import Asker, Lifeline
+from ruyi_flow.transport.status import error_of_call, is_of_connection, wrong_answer
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
-__all__ = ["METHODS", "Peer", "trace_metadata"]
+__all__ = ["METHODS", "NEVER", "Peer", "trace_metadata"]
 
-METHODS = {name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Tokenize", "Status")}
+METHODS = {
+    name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Tokenize", "Alive", "Status")
+}
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
+
+NEVER = -math.inf
+"""The time of what has not happened."""
 
 _MAX_REPLY_BYTES = 64 * 1024 * 1024
 """Largest reply that is read; the longest is the text of a whole answer."""
@@ -31,6 +41,7 @@ _CHANNEL_OPTIONS = [
     # Pings detect a dead link without a reset; a node that comes back is found within a second.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # which counts where it is longer; its default is a minute
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 10_000),  # also how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -52,8 +63,22 @@ class Peer:
         self.name, self.address, self.max_message_bytes = name, address, max_message_bytes
         self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
         self.session_call = self._channel.stream_stream(METHODS["Session"])
-        self.sessions = 0
-        """Number of sessions that are open over this connection."""
+        self.sessions: set[Asker] = set()
+        """The sessions and the answers to users that are open over this connection."""
+        self.is_lost = False
+        """Whether the connection is given up; it takes no new sessions."""
+        self.heard_at: float | None = None
+        """When the node was last heard."""
+        self.avoided_at = NEVER
+        """When the connection last failed, or the node was full; it has not been heard since."""
+        self.is_draining = False
+        """Whether the node has said that it shuts down."""
+        self.load = 0.0
+        """Share of the node's KV cache that was reserved when it last said so, 0 to 1."""
+        self.has_others: Callable[[], bool] = lambda: False
+        """Returns whether another replica can take over the sessions."""
+        self._lifeline = Lifeline(self._channel.unary_stream(METHODS["Alive"]), self.sessions, self._heard)
+        self._closing: asyncio.Task[None] | None = None
         self.batches = Batches(
             name, address, self._channel.stream_stream(METHODS["Together"]), max_bytes=max_message_bytes
         )
@@ -65,6 +90,64 @@ class Peer:
     def state(self) -> str:
         """State of the connection: idle, connecting, ready, transient_failure or shutdown."""
         return str(self._channel.get_state().name.lower())
+
+    def add(self, session: Asker) -> None:
+        """Note that a session is open over this connection."""
+        self.sessions.add(session)
+        self._lifeline.watch()
+
+    def remove(self, session: Asker) -> None:
+        """Note that a session has ended. A connection that is lost closes with its last session."""
+        self.sessions.discard(session)
+        if self.is_lost and not self.sessions:
+            self._close_soon()
+
+    def hear(self) -> None:
+        """Note that the node is there."""
+        self.heard_at, self.avoided_at = time.monotonic(), NEVER
+
+    def avoid(self) -> None:
+        """Note that the node should get no new sessions for a moment, if there is another replica."""
+        self.avoided_at = time.monotonic()
+
+    def lose(self) -> None:
+        """Give up the connection: sessions that can still use it may, and new ones get a new one."""
+        self.is_lost = True
+        self.avoid()
+        if not self.sessions:
+            self._close_soon()
+
+    def leave(self) -> None:
+        """Note that the node shuts down, and move its sessions if another replica can take them over."""
+        self.is_draining = True
+        if self.has_others():
+            for session in tuple(self.sessions):
+                session.leave()
+
+    def _heard(self, sign: pb.Sign | None) -> None:
+        """Take in a sign of life, or end all sessions since there is none."""
+        if sign is not None:
+            self.hear()
+            self.load = sign.load
+            if sign.draining and not self.is_draining:
+                self.leave()
+            return
+        self.is_lost = True
+        self.avoid()
+        for session in tuple(self.sessions):
+            session.lose(
+                NodeUnavailable(
+                    f"node {self.name!r} at {self.address} owes an answer and gives no sign of life: it hangs, or the "
+                    "connection is dead",
+                    node=self.name,
+                    cause="silent",
+                )
+            )
+        self._close_soon()
+
+    def _close_soon(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self.close(), name=f"close the connection to {self.name}")
 
     async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Event, None]:
         """Send a user's request to an entry node, and yield its answer token by token.
@@ -78,17 +161,31 @@ class Peer:
             NodeError: the node or the connection fails.
         """
         metadata = trace_metadata(current_span.get().traceparent)
-        call = self._generate(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s, metadata=metadata)
+        data = seal(codec.generate_to_pb(request).SerializeToString())
+        call, number = self._generate(data, timeout=timeout_s, metadata=metadata), 0
+        answer = _Answer(call, self)
+        self.add(answer)
         try:
             async for data in call:
                 # The tokens of a long prompt may be megabytes, and the event loop must not wait for their conversion.
-                yield _decode(data) if len(data) <= SHORT_BYTES else await asyncio.to_thread(_decode, data)
+                number += 1
+                self.hear()
+                short = len(data) <= SHORT_BYTES
+                yield _decode(data, number) if short else await asyncio.to_thread(_decode, data, number)
         except grpc.aio.AioRpcError as error:
+            if is_of_connection(error):
+                self.lose()
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if answer.error is None or (task is not None and task.cancelling()):
+                raise
+            raise answer.error from None
         except WireError as error:
             raise wrong_answer(error, self.name) from None
         finally:
             call.cancel()
+            self.remove(answer)
 
     async def tokenize(self, request: GenerateRequest, *, timeout_s: float) -> Tokenized:
         """Ask an entry node for the tokens of a request's prompt.
@@ -102,7 +199,7 @@ class Peer:
             NodeError: the node or the connection fails.
         """
         try:
-            data = await self._tokenize(codec.generate_to_pb(request).SerializeToString(), timeout=timeout_s)
+            data = await self._tokenize(seal(codec.generate_to_pb(request).SerializeToString()), timeout=timeout_s)
             return codec.tokenized_from_pb(codec.parse(pb.Tokenized, data))
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
@@ -147,14 +244,56 @@ class Peer:
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
+    def watch_health(self) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Return what the standard health service says of the node, each time that it changes."""
+        replies: AsyncIterator[health_pb2.HealthCheckResponse] = health_pb2_grpc.HealthStub(self._channel).Watch(
+            health_pb2.HealthCheckRequest()
+        )
+        return replies
+
     async def close(self) -> None:
         """Close the connection and the sessions over it."""
+        await self._lifeline.close()
         await self.batches.close()
         await self._channel.close()
 
 
-def _decode(data: bytes) -> Event:
-    return codec.reply_from_pb(codec.parse(pb.GenerateReply, data))
+class _Answer:
+    """An answer to a user, which an entry node owes until it is complete.
+
+    Args:
+        call: its call.
+        peer: the connection to the entry node.
+    """
+
+    def __init__(self, call: Any, peer: Peer) -> None:
+        self._call, self._peer = call, peer
+        self.waiting_since: float | None = time.monotonic()
+        self.error: NodeError | None = None
+        """Why it was ended here."""
+
+    def check(self, now: float) -> None:
+        """The call has a deadline of its own."""
+
+    def leave(self) -> None:
+        name = self._peer.name
+        self.lose(NodeUnavailable(f"node {name!r} shuts down; the answer moves", node=name, cause="left"))
+
+    def lose(self, error: NodeError) -> None:
+        self.error = self.error or error
+        self._call.cancel()
+
+
+def _decode(data: bytes, number: int) -> Event:
+    """Decode the event of an answer that must have this number.
+
+    Raises:
+        WireError: it has another one, since one was lost or came twice, or it was changed on its way.
+    """
+    message = codec.parse_sealed(pb.GenerateReply, data)
+    if message.number != number:
+        raise WireError(f"event {message.number} of an answer arrived in place of event {number}")
+    return codec.reply_from_pb(message)
 
 
 def trace_metadata(traceparent: str) -> tuple[tuple[str, str]] | None:

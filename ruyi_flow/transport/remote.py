@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 
-from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, RuyiFlowError, WireError
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.telemetry.counters import LinkCounters
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.peer import Peer, trace_metadata
-from ruyi_flow.transport.status import error_of, error_of_call, wrong_answer
+from ruyi_flow.transport.status import error_of, error_of_call, is_of_connection, wrong_answer
 from ruyi_flow.types import Block, Hop, Verdict
 
 __all__ = ["RemoteStage"]
@@ -65,6 +66,8 @@ class RemoteStage:
         """Replies that have arrived and were not taken yet, with their sizes in bytes."""
         self._owed = 0
         """Number of messages whose replies have not arrived."""
+        self._stops: deque[int] = deque()
+        """Positions after the blocks, or of the rewinds, whose replies have not been taken yet."""
         self._answer: asyncio.Future[bytes] | None = None
         """The reply to a message in a batch."""
         self._waiter: asyncio.Future[None] | None = None
@@ -73,9 +76,9 @@ class RemoteStage:
         """Why the stream has ended."""
         self._fed_positions = self._fed_bytes = 0
         """Positions and bytes that `feed` has sent since the last `advance`."""
-        self._waiting_since: float | None = None
+        self.waiting_since: float | None = None
         """Time of the node's last reply, while an answer is awaited."""
-        self._timer: asyncio.TimerHandle | None = None
+        self._is_leaving = False
 
     async def advance(self, block: Block) -> Verdict:
         """Send a block and return the verdict on it; see `Stage.advance`."""
@@ -87,6 +90,7 @@ class RemoteStage:
         bytes_down, elapsed_s = 0, 0.0
         try:
             for i, (reply, size) in enumerate(tuple(self._replies)):
+                self._check_place(reply)
                 if reply.HasField("verdict"):
                     if reply.verdict.HasField("prompt"):  # of thousands of tokens: the event loop must not wait
                         verdict = await asyncio.to_thread(codec.verdict_from_pb, reply.verdict)
@@ -102,6 +106,8 @@ class RemoteStage:
         except WireError as error:
             raise wrong_answer(error, self._peer.name) from None
         self._replies.clear()
+        if self._is_leaving:
+            self.leave()
         hops = _sum(verdicts)
         mine = hops[0]
         mine.messages += len(verdicts)
@@ -133,6 +139,7 @@ class RemoteStage:
     async def rewind(self, position: int) -> None:
         """Make the node forget every position from `position` on; see `Stage.rewind`."""
         if self._call is not None:
+            self._stops.append(position)
             await self._exchange([pb.SessionRequest(rewind=pb.Rewind(position=position)).SerializeToString()])
 
     async def close(self) -> None:
@@ -140,22 +147,50 @@ class RemoteStage:
         if self._reader is not None:
             self._end(NodeUnavailable(f"the session with node {self._peer.name!r} is closed", node=self._peer.name))
 
+    def leave(self) -> None:
+        """End the session since the node shuts down: now, or once what is asked is answered."""
+        if self.waiting_since is None and not self._owed:
+            name = self._peer.name
+            self._end(NodeUnavailable(f"node {name!r} shuts down; the session moves", node=name, cause="left"))
+        else:
+            self._is_leaving = True
+
+    def lose(self, error: NodeError) -> None:
+        """End the session, whose node is lost."""
+        self._end(error)
+
+    def _check_place(self, reply: pb.SessionReply) -> None:
+        """Check that a reply answers the message whose turn it is.
+
+        Raises:
+            WireError: it does not: a reply was lost, or came twice.
+        """
+        kind = reply.WhichOneof("message")
+        if kind == "opened":
+            return
+        place = reply.verdict.position if kind == "verdict" else reply.rewound.position
+        expected = self._stops.popleft() if self._stops else None
+        if place != expected:
+            raise WireError(f"a reply is about position {place}; the message was about {expected}")
+
     def _messages(self, block: Block) -> list[bytes]:
         """Encode a block; the session's first one starts with the handshake."""
-        messages = [self._blocks.to_bytes(b) for b in self._split(block)]
+        messages = []
+        for part in self._split(block):
+            messages.append(self._blocks.to_bytes(part))
+            self._stops.append(part.start + len(part.token_ids))
         if self._call is None:
             self._call = self._peer.session_call(
                 timeout=self._session_timeout_s, metadata=trace_metadata(self._traceparent)
             )
             self._reader = asyncio.create_task(self._read(), name=f"session with {self._peer.name}")
-            self._peer.sessions += 1
-            self._watch()
+            self._peer.add(self)
             messages.insert(0, codec.open_to_pb(self._opening).SerializeToString())
         return messages
 
     async def _exchange(self, messages: Sequence[bytes], *, waits: bool = True) -> None:
         """Send messages, and wait until every message so far has its reply, unless told not to."""
-        self._waiting_since = time.monotonic()
+        self.waiting_since = time.monotonic()
         try:
             if waits and await self._ask_in_batch(messages):
                 return
@@ -165,7 +200,7 @@ class RemoteStage:
                 self._waiter = asyncio.get_running_loop().create_future()
                 await self._waiter
         finally:
-            self._waiting_since = None
+            self.waiting_since = None
 
     async def _write(self, messages: Sequence[bytes]) -> None:
         """Write messages to the stream."""
@@ -173,7 +208,7 @@ class RemoteStage:
             self._raise_error()
             self._owed += 1  # before the write, since the reply may arrive before it returns
             try:
-                await self._call.write(message)
+                await self._call.write(seal(message))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -195,7 +230,7 @@ class RemoteStage:
             Whether it was answered; if not, it must be written to this session's stream.
         """
         batches = self._peer.batches
-        if self._peer.sessions < 2 or not self._number or len(messages) != 1 or self._owed:
+        if len(self._peer.sessions) < 2 or not self._number or len(messages) != 1 or self._owed:
             return False
         self._raise_error()
         if not batches.accepts(messages[0]):
@@ -207,7 +242,7 @@ class RemoteStage:
             self._answer = None
             batches.forget(self._number)
         if data:
-            if not self._queue(data):
+            if not self._queue(codec.parse, data):
                 self._raise_error()
         else:
             self._number = 0  # a proxy in between sends the streams to different nodes
@@ -219,32 +254,42 @@ class RemoteStage:
         error: RuyiFlowError = NodeUnavailable(f"node {peer.name!r} ended the session", node=peer.name)
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
-                if not self._owed:
-                    raise WireError(f"node {peer.name!r} sent a reply that nothing asked for", node=peer.name)
-                if self._queue(data):
-                    self._owed -= 1
+                self._queue(codec.parse_sealed, data)
                 self._wake()
         except grpc.aio.AioRpcError as failure:
             error = error_of_call(failure, peer.name, peer.address, timeout_s=self._session_timeout_s)
+            if is_of_connection(failure):
+                peer.lose()
         except WireError as failure:
             error = failure
         finally:  # also when the connection was closed here, which cancels this task
             self._end(error)
 
-    def _queue(self, data: bytes) -> bool:
+    def _queue(self, parse: Callable[[type[pb.SessionReply], bytes], pb.SessionReply], data: bytes) -> bool:
         """Parse a reply and queue it. A failure ends the session instead; return whether it was queued."""
-        if self._waiting_since is not None:
-            self._waiting_since = time.monotonic()  # the node is alive
+        if self.waiting_since is not None:
+            self.waiting_since = time.monotonic()  # the node makes progress
+        peer = self._peer
+        peer.hear()
         try:
-            reply = codec.parse(pb.SessionReply, data)
+            reply = parse(pb.SessionReply, data)
         except WireError as error:
-            self._end(wrong_answer(error, self._peer.name))
+            self._end(wrong_answer(error, peer.name))
             return False
-        if reply.HasField("failure"):
+        kind = reply.WhichOneof("message")
+        if kind == "failure":
             self._end(error_of(reply.failure.status, reply.failure.message, reply.failure.node))
             return False
-        if reply.HasField("opened"):
-            self._number = reply.opened.session
+        if kind == "leaving":
+            peer.leave()
+            return False
+        if parse is codec.parse_sealed:
+            if not self._owed:
+                self._end(WireError(f"node {peer.name!r} sent a reply that nothing asked for", node=peer.name))
+                return False
+            self._owed -= 1
+        if kind == "opened":
+            self._number, peer.load = reply.opened.session, reply.opened.load
         self._replies.append((reply, len(data)))
         return True
 
@@ -257,21 +302,19 @@ class RemoteStage:
         if self._error is not None:
             return
         self._error = error
-        self._peer.sessions -= 1
+        if isinstance(error, CapacityError):
+            self._peer.avoid()
+        self._peer.remove(self)
         self._call.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
         self._wake()
 
-    def _watch(self) -> None:
-        """End the session when an answer is late. One timer per session: setting one per token costs 0.08 ms."""
-        now, peer = time.monotonic(), self._peer
-        left = (now if self._waiting_since is None else self._waiting_since) + self._timeout_s - now
-        if left > 0:
-            self._timer = asyncio.get_running_loop().call_later(left, self._watch)
+    def check(self, now: float) -> None:
+        """End the session if an answer is late."""
+        if self.waiting_since is None or now - self.waiting_since < self._timeout_s:
             return
+        peer = self._peer
         self._end(
             DeadlineExceeded(
                 f"node {peer.name!r} at {peer.address} did not answer within {self._timeout_s:g} s (link timeout_s); "
@@ -292,11 +335,15 @@ class RemoteStage:
                 states=block.states[start:stop],
                 token_ids=block.token_ids[start:stop],
                 wants=(),
+                decided=tuple(one for one in block.decided if start <= one[0] - block.start < stop),
             )
             start = stop
         if start:
             block = block._replace(
-                start=block.start + start, states=block.states[start:], token_ids=block.token_ids[start:]
+                start=block.start + start,
+                states=block.states[start:],
+                token_ids=block.token_ids[start:],
+                decided=tuple(one for one in block.decided if one[0] >= block.start + start),
             )
         yield block
 

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +21,8 @@ from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
+from ruyi_flow.transport.checksum import check, seal
+from ruyi_flow.transport.lifeline import SIGN_S
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
 from ruyi_flow.types import Event, NodeStatus, PromptTokens, Stage, Tokenized
@@ -67,6 +69,10 @@ class Service(Protocol):
         """Return the tokens of a request's prompt."""
         ...
 
+    def load(self) -> float | None:
+        """Return the share of the KV cache that is reserved, 0 to 1; None while the node is stuck."""
+        ...
+
     async def status(self, *, measure_link: bool) -> NodeStatus:
         """Return what the node contains and does, and how its link to the next node is if that is asked for."""
         ...
@@ -87,6 +93,7 @@ class Server:
         self._service, self._tracer = service, tracer
         self._sessions: dict[tuple[str, int], _Session] = {}
         """The open sessions, by connection and number."""
+        self._draining = asyncio.Event()
         self._numbers = itertools.count(1)
         self._server = grpc.aio.server(
             options=[
@@ -95,6 +102,7 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a second node on the same port must fail, not share it
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.ping_timeout_ms", 10_000),  # which counts where it is longer; its default is a minute
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
@@ -103,6 +111,7 @@ class Server:
             "Session": grpc.stream_stream_rpc_method_handler(self._session),
             "Together": grpc.stream_stream_rpc_method_handler(self._together),
             "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
+            "Alive": grpc.unary_stream_rpc_method_handler(self._alive),
             "Tokenize": grpc.unary_unary_rpc_method_handler(self._tokenize),
             "Status": grpc.unary_unary_rpc_method_handler(self._status),
         }
@@ -122,8 +131,13 @@ class Server:
         await self._report(health_pb2.HealthCheckResponse.SERVING)
 
     async def refuse(self) -> None:
-        """Report NOT_SERVING, so that load balancers and probes choose another node."""
+        """Report NOT_SERVING, so that others choose another node, and ask callers to move their sessions there."""
+        self._draining.set()
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        leaving = seal(pb.SessionReply(leaving=pb.Leaving()).SerializeToString())
+        await asyncio.gather(
+            *(session.write(leaving) for session in list(self._sessions.values())), return_exceptions=True
+        )
 
     async def stop(self) -> None:
         """Close the port, and cancel the calls that still run a moment later."""
@@ -143,7 +157,7 @@ class Server:
                 raise
             except Exception as error:
                 known = _known(error, name)
-                await context.write(_failure(known, name).SerializeToString())
+                await context.write(seal(_failure(known, name).SerializeToString()))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PARTING_S):
                         while await context.read() is not grpc.aio.EOF:
@@ -155,18 +169,18 @@ class Server:
         if (data := await context.read()) is grpc.aio.EOF:
             return
         service, key = self._service, (context.peer(), next(self._numbers))
-        opening = _handshake(data, service.name)
+        opening = _handshake(check(data), service.name)
         blocks = BlockCodec(opening.hidden_size, opening.encoding, service.dtype, service.device)
         stage = await service.open_session(opening, context.time_remaining())
-        session = self._sessions[key] = _Session(stage, blocks)
+        session = self._sessions[key] = _Session(stage, blocks, context.write)
         try:
-            reply = pb.SessionReply(opened=pb.Opened(node=service.name, session=key[1]))
-            await context.write(reply.SerializeToString())
+            opened = pb.Opened(node=service.name, session=key[1], load=service.load() or 0.0)
+            await session.write(seal(pb.SessionReply(opened=opened).SerializeToString()))
             while (data := await context.read()) is not grpc.aio.EOF:
                 began = time.perf_counter()
                 session.accept()
-                reply = await session.answer(data, began)
-                await context.write(reply.SerializeToString())
+                reply = await session.answer(check(data), began)
+                await session.write(seal(reply.SerializeToString()))
         finally:
             del self._sessions[key]
             await session.close()
@@ -207,15 +221,27 @@ class Server:
             reply = _failure(_known(error, self._service.name), self._service.name)
         outbox.put(item.session, reply.SerializeToString())
 
+    async def _alive(self, data: bytes, context: Any) -> None:
+        """Give signs of life until the caller ends the stream; a node that shuts down says so at once."""
+        async with _Statuses(self._service.name, context):
+            while True:
+                if (load := self._service.load()) is not None:
+                    sign = pb.Sign(draining=self._draining.is_set(), load=load)
+                    await context.write(seal(sign.SerializeToString()))
+                await asyncio.sleep(SIGN_S)
+
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
             with self._traced("request", context):
                 request = await _request(data)
                 async with aclosing(self._service.generate(request, context.time_remaining())) as events:
+                    number = 0
                     async for event in events:
+                        number += 1
                         # The tokens of a long prompt may be megabytes, and the event loop must not wait for them.
                         is_long = isinstance(event, PromptTokens)
-                        await context.write(await asyncio.to_thread(_encode, event) if is_long else _encode(event))
+                        data = await asyncio.to_thread(_encode, event, number) if is_long else _encode(event, number)
+                        await context.write(data)
 
     async def _tokenize(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
@@ -250,9 +276,10 @@ def _traceparent(context: Any) -> str | None:
     return next((value for key, value in context.invocation_metadata() or () if key == TRACEPARENT), None)
 
 
-def _encode(event: Event) -> bytes:
-    data: bytes = codec.reply_to_pb(event).SerializeToString()
-    return data
+def _encode(event: Event, number: int) -> bytes:
+    reply = codec.reply_to_pb(event)
+    reply.number = number
+    return seal(reply.SerializeToString())
 
 
 async def _request(data: bytes) -> GenerateRequest:
@@ -268,12 +295,19 @@ class _Session:
     Args:
         stage: answers its blocks.
         blocks: decodes them.
+        write: writes to its stream.
     """
 
-    def __init__(self, stage: Stage, blocks: BlockCodec) -> None:
+    def __init__(self, stage: Stage, blocks: BlockCodec, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._stage, self._blocks, self._ready = stage, blocks, True
+        self._write, self._writing = write, asyncio.Lock()
         self.answering: asyncio.Task[None] | None = None
         """The task that answers its message in a batch; there is never more than one."""
+
+    async def write(self, data: bytes) -> None:
+        """Write a message to the session's stream, which takes one at a time."""
+        async with self._writing:
+            await self._write(data)
 
     def accept(self) -> None:
         """Begin with a message; no other is accepted until `answer` has returned.
@@ -302,11 +336,12 @@ class _Session:
         message = codec.parse(pb.SessionRequest, data)
         kind = message.WhichOneof("message")
         if kind == "block":
-            verdict = await self._stage.advance(self._blocks.from_pb(message.block))
-            reply = codec.verdict_to_pb(verdict, time.perf_counter() - began)
+            block = self._blocks.from_pb(message.block)
+            verdict = await self._stage.advance(block)
+            reply = codec.verdict_to_pb(verdict, time.perf_counter() - began, block.start + len(block.token_ids))
         elif kind == "rewind":
             await self._stage.rewind(message.rewind.position)
-            reply = pb.SessionReply(rewound=pb.Rewound())
+            reply = pb.SessionReply(rewound=pb.Rewound(position=message.rewind.position))
         else:
             raise WireError(f"{kind or 'an empty message'} is not allowed in the middle of a session")
         self._ready = True

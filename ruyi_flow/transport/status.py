@@ -19,7 +19,16 @@ from ruyi_flow.errors import (
     shown,
 )
 
-__all__ = ["NODE_KEY", "STATUS_OF", "error_of", "error_of_call", "short_text", "status_of", "wrong_answer"]
+__all__ = [
+    "NODE_KEY",
+    "STATUS_OF",
+    "error_of",
+    "error_of_call",
+    "is_of_connection",
+    "short_text",
+    "status_of",
+    "wrong_answer",
+]
 
 STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -142,6 +151,13 @@ def error_of_call(
             f"{peer} cannot be reached: {cause}; is it running? (ruyi-flow up, or ruyi-flow node {node})", node=node
         )
     return NodeUnavailable(f"the connection to {peer} is broken: {code.name} {details}", node=node)
+
+
+def is_of_connection(error: grpc.aio.AioRpcError) -> bool:
+    """Return whether gRPC itself reports that the connection failed, and not the node that something is wrong."""
+    if NODE_KEY in dict(error.trailing_metadata() or ()):
+        return False
+    return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 def _seconds(timeout_s: float) -> str:

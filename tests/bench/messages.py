@@ -57,6 +57,9 @@ class _Step:
     async def tokenize(self, request: GenerateRequest) -> Tokenized:
         raise NotImplementedError
 
+    def load(self) -> float:
+        return 0.0
+
     async def status(self, *, measure_link: bool) -> NodeStatus:
         raise NotImplementedError
 

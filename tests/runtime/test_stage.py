@@ -84,9 +84,11 @@ class Pipeline:
     def escalate(self, depth: int, stop: int, wants: Sequence[int]) -> None:
         """Catch stage `depth` up to `stop` from the states that the stage before it has kept."""
         (giver, index), (taker, stage) = self.stages[depth - 1], self.stages[depth]
-        start = giver.unsent_start(index)
-        states = giver.take_unsent(index, stop)
-        if taker is not giver:
+        if taker is giver:
+            states = giver.take_unsent(index, stop)
+        else:
+            start = len(taker.token_ids)
+            states = giver.states(start, stop)
             taker.token_ids.extend(giver.token_ids[start:stop])
         drive(one_pass(taker, stage, states, wants))
 
@@ -199,9 +201,9 @@ def test_limits_are_said(tiny: Path) -> None:
 
 
 def test_a_quiet_session_keeps_little_more_memory_alive_than_its_own_states(tmp_path: Path) -> None:
-    folder = tiny_family(tmp_path / "wide", hidden_size=256, exits=(1, 2), max_position_embeddings=2048)
-    (shard,) = shards(folder, [[1]], max_positions=4096)
-    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), (1, 2))  # always confident: nothing goes up
+    folder = tiny_family(tmp_path / "wide", hidden_size=256, exits=(1, 2, 3), max_position_embeddings=2048)
+    (shard,) = shards(folder, [[1, 2]], max_positions=4096)
+    policy = Policy.resolve(Routing(Mode.TOKEN, threshold=0.0), (1, 2, 3))  # always confident: nothing goes up
     quiet = open_session(shard, policy, SamplingParams(), prompt_length=1, max_positions=600)
 
     def tensor_bytes() -> int:

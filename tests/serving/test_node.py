@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ruyi_flow.cli.display import status_table
 from ruyi_flow.client import AsyncClient, Client, Reply
-from ruyi_flow.config.topology import Topology
+from ruyi_flow.config.topology import Link, Node, Topology
 from ruyi_flow.errors import (
     CapacityError,
     ConfigError,
@@ -40,6 +40,7 @@ from ruyi_flow.serving.node import serve
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology, tiny_family
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.status import error_of, error_of_call
 from ruyi_flow.types import Mode, NodeStatus, Reason, Upload
@@ -326,7 +327,7 @@ async def test_a_node_that_hangs_is_named_after_the_links_timeout(tiny: Path) ->
 async def test_a_node_that_dies_ends_the_answer_with_its_name_and_frees_the_rest(tiny: Path) -> None:
     relay = Relay()
     async with (
-        cluster(cut_topology(tiny, [[2], [4], [6]]), {"n2": relay}) as nodes,
+        cluster(cut_topology(tiny, [[2], [4], [6]], recover_s=0), {"n2": relay}) as nodes,
         AsyncClient(nodes.topology) as client,
     ):
         stream = client.stream(PROMPT, max_new_tokens=200, eos_token_ids=())
@@ -343,7 +344,7 @@ async def test_a_node_that_dies_ends_the_answer_with_its_name_and_frees_the_rest
 async def test_with_fallback_a_node_that_dies_leaves_the_rest_to_the_one_before_it(tiny: Path, oracle: Oracle) -> None:
     relay = Relay()
     async with (
-        cluster(cut_topology(tiny, [[2], [4], [6]]), {"n2": relay}) as nodes,
+        cluster(cut_topology(tiny, [[2], [4], [6]], recover_s=0), {"n2": relay}) as nodes,
         AsyncClient(nodes.topology) as client,
     ):
         ids, reasons, exits = list(PROMPT), [], []
@@ -395,13 +396,19 @@ async def test_a_node_sends_no_more_bytes_a_minute_than_its_operator_allows(tiny
         await nodes.settle()
 
 
+def connect_to(engine: Engine, node: Node, link: Link) -> None:
+    """Make a node that is loaded already dial another one."""
+    engine._next = node, link
+    engine._replicas = engine._make_replicas(node, link)
+
+
 async def test_a_node_that_is_down_is_named(tiny: Path) -> None:
     topology = cut_topology(tiny, [[2], [4, 6]])
     down = topology.nodes[1].model_copy(update={"address": "127.0.0.1:9"})
     async with cluster(topology) as nodes:
         broken = nodes.topology.model_copy(update={"nodes": (nodes.topology.nodes[0], down)})
         nodes.engines["n0"].topology = broken
-        nodes.engines["n0"]._next = broken.next_of("n0")
+        connect_to(nodes.engines["n0"], broken.nodes[1], broken.links[0])
         async with AsyncClient(broken) as client:
             with pytest.raises(
                 NodeUnavailable, match="node 'n1' at 127.0.0.1:9 cannot be reached: connection refused; is it running"
@@ -418,7 +425,7 @@ async def test_another_family_is_refused_with_both_fingerprints(tiny: Path, tmp_
         cluster(cut_topology(tiny, [[2], [4, 6]])) as mine,
         cluster(cut_topology(other, [[2], [4, 6]])) as theirs,
     ):
-        mine.engines["n0"]._next = (theirs.topology.nodes[1], mine.topology.links[0])
+        connect_to(mine.engines["n0"], theirs.topology.nodes[1], mine.topology.links[0])
         async with AsyncClient(mine.topology) as client:
             with pytest.raises(HandshakeError) as caught:
                 await client.generate(PROMPT, max_new_tokens=5)
@@ -467,6 +474,8 @@ def options_of(nodes: Cluster, **changes: object) -> pb.SessionRequest:
             protocol=codec.PROTOCOL,
             family=engine.checkpoint.fingerprint,
             first_layer=2,
+            node="n1",
+            exits=[4, 6],
             hidden_size=32,
             encoding=pb.ENCODING_F32,
             max_positions=32,
@@ -497,7 +506,7 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
             call = channel.stream_stream(METHODS["Session"])(timeout=5)
             try:
                 for message in messages:
-                    await call.write(message if isinstance(message, bytes) else message.SerializeToString())
+                    await call.write(message if isinstance(message, bytes) else seal(message.SerializeToString()))
                     reply = pb.SessionReply.FromString(await call.read())
                 if reply.WhichOneof("message") != "failure":
                     return reply
@@ -514,11 +523,14 @@ async def test_garbage_on_the_wire_is_refused_and_the_node_lives_on(tiny: Path) 
         opening = options_of(nodes)
         assert len((await send(opening, block())).verdict.decisions) == 1
         refused: list[tuple[list[pb.SessionRequest | bytes], type[RuyiFlowError], str]] = [
-            ([b"\xff\xff\xff"], WireError, "not a SessionRequest"),
+            ([seal(b"\xff\xff\xff")], WireError, "not a SessionRequest"),
+            ([b"\xff\xff\xff"], WireError, "does not end with a checksum"),
+            ([seal(opening.SerializeToString()).replace(b"n1", b"n2")], WireError, "its checksum is wrong"),
+            ([options_of(nodes, node="edge")], HandshakeError, "node: the caller has edge, node 'n1' has n1"),
             ([pb.SessionRequest()], WireError, "must start with open"),
             ([block()], WireError, "must start with open, not with block"),
             ([opening, opening], WireError, "open is not allowed in the middle of a session"),
-            ([options_of(nodes, protocol=9)], HandshakeError, "has protocol version 4, the caller 9"),
+            ([options_of(nodes, protocol=9)], HandshakeError, "has protocol version 5, the caller 9"),
             ([options_of(nodes, family="x")], HandshakeError, "family fingerprint: the caller has x"),
             ([options_of(nodes, first_layer=4)], HandshakeError, "first layer: the caller has 4, node 'n1' has 2"),
             ([options_of(nodes, hidden_size=64)], HandshakeError, "hidden size: the caller has 64"),
@@ -562,7 +574,7 @@ async def test_draining_refuses_new_sessions_and_lets_running_ones_end(tiny: Pat
     server = await serving.__aenter__()
     node = topology.nodes[0].model_copy(update={"address": server.address})
     here = topology.model_copy(update={"nodes": (node,)})
-    async with AsyncClient(here) as client, grpc.aio.insecure_channel(server.address) as channel:
+    async with AsyncClient(here, recover_s=0) as client, grpc.aio.insecure_channel(server.address) as channel:
 
         async def health(service: str) -> int:
             request = health_pb2.HealthCheckRequest(service=service)

@@ -152,7 +152,8 @@ async def test_sessions_that_share_batches_keep_their_own_traces(tiny: Path) -> 
         batches = running.engines["n0"]
         many = [client.generate([5, 6, 7 + i], **OPTIONS | {"max_new_tokens": 24}) for i in range(8)]
         replies = await asyncio.gather(*many)
-        assert batches._peer is not None and batches._peer.batches._running is not None, "messages went in batches"
+        assert batches._replicas is not None
+        assert batches._replicas.pick().batches._running is not None, "messages went in batches"
     requests = {trace_of(s): s for s in recorded.named("request")}
     assert len(requests) == 8
     for trace, request in requests.items():

@@ -26,6 +26,7 @@ from ruyi_flow.types import (
     PromptToken,
     PromptTokens,
     Reason,
+    Recovery,
     Stats,
     Token,
     Tokenized,
@@ -126,7 +127,7 @@ def test_sums_of_counts_that_deeper_nodes_sent_fit_into_their_fields() -> None:
     hop, other = Hop("n"), Hop("n", messages=2**32 - 1, positions=2**32 - 1, bytes_up=2**64 - 1, bytes_down=2**64 - 1)
     for _ in range(3):
         hop.add(other)
-    [back] = codec.verdict_from_pb(codec.verdict_to_pb(Verdict((), (hop,)), 0.0).verdict).hops
+    [back] = codec.verdict_from_pb(codec.verdict_to_pb(Verdict((), (hop,)), 0.0, 1).verdict).hops
     assert (back.messages, back.positions, back.bytes_up, back.bytes_down) == (2**32 - 1, 2**32 - 1, *[2**64 - 1] * 2)
 
 
@@ -143,6 +144,8 @@ def test_handshakes_come_back() -> None:
     opening = SessionOpen(
         family="abc",
         first_layer=11,
+        node="cloud",
+        exits=(17, 29),
         hidden_size=576,
         encoding=Encoding.INT8,
         max_positions=100,
@@ -159,17 +162,17 @@ def test_handshakes_come_back() -> None:
 
 def test_verdicts_come_back() -> None:
     decisions = (Decision(7, 11, 0.5, Reason.CONFIDENT), Decision(9, 29, 0.25, Reason.DEEPEST))
-    verdict = Verdict(decisions, (Hop("edge", 0.5, 0.25, 0.125, 1, 2, 3, 4),))
-    reply = codec.parse(pb.SessionReply, codec.verdict_to_pb(verdict, 1.5).SerializeToString())
+    verdict = Verdict(decisions, (Hop("edge", 0.5, 0.25, 0.125, 1, 2, 3, 4, (Recovery("silent", 1.5, 300),)),))
+    reply = codec.parse(pb.SessionReply, codec.verdict_to_pb(verdict, 1.5, 21).SerializeToString())
     assert codec.verdict_from_pb(reply.verdict) == verdict
-    assert reply.verdict.elapsed_s == 1.5
+    assert (reply.verdict.elapsed_s, reply.verdict.position) == (1.5, 21)
     likely = Likelihood(-0.5, ((7, -0.5), (9, -2.0)))
     for rated in (
         Verdict((decisions[0]._replace(likelihood=likely), decisions[1]), verdict.hops),
         Verdict(decisions, verdict.hops, (likely, Likelihood(-3.0, ((1, -0.25), (2, -0.5))))),
         Verdict(decisions, verdict.hops, (Likelihood(-3.0, ()),) * 3),
     ):
-        reply = codec.parse(pb.SessionReply, codec.verdict_to_pb(rated, 1.5).SerializeToString())
+        reply = codec.parse(pb.SessionReply, codec.verdict_to_pb(rated, 1.5, 21).SerializeToString())
         assert codec.verdict_from_pb(reply.verdict) == rated
 
 

@@ -10,6 +10,7 @@ from ruyi_flow.requests import SamplingParams, SessionOpen
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.transport import codec
 from ruyi_flow.transport.blocks import BlockCodec
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.types import Block, Decision, Encoding, Hop, Reason, Verdict
 
 __all__ = ["message_sizes"]
@@ -32,15 +33,16 @@ def message_sizes(hidden_size: int, vocab_size: int, policy: Policy) -> dict[str
     def question(rows: int) -> int:
         states = torch.zeros(rows, hidden_size, dtype=torch.bfloat16)
         block = Block(300, states, (vocab_size // 2,) * rows, (300 + rows - 1,))
-        return len(blocks.to_bytes(block)) - rows * encoding.row_bytes(hidden_size)
+        return len(seal(blocks.to_bytes(block))) - rows * encoding.row_bytes(hidden_size)
 
     def answer(count: int) -> int:
         decisions = (Decision(vocab_size // 2, 9, 0.7, Reason.DEEPEST),) * count
-        return int(codec.verdict_to_pb(Verdict(decisions, (Hop("edge", 0.01, 0.001),)), 0.01).ByteSize())
+        reply = codec.verdict_to_pb(Verdict(decisions, (Hop("edge", 0.01, 0.001),)), 0.01, 301)
+        return len(seal(reply.SerializeToString()))
 
     position_bytes = round((question(101) - question(1)) / 100)
     return {
-        "open_bytes": int(codec.open_to_pb(opening).ByteSize()),
+        "open_bytes": len(seal(codec.open_to_pb(opening).SerializeToString())),
         "position_bytes": position_bytes,
         "up_bytes": question(1) - position_bytes,
         "decision_bytes": answer(2) - answer(1),

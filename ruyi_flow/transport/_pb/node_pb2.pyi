@@ -75,29 +75,35 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class SessionRequest(_message.Message):
-    __slots__ = ("open", "block", "rewind")
+    __slots__ = ("open", "block", "rewind", "checksum")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     REWIND_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     open: Open
     block: Block
     rewind: Rewind
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., block: _Optional[_Union[Block, _Mapping]] = ..., rewind: _Optional[_Union[Rewind, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., block: _Optional[_Union[Block, _Mapping]] = ..., rewind: _Optional[_Union[Rewind, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class SessionReply(_message.Message):
-    __slots__ = ("opened", "verdict", "rewound", "failure")
+    __slots__ = ("opened", "verdict", "rewound", "failure", "leaving", "checksum")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REWOUND_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     verdict: Verdict
     rewound: Rewound
     failure: Failure
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    leaving: Leaving
+    checksum: int
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "family", "first_layer", "hidden_size", "encoding", "max_positions", "prompt_length", "sampling", "policy")
+    __slots__ = ("protocol", "family", "first_layer", "hidden_size", "encoding", "max_positions", "prompt_length", "sampling", "policy", "node", "exits")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +113,8 @@ class Open(_message.Message):
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    EXITS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     family: str
     first_layer: int
@@ -116,21 +124,31 @@ class Open(_message.Message):
     prompt_length: int
     sampling: SamplingParams
     policy: Policy
-    def __init__(self, protocol: _Optional[int] = ..., family: _Optional[str] = ..., first_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., max_positions: _Optional[int] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
+    node: str
+    exits: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, protocol: _Optional[int] = ..., family: _Optional[str] = ..., first_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., max_positions: _Optional[int] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ..., node: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("node", "session")
+    __slots__ = ("node", "session", "load")
     NODE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     node: str
     session: int
-    def __init__(self, node: _Optional[str] = ..., session: _Optional[int] = ...) -> None: ...
+    load: float
+    def __init__(self, node: _Optional[str] = ..., session: _Optional[int] = ..., load: _Optional[float] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("items",)
+    __slots__ = ("items", "checksum")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[Item]
-    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Item(_message.Message):
     __slots__ = ("session", "message")
@@ -299,16 +317,20 @@ class Tensor(_message.Message):
     def __init__(self, encoding: _Optional[_Union[Encoding, str]] = ..., rows: _Optional[int] = ..., data: _Optional[bytes] = ..., scales: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Block(_message.Message):
-    __slots__ = ("start", "token_ids", "wants", "states")
+    __slots__ = ("start", "token_ids", "wants", "states", "decided", "decided_exits")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WANTS_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_EXITS_FIELD_NUMBER: _ClassVar[int]
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     wants: _containers.RepeatedScalarFieldContainer[int]
     states: Tensor
-    def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., wants: _Optional[_Iterable[int]] = ..., states: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    decided: _containers.RepeatedScalarFieldContainer[int]
+    decided_exits: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., wants: _Optional[_Iterable[int]] = ..., states: _Optional[_Union[Tensor, _Mapping]] = ..., decided: _Optional[_Iterable[int]] = ..., decided_exits: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("token", "exit", "confidence", "reason", "likelihood")
@@ -337,7 +359,7 @@ class Likelihoods(_message.Message):
     def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., top: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Hop(_message.Message):
-    __slots__ = ("node", "compute_s", "queue_s", "wire_s", "messages", "positions", "bytes_up", "bytes_down")
+    __slots__ = ("node", "compute_s", "queue_s", "wire_s", "messages", "positions", "bytes_up", "bytes_down", "recoveries")
     NODE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +368,7 @@ class Hop(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     node: str
     compute_s: float
     queue_s: float
@@ -354,19 +377,32 @@ class Hop(_message.Message):
     positions: int
     bytes_up: int
     bytes_down: int
-    def __init__(self, node: _Optional[str] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., messages: _Optional[int] = ..., positions: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+    recoveries: _containers.RepeatedCompositeFieldContainer[Recovery]
+    def __init__(self, node: _Optional[str] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., messages: _Optional[int] = ..., positions: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., recoveries: _Optional[_Iterable[_Union[Recovery, _Mapping]]] = ...) -> None: ...
+
+class Recovery(_message.Message):
+    __slots__ = ("cause", "seconds", "positions")
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    cause: str
+    seconds: float
+    positions: int
+    def __init__(self, cause: _Optional[str] = ..., seconds: _Optional[float] = ..., positions: _Optional[int] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("decisions", "hops", "elapsed_s", "prompt")
+    __slots__ = ("decisions", "hops", "elapsed_s", "prompt", "position")
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
     hops: _containers.RepeatedCompositeFieldContainer[Hop]
     elapsed_s: float
     prompt: Likelihoods
-    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., elapsed_s: _Optional[float] = ..., prompt: _Optional[_Union[Likelihoods, _Mapping]] = ...) -> None: ...
+    position: int
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., elapsed_s: _Optional[float] = ..., prompt: _Optional[_Union[Likelihoods, _Mapping]] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Rewind(_message.Message):
     __slots__ = ("position",)
@@ -375,24 +411,52 @@ class Rewind(_message.Message):
     def __init__(self, position: _Optional[int] = ...) -> None: ...
 
 class Rewound(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
+
+class AliveRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Sign(_message.Message):
+    __slots__ = ("draining", "load", "checksum")
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    draining: bool
+    load: float
+    checksum: int
+    def __init__(self, draining: _Optional[bool] = ..., load: _Optional[float] = ..., checksum: _Optional[int] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing")
+    __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing", "resume", "checksum")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     text: str
     raw: str
     messages: Messages
     token_ids: TokenIds
     sampling: SamplingParams
     routing: Routing
-    def __init__(self, text: _Optional[str] = ..., raw: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    checksum: int
+    def __init__(self, text: _Optional[str] = ..., raw: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("token_ids", "exits")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXITS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    exits: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., exits: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Messages(_message.Message):
     __slots__ = ("messages",)
@@ -409,14 +473,18 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("token", "final", "prompt")
+    __slots__ = ("token", "final", "prompt", "number", "checksum")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     token: Token
     final: Final
     prompt: PromptTokens
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ..., prompt: _Optional[_Union[PromptTokens, _Mapping]] = ...) -> None: ...
+    number: int
+    checksum: int
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ..., prompt: _Optional[_Union[PromptTokens, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Tokenized(_message.Message):
     __slots__ = ("token_ids", "texts", "context")
@@ -499,7 +567,7 @@ class Final(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., text: _Optional[str] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("prompt_tokens", "new_tokens", "first_token_s", "total_s", "seed", "drafted", "accepted", "escalations", "hops")
+    __slots__ = ("prompt_tokens", "new_tokens", "first_token_s", "total_s", "seed", "drafted", "accepted", "escalations", "hops", "reused", "recoveries")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
@@ -509,6 +577,8 @@ class Stats(_message.Message):
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     ESCALATIONS_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     new_tokens: int
     first_token_s: float
@@ -518,7 +588,9 @@ class Stats(_message.Message):
     accepted: int
     escalations: int
     hops: _containers.RepeatedCompositeFieldContainer[Hop]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., seed: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., escalations: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ...) -> None: ...
+    reused: int
+    recoveries: _containers.RepeatedCompositeFieldContainer[Recovery]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., seed: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., escalations: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., reused: _Optional[int] = ..., recoveries: _Optional[_Iterable[_Union[Recovery, _Mapping]]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("measure_link",)

@@ -1,0 +1,237 @@
+"""The replicas of one node, as a caller sees them: which there are, and which one takes a new session."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import ip_address
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError
+from ruyi_flow.telemetry.counters import LinkCounters
+from ruyi_flow.transport.addresses import resolve, split_address
+from ruyi_flow.transport.peer import NEVER, Peer
+from ruyi_flow.types import Recovery
+
+__all__ = ["Replicas"]
+
+_RESOLVE_S = 30.0
+"""Seconds after which a name is looked up again, while sessions are opened. A replica that fails does it at once."""
+
+_AVOID_S = 1.0
+"""Seconds for which a replica that has failed or was full gets no new sessions, if there is another one."""
+
+_WATCH_PAUSE_S = 1.0
+"""Seconds between attempts to watch a replica that cannot be reached."""
+
+
+class _Replica:
+    """One address of a node.
+
+    Args:
+        address: host:port.
+    """
+
+    __slots__ = ("address", "is_serving", "peer", "watching")
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.peer: Peer | None = None
+        self.is_serving: bool | None = None
+        """What its health service says, where it is watched."""
+        self.watching: asyncio.Task[None] | None = None
+
+
+class Replicas:
+    """The replicas of one node: `loop.next_stage.Recoveries` over connections.
+
+    A session stays on the replica where it was opened. A new one goes to the less loaded of two that are taken at
+    random among those that serve (Mitzenmacher, The power of two choices in randomized load balancing, 2001).
+
+    Args:
+        name: the node's name.
+        addresses: host:port of each; a host's name may stand for several IPv4 addresses, which are replicas too.
+        max_message_bytes: the largest message that the node accepts.
+        recover_s: seconds for which a lost session is taken up again, since the node was last heard.
+        timeout_s: seconds that an answer may take.
+        counters: where losses and recoveries are counted. Default: nowhere.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        *,
+        max_message_bytes: int,
+        recover_s: float,
+        timeout_s: float,
+        counters: LinkCounters | None = None,
+    ) -> None:
+        self.name, self.addresses, self.timeout_s = name, tuple(addresses), timeout_s
+        self._max_message_bytes, self._recover_s, self._counters = max_message_bytes, recover_s, counters
+        self._replicas = {address: _Replica(address) for address in self.addresses}
+        self._random = random.Random()  # nodes must not choose alike
+        self._failing_since: float | None = None
+        self._heard_at: float | None = None
+        self._resolved_at = -_RESOLVE_S
+        self._resolving: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    @property
+    def was_heard(self) -> bool:
+        """Whether a replica has ever answered."""
+        peers = [replica.peer for replica in self._replicas.values()]
+        return self._heard_at is not None or any(peer is not None and peer.heard_at is not None for peer in peers)
+
+    @property
+    def state(self) -> str:
+        """State of the connection that is ready, or of the last one: idle, connecting, ready, transient_failure."""
+        states = [replica.peer.state for replica in self._replicas.values() if replica.peer is not None]
+        return "ready" if "ready" in states else states[-1] if states else "idle"
+
+    def pick(self) -> Peer:
+        """Return the connection to the replica that a new session goes to."""
+        now = time.monotonic()
+        self._resolve_if_due(now)
+        replicas = list(self._replicas.values())
+        if len(replicas) > 1:
+            for replica in replicas:
+                if replica.watching is None:
+                    replica.watching = asyncio.create_task(self._watch(replica), name=f"health of {self.name}")
+        usable = [replica for replica in replicas if self._is_usable(replica, now)]
+        if not usable:  # the one that failed longest ago is most likely back
+            usable = sorted(replicas, key=lambda replica: 0.0 if replica.peer is None else replica.peer.avoided_at)[:1]
+        two = self._random.sample(usable, min(2, len(usable)))
+        return self._peer(min(two, key=_load))
+
+    def left_s(self, error: NodeError, *, began: bool) -> float:
+        """Return the seconds for which another attempt makes sense; see `Recoveries.left_s`."""
+        now = time.monotonic()
+        if isinstance(error, DeadlineExceeded) or error.node not in (None, self.name):
+            return (
+                0.0  # the answer's time is over; or a deeper node is lost, and the next one has tried for long enough
+            )
+        if not began and (isinstance(error, CapacityError) or not self.was_heard):
+            # Nothing is lost yet: a node that is full or was never there is told at once, if there is no other replica.
+            return float(any(self._is_usable(replica, now) for replica in self._replicas.values()))
+        heard = [replica.peer.heard_at for replica in self._replicas.values() if replica.peer and replica.peer.heard_at]
+        self._heard_at = max([*heard, self._heard_at or 0.0]) or None
+        since = self._heard_at or self._failing_since or now
+        return max(0.0, since + self._recover_s - now)
+
+    def lost(self, node: str, cause: str) -> None:
+        """Count a loss of the node, and look up its addresses again."""
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+        if self._counters is not None:
+            self._counters.losses.add(node or self.name, cause)
+        self._resolved_at = -_RESOLVE_S
+
+    def recovered(self, node: str, recovery: Recovery) -> None:
+        """Count a session that was taken up again."""
+        self._failing_since = None
+        if self._counters is not None:
+            self._counters.recovered(self.name, recovery)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        self._is_closed = True
+        tasks = [replica.watching for replica in self._replicas.values() if replica.watching is not None]
+        tasks += [] if self._resolving is None else [self._resolving]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        peers = [replica.peer for replica in self._replicas.values() if replica.peer is not None]
+        await asyncio.gather(*(peer.close() for peer in peers))
+
+    def _is_usable(self, replica: _Replica, now: float) -> bool:
+        peer = replica.peer
+        if replica.is_serving is False:
+            return False
+        return peer is None or (now - peer.avoided_at > _AVOID_S and (peer.is_lost or not peer.is_draining))
+
+    def _peer(self, replica: _Replica) -> Peer:
+        """Return the connection to a replica; a new one if the last one is lost."""
+        if replica.peer is None or replica.peer.is_lost:
+            avoided_at = NEVER
+            if replica.peer is not None:
+                self._heard_at = max(self._heard_at or 0.0, replica.peer.heard_at or 0.0) or None
+                avoided_at = replica.peer.avoided_at
+            peer = Peer(self.name, replica.address, max_message_bytes=self._max_message_bytes)
+            peer.avoided_at, peer.has_others = avoided_at, lambda: self._has_others(replica)
+            replica.peer = peer
+        return replica.peer
+
+    def _has_others(self, replica: _Replica) -> bool:
+        now = time.monotonic()
+        return any(other is not replica and self._is_usable(other, now) for other in self._replicas.values())
+
+    def _resolve_if_due(self, now: float) -> None:
+        names = [address for address in self.addresses if not _is_number(address)]
+        if names and self._resolving is None and now - self._resolved_at > _RESOLVE_S:
+            self._resolved_at = now
+            self._resolving = asyncio.create_task(self._resolve(names), name=f"addresses of {self.name}")
+
+    async def _resolve(self, names: Sequence[str]) -> None:
+        """Look up names; one that has several IPv4 addresses stands for as many replicas."""
+        try:
+            found: dict[str, list[str]] = {}
+            for name in names:
+                host, port = split_address(name)
+                with suppress(OSError):  # whoever connects to the name reports it
+                    hosts = {str(one[4][0]) for one in await resolve(host, port) if ":" not in str(one[4][0])}
+                    found[name] = [f"{ip}:{port}" for ip in sorted(hosts)]
+            wanted: list[str] = []
+            for address in self.addresses:
+                several = found.get(address, [])
+                if len(several) > 1:
+                    wanted += several
+                elif address in found or address in self._replicas or _is_number(address):
+                    wanted.append(address)
+                else:  # it cannot be looked up now: keep what it stood for
+                    wanted += [known for known in self._replicas if known not in self.addresses]
+            self._adopt(dict.fromkeys(wanted))
+        finally:
+            self._resolving = None
+
+    def _adopt(self, wanted: dict[str, None]) -> None:
+        """Take over a new list of addresses; sessions on others stay where they are."""
+        known = self._replicas
+        self._replicas = {address: known.get(address) or _Replica(address) for address in wanted}
+        for address, replica in known.items():
+            if address in wanted:
+                continue
+            if replica.watching is not None:
+                replica.watching.cancel()
+            if replica.peer is not None:
+                replica.peer.lose()
+
+    async def _watch(self, replica: _Replica) -> None:
+        """Follow what a replica's health service says of it."""
+        while not self._is_closed:
+            peer = self._peer(replica)
+            with suppress(grpc.aio.AioRpcError):
+                async for reply in peer.watch_health():
+                    replica.is_serving = reply.status == health_pb2.HealthCheckResponse.SERVING
+                    peer.hear()
+                    if not replica.is_serving and not peer.is_draining:
+                        peer.leave()
+            replica.is_serving = False
+            peer.lose()
+            await asyncio.sleep(_WATCH_PAUSE_S)
+
+
+def _load(replica: _Replica) -> tuple[float, int]:
+    return (0.0, 0) if replica.peer is None else (replica.peer.load, len(replica.peer.sessions))
+
+
+def _is_number(address: str) -> bool:
+    with suppress(ValueError):
+        ip_address(split_address(address)[0])
+        return True
+    return False
