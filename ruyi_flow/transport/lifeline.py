@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Set
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 import grpc
@@ -123,8 +123,9 @@ class Lifeline:
         call = self._call(pb.AliveRequest().SerializeToString())
         try:
             with suppress(grpc.aio.AioRpcError, WireError):
-                async for data in call:
-                    self._last, self._is_connected = time.monotonic(), True
-                    self._heard(codec.parse_sealed(pb.Sign, data))
+                async with aclosing(aiter(call)) as signs:
+                    async for data in signs:
+                        self._last, self._is_connected = time.monotonic(), True
+                        self._heard(codec.parse_sealed(pb.Sign, data))
         finally:
             call.cancel()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -145,9 +146,10 @@ class Peer:
             )
         self._close_soon()
 
-    def _close_soon(self) -> None:
+    def _close_soon(self) -> asyncio.Task[None]:
         if self._closing is None:
-            self._closing = asyncio.create_task(self.close(), name=f"close the connection to {self.name}")
+            self._closing = asyncio.create_task(self._close(), name=f"close the connection to {self.name}")
+        return self._closing
 
     async def generate(self, request: GenerateRequest, *, timeout_s: float) -> AsyncGenerator[Event, None]:
         """Send a user's request to an entry node, and yield its answer token by token.
@@ -166,12 +168,13 @@ class Peer:
         answer = _Answer(call, self)
         self.add(answer)
         try:
-            async for data in call:
-                # The tokens of a long prompt may be megabytes, and the event loop must not wait for their conversion.
-                number += 1
-                self.hear()
-                short = len(data) <= SHORT_BYTES
-                yield _decode(data, number) if short else await asyncio.to_thread(_decode, data, number)
+            async with aclosing(aiter(call)) as replies:  # unless closed, it and the call would keep each other alive
+                async for data in replies:
+                    number += 1
+                    self.hear()
+                    # The tokens of a long prompt may be megabytes: the event loop must not wait for their conversion.
+                    short = len(data) <= SHORT_BYTES
+                    yield _decode(data, number) if short else await asyncio.to_thread(_decode, data, number)
         except grpc.aio.AioRpcError as error:
             if is_of_connection(error):
                 self.lose()
@@ -244,15 +247,30 @@ class Peer:
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def watch_health(self) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """Return what the standard health service says of the node, each time that it changes."""
-        replies: AsyncIterator[health_pb2.HealthCheckResponse] = health_pb2_grpc.HealthStub(self._channel).Watch(
-            health_pb2.HealthCheckRequest()
-        )
-        return replies
+    async def watch_health(self) -> AsyncGenerator[bool, None]:
+        """Yield whether the node takes sessions, each time that the standard health service tells it.
+
+        Raises:
+            grpc.aio.AioRpcError: the node cannot be reached.
+        """
+        call = health_pb2_grpc.HealthStub(self._channel).Watch(health_pb2.HealthCheckRequest())
+        try:
+            async with aclosing(aiter(call)) as replies:
+                async for reply in replies:
+                    yield reply.status == health_pb2.HealthCheckResponse.SERVING
+        finally:
+            call.cancel()
 
     async def close(self) -> None:
         """Close the connection and the sessions over it."""
+        await asyncio.shield(self._close_soon())
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is closed."""
+        return self._closing is not None and self._closing.done()
+
+    async def _close(self) -> None:
         await self._lifeline.close()
         await self.batches.close()
         await self._channel.close()

@@ -6,11 +6,10 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from ipaddress import ip_address
 
 import grpc
-from grpc_health.v1 import health_pb2
 
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError
 from ruyi_flow.telemetry.counters import LinkCounters
@@ -80,6 +79,8 @@ class Replicas:
         self._heard_at: float | None = None
         self._resolved_at = -_RESOLVE_S
         self._resolving: asyncio.Task[None] | None = None
+        self._old: list[Peer] = []
+        """Connections that are given up and may not be closed yet."""
         self._is_closed = False
 
     @property
@@ -147,7 +148,7 @@ class Replicas:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         peers = [replica.peer for replica in self._replicas.values() if replica.peer is not None]
-        await asyncio.gather(*(peer.close() for peer in peers))
+        await asyncio.gather(*(peer.close() for peer in (*peers, *self._old)))
 
     def _is_usable(self, replica: _Replica, now: float) -> bool:
         peer = replica.peer
@@ -162,10 +163,15 @@ class Replicas:
             if replica.peer is not None:
                 self._heard_at = max(self._heard_at or 0.0, replica.peer.heard_at or 0.0) or None
                 avoided_at = replica.peer.avoided_at
+                self._give_up(replica.peer)
             peer = Peer(self.name, replica.address, max_message_bytes=self._max_message_bytes)
             peer.avoided_at, peer.has_others = avoided_at, lambda: self._has_others(replica)
             replica.peer = peer
         return replica.peer
+
+    def _give_up(self, peer: Peer) -> None:
+        peer.lose()
+        self._old = [old for old in self._old if not old.is_closed] + [peer]
 
     def _has_others(self, replica: _Replica) -> bool:
         now = time.monotonic()
@@ -209,18 +215,18 @@ class Replicas:
             if replica.watching is not None:
                 replica.watching.cancel()
             if replica.peer is not None:
-                replica.peer.lose()
+                self._give_up(replica.peer)
 
     async def _watch(self, replica: _Replica) -> None:
         """Follow what a replica's health service says of it."""
         while not self._is_closed:
             peer = self._peer(replica)
             with suppress(grpc.aio.AioRpcError):
-                async for reply in peer.watch_health():
-                    replica.is_serving = reply.status == health_pb2.HealthCheckResponse.SERVING
-                    peer.hear()
-                    if not replica.is_serving and not peer.is_draining:
-                        peer.leave()
+                async with aclosing(peer.watch_health()) as answers:
+                    async for replica.is_serving in answers:
+                        peer.hear()
+                        if not replica.is_serving and not peer.is_draining:
+                            peer.leave()
             replica.is_serving = False
             peer.lose()
             await asyncio.sleep(_WATCH_PAUSE_S)

@@ -1,0 +1,187 @@
+"""Answers over real nodes whose connections are reset, go dead or are damaged in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import NodeUnavailable, RequestError
+from ruyi_flow.requests import GenerateRequest, SamplingParams
+from ruyi_flow.runtime import worker
+from ruyi_flow.serving.engine import Engine
+from ruyi_flow.testing import Relay, cluster, cut_topology
+from ruyi_flow.types import Final, Token
+from tests.conftest import until
+
+PROMPT = [5, 6, 7, 8]
+CUTS = [[2], [4], [6]]
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"mode": "exact"},
+    "sampled": {"mode": "exact", "temperature": 1.0, "seed": 7},
+    "token": {"mode": "token", "threshold": 0.3},
+    "cascade": {"mode": "cascade", "threshold": 0.5, "window": 3, "back": 0.6},
+}
+
+
+async def answer(client: AsyncClient, count: int = 40, **options: Any) -> list[tuple[int, int]]:
+    reply = await client.generate(PROMPT, max_new_tokens=count, eos_token_ids=(), **options)
+    return [(token.id, token.exit) for token in reply.tokens]
+
+
+@pytest.mark.parametrize("where", ["n0", "n1", "n2"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_connection_that_is_reset_in_the_middle_changes_no_token(tiny: Path, mode: str, where: str) -> None:
+    relays = {name: Relay() for name in ("n0", "n1", "n2")}
+    async with cluster(cut_topology(tiny, CUTS), relays) as nodes, AsyncClient(nodes.topology) as client:
+        expected = await answer(client, **MODES[mode])
+        tokens: list[Token] = []
+        stream = client.stream(PROMPT, max_new_tokens=40, eos_token_ids=(), **MODES[mode])
+        async for token in stream:
+            tokens.append(token)
+            if len(tokens) in (5, 6, 20):
+                relays[where].cut()
+        assert [(token.id, token.exit) for token in tokens] == expected
+        stats = stream.reply.stats
+        assert stats.new_tokens == 40 and [token.after_s for token in tokens] == sorted(t.after_s for t in tokens)
+        found = {hop.node: hop.recoveries for hop in stats.hops if hop.recoveries}
+        if where == "n0":
+            assert {recovery.cause for recovery in stats.recoveries} == {"reset"}
+            assert stats.total_s >= tokens[-1].after_s >= stats.first_token_s
+        elif mode in ("exact", "sampled"):
+            assert {recovery.cause for recovery in found[where]} == {"reset"} and not stats.recoveries
+            counted = nodes.engines["n0" if where == "n1" else "n1"].counters.link
+            assert counted.losses.total == counted.recoveries.total == len(found[where])
+        await nodes.settle()
+
+
+@pytest.mark.parametrize("where", ["n0", "n1", "n2"])
+async def test_a_connection_that_goes_dead_is_given_up_and_another_one_is_opened(tiny: Path, where: str) -> None:
+    relays = {name: Relay() for name in ("n0", "n1", "n2")}
+    async with cluster(cut_topology(tiny, CUTS), relays) as nodes, AsyncClient(nodes.topology) as client:
+        expected = await answer(client)
+        tokens: list[Token] = []
+        thawing: asyncio.Task[None] | None = None
+
+        async def thaw() -> None:
+            await asyncio.sleep(3)
+            relays[where].cut()  # what was written into the dead connection never arrives
+            relays[where].frozen = False
+
+        stream = client.stream(PROMPT, max_new_tokens=40, eos_token_ids=())
+        async for token in stream:
+            tokens.append(token)
+            if len(tokens) == 8:
+                relays[where].frozen, thawing = True, asyncio.create_task(thaw())
+        assert thawing is not None
+        await thawing
+        assert [(token.id, token.exit) for token in tokens] == expected
+        stats = stream.reply.stats
+        recoveries = [r for hop in stats.hops for r in hop.recoveries] + list(stats.recoveries)
+        assert [recovery.cause for recovery in recoveries] == ["silent"]
+        await nodes.settle(40)
+
+
+def stay_off_the_loop(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an engine run even brief steps on its compute thread."""
+    monkeypatch.setattr(engine.worker, "_lent", False)
+    monkeypatch.setattr(engine.worker, "_brief_s", math.inf)
+
+
+async def test_a_node_whose_compute_thread_is_stuck_is_lost(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_STUCK_S", 0.5)
+    topology = cut_topology(tiny, [[2], [4, 6]], recover_s=0.5)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        engine, go_on = nodes.engines["n1"], threading.Event()
+        stay_off_the_loop(engine, monkeypatch)
+        expected = await answer(client, 3)
+        run = engine.shard.run
+
+        def hang(parts: Any) -> None:
+            go_on.wait()
+            run(parts)
+
+        monkeypatch.setattr(engine.shard, "run", hang)
+        with pytest.raises(NodeUnavailable, match="'n1' .* no sign of life"):
+            await answer(client, 3)
+        assert engine.worker.is_stuck
+        go_on.set()
+        await until(lambda: not engine.worker.is_stuck)
+        assert await answer(client, 3) == expected
+        await nodes.settle()
+
+
+async def test_a_node_that_computes_for_long_is_not_lost(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
+        expected = await answer(client, 3)
+        shard = nodes.engines["n1"].shard
+        run, slow = shard.run, [0.0, 3.0, 0.0]
+
+        def run_slowly(parts: Any) -> None:
+            time.sleep(slow.pop() if slow else 0.0)
+            run(parts)
+
+        monkeypatch.setattr(shard, "run", run_slowly)
+        stay_off_the_loop(nodes.engines["n1"], monkeypatch)
+        reply = await client.generate(PROMPT, max_new_tokens=3, eos_token_ids=())
+        assert [(token.id, token.exit) for token in reply.tokens] == expected
+        assert not slow and not any(hop.recoveries for hop in reply.stats.hops)
+
+
+async def test_what_cannot_be_recovered_in_time_is_the_error_of_the_node(tiny: Path) -> None:
+    relay = Relay()
+    topology = cut_topology(tiny, CUTS, recover_s=0.5)
+    async with cluster(topology, {"n2": relay}) as nodes, AsyncClient(nodes.topology) as client:
+        stream = client.stream(PROMPT, max_new_tokens=200, eos_token_ids=())
+        await anext(stream)
+        relay.frozen = True
+        with pytest.raises(NodeUnavailable, match="'n2' .* no sign of life") as caught:
+            async for _ in stream:
+                pass
+        assert caught.value.node == "n2" and len(caught.value.tokens) >= 1
+
+
+@pytest.mark.parametrize(
+    ("resumed", "message"),
+    [
+        (((61, 6),), "resumed with token 61; the family has 61 tokens"),
+        (((5, 3),), "a token of exit 3, which cannot have decided it"),
+        (((5, 6),) * 9, "resumed after 9 tokens of 8"),
+        (((2, 6), (5, 6)), "tokens after the one that ends it"),
+    ],
+)
+async def test_a_resume_that_cannot_be_is_refused(tiny: Path, resumed: Any, message: str) -> None:
+    async with cluster(cut_topology(tiny, [[2, 4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
+        assert client._entry is not None
+        request = GenerateRequest(tuple(PROMPT), sampling=SamplingParams(max_new_tokens=8), resumed=resumed)
+        with pytest.raises(RequestError, match=message):
+            _ = [event async for event in client._entry.pick().generate(request, timeout_s=10)]
+        sampled = SamplingParams(max_new_tokens=8, temperature=1.0)
+        with pytest.raises(RequestError, match="only be resumed with its seed"):
+            request = GenerateRequest(tuple(PROMPT), sampling=sampled, resumed=((5, 6),))
+            _ = [event async for event in client._entry.pick().generate(request, timeout_s=10)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_answer_goes_on_after_any_of_its_tokens(spoken: Path, mode: str) -> None:
+    async with cluster(cut_topology(spoken, CUTS)) as nodes, AsyncClient(nodes.topology) as client:
+        assert client._entry is not None
+        options = MODES[mode] | {"max_new_tokens": 12, "eos_token_ids": (), "stop": ["zzz"]}
+        whole = await client.generate("hi there", **options)
+        routing = {name: value for name, value in MODES[mode].items() if name not in ("temperature", "seed")}
+        sampling = SamplingParams(**{name: value for name, value in options.items() if name not in routing})
+        for count in range(13):
+            resumed = tuple((token.id, token.exit) for token in whole.tokens[:count])
+            request = GenerateRequest("hi there", sampling=sampling, routing=routing, resumed=resumed)
+            events = [event async for event in client._entry.pick().generate(request, timeout_s=10)]
+            tokens = [event for event in events if isinstance(event, Token)]
+            assert [(t.id, t.exit, t.text) for t in tokens] == [(t.id, t.exit, t.text) for t in whole.tokens[count:]]
+            assert isinstance(events[-1], Final) and events[-1].text == whole.text
+            assert events[-1].stats.new_tokens == 12 and events[-1].finish_reason == whole.finish_reason
+        await nodes.settle()
