@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from ruyi_flow.errors import CapacityError
@@ -47,8 +47,8 @@ class PageRun:
 class PagePool:
     """Pages 0 … num_pages-1, allocated first fit in contiguous runs.
 
-    Where no free pages are long enough, parked runs are evicted: those of the place whose youngest run has been parked
-    longest.
+    Where no free pages are long enough, parked runs are evicted from the place whose last parked one was parked longest
+    ago.
 
     Args:
         max_positions: size of the pool in positions; it is rounded up to whole pages.
@@ -142,63 +142,34 @@ class PagePool:
 
     def _allocate(self, owner: int, max_positions: int, resumed: PageRun | None) -> tuple[PageRun, list[PageRun]]:
         count = _pages(max_positions)
-        place = self._place(count, resumed)
-        if place is None:
+        parkings = [-1, *self._parked.values()]  # ascending
+        # The more runs may go, the more places there are.
+        fewest = bisect_left(parkings, True, key=lambda latest: self._place(count, resumed, latest) is not None)
+        first = self._place(count, resumed, parkings[fewest]) if fewest < len(parkings) else None
+        if first is None:
             raise CapacityError(
                 f"this request needs {max_positions} positions of KV cache; "
                 f"{self.free_positions} of {self.num_positions} are free"
                 + (", but not in one contiguous run" if self.free >= count else "")
             )
-        first, evicted = place
-        for run in evicted:
-            self.release(run)
-        if resumed is not None:
-            self.release(resumed)
         new = PageRun(owner, first, count)
-        self._runs.insert(self._after(first), new)
+        evicted = [run for run in self._runs if run.owner != owner and run.first < new.stop and first < run.stop]
+        gone = {owner, *(run.owner for run in evicted)}
+        self._runs = sorted((new, *(run for run in self._runs if run.owner not in gone)), key=lambda run: run.first)
+        for number in gone:
+            self._parked.pop(number, None)
         return new, evicted
 
-    def _place(self, count: int, resumed: PageRun | None) -> tuple[int, list[PageRun]] | None:
-        """Find the first page for so many, and the parked runs there; the run that is resumed is in nobody's way."""
-        firsts = [0, *(run.stop for run in self._runs)]  # any other place has as many runs in the way as one of these
-        if resumed is not None:
-            firsts.insert(0, resumed.first)
-        best, least = None, (math.inf, 0)
-        for first in firsts:
-            runs = self._parked_at(first, count, resumed, least[0])
-            if runs is None:
-                continue
-            if not runs:
-                return first, []
-            cost = max(self._parked[run.owner] for run in runs), len(runs)
-            if cost < least:
-                best, least = (first, runs), cost
-        return best
-
-    def _parked_at(self, first: int, count: int, resumed: PageRun | None, youngest: float) -> list[PageRun] | None:
-        """List the parked runs on some pages.
-
-        Returns:
-            None where a page is in use or outside the pool, or where a run was parked later than `youngest`.
-        """
-        stop = first + count
-        if stop > self.num_pages:
-            return None
-        found = []
-        for run in itertools.islice(self._runs, self._after(first), None):
-            if run.first >= stop:
-                break
-            if run == resumed:
-                continue
-            parking = self._parked.get(run.owner)
-            if parking is None or parking > youngest:
-                return None
-            found.append(run)
-        return found
-
-    def _after(self, page: int) -> int:
-        """Return the index of the first run that ends after the beginning of a page."""
-        return bisect_right(self._runs, page, key=lambda run: run.stop)
+    def _place(self, count: int, resumed: PageRun | None, latest: int) -> int | None:
+        """Find the first page of a place without runs in use or parked later than `latest`; the resumed one's if it is
+        possible."""
+        kept = [run for run in self._runs if run is not resumed and self._parked.get(run.owner, math.inf) > latest]
+        # Where such places begin and end: before each run that is kept, and after the last one.
+        starts, stops = [0, *(run.stop for run in kept)], [*(run.first for run in kept), self.num_pages]
+        places = [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop - start >= count]
+        if resumed is not None and any(start <= resumed.first <= stop - count for start, stop in places):
+            return resumed.first
+        return places[0][0] if places else None
 
 
 def _pages(positions: int) -> int:

@@ -47,12 +47,12 @@ class Book:
         self.runs: dict[int, PageRun] = {}
         self.parked: dict[int, int] = {}
 
-    def cost(self, first: int, count: int, resumed: int | None) -> tuple[float, int] | None:
-        """When the youngest parked run in a place was parked, and how many there are; None: it is not to be had."""
+    def cost(self, first: int, count: int, resumed: int | None) -> float | None:
+        """When the last parked run in a place was parked; None: the place is not to be had."""
         here = [r for r in self.runs.values() if r.owner != resumed and r.first < first + count and first < r.stop]
         if first + count > self.num_pages or any(r.owner not in self.parked for r in here):
             return None
-        return max((self.parked[r.owner] for r in here), default=-math.inf), len(here)
+        return max((self.parked[r.owner] for r in here), default=-math.inf)
 
     def check(self, allocated: tuple[PageRun, list[PageRun]], count: int, resumed: PageRun | None) -> None:
         """Check that the pool chose well, and note what it did."""
@@ -63,7 +63,7 @@ class Book:
         assert run.count == count and costs[run.first] == best
         if resumed is not None and costs[resumed.first] == best:
             assert run.first == resumed.first, "nothing is copied without need"
-        elif not evicted:
+        else:
             assert run.first == min(first for first, cost in costs.items() if cost == best)
         there = {r.owner for r in self.runs.values() if r.first < run.stop and run.first < r.stop} - {owner}
         assert {r.owner for r in evicted} == there and there <= self.parked.keys() - {owner}

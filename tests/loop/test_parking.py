@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -205,7 +206,7 @@ def test_taking_a_session_back_evicts_others_but_not_itself(node: Node) -> None:
     sessions = [node.park([i, *CHAT]) for i in range(4)]
     taken = node.parking.take([1, *CHAT, 5], None, 900)
     assert taken is not None and taken.session is sessions[1]
-    assert [session.lease.parked for session in sessions] == [True, False, False, False], "0 is not in the way"
+    assert [session.lease.parked for session in sessions] == [True, False, False, False], "it stays where it is"
     assert len(node.parking) == 1
     node.capacity.check_integrity()
 
@@ -261,9 +262,10 @@ def test_a_session_that_has_run_nothing_is_closed(node: Node) -> None:
 
 
 def test_a_session_is_found_by_the_positions_that_have_run(node: Node) -> None:
-    session = Held(node.capacity.lease(60), CHAT, [40, 20])
-    node.parking.park(b"key", CHAT, session)
-    assert node.finds([*CHAT, 1]) == (CHAT, 40)
+    for request, common in (([*CHAT, 1], 24), ([*CHAT[:24], 1, 2], 24)):
+        session = Held(node.capacity.lease(60), CHAT, [24, 12])
+        node.parking.park(b"key", CHAT, session)
+        assert node.finds(request) == (CHAT, common)
 
 
 def test_clearing_closes_them_all(node: Node) -> None:
@@ -324,6 +326,33 @@ def test_whatever_happens_a_request_finds_the_best_session_of_its_user(
         node.capacity.check_integrity()
         assert len(node.parking) == len(node.capacity.parked)
         assert list(node.capacity.leases.values()) == [session.lease for session in running]
+
+
+@pytest.mark.parametrize("change", ["park", "resume", "release"])
+def test_sessions_are_parked_and_taken_back_under_the_lock(
+    node: Node, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    kept, locked = getattr(node.capacity.pool, change), list[bool]()
+
+    def try_lock() -> None:
+        free = node.parking._lock.acquire(blocking=False)
+        locked.append(not free)
+        if free:
+            node.parking._lock.release()
+
+    def watched(*args: Any) -> Any:
+        thread = threading.Thread(target=try_lock)
+        thread.start()
+        thread.join()
+        return kept(*args)
+
+    node.park(CHAT)
+    monkeypatch.setattr(node.capacity.pool, change, watched)
+    taken = node.parking.take([*CHAT, 1], None, 60)
+    assert taken is not None
+    node.parking.park(b"key", CHAT, taken.session)
+    node.parking.clear()
+    assert locked and all(locked)
 
 
 def test_a_thread_that_parks_and_one_that_takes_back_agree(node: Node) -> None:
