@@ -4,18 +4,27 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ruyi_flow.errors import CapacityError, ContextLengthError
 from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.loop.chain import decode
 from ruyi_flow.loop.pages import PAGE_SIZE, PageRun
 from ruyi_flow.loop.parking import LEAST_COMMON, Parking
+from ruyi_flow.requests import SamplingParams
+from ruyi_flow.routing.policy import Policy, Routing
+from ruyi_flow.runtime.stage import ShardSession
 from ruyi_flow.sim.clock import VirtualTime
+from ruyi_flow.types import Mode
+from tests.loop.test_chain import CUTS, EXITS, World, routings, turns
+from tests.loop.test_rewind import TURNS, Turn
 
 
 @dataclass
@@ -383,3 +392,59 @@ def test_a_thread_that_parks_and_one_that_takes_back_agree(node: Node) -> None:
     assert len(parked) == leased + taken_back and not node.capacity.leases
     assert len(node.parking) == len(node.capacity.parked) == len({id(s) for s in parked if s.lease.parked})
     node.capacity.check_integrity()
+
+
+# ---- On real stages: a session that comes back goes on as one that was never away ----
+
+
+@pytest.fixture(scope="module")
+def world(five: Path) -> World:
+    return World(five)
+
+
+def come_back(session: ShardSession, parking: Parking[ShardSession], key: bytes) -> None:
+    """Park a session, and take it back for two pages when it cannot stay where it is."""
+    shard, capacity = session.stages, session.stages.capacity
+    session.max_positions = 2 * PAGE_SIZE
+    parking.park(key, [], session)
+    other = capacity.lease(64 if session.lease.pages.first == 0 else 192)  # page 1, or pages 3 to 5
+    taken = parking.take_key(key, 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+    assert taken is not None and taken.session is session and taken.moved_from is not None
+    session.use_pages(taken.moved_from)
+    for pages in (taken.moved_from, other.pages):
+        shard.memory[:, :, :, pages.positions] = torch.nan
+    other.give_back()
+    capacity.check_integrity()
+
+
+@pytest.mark.timeout(300)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    routing=routings.filter(lambda routing: routing.mode is not Mode.CASCADE),  # whose decisions depend on the past
+    cut=st.integers(0, len(CUTS) - 1),
+    ahead=st.sampled_from([0, 9, 100]),
+    turns_=TURNS,
+)
+async def test_a_session_that_was_parked_and_moved_goes_on_as_a_fresh_one(
+    world: World, routing: Routing, cut: int, ahead: int, turns_: list[Turn]
+) -> None:
+    policy = Policy.resolve(routing, EXITS)
+    size = sum(len(given_ids) + count for _, given_ids, count in turns_)
+    chain, sessions = world.open(cut, policy, SamplingParams(), len(turns_[0][1]), size, ahead)
+    parking: Parking[ShardSession] = Parking(60, 100)
+    ids: list[int] = []
+    async with world.closing(cut, chain, sessions):
+        for keep, given_ids, count in turns_:
+            if ids:
+                for i, session in enumerate(sessions):
+                    if max(session.positions):
+                        come_back(session, parking, b"%d" % i)
+                keep = min(keep, len(ids) - 1)  # the last decided token has not run
+                await chain.rewind(keep)
+            ids = ids[:keep] + given_ids
+            found = []
+            async for settled in decode(chain, given_ids, count):
+                found += [(d.token, d.exit) for d in settled.decisions]
+                await turns()
+            assert found == world.oracle.decide(policy, ids, count)
+            ids += [token for token, _ in found]
