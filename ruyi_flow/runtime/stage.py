@@ -14,6 +14,7 @@ from torch import Tensor
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.family.transformer import Attention, FamilySlice, Rope
 from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.loop.pages import PageRun
 from ruyi_flow.loop.session import Pass, Piece, Session
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.start import Reading
@@ -167,11 +168,27 @@ class ShardSession(Session):
         self.sampler = Sampler(opening.sampling, opening.prompt_length)
         scale, branches = opening.policy.routing.scale, shard.model.branch_at
         self._confidence = {p: Confidence(scale, p, branches[p].probe) for p in self.exits}
-        self._memory = shard.memory[:, :, :, lease.pages.positions]
-        self._log = shard.log[lease.pages.positions]
-        self._attention = CachedAttention(self._memory, 0, 0, shard.flash)
+        self.use_pages(None)
         self._unrated: Tensor | None = None
         """(1, vocab) logits after the last token of a part of a prompt, until the next part's first token is known."""
+
+    @torch.inference_mode()
+    def use_pages(self, moved_from: PageRun | None) -> None:
+        """Use the pages that the lease has now, and copy the caches there if it moved; see `Lease.resume`.
+
+        Args:
+            moved_from: the pages that hold the caches, which may overlap the new ones. None: they are there already.
+        """
+        memory, pages = self.stages.memory, self.lease.pages.positions
+        if moved_from is not None:
+            shift, stop = pages.start - moved_from.positions.start, moved_from.positions.start + max(self.positions)
+            # Steps as long as the distance never overlap; in this order each reads what no other has overwritten.
+            starts = range(moved_from.positions.start, stop, abs(shift))
+            for start in reversed(starts) if shift > 0 else starts:
+                old = slice(start, min(start + abs(shift), stop))
+                memory[:, :, :, old.start + shift : old.stop + shift] = memory[:, :, :, old]
+        self._memory = memory[:, :, :, pages]
+        self._attention = CachedAttention(self._memory, 0, 0, self.stages.flash)
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> Tensor:

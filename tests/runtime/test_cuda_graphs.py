@@ -66,7 +66,7 @@ def test_a_page_table_covers_a_run_of_pages_without_copies(seed: int) -> None:
     assert pages.data_ptr() == memory.data_ptr(), "a view"
     assert pages.shape == (num_pages + 1, LONG_PAGE, 2, 3) and pages.stride(-1) == 1
     for owner in range(6):
-        run = pool.allocate(owner, rng.randint(1, 6 * PAGE_SIZE))
+        run, _ = pool.allocate(owner, rng.randint(1, 6 * PAGE_SIZE))
         length = run.count * PAGE_SIZE
         table = page_table(run.first, padded_positions(length), num_pages)
         found = pages[torch.tensor(table)].flatten(0, 1)[:length]

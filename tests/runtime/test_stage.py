@@ -15,7 +15,7 @@ from ruyi_flow.errors import CapacityError, ContextLengthError, NodeFault
 from ruyi_flow.family.checkpoint import Checkpoint
 from ruyi_flow.family.loading import load_slice
 from ruyi_flow.local import Family, load_family
-from ruyi_flow.loop.pages import PAGE_SIZE
+from ruyi_flow.loop.pages import PAGE_SIZE, PageRun
 from ruyi_flow.loop.session import Pass
 from ruyi_flow.loop.steps import Task, drive
 from ruyi_flow.requests import SamplingParams
@@ -266,3 +266,37 @@ def test_rows_outside_their_sessions_pages_are_refused_and_the_others_run(
     for session in (one, bad, other):
         session.close()
     shard.capacity.check_integrity()
+
+
+@pytest.mark.parametrize("first", [0, 2, 3, 5, 8, 12])
+def test_the_caches_of_a_session_move_to_other_pages(tmp_path: Path, first: int) -> None:
+    [shard] = shards(tiny_family(tmp_path / "f"), [(2, 4, 6)], 1024)
+    session = Pipeline([shard], 64).sessions[0]
+    old, positions = PageRun(0, 4, 4), 3 * PAGE_SIZE + 7
+    shard.memory.uniform_()
+    before = shard.memory.clone()
+    session.positions, session.lease.pages = [positions, 9, 0], PageRun(0, first, 4)
+    session.use_pages(old)
+    start, was = first * PAGE_SIZE, old.positions.start
+    assert torch.equal(shard.memory[:, :, :, start : start + positions], before[:, :, :, was : was + positions])
+    others = [p for p in range(1024) if not start <= p < start + positions]
+    assert torch.equal(shard.memory[:, :, :, others], before[:, :, :, others]), "nobody else's pages change"
+
+
+def test_a_session_that_moved_writes_to_its_new_pages_only(tmp_path: Path) -> None:
+    [shard] = shards(tiny_family(tmp_path / "f"), [(2, 4, 6)], 1024)
+    pipeline = Pipeline([shard], 64)
+    session, ids = pipeline.sessions[0], [5, 6, 7, 8]
+    pipeline.feed(ids, [3])
+    before = pipeline.logits(0).copy()
+    session.lease.park(4, lambda lease: None)
+    shard.capacity.lease(64)
+    old = session.lease.resume(100)
+    assert old is not None
+    session.use_pages(old)
+    shard.memory[:, :, :, old.positions] = torch.nan
+    for keep in (0, 3):  # the block before it may have begun at the same position
+        session.rewind(keep)
+        pipeline.feed(ids[keep:], [3])
+        assert torch.allclose(pipeline.logits(0)[3], before[3], atol=1e-5)
+    assert shard.memory[:, :, :, old.positions].isnan().all()
