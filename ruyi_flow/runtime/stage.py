@@ -174,20 +174,21 @@ class ShardSession(Session):
 
     @torch.inference_mode()
     def use_pages(self, moved_from: PageRun | None) -> None:
-        """Use the pages that the lease has now, and copy the caches there if it moved; see `Lease.resume`.
+        """Use the pages that the lease has now, and copy the caches and the log there if it moved; see `Lease.resume`.
 
         Args:
-            moved_from: the pages that hold the caches, which may overlap the new ones. None: they are there already.
+            moved_from: the pages that hold them, which may overlap the new ones. None: they are there already.
         """
-        memory, pages = self.stages.memory, self.lease.pages.positions
+        memory, log, pages = self.stages.memory, self.stages.log, self.lease.pages.positions
         if moved_from is not None:
             shift, stop = pages.start - moved_from.positions.start, moved_from.positions.start + max(self.positions)
             # Steps as long as the distance never overlap; in this order each reads what no other has overwritten.
             starts = range(moved_from.positions.start, stop, abs(shift))
             for start in reversed(starts) if shift > 0 else starts:
                 old = slice(start, min(start + abs(shift), stop))
-                memory[:, :, :, old.start + shift : old.stop + shift] = memory[:, :, :, old]
-        self._memory = memory[:, :, :, pages]
+                new = slice(old.start + shift, old.stop + shift)
+                memory[:, :, :, new], log[new] = memory[:, :, :, old], log[old]
+        self._memory, self._log = memory[:, :, :, pages], log[pages]
         self._attention = CachedAttention(self._memory, 0, 0, self.stages.flash)
 
     @torch.inference_mode()
