@@ -273,7 +273,7 @@ class AsyncClient:
             return 0.0
         if isinstance(error, WireError) and answer.damaged > _MOST_DAMAGED:
             return 0.0
-        return entry.left_s(error, began=answer.recovering or bool(answer.tokens))
+        return entry.left_s(error, began=answer.recovering or bool(answer.tokens), waited_s=answer.waited_s)
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, unless the client is closed before."""
@@ -496,6 +496,11 @@ class _Answer:
     def resumed(self) -> tuple[tuple[int, int], ...]:
         """The tokens with which the answer goes on, and their exits."""
         return tuple((token.id, token.exit) for token in self.tokens)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since the entry node was lost."""
+        return 0.0 if self._lost is None else time.monotonic() - self._lost[1]
 
     def take(self, event: Event) -> Event | None:
         """Take in an event; return it as the user sees it, or None if the user has it."""

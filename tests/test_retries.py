@@ -20,7 +20,7 @@ SHORT: dict[str, Any] = LONG | {"max_new_tokens": 3}
 
 def two_nodes(family: Path, full: str) -> Any:
     """Two nodes, of which one takes one session and lets none wait."""
-    topology = cut_topology(family, [[2], [4, 6]])
+    topology = cut_topology(family, [[2], [4, 6]], recover_s=0)
     limits = topology.nodes[0].limits.model_copy(update={"max_sessions": 1, "max_waiting": 0})
     nodes = [node.model_copy(update={"limits": limits}) if node.name == full else node for node in topology.nodes]
     return cluster(topology.model_copy(update={"nodes": tuple(nodes)}))

@@ -91,7 +91,7 @@ async def slow(spoken: Path) -> AsyncIterator[tuple[Cluster, Relay]]:
 async def test_an_error_has_what_arrived_before_it(slow: tuple[Cluster, Relay], call: str) -> None:
     nodes, relay = slow
     options: dict[str, Any] = {"max_new_tokens": 450, "eos_token_ids": (), "draft": 0}
-    async with AsyncClient(nodes.topology, max_retries=0) as client:
+    async with AsyncClient(nodes.topology, max_retries=0, recover_s=0) as client:
         expected = (await client.generate("hi", **options | {"max_new_tokens": 5})).token_ids
         seen: list[int] = []
 

@@ -46,12 +46,13 @@ class Recoveries(Protocol):
     timeout_s: float
     """Seconds after which a question is not asked again."""
 
-    def left_s(self, error: NodeError, *, began: bool) -> float:
+    def left_s(self, error: NodeError, *, began: bool, waited_s: float) -> float:
         """Return the seconds for which another attempt makes sense; 0 if the loss is final.
 
         Args:
             error: why the session was lost.
             began: whether the answer has begun, so that something would be lost.
+            waited_s: seconds since the session was first lost with the present question.
         """
         ...
 
@@ -69,7 +70,7 @@ class _NoRecovery:
 
     timeout_s = 0.0
 
-    def left_s(self, error: NodeError, *, began: bool) -> float:
+    def left_s(self, error: NodeError, *, began: bool, waited_s: float) -> float:
         return 0.0
 
     def lost(self, node: str, cause: str) -> None:
@@ -178,7 +179,7 @@ class NextStage:
         try:
             await self._connect().feed(self._block(self.sent, stop))
         except _LOST as error:
-            if self._recoveries.left_s(error, began=self._has_begun) <= 0:
+            if self._recoveries.left_s(error, began=self._has_begun, waited_s=0.0) <= 0:
                 raise
             await self._drop()
         else:
@@ -212,15 +213,16 @@ class NextStage:
                     if self._only_uploads:  # which never fail an answer
                         self._only_uploads = False
                         continue
+                    first = first or (cause, now)
                     left_s = min(
-                        asked + self._recoveries.timeout_s - now, self._recoveries.left_s(error, began=self._has_begun)
+                        asked + self._recoveries.timeout_s - now,
+                        self._recoveries.left_s(error, began=self._has_begun, waited_s=now - first[1]),
                     )
                     if left_s <= 0 or damaged > _MOST_DAMAGED:
                         if not self._session.policy.routing.fallback:
                             raise
                         self.lost = Reason.UNREACHABLE
                         return None
-                    first = first or (cause, now)
                     await self._clock.sleep(min(pause_s, left_s))
                     pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s or _FIRST_PAUSE_S)
         finally:

@@ -65,6 +65,10 @@ class Histogram:
         self.metric, self._bounds = metric, metric.buckets
         self.rows: dict[Labels, _Buckets] = {}
 
+    def expect(self, *labels: str | int) -> None:
+        """Begin the series of these labels with no values."""
+        self.rows.setdefault(labels, _Buckets(len(self._bounds) + 1))
+
     def observe(self, value: float, *labels: str | int) -> None:
         """Count a value."""
         row = self.rows.get(labels)
@@ -102,6 +106,14 @@ class LinkCounters:
         self.bytes = Counter(names.LINK_BYTES)
         self.messages = Counter(names.LINK_MESSAGES)
         self.seconds = Histogram(names.LINK_SECONDS)
+
+    def expect(self, link: str) -> None:
+        """Begin the series of losses of a node with 0, so that a first loss can be seen as growth."""
+        for cause in names.CAUSES:
+            self.losses.add(link, cause, amount=0)
+            self.recoveries.add(link, cause, amount=0)
+        self.replayed.add(link, amount=0)
+        self.recovery_s.expect(link)
 
     def exchanged(self, link: str, *, messages: int, bytes_up: int, bytes_down: int, wire_s: float) -> None:
         """Count an exchange over a link."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["ALL", "CONFIDENCE_BOUNDS", "NODE_LABELS", "Kind", "Metric", "Where"]
+__all__ = ["ALL", "CAUSES", "CONFIDENCE_BOUNDS", "NODE_LABELS", "Kind", "Metric", "Where"]
 
 
 class Kind(StrEnum):
@@ -64,6 +64,10 @@ class Metric:
         is_common = self.where is not Where.SERVER and "node" not in self.labels
         return (*NODE_LABELS, *self.labels) if is_common else self.labels
 
+
+CAUSES = ("reset", "silent", "damaged", "left", "full", "late")
+"""Why a session loses a node: its connection fails, it gives no sign of life, it sends garbage, it shuts down, it is
+full, or its answer is late."""
 
 NODE_LABELS = ("node", "tier")
 """The labels of every metric of a node. Where a metric has its own, they tell who decided a token."""
@@ -265,7 +269,7 @@ LOSSES = _metric(
     "Times that a session lost a deeper node, by the node and the cause: reset, silent, damaged, left, full or late.",
     "Recovery; alert RuyiFlowLosses",
     ("link", "cause"),
-    "causes x deeper nodes",
+    "6 x deeper nodes",
 )
 RECOVERIES = _metric(
     "ruyi_recoveries_total",
@@ -274,7 +278,7 @@ RECOVERIES = _metric(
     "Sessions that were taken up again after a loss of the next node, by the first cause.",
     "Recovery",
     ("link", "cause"),
-    "causes",
+    "6",
 )
 RECOVERY_SECONDS = _metric(
     "ruyi_recovery_seconds",

@@ -74,6 +74,8 @@ class Replicas:
         self.name, self.addresses, self.timeout_s = name, tuple(addresses), timeout_s
         self._max_message_bytes, self._recover_s, self._counters = max_message_bytes, recover_s, counters
         self._replicas = {address: _Replica(address) for address in self.addresses}
+        if counters is not None:
+            counters.expect(name)
         self._random = random.Random()  # nodes must not choose alike
         self._failing_since: float | None = None
         self._heard_at: float | None = None
@@ -110,7 +112,7 @@ class Replicas:
         two = self._random.sample(usable, min(2, len(usable)))
         return self._peer(min(two, key=_load))
 
-    def left_s(self, error: NodeError, *, began: bool) -> float:
+    def left_s(self, error: NodeError, *, began: bool, waited_s: float) -> float:
         """Return the seconds for which another attempt makes sense; see `Recoveries.left_s`."""
         now = time.monotonic()
         if isinstance(error, DeadlineExceeded) or error.node not in (None, self.name):
@@ -120,6 +122,8 @@ class Replicas:
         if not began and (isinstance(error, CapacityError) or not self.was_heard):
             # Nothing is lost yet: a node that is full or was never there is told at once, if there is no other replica.
             return float(any(self._is_usable(replica, now) for replica in self._replicas.values()))
+        if isinstance(error, CapacityError):
+            return self._recover_s - waited_s
         heard = [replica.peer.heard_at for replica in self._replicas.values() if replica.peer and replica.peer.heard_at]
         self._heard_at = max([*heard, self._heard_at or 0.0]) or None
         since = self._heard_at or self._failing_since or now

@@ -141,7 +141,7 @@ class Patient:
         self.losses: list[str] = []
         self.recoveries: list[Recovery] = []
 
-    def left_s(self, error: NodeError, *, began: bool) -> float:
+    def left_s(self, error: NodeError, *, began: bool, waited_s: float) -> float:
         return 1.0
 
     def lost(self, node: str, cause: str) -> None:

@@ -14,7 +14,7 @@ from ruyi_flow.telemetry import names
 from ruyi_flow.telemetry.names import Kind, Metric
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-ROWS = ("Service", "Tiers", "Links", "Nodes", "Calibration", "HTTP")
+ROWS = ("Service", "Tiers", "Links", "Recovery", "Nodes", "Calibration", "HTTP")
 
 
 def series_of(metric: Metric) -> list[str]:

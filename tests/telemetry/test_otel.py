@@ -265,7 +265,9 @@ async def test_a_lost_node_is_the_error_of_its_hop(tiny: Path) -> None:
     topology = cut_topology(tiny, [(2,), (4, 6)])
     async with cluster(topology, tracers={**recorded.tracers}) as running:
         nowhere = running.topology.nodes[1].model_copy(update={"address": "127.0.0.1:1"})
-        running.engines["n0"]._next = (nowhere, running.engines["n0"]._next[1])  # type: ignore[index]
+        engine = running.engines["n0"]
+        engine._next = nowhere, running.topology.links[0]
+        engine._replicas = engine._make_replicas(*engine._next)
         async with AsyncClient(running.topology) as client:
             with pytest.raises(NodeError):
                 await client.generate(PROMPT, **OPTIONS)
