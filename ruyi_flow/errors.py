@@ -10,6 +10,7 @@
     └── NodeError              a node, or the connection to it, fails
         ├── HandshakeError     two nodes do not fit together (family, stages, version)
         ├── CapacityError      a limit of the node is reached: sessions, positions
+        ├── CacheMiss          the caches of an earlier turn are gone; the caller sends their states again
         ├── NodeUnavailable    the node is down, draining, or went away, or the connection is broken
         ├── DeadlineExceeded   the deadline passed without an answer
         ├── RequestCancelled   the caller or a shutdown cancelled the call
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ruyi_flow.types import Token
 
 __all__ = [
+    "CacheMiss",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
@@ -118,6 +120,20 @@ class HandshakeError(NodeError):
 
 class CapacityError(NodeError):
     """A limit of the node is reached: sessions, positions or message size."""
+
+
+class CacheMiss(NodeError):
+    """A node has not, or no longer, as much of a parked session as the caller wants to reuse.
+
+    Args:
+        message: what happened.
+        node: name of the node.
+        position: number of positions that it can reuse.
+    """
+
+    def __init__(self, message: str, *, node: str | None = None, position: int = 0) -> None:
+        super().__init__(message, node=node)
+        self.position = position
 
 
 class NodeUnavailable(NodeError):

@@ -245,6 +245,10 @@ class SessionOpen:
     """Width of a boundary state."""
     encoding: Encoding = Encoding.F32
     """Encoding of every boundary state of the session."""
+    key: bytes = b""
+    """Random bytes that name the session on every node; only who knows them can take it back when it is parked."""
+    position: int = 0
+    """The receiver takes back the session that is parked under the key, up to this position; 0: it starts a new one."""
     max_positions: int
     """Largest number of positions that the session will use; the KV cache is reserved for them."""
     prompt_length: int

@@ -94,6 +94,8 @@ class Limits(Model):
     """Largest message in bytes that the node accepts; a longer prompt is sent in several."""
     grace_s: Float = Field(default=10.0, ge=0, le=1e6)
     """Seconds that running sessions may continue after SIGTERM."""
+    park_s: Float = Field(default=600.0, ge=0, le=1e9)
+    """Seconds for which the caches of an ended answer are kept for a next turn, while room allows. 0 keeps none."""
     deepest: Int | None = None
     """Deepest exit that an answer through this node may reach; tokens stopped there have the reason `limit`."""
     bytes_up_per_minute: Int | None = Field(default=None, ge=1)

@@ -7,7 +7,8 @@ Only the entry node's chain proposes: it drafts with its first branch.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from ruyi_flow.errors import WireError
@@ -61,6 +62,7 @@ class Chain:
         next_stage: the connection to the next node; default: there is none.
         costs: the entry node's drafting costs; default: the session's own.
         clock: where it waits.
+        park: keeps the session when it has ended, after its last step. Default: it is closed.
         span: the session's span on this node; its steps, hops and rounds become parts of it.
         counters: where tokens of branches here are counted that the family's last exit was asked about. Default:
             nowhere.
@@ -75,12 +77,14 @@ class Chain:
         next_stage: NextStage | None = None,
         costs: DraftCosts | None = None,
         clock: Clock = REAL_CLOCK,
+        park: Callable[[Session], None] = Session.close,
         span: Span = NO_SPAN,
         counters: NodeCounters | None = None,
     ) -> None:
         # Calibration is about the most probable token, so sampled ones say nothing about it.
         self._counters = None if session.params.temperature else counters
         self._session, self._worker, self._node, self._clock = session, worker, node, clock
+        self._park = park
         self.span = span
         """What the chain works for now: the session, or one of its rounds."""
         self._next, self._costs = next_stage or NextStage(session), costs or DraftCosts()
@@ -177,7 +181,8 @@ class Chain:
         """
         session, hop = self._session, Hop(self._node)
         self._since = self._clock.now()
-        rest = await self._begin_prompt(hop, prompt) if len(prompt) > SHORT_ROWS else prompt
+        rest = prompt[len(session.token_ids) :]  # a session that was parked has some of it
+        rest = await self._begin_prompt(hop, rest) if len(rest) > SHORT_ROWS else rest
         decided = list(enumerate(exits, len(prompt) - 1))
         # The exit that begins is chosen at the end of the prompt, before the other positions are judged.
         for ids, about in ((rest, decided[:1]), (token_ids[:-1], decided[1:])):
@@ -189,7 +194,8 @@ class Chain:
 
     async def propose_traced(self, token_ids: Sequence[int], draft: int) -> Round:
         """Do the same, and record it as a span with its steps and hops."""
-        whole, name = self.span, "round" if self._session.token_ids else "prefill"
+        session = self._session
+        whole, name = self.span, "round" if len(session.token_ids) >= session.prompt_length else "prefill"
         with whole.child(name) as self.span:
             try:
                 settled = await self.propose(token_ids, draft)
@@ -207,8 +213,9 @@ class Chain:
         await self._next.rewind(position)
 
     async def close(self) -> None:
-        """End the session here and deeper; its KV cache is free after the step that may be running."""
-        self._worker.submit(self._session.close)
+        """End the session here and deeper; its KV cache is free or parked after the step that may be running."""
+        self._session.next_has = self._next.sent
+        self._worker.submit(partial(self._park, self._session))
         await self._next.close()
 
     async def _run(self, hop: Hop, rows: int, task: Task[T]) -> T:
@@ -472,7 +479,7 @@ async def decode(
     which the caller closes.
 
     Args:
-        chain: the entry node's chain for a new session.
+        chain: the entry node's chain for a session that has none of the prompt's tokens, or the first of them.
         prompt: token ids.
         max_new_tokens: length limit, 1 or more.
         resumed: the first tokens of the answer with their exits, which were decided before the entry node was lost.
@@ -480,7 +487,7 @@ async def decode(
     session = chain.session
     eos, draft = session.params.eos_token_ids or (), session.policy.routing.draft
     propose = chain.propose_traced if chain.span else chain.propose
-    count, new = len(resumed), prompt
+    count, new = len(resumed), prompt[len(session.token_ids) :]
     if resumed:
         ids = [token for token, _ in resumed]
         if ids[-1] in eos or count == max_new_tokens:

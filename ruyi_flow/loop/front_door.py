@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
-from ruyi_flow.errors import CapacityError, NodeUnavailable, RequestError, RuyiFlowError
+from ruyi_flow.errors import CacheMiss, CapacityError, NodeUnavailable, RequestError, RuyiFlowError
 from ruyi_flow.loop.admission import Admission
+from ruyi_flow.loop.capacity import Lease
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.loop.clock import REAL_CLOCK, Clock
 from ruyi_flow.loop.next_stage import NO_RECOVERY, NextStage, Recoveries, Uplink
-from ruyi_flow.loop.session import Stages
+from ruyi_flow.loop.parking import Parking, Taken
+from ruyi_flow.loop.session import Session, Stages
 from ruyi_flow.loop.steps import Worker
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.drafting import DraftCosts
 from ruyi_flow.routing.policy import Policy
+from ruyi_flow.routing.start import READ_TOKENS
 from ruyi_flow.telemetry.counters import NodeCounters
 from ruyi_flow.telemetry.spans import current_span
 from ruyi_flow.types import Reason, Stage
 
 __all__ = ["Connect", "FrontDoor", "Limits"]
 
-Connect = Callable[[SessionOpen, float | None], Callable[[Policy], Stage]]
-"""Returns, for a session's handshake and its deadline in seconds, the function that opens the next stage."""
+Connect = Callable[[SessionOpen, float | None], Callable[[Policy, int], Stage]]
+"""Returns, for a session's handshake and its deadline in seconds, the function that opens the next stage: with the
+policy by then, and the number of positions that the next node may have parked."""
+
+_MAX_PARKED = 1024
+"""Largest number of parked sessions; their memory is bounded by the pages."""
 
 
 class Limits(Protocol):
@@ -42,6 +51,11 @@ class Limits(Protocol):
     @property
     def deepest(self) -> int | None:
         """The deepest exit that an answer through this node may reach, or None."""
+        ...
+
+    @property
+    def park_s(self) -> float:
+        """Seconds for which an ended session stays parked, while room allows."""
         ...
 
     @property
@@ -91,6 +105,7 @@ class FrontDoor:
         self._connect, self._ahead, self._clock = connect, ahead, clock
         self._recoveries = recoveries
         self._admission = Admission(stages.capacity, limits.max_waiting, limits.max_wait_s, clock)
+        self._parking: Parking[Session] = Parking(limits.park_s, _MAX_PARKED, clock)
         self._costs, self._uplink = DraftCosts(), Uplink()
         per_minute = None if connect is None else limits.bytes_up_per_minute
         self._budget = None if per_minute is None else _ByteBudget(per_minute, row_bytes, clock)
@@ -100,23 +115,37 @@ class FrontDoor:
         """Number of sessions that wait for capacity."""
         return self._admission.waiting
 
-    async def open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+    @property
+    def parked(self) -> int:
+        """Number of parked sessions."""
+        return len(self._parking)
+
+    def forget_parked(self) -> None:
+        """Close all parked sessions; no step may be running."""
+        self._parking.clear()
+
+    async def open(self, opening: SessionOpen, timeout_s: float | None, prompt: Sequence[int] = ()) -> Chain:
         """Open a session, at once or when there is capacity.
+
+        On the entry node, a parked session whose tokens the prompt begins with goes on; on another node, the one that
+        the handshake names. Then the chain's session has the positions that are reused.
 
         Args:
             opening: the handshake.
             timeout_s: seconds until the session must have ended, or None.
+            prompt: on the entry node, the prompt's tokens.
 
         Raises:
             NodeUnavailable: the node is shutting down.
             CapacityError: the node is full.
             RequestError: the session needs more than the node has in all.
+            CacheMiss: the node has not parked as much as the handshake names.
         """
         if self._counters is None:
-            return await self._open(opening, timeout_s)
+            return await self._open(opening, timeout_s, prompt)
         came = self._clock.now()
         try:
-            chain = await self._open(opening, timeout_s)
+            chain = await self._open(opening, timeout_s, prompt)
         except RuyiFlowError as error:
             cause = next((cause for kind, cause in _REFUSALS.items() if isinstance(error, kind)), None)
             if cause is not None:
@@ -126,7 +155,7 @@ class FrontDoor:
         self._counters.queue_s.observe(self._clock.now() - came)
         return chain
 
-    async def _open(self, opening: SessionOpen, timeout_s: float | None) -> Chain:
+    async def _open(self, opening: SessionOpen, timeout_s: float | None, prompt: Sequence[int]) -> Chain:
         self._check_open()
         capacity = self._stages.capacity
         total = capacity.pool.num_positions
@@ -137,17 +166,23 @@ class FrontDoor:
             )
         if self._limits.deepest is not None:
             opening = replace(opening, policy=opening.policy.limited_to(self._limits.deepest))
+        covers_next = opening.policy.routing.fallback or self._budget is not None
         span = current_span.get()
         try:
             with span.child("queue"):
-                lease = await self._admission.admit(opening.max_positions)
+                admitted = await self._admission.admit(opening.max_positions, lambda: self._take(opening, prompt))
         except CapacityError as error:
             raise CapacityError(f"node {self._name!r} is full: {error}", node=self._name) from None
+        lease = admitted if isinstance(admitted, Lease) else admitted.session.lease
         try:
             self._check_open()  # the session may have waited
-            covers_next = opening.policy.routing.fallback or self._budget is not None
+            if isinstance(admitted, Lease):
+                session = self._stages.open(opening, lease, covers_next=covers_next)
+            else:
+                opening, session = await self._take_back(opening, admitted, covers_next, is_named=not prompt)
             open_next = None if self._connect is None else self._connect(opening, timeout_s)
-            session = self._stages.open(opening, lease, covers_next=covers_next)
+        except CacheMiss:
+            raise
         except BaseException:  # whatever it is, nobody else would give the lease back
             lease.give_back()
             raise
@@ -167,9 +202,70 @@ class FrontDoor:
             next_stage=next_stage,
             costs=self._costs,
             clock=self._clock,
+            park=partial(self._park, opening.key, bool(prompt)),
             span=span,
             counters=self._counters,
         )
+
+    def _take(self, opening: SessionOpen, prompt: Sequence[int]) -> Taken[Session] | None:
+        """Take back a parked session, if there is one that the new one can go on from.
+
+        Raises:
+            CacheMiss: the one that the handshake names is not there.
+        """
+        if prompt:
+            if not opening.key or opening.sampling.prompt_logprobs is not None:  # which needs the whole prompt
+                return None
+            # The end of a prompt from which the first exit is chosen runs again, in one piece.
+            spare = READ_TOKENS if opening.policy.routing.start is not None else 0
+            known = prompt[: len(prompt) - spare]
+            return self._parking.take(known, None, opening.max_positions)
+        if not opening.position:
+            return None
+        taken = self._parking.take_key(opening.key, opening.position, opening.max_positions)
+        if taken is None:
+            raise CacheMiss(f"node {self._name!r} has no such session parked", node=self._name)
+        return taken
+
+    async def _take_back(
+        self, opening: SessionOpen, taken: Taken[Session], covers_next: bool, *, is_named: bool
+    ) -> tuple[SessionOpen, Session]:
+        """Let a session that was parked go on with another answer, from what is common and fits the policy.
+
+        Raises:
+            CacheMiss: it is less than the caller reckons with. The session is parked again.
+        """
+        session = taken.session
+        opening = replace(opening, key=taken.key)
+        if taken.moved_from is not None:
+            moved = self._clock.event()
+
+            def move() -> None:
+                session.use_pages(taken.moved_from)
+                moved.set()
+
+            self._worker.submit(move)  # before any step that may use the old pages
+            await self._clock.wait(moved, math.inf)
+        else:
+            session.use_pages(None)
+        reused = session.reusable(opening.policy, taken.common, covers_next=covers_next)
+        if is_named and reused < opening.position:
+            session.rewind(reused)
+            self._worker.submit(partial(self._park, opening.key, False, session))
+            raise CacheMiss(
+                f"node {self._name!r} can reuse {reused} positions of the session", node=self._name, position=reused
+            )
+        session.rewind(reused)
+        session.begin(opening, covers_next=covers_next)
+        return opening, session
+
+    def _park(self, key: bytes, is_entry: bool, session: Session) -> None:
+        """Keep a session that has ended; called where no step of it can run any more."""
+        session.settle()
+        if not key or self.draining:
+            session.close()
+            return
+        self._parking.park(key, session.token_ids if is_entry else (), session)
 
     def _check_open(self) -> None:
         if self.draining:

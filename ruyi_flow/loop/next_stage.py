@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ruyi_flow.errors import (
+    CacheMiss,
     CapacityError,
     DeadlineExceeded,
     NodeError,
@@ -109,7 +110,8 @@ class NextStage:
 
     Args:
         session: the session on this node, which has the log of boundary states.
-        make: opens the connection with the policy that the session has by then; None on the deepest node.
+        make: opens the connection with the policy that the session has by then, and the number of positions that the
+            next node may still have of it; None on the deepest node.
         recoveries: whether and how long a lost session is taken up again. Default: never.
         gate: called with the number of positions to send; returns why they must not be sent, or None. It needs a
             session opened with `covers_next`.
@@ -121,7 +123,7 @@ class NextStage:
     def __init__(
         self,
         session: Session,
-        make: Callable[[Policy], Stage] | None = None,
+        make: Callable[[Policy, int], Stage] | None = None,
         *,
         recoveries: Recoveries = NO_RECOVERY,
         gate: Callable[[int], Reason | None] | None = None,
@@ -134,8 +136,8 @@ class NextStage:
         self._stage: Stage | None = None
         self.lost: Reason | None = None
         """Why the next stage is not asked any more."""
-        self.sent = 0
-        """Number of rows of the log that the next stage has."""
+        self.sent = min(session.next_has, len(session.token_ids))
+        """Number of rows of the log that the next stage has; of a stage that is not open yet, may have."""
         self._began = False
         """Whether a question has been answered."""
         self._only_uploads = False
@@ -178,6 +180,8 @@ class NextStage:
         stop = self._session.log_length
         try:
             await self._connect().feed(self._block(self.sent, stop))
+        except CacheMiss as miss:
+            await self._drop(miss.position)
         except _LOST as error:
             if self._recoveries.left_s(error, began=self._has_begun, waited_s=0.0) <= 0:
                 raise
@@ -202,14 +206,17 @@ class NextStage:
                 try:
                     await self._finish_upload()
                     if first is not None:
-                        replayed += wants[-1] + 1
+                        replayed += wants[-1] + 1 - self.sent
                     verdict = await self._ask(wants)
                     break
+                except CacheMiss as miss:
+                    await self._drop(min(miss.position, max(0, self.sent - 1)))
                 except _LOST as error:
                     cause, now = loss_cause(error), self._clock.now()
                     damaged += isinstance(error, WireError)
                     self._recoveries.lost(error.node or "", cause)
-                    await self._drop()
+                    # A node that only lost the connection has parked its part, whose judges are lost, though.
+                    await self._drop(0 if self._remembers or isinstance(error, WireError) else self.sent)
                     if self._only_uploads:  # which never fail an answer
                         self._only_uploads = False
                         continue
@@ -332,13 +339,13 @@ class NextStage:
     def _connect(self) -> Stage:
         if self._stage is None:
             assert self._make is not None, "the policy's deepest exit is after the deepest node"
-            self._stage = self._make(self._session.policy)
+            self._stage = self._make(self._session.policy, self.sent)
         return self._stage
 
-    async def _drop(self) -> None:
-        """Give up the stage, which has lost the session; the next question sends everything again."""
+    async def _drop(self, kept: int = 0) -> None:
+        """Give up the stage, which has lost the session; the next question sends everything again after `kept`."""
         stage, self._stage = self._stage, None
-        self.sent = self._told = 0
+        self.sent, self._told = kept, 0
         if stage is not None:
             await stage.close()
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ruyi_flow.errors import NodeFault
 from ruyi_flow.loop.capacity import Capacity, Lease
-from ruyi_flow.loop.pages import PAGE_SIZE
+from ruyi_flow.loop.pages import PAGE_SIZE, PageRun
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Judge, Policy
 from ruyi_flow.routing.start import READ_TOKENS, Reading
@@ -144,23 +144,66 @@ class Session(ABC):
     def __init__(
         self, stages: Stages, lease: Lease, opening: SessionOpen, *, vocab_size: int, covers_next: bool
     ) -> None:
-        self.stages, self.lease, self.params = stages, lease, opening.sampling
-        self.max_positions, self.prompt_length = opening.max_positions, opening.prompt_length
-        self.vocab_size, self.covers_next = vocab_size, covers_next
+        self.stages, self.lease, self.vocab_size = stages, lease, vocab_size
         self.token_ids: list[int] = []
         """The token id of every position, on the entry node including drafts."""
         self.positions = [0] * len(stages.exits)
         """Number of positions in the KV cache of each stage."""
-        self.exits = tuple(p for p in stages.exits if p <= opening.policy.deepest)
-        """The exits of the stages that this session may run."""
-        self._adopt(opening.policy)
+        self._looked = [0] * len(stages.exits)
+        """Number of positions, from the first on, that are in the KV cache of each stage's branch."""
         self._unsent: list[list[States]] = [[] for _ in stages.exits[1:]]
         """For each stage but the last, the states that the next stage here lacks."""
         self._unsent_start = [0] * len(self._unsent)
+        self._logged = 0
+        """Number of positions, from the first on, that are in the log."""
+        self.next_has = 0
+        """Of a parked session: number of positions that the next node had of it."""
+        self.begin(opening, covers_next=covers_next)
+
+    def begin(self, opening: SessionOpen, *, covers_next: bool) -> None:
+        """Begin an answer: that of a new session, or another one with the caches that a parked session has."""
+        self.params, self.covers_next = opening.sampling, covers_next
+        self.max_positions, self.prompt_length = opening.max_positions, opening.prompt_length
+        self.exits = tuple(p for p in self.stages.exits if p <= opening.policy.deepest)
+        """The exits of the stages that this session may run."""
+        self._adopt(opening.policy)
         self.likelihoods: dict[tuple[int, int], Likelihood] = {}
         """How probable a branch found the token that it picked, by exit and position, where the session asks for it."""
         self.prompt_likelihoods: list[Likelihood] = []
         """Likelihoods of the prompt's tokens that have not been told to the previous node."""
+
+    def needs_log(self, policy: Policy) -> bool:
+        """Return whether the next node may be asked under a policy."""
+        return self.stages.exits[-1] < policy.deepest
+
+    def settle(self) -> None:
+        """Forget what a step that was broken off has left behind, so that the caches of all stages fit together."""
+        for stage, start in enumerate(self._unsent_start):
+            if start > self.positions[stage + 1]:  # its states were on their way to the next stage
+                self.rewind(self.positions[stage + 1])
+        self.rewind(self.positions[0])
+
+    def reusable(self, policy: Policy, common: int, *, covers_next: bool) -> int:
+        """Return how many of the first `common` positions an answer with another policy can reuse."""
+        most = min(common, self.positions[0])
+        if self.needs_log(policy) and self._logged < self.positions[-1]:
+            most = min(most, self._logged)
+        exits = [p for p in self.stages.exits if p <= policy.deepest]
+        for stage, runs in enumerate(self._branches(policy, covers_next)[1]):
+            if runs and self._looked[stage] < self.positions[stage]:
+                most = min(most, self._looked[stage])
+            kept = 0 if stage >= len(exits) - 1 else sum(states.shape[0] for states in self._unsent[stage])
+            if stage < len(exits) - 1 and self._unsent_start[stage] + kept < self.positions[stage]:
+                most = min(most, self.positions[stage + 1])
+        return most
+
+    @abstractmethod
+    def use_pages(self, moved_from: PageRun | None) -> None:
+        """Use the pages that the lease has now; see `Lease.resume`.
+
+        Args:
+            moved_from: the pages from which the caches and the log must be copied. None: they are there already.
+        """
 
     @property
     def alone(self) -> bool:
@@ -200,15 +243,17 @@ class Session(ABC):
         """Take over a policy, before any stage that it concerns has run."""
         self.policy = policy
         self.judges = tuple(Judge(policy, p) for p in self.exits)
-        routing = policy.routing
-        drafts = routing.draft > 0 and self.stages.is_entry and self.exits[0] < policy.deepest
-        self._always_runs_branch = tuple(
-            (i == 0 and (drafts or routing.start is not None)) or (self.covers_next and p == self.stages.exits[-1])
-            for i, p in enumerate(self.exits)
+        self._always_runs_branch, self._may_run_branch = self._branches(policy, self.covers_next)
+
+    def _branches(self, policy: Policy, covers_next: bool) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Return, for each stage that a policy may run, whether its branch always runs, and whether it may."""
+        routing, exits = policy.routing, [p for p in self.stages.exits if p <= policy.deepest]
+        drafts = routing.draft > 0 and self.stages.is_entry and exits[0] < policy.deepest
+        always = tuple(
+            (i == 0 and (drafts or routing.start is not None)) or (covers_next and p == self.stages.exits[-1])
+            for i, p in enumerate(exits)
         )
-        self._may_run_branch = tuple(
-            policy.can_decide(p) or self._always_runs_branch[i] for i, p in enumerate(self.exits)
-        )
+        return always, tuple(policy.can_decide(p) or always[i] for i, p in enumerate(exits))
 
     def runs_branch(self, stage: int) -> bool:
         """Return whether a stage's branch runs. Where it does not, it fills no KV cache and never runs later."""
@@ -226,15 +271,25 @@ class Session(ABC):
             return (0,) if start in wants else ()
         return [p - start for p in wants if start <= p < start + count]
 
-    def add_boundary(self, stage: int, boundary: States) -> None:
-        """Count positions that a stage has run, and keep their (n, hidden) states for the next stage."""
+    def add_boundary(self, stage: int, boundary: States, *, looks: bool = False) -> None:
+        """Count positions that a stage has run, and keep their (n, hidden) states for the next stage.
+
+        Args:
+            stage: the stage.
+            boundary: the states.
+            looks: whether the stage's branch runs on them as well.
+        """
         start = self.positions[stage]
-        self.positions[stage] = start + boundary.shape[0]
+        self.positions[stage] = stop = start + boundary.shape[0]
+        if looks and self._looked[stage] == start:
+            self._looked[stage] = stop
         if self.stages.exits[stage] < self.policy.deepest:
             if stage < len(self._unsent):
                 self._unsent[stage].append(self.compact(boundary))
             else:
                 self.write_log(start, boundary)
+                if self._logged == start:
+                    self._logged = stop
 
     def rates_prompt(self, stage: int, stop: int) -> bool:
         """Return whether a piece that ends before position `stop` ends a prompt from which the first exit is chosen."""
@@ -300,7 +355,9 @@ class Session(ABC):
             if count <= position:
                 continue
             self.positions[stage] = position
+            self._looked[stage] = min(self._looked[stage], position)
             if stage == len(self._unsent):
+                self._logged = min(self._logged, position)
                 continue
             start = self._unsent_start[stage]
             if start >= position:

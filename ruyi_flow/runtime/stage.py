@@ -95,7 +95,7 @@ class Shard:
             boundary = self.model.run(states, first_layer, exit, rope=rope, attention=self._attention(pieces))
         parted = [boundary] if one else boundary.split([piece.count for piece in pieces])
         for piece, states in zip(pieces, parted, strict=True):
-            piece.work.session.add_boundary(stage, states)
+            piece.work.session.add_boundary(stage, states, looks=piece.work.looks)
         looking = [(piece, states) for piece, states in zip(pieces, parted, strict=True) if piece.work.looks]
         if not looking:
             return
@@ -165,10 +165,13 @@ class ShardSession(Session):
 
     def __init__(self, shard: Shard, lease: Lease, opening: SessionOpen, *, covers_next: bool) -> None:
         super().__init__(shard, lease, opening, vocab_size=shard.config.vocab_size, covers_next=covers_next)
-        self.sampler = Sampler(opening.sampling, opening.prompt_length)
-        scale, branches = opening.policy.routing.scale, shard.model.branch_at
-        self._confidence = {p: Confidence(scale, p, branches[p].probe) for p in self.exits}
         self.use_pages(None)
+
+    def begin(self, opening: SessionOpen, *, covers_next: bool) -> None:
+        super().begin(opening, covers_next=covers_next)
+        self.sampler = Sampler(opening.sampling, opening.prompt_length)
+        scale, branches = opening.policy.routing.scale, self.stages.model.branch_at
+        self._confidence = {p: Confidence(scale, p, branches[p].probe) for p in self.exits}
         self._unrated: Tensor | None = None
         """(1, vocab) logits after the last token of a part of a prompt, until the next part's first token is known."""
 

@@ -6,6 +6,7 @@ Every front end (gRPC, the SDK in process, HTTP) answers through `Answering`.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -40,7 +41,7 @@ class Answering:
     """Answers users' requests on the entry node.
 
     Args:
-        open: opens a session on the entry node's stages, given the handshake and the deadline in seconds.
+        open: opens a session on the entry node's stages, given the handshake, the deadline in seconds and the prompt.
         prompts: turns prompts into the family's tokens.
         fingerprint: the family's fingerprint, which a calibrated policy must have.
         eos_token_ids: the tokens that end an answer.
@@ -54,7 +55,7 @@ class Answering:
 
     def __init__(
         self,
-        open: Callable[[SessionOpen, float | None], Awaitable[Chain]],
+        open: Callable[[SessionOpen, float | None, Sequence[int]], Awaitable[Chain]],
         prompts: PromptEncoder,
         *,
         fingerprint: str,
@@ -114,13 +115,15 @@ class Answering:
             resumed = self._resumed(request, policy, params)
             totals.new_tokens = len(resumed)
             opening = SessionOpen(
+                key=secrets.token_bytes(16),
                 max_positions=len(prompt) + params.max_new_tokens,
                 prompt_length=len(prompt),
                 sampling=replace(params, prompt_logprobs=None) if resumed else params,
                 policy=policy,
             )
             left = None if timeout_s is None else max(0.001, timeout_s - (time.perf_counter() - began))
-            chain = await self._open(opening, left)
+            chain = await self._open(opening, left, prompt)
+            totals.reused = len(chain.session.token_ids)
             finish = FinishReason.LENGTH
             try:
                 for number, exit in resumed:  # the caller has them, and the text goes on after theirs

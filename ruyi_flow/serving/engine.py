@@ -286,7 +286,7 @@ class Engine:
             counters=self.counters.link,
         )
 
-    def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
+    def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy, int], Stage]:
         """Return the function that opens a session on the next node; see `loop.front_door.Connect`."""
         assert self._next is not None and self._replicas is not None
         target, link = self._next
@@ -303,9 +303,9 @@ class Engine:
             sampling=replace(opening.sampling, stop=()),  # only the entry node looks at the text
         )
 
-        def make(policy: Policy) -> Stage:
+        def make(policy: Policy, position: int) -> Stage:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
-            asked = replace(onward, policy=policy)
+            asked = replace(onward, policy=policy, position=position)
             return RemoteStage(
                 replicas.pick(),
                 asked,

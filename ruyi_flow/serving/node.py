@@ -176,6 +176,7 @@ async def _stop(engine: Engine, server: Server) -> None:
     await server.stop()
     await _idle(engine, _LAST_STEP_S)  # a cancelled session ends with the step that is running
     await engine.close()
+    engine.front_door.forget_parked()
     engine.shard.capacity.check_integrity()
 
 

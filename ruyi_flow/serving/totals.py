@@ -24,6 +24,8 @@ class Totals:
     def __init__(self, counters: NodeCounters, place_of: Mapping[int, tuple[str, str]]) -> None:
         self.prompt_tokens = 0
         """Number of tokens of the prompt, which is set before the first round."""
+        self.reused = 0
+        """Number of these whose caches were there already."""
         self.new_tokens = self._drafted = self._accepted = self._escalations = 0
         self._first_token_s = self._last_s = 0.0
         self._hops: dict[str, Hop] = {}
@@ -48,6 +50,7 @@ class Totals:
             self._first_token_s = after_s
             counters.first_token_s.observe(after_s)
             counters.prompt_tokens.add(amount=self.prompt_tokens)
+            counters.reused_tokens.add(amount=self.reused)
         self._last_s = after_s
         if settled.drafted:
             self._drafted += settled.drafted
@@ -85,6 +88,7 @@ class Totals:
             accepted=self._accepted,
             escalations=self._escalations,
             hops=tuple(self._hops.values()),
+            reused=self.reused,
         )
 
 

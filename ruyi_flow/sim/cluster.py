@@ -160,17 +160,19 @@ class Cluster:
         front_door = FrontDoor(node.name, limits, stages, worker, connect=way, row_bytes=row, ahead=ahead, clock=time)
         return Instance(worker, front_door, self._outages(node, number), up, down)
 
-    def _way(self, tier: int, number: int, up: Direction, down: Direction) -> Callable[..., Callable[[Policy], Stage]]:
+    def _way(
+        self, tier: int, number: int, up: Direction, down: Direction
+    ) -> Callable[..., Callable[[Policy, int], Stage]]:
         """Return how a node's sessions reach the next tier; see `front_door.Connect`."""
         link, this = self._links[tier], self._tiers[tier]
         assert link is not None
         target = self._target(tier, number)
         first_layer = self._tiers[tier + 1].first_layer
 
-        def way(opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy], Stage]:
+        def way(opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy, int], Stage]:
             onward = replace(opening, first_layer=first_layer, encoding=link.encoding)
 
-            def make(policy: Policy) -> Stage:
+            def make(policy: Policy, position: int) -> Stage:
                 there = self.instance(tier + 1, target)
 
                 async def open(asked: SessionOpen) -> Chain:
@@ -179,7 +181,7 @@ class Cluster:
                 return VirtualRemote(
                     self._time,
                     name=self._tiers[tier + 1].node.name,
-                    opening=replace(onward, policy=policy),
+                    opening=replace(onward, policy=policy, position=position),
                     open=open,
                     up=up,
                     down=down,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import simpy
 
 from ruyi_flow.loop.capacity import Capacity, Lease
+from ruyi_flow.loop.pages import PageRun
 from ruyi_flow.loop.scheduler import rows_alone
 from ruyi_flow.loop.session import Pass, Session
 from ruyi_flow.loop.steps import Job, Parts, Steps, Task, run_parts
@@ -114,7 +115,7 @@ class VirtualStages:
         for work, count in parts:
             session = work.session
             start = session.positions[work.stage]
-            session.add_boundary(work.stage, work.take(count))
+            session.add_boundary(work.stage, work.take(count), looks=work.looks)
             if work.looks:
                 assert isinstance(session, VirtualSession)
                 session.look(work, start, start + count)
@@ -126,11 +127,14 @@ class VirtualSession(Session):
     def __init__(
         self, stages: VirtualStages, lease: Lease, opening: SessionOpen, *, script: Script, covers_next: bool
     ) -> None:
-        super().__init__(stages, lease, opening, vocab_size=script.vocab_size, covers_next=covers_next)
         self._script, self._looks = script, [script.looks[p] for p in stages.exits]
+        super().__init__(stages, lease, opening, vocab_size=script.vocab_size, covers_next=covers_next)
 
     def embed(self, token_ids: Sequence[int]) -> Rows:
         return _ONE if len(token_ids) == 1 else Rows(len(token_ids))
+
+    def use_pages(self, moved_from: PageRun | None) -> None:
+        """There is nothing to copy."""
 
     def states(self, start: int, stop: int) -> Rows:
         return _ONE if stop - start == 1 else Rows(stop - start)

@@ -141,6 +141,7 @@ class NodeCounters:
         # The entry node's answers.
         self.tokens = Counter(names.TOKENS)
         self.prompt_tokens = Counter(names.PROMPT_TOKENS)
+        self.reused_tokens = Counter(names.REUSED_TOKENS)
         self.generation_tokens = Counter(names.GENERATION_TOKENS)
         self.successes = Counter(names.SUCCESSES)
         self.failures = Counter(names.FAILURES)

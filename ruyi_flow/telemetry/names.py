@@ -132,6 +132,13 @@ DRAINING = _metric("ruyi_node_draining", Kind.GAUGE, Where.NODE, "1 while the no
 PROMPT_TOKENS = _metric(
     "ruyi_prompt_tokens_total", Kind.COUNTER, Where.ENTRY, "Tokens of prompts that were read.", "Service"
 )
+REUSED_TOKENS = _metric(
+    "ruyi_prompt_tokens_reused_total",
+    Kind.COUNTER,
+    Where.ENTRY,
+    "Tokens of prompts whose caches were there from an earlier answer.",
+    "Service",
+)
 GENERATION_TOKENS = _metric(
     "ruyi_generation_tokens_total", Kind.COUNTER, Where.ENTRY, "New tokens of answers.", "Service"
 )

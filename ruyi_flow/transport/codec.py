@@ -62,6 +62,9 @@ PROTOCOL = 5
 _MAX_HOPS = 64
 """Largest number of nodes that an answer may name."""
 
+_MAX_KEY = 64
+"""Longest key of a session, in bytes."""
+
 _MAX_RECOVERIES = 4096
 """Largest number of recoveries that an answer may tell of."""
 
@@ -149,6 +152,8 @@ def open_to_pb(opening: SessionOpen) -> pb.SessionRequest:
             first_layer=opening.first_layer,
             node=opening.node,
             exits=opening.exits,
+            key=opening.key,
+            position=opening.position,
             hidden_size=opening.hidden_size,
             encoding=ENCODINGS[opening.encoding],
             max_positions=opening.max_positions,
@@ -174,6 +179,8 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
     policy = message.policy
     if not 1 <= message.prompt_length <= message.max_positions:
         raise WireError(f"a session of {message.max_positions} positions has a prompt of {message.prompt_length}")
+    if len(message.key) > _MAX_KEY or message.position >= message.max_positions:
+        raise WireError(f"a session has a key of {len(message.key)} bytes and begins at position {message.position}")
     if not all(value >= 0 for value in policy.thresholds.values()):  # false for NaN, too
         raise WireError("the policy's thresholds are not all numbers of 0 or more")
     if policy.routing.HasField("start"):
@@ -183,6 +190,8 @@ def open_from_pb(message: pb.Open) -> SessionOpen:
         first_layer=message.first_layer,
         node=message.node,
         exits=tuple(message.exits),
+        key=message.key,
+        position=message.position,
         hidden_size=message.hidden_size,
         encoding=_known(_ENCODING_OF, message.encoding, pb.Encoding),
         max_positions=message.max_positions,

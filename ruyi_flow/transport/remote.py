@@ -10,7 +10,15 @@ from typing import Any
 
 import grpc
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, RuyiFlowError, WireError
+from ruyi_flow.errors import (
+    CacheMiss,
+    CapacityError,
+    DeadlineExceeded,
+    NodeError,
+    NodeUnavailable,
+    RuyiFlowError,
+    WireError,
+)
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.telemetry.counters import LinkCounters
 from ruyi_flow.transport import codec
@@ -278,7 +286,10 @@ class RemoteStage:
             return False
         kind = reply.WhichOneof("message")
         if kind == "failure":
-            self._end(error_of(reply.failure.status, reply.failure.message, reply.failure.node))
+            failure = error_of(reply.failure.status, reply.failure.message, reply.failure.node)
+            if isinstance(failure, CacheMiss):
+                failure.position = reply.failure.position
+            self._end(failure)
             return False
         if kind == "leaving":
             peer.leave()

@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from ruyi_flow.errors import HandshakeError, NodeError, NodeFault, RuyiFlowError, WireError
+from ruyi_flow.errors import CacheMiss, HandshakeError, NodeError, NodeFault, RuyiFlowError, WireError
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.telemetry.spans import NO_TRACER, NODE, TRACEPARENT, Tracer, current_span
 from ruyi_flow.transport import codec
@@ -93,6 +93,8 @@ class Server:
         self._service, self._tracer = service, tracer
         self._sessions: dict[tuple[str, int], _Session] = {}
         """The open sessions, by connection and number."""
+        self._by_key: dict[bytes, _Session] = {}
+        """The open sessions whose callers have named them."""
         self._draining = asyncio.Event()
         self._numbers = itertools.count(1)
         self._server = grpc.aio.server(
@@ -170,9 +172,13 @@ class Server:
             return
         service, key = self._service, (context.peer(), next(self._numbers))
         opening = _handshake(check(data), service.name)
+        if opening.key:
+            await self._end(opening.key)
         blocks = BlockCodec(opening.hidden_size, opening.encoding, service.dtype, service.device)
         stage = await service.open_session(opening, context.time_remaining())
         session = self._sessions[key] = _Session(stage, blocks, context.write)
+        if opening.key:
+            self._by_key[opening.key] = session
         try:
             opened = pb.Opened(node=service.name, session=key[1], load=service.load() or 0.0)
             await session.write(seal(pb.SessionReply(opened=opened).SerializeToString()))
@@ -183,7 +189,16 @@ class Server:
                 await session.write(seal(reply.SerializeToString()))
         finally:
             del self._sessions[key]
+            if self._by_key.get(opening.key) is session:
+                del self._by_key[opening.key]
             await session.close()
+
+    async def _end(self, key: bytes) -> None:
+        """End the session that is still open under a key: its caller has lost the connection and comes back."""
+        session = self._by_key.get(key)
+        if session is not None:
+            session.task.cancel()
+            await asyncio.wait([session.task])
 
     async def _together(self, _: Any, context: Any) -> None:
         """Serve batches of messages of many sessions; each message is answered as soon as possible."""
@@ -301,6 +316,10 @@ class _Session:
     def __init__(self, stage: Stage, blocks: BlockCodec, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._stage, self._blocks, self._ready = stage, blocks, True
         self._write, self._writing = write, asyncio.Lock()
+        task = asyncio.current_task()
+        assert task is not None
+        self.task: asyncio.Task[Any] = task
+        """The task that serves its stream."""
         self.answering: asyncio.Task[None] | None = None
         """The task that answers its message in a batch; there is never more than one."""
 
@@ -397,6 +416,8 @@ def _known(error: Exception, node: str) -> RuyiFlowError:
 def _failure(error: RuyiFlowError, node: str) -> pb.SessionReply:
     """Return the message that tells a caller why its session ends."""
     failure = pb.Failure(status=status_of(error).value[0], message=short_text(error), node=_about(error, node))
+    if isinstance(error, CacheMiss):
+        failure.position = error.position
     return pb.SessionReply(failure=failure)
 
 

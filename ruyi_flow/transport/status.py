@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from ruyi_flow.errors import (
+    CacheMiss,
     CapacityError,
     ContextLengthError,
     DeadlineExceeded,
@@ -35,6 +36,7 @@ STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
     ContextLengthError: grpc.StatusCode.OUT_OF_RANGE,
     HandshakeError: grpc.StatusCode.FAILED_PRECONDITION,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CacheMiss: grpc.StatusCode.ABORTED,
     NodeUnavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelled: grpc.StatusCode.CANCELLED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ async def test_prompts_are_encoded_beside_the_event_loop() -> None:
             self.thread = threading.current_thread()
             return [1, 2, 3]
 
-    async def open(opening: SessionOpen, timeout_s: float | None) -> Any:
+    async def open(opening: SessionOpen, timeout_s: float | None, prompt: Sequence[int]) -> Any:
         raise NodeUnavailable("no node here")
 
     prompts = Prompts()

@@ -45,7 +45,7 @@ CUTS: list[list[tuple[int, ...]]] = [
 def chained(
     session: ShardSession,
     node: str,
-    make: Callable[[Policy], Stage] | None = None,
+    make: Callable[[Policy, int], Stage] | None = None,
     kind: type[Chain] = Chain,
     costs: DraftCosts | None = None,
     **options: Any,
@@ -54,9 +54,9 @@ def chained(
     return kind(session, InlineWorker(), node, next_stage=NextStage(session, make, **options), costs=costs)
 
 
-def always(stage: Stage) -> Callable[[Policy], Stage]:
+def always(stage: Stage) -> Callable[[Policy, int], Stage]:
     """Return what makes a next stage, where it has been made already."""
-    return lambda policy: stage
+    return lambda policy, position: stage
 
 
 class World:
@@ -112,7 +112,7 @@ class World:
         """The entry node's chain, whose next stages are chains too, and the sessions that they open over time."""
         pieces, sessions = self.cuts[cut], list[ShardSession]()
 
-        def node(i: int, policy: Policy) -> Chain:
+        def node(i: int, policy: Policy, position: int = 0) -> Chain:
             sessions.append(
                 open_session(pieces[i], policy, params, prompt_length=prompt_length, max_positions=max_positions)
             )
@@ -311,7 +311,7 @@ async def test_drafts_that_hold_save_escalations(world: World, five: Path) -> No
     chain = chained(
         open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=40),
         "n0",
-        lambda policy: Answering(agree),
+        lambda policy, position: Answering(agree),
     )
     rounds = [settled async for settled in decode(chain, [5, 6, 7], 11)]
     await chain.close()
@@ -341,7 +341,7 @@ async def test_what_was_drafted_ahead_is_not_run_again_by_a_round_that_would_not
     session = open_session(
         world.cuts[3][0], policy, SamplingParams(), prompt_length=len(prompt), max_positions=len(prompt) + count
     )
-    chain = chained(session, "n0", lambda policy: Answering(answer_slowly), costs=Whims(whims))
+    chain = chained(session, "n0", lambda policy, position: Answering(answer_slowly), costs=Whims(whims))
     try:
         decided = [d.token async for settled in decode(chain, prompt, count) for d in settled.decisions]
     finally:
@@ -364,7 +364,7 @@ async def test_a_node_without_the_next_one_decides_itself(
     routing = Routing(mode, draft=draft, fallback=True, **given)
     policy = Policy.resolve(routing, EXITS)
     session = open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=True)
-    chain = chained(session, "n0", lambda policy: Answering(lost))
+    chain = chained(session, "n0", lambda policy, position: Answering(lost))
     decided = [d async for settled in decode(chain, [5, 6, 7], 12) for d in settled.decisions]
     await chain.close()
     assert [(d.token, d.exit) for d in decided] == world.oracle.decide(policy.limited_to(3), [5, 6, 7], 12)
@@ -376,7 +376,7 @@ async def test_a_node_without_the_next_one_decides_itself(
         chain = chained(
             open_session(shard, strict, SamplingParams(), prompt_length=3, max_positions=20),
             "n0",
-            lambda policy: Answering(lost),
+            lambda policy, position: Answering(lost),
         )
         try:
             _ = [settled async for settled in decode(chain, [5, 6, 7], 12)]
@@ -407,7 +407,7 @@ async def test_a_verdict_that_cannot_be_right_is_none(world: World, decisions: t
         policy = Policy.resolve(Routing(Mode.EXACT, draft=0, fallback=fallback), EXITS)
         shard = world.cuts[2][0]
         session = open_session(shard, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=fallback)
-        chain = chained(session, "n0", lambda policy: Wrong())  # type: ignore[arg-type, return-value]
+        chain = chained(session, "n0", lambda policy, position: Wrong())  # type: ignore[arg-type, return-value]
         try:
             decided = [d async for settled in decode(chain, [5, 6, 7], 4) for d in settled.decisions]
         except WireError:
@@ -429,7 +429,7 @@ async def test_what_a_gate_holds_back_is_decided_here_and_caught_up_later(world:
 
     deeper = chained(open_session(far, policy, SamplingParams(), prompt_length=3, max_positions=20), "n1")
     session = open_session(near, policy, SamplingParams(), prompt_length=3, max_positions=20, covers_next=True)
-    chain = chained(session, "n0", lambda policy: deeper, gate=gate)
+    chain = chained(session, "n0", lambda policy, position: deeper, gate=gate)
     ids, decided = [5, 6, 7], []
     async for settled in decode(chain, [5, 6, 7], 12):
         for d in settled.decisions:
@@ -524,7 +524,7 @@ async def test_what_goes_up_ahead_never_ends_an_answer(world: World, when: str) 
         async def advance(self, block: Block) -> Verdict:
             raise CapacityError("full", node="n1")
 
-    def beyond(policy: Policy) -> Chain:
+    def beyond(policy: Policy, position: int) -> Chain:
         nonlocal opened
         opened += 1
         kind = Full if opened == 1 else Chain
@@ -561,7 +561,7 @@ async def test_nothing_goes_up_ahead_while_the_link_is_in_use(world: World) -> N
         async def arrived(self) -> None:
             await arrives.wait()
 
-    def beyond(policy: Policy) -> Chain:
+    def beyond(policy: Policy, position: int) -> Chain:
         return chained(
             open_session(far, policy, SamplingParams(), prompt_length=100, max_positions=130), "n1", kind=Slow
         )

@@ -97,7 +97,7 @@ async def test_likelihoods_that_cannot_be_are_refused(world: World, verdict: Ver
     params = SamplingParams(logprobs=1, prompt_logprobs=1)
     policy = Policy.resolve(Routing(Mode.EXACT, draft=0), EXITS)
     session = open_session(world.cuts[2][0], policy, params, prompt_length=3, max_positions=20)
-    chain = chained(session, "n0", lambda policy: Wrong())  # type: ignore[arg-type, return-value]
+    chain = chained(session, "n0", lambda policy, position: Wrong())  # type: ignore[arg-type, return-value]
     with pytest.raises(WireError):
         await anext(decode(chain, [5, 6, 7], 4))
     await chain.close()

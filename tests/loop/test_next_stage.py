@@ -12,6 +12,7 @@ import pytest
 from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.loop.capacity import Capacity, Lease
 from ruyi_flow.loop.next_stage import NO_RECOVERY, NextStage, Recoveries, Uplink
+from ruyi_flow.loop.pages import PageRun
 from ruyi_flow.loop.session import Pass, Session
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.routing.policy import Policy, Routing
@@ -59,6 +60,9 @@ class Held(Session):
 
     def join(self, states: Sequence[States]) -> States:
         return States([p for each in states for p in each.positions])
+
+    def use_pages(self, moved_from: PageRun | None) -> None:
+        raise AssertionError("nothing is parked")
 
     def states(self, start: int, stop: int) -> States:
         assert stop <= self.log_length
@@ -164,7 +168,7 @@ class World:
         gate: Callable[[int], Reason | None] | None = None,
         recoveries: Recoveries = NO_RECOVERY,
     ) -> None:
-        self.peers, self.policies = peers, list[Policy]()
+        self.peers, self.policies, self.places = peers, list[Policy](), list[int]()
         opening = SessionOpen(policy=Policy.resolve(routing, EXITS), prompt_length=PROMPT, max_positions=400)
         stages = Stages()
         self.session = stages.open(opening, stages.capacity.lease(400), covers_next=covers_next)
@@ -173,8 +177,9 @@ class World:
             self.session, self._make, recoveries=recoveries, gate=gate, ahead=ahead, uplink=self.uplink
         )
 
-    def _make(self, policy: Policy) -> Peer:
+    def _make(self, policy: Policy, position: int) -> Peer:
         self.policies.append(policy)
+        self.places.append(position)
         return self.peers[len(self.policies) - 1]
 
     def settle(self, computed: int) -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ruyi_flow.errors import (
+    CacheMiss,
     CapacityError,
     DeadlineExceeded,
     NodeError,
@@ -97,7 +98,9 @@ def open_mortal(
             session, InlineWorker(), f"n{i}", next_stage=NextStage(session, make, ahead=ahead, recoveries=patient)
         )
 
-    def mortal(i: int, policy: Policy) -> Stage:
+    def mortal(i: int, policy: Policy, position: int) -> Stage:
+        if position:
+            raise CacheMiss("a node that died has nothing parked")
         return Mortal(node(i, policy), dies)
 
     return node(0, policy), sessions, patient

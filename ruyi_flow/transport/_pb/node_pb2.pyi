@@ -103,7 +103,7 @@ class SessionReply(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "family", "first_layer", "hidden_size", "encoding", "max_positions", "prompt_length", "sampling", "policy", "node", "exits")
+    __slots__ = ("protocol", "family", "first_layer", "hidden_size", "encoding", "max_positions", "prompt_length", "sampling", "policy", "node", "exits", "key", "position")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,8 @@ class Open(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     EXITS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     family: str
     first_layer: int
@@ -126,7 +128,9 @@ class Open(_message.Message):
     policy: Policy
     node: str
     exits: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, protocol: _Optional[int] = ..., family: _Optional[str] = ..., first_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., max_positions: _Optional[int] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ..., node: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ...) -> None: ...
+    key: bytes
+    position: int
+    def __init__(self, protocol: _Optional[int] = ..., family: _Optional[str] = ..., first_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., max_positions: _Optional[int] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ..., node: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., key: _Optional[bytes] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("node", "session", "load")
@@ -159,14 +163,16 @@ class Item(_message.Message):
     def __init__(self, session: _Optional[int] = ..., message: _Optional[bytes] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("status", "message", "node")
+    __slots__ = ("status", "message", "node", "position")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     status: int
     message: str
     node: str
-    def __init__(self, status: _Optional[int] = ..., message: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+    position: int
+    def __init__(self, status: _Optional[int] = ..., message: _Optional[str] = ..., node: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "stop", "eos_token_ids", "seed", "presence_penalty", "frequency_penalty", "logprobs", "prompt_logprobs")
