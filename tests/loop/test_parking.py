@@ -413,6 +413,7 @@ def come_back(session: ShardSession, parking: Parking[ShardSession], key: bytes)
     session.use_pages(taken.moved_from)
     for pages in (taken.moved_from, other.pages):
         shard.memory[:, :, :, pages.positions] = torch.nan
+        shard.log[pages.positions] = torch.nan
     other.give_back()
     capacity.check_integrity()
 
