@@ -73,6 +73,52 @@ async def test_a_lease_given_back_while_a_session_joins_the_queue_is_not_missed(
     assert tried == 2
 
 
+@pytest.mark.parametrize("positions", [512, 64])
+async def test_a_session_that_waits_begins_when_another_is_parked(capacity: Capacity, positions: int) -> None:
+    admission = Admission(capacity, 3, 10)
+    running = [await admission.admit(256) for _ in range(2)]
+    late = asyncio.create_task(admission.admit(positions))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert admission.waiting == 1
+    for lease in running:
+        lease.park(150, lambda lease: None)
+    async with asyncio.timeout(2):
+        (await late).give_back()
+    assert [lease.parked for lease in running] == [positions == 64] * 2, "they are evicted only if they are in the way"
+    capacity.check_integrity()
+
+
+async def test_a_session_that_waits_tries_at_every_turn_to_go_on_with_a_parked_one(capacity: Capacity) -> None:
+    admission = Admission(capacity, 3, 10)
+    parked, first = await admission.admit(64), await admission.admit(64)
+    tries: list[bool] = []
+
+    def resume() -> Lease | None:
+        tries.append(parked.parked)
+        if not parked.parked:
+            return None
+        parked.resume(200)
+        return parked
+
+    late = asyncio.create_task(admission.admit(200, resume))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert tries == [False, False], "at once, and when it is the first in the queue"
+    parked.park(64, lambda lease: None)
+    second = capacity.lease(64)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert tries == [False, False, True] and admission.waiting == 1 and parked.parked
+    first.give_back()
+    assert await late is parked and parked.pages.count == 4
+    again = asyncio.create_task(admission.admit(64, resume))
+    await asyncio.sleep(0)
+    second.give_back()
+    assert await again not in (parked, second, None), "nothing is parked any more: it gets a lease of its own"
+    capacity.check_integrity()
+
+
 async def test_too_many_waiting_sessions_and_too_long_a_wait_are_refused(capacity: Capacity) -> None:
     admission = Admission(capacity, 1, 0.05)
     with pytest.raises(ContextLengthError, match="the family's context has 512"):

@@ -413,6 +413,7 @@ def come_back(session: ShardSession, parking: Parking[ShardSession], key: bytes)
     session.use_pages(taken.moved_from)
     for pages in (taken.moved_from, other.pages):
         shard.memory[:, :, :, pages.positions] = torch.nan
+        shard.log[pages.positions] = torch.nan
     other.give_back()
     capacity.check_integrity()
 
@@ -448,3 +449,37 @@ async def test_a_session_that_was_parked_and_moved_goes_on_as_a_fresh_one(
                 await turns()
             assert found == world.oracle.decide(policy, ids, count)
             ids += [token for token, _ in found]
+
+
+@pytest.mark.parametrize("cut", range(len(CUTS)))
+@pytest.mark.parametrize(
+    "routing", [Routing(Mode.EXACT, draft=3), Routing(Mode.TOKEN, threshold=0.4, draft=2)], ids=["exact", "token"]
+)
+async def test_the_next_turn_of_a_chat_goes_on_from_the_common_prefix_on_every_node(
+    world: World, routing: Routing, cut: int
+) -> None:
+    policy = Policy.resolve(routing, EXITS)
+    prompt = [3 + i % 50 for i in range(40)]
+    chain, sessions = world.open(cut, policy, SamplingParams(), len(prompt), 100)
+    parkings: list[Parking[ShardSession]] = [Parking(60, 10) for _ in CUTS[cut]]
+    async with world.closing(cut, chain, sessions):
+        first = [d.token async for settled in decode(chain, prompt, 20) for d in settled.decisions]
+        await turns()
+        for i, (session, parking) in enumerate(zip(sessions, parkings, strict=False)):
+            parking.park(b"chat", session.token_ids if i == 0 else [], session)
+            session.stages.capacity.lease(64).give_back()
+        assert not any(piece.capacity.leases for piece in world.cuts[cut])
+
+        request = [*prompt, *first, 7, 8, 9, 10]
+        taken = parkings[0].take(request, None, 200)
+        assert taken is not None and taken.session is sessions[0] and taken.common >= len(prompt) + 19
+        found = [taken, *(p.take_key(taken.key, taken.common, 200) for p in parkings[1 : len(sessions)])]
+        for session, again in zip(sessions, found, strict=True):
+            assert again is not None and again.session is session
+            session.use_pages(again.moved_from)
+            session.max_positions = 200
+        ran = [session.positions[0] for session in sessions]
+        await chain.rewind(taken.common)
+        assert min(ran) > 0 and sessions[0].positions[0] == taken.common, "nothing of it runs again"
+        second = [d async for settled in decode(chain, request[taken.common :], 20) for d in settled.decisions]
+        assert [(d.token, d.exit) for d in second] == world.oracle.decide(policy, request, 20)

@@ -268,19 +268,26 @@ def test_rows_outside_their_sessions_pages_are_refused_and_the_others_run(
     shard.capacity.check_integrity()
 
 
+@pytest.mark.parametrize("cut", [(2, 4), (2, 4, 6)], ids=str)
 @pytest.mark.parametrize("first", [0, 2, 3, 5, 8, 12])
-def test_the_caches_of_a_session_move_to_other_pages(tmp_path: Path, first: int) -> None:
-    [shard] = shards(tiny_family(tmp_path / "f"), [(2, 4, 6)], 1024)
+def test_the_caches_and_the_log_of_a_session_move_to_other_pages(
+    tmp_path: Path, cut: tuple[int, ...], first: int
+) -> None:
+    [shard] = shards(tiny_family(tmp_path / "f"), [cut], 1024)
     session = Pipeline([shard], 64).sessions[0]
     old, positions = PageRun(0, 4, 4), 3 * PAGE_SIZE + 7
-    shard.memory.uniform_()
-    before = shard.memory.clone()
-    session.positions, session.lease.pages = [positions, 9, 0], PageRun(0, first, 4)
+    memory, log = shard.memory.uniform_().clone(), shard.log.uniform_().clone()
+    assert len(log) == (1024 if cut == (2, 4) else 0), "nothing is sent from the deepest stage"
+    session.positions, session.lease.pages = [positions, 9, 0][: len(cut)], PageRun(0, first, 4)
     session.use_pages(old)
     start, was = first * PAGE_SIZE, old.positions.start
-    assert torch.equal(shard.memory[:, :, :, start : start + positions], before[:, :, :, was : was + positions])
+    there, here = slice(start, start + positions), slice(was, was + positions)
+    assert torch.equal(shard.memory[:, :, :, there], memory[:, :, :, here])
+    assert torch.equal(shard.log[there], log[here])
+    assert torch.equal(session.states(0, positions), log[here])
     others = [p for p in range(1024) if not start <= p < start + positions]
-    assert torch.equal(shard.memory[:, :, :, others], before[:, :, :, others]), "nobody else's pages change"
+    assert torch.equal(shard.memory[:, :, :, others], memory[:, :, :, others]), "nobody else's pages change"
+    assert not len(log) or torch.equal(shard.log[others], log[others])
 
 
 def test_a_session_that_moved_writes_to_its_new_pages_only(tmp_path: Path) -> None:
