@@ -1,4 +1,4 @@
-"""The loop over links that break: the oracle's tokens, a clean error, or a fallback; and no page is lost.
+"""The loop over links that break: the right tokens; where a link stays dead, an error or a fallback; no page is lost.
 
 More examples by hand: RUYI_FLOW_EXAMPLES=2000 pytest tests/loop/test_links.py
 """
@@ -75,7 +75,7 @@ async def world(five: Path) -> AsyncIterator[tuple[Oracle, list[Nodes]]]:
     async with AsyncExitStack() as stack:
         worlds = []
         for cuts in CUTS:
-            topology = cut_topology(five, cuts, timeout_s=5.0)
+            topology = cut_topology(five, cuts, timeout_s=5.0, recover_s=1.0)
             links = tuple(link.model_copy(update={"upload": Upload.AHEAD}) for link in topology.links)
             relays = [Relay(delay_s=0.001) for _ in cuts]
             by_name = {f"n{i}": relay for i, relay in enumerate(relays)}
@@ -131,11 +131,11 @@ def check(
     if answer.error is None:
         assert len(got) == count
     else:
-        assert event.kind in ("cut", "freeze")
+        assert event.kind == "freeze", "a link that works again is recovered from"
         assert isinstance(answer.error, (NodeUnavailable, DeadlineExceeded, RequestCancelled)), repr(answer.error)
         assert event.link == 0 or not policy.routing.fallback
     if sure < len(got):
-        assert policy.routing.fallback and event.kind in ("cut", "freeze") and event.link > 0
+        assert policy.routing.fallback and event.kind == "freeze" and event.link > 0
     ids = [*prompt, *(token for token, _ in got[:sure])]
     for token, exit in got[sure:]:
         assert exit <= near and token == int(oracle.family.logits(torch.tensor([ids]), exit)[0, -1].argmax())

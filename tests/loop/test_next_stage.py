@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError, NodeUnavailable, RuyiFlowError, WireError
+from ruyi_flow.errors import (
+    CacheMiss,
+    CapacityError,
+    DeadlineExceeded,
+    NodeError,
+    NodeUnavailable,
+    RuyiFlowError,
+    WireError,
+)
 from ruyi_flow.loop.capacity import Capacity, Lease
 from ruyi_flow.loop.next_stage import NO_RECOVERY, NextStage, Recoveries, Uplink
 from ruyi_flow.loop.pages import PageRun
@@ -168,7 +176,7 @@ class World:
         gate: Callable[[int], Reason | None] | None = None,
         recoveries: Recoveries = NO_RECOVERY,
     ) -> None:
-        self.peers, self.policies, self.places = peers, list[Policy](), list[int]()
+        self.peers, self.policies = peers, list[Policy]()
         opening = SessionOpen(policy=Policy.resolve(routing, EXITS), prompt_length=PROMPT, max_positions=400)
         stages = Stages()
         self.session = stages.open(opening, stages.capacity.lease(400), covers_next=covers_next)
@@ -178,8 +186,9 @@ class World:
         )
 
     def _make(self, policy: Policy, position: int) -> Peer:
+        if position:
+            raise CacheMiss("no peer here has parked anything")
         self.policies.append(policy)
-        self.places.append(position)
         return self.peers[len(self.policies) - 1]
 
     def settle(self, computed: int) -> None:

@@ -212,7 +212,7 @@ async def test_a_recovery_says_why_how_long_and_what_it_cost(world: World) -> No
     found = [recovery for settled in rounds for hop in settled.hops for recovery in hop.recoveries]
     assert found == patient.recoveries and patient.losses == ["silent", "full"]
     [recovery] = found
-    assert recovery.cause == "silent" and recovery.seconds > 0 and recovery.positions == 10, "5 positions, twice"
+    assert recovery.cause == "silent" and recovery.seconds > 0 and recovery.positions == 11, "1 in vain, 5, and 5"
 
 
 @pytest.mark.parametrize("error", [NodeFault("a bug"), DeadlineExceeded("late"), WireError("garbage")])
