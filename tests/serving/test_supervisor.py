@@ -41,5 +41,6 @@ async def test_a_port_in_use_is_found_before_a_node_starts(taken: str, host: str
 
 
 def supervisor_of(address: str) -> Supervisor:
-    topology = Topology.parse({"family": "none", "nodes": [{"name": "n0", "address": address, "exits": [2]}]})
+    node = {"name": "n0", "address": "n0.example:7101", "listen": address, "exits": [2]}
+    topology = Topology.parse({"family": "none", "nodes": [node]})
     return Supervisor(Path("none.yaml"), topology, lambda name, line: None)
