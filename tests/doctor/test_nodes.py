@@ -261,7 +261,7 @@ async def test_a_name_server_that_does_not_answer_is_waited_for_a_while(
 
     monkeypatch.setattr(doctor_nodes, "_LIMIT_S", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", silent)
-    place = await doctor_nodes.find(cut_topology(tiny, CUTS).nodes[0])
+    [place] = await doctor_nodes.find(cut_topology(tiny, CUTS).nodes[0])
     assert "did not answer within 0.2 s" in place.error
     released.set()
     await asyncio.sleep(0.05)
