@@ -301,7 +301,7 @@ def up(
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them.
 
-    A process that crashes or hangs is started again. Of a node with several
+    A process that crashes, hangs or has drained is started again. Of a node with several
     addresses, all replicas whose addresses are on this machine are started; the
     log calls them cloud/1, cloud/2 and so on, in the order of the list.
     """

@@ -178,7 +178,7 @@ class Supervisor:
         return [process for process in self._processes.values() if process.returncode is None]
 
     async def _keep_running(self, replica: Replica) -> None:
-        """Run a node's process and restart it when it crashes or hangs."""
+        """Run a node's process and restart it when it crashes, hangs or has drained."""
         name, crashes = replica.name, 0
         while True:
             began = time.monotonic()
@@ -195,8 +195,11 @@ class Supervisor:
             finally:
                 watching.cancel()
                 await asyncio.wait({watching})
-            crashes = 1 if time.monotonic() - began > _STABLE_S else crashes + 1
-            if code in (0, 2) or crashes > _MAX_CRASHES:  # 2: the node reported an error that a restart cannot mend
+            if code == 0:  # it has drained, since somebody wants a new process in its place
+                crashes = 0
+            else:
+                crashes = 1 if time.monotonic() - began > _STABLE_S else crashes + 1
+            if code == 2 or crashes > _MAX_CRASHES:  # 2: the node reported an error that a restart cannot mend
                 break
             self._log(name, f"ended with {code}; starting it again")
             await asyncio.sleep(0.25 * 2**crashes)

@@ -134,7 +134,7 @@ async def test_a_replica_that_hangs_is_started_again_and_the_others_run_on(
 
 
 @pytest.mark.timeout(120)
-async def test_a_node_that_pauses_or_drains_is_not_taken_to_hang(
+async def test_a_node_that_pauses_or_drains_is_not_taken_to_hang_and_one_that_has_drained_is_started_again(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_HANG_CHECKS", 4)
@@ -146,7 +146,8 @@ async def test_a_node_that_pauses_or_drains_is_not_taken_to_hang(
         os.kill(process, signal.SIGSTOP)
         await asyncio.sleep(2)
         os.kill(process, signal.SIGCONT)
-        async with AsyncClient(made.topology) as client:
+        only = made.topology.entry.model_copy(update={"address": made.addresses[0]})  # nowhere to move its sessions to
+        async with AsyncClient(made.topology.model_copy(update={"nodes": (only,)})) as client:
             stream = client.stream([5, 6, 7], mode="exact", draft=0, max_new_tokens=400, eos_token_ids=())
             await anext(stream)
             os.kill(process, signal.SIGTERM)
@@ -157,6 +158,8 @@ async def test_a_node_that_pauses_or_drains_is_not_taken_to_hang(
             os.kill(process, signal.SIGCONT)
             await stream.aclose()
         await until(lambda: made.said("whole/1", "stopped"))
+        await until(lambda: made.said("whole/1", "ended with 0; starting it again"))
+        await until(lambda: sum(name == "whole/1" and "serves exits" in line for name, line in made.lines) == 2)
         assert not any("it hangs" in line for _, line in made.lines)
     finally:
         await made.supervisor.stop()
