@@ -139,5 +139,8 @@ def test_systemd_runs_a_command_and_lets_it_drain(name: str) -> None:
     [line] = re.findall(r"^ExecStart=\S+ (.*)$", unit, re.M)
     check_command(line.split())
     assert ("--replica %i" in line) == (name == "ruyi-flow-cloud@.service")
+    hangs_s = supervisor._HANG_CHECKS * supervisor._CHECK_S
+    watched = "ruyi-flow-server" not in name
+    assert (f"Type=notify\nTimeoutStartSec=300\nWatchdogSec={hangs_s:g}\nWatchdogSignal=SIGKILL\n" in unit) == watched
     assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.M)[0]) > STOP_S
     assert re.findall(r"^RestartPreventExitStatus=2$", unit, re.M)  # 2 is what the command line ends with on our errors

@@ -38,6 +38,7 @@ from ruyi_flow.cli.options import (
     on_signals,
 )
 from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, announce, serving
+from ruyi_flow.cli.systemd import watched_by_systemd
 from ruyi_flow.cli.telemetry import (
     LogJsonOption,
     NoRequestLogOption,
@@ -232,7 +233,7 @@ def node(
         stop = on_signals()
         if supervised:
             on_end_of_input(stop)
-        async with serve(engine, tracer=tracer) as server:
+        async with watched_by_systemd() as tell_systemd, serve(engine, tracer=tracer) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()
@@ -248,7 +249,9 @@ def node(
                 time.monotonic() - began,
                 status.resident_bytes / 1e6,
             )
+            tell_systemd("READY=1")
             await stop.wait()
+            tell_systemd("STOPPING=1")
             logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
         logger.info("stopped")
 
