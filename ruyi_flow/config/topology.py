@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ruyi_flow.config.addresses import Dialled, Listened, as_tuple, has_port_0, is_everywhere, split_host
+from ruyi_flow.config.addresses import Dialled, Listened, as_tuple, check_addresses, check_ports
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.yaml_files import explain, read_yaml
@@ -229,7 +229,7 @@ class Topology(Model):
         if isinstance(policy, dict) and isinstance(policy.get("file"), str):
             policy["file"] = str(resolve_file(policy["file"], "policy", base, f"{path}: policy.file"))
         topology = cls.parse(data, where=str(path))
-        topology._check_ports(str(path))
+        check_ports(topology.nodes, topology.links, str(path))
         nodes = []
         for i, node in enumerate(topology.nodes):
             shard = node.shard and resolve_path(node.shard, base, f"{path}: nodes.{i}.shard")
@@ -431,63 +431,7 @@ class Topology(Model):
         return f"{same}; for replicas, write {lists}; otherwise remove one of the two; {_SEVERAL}"
 
     def _check_addresses(self, where: str) -> None:
-        def fail(key: str, message: str) -> None:
-            raise ConfigError(f"{where}: {key}: {message}")
-
-        seen: dict[str, str] = {}
-        for i, node in enumerate(self.nodes):
-            if node.address is None and len(self.nodes) > 1:
-                fail(f"nodes.{i}.address", f"node {node.name!r} needs an address (host:port)")
-            if node.address is None and node.metrics is not None:
-                fail(
-                    f"nodes.{i}.metrics",
-                    "a node without an address runs inside its clients and serves no metrics; add an address, or "
-                    "remove the key",
-                )
-            if node.address is None and node.listen is not None:
-                fail(f"nodes.{i}.listen", "a node without an address runs inside its clients; add an address")
-            self._check_listen(i, node, fail)
-            for key, addresses in (("address", node.addresses), ("metrics", as_tuple(node.metrics))):
-                for address in addresses:
-                    if has_port_0(address) or is_everywhere(address):
-                        continue
-                    if seen.get(address) == f"nodes.{i}.{key}":
-                        fail(f"nodes.{i}.{key}", f"{address} is listed twice; remove one, or correct it")
-                    if address in seen:
-                        fail(f"nodes.{i}.{key}", f"{address} is already used by {seen[address]}; pick another port")
-                    seen[address] = f"nodes.{i}.{key}"
-        for i, link in enumerate(self.links):
-            for address in link.addresses:
-                if link.addresses.count(address) > 1:
-                    fail(f"links.{i}.address", f"{address} is listed twice; remove one, or correct it")
-
-    def _check_listen(self, i: int, node: Node, fail: Callable[[str, str], None]) -> None:
-        """Check that each replica of a node knows where to listen."""
-        hosts = [split_host(address) for address in node.addresses]
-        for key, addresses in (("listen", as_tuple(node.listen)), ("metrics", as_tuple(node.metrics))):
-            if len(addresses) > 1 and len(addresses) != len(hosts):
-                fail(
-                    f"nodes.{i}.{key}",
-                    f"names {len(addresses)} places and address names {len(hosts)}; list one for each address, in the "
-                    "same order",
-                )
-            twice = next((host for host in hosts if hosts.count(host) > 1), None)
-            if len(addresses) == 1 and twice is not None:
-                fail(
-                    f"nodes.{i}.{key}",
-                    f"several replicas of node {node.name!r} are at {twice}, and only one of them can listen on "
-                    f"{addresses[0]}; list one for each address, in the same order",
-                )
-
-    def _check_ports(self, where: str) -> None:
-        """Check that clients can know every port: a file has no port 0, which a topology of a test may have."""
-        keys = [(f"nodes.{i}.{k}", getattr(n, k)) for i, n in enumerate(self.nodes) for k in ("address", "listen")]
-        keys += [(f"links.{i}.address", link.address) for i, link in enumerate(self.links)]
-        for key, addresses in keys:
-            if any(has_port_0(address) for address in as_tuple(addresses)):
-                raise ConfigError(
-                    f"{where}: {key}: port 0 picks a random port that clients cannot know; choose a fixed one"
-                )
+        check_addresses(self.nodes, self.links, where)
 
 
 def resolve_path(path: str | Path, base: Path, where: str) -> Path:
