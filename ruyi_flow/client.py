@@ -57,6 +57,7 @@ from ruyi_flow.types import (
 )
 
 if TYPE_CHECKING:
+    from ruyi_flow.config.topology import Node
     from ruyi_flow.serving.answering import Answering
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.transport.peer import Peer
@@ -221,20 +222,31 @@ class AsyncClient:
         return await self._entry.pick().tokenize(request, timeout_s=timeout_s)
 
     async def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
-        """Return the status of every node, or the error of a node that cannot be asked."""
+        """Return the status of every node, or the error of one that cannot be asked; see `Client.status`."""
         _check_timeout(timeout_s)
         await self._connect()
         if self._engine is not None:
             return {self.topology.entry.name: self._engine.status()}
 
-        async def ask(peer: Peer) -> NodeStatus | NodeError:
+        from ruyi_flow.serving.placement import look_up
+        from ruyi_flow.transport.peer import Peer
+
+        async def ask(node: Node, address: str) -> NodeStatus | NodeError:
+            listed = self._peers.get(address)  # no address that a name stands for: those change
+            peer = listed or Peer(node.name, address, max_message_bytes=node.limits.max_message_bytes)
             try:
                 return await peer.status(timeout_s=timeout_s)
             except NodeError as error:
                 return error
+            finally:
+                if listed is None:
+                    await peer.close()
 
-        answers = await asyncio.gather(*(ask(peer) for peer in self._peers.values()))
-        return dict(zip(self._peers, answers, strict=True))
+        nodes = self.topology.nodes
+        found = await asyncio.gather(*(look_up(node) for node in nodes))
+        asked = [(name, node, address) for node, of in zip(nodes, found, strict=True) for name, address in of.items()]
+        answers = await asyncio.gather(*(ask(node, address) for _, node, address in asked))
+        return {name: answer for (name, _, _), answer in zip(asked, answers, strict=True)}
 
     async def close(self) -> None:
         """Close the connections, and end the answers that are under way. A closed client stays closed."""
@@ -325,13 +337,14 @@ class AsyncClient:
         entry = self.topology.entry
         self._entry = Replicas(
             entry.name,
-            (str(entry.address),),
+            entry.addresses,
             max_message_bytes=entry.limits.max_message_bytes,
             recover_s=self._recover_s,
             timeout_s=self._timeout_s,
         )
         for node in self.topology.nodes:
-            self._peers[node.name] = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+            limit = node.limits.max_message_bytes
+            self._peers |= {a: Peer(node.name, a, max_message_bytes=limit) for a in node.addresses}
 
     async def _close(self) -> None:
         self._closed.set()
@@ -454,7 +467,11 @@ class Client:
         return self._loop.run(lambda: self._async.tokenize(prompt, raw=raw, timeout_s=timeout_s))
 
     def status(self, *, timeout_s: float = 3.0) -> dict[str, NodeStatus | NodeError]:
-        """Return the status of every node, or the error of a node that cannot be asked."""
+        """Return the status of every node, or the error of one that cannot be asked.
+
+        The key is the name of a node with one address. Replicas are `cloud/1`, `cloud/2` and so on, in the order of the
+        node's addresses; a DNS name stands for the addresses that it resolves to, sorted.
+        """
         return self._loop.run(lambda: self._async.status(timeout_s=timeout_s))
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from ruyi_flow.local import Family, load_family
 from ruyi_flow.routing.confidence import Score
 from ruyi_flow.routing.policy import Policy
 from ruyi_flow.routing.start import READ_TOKENS
+from ruyi_flow.serving.engine import Engine
+from ruyi_flow.serving.node import serve
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.types import Mode
 from tests.families import MIN_VOCAB, add_tokenizer
@@ -226,6 +229,16 @@ def whole(spoken: Path) -> Iterator[Client]:
     )
     with Client(topology) as client:
         yield client
+
+
+@asynccontextmanager
+async def with_replica(topology: Topology, name: str) -> AsyncIterator[Topology]:
+    """Run one more replica of a node of running nodes, and yield their topology with its address."""
+    engine = await asyncio.to_thread(Engine.load, topology, name)
+    async with serve(engine, address="127.0.0.1:0") as server:
+        update = {"address": (*topology.node(name).addresses, server.address)}
+        nodes = tuple(n.model_copy(update=update) if n.name == name else n for n in topology.nodes)
+        yield topology.model_copy(update={"nodes": nodes})
 
 
 def write_topology(topology: Topology, file: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from ruyi_flow import Client
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.errors import RequestError
+from ruyi_flow.errors import NodeError, RequestError
 from ruyi_flow.testing import Cluster, cluster, cut_topology, free_ports, tiny_family
 from ruyi_flow.transport.link import measure_link
-from ruyi_flow.types import Final, FinishReason
+from ruyi_flow.types import Final, FinishReason, NodeStatus
+from tests.conftest import with_replica
 
 
 async def test_a_text_is_one_user_turn_and_raw_is_as_it_is(nodes: Cluster) -> None:
@@ -51,6 +53,41 @@ async def test_nodes_are_not_asked_through_a_proxy(spoken: Path, monkeypatch: py
     async with cluster(cut_topology(spoken, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
         assert len((await client.generate("hi", max_new_tokens=2, eos_token_ids=(), timeout_s=20)).tokens) == 2
         assert (await measure_link(str(nodes.topology.nodes[1].address), rounds=1)).round_trip_ms > 0
+
+
+async def test_status_has_one_entry_for_each_replica(nodes: Cluster) -> None:
+    [port] = free_ports(1)
+    async with with_replica(nodes.topology, "n1") as topology:
+        first = topology.node("n1").addresses[0]
+        several = {"address": (first, f"127.0.0.1:{port}", topology.node("n1").addresses[1])}
+        moved = [topology.nodes[0], topology.nodes[1].model_copy(update=several)]
+        async with AsyncClient(topology.model_copy(update={"nodes": tuple(moved)})) as client:
+            found = await client.status()
+    assert list(found) == ["n0", "n1/1", "n1/2", "n1/3"]
+    down = found.pop("n1/2")
+    assert isinstance(down, NodeError) and f"at 127.0.0.1:{port} cannot be reached" in str(down)
+    assert {name: status.node for name, status in found.items() if isinstance(status, NodeStatus)} == {
+        "n0": "n0",
+        "n1/1": "n1",
+        "n1/3": "n1",
+    }
+
+
+async def test_status_asks_each_address_of_a_name(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(nodes.topology.nodes[1].address).rpartition(":")[2]
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        hosts = ["127.0.0.2", "127.0.0.1"] if host == "n1.example" else [host]
+        return [found for one in hosts for found in real(one, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    named = nodes.topology.nodes[1].model_copy(update={"address": f"n1.example:{port}"})
+    topology = nodes.topology.model_copy(update={"nodes": (nodes.topology.nodes[0], named)})
+    async with AsyncClient(topology) as client:
+        found = await client.status()
+    assert list(found) == ["n0", "n1/1", "n1/2"]
+    assert isinstance(found["n1/1"], NodeStatus) and f"127.0.0.2:{port}" in str(found["n1/2"])
 
 
 def test_a_stop_string_ends_the_answer_before_it(whole: Client) -> None:

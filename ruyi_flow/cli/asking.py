@@ -25,7 +25,7 @@ from ruyi_flow.cli.display import (
     print_text,
     progress_bar,
     stats_table,
-    status_table,
+    status_tables,
     step_printer,
     summary_line,
     token_label,
@@ -99,7 +99,7 @@ def demo(
             stop = on_signals(supervisor.kill)
             await start_nodes(supervisor, stop)
             async with AsyncClient(loaded) as client:
-                beside.print(status_table(await client.status()))
+                beside.print(status_tables(await client.status()))
                 print_text(beside, f"> {text}", "bold")
                 with AnswerPrinter(loaded) as printer:
                     asked = ask(client, text, {"max_new_tokens": max_new_tokens}, printer)

@@ -87,7 +87,7 @@ def _check_that_a_node_runs(client: Client, topology: Path) -> None:
         return
     answers = client.status()
     if all(isinstance(answer, NodeError) for answer in answers.values()):
-        cause = answers[client.topology.entry.name]
+        cause = next(iter(answers.values()))  # the entry node's
         raise NodeError(f"no node runs: {cause}; start them: ruyi-flow up {shortest(topology, 'topology')}")
 
 

@@ -7,15 +7,16 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from ruyi_flow.config.replicas import node_of, replicas_of
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.reply import tier_colour
@@ -39,6 +40,7 @@ __all__ = [
     "stats_table",
     "stdout_is_terminal",
     "status_table",
+    "status_tables",
     "step_printer",
     "summary_line",
     "token_label",
@@ -68,10 +70,13 @@ LINE_EVERY_S = 30.0
 """Seconds between two lines of progress where standard error is not a terminal."""
 
 _STATUS_ROWS = (
-    *("state", "exits", "trunk layers", "parameters (millions)", "memory, MB", "weights, MB"),
+    *("address", "state", "exits", "trunk layers", "parameters (millions)", "memory, MB", "weights, MB"),
     *("sessions open/max", "KV positions used/max", "next node"),
 )
 """What the table of nodes' states says of each node."""
+
+_STATUS_COLUMNS = 4
+"""Most nodes and replicas side by side in a table of their states; further ones are in a table below it."""
 
 _LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
 """Words for gRPC's states of a connection."""
@@ -202,11 +207,11 @@ def node_legend(topology: Topology) -> Text:
 
 
 def log_writer(topology: Topology) -> Callable[[str, str], None]:
-    """Return a function of (node name, line) that prints a line of a node's log in the node's colour."""
-    width = max(len(node.name) for node in topology.nodes)
+    """Return a function of (name of a node or replica, line) that prints a line of its log in the node's colour."""
+    width = max(len(replica.name) for node in topology.nodes for replica in replicas_of(node))
 
     def log(name: str, line: str) -> None:
-        err.print(Text.assemble((f"{name:<{width}} │ ", node_colour(topology, name)), line), soft_wrap=True)
+        err.print(Text.assemble((f"{name:<{width}} │ ", node_colour(topology, node_of(name))), line), soft_wrap=True)
 
     return log
 
@@ -304,17 +309,34 @@ def summary_line(stats: Stats, finish_reason: FinishReason, max_new_tokens: int)
     return f"{stats.summary} · {cause}"
 
 
-def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
-    """Return a table of the nodes' states, with one column per node; a node that could not be asked is down."""
+def status_tables(
+    answers: Mapping[str, NodeStatus | NodeError], addresses: Mapping[str, str] | None = None
+) -> RenderableType:
+    """Return the states of nodes and replicas as a table, or as several if there are many.
+
+    Args:
+        answers: each one's status by its name, as `Client.status` returns it; one that could not be asked is down.
+        addresses: each one's address by its name, if the table is to have them.
+    """
+    names = list(answers)
+    groups = [names[i : i + _STATUS_COLUMNS] for i in range(0, len(names), _STATUS_COLUMNS)]
+    return Group(*(status_table({name: answers[name] for name in group}, addresses) for group in groups))
+
+
+def status_table(answers: Mapping[str, NodeStatus | NodeError], addresses: Mapping[str, str] | None = None) -> Table:
+    """Return a table of states with one column for each node or replica; `status_tables` explains the arguments."""
+    addresses = addresses or {}
     table, columns = Table(""), list[list[RenderableType]]()
     for name, status in answers.items():
+        address = addresses.get(name, "")
         if isinstance(status, NodeError):
             table.add_column(escape(printable(name)))
-            columns.append([Text("down", style="red")])
+            columns.append([Text(address, overflow="fold"), Text("down", style="red")])
             continue
-        table.add_column(escape(printable(name if status.tier == name else f"{name} ({status.tier})")))
+        table.add_column(escape(printable(name if status.tier == node_of(name) else f"{name} ({status.tier})")))
         state = _LINK_STATES.get(status.next_state, status.next_state)
         cells = (
+            address,
             status.state,
             comma_list(status.exits),
             f"{status.first_layer}-{status.last_layer - 1}",
@@ -325,9 +347,10 @@ def status_table(answers: dict[str, NodeStatus | NodeError]) -> Table:
             f"{status.used_positions}/{status.max_positions}",
             f"{status.next_node}: {state}" if status.next_node else "",
         )
-        columns.append([Text(printable(cell)) for cell in cells])
+        columns.append([Text(printable(cell), overflow="fold") for cell in cells])
     for i, row in enumerate(_STATUS_ROWS):
-        table.add_row(row, *(cells[i] if i < len(cells) else "" for cells in columns))
+        if i or addresses:
+            table.add_row(row, *(cells[i] if i < len(cells) else "" for cells in columns))
     return table
 
 

@@ -17,7 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ruyi_flow.cli.app import Panel, app
-from ruyi_flow.cli.display import comma_list, counting_bar, err, log_writer, out, print_json, progress_bar, status_table
+from ruyi_flow.cli.display import (
+    comma_list,
+    counting_bar,
+    err,
+    log_writer,
+    out,
+    print_json,
+    progress_bar,
+    status_tables,
+)
 from ruyi_flow.cli.options import (
     JsonOption,
     TopologyArgument,
@@ -29,6 +38,7 @@ from ruyi_flow.cli.options import (
     on_signals,
 )
 from ruyi_flow.cli.serving import PolicyOption, PortOption, ServerOptions, announce, serving
+from ruyi_flow.cli.systemd import watched_by_systemd
 from ruyi_flow.cli.telemetry import (
     LogJsonOption,
     NoRequestLogOption,
@@ -38,12 +48,16 @@ from ruyi_flow.cli.telemetry import (
     Tracing,
     log_to_stderr,
 )
+from ruyi_flow.config.addresses import check_address, has_port_0
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology, shortest
+from ruyi_flow.config.replicas import node_of
 from ruyi_flow.errors import ConfigError, NodeError
 from ruyi_flow.extras import require
 from ruyi_flow.types import NodeStatus, Weights
 
 if TYPE_CHECKING:
+    from ruyi_flow.config.replicas import Replica
+    from ruyi_flow.config.topology import Node
     from ruyi_flow.evaluation.quality import Quality
     from ruyi_flow.family.checkpoint import Checkpoint
 
@@ -162,6 +176,24 @@ def _check_questions(checkpoint: Checkpoint, tokenizer: Any, prompts: Path | Non
 def node(
     name: Annotated[str, typer.Argument(help="The node's name in the topology.")],
     topology: TopologyOption = DEFAULT_TOPOLOGY,
+    replica: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Run this replica of a node with several addresses: its place in their list, from 1. Default: the "
+            "first one whose address is on this machine and not in use.",
+        ),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            show_default=False,
+            help="Listen here, for instance on 0.0.0.0:7101 in a container. Default: the node's listen or address in "
+            "the topology.",
+        ),
+    ] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
     log_json: LogJsonOption = False,
     no_request_log: NoRequestLogOption = False,
@@ -170,33 +202,29 @@ def node(
     trace_share: TraceShareOption = None,
     supervised: Annotated[bool, typer.Option(hidden=True, help="Drain the node when standard input ends.")] = False,
 ) -> None:
-    """Run one node of a topology as a daemon on this machine.
+    """Run one node of a topology, or one replica of it, as a daemon on this machine.
 
-    SIGTERM or Ctrl-C drains the node: it takes no new sessions, and running ones
-    get its grace time; a second signal ends it at once. The standard gRPC health
-    service answers for '' and 'ruyi_flow.v1.Node'.
+    SIGTERM or Ctrl-C drains the node: it takes no new sessions, its callers move
+    theirs to another replica if there is one, and those that stay get its grace
+    time; a second signal ends it at once. The standard gRPC health service answers
+    for '' and 'ruyi_flow.v1.Node'.
     """
-    log_to_stderr(log_level, as_json=log_json, requests=not no_request_log, brief=supervised, node=name)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     began = time.monotonic()
     loaded = load_topology(topology)
-    here = loaded.node(name)
-    if here.address is None:
+    if not loaded.node(name).addresses:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
-    tracing = Tracing(trace, otlp, trace_share)
-    from ruyi_flow.transport.addresses import check_listen
-
     require("torch")
-    asyncio.run(check_listen(here.address, name))  # before torch and the weights are loaded
-    if here.metrics is not None:
-        require("prometheus_client")
-        asyncio.run(check_listen(here.metrics, name, key="metrics"))
+    here = asyncio.run(_this_replica(loaded.node(name), replica, listen))  # before torch and the weights are loaded
+    log_to_stderr(log_level, as_json=log_json, requests=not no_request_log, brief=supervised, node=here.name)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    tracing = Tracing(trace, otlp, trace_share)
+    loaded = here.alone(loaded, listen=listen)
     from ruyi_flow.serving.engine import Engine
     from ruyi_flow.serving.heap import tidy_heap
     from ruyi_flow.serving.node import serve, stay_on_cores
 
-    stay_on_cores(here, str(topology))
-    tracer = tracing.tracer(name)
+    stay_on_cores(here.node, str(topology))
+    tracer = tracing.tracer(here.name)
     logger = logging.getLogger("ruyi_flow.serving.node")
     with tidy_heap():
         engine = Engine.load(loaded, name, where=str(topology))
@@ -205,13 +233,13 @@ def node(
         stop = on_signals()
         if supervised:
             on_end_of_input(stop)
-        async with serve(engine, tracer=tracer) as server:
+        async with watched_by_systemd() as tell_systemd, serve(engine, tracer=tracer) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()
             logger.info(
                 "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; %.0f MB resident",
-                name,
+                here.name,
                 list(status.exits),
                 status.first_layer,
                 status.last_layer - 1,
@@ -221,7 +249,9 @@ def node(
                 time.monotonic() - began,
                 status.resident_bytes / 1e6,
             )
+            tell_systemd("READY=1")
             await stop.wait()
+            tell_systemd("STOPPING=1")
             logger.info("draining: %d sessions are running", len(engine.shard.capacity.leases))
         logger.info("stopped")
 
@@ -229,6 +259,31 @@ def node(
         asyncio.run(run())
     finally:
         tracer.close()
+
+
+async def _this_replica(node: Node, number: int | None, listen: str | None) -> Replica:
+    """Return the replica of a node that this process is to be, and check that it can listen, before anything is loaded.
+
+    Raises:
+        ConfigError: the options do not fit the topology.
+        NodeError: it cannot listen.
+    """
+    from ruyi_flow.serving.placement import choose
+    from ruyi_flow.transport.addresses import check_listen
+
+    if listen is not None:
+        try:
+            if has_port_0(check_address(listen)):
+                raise ValueError("port 0 picks a random port that callers cannot know; choose a fixed one")
+        except ValueError as error:
+            raise ConfigError(f"--listen {listen}: {error}") from None
+    here = await choose(node, number)
+    key = "address" if listen is None and node.listen is None else "listen"
+    await check_listen(listen or here.listen, here.name, key=key)
+    if here.metrics is not None:
+        require("prometheus_client")
+        await check_listen(here.metrics, here.name, key="metrics")
+    return here
 
 
 @app.command(rich_help_panel=Panel.RUN)
@@ -247,7 +302,12 @@ def up(
     otlp: OtlpOption = None,
     trace_share: TraceShareOption = None,
 ) -> None:
-    """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them."""
+    """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them.
+
+    A process that crashes, hangs or has drained is started again. Of a node with several
+    addresses, all replicas whose addresses are on this machine are started; the
+    log calls them cloud/1, cloud/2 and so on, in the order of the list.
+    """
     require("torch")  # here rather than in every node's process
     for name in ("port", "policy"):
         if is_given(context, name) and not serve:
@@ -281,8 +341,17 @@ def up(
             if server is not None:
                 await listening.reach_nodes()
             asked = "" if is_default else f" --topology {named}"
+            for replica in supervisor.elsewhere:
+                err.print(
+                    f"{replica.name} at {replica.address} belongs on another machine; start it there: "
+                    f"ruyi-flow node {replica.node.name}",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+            number = len(supervisor.replicas)
+            processes = f" in {number} processes" if number > len(loaded.nodes) else ""
             err.print(
-                f"all {len(loaded.nodes)} nodes serve; ask them: "
+                f"all {len(loaded.nodes)} nodes serve{processes}; ask them: "
                 f"[bold]ruyi-flow generate{asked} --prompt 'Why is the sky blue?'[/bold]",
                 soft_wrap=True,
             )
@@ -301,26 +370,31 @@ def up(
 
 @app.command(rich_help_panel=Panel.RUN)
 def status(topology: TopologyOption = DEFAULT_TOPOLOGY, as_json: JsonOption = False) -> None:
-    """Show the layers, sessions, memory and health of every node. The exit status is 1 when a node is down."""
+    """Show the layers, sessions, memory and health of every node. The exit status is 1 when a node is down.
+
+    Each replica of a node has an entry of its own, cloud/1, cloud/2 and so on, in
+    the order of the addresses in the topology, or in DNS.
+    """
     loaded = load_topology(topology)
     if loaded.entry.address is None:
         raise ConfigError(f"{topology}: its one node has no address, so it runs inside its clients and has no status")
 
-    async def run() -> dict[str, NodeStatus | NodeError]:
+    async def run() -> tuple[dict[str, NodeStatus | NodeError], dict[str, str]]:
         from ruyi_flow.client import AsyncClient
+        from ruyi_flow.serving.placement import look_up
 
         async with AsyncClient(loaded) as client:
-            return await client.status()
+            answers = await client.status()
+        return answers, {name: address for node in loaded.nodes for name, address in (await look_up(node)).items()}
 
-    answers = asyncio.run(run())
+    answers, addresses = asyncio.run(run())
     if as_json:
-        print_json(
-            {n: asdict(a) if isinstance(a, NodeStatus) else {"node": n, "error": str(a)} for n, a in answers.items()}
-        )
+        said = {n: asdict(a) if isinstance(a, NodeStatus) else {"error": str(a)} for n, a in answers.items()}
+        print_json({n: {"node": node_of(n), "address": addresses.get(n, "")} | one for n, one in said.items()})
     else:
         from ruyi_flow.doctor.agreement import disagreements
 
-        out.print(status_table(answers))
+        out.print(status_tables(answers, addresses))
         whole = not out.is_terminal  # a pipe gets whole lines, a terminal whole words
         for answer in answers.values():
             if isinstance(answer, NodeError):

@@ -17,8 +17,8 @@ from rich.table import Table
 from ruyi_flow.cli.app import Panel, app
 from ruyi_flow.cli.display import comma_list, counting_bar, err, out, print_json
 from ruyi_flow.cli.options import JsonOption, check_target, file_or_example, load_topology
+from ruyi_flow.config.addresses import check_address
 from ruyi_flow.config.examples import examples
-from ruyi_flow.config.topology import check_address
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import is_installed
 from ruyi_flow.types import Weights

@@ -7,13 +7,13 @@ the fix.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ruyi_flow.config.addresses import Dialled, Listened, as_tuple, check_addresses, check_ports
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
 from ruyi_flow.config.yaml_files import explain, read_yaml
@@ -31,7 +31,6 @@ __all__ = [
     "Model",
     "Node",
     "Topology",
-    "check_address",
     "resolve_file",
     "resolve_folder",
     "resolve_path",
@@ -40,31 +39,25 @@ __all__ = [
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def check_address(value: str) -> str:
-    """Return an address that has the form host:port; otherwise raise a ValueError that says how to write it."""
-    match = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", value, re.ASCII)
-    if match is None or int(match[1]) > 65535:
-        raise ValueError("write it as host:port, for instance 127.0.0.1:7101 or [::1]:7101")
-    return value
-
-
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):  # YAML reads yes and no as booleans, and Python takes booleans for numbers
         raise ValueError("must be a number")
     return value
 
 
-_SEVERAL = "see docs/guides/several-devices.md, and the examples phone and tablet (ruyi-flow init --from phone)"
+_SEVERAL = "docs/guides/several-devices.md shows both"
 """Where users find how several devices share deeper nodes."""
 
 
 def _one(value: object) -> object:
     if isinstance(value, list):
-        raise ValueError(f"must be one text, not a list: a node cannot have replicas yet; {_SEVERAL}")
+        raise ValueError(
+            "must be one name, not a list: replicas share the name of their node; list their addresses under the "
+            "node's key address"
+        )
     return value
 
 
-Address = Annotated[str, BeforeValidator(_one), AfterValidator(check_address)]
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 
@@ -94,7 +87,7 @@ class Limits(Model):
     """Largest message in bytes that the node accepts; a longer prompt is sent in several."""
     grace_s: Float = Field(default=10.0, ge=0, le=1e6)
     """Seconds that running sessions may continue after SIGTERM."""
-    park_s: Float = Field(default=600.0, ge=0, le=1e9)
+    park_s: Float = Field(default=600.0, ge=0, le=1e6)
     """Seconds for which the caches of an ended answer are kept for a next turn, while room allows. 0 keeps none."""
     deepest: Int | None = None
     """Deepest exit that an answer through this node may reach; tokens stopped there have the reason `limit`."""
@@ -110,10 +103,15 @@ class Node(Model):
     """Name of the node."""
     tier: str | None = None
     """Label such as device, edge or cloud. Default: the node's name."""
-    address: Address | None = None
-    """host:port to listen on and to be reached at. A topology of one node needs none: its clients run the node."""
-    metrics: Address | None = None
-    """host:port where the node serves its metrics to Prometheus, as plain HTTP. Default: nowhere."""
+    address: Dialled | None = None
+    """host:port at which the node is reached, and where it listens unless `listen` is given. A list names the node's
+    replicas, and so does a DNS name with several addresses. A topology of one node needs none: its clients run it."""
+    listen: Listened | None = None
+    """host:port to listen on if it is not the address: 0.0.0.0:7101 in a container or behind NAT. A list has one for
+    each address, in the same order. Default: the address."""
+    metrics: Listened | None = None
+    """host:port where the node serves its metrics to Prometheus, as plain HTTP. A list has one for each address.
+    Default: nowhere."""
     exits: tuple[Int, ...] = Field(min_length=1, max_length=1024)
     """Exits of the node's stages, ascending."""
     dtype: Dtype = "bfloat16"
@@ -134,6 +132,11 @@ class Node(Model):
     """The node's limits."""
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """The address of each replica; none if the node runs in its clients."""
+        return as_tuple(self.address)
+
+    @property
     def label(self) -> str:
         """The tier, or the name of a node without one."""
         return self.tier or self.name
@@ -148,8 +151,8 @@ class Link(Model):
     """Name of the next node."""
     encoding: Encoding = Encoding.BF16
     """Encoding of boundary states: f32, bf16, f16, or int8 with one scale per position."""
-    address: Address | None = None
-    """host:port to dial, for instance of a tunnel. Default: the target's address."""
+    address: Dialled | None = None
+    """host:port to dial, for instance of a tunnel, or a list for the replicas. Default: the target's address."""
     upload: Upload = Upload.ON_DEMAND
     """When boundary states are sent: `on-demand` with a question, or `ahead` while the link is idle."""
     ahead_bytes: Int = Field(default=16 * 1024 * 1024, ge=1)
@@ -159,6 +162,11 @@ class Link(Model):
     recover_s: Float = Field(default=10.0, ge=0, le=1e6)
     """Seconds for which a lost session may be taken up again on the next node, since it could last be reached. Then the
     answer fails, or falls back."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses to dial; none stands for those of the target."""
+        return as_tuple(self.address)
 
     def row_bytes(self, hidden_size: int) -> int:
         """Return the bytes of one position on the link: its state, its token id, and its share of the frame."""
@@ -221,6 +229,7 @@ class Topology(Model):
         if isinstance(policy, dict) and isinstance(policy.get("file"), str):
             policy["file"] = str(resolve_file(policy["file"], "policy", base, f"{path}: policy.file"))
         topology = cls.parse(data, where=str(path))
+        check_ports(topology.nodes, topology.links, str(path))
         nodes = []
         for i, node in enumerate(topology.nodes):
             shard = node.shard and resolve_path(node.shard, base, f"{path}: nodes.{i}.shard")
@@ -287,6 +296,11 @@ class Topology(Model):
             if link.source == name and link.target == target.name:
                 return target, link
         raise AssertionError("checked by _cross_check")
+
+    def next_addresses(self, name: str) -> tuple[str, ...]:
+        """Return the addresses that a node dials for the next deeper one; none for the deepest node."""
+        hop = self.next_of(name)
+        return () if hop is None else hop[1].addresses or hop[0].addresses
 
     def check_family(self, exits: Sequence[int], *, where: str = "topology") -> None:
         """Check the nodes' exits against those of the family.
@@ -404,34 +418,20 @@ class Topology(Model):
     def _about_same_exits(self, first: Node, second: Node) -> str:
         """Say what to write instead of two nodes that begin with the same exit."""
         same = f"{list(second.exits)} begins with the same exit as node {first.name!r}"
+        if first.address is None or second.address is None:
+            lists = "one node whose key address is a list"
+        else:
+            lists = f"one node with address: [{', '.join(first.addresses + second.addresses)}]"
         if first is self.entry:
             return (
-                f"{same}, but a topology is one chain of nodes from one device on; for several devices, write one file "
-                f"per device, each with the same deeper nodes: {_SEVERAL}"
+                f"{same}, but a topology is one chain of nodes from one device on; for devices that differ, write one "
+                f"file per device, each with the same deeper nodes; for devices that are alike, write {lists}; "
+                f"{_SEVERAL}"
             )
-        return (
-            f"{same}, but a node cannot have replicas or several addresses yet: remove one of the two, or write one "
-            f"file per chain of nodes: {_SEVERAL}"
-        )
+        return f"{same}; for replicas, write {lists}; otherwise remove one of the two; {_SEVERAL}"
 
     def _check_addresses(self, where: str) -> None:
-        seen: dict[str, str] = {}
-        for i, node in enumerate(self.nodes):
-            if node.address is None and len(self.nodes) > 1:
-                raise ConfigError(f"{where}: nodes.{i}.address: node {node.name!r} needs an address (host:port)")
-            if node.address is None and node.metrics is not None:
-                raise ConfigError(
-                    f"{where}: nodes.{i}.metrics: a node without an address runs inside its clients and serves no "
-                    "metrics; add an address, or remove the key"
-                )
-            for key, address in (("address", node.address), ("metrics", node.metrics)):
-                if address is None or address.endswith(":0"):
-                    continue
-                if address in seen:
-                    raise ConfigError(
-                        f"{where}: nodes.{i}.{key}: {address} is already used by {seen[address]}; pick another port"
-                    )
-                seen[address] = f"nodes.{i}.{key}"
+        check_addresses(self.nodes, self.links, where)
 
 
 def resolve_path(path: str | Path, base: Path, where: str) -> Path:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ruyi_flow import __version__
-from ruyi_flow.config.topology import Topology
+from ruyi_flow.config.replicas import node_of
+from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.types import NodeStatus
 
 __all__ = ["Disagreement", "disagreements"]
@@ -17,7 +18,7 @@ class Disagreement:
     """Something on which a node differs from the topology or from another node."""
 
     node: str
-    """The node, by its name in the topology."""
+    """The node, or its replica, as `Client.status` names it."""
     is_fatal: bool
     """Whether answers fail, or go another way than the topology says; otherwise it may be on purpose."""
     text: str
@@ -35,23 +36,21 @@ def disagreements(
 
     Args:
         topology: the topology.
-        statuses: the status of each node that answered, by its name in the topology.
+        statuses: the status of each node and replica that answered, as `Client.status` names them.
         where: the topology's file, for the sentences.
         fingerprint: fingerprint of the family as this machine has it; empty if it has none.
     """
     found: list[Disagreement] = []
     same_file = f"copy {where} to the machine of node {{0!r}}, and start the node again with it"
-    for node in topology.nodes:
-        status, name = statuses.get(node.name), node.name
-        if status is None:
-            continue
+    for name, status in statuses.items():
+        node = topology.node(node_of(name))
 
         def differs(text: str, fix: str, *, is_fatal: bool = True, name: str = name) -> None:
             found.append(Disagreement(name, is_fatal, text, fix))
 
-        if status.node != name:
+        if status.node != node.name:
             differs(
-                f"The node at {node.address} is called {status.node!r}; {where} calls it {name!r}.",
+                f"The node at {_address(node, name)} is called {status.node!r}; {where} calls it {node.name!r}.",
                 "correct the address or the name in the topology, or end the node that runs there",
             )
             continue
@@ -60,7 +59,7 @@ def disagreements(
                 f"Node {name!r} serves exits {list(status.exits)}; {where} gives it {list(node.exits)}.",
                 f"{same_file.format(name)}; cut its shard again if its exits have changed: ruyi-flow shard",
             )
-        following = topology.next_of(name)
+        following = topology.next_of(node.name)
         target, link = (None, None) if following is None else following
         if status.next_node != ("" if target is None else target.name):
             theirs = (
@@ -69,7 +68,7 @@ def disagreements(
             ours = f"sends to {target.name!r}" if target is not None else "is the deepest node"
             differs(f"Node {name!r} {theirs}; in {where} it {ours}.", same_file.format(name))
         elif target is not None and link is not None:
-            address = link.address or target.address
+            address = ", ".join(topology.next_addresses(node.name))
             if status.next_address not in ("", address):
                 differs(
                     f"Node {name!r} reaches node {target.name!r} at {status.next_address}; {where} says {address}.",
@@ -82,12 +81,18 @@ def disagreements(
                     same_file.format(name),
                     is_fatal=False,
                 )
-    return found + _families(topology, statuses, fingerprint) + _versions(topology, statuses)
+    return found + _families(statuses, fingerprint) + _versions(statuses)
 
 
-def _families(topology: Topology, statuses: Mapping[str, NodeStatus], fingerprint: str) -> list[Disagreement]:
+def _address(node: Node, name: str) -> str:
+    """Return the address at which a node or replica was asked, as far as the topology has it."""
+    number = int(name.partition("/")[2] or 1)
+    return node.addresses[number - 1] if number <= len(node.addresses) else name
+
+
+def _families(statuses: Mapping[str, NodeStatus], fingerprint: str) -> list[Disagreement]:
     """Compare the families with that of the first node that answered, and that one with this machine's copy."""
-    names = [node.name for node in topology.nodes if node.name in statuses]
+    names = list(statuses)
     found = []
     for name in names:
         theirs, first = statuses[name].family, statuses[names[0]].family
@@ -102,15 +107,15 @@ def _families(topology: Topology, statuses: Mapping[str, NodeStatus], fingerprin
     return found
 
 
-def _versions(topology: Topology, statuses: Mapping[str, NodeStatus]) -> list[Disagreement]:
+def _versions(statuses: Mapping[str, NodeStatus]) -> list[Disagreement]:
     """Compare the versions that the nodes report with the version of this machine."""
     return [
         Disagreement(
-            node.name,
+            name,
             False,
-            f"Node {node.name!r} runs ruyi-flow {status.version}, and this machine runs {__version__}.",
+            f"Node {name!r} runs ruyi-flow {status.version}, and this machine runs {__version__}.",
             "install the same version of ruyi-flow on all machines",
         )
-        for node in topology.nodes
-        if (status := statuses.get(node.name)) is not None and status.version not in ("", __version__)
+        for name, status in statuses.items()
+        if status.version not in ("", __version__)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
@@ -52,9 +53,9 @@ async def examine(
         except ConfigError as refused:
             error = str(refused)
     where = "" if path is None else shortest(path, "topology")
-    nodes = [] if topology is None else [node for node in topology.nodes if node.address is not None]
     announce("looking up the nodes' addresses")
-    places = await asyncio.gather(*(find(node) for node in nodes))
+    nodes = () if topology is None else topology.nodes
+    places = [place for found in await asyncio.gather(*(find(node) for node in nodes)) for place in found]
     announce("loading torch, and looking at shards and families")
     report = await ask_torch(() if topology is None else _folders(topology, places))
     for check in _torch_checks(report):
@@ -85,14 +86,13 @@ async def examine_topology(
         yield check
     for check in _node_checks(topology, where, report, visits):
         yield check
-    statuses = reached(visits)
-    for node in topology.nodes:  # one after the other: two measurements at once would share a link
-        if node.name in statuses:
-            announce(f"measuring the link from here to {node.name}")
-            yield await link_from_here(node)
-    for node, target, link in links_to_measure(topology, statuses):
-        announce(f"{node.name} measures its link to {target.name}")
-        yield await link_to_next(node, target, link)
+    for one in visits:  # one after the other: two measurements at once would share a link
+        if one.status is not None:
+            announce(f"measuring the link from here to {one.place.name}")
+            yield await link_from_here(one.place)
+    for place, target in links_to_measure(topology, visits):
+        announce(f"{place.name} measures its link to {target.name}")
+        yield await link_to_next(place, target, topology.next_addresses(place.node.name))
 
 
 def _torch_checks(report: TorchReport) -> list[Check]:
@@ -153,7 +153,7 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
 
     names = ", ".join(node.name for node in topology.nodes)
     checks = [Check(Group.TOPOLOGY, "file", Mark.OK, f"{where} describes {names} of family {topology.family}.")]
-    here, places = _runs_here(topology, [v.place for v in visits]), [v.place for v in visits]
+    here = _runs_here(topology, [v.place for v in visits])
     for found in report.folders:
         what = f"The shard of node {found.node!r}" if found.node else "The family"
         if not found.node and topology.family == DEMO and DEMO not in report.families:
@@ -200,7 +200,7 @@ def _topology_checks(topology: Topology, where: str, report: TorchReport, visits
                 checks.append(
                     failed(node.name, text, f"use one of {', '.join(sorted(usable))}, or install another torch")
                 )
-    return checks + _memory(here, places, report, visits)
+    return checks + _memory(here, report, visits)
 
 
 def _family_fix(family: str, where: str) -> str:
@@ -211,19 +211,20 @@ def _family_fix(family: str, where: str) -> str:
     return f"correct family in {where}{fetch}"
 
 
-def _memory(here: Sequence[Node], places: Sequence[Place], report: TorchReport, visits: Sequence[Visit]) -> list[Check]:
+def _memory(here: Sequence[Node], report: TorchReport, visits: Sequence[Visit]) -> list[Check]:
     """Compare the free memory with the weights of the nodes that belong on this machine and do not run yet."""
-    stopped = {v.place.node.name for v in visits if v.is_stopped}
-    waiting = [node for node in here if (node.address is None or node.name in stopped) and node.device == "cpu"]
+    stopped = [v.place for v in visits if v.is_stopped and v.place.node.device == "cpu"]
+    clients = [node for node in here if node.address is None and node.device == "cpu"]
+    waiting = [(node.name, node) for node in clients] + [(place.name, place.node) for place in stopped]
     sizes = {found.node: found.bytes for found in report.folders}
-    needed = sum(sizes.get(node.name, 0) for node in waiting if node.shard is not None)
-    if any(node.shard is None for node in waiting):
-        needed += sizes.get("", 0)
+    needed = sum(sizes.get(node.name, 0) for _, node in waiting if node.shard is not None)
+    of_family = Counter(node.name for _, node in waiting if node.shard is None)
+    needed += max(of_family.values(), default=0) * sizes.get("", 0)  # each node has a part, and each replica its own
     if not needed:
         return []
     free = psutil.virtual_memory().available
     text = (
-        f"The weights of {', '.join(node.name for node in waiting)} take {needed / 1e9:.2f} GB at most, and "
+        f"The weights of {', '.join(name for name, _ in waiting)} take {needed / 1e9:.2f} GB at most, and "
         f"{free / 1e9:.1f} GB of memory are free here."
     )
     if needed < free:
@@ -235,7 +236,7 @@ def _memory(here: Sequence[Node], places: Sequence[Place], report: TorchReport, 
 def _node_checks(topology: Topology, where: str, report: TorchReport, visits: Sequence[Visit]) -> list[Check]:
     """Return what was found at the nodes, and what they do not agree on."""
     if visits and all(v.is_stopped for v in visits):
-        text = f"No node runs yet; {', '.join(str(v.place.node.address) for v in visits)} are free."
+        text = f"No node runs yet; {', '.join(v.place.address for v in visits)} are free."
         return [Check(Group.NODES, "all", Mark.WARNING, text, f"start them: ruyi-flow up {where}")]
     prints = {found.fingerprint for found in report.folders if found.fingerprint}
     fingerprint = prints.pop() if len(prints) == 1 else ""
@@ -246,6 +247,6 @@ def _node_checks(topology: Topology, where: str, report: TorchReport, visits: Se
         checks += [
             Check(Group.NODES, d.node, Mark.FAILED if d.is_fatal else Mark.WARNING, d.text, d.fix)
             for d in found
-            if d.node == one.place.node.name
+            if d.node == one.place.name
         ]
     return checks

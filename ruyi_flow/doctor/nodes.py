@@ -9,14 +9,16 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 
-from ruyi_flow.config.topology import Link, Node, Topology
+from ruyi_flow.config.replicas import replica_name
+from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.doctor.checks import Check, Group, Mark, ended, on_thread
 from ruyi_flow.errors import DeadlineExceeded, NodeError
+from ruyi_flow.serving.placement import each_host, is_here
 from ruyi_flow.transport.addresses import listen_problem, split_address
 from ruyi_flow.transport.link import FRAME_BYTES, measure_link
 from ruyi_flow.transport.peer import Peer
@@ -50,16 +52,30 @@ _MOST_MBIT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The machine that a node's address leads to."""
+    """The machine that an address of a node leads to."""
 
     node: Node
     """The node."""
+    name: str
+    """The name of the node, or of the replica that has the address: `cloud/2`."""
+    address: str
+    """host:port."""
     found: Sequence[Any] = ()
     """Its socket addresses, as `socket.getaddrinfo` gives them."""
     is_here: bool = False
     """Whether they are addresses of this machine."""
     error: str = ""
     """Why the name could not be resolved; empty if it could."""
+
+    @property
+    def port(self) -> int:
+        """The port of the address."""
+        return split_address(self.address)[1]
+
+    def start(self, where: str) -> str:
+        """Return the command that starts this replica on its machine, with the topology in the file `where`."""
+        number = self.name.partition("/")[2] if len(self.node.addresses) > 1 else ""
+        return f"ruyi-flow node {self.node.name}{number and f' --replica {number}'} --topology {where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +92,25 @@ class Visit:
     """Whether it simply does not run: it belongs on this machine, and its port is free."""
 
 
-async def find(node: Node) -> Place:
-    """Look up a node's address. It never takes longer than a few seconds."""
-    host, port = split_address(str(node.address))
+async def find(node: Node) -> list[Place]:
+    """Look up a node's addresses, one place for each replica. It never takes longer than a few seconds."""
+    looked_up = await asyncio.gather(*(_find(node, address) for address in node.addresses))
+    places = [place for several in looked_up for place in several]
+    return [replace(p, name=replica_name(node.name, number, len(places))) for number, p in enumerate(places, 1)]
+
+
+async def _find(node: Node, address: str) -> list[Place]:
+    """Look up one address, which may stand for several."""
+    host, port = split_address(address)
     try:
         found = await on_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), limit_s=_LIMIT_S)
     except TimeoutError:
-        return Place(node, error=f"the name server did not answer within {_LIMIT_S:g} s")
+        return [Place(node, "", address, error=f"the name server did not answer within {_LIMIT_S:g} s")]
     except OSError as error:
-        return Place(node, error=str(error.strerror or error))
-    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
-    is_here = all(ip in own or _is_any_or_loopback(ip) for ip in (str(a[4][0]) for a in found))
-    return Place(node, found, is_here)
-
-
-def _is_any_or_loopback(address: str) -> bool:
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    return parsed.is_loopback or parsed.is_unspecified
+        return [Place(node, "", address, error=str(error.strerror or error))]
+    several = each_host(address, found)
+    of = {one: [f for f in found if len(several) == 1 or f[4][0] == split_address(one)[0]] for one in several}
+    return [Place(node, "", one, sockets, is_here(sockets)) for one, sockets in of.items()]
 
 
 async def visit(place: Place, where: str) -> Visit:
@@ -102,68 +120,66 @@ async def visit(place: Place, where: str) -> Visit:
         place: where it is.
         where: the topology's file, for the sentences.
     """
-    node = place.node
-    start = f"ruyi-flow node {node.name} --topology {where}"
+    name, address, start = place.name, place.address, place.start(where)
 
     def failed(text: str, fix: str) -> Visit:
-        return Visit(place, [Check(Group.NODES, node.name, Mark.FAILED, text, fix)])
+        return Visit(place, [Check(Group.NODES, name, Mark.FAILED, text, fix)])
 
     if place.error:
-        host = split_address(str(node.address))[0]
+        host = split_address(address)[0]
         return failed(
-            ended(f"The name {host!r} of node {node.name!r} cannot be resolved: {place.error}"),
+            ended(f"The name {host!r} of node {name!r} cannot be resolved: {place.error}"),
             f"correct the node's address in {where}, or add the name to DNS or to /etc/hosts",
         )
     refused = await _connect(place)
     if refused is not None:
         if place.is_here and refused.errno == errno.ECONNREFUSED:
             if listen_problem(place.found) is not None:
-                return failed(f"Node {node.name!r} cannot listen on {node.address}.", f"see why: {start}")
-            text = f"Node {node.name!r} does not run; its port {split_address(str(node.address))[1]} is free."
+                return failed(f"Node {name!r} cannot listen on {address}.", f"see why: {start}")
+            text = f"Node {name!r} does not run; its port {place.port} is free."
             fix = f"start it: {start}"
             if all(ipaddress.ip_address(str(a[4][0])).is_loopback for a in place.found):
                 fix += "; or start the tunnel, if the address leads into one"
-            return Visit(place, [Check(Group.NODES, node.name, Mark.FAILED, text, fix)], is_stopped=True)
+            return Visit(place, [Check(Group.NODES, name, Mark.FAILED, text, fix)], is_stopped=True)
         if refused.errno == errno.ECONNREFUSED:
             return failed(
-                f"Node {node.name!r} at {node.address} cannot be reached: connection refused.",
+                f"Node {name!r} at {address} cannot be reached: connection refused.",
                 f"start it on its machine: {start}; if it runs, compare the address in its log with {where}",
             )
         if refused.errno == errno.ETIMEDOUT:
             return failed(
-                f"Node {node.name!r} at {node.address} cannot be reached: no answer within {_LIMIT_S:g} s.",
-                f"open TCP port {split_address(str(node.address))[1]} in the firewall of its machine, and check that "
-                "the machine is on",
+                f"Node {name!r} at {address} cannot be reached: no answer within {_LIMIT_S:g} s.",
+                f"open TCP port {place.port} in the firewall of its machine, and check that the machine is on",
             )
         return failed(
-            f"Node {node.name!r} at {node.address} cannot be reached: {refused.strerror or refused}.",
+            f"Node {name!r} at {address} cannot be reached: {refused.strerror or refused}.",
             f"check the network between the machines, and the node's address in {where}",
         )
-    peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+    peer = Peer(name, address, max_message_bytes=place.node.limits.max_message_bytes)
     try:
         serves = await peer.is_serving(timeout_s=_LIMIT_S)
         status = await peer.status(timeout_s=_LIMIT_S)
     except DeadlineExceeded:
         owner = await _owner(place)
         return failed(
-            f"Node {node.name!r} at {node.address} accepts connections{owner} and does not answer within "
+            f"Node {name!r} at {address} accepts connections{owner} and does not answer within "
             f"{_LIMIT_S:g} s: it hangs, or another program listens there.",
             f"look at its log, end that process, and start the node again: {start}",
         )
     except NodeError as error:
         owner = await _owner(place)
         return failed(
-            ended(f"What listens at {node.address}{owner} is not node {node.name!r}: {error}"),
+            ended(f"What listens at {address}{owner} is not node {name!r}: {error}"),
             "end that program, or give the node another address",
         )
     finally:
         await peer.close()
-    text = f"Node {node.name!r} at {node.address} serves {name_exits(status.exits)}"
+    text = f"Node {name!r} at {address} serves {name_exits(status.exits)}"
     text += f" with ruyi-flow {status.version}." if status.version else "; its version of ruyi-flow is unknown."
     if serves and status.state == "serving":
-        return Visit(place, [Check(Group.NODES, node.name, Mark.OK, text)], status)
-    text = f"Node {node.name!r} at {node.address} is draining and takes no new sessions."
-    return Visit(place, [Check(Group.NODES, node.name, Mark.WARNING, text, f"start it again: {start}")], status)
+        return Visit(place, [Check(Group.NODES, name, Mark.OK, text)], status)
+    text = f"Node {name!r} at {address} is draining and takes no new sessions."
+    return Visit(place, [Check(Group.NODES, name, Mark.WARNING, text, f"start it again: {start}")], status)
 
 
 async def _connect(place: Place) -> OSError | None:
@@ -206,43 +222,51 @@ async def _owner(place: Place) -> str:
     return ""
 
 
-async def link_from_here(node: Node) -> Check:
+async def link_from_here(place: Place) -> Check:
     """Measure the link from this machine to a node."""
-    name, most = f"here → {node.name}", node.limits.max_message_bytes - FRAME_BYTES
+    name, most = f"here → {place.name}", place.node.limits.max_message_bytes - FRAME_BYTES
     try:
         async with asyncio.timeout(_LINK_S + 1):
             found = await measure_link(
-                str(node.address), rounds=10, payload=min(_PAYLOAD, most), repeats=2, limit_s=_LINK_S
+                place.address, rounds=10, payload=min(_PAYLOAD, most), repeats=2, limit_s=_LINK_S
             )
     except (NodeError, TimeoutError) as error:
-        fix = f"check the network from here to the machine of node {node.name!r}: firewall, tunnel, MTU"
+        fix = f"check the network from here to the machine of node {place.name!r}: firewall, tunnel, MTU"
         return Check(Group.LINKS, name, Mark.FAILED, ended(_sentence(error)), fix)
-    return Check(Group.LINKS, name, Mark.OK, f"From here to {_describe(node.name, found)}")
+    return Check(Group.LINKS, name, Mark.OK, f"From here to {_describe(place.name, found)}")
 
 
-async def link_to_next(node: Node, target: Node, link: Link) -> Check:
-    """Ask a node to measure its link to the next one."""
-    name, address = f"{node.name} → {target.name}", link.address or target.address
-    peer = Peer(node.name, str(node.address), max_message_bytes=node.limits.max_message_bytes)
+async def link_to_next(place: Place, target: Node, addresses: Sequence[str]) -> Check:
+    """Ask a node to measure its link to the next one.
+
+    Args:
+        place: where the node is.
+        target: the next node.
+        addresses: what the node dials for it.
+    """
+    source = place.name
+    name = f"{source} → {target.name}"
+    peer = Peer(source, place.address, max_message_bytes=place.node.limits.max_message_bytes)
     try:
         status = await peer.status(timeout_s=_LINK_S, measure_link=True)
     except NodeError as error:
-        return Check(Group.LINKS, name, Mark.FAILED, ended(_sentence(error)), f"look at the log of node {node.name!r}")
+        return Check(Group.LINKS, name, Mark.FAILED, ended(_sentence(error)), f"look at the log of node {source!r}")
     finally:
         await peer.close()
     if status.link is not None:
-        return Check(Group.LINKS, name, Mark.OK, f"From {node.name} to {_describe(target.name, status.link)}")
+        return Check(Group.LINKS, name, Mark.OK, f"From {source} to {_describe(target.name, status.link)}")
     if status.link_error:
+        tries = " and ".join(f"nc -vz {' '.join(map(str, split_address(address)))}" for address in addresses)
         return Check(
             Group.LINKS,
             name,
             Mark.FAILED,
-            ended(f"Node {node.name!r} does not reach node {target.name!r}: {status.link_error}"),
-            f"on the machine of node {node.name!r}, try nc -vz {' '.join(map(str, split_address(str(address))))}; "
+            ended(f"Node {source!r} does not reach node {target.name!r}: {status.link_error}"),
+            f"on the machine of node {source!r}, try {tries}; "
             f"check that node {target.name!r} runs, the firewall between them, and the address in the topology there",
         )
-    text = f"The link from {node.name} to {target.name} is unknown: the version of ruyi-flow there measures no links."
-    return Check(Group.LINKS, name, Mark.WARNING, text, f"install this version on the machine of node {node.name!r}")
+    text = f"The link from {source} to {target.name} is unknown: the version of ruyi-flow there measures no links."
+    return Check(Group.LINKS, name, Mark.WARNING, text, f"install this version on the machine of node {source!r}")
 
 
 def _describe(target: str, link: LinkMeasurement) -> str:
@@ -263,13 +287,15 @@ def name_exits(exits: Sequence[int]) -> str:
 
 
 def reached(visits: Sequence[Visit]) -> Mapping[str, NodeStatus]:
-    """Return the statuses of the nodes that answered, by the nodes' names in the topology."""
-    return {v.place.node.name: v.status for v in visits if v.status is not None}
+    """Return the statuses of the nodes and replicas that answered, by their names."""
+    return {v.place.name: v.status for v in visits if v.status is not None}
 
 
-def links_to_measure(topology: Topology, statuses: Mapping[str, NodeStatus]) -> list[tuple[Node, Node, Link]]:
-    """Return the links of the topology whose first node answered, and is the node of that name."""
-    hops = [(node, hop) for node in topology.nodes if (hop := topology.next_of(node.name)) is not None]
-    return [
-        (node, *hop) for node, hop in hops if node.name in statuses and statuses[node.name].next_node == hop[0].name
-    ]
+def links_to_measure(topology: Topology, visits: Sequence[Visit]) -> list[tuple[Place, Node]]:
+    """Return each replica that answered and sends to the next node of the topology, and that node."""
+    found = []
+    for visit in visits:
+        hop = topology.next_of(visit.place.node.name)
+        if hop is not None and visit.status is not None and visit.status.next_node == hop[0].name:
+            found.append((visit.place, hop[0]))
+    return found

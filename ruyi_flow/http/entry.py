@@ -8,6 +8,7 @@ from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.replicas import node_of
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError, NodeUnavailable, RuyiFlowError
 from ruyi_flow.requests import PromptInput
@@ -130,10 +131,11 @@ class EntryNodes:
         return await self._client.tokenize(prompt, raw=raw)
 
     async def states(self) -> dict[str, str]:
-        """Return what each node says of itself, `serving` or `draining`, or the error of one that does not answer."""
+        """Return what each replica says of itself, serving or draining, or the error of one that does not answer."""
         answers = await self._client.status(timeout_s=_STATUS_S)
-        entry = answers.get(self._topology.entry.name)
-        self._status = entry if isinstance(entry, NodeStatus) else self._status
+        for name, answer in answers.items():
+            if node_of(name) == self._topology.entry.name and isinstance(answer, NodeStatus):
+                self._status = answer
         return {name: str(a) if isinstance(a, NodeError) else a.state for name, a in answers.items()}
 
     async def about(self) -> NodeStatus | None:

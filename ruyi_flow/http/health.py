@@ -1,4 +1,7 @@
-"""/health says that the server is alive, /ready that every node serves or which does not, /metrics what it counts."""
+"""/health says that the server is alive, /ready that every node serves or which does not, /metrics what it counts.
+
+A node serves while one of its replicas does.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 
 from starlette.responses import Response
 
+from ruyi_flow.config.replicas import node_of
 from ruyi_flow.http.asking import Site
 from ruyi_flow.http.events import JsonResponse
 from ruyi_flow.telemetry.exposition import make_registry, node_metrics, page, server_metrics
@@ -45,11 +49,12 @@ class Health:
         return Response(body, headers={"content-type": content_type})
 
     async def ready(self) -> JsonResponse:
-        """Say whether every node of the topology serves."""
+        """Say whether at least one replica of every node of the topology serves."""
         if self.draining:
             return JsonResponse({"status": "draining"}, status_code=503)
         states = await self._states()
-        if all(state == "serving" for state in states.values()):
+        serving = {node_of(name) for name, state in states.items() if state == "serving"}
+        if serving == {node_of(name) for name in states}:
             return JsonResponse({"status": "ready", "nodes": states})
         return JsonResponse({"status": "not ready", "nodes": states}, status_code=503, headers={"retry-after": "1"})
 

@@ -10,6 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 import psutil
 
 from ruyi_flow.config import topology
+from ruyi_flow.config.addresses import as_tuple
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.extras import needed_by
 from ruyi_flow.requests import GenerateRequest, SessionOpen
@@ -80,9 +81,8 @@ class Node:
         """The answers to users, on the entry node."""
         if self._answering is None:
             entry = self.engine.topology.entry
-            raise RequestError(
-                f"node {self.name!r} is not the entry node; send requests to {entry.name!r} at {entry.address}"
-            )
+            where = ", ".join(entry.addresses)
+            raise RequestError(f"node {self.name!r} is not the entry node; send requests to {entry.name!r} at {where}")
         return self._answering
 
     def load(self) -> float | None:
@@ -127,14 +127,14 @@ async def serve(engine: Engine, *, address: str | None = None, tracer: Tracer = 
 
     Args:
         engine: the loaded node.
-        address: host:port to listen on. Default: the topology's.
+        address: host:port to listen on. Default: the topology's. Of several, it is the first one.
         tracer: records requests and sessions.
 
     Raises:
         NodeError: the node cannot listen there.
     """
     node = engine.node
-    address = address or str(node.address)
+    address = address or as_tuple(node.listen or node.address)[0]
     await check_listen(address, node.name)
     service = await asyncio.to_thread(Node, engine)  # it reads the tokenizer's files
     async with _metrics(engine):
@@ -158,7 +158,7 @@ async def _metrics(engine: Engine) -> AsyncIterator[None]:
         from ruyi_flow.telemetry.exposition import make_registry, node_metrics, serve_page
 
     registry = make_registry(node_metrics(engine.counters, engine.status))
-    serving = serve_page(node.metrics, registry, f"node {node.name!r}: metrics")
+    serving = serve_page(as_tuple(node.metrics)[0], registry, f"node {node.name!r}: metrics")
     await asyncio.to_thread(serving.__enter__)  # starting and ending its thread takes a moment
     try:
         yield

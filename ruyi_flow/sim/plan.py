@@ -301,7 +301,7 @@ def write_topology(found: Plan, out: Path, base: Path) -> None:
     """
     best, scenario = found.finalists[0], found.scenario
     planned = with_cut(scenario, best.cut, best, policy_file=out.with_suffix(".policy.yaml"))
-    taken = {node.address for node in planned.nodes}
+    taken = {address for node in planned.nodes for address in node.addresses}
     free = (address for port in itertools.count(7101) if (address := f"127.0.0.1:{port}") not in taken)
     nodes = []
     for node in planned.nodes:

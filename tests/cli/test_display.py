@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ruyi_flow.cli.display import fallback_note, stats_table, status_table, summary_line, token_summary, token_table
+from ruyi_flow.cli.display import (
+    fallback_note,
+    stats_table,
+    status_table,
+    status_tables,
+    summary_line,
+    token_summary,
+    token_table,
+)
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.testing import cut_topology
@@ -86,6 +94,22 @@ def test_the_table_of_states_fits_into_a_terminal_of_80_columns() -> None:
     lines = shown(status_table({"device": serving, "edge": serving, "cloud": NodeError("it is down")}), 80)
     assert "…" not in lines and lines.count("cloud: not connected") == 2 and lines.count("down") == 1
     assert lines.count("16/16 + 3 waiting") == 2 and lines.count("16000/16384") == 2 and lines.count("device (") == 0
+
+
+def test_the_states_of_many_replicas_are_several_tables_with_their_addresses() -> None:
+    serving = NodeStatus(
+        *("cloud", "cloud", "serving", "abc", (29,), 23, 29, 53_000_000, 106_000_000, 407_000_000, "bfloat16"),
+        *("cpu", 1, 16, 0, 128, 16384, 60.0, "", "", 1),
+    )
+    names = [f"cloud/{i}" for i in range(1, 7)]
+    answers = {name: serving if i % 2 else NodeError("down") for i, name in enumerate(names)}
+    addresses = {name: f"192.168.10.{i}:7103" for i, name in enumerate(names, 13)}
+    lines = shown(status_tables(answers, addresses), 110)
+    assert "…" not in lines and lines.count("address") == 2 and lines.count("next node") == 2
+    for name, address in addresses.items():
+        assert lines.count(f" {name} ") == lines.count(f" {address} ") == 1  # the tier is the name of the node
+    assert lines.count("down") == 3 and lines.count("128/16384") == 3
+    assert "address" not in shown(status_tables(answers), 110)
 
 
 def test_the_table_of_tokens_cuts_only_texts(topology: Topology) -> None:

@@ -176,7 +176,7 @@ def test_a_file_that_is_no_topology_is_refused(tmp_path: Path, text: str) -> Non
         Topology.load(file)
 
 
-SEVERAL = ["docs/guides/several-devices.md", "examples phone and tablet"]
+SEVERAL = ["docs/guides/several-devices.md"]
 
 
 @pytest.mark.parametrize(
@@ -185,23 +185,23 @@ SEVERAL = ["docs/guides/several-devices.md", "examples phone and tablet"]
         (
             "nodes.1",
             {"name": "tablet", "address": "127.0.0.1:7104", "exits": [5, 11]},
-            ["nodes.1.exits: [5, 11] begins with the same exit as node 'device'", "write one file per device"],
+            [
+                "nodes.1.exits: [5, 11] begins with the same exit as node 'device'",
+                "write one file per device",
+                "for devices that are alike, write one node with address: [127.0.0.1:7101, 127.0.0.1:7104]",
+            ],
         ),
         ("nodes.1", {"name": "device", "address": "127.0.0.1:7104", "exits": [5]}, ["nodes.1.exits", "per device"]),
         (
             "nodes.2",
             {"name": "edge-2", "address": "127.0.0.1:7104", "exits": [17, 23]},
-            ["nodes.2.exits: [17, 23] begins with the same exit as node 'edge'", "replicas", "remove one of the two"],
+            [
+                "nodes.2.exits: [17, 23] begins with the same exit as node 'edge'",
+                "for replicas, write one node with address: [127.0.0.1:7102, 127.0.0.1:7104]",
+                "remove one of the two",
+            ],
         ),
-        (
-            "nodes.2",
-            {"name": "edge", "address": "127.0.0.1:7104", "exits": [17, 23]},
-            ["nodes.2.exits", "cannot have replicas or several addresses yet", "one file per chain"],
-        ),
-        ("nodes.1.address", ["127.0.0.1:7102", "127.0.0.1:7104"], ["nodes.1.address", "cannot have replicas yet"]),
-        ("links.0.address", ["127.0.0.1:7102", "127.0.0.1:7104"], ["links.0.address", "cannot have replicas yet"]),
-        ("links.0.to", ["edge", "edge-2"], ["links.0.to", "not a list: a node cannot have replicas yet"]),
-        ("links.0.from", ["device", "tablet"], ["links.0.from", "not a list"]),
+        ("nodes.2", {"name": "edge", "exits": [17, 23]}, ["one node whose key address is a list"]),
     ],
 )
 def test_the_natural_file_of_several_devices_is_refused_with_what_to_write(
@@ -213,6 +213,125 @@ def test_the_natural_file_of_several_devices_is_refused_with_what_to_write(
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (FOLDER.parent / "docs/guides/several-devices.md").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("to", ["edge", "edge-2"]), ("from", ["device", "tablet"])])
+def test_a_link_names_a_node_and_no_replicas(key: str, value: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"links\.0\.{key}: .*: must be one name, not a list: replicas share"):
+        Topology.parse(change(f"links.0.{key}", value))
+
+
+def test_a_node_has_one_address_or_several() -> None:
+    data = change("nodes.1.address", ["192.0.2.1:7102", "edge.example:7102"])
+    data["nodes"][2]["address"] = ["127.0.0.1:7103"]
+    data["links"][1]["address"] = ["10.8.0.1:7103", "10.8.0.2:7103"]
+    topology = Topology.parse(data)
+    assert topology.node("device").addresses == ("127.0.0.1:7101",)
+    assert topology.node("edge").addresses == ("192.0.2.1:7102", "edge.example:7102")
+    assert topology.node("cloud").address == "127.0.0.1:7103", "a list of one is that one"
+    assert topology.next_addresses("device") == topology.node("edge").addresses
+    assert topology.next_addresses("edge") == topology.links[1].addresses == ("10.8.0.1:7103", "10.8.0.2:7103")
+    assert topology.next_addresses("cloud") == topology.links[0].addresses == ()
+    again = Topology.parse(topology.model_dump(mode="json", by_alias=True, exclude_none=True))
+    assert again == topology
+
+
+def test_a_node_listens_elsewhere_than_it_is_reached() -> None:
+    data = change("nodes.1.listen", "0.0.0.0:7101")
+    data["nodes"][2] |= {
+        "address": ["192.0.2.1:7103", "192.0.2.1:7104", "192.0.2.2:7103"],
+        "listen": ["0.0.0.0:7103", "0.0.0.0:7104", "0.0.0.0:7103"],
+    }
+    data["nodes"][0]["metrics"] = data["nodes"][1]["metrics"] = "0.0.0.0:9101"  # of two machines
+    topology = Topology.parse(data)
+    assert topology.node("edge").listen == "0.0.0.0:7101" and topology.node("cloud").listen is not None
+    replicas = change("nodes.2.address", ["192.0.2.1:7103", "192.0.2.2:7103"])
+    replicas["nodes"][2]["listen"] = "[::]:7103"  # each on its own machine
+    assert Topology.parse(replicas).node("cloud").listen == "[::]:7103"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("nodes.1.address", [], "nodes.1.address: []: the list is empty; name at least one host:port, or remove"),
+        (
+            "nodes.1.address",
+            ["127.0.0.1:7102", "edge"],
+            "nodes.1.address: ['127.0.0.1:7102', 'edge']: address 2 of the list, 'edge': write it as host:port",
+        ),
+        ("nodes.1.address", 7102, "nodes.1.address: 7102: must be a text of the form host:port, or a list"),
+        ("nodes.1.address", [7102], "must be a text of the form host:port, or a list of such texts"),
+        ("nodes.1.address", {"a": 1}, "must be a text of the form host:port, or a list of such texts"),
+        ("nodes.1.address", ["127.0.0.1:7102"] * 2, "nodes.1.address: 127.0.0.1:7102 is listed twice; remove one"),
+        ("nodes.1.address", [f"127.0.0.1:{p}" for p in range(1, 1100)], "must be at most 1024 addresses"),
+        (
+            "nodes.1.address",
+            ["127.0.0.1:7102", "127.0.0.1:7101"],
+            "nodes.1.address: 127.0.0.1:7101 is already used by nodes.0.address; pick another port",
+        ),
+        (
+            "nodes.1.address",
+            "0.0.0.0:7102",
+            "nodes.1.address: '0.0.0.0:7102': nothing can be reached at 0.0.0.0, which stands for all addresses of a "
+            "machine; write the address that callers dial, and listen: '0.0.0.0:7102' beside it",
+        ),
+        ("nodes.1.address", ["127.0.0.1:7102", "[::]:7102"], "nothing can be reached at ::, which stands for all"),
+        ("links.0.address", "0.0.0.0:7102", "links.0.address: '0.0.0.0:7102': nothing can be reached at 0.0.0.0"),
+        ("links.0.address", ["10.8.0.1:1", "10.8.0.1:1"], "links.0.address: 10.8.0.1:1 is listed twice"),
+        ("nodes.1.listen", "0.0.0.0", "nodes.1.listen: '0.0.0.0': write it as host:port"),
+        (
+            "nodes.1.listen",
+            ["0.0.0.0:1", "0.0.0.0:2"],
+            "nodes.1.listen: names 2 places and address names 1; list one for each address, in the same order",
+        ),
+        ("links.0.recover_s", -1, "links.0.recover_s: -1: must be 0.0 or more"),
+        ("links.0.recover_s", True, "links.0.recover_s: True: must be a number"),
+        ("nodes.1.limits", {"park_s": -0.5}, "nodes.1.limits.park_s: -0.5: must be 0.0 or more"),
+        ("nodes.1.limits", {"park_s": float("inf")}, "nodes.1.limits.park_s: inf: must be at most 1000000.0"),
+    ],
+)
+def test_a_mistake_in_addresses_names_the_fix(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Topology.parse(change(path, value))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["listen", "metrics"])
+def test_replicas_of_one_machine_cannot_all_listen_at_one_place(key: str) -> None:
+    data = change("nodes.2.address", ["192.0.2.1:7103", "192.0.2.1:7104", "192.0.2.2:7103"])
+    data["nodes"][2][key] = "0.0.0.0:9103"
+    with pytest.raises(ConfigError) as caught:
+        Topology.parse(data)
+    assert str(caught.value) == (
+        f"topology: nodes.2.{key}: several replicas of node 'cloud' are at 192.0.2.1, and only one of them can listen "
+        "on 0.0.0.0:9103; list one for each address, in the same order"
+    )
+
+
+def test_a_node_in_its_clients_listens_nowhere() -> None:
+    data = {"family": "x", "nodes": [{"name": "whole", "exits": [3], "listen": "127.0.0.1:7101"}]}
+    with pytest.raises(ConfigError, match=r"nodes\.0\.listen: a node without an address runs inside its clients"):
+        Topology.parse(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("nodes.1.address", "127.0.0.1:0"),
+        ("nodes.1.address", ["127.0.0.1:7102", "127.0.0.1:00"]),
+        ("nodes.1.listen", "0.0.0.0:0"),
+        ("links.0.address", "10.8.0.1:0"),
+    ],
+)
+def test_a_file_has_no_port_0(tmp_path: Path, path: str, value: Any) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump(change(path, value)))
+    with pytest.raises(ConfigError) as caught:
+        Topology.load(file)
+    assert str(caught.value) == (
+        f"{file}: {path}: port 0 picks a random port that clients cannot know; choose a fixed one"
+    )
+    Topology.parse(change(path, value))  # nodes in the process of a test may have one
 
 
 def test_the_devices_of_the_example_share_all_deeper_nodes() -> None:

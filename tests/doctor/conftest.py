@@ -22,7 +22,8 @@ def examined() -> Examined:
 
     async def call(topology: Topology) -> dict[str, list[Check]]:
         found: dict[str, list[Check]] = {}
-        places = await asyncio.gather(*(find(node) for node in topology.nodes))
+        found_places = await asyncio.gather(*(find(node) for node in topology.nodes))
+        places = [place for several in found_places for place in several]
         report = TorchReport(is_installed=False)
         async for check in examine_topology(topology, "three.yaml", places, report, lambda step: None):
             found.setdefault(check.name, []).append(check)

@@ -74,6 +74,28 @@ def test_a_link_has_an_address_of_its_own(agreed: tuple[Topology, dict[str, Node
     assert disagreements(other, statuses | {"n0": dials}) == []
 
 
+def test_replicas_are_compared_one_by_one(agreed: tuple[Topology, dict[str, NodeStatus]]) -> None:
+    topology, statuses = agreed
+    replicas = topology.nodes[1].model_copy(update={"address": (topology.nodes[1].addresses[0], "10.0.0.9:7101")})
+    topology = topology.model_copy(update={"nodes": (topology.nodes[0], replicas, topology.nodes[2])})
+    both = ", ".join(replicas.addresses)
+    said = {
+        "n0": replace(statuses["n0"], next_address=both),
+        "n1/1": statuses["n1"],
+        "n1/2": replace(statuses["n1"], exits=(4, 5), node="n1"),
+        "n2": statuses["n2"],
+    }
+    [found] = disagreements(topology, said, where="t.yaml")
+    assert found.node == "n1/2" and found.text == "Node 'n1/2' serves exits [4, 5]; t.yaml gives it [4]."
+    assert "copy t.yaml to the machine of node 'n1/2'" in found.fix
+    [renamed] = disagreements(topology, {"n1/2": replace(statuses["n1"], node="edge")}, where="t.yaml")
+    assert renamed.text == "The node at 10.0.0.9:7101 is called 'edge'; t.yaml calls it 'n1'."
+    other = said | {"n1/2": replace(statuses["n1"], version="0.0.9", family="f" * 16)}
+    assert {d.node for d in disagreements(topology, other)} == {"n1/2"}
+    [dials] = disagreements(topology, {"n0": statuses["n0"]}, where="t.yaml")
+    assert dials.text.endswith(f"t.yaml says {both}.") and not dials.is_fatal
+
+
 async def test_another_device_with_a_topology_of_its_own_is_no_disagreement(tiny: Path) -> None:
     topology = cut_topology(tiny, [[2], [4], [6]])
     async with cluster(topology) as nodes:

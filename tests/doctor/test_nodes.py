@@ -20,6 +20,7 @@ from ruyi_flow.testing import Relay, cluster, cut_topology, free_ports, tiny_fam
 from ruyi_flow.transport import codec
 from ruyi_flow.transport import link as transport_link
 from ruyi_flow.transport._pb import node_pb2 as pb
+from tests.conftest import with_replica
 from tests.doctor.conftest import Examined
 
 pytestmark = pytest.mark.timeout(120)
@@ -58,6 +59,37 @@ async def test_a_node_that_does_not_run_is_named_with_the_command_that_starts_it
     assert down.fix.startswith("start it: ruyi-flow node n2 --topology three.yaml; or start the tunnel, ")
     assert [c.mark for c in found["n1"]] == [Mark.OK, Mark.WARNING]  # it serves, and reaches n2 at another address
     assert "here → n2" not in found and only(found["here → n1"]).mark is Mark.OK
+
+
+async def test_each_replica_has_a_row_of_its_own(tiny: Path, examined: Examined) -> None:
+    [port] = free_ports(1)
+    async with cluster(cut_topology(tiny, CUTS)) as nodes, with_replica(nodes.topology, "n1") as topology:
+        first, second = topology.node("n1").addresses
+        found = await examined(elsewhere(topology, "n1", address=(first, second, f"127.0.0.1:{port}")))
+    for name, address in (("n1/1", first), ("n1/2", second)):
+        assert only(found[name]).mark is Mark.OK and f"Node {name!r} at {address} serves" in found[name][0].text
+        assert only(found[f"here → {name}"]).mark is only(found[f"{name} → n2"]).mark is Mark.OK
+    down = only(found["n1/3"])
+    assert down.mark is Mark.FAILED and f"Node 'n1/3' does not run; its port {port} is free." == down.text
+    assert down.fix.startswith("start it: ruyi-flow node n1 --replica 3 --topology three.yaml; or start the tunnel")
+    assert "n1" not in found and "here → n1/3" not in found
+
+
+async def test_the_addresses_of_a_name_are_visited_one_by_one(
+    tiny: Path, examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *args: object, **kwargs: object) -> object:
+        hosts = ["127.0.0.2", "127.0.0.1"] if host == "n2.example" else [host]
+        return [found for one in hosts for found in real(one, *args, **kwargs)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    async with cluster(cut_topology(tiny, CUTS)) as nodes:
+        port = str(nodes.topology.nodes[2].address).rpartition(":")[2]
+        found = await examined(elsewhere(nodes.topology, "n2", address=f"n2.example:{port}"))
+    assert only(found["n2/1"]).mark is Mark.OK and f"at 127.0.0.1:{port} serves" in found["n2/1"][0].text
+    assert only(found["n2/2"]).fix.startswith("start it: ruyi-flow node n2 --topology"), "no number in the topology"
 
 
 async def test_nodes_that_were_not_started_are_no_failure(tiny: Path, examined: Examined) -> None:
@@ -261,7 +293,7 @@ async def test_a_name_server_that_does_not_answer_is_waited_for_a_while(
 
     monkeypatch.setattr(doctor_nodes, "_LIMIT_S", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", silent)
-    place = await doctor_nodes.find(cut_topology(tiny, CUTS).nodes[0])
+    [place] = await doctor_nodes.find(cut_topology(tiny, CUTS).nodes[0])
     assert "did not answer within 0.2 s" in place.error
     released.set()
     await asyncio.sleep(0.05)

@@ -137,6 +137,57 @@ def test_a_node_that_crashes_is_started_again(topology: Path) -> None:
         assert "starting it again" in running.log.read_text()
 
 
+def test_up_runs_all_replicas_of_this_machine(topology: Path) -> None:
+    data = yaml.safe_load(topology.read_text())
+    edge, other = data["nodes"][1]["address"], f"127.0.0.1:{free_ports(1)[0]}"
+    data["nodes"][1] |= {"address": [edge, "203.0.113.1:7101", other]}
+    topology.write_text(yaml.safe_dump(data))
+    with up(topology) as running:
+        status = running.status()
+        assert list(status) == ["device", "edge/1", "edge/2", "edge/3", "cloud"]
+        assert [status[name]["address"] for name in ("edge/1", "edge/2", "edge/3")] == data["nodes"][1]["address"]
+        assert status["edge/2"]["error"] and status["edge/2"]["node"] == "edge"
+        assert len({one["process_id"] for one in status.values() if "process_id" in one}) == 4 == len(running.nodes())
+        log = running.log.read_text()
+        for name in ("device", "edge/1", "edge/3", "cloud"):
+            assert re.search(rf"^{name:<6} │ .* INFO {name} serves exits ", log, re.MULTILINE), log
+        assert "edge/2 at 203.0.113.1:7101 belongs on another machine; start it there: ruyi-flow node edge" in log
+        assert "all 3 nodes serve in 4 processes; ask them" in log
+        os.kill(int(str(status["edge/3"]["process_id"])), signal.SIGKILL)
+        until(lambda: "edge/3 │ ended with -9; starting it again" in running.log.read_text(), 60)
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(30) == 0 and running.nodes() == []
+
+
+def test_a_node_finds_out_by_itself_which_replica_it_is(topology: Path) -> None:
+    data = yaml.safe_load(topology.read_text())
+    data["nodes"][2]["address"] = ["203.0.113.1:7101", *(f"127.0.0.1:{port}" for port in free_ports(2))]
+    topology.write_text(yaml.safe_dump(data))
+    other = f"127.0.0.1:{free_ports(1)[0]}"
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for name, options in (
+            ("cloud/2", []),
+            ("cloud/3", []),
+            ("cloud/1", ["--replica", "1", "--listen", other, "--log-json"]),
+        ):
+            log = topology.with_name(f"{name.replace('/', '-')}.log")
+            with log.open("wb") as file:
+                command = [*COMMAND, "node", "cloud", "-t", str(topology), *options]
+                processes.append(subprocess.Popen(command, stdout=file, stderr=file))
+            until(lambda log=log: "serves exits" in log.read_text() or processes[-1].poll() is not None, 60)  # type: ignore[misc]
+            assert f"{name} serves exits [6]" in log.read_text(), log.read_text()
+        assert (
+            f"on {other} after" in log.read_text() and json.loads(log.read_text().splitlines()[0])["node"] == "cloud/1"
+        )
+        late = subprocess.run([*COMMAND, "node", "cloud", "-t", str(topology)], capture_output=True, text=True)
+        assert late.returncode == 2 and "all addresses of node 'cloud' on this machine are in use" in late.stderr
+    finally:
+        for process in processes:
+            process.terminate()
+        assert [process.wait(30) for process in processes] == [0, 0, 0]
+
+
 def test_nodes_end_with_the_supervisor_that_was_killed(topology: Path) -> None:
     with up(topology) as running:
         assert len(running.nodes()) == 3

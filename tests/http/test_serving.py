@@ -12,7 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ruyi_flow.errors import ConfigError
 from ruyi_flow.http.models import Models
 from ruyi_flow.http.serving import Listening, serve
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology, free_ports
-from tests.conftest import Command, write_topology
+from tests.conftest import Command, with_replica, write_topology
 from tests.http.conftest import chat, client_of
 
 CHAT = "/v1/chat/completions"
@@ -140,6 +140,32 @@ async def test_ready_tells_which_node_does_not_serve(spoken: Path) -> None:
                 assert states["nodes"].pop("n1") != "serving" and set(states["nodes"].values()) == {"serving"}
             assert (await http.get("/health")).json() == {"status": "ok"}
             relay.frozen = False
+
+
+async def test_a_node_is_ready_while_one_of_its_replicas_serves(spoken: Path) -> None:
+    relay = Relay()
+    async with cluster(cut_topology(spoken, [[2], [4], [6]]), {"n1": relay}) as nodes:
+        async with with_replica(nodes.topology, "n1") as topology, AsyncExitStack() as stack:
+            listening = await stack.enter_async_context(serve(topology, port=0, grace_s=1))
+            http = await stack.enter_async_context(client_of(listening))
+            serving = {name: "serving" for name in ("n0", "n1/1", "n1/2", "n2")}
+            assert (await http.get("/ready")).json() == {"status": "ready", "nodes": serving}
+            relay.frozen = True
+            await asyncio.sleep(1.1)
+            ready = await http.get("/ready")
+            assert ready.status_code == 200 and ready.json()["status"] == "ready"
+            assert ready.json()["nodes"].pop("n1/1") != "serving" and ready.json()["nodes"]["n1/2"] == "serving"
+            relay.frozen = False
+
+
+async def test_no_node_is_ready_when_all_replicas_of_one_are_lost(spoken: Path) -> None:
+    async with cluster(cut_topology(spoken, [[2], [4], [6]])) as nodes:
+        lost = nodes.topology.nodes[1].model_copy(update={"address": tuple(f"127.0.0.1:{p}" for p in free_ports(2))})
+        topology = nodes.topology.model_copy(update={"nodes": (nodes.topology.nodes[0], lost, nodes.topology.nodes[2])})
+        async with serve(topology, port=0, grace_s=1) as listening, client_of(listening) as http:
+            ready = await http.get("/ready")
+    assert ready.status_code == 503 and ready.json()["status"] == "not ready"
+    assert [name for name, state in ready.json()["nodes"].items() if state != "serving"] == ["n1/1", "n1/2"]
 
 
 def two_nodes(family: Path) -> Topology:

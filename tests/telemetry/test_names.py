@@ -100,13 +100,23 @@ def test_alerts_use_metrics_that_exist_and_are_those_that_their_readers_name() -
 def test_prometheus_asks_where_the_nodes_and_the_server_answer() -> None:
     settings = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
     assert [(DEPLOY / file).exists() for file in settings["rule_files"]] == [True]
-    targets = [t for job in settings["scrape_configs"] for one in job["static_configs"] for t in one["targets"]]
+    jobs = settings["scrape_configs"]
+    targets = [t for job in jobs for one in job.get("static_configs", ()) for t in one["targets"]]
+    names = [
+        (f"{name}:{one['port']}", one["type"])
+        for job in jobs
+        for one in job.get("dns_sd_configs", ())
+        for name in one["names"]
+    ]
     nodes = yaml.safe_load((DEPLOY / "compose-topology.yaml").read_text())["nodes"]
     command = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["command"]
     port = command[command.index("--port") + 1]
-    assert sorted(targets) == sorted([*(node["metrics"] for node in nodes), f"server:{port}"])
-    jobs = {job["job_name"] for job in settings["scrape_configs"]}
+    assert targets == [f"server:{port}"] and all(node["metrics"].startswith("0.0.0.0:") for node in nodes)
+    metrics = [node["metrics"].replace("0.0.0.0", node["address"].partition(":")[0]) for node in nodes]
+    assert names == [(address, "A") for address in metrics], "a name stands for every replica"
     selected = re.findall(
         r'job=~"([^"]+)"', (DEPLOY / "alerts.yaml").read_text() + json.dumps(dashboard()).replace("\\", "")
     )
-    assert selected and all(re.fullmatch(pattern, job) for pattern in selected for job in jobs)
+    assert selected and all(
+        re.fullmatch(pattern, job) for pattern in selected for job in {job["job_name"] for job in jobs}
+    )
