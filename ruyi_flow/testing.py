@@ -221,7 +221,7 @@ class Cluster:
     topology: Topology
     """The topology, with the addresses that clients connect to."""
     engines: dict[str, Engine]
-    """Engines of the nodes, by name."""
+    """Engines of the nodes, by name; replicas are named n1/1, n1/2 and so on."""
 
     def check_idle(self) -> None:
         """Raise AssertionError unless every node's KV cache is consistent and empty."""
@@ -240,28 +240,35 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    topology: Topology, relays: dict[str, Relay] | None = None, tracers: Mapping[str, Tracer] | None = None
+    topology: Topology,
+    relays: dict[str, Relay] | None = None,
+    tracers: Mapping[str, Tracer] | None = None,
+    replicas: Mapping[str, int] | None = None,
 ) -> AsyncIterator[Cluster]:
     """Run all nodes of a topology in this process while the block lasts, each with its gRPC server and compute thread.
 
     Args:
         topology: the topology; port 0 in an address picks a free port.
-        relays: relays in front of nodes, by the node's name.
+        relays: relays in front of nodes, by the node's name. Replicas are named n1/1, n1/2 and so on.
         tracers: tracers of nodes, by the node's name; the caller closes them.
+        replicas: number of replicas of nodes that have several, by the node's name.
     """
     engines: dict[str, Engine] = {}
     async with AsyncExitStack() as stack:
         for i in reversed(range(len(topology.nodes))):  # the deepest first: each needs the next one's address
             node = topology.nodes[i]
-            engine = await asyncio.to_thread(Engine.load, topology, node.name)
-            server = await stack.enter_async_context(serve(engine, tracer=(tracers or {}).get(node.name, NO_TRACER)))
-            address = server.address
-            if relays and node.name in relays:
-                address = await stack.enter_async_context(relays[node.name].run(address))
+            count = (replicas or {}).get(node.name, 1)
+            addresses = []
+            for name in [node.name] if count == 1 else [f"{node.name}/{number}" for number in range(1, count + 1)]:
+                engine = engines[name] = await asyncio.to_thread(Engine.load, topology, node.name)
+                tracer = (tracers or {}).get(name, NO_TRACER)
+                address = (await stack.enter_async_context(serve(engine, tracer=tracer))).address
+                if relays and name in relays:
+                    address = await stack.enter_async_context(relays[name].run(address))
+                addresses.append(address)
             nodes = list(topology.nodes)
-            nodes[i] = node.model_copy(update={"address": address})
+            nodes[i] = node.model_copy(update={"address": addresses[0] if count == 1 else tuple(addresses)})
             topology = topology.model_copy(update={"nodes": tuple(nodes)})
-            engines[node.name] = engine
         yield Cluster(topology, dict(reversed(engines.items())))
 
 

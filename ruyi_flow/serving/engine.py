@@ -89,11 +89,6 @@ class Engine:
         )
         self._max_draft = min(rows, default=2**31) - 1  # drafts and the position before them travel in one message
 
-    @property
-    def _next_address(self) -> str:
-        """The host:port of the next node, or the empty string on the deepest one."""
-        return "" if self._next is None else str(self._next[1].address or self._next[0].address)
-
     @classmethod
     def load(cls, topology: Topology, name: str, *, where: str = "topology") -> Engine:
         """Load a node: its own tensors, and nothing else of the family.
@@ -245,14 +240,14 @@ class Engine:
             next_state="" if self._next is None else "idle" if self._replicas is None else self._replicas.state,
             process_id=os.getpid(),
             version=__version__,
-            next_address=self._next_address,
+            next_address="" if self._replicas is None else ", ".join(self._replicas.addresses),
             next_encoding=None if self._next is None else self._next[1].encoding,
             context=self.checkpoint.config.max_positions,
         )
 
     async def status_with_link(self) -> NodeStatus:
         """Return the same with a measurement of the link to the next node, or why there is none."""
-        if self._next is None:
+        if self._next is None or self._replicas is None:
             return self.status()
         if self.front_door.draining:
             return replace(self.status(), link_error=f"node {self.name!r} is draining and measures no link")
@@ -261,7 +256,7 @@ class Engine:
             most = [limits.max_message_bytes - FRAME_BYTES] + (
                 [] if per_minute is None else [max(1, per_minute // _METER_SHARE)]
             )
-            self._meter = LinkMeter(self._next_address, max_bytes=min(most))
+            self._meter = LinkMeter(self._replicas.addresses[0], max_bytes=min(most))
         try:
             return replace(self.status(), link=await self._meter.measure())
         except NodeError as error:
@@ -279,7 +274,7 @@ class Engine:
         """Return the replicas of the next node."""
         return Replicas(
             target.name,
-            (self._next_address,),
+            link.addresses or target.addresses,
             max_message_bytes=target.limits.max_message_bytes,
             recover_s=link.recover_s,
             timeout_s=link.timeout_s,

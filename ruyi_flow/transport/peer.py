@@ -30,6 +30,9 @@ METHODS = {
 }
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
 
+_SESSION_LOAD = 1 / 16
+"""Share of a node's KV cache that a session is taken to reserve, until the node says more."""
+
 NEVER = -math.inf
 """The time of what has not happened."""
 
@@ -74,8 +77,7 @@ class Peer:
         """When the connection last failed, or the node was full; it has not been heard since."""
         self.is_draining = False
         """Whether the node has said that it shuts down."""
-        self.load = 0.0
-        """Share of the node's KV cache that was reserved when it last said so, 0 to 1."""
+        self._told_load, self._sessions_then = 0.0, 0
         self.has_others: Callable[[], bool] = lambda: False
         """Returns whether another replica can take over the sessions."""
         self._lifeline = Lifeline(self._channel.unary_stream(METHODS["Alive"]), self.sessions, self._heard)
@@ -103,6 +105,15 @@ class Peer:
         if self.is_lost and not self.sessions:
             self._close_soon()
 
+    @property
+    def load(self) -> float:
+        """Estimated share of the node's KV cache that is reserved: what it last said, and what was opened since."""
+        return self._told_load + (len(self.sessions) - self._sessions_then) * _SESSION_LOAD
+
+    def tell_load(self, load: float) -> None:
+        """Take in what the node says about its load."""
+        self._told_load, self._sessions_then = load, len(self.sessions)
+
     def hear(self) -> None:
         """Note that the node is there."""
         self.heard_at, self.avoided_at = time.monotonic(), NEVER
@@ -129,7 +140,7 @@ class Peer:
         """Take in a sign of life, or end all sessions since there is none."""
         if sign is not None:
             self.hear()
-            self.load = sign.load
+            self.tell_load(sign.load)
             if sign.draining and not self.is_draining:
                 self.leave()
             return

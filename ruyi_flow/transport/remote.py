@@ -300,7 +300,8 @@ class RemoteStage:
                 return False
             self._owed -= 1
         if kind == "opened":
-            self._number, peer.load = reply.opened.session, reply.opened.load
+            self._number = reply.opened.session
+            peer.tell_load(reply.opened.load)
         self._replies.append((reply, len(data)))
         return True
 

@@ -236,8 +236,8 @@ class Replicas:
             await asyncio.sleep(_WATCH_PAUSE_S)
 
 
-def _load(replica: _Replica) -> tuple[float, int]:
-    return (0.0, 0) if replica.peer is None else (replica.peer.load, len(replica.peer.sessions))
+def _load(replica: _Replica) -> float:
+    return 0.0 if replica.peer is None else replica.peer.load
 
 
 def _is_number(address: str) -> bool:
