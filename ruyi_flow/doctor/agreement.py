@@ -81,13 +81,32 @@ def disagreements(
                     same_file.format(name),
                     is_fatal=False,
                 )
-    return found + _families(statuses, fingerprint) + _versions(statuses)
+    return found + _replicas(statuses, where) + _families(statuses, fingerprint) + _versions(statuses)
 
 
 def _address(node: Node, name: str) -> str:
     """Return the address at which a node or replica was asked, as far as the topology has it."""
     number = int(name.partition("/")[2] or 1)
     return node.addresses[number - 1] if number <= len(node.addresses) else name
+
+
+def _replicas(statuses: Mapping[str, NodeStatus], where: str) -> list[Disagreement]:
+    """Compare the replicas of each node with the first one of them that answered."""
+    found, first = [], dict[str, str]()
+    for name, status in statuses.items():
+        other = first.setdefault(node_of(name), name)
+        known, fix = statuses[other], f"start both replicas with the same {where}, and from the same shard"
+        if status.dtype != known.dtype:
+            text = f"Node {name!r} computes in {status.dtype}, and its replica {other!r} in {known.dtype}."
+            found.append(Disagreement(name, True, text, fix))
+        mine, theirs = ((s.max_sessions, s.max_positions) for s in (status, known))
+        if mine != theirs:
+            text = (
+                f"Node {name!r} has room for {mine[0]} sessions and {mine[1]} positions, and its replica {other!r} for "
+                f"{theirs[0]} and {theirs[1]}."
+            )
+            found.append(Disagreement(name, False, text, fix))
+    return found
 
 
 def _families(statuses: Mapping[str, NodeStatus], fingerprint: str) -> list[Disagreement]:

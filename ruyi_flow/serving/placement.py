@@ -16,6 +16,9 @@ from ruyi_flow.transport.addresses import listen_problem, resolve, split_address
 
 __all__ = ["choose", "each_host", "is_here", "local_replicas", "look_up"]
 
+_LOOK_UP_S = 2.0
+"""Seconds that a name server may take before a name is left as it is."""
+
 
 async def look_up(node: Node) -> dict[str, str]:
     """Return the name and the address of each replica; a DNS name may stand for several.
@@ -25,8 +28,9 @@ async def look_up(node: Node) -> dict[str, str]:
     addresses: list[str] = []
     for address in node.addresses:
         try:
-            addresses += each_host(address, await resolve(*split_address(address)))
-        except OSError:
+            async with asyncio.timeout(_LOOK_UP_S):
+                addresses += each_host(address, await resolve(*split_address(address)))
+        except OSError:  # also TimeoutError
             addresses.append(address)
     return {replica_name(node.name, i, len(addresses)): address for i, address in enumerate(addresses, 1)}
 

@@ -229,18 +229,14 @@ class Supervisor:
 
         Checks are counted rather than seconds: this process may have been stopped itself, and the node not at all.
         """
-        peer, has_served, missed = _peer(replica), False, 0
+        peer, serves, missed = _peer(replica), False, 0
         try:
             while missed < _HANG_CHECKS:
                 began = time.monotonic()
                 try:
-                    serves = await peer.is_serving(timeout_s=_CHECK_S)
+                    serves, missed = await peer.is_serving(timeout_s=_CHECK_S), 0
                 except NodeError:
-                    missed += has_served
-                else:
-                    if has_served and not serves:  # it drains, and ends by itself
-                        return
-                    has_served, missed = serves, 0
+                    missed += serves  # before it serves it loads, and after that it drains: it ends by itself
                 await asyncio.sleep(max(0.0, began + _CHECK_S - time.monotonic()))
         finally:
             await peer.close()

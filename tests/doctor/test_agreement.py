@@ -96,6 +96,19 @@ def test_replicas_are_compared_one_by_one(agreed: tuple[Topology, dict[str, Node
     assert dials.text.endswith(f"t.yaml says {both}.") and not dials.is_fatal
 
 
+def test_replicas_that_differ_from_each_other_are_told(agreed: tuple[Topology, dict[str, NodeStatus]]) -> None:
+    topology, statuses = agreed
+    first = statuses["n1"]
+    [found] = disagreements(topology, {"n1/1": first, "n1/2": replace(first, dtype="bfloat16")}, where="t.yaml")
+    assert found.is_fatal and found.node == "n1/2"
+    assert found.text == "Node 'n1/2' computes in bfloat16, and its replica 'n1/1' in float32."
+    [found] = disagreements(topology, {"n1/1": first, "n1/3": replace(first, max_positions=64)}, where="t.yaml")
+    assert (
+        not found.is_fatal and "'n1/3' has room for 16 sessions and 64 positions, and its replica 'n1/1'" in found.text
+    )
+    assert "the same t.yaml" in found.fix
+
+
 async def test_another_device_with_a_topology_of_its_own_is_no_disagreement(tiny: Path) -> None:
     topology = cut_topology(tiny, [[2], [4], [6]])
     async with cluster(topology) as nodes:

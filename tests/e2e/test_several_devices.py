@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +82,29 @@ async def test_two_devices_share_an_edge_and_a_cloud(files: dict[str, Path]) -> 
                 while any((await sessions(phone)).values()):  # noqa: ASYNC110 (they are other processes)
                     await asyncio.sleep(0.05)
             assert (await phone.generate(PROMPTS["phone"], **asked)).token_ids == alone["phone"]
+
+
+async def test_an_answer_goes_on_at_another_device_that_is_alike(files: dict[str, Path]) -> None:
+    data = yaml.safe_load(files["phone"].read_text())
+    data["nodes"][0]["address"] = [data["nodes"][0]["address"], f"127.0.0.1:{free_ports(1)[0]}"]
+    files["phone"].write_text(yaml.safe_dump(data))
+    asked: dict[str, Any] = {"max_new_tokens": 300, "eos_token_ids": (), "mode": "exact", "draft": 0}
+    topology = await asyncio.to_thread(Topology.load, files["phone"])
+    with up(files["phone"]) as running:
+        async with AsyncClient(topology) as client:
+            alone = (await client.generate(PROMPTS["phone"], **asked)).token_ids
+            stream = client.stream(PROMPTS["phone"], **asked)
+            begun = [(await anext(stream)).id for _ in range(20)]
+            [busy] = [name for name, count in (await sessions(client)).items() if count and name.startswith("phone/")]
+            status = (await client.status())[busy]
+            assert isinstance(status, NodeStatus)
+            os.kill(status.process_id, signal.SIGKILL)
+            assert begun + [token.id async for token in stream] == alone
+            assert len(stream.reply.stats.recoveries) == 1
+            async with asyncio.timeout(60):
+                while set(await sessions(client)) != {"phone/1", "phone/2", "edge", "cloud"}:  # noqa: ASYNC110
+                    await asyncio.sleep(0.2)
+        assert f"{busy} │ ended with -9; starting it again" in running.log.read_text()
 
 
 async def sessions(client: AsyncClient) -> dict[str, int]:

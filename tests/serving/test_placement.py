@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from ruyi_flow.config.topology import Node
 from ruyi_flow.errors import ConfigError, NodeError
+from ruyi_flow.serving import placement
 from ruyi_flow.serving.placement import choose, each_host, is_here, local_replicas, look_up
 from ruyi_flow.testing import free_ports
 
@@ -62,6 +64,21 @@ async def test_a_name_with_several_addresses_stands_for_several_replicas(names: 
     }
     names["cloud.example"] = ["10.0.0.9", "::1"]  # of one machine
     assert await look_up(node("cloud.example:7101")) == {"cloud": "cloud.example:7101"}
+
+
+async def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def getaddrinfo(*_: Any, **__: Any) -> Any:
+        ended.wait()
+        raise OSError
+
+    monkeypatch.setattr(placement, "_LOOK_UP_S", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    try:
+        assert await look_up(node("cloud.example:7101")) == {"cloud": "cloud.example:7101"}
+    finally:
+        ended.set()
 
 
 async def test_a_name_that_cannot_be_resolved_stays() -> None:
