@@ -310,6 +310,11 @@ class Relay:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def connections(self) -> int:
+        """Number of open connections."""
+        return (len(self._sinks) + 1) // 2
+
     def cut(self) -> None:
         """Close every connection at once, as if the target died."""
         self._kept.clear()

@@ -57,7 +57,7 @@ async def connected(
         writer.write(b"a")
         await until(lambda: target.received == b"a")
         target.writers[0].write(b"b")
-        assert await reader.read(10) == b"b"
+        assert await reader.read(10) == b"b" and relay.connections == 1
         yield target, reader, writer
         writer.transport.abort()
 
@@ -67,7 +67,7 @@ async def test_a_cut_ends_both_ends() -> None:
     async with connected(relay) as (target, reader, _):
         relay.cut()
         assert await reader.read(1) == b""
-        await until(lambda: target.ended == 1)
+        await until(lambda: target.ended == 1 and not relay.connections)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the loop of Windows reports a reset in another way")
