@@ -19,6 +19,7 @@ from tests.families import MIN_VOCAB, add_tokenizer
 
 __all__ = [
     "CUTS",
+    "EXITS",
     "Answer",
     "Conversation",
     "Turn",
@@ -32,8 +33,10 @@ __all__ = [
 CUTS = ((1, 3), (4, 6), (7,))
 """The exits of each node."""
 
-_EXITS = tuple(exit for cut in CUTS for exit in cut)
-_SHALLOW = _EXITS[:-1]
+EXITS = tuple(exit for cut in CUTS for exit in cut)
+"""All exits."""
+
+_SHALLOW = EXITS[:-1]
 _LENGTHS = ((1, 12), (13, 60), (130, 260))
 """Ranges of prompt lengths; the last one goes to the next node in several parts."""
 
@@ -84,7 +87,7 @@ def make_family(folder: Path) -> Path:
     """Write the family of the trials: tiny, with five exits, branches of several depths, and a tokenizer."""
     sizes: dict[str, Any] = {"early_exit_branch_layers": [2, 1, 3, 1, 1], "early_exit_probe_size": 5}
     sizes |= {"vocab_size": MIN_VOCAB, "eos_token_id": 258}
-    return add_tokenizer(tiny_family(folder, base="qwen2", exits=_EXITS, seed=3, **sizes))
+    return add_tokenizer(tiny_family(folder, base="qwen2", exits=EXITS, seed=3, **sizes))
 
 
 def draw_conversations(rng: random.Random) -> tuple[Conversation, ...]:
@@ -167,7 +170,7 @@ async def hold(
 
 def whole_family(family: Path) -> Topology:
     """Return a topology of one node, which runs in this process and which nothing happens to."""
-    whole = {"name": "whole", "exits": list(_EXITS), "dtype": "float32", "threads": 1}
+    whole = {"name": "whole", "exits": list(EXITS), "dtype": "float32", "threads": 1}
     return Topology.parse({"family": str(family), "nodes": [whole]})
 
 
