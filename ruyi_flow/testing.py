@@ -357,6 +357,10 @@ class Relay:
         """
         self._flips.append((up, (self.bytes_up if up else self.bytes_down) + offset, bits))
 
+    def flip_nothing(self) -> None:
+        """Take back every `flip` whose byte has not come yet."""
+        self._flips.clear()
+
     def relayed(self, connection: int, data: bytes, *, up: bool) -> bytes:
         """Return what to deliver of data that has arrived; a subclass may watch it, change it or drop it.
 

@@ -137,6 +137,10 @@ async def test_flipped_bytes_are_those_that_were_named() -> None:
         target.writers[0].write(b"zz")
         assert await reader.readexactly(2) == b"\xfaz"
         await until(lambda: target.received == b"axyZ{zz")
+        relay.flip(0, up=True)
+        relay.flip_nothing()
+        writer.write(b"z")
+        await until(lambda: target.received == b"axyZ{zzz")
 
 
 async def test_a_frozen_link_loses_nothing() -> None:

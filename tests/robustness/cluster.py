@@ -161,6 +161,7 @@ class Cluster:
         """Make every link as it was, let stopped processes continue, and start those that have ended."""
         for relay in self.relays:
             relay.frozen, relay.delay_s, relay.bytes_per_s = False, LINK_DELAY_S, None
+            relay.flip_nothing()
         for relay in self.holes:
             relay.cut()
         self.holes.clear()
@@ -187,7 +188,7 @@ async def running_cluster(folder: Path, make_relay: type[Relay] = Relay) -> Asyn
             await stack.enter_async_context(relay.run(address))
             for relay, address in zip(relays, addresses, strict=True)
         ]
-        limits = {"max_positions": 8192, "grace_s": 1}
+        limits = {"max_positions": 8192, "grace_s": 0.05}
         topology = cut_topology(family, CUTS, limits=limits, timeout_s=20.0).model_dump(
             mode="json", by_alias=True, exclude_none=True
         )

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from tests.robustness.cluster import Cluster
 
-__all__ = ["KINDS", "Fault", "Kind", "draw_faults"]
+__all__ = ["HARMLESS", "KINDS", "Fault", "Kind", "draw_faults"]
 
 
 class Kind(StrEnum):
@@ -47,6 +47,9 @@ class Kind(StrEnum):
     TWO = "two at once"
     """Two of these faults, the second one during or right after the first one."""
 
+
+HARMLESS = (Kind.PAUSE, Kind.DELAY)
+"""Faults by which no session may be lost."""
 
 _OF_NODES = (Kind.KILL, Kind.TERMINATE, Kind.PAUSE, Kind.HANG, Kind.SLOW_NODE)
 _OF_LINKS = (Kind.RESET, Kind.BLACKHOLE, Kind.FREEZE, Kind.HALF_CLOSE, Kind.DELAY, Kind.SLOW_LINK, Kind.FLIP)
@@ -173,11 +176,11 @@ def _draw_fault(rng: random.Random, kind: Kind) -> Fault:
     return Fault(
         kind,
         target=rng.randrange(3),
-        share=rng.random(),
+        share=rng.uniform(0.0, 0.9),
         then_s=rng.choice((0.0, rng.uniform(0.0, 0.01))),
         length_s=rng.uniform(*_LENGTHS_S.get(kind, (0.0, 0.0))),
         up=rng.random() < 0.5,
-        offset=int(rng.choice((60, 600, 6000)) * rng.random()),
+        offset=int(rng.choice((60, 600, 3000)) * rng.random()),
         bits=1 << rng.randrange(8),
         delay_s=rng.uniform(0.05, 0.3),
         bytes_per_s=rng.uniform(20e3, 200e3),

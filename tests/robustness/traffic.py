@@ -78,6 +78,14 @@ class Answer:
     """Time of its end or its error."""
 
     @property
+    def recoveries(self) -> list[str]:
+        """Each node that it lost before it went on, and why, as its statistics say."""
+        if self.stats is None:
+            return []
+        of_nodes = [f"{hop.node}: {one.cause}" for hop in self.stats.hops for one in hop.recoveries]
+        return [*of_nodes, *(f"entry node: {one.cause}" for one in self.stats.recoveries)]
+
+    @property
     def decided(self) -> list[tuple[int, int]]:
         """Each token with its exit."""
         return [(token.id, token.exit) for token in self.tokens]
@@ -93,27 +101,28 @@ def make_family(folder: Path) -> Path:
 def draw_conversations(rng: random.Random) -> tuple[Conversation, ...]:
     """Draw the conversations of a trial, which are held at the same time."""
     count = rng.choice((1, 1, 2, 3))
-    return tuple(_draw_conversation(rng) for _ in range(count))
+    return tuple(_draw_conversation(rng, is_deep=i == 0) for i in range(count))
 
 
-def _draw_conversation(rng: random.Random) -> Conversation:
+def _draw_conversation(rng: random.Random, *, is_deep: bool) -> Conversation:
+    """Draw a conversation; a deep one needs the deepest node for most of its tokens, so that every fault meets it."""
     turns = []
     for i in range(rng.choice((1, 1, 1, 3))):
         low, high = rng.choice(_LENGTHS) if i == 0 else (1, 20)
         says = tuple(rng.randrange(3, 258) for _ in range(rng.randint(low, high)))
-        options = _draw_routing(rng) | _draw_sampling(rng) | {"max_new_tokens": rng.randint(8, 48)}
+        options = _draw_routing(rng, is_deep=is_deep) | _draw_sampling(rng) | {"max_new_tokens": rng.randint(8, 48)}
         turns.append(Turn(says, options))
     return Conversation(tuple(turns))
 
 
-def _draw_routing(rng: random.Random) -> dict[str, Any]:
+def _draw_routing(rng: random.Random, *, is_deep: bool) -> dict[str, Any]:
     mode = rng.choice(("exact", "exact", "token", "token", "cascade", "cascade", "cascade", "fixed"))
     options: dict[str, Any] = {"mode": mode, "draft": rng.choice((0, 1, 4))}
     if mode == "fixed":
-        options["exit"] = rng.choice((1, 4, 6, 7))
+        options["exit"] = 7 if is_deep else rng.choice((1, 4, 6))
     elif mode in ("token", "cascade"):
-        high = rng.choice((0.4, 0.7, 1.0))
-        options["thresholds"] = {exit: rng.uniform(0.1, high) for exit in _SHALLOW}
+        low, high = (0.3, 1.0) if is_deep else (0.1, rng.choice((0.4, 0.7, 1.0)))
+        options["thresholds"] = {exit: rng.uniform(low, high) for exit in _SHALLOW}
     if mode == "cascade":  # an exit is given up when its mean confidence is below its threshold
         options |= {"window": rng.choice((1, 2, 3, 8)), "back": rng.choice((None, 0.1, 0.3, 0.5))}
     return options

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.testing import Relay
 from tests.robustness.cluster import Cluster, running_cluster
-from tests.robustness.faults import Fault, Kind, draw_faults
+from tests.robustness.faults import HARMLESS, Fault, Kind, draw_faults
 from tests.robustness.traffic import Answer, Conversation, draw_conversations, expected_answers, hold
 from tests.robustness.validate import longest_wait, problems_at_rest, problems_of, running_tasks, tasks_left
 
@@ -59,10 +60,14 @@ class Outcome:
     trial: Trial
     answers: int = 0
     """Answers that were to be complete."""
+    exits: Counter[int] = field(default_factory=Counter)
+    """Number of tokens that each exit decided."""
     errors: list[str] = field(default_factory=list)
     """Errors in which answers ended."""
     problems: list[str] = field(default_factory=list)
     """What is wrong: other tokens than without the fault, something that hangs, or something left behind."""
+    recoveries: list[str] = field(default_factory=list)
+    """Each node that an answer lost before it went on, and why."""
     wait_s: float | None = None
     """Longest wait for a token from the fault on; None if no answer was under way."""
 
@@ -156,6 +161,10 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
             outcome.problems += [f"client {i}: {problem}" for problem in problems_of(answer, other)]
             if answer.error is not None:
                 outcome.errors.append(f"client {i}: {type(answer.error).__name__}: {answer.error}")
+            outcome.recoveries += answer.recoveries
+            outcome.exits.update(token.exit for token in answer.tokens)
+    if trial.kind in HARMLESS and outcome.recoveries:
+        outcome.problems.append(f"sessions were given up, and nothing was lost ({', '.join(outcome.recoveries)})")
     staying = [answer for i, held in enumerate(answers) if i not in vanished for answer in held]
     waits = [longest_wait(staying, at) for at in happened]
     outcome.wait_s = max((wait for wait in waits if wait is not None), default=None)
