@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs install-trial client-trial bench bench-sim gpu mutants protos picture clean
+.PHONY: demo test check docs install-trial client-trial robustness bench bench-sim gpu mutants protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
@@ -27,6 +27,9 @@ install-trial: $(READY)   ## build the wheels, and try them in empty environment
 
 client-trial: $(READY)    ## LiteLLM in an environment of its own, and curl, against real daemons and their HTTP server
 	$(BIN)/python -m tests.http.clients
+
+robustness: $(READY)      ## faults of real nodes and links: FAULTS=1000 SEED=1
+	$(BIN)/python -m tests.robustness --faults $(or $(FAULTS),100) --seed $(or $(SEED),1)
 
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -275,6 +277,8 @@ async def cluster(
 class Relay:
     """A TCP relay that delays, limits or breaks connections: it emulates a wide-area link without netem.
 
+    Delay, rate and every kind of damage may be changed while it runs. A subclass may override `relayed`.
+
     Args:
         delay_s: delay in each direction, in seconds; a round trip takes twice as long.
         bytes_per_s: rate in each direction, in bytes per second. Default: no limit.
@@ -286,7 +290,15 @@ class Relay:
         """Bytes relayed to the target and back."""
         self.frozen = False
         """While true, nothing is relayed and no connection is closed, as if the target hung."""
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._sinks: dict[asyncio.StreamWriter, bool] = {}
+        """Where data is written, and whether that is towards the target."""
+        self._dropped: set[asyncio.StreamWriter] = set()
+        """Sinks that nothing is written to any more."""
+        self._kept: set[asyncio.StreamWriter] = set()
+        """Sinks that are not closed either, whatever their source does."""
+        self._flips: list[tuple[bool, int, int]] = []
+        """Bytes to change: direction, number of bytes that were relayed before, bits to flip."""
+        self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._target = ("", 0)
 
@@ -305,10 +317,66 @@ class Relay:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def connections(self) -> int:
+        """Number of open connections."""
+        return (len(self._sinks) + 1) // 2
+
     def cut(self) -> None:
-        """Abort every connection, as if the target died."""
-        for writer in list(self._writers):
-            writer.transport.abort()
+        """Close every connection at once, as if the target died."""
+        self._kept.clear()
+        for sink in list(self._sinks):
+            sink.transport.abort()
+
+    def reset(self) -> None:
+        """Reset every connection (TCP RST), as a host does that has restarted."""
+        for sink in list(self._sinks):
+            linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # closing drops what was not sent
+            sink.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.cut()
+
+    def blackhole(self) -> None:
+        """Drop what the open connections send from now on, and keep them open, as a NAT that forgot them.
+
+        New connections work. `cut` ends those in the hole.
+        """
+        self._dropped |= self._sinks.keys()
+        self._kept |= self._sinks.keys()
+
+    def half_close(self, *, up: bool) -> None:
+        """End one direction of every open connection, while the other one still works.
+
+        Args:
+            up: whether it is the direction towards the target, which then sees the end of its input.
+        """
+        for sink, is_up in list(self._sinks.items()):
+            if is_up == up and not sink.transport.is_closing():
+                self._dropped.add(sink)
+                sink.write_eof()
+
+    def flip(self, offset: int, *, up: bool, bits: int = 1) -> None:
+        """Change one byte that is still to come.
+
+        Args:
+            offset: number of bytes in this direction, over all connections, that pass unchanged before.
+            up: whether it is the direction towards the target.
+            bits: bits of the byte to flip, 1 to 255.
+        """
+        self._flips.append((up, (self.bytes_up if up else self.bytes_down) + offset, bits))
+
+    def flip_nothing(self) -> None:
+        """Take back every `flip` whose byte has not come yet."""
+        self._flips.clear()
+
+    def relayed(self, connection: int, data: bytes, *, up: bool) -> bytes:
+        """Return what to deliver of data that has arrived; a subclass may watch it, change it or drop it.
+
+        Args:
+            connection: number of the connection, counted from 0.
+            data: some bytes of it, in order.
+            up: whether they go to the target.
+        """
+        return data
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -316,15 +384,16 @@ class Relay:
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, up_writer}
-        for source, sink, is_up in ((reader, up_writer, True), (up_reader, writer, False)):
-            task = asyncio.create_task(self._pump(source, sink, is_up))
+        number = next(self._numbers)
+        self._sinks |= {up_writer: True, writer: False}
+        for source, sink in ((reader, up_writer), (up_reader, writer)):
+            task = asyncio.create_task(self._pump(number, source, sink))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, is_up: bool) -> None:
+    async def _pump(self, number: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         """Copy bytes through a queue that they leave when due, so that the delay does not limit throughput."""
-        loop = asyncio.get_running_loop()
+        loop, up = asyncio.get_running_loop(), self._sinks[sink]
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=256)
 
         async def deliver() -> None:
@@ -332,12 +401,13 @@ class Relay:
                 due, data = await queue.get()
                 if (wait := due - loop.time()) > 0:
                     await asyncio.sleep(wait)
-                while self.frozen:  # noqa: ASYNC110 (a plain attribute is the simpler switch)
+                while self.frozen or (not data and sink in self._kept):  # noqa: ASYNC110 (plain attributes are simpler)
                     await asyncio.sleep(0.01)
                 if not data:
                     break
-                sink.write(data)
-                await sink.drain()
+                if sink not in self._dropped:
+                    sink.write(data)
+                    await sink.drain()
 
         delivery = asyncio.create_task(deliver())
         free_at = 0.0
@@ -345,11 +415,9 @@ class Relay:
             while True:
                 data = await source.read(64 * 1024)
                 free_at = max(free_at, loop.time()) + (len(data) / self.bytes_per_s if self.bytes_per_s else 0.0)
-                await queue.put((free_at + self.delay_s, data))
-                if is_up:
-                    self.bytes_up += len(data)
-                else:
-                    self.bytes_down += len(data)
+                passed = self._pass(number, data, up)
+                if passed or not data:  # the end of the source is passed on as nothing
+                    await queue.put((free_at + self.delay_s, passed))
                 if not data:
                     break
             await delivery
@@ -359,4 +427,20 @@ class Relay:
             delivery.cancel()
             await asyncio.gather(delivery, return_exceptions=True)
             sink.transport.abort()
-            self._writers.discard(sink)
+            self._dropped.discard(sink)
+            self._kept.discard(sink)
+            del self._sinks[sink]
+
+    def _pass(self, number: int, data: bytes, up: bool) -> bytes:
+        """Count some bytes, change those that are to be changed, and return what to deliver."""
+        before = self.bytes_up if up else self.bytes_down
+        if up:
+            self.bytes_up += len(data)
+        else:
+            self.bytes_down += len(data)
+        for flip in list(self._flips):
+            is_up, at, bits = flip
+            if is_up == up and at < before + len(data):
+                self._flips.remove(flip)
+                data = b"".join((data[: at - before], bytes([data[at - before] ^ bits]), data[at - before + 1 :]))
+        return self.relayed(number, data, up=up) if data else data

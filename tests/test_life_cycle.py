@@ -18,7 +18,7 @@ from ruyi_flow import Client
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import CheckpointError, RequestError, RuyiFlowError
-from ruyi_flow.testing import Cluster
+from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
 from ruyi_flow.types import NodeStatus
 from tests.conftest import until
 
@@ -204,6 +204,22 @@ def test_a_block_that_cannot_be_entered_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError), Client(in_process(tmp_path / "none")):
         pass
     assert (count_threads("compute"), count_threads("ruyi-flow client")) == before
+
+
+@pytest.mark.parametrize("last", [False, True])
+async def test_a_closed_client_has_closed_its_connection(spoken: Path, last: bool) -> None:
+    relay = Relay()
+    async with cluster(cut_topology(spoken, [[2, 4, 6]]), {"n0": relay}) as running:
+        gc.disable()  # it would close a connection that its objects keep open in a circle
+        try:
+            async with AsyncClient(running.topology) as client, client.stream("hi", **LONG) as stream:
+                async for _ in stream:
+                    if not last:
+                        break
+                assert relay.connections == 1
+            await until(lambda: not relay.connections)
+        finally:
+            gc.enable()
 
 
 # ---- Threads, event loops, processes ----

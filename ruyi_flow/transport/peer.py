@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ruyi_flow.errors import NodeError, NodeUnavailable, WireError
+from ruyi_flow.errors import NodeError, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.telemetry.spans import TRACEPARENT, current_span
 from ruyi_flow.transport import codec
@@ -178,6 +178,7 @@ class Peer:
         call, number = self._generate(data, timeout=timeout_s, metadata=metadata), 0
         answer = _Answer(call, self)
         self.add(answer)
+        failure: RuyiFlowError | None = None
         try:
             async with aclosing(aiter(call)) as replies:  # unless closed, it and the call would keep each other alive
                 async for data in replies:
@@ -189,17 +190,20 @@ class Peer:
         except grpc.aio.AioRpcError as error:
             if is_of_connection(error):
                 self.lose()
-            raise error_of_call(error, self.name, self.address, timeout_s=timeout_s) from None
+            failure = error_of_call(error, self.name, self.address, timeout_s=timeout_s)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if answer.error is None or (task is not None and task.cancelling()):
                 raise
-            raise answer.error from None
+            failure = answer.error
         except WireError as error:
-            raise wrong_answer(error, self.name) from None
+            failure = wrong_answer(error, self.name)
         finally:
             call.cancel()
             self.remove(answer)
+        if failure is not None:
+            del call, replies, answer  # whoever keeps the error must not keep the connection open
+            raise failure
 
     async def tokenize(self, request: GenerateRequest, *, timeout_s: float) -> Tokenized:
         """Ask an entry node for the tokens of a request's prompt.

@@ -146,7 +146,7 @@ class RemoteStage:
 
     async def rewind(self, position: int) -> None:
         """Make the node forget every position from `position` on; see `Stage.rewind`."""
-        if self._call is not None:
+        if self._reader is not None:
             self._stops.append(position)
             await self._exchange([pb.SessionRequest(rewind=pb.Rewind(position=position)).SerializeToString()])
 
@@ -187,7 +187,7 @@ class RemoteStage:
         for part in self._split(block):
             messages.append(self._blocks.to_bytes(part))
             self._stops.append(part.start + len(part.token_ids))
-        if self._call is None:
+        if self._reader is None:
             self._call = self._peer.session_call(
                 timeout=self._session_timeout_s, metadata=trace_metadata(self._traceparent)
             )
@@ -268,9 +268,13 @@ class RemoteStage:
             error = error_of_call(failure, peer.name, peer.address, timeout_s=self._session_timeout_s)
             if is_of_connection(failure):
                 peer.lose()
+        except asyncio.CancelledError:  # the call was ended here; kept by this task, it would keep the connection open
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
         except WireError as failure:
             error = failure
-        finally:  # also when the connection was closed here, which cancels this task
+        finally:
             self._end(error)
 
     def _queue(self, parse: Callable[[type[pb.SessionReply], bytes], pb.SessionReply], data: bytes) -> bool:
@@ -317,7 +321,8 @@ class RemoteStage:
         if isinstance(error, CapacityError):
             self._peer.avoid()
         self._peer.remove(self)
-        self._call.cancel()
+        call, self._call = self._call, None  # an error that somebody keeps must not keep the connection from closing
+        call.cancel()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
         self._wake()

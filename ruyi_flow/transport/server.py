@@ -89,7 +89,7 @@ class Server:
     """
 
     def __init__(self, service: Service, address: str, *, max_message_bytes: int, tracer: Tracer = NO_TRACER) -> None:
-        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_connection)
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_call)
         self._service, self._tracer = service, tracer
         self._sessions: dict[tuple[str, int], _Session] = {}
         """The open sessions, by connection and number."""
@@ -399,9 +399,11 @@ class _Statuses:
             raise asyncio.CancelledError from None
 
 
-def _is_no_lost_connection(record: logging.LogRecord) -> bool:
-    """Leave out of gRPC's log that the status of a call was not sent, since its connection was lost by then."""
-    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+def _is_no_lost_call(record: logging.LogRecord) -> bool:
+    """Leave two traces out of gRPC's log: of a call whose connection was lost when its status was to be sent, and of
+    one that the end of the server cancelled before it began."""
+    lost = (grpc.aio.InternalError, asyncio.CancelledError)
+    return not (record.exc_info and isinstance(record.exc_info[1], lost))
 
 
 def _known(error: Exception, node: str) -> RuyiFlowError:

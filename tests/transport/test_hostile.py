@@ -334,12 +334,12 @@ async def falls_back(nodes: Cluster, address: str) -> None:
     await nodes.settle()
 
 
-async def test_a_status_that_a_lost_connection_does_not_take_is_no_trace(
+async def test_a_call_that_is_lost_or_cancelled_before_it_began_is_no_trace(
     tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = logging.getLogger("grpc._cython.cygrpc")
     async with cluster(cut_topology(tiny, [[2, 4, 6]])):
-        for error in (grpc.aio.InternalError('Failed "execute_batch"'), ValueError("a bug")):
+        for error in (grpc.aio.InternalError('Failed "execute_batch"'), asyncio.CancelledError(), ValueError("a bug")):
             log.error("raised in core", exc_info=error)
     assert [record.exc_info[1].args for record in caplog.records if record.exc_info and record.exc_info[1]] == [
         ("a bug",)

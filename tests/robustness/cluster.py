@@ -1,0 +1,240 @@
+"""The nodes of the trials: real processes, each behind a relay, started again after whatever ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.topology import Topology
+from ruyi_flow.errors import NodeError
+from ruyi_flow.testing import Relay, cut_topology
+from ruyi_flow.transport.peer import Peer
+from ruyi_flow.types import NodeStatus
+from tests.robustness.traffic import CUTS, make_family, whole_family
+
+__all__ = ["LINK_DELAY_S", "Cluster", "Node", "running_cluster"]
+
+START_S = 60.0
+"""Seconds in which a node must serve, on a busy machine."""
+
+LINK_DELAY_S = 0.0005
+"""Delay of every link in each direction, so that a fault meets messages that are on their way."""
+
+_PORTS = range(20_000, 32_000)
+"""Ports for the nodes: below those that a system gives to outgoing connections, which could take a dead node's port."""
+
+_STARTS = multiprocessing.get_context("forkserver")
+"""Starts a node in 0.3 s: the new process is a copy of one that has imported torch, and has done nothing else."""
+
+_STARTS.set_forkserver_preload(["ruyi_flow.cli.commands", "ruyi_flow.serving.engine", "ruyi_flow.serving.node"])
+
+
+class Node:
+    """The process of one node.
+
+    Args:
+        name: the node's name.
+        address: where it listens.
+        file: the topology file.
+        log: the file that its log is added to.
+    """
+
+    def __init__(self, name: str, address: str, file: Path, log: Path) -> None:
+        self.name, self.address, self.log = name, address, log
+        self._file = file
+        self._process: Any = None
+        self._stdin: Connection | None = None
+        self._is_to_end = False
+        """Whether it was sent a signal that ends it."""
+        self._read = 0
+        """Bytes of the log that `new_log` has returned."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process is not None, "the node has been started"
+        return int(self._process.pid)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit status; None while the process runs."""
+        code: int | None = self._process.exitcode
+        return code
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the process has ended by itself."""
+        return self.exit_code is not None and not self._is_to_end
+
+    def start(self) -> None:
+        """Start a process, which serves some time later."""
+        theirs, ours = _STARTS.Pipe(duplex=False)
+        process = _STARTS.Process(target=_run_node, args=(self.name, str(self._file), str(self.log), theirs))
+        process.start()
+        theirs.close()
+        if self._stdin is not None:
+            self._stdin.close()
+        self._process, self._stdin, self._is_to_end = process, ours, False
+
+    async def restart(self, pid: int) -> None:
+        """Start a new process once the one of this id has ended, unless somebody else did it before."""
+        if self.pid == pid:
+            await self.ended()
+        if self.pid == pid:
+            self.start()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process, unless it has ended."""
+        if self.exit_code is None:
+            self._is_to_end |= number in (signal.SIGKILL, signal.SIGTERM)
+            os.kill(self.pid, number)
+
+    async def ended(self) -> None:
+        """Wait until the process has ended."""
+        await asyncio.to_thread(self._process.join)
+
+    async def status(self) -> NodeStatus:
+        """Ask the node for its state, not through the relay.
+
+        Raises:
+            NodeError: it does not answer, or it does not serve in time.
+        """
+        deadline = time.monotonic() + START_S
+        while True:
+            peer = Peer(self.name, self.address, max_message_bytes=2**20)
+            try:
+                return await peer.status(timeout_s=5.0)
+            except NodeError as error:
+                if self.exit_code is not None:
+                    raise NodeError(f"node {self.name} ended with {self.exit_code}: {self.new_log()}") from error
+                if time.monotonic() > deadline:
+                    raise
+            finally:
+                await peer.close()
+            await asyncio.sleep(0.02)
+
+    def num_fds(self) -> int:
+        """Return the number of open file descriptors of the process."""
+        return int(psutil.Process(self.pid).num_fds())
+
+    def new_log(self) -> str:
+        """Return what was logged since the last call."""
+        data = self.log.read_bytes()[self._read :] if self.log.exists() else b""
+        self._read += len(data)
+        return data.decode(errors="replace")
+
+
+class Cluster:
+    """Three nodes with a relay before each of them.
+
+    Args:
+        nodes: the processes, the entry node first.
+        relays: the link to each of them; the first one is the clients'.
+        topology: what clients connect to.
+        whole: a client of the same family in this process, to which nothing happens.
+    """
+
+    def __init__(self, nodes: list[Node], relays: list[Relay], topology: Topology, whole: AsyncClient) -> None:
+        self.nodes, self.relays, self.topology, self.whole = nodes, relays, topology, whole
+        self.fds: dict[str, int] = {}
+        """Open file descriptors of each node at rest, by its name."""
+        self.holes: set[Relay] = set()
+        """Links with connections that carry nothing and do not end."""
+
+    def mend(self) -> None:
+        """Make every link as it was, let stopped processes continue, and start those that have ended."""
+        for relay in self.relays:
+            relay.frozen, relay.delay_s, relay.bytes_per_s = False, LINK_DELAY_S, None
+            relay.flip_nothing()
+        for relay in self.holes:
+            relay.cut()
+        self.holes.clear()
+        for node in self.nodes:
+            node.send(signal.SIGCONT)
+            if node.exit_code is not None:
+                node.start()
+
+
+@asynccontextmanager
+async def running_cluster(folder: Path, make_relay: type[Relay] = Relay) -> AsyncIterator[Cluster]:
+    """Run the nodes while the block lasts.
+
+    Args:
+        folder: where the family, the topology file and the logs are written.
+        make_relay: makes the relay of each link.
+
+    """
+    family = make_family(folder / "family")
+    addresses = [f"127.0.0.1:{port}" for port in _free_ports(len(CUTS))]
+    async with AsyncExitStack() as stack:
+        relays = [make_relay(delay_s=LINK_DELAY_S) for _ in CUTS]
+        reached = [
+            await stack.enter_async_context(relay.run(address))
+            for relay, address in zip(relays, addresses, strict=True)
+        ]
+        limits = {"max_positions": 8192, "grace_s": 0.05}
+        topology = cut_topology(family, CUTS, limits=limits, timeout_s=20.0).model_dump(
+            mode="json", by_alias=True, exclude_none=True
+        )
+        for i, node in enumerate(topology["nodes"]):
+            node["address"] = addresses[i]
+        for i, link in enumerate(topology["links"], 1):
+            link["address"] = reached[i]
+            link["upload"] = "ahead" if i == 1 else "on-demand"
+        file = folder / "topology.yaml"
+        file.write_text(yaml.safe_dump(topology))
+        topology["nodes"][0]["address"] = reached[0]
+        nodes = [
+            Node(node["name"], address, file, folder / f"{node['name']}.log")
+            for node, address in zip(topology["nodes"], addresses, strict=True)
+        ]
+        whole = await stack.enter_async_context(AsyncClient(whole_family(family)))
+        cluster = Cluster(nodes, relays, Topology.parse(topology), whole)
+        try:
+            for node in nodes:
+                node.start()
+            yield cluster
+        finally:
+            for node in nodes:
+                node.send(signal.SIGKILL)
+            for node in nodes:
+                await node.ended()
+
+
+def _free_ports(count: int) -> list[int]:
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
+
+
+def _run_node(name: str, file: str, log: str, stdin: Connection) -> None:
+    """Be a node: the command line's own `node`, which drains when its standard input ends."""
+    os.setsid()  # Ctrl-C is for the program that runs the trials
+    os.dup2(stdin.fileno(), 0)
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(output, number)
+    from ruyi_flow.cli import main
+
+    sys.argv = ["ruyi-flow", "node", name, "--topology", file, "--supervised", "--no-request-log"]
+    main()
