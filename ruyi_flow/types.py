@@ -427,18 +427,32 @@ class Stats:
         return (self.total_s - self.first_token_s) / max(1, self.new_tokens - 1)
 
     @property
+    def all_recoveries(self) -> tuple[Recovery, ...]:
+        """The times that a node was lost and the answer was taken up again: the entry node's, then deeper ones'."""
+        return (*self.recoveries, *(recovery for hop in self.hops for recovery in hop.recoveries))
+
+    @property
     def summary(self) -> str:
-        """One line: tokens, times, escalations, accepted drafts, bytes sent up, seed."""
+        """One line: tokens, times, escalations, accepted drafts, bytes sent up, reused tokens, recoveries, seed."""
         up = sum(hop.bytes_up for hop in self.hops)
         drafts = f", {self.accepted} of {self.drafted} drafted tokens accepted" if self.drafted else ""
         return (
             f"{counted(self.new_tokens, 'token')}, first after {1000 * self.first_token_s:.0f} ms, "
             f"then {1000 * self.token_s:.1f} ms each · {counted(self.escalations, 'escalation')}{drafts} · "
-            f"{up:,} bytes up" + ("" if self.seed is None else f" · seed {self.seed}")
+            f"{up:,} bytes up"
+            + (f" · {self.reused} of {self.prompt_tokens} prompt tokens reused" if self.reused else "")
+            + (f" · {_recovered(self.all_recoveries)}" if self.all_recoveries else "")
+            + ("" if self.seed is None else f" · seed {self.seed}")
         )
 
     def __repr__(self) -> str:
         return f"Stats({self.summary})"
+
+
+def _recovered(recoveries: tuple[Recovery, ...]) -> str:
+    """Say how often an answer was taken up again, and how long that took."""
+    seconds, causes = sum(recovery.seconds for recovery in recoveries), {recovery.cause for recovery in recoveries}
+    return f"recovered {counted(len(recoveries), 'time')} in {seconds:.1f} s ({', '.join(sorted(causes))})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,12 +127,17 @@ class Exchange:
         """Whether all answers are complete."""
         return all(answer.final is not None for answer in self.answers)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Return the numbers of tokens: each prompt counts once, and all answers."""
         finals = [answer.final.stats for answer in self.answers if answer.final is not None]
         prompt = sum(stats.prompt_tokens for stats in finals[:: self.asked.n])
         new = 0 if self.asked.drops_token else sum(stats.new_tokens for stats in finals)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(stats.reused for stats in finals[:: self.asked.n])},
+        }
 
     def details(self) -> dict[str, Any]:
         """Return `ruyi` of the whole reply: the statistics of its answer, or a list of those of several answers."""

@@ -62,7 +62,12 @@ async def test_an_answer_is_the_sdks(
     [choice] = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": reply.text, "refusal": None}
     assert choice["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 17}
+    assert answer["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 8,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     found = await chunks(http, model=model)
     assert text_of(found) == reply.text
     assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
@@ -86,7 +91,12 @@ async def test_the_openai_client_reads_it(server: Listening, three: Cluster) -> 
 async def test_the_usage_comes_last_when_it_is_asked_for(http: httpx.AsyncClient) -> None:
     found = await chunks(http, stream_options={"include_usage": True})
     assert found[-1]["choices"] == []
-    assert found[-1]["usage"] == {"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 17}
+    assert found[-1]["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 8,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert all(chunk["usage"] is None for chunk in found[:-1])
     assert all("usage" not in chunk for chunk in await chunks(http))
 
@@ -140,7 +150,12 @@ async def test_logprobs_are_the_sdks(three: Cluster, http: httpx.AsyncClient) ->
 async def test_choices_are_answers_of_their_own(http: httpx.AsyncClient) -> None:
     same = await ask(http, n=3)
     assert len({choice["message"]["content"] for choice in same["choices"]}) == 1
-    assert same["usage"] == {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}
+    assert same["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 24,
+        "total_tokens": 33,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     asked: dict[str, Any] = {"n": 3, "temperature": 1, "seed": 2, "max_tokens": 30}
     choices = (await ask(http, **asked))["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]

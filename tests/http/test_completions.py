@@ -44,7 +44,12 @@ async def test_several_prompts_and_choices_come_in_order(three: Cluster, http: h
     answer = await ask(http, prompt=["abc", "xy"], n=2)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert [choice["text"] for choice in answer["choices"]] == [r.text for r in replies for _ in range(2)]
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25}
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 20,
+        "total_tokens": 25,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     chunks = await stream(http, prompt=["abc", "xy"], n=2)
     for index in range(4):
         choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
@@ -100,7 +105,12 @@ async def test_a_prompt_can_be_scored_without_an_answer(http: httpx.AsyncClient)
     [choice] = scored["choices"]
     assert choice["text"] == "hijk" and choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["token_logprobs"]) == 4
-    assert scored["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    assert scored["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 0,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     one_more = await ask(http, prompt=[IDS], logprobs=1, echo=True, max_tokens=1)  # as lm-evaluation-harness asks
     assert one_more["choices"][0]["logprobs"]["token_logprobs"][:-1] == pytest.approx(
         choice["logprobs"]["token_logprobs"], abs=1e-4, nan_ok=True
