@@ -215,7 +215,7 @@ class Block(NamedTuple):
     wants: tuple[int, ...]
     """Positions whose next token is wanted, ascending. Empty: the block only fills KV caches."""
     decided: tuple[tuple[int, int], ...] = ()
-    """In a replay: positions that had been asked about, ascending, and the exit that decided the token after each."""
+    """Only in a replay: positions that had been asked about, ascending, and the exit that decided each next token."""
 
 
 class Likelihood(NamedTuple):

@@ -122,7 +122,7 @@ async def running_nodes(
             "threads": threads,
             "device": device,
             "cores": cores and [*cores],
-            "limits": dict(limits or {}),
+            "limits": {"park_s": 0, **(limits or {})},  # prompts are repeated, and each is to be computed
         }
         data = {
             "family": str(store.locate(family).resolve()),

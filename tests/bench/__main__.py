@@ -41,6 +41,7 @@ from ruyi_flow.types import NodeStatus
 from tests.bench.disconnects import bench_disconnects
 from tests.bench.event_loop import bench_event_loop
 from tests.bench.messages import bench_messages
+from tests.bench.recovery import bench_recovery
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
 from tests.bench.simulator import bench_simulator, bench_simulator_long
 from tests.bench.telemetry import bench_telemetry
@@ -155,6 +156,7 @@ BENCHES: dict[str, Callable[[int], Any]] = {
     "event-loop": bench_event_loop,
     "telemetry": bench_telemetry,
     "disconnects": bench_disconnects,
+    "recovery": bench_recovery,
     "start": bench_start,
     "train": bench_train,
     "policy": bench_policy,
