@@ -206,8 +206,8 @@ def node(
 
     SIGTERM or Ctrl-C drains the node: it takes no new sessions, its callers move
     theirs to another replica if there is one, and those that stay get its grace
-    time; a second signal ends it at once. The standard gRPC health service answers
-    for '' and 'ruyi_flow.v1.Node'.
+    time; a second signal ends it at once. The standard gRPC health service
+    answers for '' and 'ruyi_flow.v1.Node'.
     """
     began = time.monotonic()
     loaded = load_topology(topology)
@@ -304,9 +304,9 @@ def up(
 ) -> None:
     """Run all nodes of a topology on this machine, each in a supervised process. Ctrl-C ends them.
 
-    A process that crashes, hangs or has drained is started again. Of a node with several
-    addresses, all replicas whose addresses are on this machine are started; the
-    log calls them cloud/1, cloud/2 and so on, in the order of the list.
+    A process that crashes, hangs or has drained is started again. Of a node with
+    several addresses, all replicas whose addresses are on this machine are
+    started; the log calls them cloud/1, cloud/2 and so on, in the list's order.
     """
     require("torch")  # here rather than in every node's process
     for name in ("port", "policy"):
