@@ -77,6 +77,9 @@ _LOST = (NodeUnavailable, WireError, RequestCancelled, CapacityError)
 _MOST_DAMAGED = 2
 """Times that an answer may end with garbage; after more, it is not the connection that damages it."""
 
+_SAME = 16
+"""Tokens or characters at the beginning of a prompt that tell one conversation from another."""
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 """Seconds between attempts to take up an answer."""
 
@@ -276,7 +279,7 @@ class AsyncClient:
         if self._answering is not None:
             return _within(self._answering.generate(request, left), timeout_s, deadline)
         assert self._entry is not None
-        return self._entry.pick().generate(request, timeout_s=left)
+        return self._entry.pick(_conversation(request)).generate(request, timeout_s=left)
 
     def _left_s(self, error: NodeError, answer: _Answer) -> float:
         """Return the seconds for which it makes sense to take up an answer again; 0 if the error is final."""
@@ -489,6 +492,15 @@ class Client:
 def _describe(topology: Topology, is_connected: bool, is_closed: bool) -> str:
     state = "closed" if is_closed else "connected" if is_connected else "not connected yet"
     return f"{topology.family} on {', '.join(node.name for node in topology.nodes)}; {state}"
+
+
+def _conversation(request: GenerateRequest) -> bytes:
+    """Return the beginning of a prompt, which the turns of a conversation have in common."""
+    prompt = request.prompt
+    if prompt and isinstance(prompt[0], tuple):
+        users = next((i for i, turn in enumerate(prompt) if isinstance(turn, tuple) and turn[0] == "user"), 0)
+        return repr(prompt[: users + 1]).encode()
+    return repr(prompt[:_SAME]).encode()
 
 
 class _Answer:

@@ -302,7 +302,7 @@ class Engine:
             left = None if deadline is None else max(0.001, deadline - time.monotonic())
             asked = replace(onward, policy=policy, position=position)
             return RemoteStage(
-                replicas.pick(),
+                replicas.pick(asked.key),
                 asked,
                 timeout_s=link.timeout_s,
                 session_timeout_s=left,

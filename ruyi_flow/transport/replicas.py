@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from ipaddress import ip_address
+from zlib import crc32
 
 import grpc
 
@@ -24,6 +25,9 @@ _RESOLVE_S = 30.0
 
 _AVOID_S = 1.0
 """Seconds for which a replica that has failed or was full gets no new sessions, if there is another one."""
+
+_LOCALITY = 0.25
+"""Share of the KV cache by which a conversation's replica may be more loaded than another one and still get it."""
 
 _WATCH_PAUSE_S = 1.0
 """Seconds between attempts to watch a replica that cannot be reached."""
@@ -49,8 +53,9 @@ class _Replica:
 class Replicas:
     """The replicas of one node: `loop.next_stage.Recoveries` over connections.
 
-    A session stays on the replica where it was opened. A new one goes to the less loaded of two that are taken at
-    random among those that serve (Mitzenmacher, The power of two choices in randomized load balancing, 2001).
+    A session stays on the replica where it was opened. A new one goes to the less loaded of two among those that serve
+    (Mitzenmacher, The power of two choices in randomized load balancing, 2001). The two are drawn at random, or by a
+    hash of the conversation (Thaler and Ravishankar, Using name-based mappings to increase hit rates, 1998).
 
     Args:
         name: the node's name.
@@ -97,8 +102,13 @@ class Replicas:
         states = [replica.peer.state for replica in self._replicas.values() if replica.peer is not None]
         return "ready" if "ready" in states else states[-1] if states else "idle"
 
-    def pick(self) -> Peer:
-        """Return the connection to the replica that a new session goes to."""
+    def pick(self, key: bytes = b"") -> Peer:
+        """Return the connection to the replica that a new session goes to.
+
+        Args:
+            key: what the turns of a conversation have in common. They go to the same replica, which may have parked the
+                last turn, unless it is much more loaded than the second choice. Default: two are drawn at random.
+        """
         now = time.monotonic()
         self._resolve_if_due(now)
         replicas = list(self._replicas.values())
@@ -109,8 +119,10 @@ class Replicas:
         usable = [replica for replica in replicas if self._is_usable(replica, now)]
         if not usable:  # the one that failed longest ago is most likely back
             usable = sorted(replicas, key=lambda replica: 0.0 if replica.peer is None else replica.peer.avoided_at)[:1]
-        two = self._random.sample(usable, min(2, len(usable)))
-        return self._peer(min(two, key=_load))
+        if key:
+            two = sorted(usable, key=lambda replica: crc32(key + replica.address.encode()))[:2]
+            return self._peer(min(two, key=lambda replica: _load(replica) + _LOCALITY * (replica is not two[0])))
+        return self._peer(min(self._random.sample(usable, min(2, len(usable))), key=_load))
 
     def left_s(self, error: NodeError, *, began: bool, waited_s: float) -> float:
         """Return the seconds for which another attempt makes sense; see `Recoveries.left_s`."""

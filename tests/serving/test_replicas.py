@@ -30,9 +30,24 @@ async def test_sessions_go_to_both_replicas(tiny: Path) -> None:
     async with cluster(cut_topology(tiny, CUTS), replicas={"n1": 2}) as nodes, AsyncClient(nodes.topology) as client:
         replies = await asyncio.gather(*(client.generate([5, 6, n], **LONG) for n in range(3, 15)))
         admitted = [nodes.engines[name].counters.admissions.total for name in ("n1/1", "n1/2")]
-        assert sum(admitted) == 12 and min(admitted) >= 3
+        assert sum(admitted) == 12 and min(admitted) >= 1
         assert not any(hop.recoveries for reply in replies for hop in reply.stats.hops)
         await nodes.settle()
+
+
+async def test_the_turns_of_a_conversation_stay_on_their_replicas(tiny: Path) -> None:
+    topology = cut_topology(tiny, CUTS)
+    async with cluster(topology, replicas={"n0": 2, "n1": 2}) as nodes, AsyncClient(nodes.topology) as client:
+        for first in range(3, 9):
+            prompt = [first, *range(3, 43)]
+            for turn in range(4):
+                reply = await client.generate(prompt, max_new_tokens=6, eos_token_ids=())
+                assert (reply.stats.reused > 0) == (turn > 0)
+                assert turn == 0 or reply.stats.hops[1].positions < 20, "the next node has its part, too"
+                prompt += [*reply.token_ids, 7, 8]
+                await nodes.settle()
+        parked = [engine.front_door.parked for engine in nodes.engines.values()]
+        assert sum(parked) == 12
 
 
 @pytest.mark.parametrize("how", ["cut", "frozen"])
