@@ -541,6 +541,12 @@ class NodeStatus:
     """Why the link to the next node could not be measured."""
     context: int = 0
     """The family's context, in tokens; 0 if the node does not report it."""
+    parked: int = 0
+    """Number of parked sessions, whose positions count as free."""
+    cache_bytes: int = 0
+    """Bytes that are reserved for the KV cache."""
+    log_bytes: int = 0
+    """Bytes that are reserved for the log of boundary states, from which the next node can be restored."""
 
 
 class Stage(Protocol):

@@ -71,7 +71,7 @@ LINE_EVERY_S = 30.0
 
 _STATUS_ROWS = (
     *("address", "state", "exits", "trunk layers", "parameters (millions)", "memory, MB", "weights, MB"),
-    *("sessions open/max", "KV positions used/max", "next node"),
+    *("KV cache + log, MB", "sessions open/max", "sessions parked", "KV positions used/max", "next node"),
 )
 """What the table of nodes' states says of each node."""
 
@@ -343,7 +343,9 @@ def status_table(answers: Mapping[str, NodeStatus | NodeError], addresses: Mappi
             f"{status.parameters / 1e6:,.1f}",
             f"{status.resident_bytes / 1e6:,.0f}",
             f"{status.tensor_bytes / 1e6:,.0f}",
+            f"{status.cache_bytes / 1e6:,.0f} + {status.log_bytes / 1e6:,.0f}",
             f"{status.sessions}/{status.max_sessions}" + (f" + {status.waiting} waiting" if status.waiting else ""),
+            str(status.parked),
             f"{status.used_positions}/{status.max_positions}",
             f"{status.next_node}: {state}" if status.next_node else "",
         )

@@ -243,6 +243,9 @@ class Engine:
             next_address="" if self._replicas is None else ", ".join(self._replicas.addresses),
             next_encoding=None if self._next is None else self._next[1].encoding,
             context=self.checkpoint.config.max_positions,
+            parked=self.front_door.parked,
+            cache_bytes=self.shard.memory.nbytes,
+            log_bytes=self.shard.log.nbytes,
         )
 
     async def status_with_link(self) -> NodeStatus:

@@ -43,7 +43,7 @@ async def test_the_turns_of_a_conversation_stay_on_their_replicas(tiny: Path) ->
             for turn in range(4):
                 reply = await client.generate(prompt, max_new_tokens=6, eos_token_ids=())
                 assert (reply.stats.reused > 0) == (turn > 0)
-                assert turn == 0 or reply.stats.hops[1].positions < 20, "the next node has its part, too"
+                assert turn == 0 or reply.stats.hops[1].positions < 40, "the next node has its part, too"
                 prompt += [*reply.token_ids, 7, 8]
                 await nodes.settle()
         parked = [engine.front_door.parked for engine in nodes.engines.values()]
