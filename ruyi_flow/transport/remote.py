@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -80,6 +80,8 @@ class RemoteStage:
         """The reply to a message in a batch."""
         self._waiter: asyncio.Future[None] | None = None
         """The caller that waits for a reply; it is woken by every reply and by the end of the stream."""
+        self._is_reached = False
+        """Whether the first message has been written, for which gRPC must be connected."""
         self._error: RuyiFlowError | None = None
         """Why the stream has ended."""
         self._fed_positions = self._fed_bytes = 0
@@ -216,7 +218,8 @@ class RemoteStage:
             self._raise_error()
             self._owed += 1  # before the write, since the reply may arrive before it returns
             try:
-                await self._call.write(seal(message))
+                write = self._call.write(seal(message))
+                await (write if self._is_reached else self._reach(write))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -225,6 +228,19 @@ class RemoteStage:
                 await asyncio.wait([self._reader])  # the stream has ended, and the reader learns why
                 self._raise_error()
                 raise AssertionError("a reader that has ended says why") from None
+
+    async def _reach(self, write: Coroutine[Any, Any, None]) -> None:
+        """Write the first message. A call that is cancelled before it is connected never returns from its write."""
+        assert self._reader is not None
+        writing = asyncio.ensure_future(write)
+        try:
+            await asyncio.wait([writing, self._reader], return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                await writing
+                self._is_reached = True
+        finally:
+            writing.cancel()
+        self._raise_error()
 
     def _raise_error(self) -> None:
         """Raise why the session has ended, if it has."""

@@ -83,6 +83,7 @@ class Replicas:
             counters.expect(name)
         self._random = random.Random()  # nodes must not choose alike
         self._failing_since: float | None = None
+        """Time of the first loss since it was last heard or a session was taken up again."""
         self._heard_at: float | None = None
         self._resolved_at = -_RESOLVE_S
         self._resolving: asyncio.Task[None] | None = None
@@ -138,13 +139,12 @@ class Replicas:
             return self._recover_s - waited_s
         heard = [replica.peer.heard_at for replica in self._replicas.values() if replica.peer and replica.peer.heard_at]
         self._heard_at = max([*heard, self._heard_at or 0.0]) or None
-        since = self._heard_at or self._failing_since or now
-        return max(0.0, since + self._recover_s - now)
+        if self._failing_since is None or self._failing_since < (self._heard_at or 0.0):
+            self._failing_since = now  # not the time when it was last heard: nobody may have asked it since
+        return max(0.0, self._failing_since + self._recover_s - now)
 
     def lost(self, node: str, cause: str) -> None:
         """Count a loss of the node, and look up its addresses again."""
-        if self._failing_since is None:
-            self._failing_since = time.monotonic()
         if self._counters is not None:
             self._counters.losses.add(node or self.name, cause)
         self._resolved_at = -_RESOLVE_S
