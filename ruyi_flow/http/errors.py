@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ruyi_flow.errors import (
+    CacheMiss,
     CapacityError,
     ContextLengthError,
     DeadlineExceeded,
@@ -31,6 +32,7 @@ STATUS_OF: dict[type[Exception], int] = {
     RequestError: 400,
     ContextLengthError: 400,
     CapacityError: 503,
+    CacheMiss: 503,
     NodeUnavailable: 503,
     RequestCancelled: 503,
     DeadlineExceeded: 504,
