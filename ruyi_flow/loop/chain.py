@@ -398,13 +398,12 @@ class Chain:
                 asking = self._next.ask(wants)
                 if self.span:
                     asking = self._hop(asking, wants[-1] + 1 - self._next.sent, len(wants))
-                verdict = await (self._draft_ahead(asking, first, hop) if drafts_ahead else asking)
-                if verdict is None:
-                    reason = self._next.lost
-                    assert reason is not None
+                answer = await (self._draft_ahead(asking, first, hop) if drafts_ahead else asking)
+                if isinstance(answer, Reason):
+                    reason = answer
                 else:
-                    decisions, hops = verdict.decisions, (hop, *verdict.hops)
-                    session.prompt_likelihoods += verdict.prompt
+                    decisions, hops = answer.decisions, (hop, *answer.hops)
+                    session.prompt_likelihoods += answer.prompt
             if reason is not None:
                 last.decide_all(reason)
         for walk in reversed(walks):
@@ -432,7 +431,9 @@ class Chain:
                 agrees = look.token == decision.token
                 self._counters.verify(walk.exit, look.confidence, is_calibrated=is_calibrated, agrees=agrees)
 
-    async def _draft_ahead(self, asking: Coroutine[None, None, Verdict | None], walk: Walk, hop: Hop) -> Verdict | None:
+    async def _draft_ahead(
+        self, asking: Coroutine[None, None, Verdict | Reason], walk: Walk, hop: Hop
+    ) -> Verdict | Reason:
         """Return the answer; until it arrives, draft past the question with the first branch while that pays."""
         session, eos = self._session, self._session.params.eos_token_ids or ()
         kept = math.prod(look.confidence for look in walk.looks if look.reason is None)

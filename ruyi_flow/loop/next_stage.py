@@ -179,7 +179,7 @@ class NextStage:
         """
         stop = self._session.log_length
         try:
-            await self._connect().feed(self._block(self.sent, stop))
+            await self._connect(self.sent).feed(self._block(self.sent, stop))
         except CacheMiss as miss:
             await self._drop(miss.position)
         except _LOST as error:
@@ -189,8 +189,8 @@ class NextStage:
         else:
             self.sent = stop
 
-    async def ask(self, wants: tuple[int, ...]) -> Verdict | None:
-        """Ask about positions. Return None when the next stage is `lost` and this node decides in its place.
+    async def ask(self, wants: tuple[int, ...]) -> Verdict | Reason:
+        """Ask about positions. Return why this node decides in the next stage's place, if it has to.
 
         A next stage that is lost meanwhile gets the log again, on another replica or once it is back.
 
@@ -229,9 +229,12 @@ class NextStage:
                         if not self._session.policy.routing.fallback:
                             raise
                         self.lost = Reason.UNREACHABLE
-                        return None
+                        return self.lost
                     await self._clock.sleep(min(pause_s, left_s))
                     pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s or _FIRST_PAUSE_S)
+                    reason = self.refusal(wants[-1] + 1)  # what is sent again counts again
+                    if reason is not None:
+                        return reason
         finally:
             self._uplink.questions -= 1
         if first is not None:
@@ -241,7 +244,7 @@ class NextStage:
         return verdict
 
     async def _ask(self, wants: tuple[int, ...]) -> Verdict:
-        stage = self._connect()
+        stage = self._connect(self.sent)
         if self._told < len(self._decided):  # the stage is a new one
             decided = tuple(self._decided[self._told :])
             stop = max(self.sent, decided[-1][0] + 1)
@@ -336,10 +339,11 @@ class NextStage:
         if asked is None or len(likelihood.top) > asked or any(token >= vocab_size for token, _ in likelihood.top):
             raise WireError("the next stage answered likelihoods that nothing asked for")
 
-    def _connect(self) -> Stage:
+    def _connect(self, position: int) -> Stage:
+        """Return the stage; it is opened if it is not open yet, to go on from a position that it may have parked."""
         if self._stage is None:
             assert self._make is not None, "the policy's deepest exit is after the deepest node"
-            self._stage = self._make(self._session.policy, self.sent)
+            self._stage = self._make(self._session.policy, position)
         return self._stage
 
     async def _drop(self, kept: int = 0) -> None:
@@ -350,11 +354,14 @@ class NextStage:
             await stage.close()
 
     async def _upload(self, block: Block) -> None:
-        if await self._succeeds(self._connect().feed(block)):
+        if await self._succeeds(self._feed_first(block)):
             assert self._stage is not None
             self._arriving = self._clock.start(self._await_arrival(self._stage))
         else:
             self._uplink.free(self)
+
+    async def _feed_first(self, block: Block) -> None:
+        await self._connect(block.start).feed(block)
 
     async def _await_arrival(self, stage: Stage) -> None:
         await self._succeeds(stage.arrived())

@@ -209,7 +209,7 @@ async def test_a_connection_is_opened_once_and_when_it_is_needed() -> None:
     assert world.policies == []
     for _ in range(2):
         verdict = await world.next.ask(world.session.question())
-        assert verdict is not None and [d.token for d in verdict.decisions] == [world.session.token_ids[-1]]
+        assert isinstance(verdict, Verdict) and [d.token for d in verdict.decisions] == [world.session.token_ids[-1]]
         world.session.compute(1)
     assert world.policies == [world.session.policy]
     assert world.peers[0].calls == [("advance", 0), ("advance", PROMPT)]
@@ -236,7 +236,7 @@ async def test_parts_of_a_prompt_are_fed_before_the_question() -> None:
     await world.next.rewind(6)
     assert world.peers[0].calls == [("feed", 0), ("rewind", 6)]
     world.session.compute(6)
-    assert await world.next.ask(world.session.question()) is not None
+    assert isinstance(await world.next.ask(world.session.question()), Verdict)
     assert world.peers[0].calls[2:] == [("advance", 6)]
 
 
@@ -275,7 +275,7 @@ async def test_with_fallback_a_lost_node_is_not_asked_again(kind: type[RuyiFlowE
     world = World(Peer({"advance": kind("gone")}), routing=Routing(Mode.TOKEN, threshold=0.5, fallback=True))
     world.session.compute(PROMPT)
     assert world.next.lost is None and world.next.refusal(5) is None
-    assert await world.next.ask(world.session.question()) is None
+    assert await world.next.ask(world.session.question()) is Reason.UNREACHABLE
     assert world.next.lost is Reason.UNREACHABLE and world.next.refusal(5) is Reason.UNREACHABLE
     assert world.peers[0].closed == 1 and world.uplink.questions == 0
     await world.next.close()
@@ -315,6 +315,27 @@ async def test_a_gate_counts_what_is_sent_until_the_next_stage_is_lost() -> None
     assert world.next.refusal(9) is Reason.UNREACHABLE and asked == [9, 10]
 
 
+async def test_what_is_sent_again_counts_again_at_the_gate() -> None:
+    asked: list[int] = []
+
+    def gate(positions: int) -> Reason | None:
+        asked.append(positions)
+        return Reason.BUDGET if sum(asked) > 30 else None
+
+    world = World(
+        Peer({"advance": NodeUnavailable("gone")}),
+        Peer({"advance": NodeUnavailable("gone")}),
+        Peer(),
+        gate=gate,
+        covers_next=True,
+        recoveries=Patient(),
+    )
+    world.session.compute(PROMPT)
+    assert world.next.refusal(PROMPT) is None
+    assert await world.next.ask(world.session.question()) is Reason.BUDGET
+    assert asked == [PROMPT] * 3 and world.next.lost is None, "another question may be asked when there are bytes again"
+
+
 @pytest.mark.parametrize(
     ("decided", "ahead", "sent"),
     [
@@ -335,7 +356,7 @@ async def test_decided_states_go_up_in_advance_within_their_bounds(decided: int,
     assert world.peers[0].token_ids == world.session.token_ids[:sent]
     assert world.peers[0].calls == ([("feed", 0), ("arrived", sent)] if sent else [])
     assert world.uplink.idle
-    assert await world.next.ask(world.session.question()) is not None
+    assert isinstance(await world.next.ask(world.session.question()), Verdict)
     assert world.peers[0].token_ids == world.session.token_ids
 
 
@@ -440,7 +461,7 @@ async def test_a_question_waits_until_the_upload_is_written_but_not_until_it_has
     await turns()
     assert peer.calls == [("feed", 0)]
     peer.gates["feed"].set()
-    assert await asking is not None
+    assert isinstance(await asking, Verdict)
     assert peer.calls == [("feed", 0), ("arrived", 20), ("advance", 20)] and world.uplink.idle
     world.settle(20)
     peer.gates["arrived"].set()
@@ -455,14 +476,14 @@ async def test_states_that_were_lost_on_their_way_are_sent_again_with_the_next_q
     lost, found = world.peers
     if asked:
         world.session.compute(PROMPT)
-        assert await world.next.ask(world.session.question()) is not None
+        assert isinstance(await world.next.ask(world.session.question()), Verdict)
     lost.fails = {when: CapacityError("full")}
     for _ in range(2):
         world.settle(10)
         await turns()
     assert [name for name, _ in lost.calls].count("feed") == 1, "after a failure nothing goes up in advance any more"
     world.session.compute(1)
-    assert await world.next.ask(world.session.question()) is not None
+    assert isinstance(await world.next.ask(world.session.question()), Verdict)
     assert found.calls == [("advance", 0)] and found.token_ids == world.session.token_ids
     assert lost.closed == 1 and world.uplink.idle and world.next.lost is None
     await world.next.close()
@@ -530,7 +551,7 @@ async def test_a_rewind_reaches_an_upload_that_has_not_begun() -> None:
     world.session.rewind(9)
     await world.next.rewind(9)
     world.session.compute(4)
-    assert await world.next.ask(world.session.question()) is not None
+    assert isinstance(await world.next.ask(world.session.question()), Verdict)
     assert world.peers[0].token_ids == world.session.token_ids
 
 
@@ -542,7 +563,7 @@ async def test_states_sent_again_are_those_that_a_rewind_left() -> None:
     await world.next.rewind(9)
     assert world.peers[0].calls[-1] == ("rewind", 9)
     world.session.compute(4)
-    assert await world.next.ask(world.session.question()) is not None
+    assert isinstance(await world.next.ask(world.session.question()), Verdict)
     assert world.peers[1].token_ids == world.session.token_ids and len(world.session.token_ids) == 13
 
 
@@ -558,7 +579,7 @@ async def test_the_next_stage_gets_every_position_once_whatever_happens(seed: in
         world.session.compute(1)
         if "advance" in peers[0].fails:  # nothing here takes up a session after a question that fails
             peers[0].fails = {}
-        assert await world.next.ask(world.session.question()) is not None
+        assert isinstance(await world.next.ask(world.session.question()), Verdict)
         assert peers[len(world.policies) - 1].token_ids == world.session.token_ids
 
     for _ in range(25):
