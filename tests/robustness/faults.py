@@ -59,9 +59,9 @@ KINDS = (*_OF_NODES, *_OF_LINKS, Kind.VANISH, Kind.TWO)
 _LENGTHS_S = {
     Kind.KILL: (0.0, 0.5),
     Kind.PAUSE: (0.02, 0.8),
-    Kind.HANG: (2.0, 4.0),
+    Kind.HANG: (2.0, 7.0),
     Kind.SLOW_NODE: (0.5, 2.0),
-    Kind.FREEZE: (2.0, 4.0),
+    Kind.FREEZE: (2.0, 7.0),
     Kind.DELAY: (0.5, 2.0),
     Kind.SLOW_LINK: (0.5, 2.0),
 }

@@ -115,6 +115,7 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
     total = sum(len(answer.tokens) for held in expected for answer in held)
     outcome, arrivals, vanished = Outcome(trial), _Arrivals(), set[int]()
     answers: list[list[Answer]] = [[] for _ in trial.conversations]
+    begin = asyncio.Barrier(len(trial.conversations) + len(trial.faults))
     happened: list[float] = []
     before = running_tasks()
 
@@ -122,6 +123,7 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
         async with AsyncClient(cluster.topology, max_retries=0) as client:
             # A client that has never reached its entry node is told so at once: it has nothing to lose.
             await client.generate([5], exit=1, max_new_tokens=1)
+            await begin.wait()
             await hold(client, trial.conversations[i], answers[i], arrivals.count, timeout_s=_ANSWER_S)
 
     talks = [asyncio.create_task(talk(i)) for i in range(len(trial.conversations))]
@@ -132,6 +134,7 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
         talks[number].cancel()
 
     async def strike(fault: Fault) -> None:
+        await begin.wait()
         await arrivals.reach(int(min(f.share for f in trial.faults) * total))
         if fault is not trial.faults[0]:
             await asyncio.sleep(0.5 * abs(fault.share - trial.faults[0].share))
