@@ -31,13 +31,21 @@ def main() -> int:
     parser.add_argument("--faults", type=_count, default=100, help="Number of trials, each with a fault. Default: 100.")
     parser.add_argument("--seed", type=int, default=1, help="Seed of the traffic and of the faults. Default: 1.")
     parser.add_argument("--only", type=int, action="append", metavar="N", help="Run only the trial of this number.")
+    parser.add_argument("--replicas", type=int, choices=(1, 2), default=1, help="Replicas of each node. Default: 1.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of the table.")
     parser.add_argument("--table", action="store_true", help="Write the table into docs/robustness.md.")
     given = parser.parse_args()
     numbers = given.only or list(range(given.faults))
     outcomes: list[Outcome] = []
     try:
-        asyncio.run(_run([Trial.draw(given.seed, number) for number in numbers], outcomes, quiet=given.json))
+        asyncio.run(
+            _run(
+                [Trial.draw(given.seed, number, given.replicas) for number in numbers],
+                outcomes,
+                given.replicas,
+                quiet=given.json,
+            )
+        )
     except KeyboardInterrupt:
         err.print("interrupted")
         return 130
@@ -60,11 +68,11 @@ def _count(text: str) -> int:
     return count
 
 
-async def _run(trials: list[Trial], outcomes: list[Outcome], *, quiet: bool) -> None:
+async def _run(trials: list[Trial], outcomes: list[Outcome], replicas: int, *, quiet: bool) -> None:
     """Run trials; what came of each is added to `outcomes`, and failures are printed as they occur."""
     with TemporaryDirectory(prefix="ruyi-flow-robustness-") as folder, counting_bar(quiet=quiet) as report:
         report("starting the nodes", 0, 0)
-        async with ready_cluster(Path(folder)) as cluster:
+        async with ready_cluster(Path(folder), replicas=replicas) as cluster:
             for done, trial in enumerate(trials):
                 report("faults", done, len(trials))
                 outcomes.append(outcome := await run_trial(cluster, trial))

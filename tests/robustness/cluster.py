@@ -46,18 +46,19 @@ _STARTS.set_forkserver_preload(["ruyi_flow.cli.commands", "ruyi_flow.serving.eng
 
 
 class Node:
-    """The process of one node.
+    """The process of one replica of a node.
 
     Args:
         name: the node's name.
+        replica: the replica's number, from 1.
         address: where it listens.
         file: the topology file.
         log: the file that its log is added to.
     """
 
-    def __init__(self, name: str, address: str, file: Path, log: Path) -> None:
-        self.name, self.address, self.log = name, address, log
-        self._file = file
+    def __init__(self, name: str, replica: int, address: str, file: Path, log: Path) -> None:
+        self.name, self.address, self.log = f"{name}/{replica}", address, log
+        self._command = ["node", name, "--replica", str(replica), "--topology", str(file)]
         self._process: Any = None
         self._stdin: Connection | None = None
         self._is_to_end = False
@@ -85,7 +86,7 @@ class Node:
     def start(self) -> None:
         """Start a process, which serves some time later."""
         theirs, ours = _STARTS.Pipe(duplex=False)
-        process = _STARTS.Process(target=_run_node, args=(self.name, str(self._file), str(self.log), theirs))
+        process = _STARTS.Process(target=_run_node, args=(self._command, str(self.log), theirs))
         process.start()
         theirs.close()
         if self._stdin is not None:
@@ -141,11 +142,11 @@ class Node:
 
 
 class Cluster:
-    """Three nodes with a relay before each of them.
+    """Three nodes, of one or several replicas, with a relay before each of them.
 
     Args:
-        nodes: the processes, the entry node first.
-        relays: the link to each of them; the first one is the clients'.
+        nodes: the processes: the first replicas of all nodes, the entry node first, and then the second ones.
+        relays: the link to each of them; those of the entry node are the clients'.
         topology: what clients connect to.
         whole: a client of the same family in this process, to which nothing happens.
     """
@@ -172,18 +173,20 @@ class Cluster:
 
 
 @asynccontextmanager
-async def running_cluster(folder: Path, make_relay: type[Relay] = Relay) -> AsyncIterator[Cluster]:
+async def running_cluster(
+    folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1
+) -> AsyncIterator[Cluster]:
     """Run the nodes while the block lasts.
 
     Args:
         folder: where the family, the topology file and the logs are written.
         make_relay: makes the relay of each link.
-
+        replicas: number of replicas of each node.
     """
     family = make_family(folder / "family")
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(len(CUTS))]
+    addresses = [f"127.0.0.1:{port}" for port in _free_ports(replicas * len(CUTS))]
     async with AsyncExitStack() as stack:
-        relays = [make_relay(delay_s=LINK_DELAY_S) for _ in CUTS]
+        relays = [make_relay(delay_s=LINK_DELAY_S) for _ in addresses]
         reached = [
             await stack.enter_async_context(relay.run(address))
             for relay, address in zip(relays, addresses, strict=True)
@@ -193,16 +196,16 @@ async def running_cluster(folder: Path, make_relay: type[Relay] = Relay) -> Asyn
             mode="json", by_alias=True, exclude_none=True
         )
         for i, node in enumerate(topology["nodes"]):
-            node["address"] = addresses[i]
+            node["address"] = addresses[i :: len(CUTS)]
         for i, link in enumerate(topology["links"], 1):
-            link["address"] = reached[i]
+            link["address"] = reached[i :: len(CUTS)]
             link["upload"] = "ahead" if i == 1 else "on-demand"
         file = folder / "topology.yaml"
         file.write_text(yaml.safe_dump(topology))
-        topology["nodes"][0]["address"] = reached[0]
+        topology["nodes"][0]["address"] = reached[:: len(CUTS)]
         nodes = [
-            Node(node["name"], address, file, folder / f"{node['name']}.log")
-            for node, address in zip(topology["nodes"], addresses, strict=True)
+            Node(f"n{i % len(CUTS)}", 1 + i // len(CUTS), address, file, folder / f"{i}.log")
+            for i, address in enumerate(addresses)
         ]
         whole = await stack.enter_async_context(AsyncClient(whole_family(family)))
         cluster = Cluster(nodes, relays, Topology.parse(topology), whole)
@@ -227,7 +230,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _run_node(name: str, file: str, log: str, stdin: Connection) -> None:
+def _run_node(command: list[str], log: str, stdin: Connection) -> None:
     """Be a node: the command line's own `node`, which drains when its standard input ends."""
     os.setsid()  # Ctrl-C is for the program that runs the trials
     os.dup2(stdin.fileno(), 0)
@@ -236,5 +239,5 @@ def _run_node(name: str, file: str, log: str, stdin: Connection) -> None:
         os.dup2(output, number)
     from ruyi_flow.cli import main
 
-    sys.argv = ["ruyi-flow", "node", name, "--topology", file, "--supervised", "--no-request-log"]
+    sys.argv = ["ruyi-flow", *command, "--supervised", "--no-request-log"]
     main()

@@ -115,7 +115,9 @@ class Fault:
             cluster: the nodes and links.
             vanish: makes the client of a number go away.
         """
-        node, relay = cluster.nodes[self.target], cluster.relays[self.target]
+        # Which replica it is follows from the bits, which are drawn like everything else.
+        i = (self.target + 3 * (self.bits.bit_length() % 2)) % len(cluster.nodes)
+        node, relay = cluster.nodes[i], cluster.relays[i]
         pid = node.pid
         match self.kind:
             case Kind.KILL:

@@ -14,22 +14,25 @@ from tests.robustness.traffic import EXITS
 from tests.robustness.trial import Trial, ready_cluster, run_trial
 
 FAULTS = int(os.environ.get("RUYI_FLOW_FAULTS", "100"))
-"""Number of trials."""
+"""Number of trials, of which a quarter have replicas of each node."""
 
 
 @pytest.mark.robustness
+@pytest.mark.parametrize(("replicas", "share"), [(1, 0.75), (2, 0.25)])
 @pytest.mark.timeout(600 + 10 * FAULTS)
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot stop a process")
-async def test_no_fault_changes_or_loses_an_answer_or_leaves_anything_behind(tmp_path: Path) -> None:
+async def test_no_fault_changes_or_loses_an_answer_or_leaves_anything_behind(
+    tmp_path: Path, replicas: int, share: float
+) -> None:
     failures: list[str] = []
     exits, met = Counter[int](), 0
-    async with ready_cluster(tmp_path) as cluster:
-        for number in range(FAULTS):
-            outcome = await run_trial(cluster, Trial.draw(1, number))
+    async with ready_cluster(tmp_path, replicas=replicas) as cluster:
+        for number in range(int(share * FAULTS)):
+            outcome = await run_trial(cluster, Trial.draw(replicas, number, replicas))
             met += bool(outcome.recoveries)
             exits += outcome.exits
             if not outcome.identical:
                 failures.append(failure_text(outcome))
     assert not failures, "\n".join(failures)
-    assert met > FAULTS // 4, "too few faults met an answer"
+    assert met > share * FAULTS / 5, "too few faults met an answer"
     assert set(exits) == set(EXITS)

@@ -70,6 +70,7 @@ def test_a_trial_follows_from_its_seed_and_its_number() -> None:
     modes = {turn.options["mode"] for trial in trials for held in trial.conversations for turn in held.turns}
     assert modes == {"exact", "token", "cascade", "fixed"}
     assert trials[7].command == "python -m tests.robustness --seed 1 --only 7"
+    assert Trial.draw(1, 7, 2).command == "python -m tests.robustness --seed 1 --only 7 --replicas 2"
 
 
 @pytest.mark.parametrize(
@@ -111,17 +112,17 @@ async def test_what_is_left_on_a_node_is_a_problem(nodes: Cluster, hasty: None) 
         await anext(stream)
         left = await problems_at_rest(nodes)
         await stream.close()
-    assert {f"n{i} still has 1 sessions" for i in range(3)} <= set(left)
+    assert {f"n{i}/1 still has 1 sessions" for i in range(3)} <= set(left)
     assert any("KV positions" in problem for problem in left)
     assert not await problems_at_rest(nodes)
-    nodes.fds["n2"] -= 20
+    nodes.fds["n2/1"] -= 20
     [problem] = await problems_at_rest(nodes)
-    assert "n2 still has" in problem and "file descriptors over" in problem
-    nodes.fds["n2"] += 20
+    assert "n2/1 still has" in problem and "file descriptors over" in problem
+    nodes.fds["n2/1"] += 20
     with nodes.nodes[0].log.open("a") as log:
         log.write("Traceback (most recent call last):\n")
     [problem] = await problems_at_rest(nodes)
-    assert problem.startswith("n0 logs an error")
+    assert problem.startswith("n0/1 logs an error")
     assert not await problems_at_rest(nodes), "a line of the log is told once"
 
 
@@ -144,7 +145,7 @@ async def test_a_node_that_ends_by_itself_is_a_problem_and_runs_again_afterwards
     turn = Turn((5, 6, 7), {"exit": 1, "max_new_tokens": 20, "eos_token_ids": ()})
     trial = Trial(1, 0, (Conversation((turn,)),), Kind.KILL, (fault(Kind.KILL),))
     outcome = await run_trial(nodes, trial)
-    assert "n1 ended with -9" in outcome.problems
+    assert "n1/1 ended with -9" in outcome.problems
     monkeypatch.undo()
     assert (await run_trial(nodes, trial)).identical
 

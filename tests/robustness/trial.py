@@ -38,19 +38,21 @@ class Trial:
     conversations: tuple[Conversation, ...]
     kind: Kind
     faults: tuple[Fault, ...]
+    replicas: int = 1
 
     @classmethod
-    def draw(cls, seed: int, number: int) -> Trial:
+    def draw(cls, seed: int, number: int, replicas: int = 1) -> Trial:
         """Draw a trial; it does not depend on the trials before."""
         rng = random.Random(f"{seed}/{number}")
         conversations = draw_conversations(rng)
         kind, faults = draw_faults(rng)
-        return cls(seed, number, conversations, kind, faults)
+        return cls(seed, number, conversations, kind, faults, replicas)
 
     @property
     def command(self) -> str:
         """The command that runs this trial alone."""
-        return f"python -m tests.robustness --seed {self.seed} --only {self.number}"
+        replicas = "" if self.replicas == 1 else f" --replicas {self.replicas}"
+        return f"python -m tests.robustness --seed {self.seed} --only {self.number}{replicas}"
 
 
 @dataclass
@@ -188,17 +190,18 @@ async def _end(*groups: list[asyncio.Task[None]]) -> None:
 
 
 @asynccontextmanager
-async def ready_cluster(folder: Path, make_relay: type[Relay] = Relay) -> AsyncIterator[Cluster]:
+async def ready_cluster(folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1) -> AsyncIterator[Cluster]:
     """Run nodes that have answered once and are at rest.
 
     Args:
         folder: where the family, the topology file and the logs are written.
         make_relay: makes the relay of each link.
+        replicas: number of replicas of each node.
 
     Raises:
         RuyiFlowError: they do not serve.
     """
-    async with running_cluster(folder, make_relay) as cluster:
+    async with running_cluster(folder, make_relay, replicas=replicas) as cluster:
         await asyncio.gather(*(node.status() for node in cluster.nodes))
         async with AsyncClient(cluster.topology) as client:
             await client.generate([5, 6, 7], mode="exact", max_new_tokens=4)
