@@ -21,6 +21,13 @@ _SPARE_FDS = 3
 """File descriptors that a node may have more than at first: connections come and go at any moment."""
 
 
+_OF_GRPC = re.compile(
+    r"Traceback \(most recent call last\):\n  File .*server\.pyx\.pxi.*_schedule_rpc_coro\n"
+    r"asyncio\.exceptions\.CancelledError\n"
+)
+"""What gRPC prints, past the log, of a call that arrives in the moment in which its server ends. It means nothing."""
+
+
 def problems_of(answer: Answer, expected: Answer) -> list[str]:
     """Return what is wrong with an answer, whether it is complete or ended in an error."""
     got, wanted = answer.decided, expected.decided
@@ -104,7 +111,7 @@ async def _left_on(cluster: Cluster, node: Node) -> list[str]:
             problems += [f"{node.name} still has {count} {what}" for what, count in left.items() if count]
             break
         await asyncio.sleep(0.02)
-    log = node.new_log()
+    log = _OF_GRPC.sub("", node.new_log())
     if re.search(r"Traceback|\bERROR\b", log):
         problems.append(f"{node.name} logs an error:\n{log}")
     return problems
