@@ -38,7 +38,7 @@ async def test_a_failure_before_the_first_token_has_its_status(http: httpx.Async
 async def test_a_node_lost_in_the_middle_ends_the_stream_with_an_error(spoken: Path) -> None:
     relay = Relay(delay_s=0.002)
     async with (
-        cluster(cut_topology(spoken, [[2], [4], [6]]), {"n2": relay}) as nodes,
+        cluster(cut_topology(spoken, [[2], [4], [6]], recover_s=0), {"n2": relay}) as nodes,
         serve(nodes.topology, port=0, grace_s=1) as listening,
     ):
         async with client_of(listening) as http, http.stream("POST", PATH, json=chat(stream=True, max_tokens=400)) as r:
@@ -63,7 +63,7 @@ async def test_a_node_lost_in_the_middle_ends_the_stream_with_an_error(spoken: P
 async def test_comments_keep_a_waiting_stream_awake(spoken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_COMMENT_EVERY_S", 0.05)
     relay = Relay()
-    topology = cut_topology(spoken, [[2], [4], [6]], timeout_s=2)
+    topology = cut_topology(spoken, [[2], [4], [6]], timeout_s=2, recover_s=0)
     async with cluster(topology, {"n2": relay}) as nodes, serve(nodes.topology, port=0, grace_s=1) as listening:
         async with client_of(listening) as http:
             relay.frozen = True

@@ -161,7 +161,7 @@ async def test_more_requests_than_sessions_all_get_their_answers(tiny: Path) -> 
 async def test_who_waited_until_the_node_shuts_down_is_refused(tiny: Path) -> None:
     limits = {"max_sessions": 1, "max_positions": 512, "grace_s": 1}
     topology = cut_topology(tiny, [[2, 4, 6]], limits=limits)
-    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology, recover_s=0) as client:
         stream = client.stream([5, 6, 7], max_new_tokens=200, eos_token_ids=())
         await anext(stream)
         late = asyncio.create_task(client.generate([5, 6, 7], max_new_tokens=4))

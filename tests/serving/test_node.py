@@ -475,7 +475,7 @@ def options_of(nodes: Cluster, **changes: object) -> pb.SessionRequest:
             family=engine.checkpoint.fingerprint,
             first_layer=2,
             node="n1",
-            exits=[4, 6],
+            exits=engine.node.exits,
             hidden_size=32,
             encoding=pb.ENCODING_F32,
             max_positions=32,

@@ -29,6 +29,7 @@ from ruyi_flow.client import AsyncClient
 from ruyi_flow.testing import Cluster, cluster, cut_topology, tiny_family
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.peer import METHODS, Peer
 from ruyi_flow.transport.status import NODE_KEY
 from tests.transport.honest import HIDDEN, PATIENCE_S, Honest, Report
@@ -85,6 +86,8 @@ class Hostile:
                 protocol=codec.PROTOCOL,
                 family=self._family,
                 first_layer=(0, 2, 4)[node],
+                node=f"n{node}",
+                exits=CUTS[node],
                 hidden_size=HIDDEN,
                 encoding=pb.ENCODING_F32,
                 max_positions=rng.choice((8, 40, 64, 100)),
@@ -240,7 +243,7 @@ class Hostile:
 
     async def write(self, call: Any, data: bytes) -> None:
         self._report.messages += 1
-        await call.write(data)
+        await call.write(seal(data) if self._report.messages % 10 else data)
 
     # ---- answers ----
 

@@ -17,6 +17,7 @@ from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
 from ruyi_flow.transport import batches as wire
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.peer import METHODS, Peer
 from ruyi_flow.transport.remote import RemoteStage
 from ruyi_flow.transport.status import error_of
@@ -137,7 +138,7 @@ async def test_sessions_that_end_early_leave_the_others_alone(tiny: Path, oracle
 async def test_what_one_session_fails_with_is_its_own(tiny: Path, oracle: Oracle, batches: list[int]) -> None:
     relay = Relay()
     async with (
-        cluster(cut_topology(tiny, [[2], [4], [6]]), {"n2": relay}) as nodes,
+        cluster(cut_topology(tiny, [[2], [4], [6]], recover_s=0), {"n2": relay}) as nodes,
         AsyncClient(nodes.topology) as client,
     ):
         shallow = await begin(client, PROMPTS[:2], mode="fixed", exit=4, max_new_tokens=200)
@@ -155,7 +156,7 @@ async def test_what_one_session_fails_with_is_its_own(tiny: Path, oracle: Oracle
 async def test_a_lost_node_ends_every_session_and_later_ones_find_it_again(tiny: Path, oracle: Oracle) -> None:
     relay = Relay()
     async with (
-        cluster(cut_topology(tiny, [[2], [4, 6]]), {"n1": relay}) as nodes,
+        cluster(cut_topology(tiny, [[2], [4, 6]], recover_s=0), {"n1": relay}) as nodes,
         AsyncClient(nodes.topology) as client,
     ):
         running = await begin(client, PROMPTS[:4])
@@ -233,7 +234,7 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
 
     async def opened() -> int:
         sessions.append(channel.stream_stream(METHODS["Session"])(timeout=10))
-        await sessions[-1].write(options_of(nodes).SerializeToString())
+        await sessions[-1].write(seal(options_of(nodes).SerializeToString()))
         return int(pb.SessionReply.FromString(await sessions[-1].read()).opened.session)
 
     batches = channel.stream_stream(METHODS["Together"])(timeout=10)
@@ -243,7 +244,7 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
         for number, message in items:
             data = message if isinstance(message, bytes) else message.SerializeToString()
             batch.items.add(session=number, message=data)
-        await batches.write(batch.SerializeToString())
+        await batches.write(seal(batch.SerializeToString()))
         found: dict[int, list[bytes]] = {}
         while sum(map(len, found.values())) < len(items):
             for item in pb.Batch.FromString(await batches.read()).items:
@@ -276,7 +277,8 @@ async def test_garbage_in_a_batch_is_refused_and_the_others_are_answered(nodes: 
 
     stranger = grpc.aio.insecure_channel(str(nodes.topology.nodes[1].address), [("grpc.use_local_subchannel_pool", 1)])
     call = stranger.stream_stream(METHODS["Together"])(timeout=10)
-    await call.write(pb.Batch(items=[pb.Item(session=one, message=block().SerializeToString())]).SerializeToString())
+    foreign = pb.Batch(items=[pb.Item(session=one, message=block().SerializeToString())])
+    await call.write(seal(foreign.SerializeToString()))
     assert pb.Batch.FromString(await call.read()).items[0].message == b"", "another connection's session"
     await call.write(b"\xff\xff\xff")
     with pytest.raises(grpc.aio.AioRpcError) as ended:

@@ -18,10 +18,11 @@ from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.node import Node
 from ruyi_flow.testing import Cluster, cluster, cut_topology
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Reason
-from tests.serving.test_node import block, options_of
+from tests.serving.test_node import block, connect_to, options_of
 
 LOCAL = [("grpc.use_local_subchannel_pool", 1)]
 
@@ -64,7 +65,7 @@ class Caller:
     async def session(self, **changes: object) -> tuple[Any, int]:
         """Open a session; return its call and its number."""
         call = self.stream(timeout=20)
-        await call.write(options_of(self._nodes, **changes).SerializeToString())
+        await call.write(seal(options_of(self._nodes, **changes).SerializeToString()))
         return call, pb.SessionReply.FromString(await call.read()).opened.session
 
 
@@ -75,11 +76,12 @@ async def calling(nodes: Cluster, node: int = 1) -> AsyncIterator[Caller]:
 
 
 def batch(*items: tuple[int, pb.SessionRequest]) -> bytes:
-    return pb.Batch(items=[pb.Item(session=n, message=m.SerializeToString()) for n, m in items]).SerializeToString()
+    sent = [pb.Item(session=n, message=m.SerializeToString()) for n, m in items]
+    return seal(pb.Batch(items=sent).SerializeToString())
 
 
 async def asked(call: Any, message: pb.SessionRequest) -> pb.SessionReply:
-    await call.write(message.SerializeToString())
+    await call.write(seal(message.SerializeToString()))
     return pb.SessionReply.FromString(await call.read())
 
 
@@ -100,7 +102,7 @@ async def test_a_step_that_still_runs_and_a_block_after_it_stay_in_their_own_pag
             assert await asyncio.to_thread(begun.wait, 10)
             batches.cancel()
             await asyncio.sleep(0.2)  # the node learns of it
-            await hostile.write(block(ids=(9,), rows=1, wants=()).SerializeToString())
+            await hostile.write(seal(block(ids=(9,), rows=1, wants=()).SerializeToString()))
             await asyncio.sleep(0.2)
             go_on.set()
             reply = pb.SessionReply.FromString(await hostile.read())
@@ -136,16 +138,16 @@ async def test_a_batch_is_bounded(tiny: Path) -> None:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, calling(nodes) as caller:
         unknown = pb.Item(session=77)
         batches = caller.together()
-        await batches.write(pb.Batch(items=[unknown] * 1024).SerializeToString())
+        await batches.write(seal(pb.Batch(items=[unknown] * 1024).SerializeToString()))
         answers: list[pb.Item] = []
         while len(answers) < 1024:
             answers += pb.Batch.FromString(await batches.read()).items
         assert answers == [unknown] * 1024
         batches.cancel()
         for data, text in (
-            (pb.Batch(items=[unknown] * 1025).SerializeToString(), "1025 messages; at most 1024"),
+            (seal(pb.Batch(items=[unknown] * 1025).SerializeToString()), "1025 messages; at most 1024"),
             (pb.Batch(items=[pb.Item()] * 1_000_000).SerializeToString(), "2000000 bytes; at most 1048576"),
-            (b"\xff\xff", "not a Batch message"),
+            (seal(b"\xff\xff"), "not a Batch message"),
         ):
             batches = caller.together()
             await batches.write(data)
@@ -158,7 +160,7 @@ async def test_a_batch_is_bounded(tiny: Path) -> None:
 async def test_a_caller_that_does_not_read_its_answers_is_not_read_either(tiny: Path) -> None:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, calling(nodes) as caller:
         batches = caller.together()
-        data = pb.Batch(items=[pb.Item(session=2**63 + i) for i in range(1024)]).SerializeToString()
+        data = seal(pb.Batch(items=[pb.Item(session=2**63 + i) for i in range(1024)]).SerializeToString())
         with pytest.raises(TimeoutError):
             for _ in range(2000):  # 26 MB
                 await asyncio.wait_for(batches.write(data), 2)
@@ -168,11 +170,11 @@ async def test_a_caller_that_does_not_read_its_answers_is_not_read_either(tiny: 
 
 async def test_a_malformed_batch_ends_the_call_with_its_status_while_answers_are_written(tiny: Path) -> None:
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, calling(nodes) as caller:
-        data = pb.Batch(items=[pb.Item(session=2**63 + i) for i in range(1024)]).SerializeToString()
+        data = seal(pb.Batch(items=[pb.Item(session=2**63 + i) for i in range(1024)]).SerializeToString())
         batches = caller.together()
         for _ in range(20):  # more answers than gRPC takes before they are read
             await batches.write(data)
-        await batches.write(b"\xff\xff")
+        await batches.write(seal(b"\xff\xff"))
         await asyncio.sleep(0.5)
         with pytest.raises(grpc.aio.AioRpcError, match="not a Batch message"):
             while await batches.read() is not grpc.aio.EOF:
@@ -184,7 +186,7 @@ async def test_a_call_that_the_caller_ends_while_answers_are_written_ends_well(t
     async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, calling(nodes) as caller:
         for _ in range(30):
             batches = caller.together()
-            await batches.write(pb.Batch(items=[pb.Item(session=77)] * 8).SerializeToString())
+            await batches.write(seal(pb.Batch(items=[pb.Item(session=77)] * 8).SerializeToString()))
             await batches.done_writing()
             while await batches.read() is not grpc.aio.EOF:
                 pass
@@ -269,15 +271,19 @@ def verdict(**changes: Any) -> bytes:
     """A verdict on one question; some fields are changed."""
     decision = {"token": 5, "exit": 6, "confidence": 0.5, "reason": pb.REASON_DEEPEST} | changes
     return pb.SessionReply(
-        verdict=pb.Verdict(decisions=[pb.Decision(**decision)], hops=[pb.Hop(node="n1")])
+        verdict=pb.Verdict(decisions=[pb.Decision(**decision)], hops=[pb.Hop(node="n1")], position=3)
     ).SerializeToString()
 
 
+CHANGED = seal(b"\x0a\x00")[:-1] + b"\x00"
+
 ANSWERS = {
+    "a wrong checksum": CHANGED,
     "no message": b"\xff\xff\xff",
     "an empty message": b"",
-    "no decision": pb.SessionReply(verdict=pb.Verdict(hops=[pb.Hop(node="n1")])).SerializeToString(),
-    "no node": pb.SessionReply(verdict=pb.Verdict()).SerializeToString(),
+    "no decision": pb.SessionReply(verdict=pb.Verdict(hops=[pb.Hop(node="n1")], position=3)).SerializeToString(),
+    "no node": pb.SessionReply(verdict=pb.Verdict(position=3)).SerializeToString(),
+    "another position": pb.SessionReply(verdict=pb.Verdict(position=2)).SerializeToString(),
     "a token that is none": verdict(token=61),
     "an exit of another node": verdict(exit=2),
     "an exit that is none": verdict(exit=5),
@@ -290,10 +296,10 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 async def test_a_next_node_that_answers_garbage_is_as_good_as_none(tiny: Path, answer: bytes) -> None:
     async def session(requests: Any, context: Any) -> AsyncIterator[bytes]:
-        yield pb.SessionReply(opened=pb.Opened(node="n1", session=1)).SerializeToString()
+        yield seal(pb.SessionReply(opened=pb.Opened(node="n1", session=1)).SerializeToString())
         async for data in requests:
             if pb.SessionRequest.FromString(data).HasField("block"):
-                yield answer
+                yield answer if answer == CHANGED else seal(answer)
 
     server = grpc.aio.server()
     handlers = {"Session": grpc.stream_stream_rpc_method_handler(session)}
@@ -326,8 +332,7 @@ async def test_a_next_node_that_speaks_another_protocol_is_as_good_as_none(tiny:
 async def falls_back(nodes: Cluster, address: str) -> None:
     """Put another server in the place of node n1, and check that answers fall back."""
     engine, there = nodes.engines["n0"], nodes.topology.nodes[1].model_copy(update={"address": address})
-    assert engine._next is not None
-    engine._next = (there, engine._next[1])
+    connect_to(engine, there, nodes.topology.links[0])
     async with AsyncClient(nodes.topology) as client:
         reply = await client.generate([5, 6, 7], max_new_tokens=4, eos_token_ids=(), fallback=True)
         assert [t.reason for t in reply.tokens] == [Reason.UNREACHABLE] * 4
