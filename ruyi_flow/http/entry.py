@@ -1,4 +1,4 @@
-"""The one class that reaches entry nodes. Replicas and recovery will live here."""
+"""The one class that reaches entry nodes, through the SDK, which recovers answers and knows replicas."""
 
 from __future__ import annotations
 
