@@ -175,15 +175,14 @@ class Chain:
         The next proposal begins with the last of these tokens.
 
         Args:
-            prompt: token ids of the prompt.
+            prompt: the prompt's token ids that the session does not have.
             token_ids: the tokens of the answer, at least one.
             exits: the exits that decided them.
         """
         session, hop = self._session, Hop(self._node)
         self._since = self._clock.now()
-        rest = prompt[len(session.token_ids) :]  # a session that was parked has some of it
-        rest = await self._begin_prompt(hop, rest) if len(rest) > SHORT_ROWS else rest
-        decided = list(enumerate(exits, len(prompt) - 1))
+        decided = list(enumerate(exits, len(session.token_ids) + len(prompt) - 1))
+        rest = await self._begin_prompt(hop, prompt) if len(prompt) > SHORT_ROWS else prompt
         # The exit that begins is chosen at the end of the prompt, before the other positions are judged.
         for ids, about in ((rest, decided[:1]), (token_ids[:-1], decided[1:])):
             start = len(session.token_ids)
@@ -481,14 +480,14 @@ async def decode(
 
     Args:
         chain: the entry node's chain for a session that has none of the prompt's tokens, or the first of them.
-        prompt: token ids.
+        prompt: the prompt's token ids that the session does not have.
         max_new_tokens: length limit, 1 or more.
         resumed: the first tokens of the answer with their exits, which were decided before the entry node was lost.
     """
     session = chain.session
     eos, draft = session.params.eos_token_ids or (), session.policy.routing.draft
     propose = chain.propose_traced if chain.span else chain.propose
-    count, new = len(resumed), prompt[len(session.token_ids) :]
+    count, new = len(resumed), prompt
     if resumed:
         ids = [token for token, _ in resumed]
         if ids[-1] in eos or count == max_new_tokens:

@@ -216,7 +216,8 @@ class NextStage:
                     damaged += isinstance(error, WireError)
                     self._recoveries.lost(error.node or "", cause)
                     # A node that only lost the connection has parked its part, whose judges are lost, though.
-                    await self._drop(0 if self._remembers or isinstance(error, WireError) else self.sent)
+                    is_new = self._remembers or self._only_uploads or isinstance(error, WireError)
+                    await self._drop(0 if is_new else self.sent)
                     if self._only_uploads:  # which never fail an answer
                         self._only_uploads = False
                         continue

@@ -133,7 +133,7 @@ class Answering:
                 known = len(resumed) - len(text.release(self._node_of))
                 """Number of tokens to come that the caller has."""
                 most = len(resumed) if text.stopped else params.max_new_tokens
-                async with aclosing(decode(chain, prompt, most, resumed)) as rounds:
+                async with aclosing(decode(chain, prompt[totals.reused :], most, resumed)) as rounds:
                     async for settled in rounds:
                         after_s = time.perf_counter() - began
                         bytes_up = totals.add(settled, after_s)

@@ -10,12 +10,13 @@ from zlib import crc32
 
 from ruyi_flow.errors import WireError
 
-__all__ = ["check", "seal"]
+__all__ = ["SEAL_BYTES", "check", "seal"]
 
 _TAG = bytes([15 << 3 | 5])
 """The field's number and type; 5 is a fixed number of 4 bytes."""
 
-_BYTES = len(_TAG) + 4
+SEAL_BYTES = len(_TAG) + 4
+"""Bytes that a checksum adds to a message."""
 
 
 def seal(data: bytes) -> bytes:
@@ -29,8 +30,8 @@ def check(data: bytes) -> bytes:
     Raises:
         WireError: it is not.
     """
-    if data[-_BYTES : 1 - _BYTES] != _TAG:
+    if data[-SEAL_BYTES : 1 - SEAL_BYTES] != _TAG:
         raise WireError("a message does not end with a checksum")
-    if crc32(memoryview(data)[:-_BYTES]) != int.from_bytes(data[-4:], "little"):
+    if crc32(memoryview(data)[:-SEAL_BYTES]) != int.from_bytes(data[-4:], "little"):
         raise WireError("a message was changed on its way: its checksum is wrong")
     return data

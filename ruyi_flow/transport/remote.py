@@ -24,7 +24,7 @@ from ruyi_flow.telemetry.counters import LinkCounters
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.blocks import BlockCodec, rows_in
-from ruyi_flow.transport.checksum import seal
+from ruyi_flow.transport.checksum import SEAL_BYTES, seal
 from ruyi_flow.transport.peer import Peer, trace_metadata
 from ruyi_flow.transport.status import error_of, error_of_call, is_of_connection, wrong_answer
 from ruyi_flow.types import Block, Hop, Verdict
@@ -122,7 +122,7 @@ class RemoteStage:
         mine = hops[0]
         mine.messages += len(verdicts)
         mine.positions += self._fed_positions + len(block.token_ids)
-        bytes_up = self._fed_bytes + sum(map(len, messages))
+        bytes_up = self._fed_bytes + _bytes_of(messages)
         mine.bytes_up += bytes_up
         mine.bytes_down += bytes_down
         wire_s = max(0.0, time.perf_counter() - began - elapsed_s)
@@ -140,7 +140,7 @@ class RemoteStage:
         messages = self._messages(block)
         await self._exchange(messages, waits=False)
         self._fed_positions += len(block.token_ids)
-        self._fed_bytes += sum(map(len, messages))
+        self._fed_bytes += _bytes_of(messages)
 
     async def arrived(self) -> None:
         """Wait until the node has replied to everything that was fed; see `Stage.arrived`."""
@@ -379,6 +379,11 @@ class RemoteStage:
                 decided=tuple(one for one in block.decided if one[0] >= block.start + start),
             )
         yield block
+
+
+def _bytes_of(messages: Sequence[bytes]) -> int:
+    """Return the bytes of messages with their checksums."""
+    return sum(map(len, messages)) + SEAL_BYTES * len(messages)
 
 
 def _sum(verdicts: Sequence[Verdict]) -> tuple[Hop, ...]:

@@ -78,7 +78,7 @@ async def test_an_answer_that_ends_by_itself_is_complete(server: Listening) -> N
 async def test_a_failure_in_the_middle_is_an_event(spoken: Path) -> None:
     relay = Relay(delay_s=0.002)
     async with (
-        cluster(cut_topology(spoken, [[2], [4], [6]]), {"n2": relay}) as nodes,
+        cluster(cut_topology(spoken, [[2], [4], [6]], recover_s=0), {"n2": relay}) as nodes,
         serve(nodes.topology, port=0, grace_s=1) as listening,
         client_of(listening) as http,
     ):

@@ -21,6 +21,9 @@ def message_sizes(hidden_size: int, vocab_size: int, policy: Policy) -> dict[str
     encoding = Encoding.BF16
     opening = SessionOpen(
         family="0" * 16,
+        node="cloud",
+        exits=(29,),
+        key=bytes(16),
         hidden_size=hidden_size,
         encoding=encoding,
         max_positions=512,

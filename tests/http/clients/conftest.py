@@ -43,6 +43,6 @@ def far(endless: Path, tmp_path: Path) -> Iterator[tuple[Served, Relay]]:
     relay = Relay(delay_s=0.01)
     limits = {"max_positions": 200_000, "grace_s": 1}
     with serve_topology(
-        cut_topology(endless, [[2], [4], [6]], limits=limits), tmp_path, relays={"n2": relay}
+        cut_topology(endless, [[2], [4], [6]], limits=limits, recover_s=0), tmp_path, relays={"n2": relay}
     ) as running:
         yield running, relay
