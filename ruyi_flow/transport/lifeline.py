@@ -51,6 +51,10 @@ class Asker(Protocol):
         ...
 
 
+def _ignore(sign: pb.Sign | None) -> None:
+    """Do nothing about a sign of a connection that is closed."""
+
+
 class Lifeline:
     """Listens to a node's signs of life while sessions with it wait for answers.
 
@@ -66,7 +70,8 @@ class Lifeline:
     def __init__(
         self, call: Callable[[bytes], Any], askers: Set[Asker], heard: Callable[[pb.Sign | None], None]
     ) -> None:
-        self._call, self._askers, self._heard = call, askers, heard
+        self._call, self._askers = call, askers
+        self._heard: Callable[[pb.Sign | None], None] = heard
         self._watching: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._last = self._asked = time.monotonic()
@@ -83,7 +88,8 @@ class Lifeline:
             self._watching = asyncio.create_task(self._watch(), name="watch over a node")
 
     async def close(self) -> None:
-        """Stop to listen and to watch."""
+        """Stop to listen and to watch, and forget the connection, which would otherwise be in a circle with this."""
+        self._heard = _ignore
         tasks = [task for task in (self._watching, self._listening) if task is not None]
         self._watching = self._listening = None
         for task in tasks:

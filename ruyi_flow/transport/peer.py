@@ -54,6 +54,10 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+def _never() -> bool:
+    return False
+
+
 class Peer:
     """One channel to one node, shared by sessions and calls. It must be made inside a running event loop.
 
@@ -78,7 +82,7 @@ class Peer:
         self.is_draining = False
         """Whether the node has said that it shuts down."""
         self._told_load, self._sessions_then = 0.0, 0
-        self.has_others: Callable[[], bool] = lambda: False
+        self.has_others: Callable[[], bool] = _never
         """Returns whether another replica can take over the sessions."""
         self._lifeline = Lifeline(self._channel.unary_stream(METHODS["Alive"]), self.sessions, self._heard)
         self._closing: asyncio.Task[None] | None = None
@@ -289,6 +293,7 @@ class Peer:
         await self._lifeline.close()
         await self.batches.close()
         await self._channel.close()
+        self.has_others = _never  # a circle would keep gRPC's objects alive until the garbage collector runs
 
 
 class _Answer:
