@@ -31,6 +31,9 @@ _CONTEXT = 256
 _BEFORE, _AFTER = 40, 6
 """Tokens of the answer before the loss, and after it."""
 
+_MOST_DEATHS = 3
+"""Times that nodes die under one supervisor."""
+
 _TURN = 2000
 """Tokens of the conversation whose second turn is measured."""
 
@@ -105,27 +108,25 @@ async def bench_recovery(rounds: int) -> dict[str, Any]:
     checkpoint = Checkpoint(store.locate(store.DEMO))
     ids = tokenize_prompts(checkpoint, ["Write a short note to a friend who moved to another city. " * 40])[0]
     results: dict[str, Any] = {}
-    async with _two_replicas(park_s=0) as client:
-        prompt = ids[: _CONTEXT - _BEFORE]
-        expected = (await generate_exactly(client, prompt, _BEFORE + _AFTER)).token_ids
-        replays = []
-        for _ in range(3):
-            whole = await generate_exactly(client, ids[:_CONTEXT], 1)
-            replays.append(next(hop.compute_s for hop in whole.stats.hops if hop.node == "cloud"))
-        replay = statistics.median(replays)
-        for name, sent in (("kill", signal.SIGKILL), ("hang", signal.SIGSTOP)):
-            beyond = []
-            same = 0
-            for _ in range(rounds):
+    prompt, replays = ids[: _CONTEXT - _BEFORE], list[float]()
+    for name, sent in (("kill", signal.SIGKILL), ("hang", signal.SIGSTOP)):
+        gaps, same = list[float](), 0
+        async with _two_replicas(park_s=0) as client:  # new ones: a supervisor gives up a node that dies too often
+            expected = (await generate_exactly(client, prompt, _BEFORE + _AFTER)).token_ids
+            for _ in range(3):
+                whole = await generate_exactly(client, ids[:_CONTEXT], 1)
+                replays.append(next(hop.compute_s for hop in whole.stats.hops if hop.node == "cloud"))
+            for _ in range(min(rounds, _MOST_DEATHS)):
                 gap, usual, tokens = await _gap_s(client, prompt, sent)
-                beyond.append(gap - usual - replay)
+                gaps.append(gap - usual)
                 same += tokens == list(expected)
-            results |= {
-                f"{name}_beyond_median_s": statistics.median(beyond),
-                f"{name}_beyond_worst_s": max(beyond),
-                f"{name}_identical": f"{same} of {rounds}",
-            }
-        results["replay_s"] = replay
+        beyond = [gap - statistics.median(replays) for gap in gaps]
+        results |= {
+            f"{name}_beyond_median_s": statistics.median(beyond),
+            f"{name}_beyond_worst_s": max(beyond),
+            f"{name}_identical": f"{same} of {len(gaps)}",
+        }
+    results["replay_s"] = statistics.median(replays)
     first: dict[float, list[float]] = {0: [], 600: []}
     for park_s, found in first.items():
         async with _two_replicas(park_s=park_s) as client:
