@@ -73,7 +73,7 @@ def small_topology(folder: Path) -> Path:
         tiny_family(folder / "small", vocab_size=MIN_VOCAB, eos_token_id=258, max_position_embeddings=100_000)
     )
     limits = {"max_positions": 400_000, "grace_s": 1}
-    file = write_topology(cut_topology(family, [[2], [4], [6]], limits=limits), folder / "topology.yaml")
+    file = write_topology(cut_topology(family, [[2], [4], [6]], limits=limits, recover_s=0), folder / "topology.yaml")
     topology = yaml.safe_load(file.read_text())
     for node, port in zip(topology["nodes"], free_ports(len(topology["nodes"])), strict=True):
         node["address"] = f"127.0.0.1:{port}"
