@@ -184,7 +184,10 @@ class FrontDoor:
         except CacheMiss:
             raise
         except BaseException:  # whatever it is, nobody else would give the lease back
-            lease.give_back()
+            if isinstance(admitted, Lease):
+                lease.give_back()
+            else:
+                self._worker.submit(lease.give_back)  # after the copy of its caches, which may still run
             raise
         next_stage = NextStage(
             session,

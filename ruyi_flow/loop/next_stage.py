@@ -144,7 +144,7 @@ class NextStage:
         """Whether the stage was opened by an upload and has not been asked anything yet."""
         self._remembers = session.policy.routing.mode is Mode.CASCADE
         self._decided: list[tuple[int, int]] = []
-        """In `cascade`, the positions that deeper stages were asked about, and the exits that decided them."""
+        """Positions that deeper stages were asked about, and the exits that decided them; kept only in `cascade`."""
         self._told = 0
         """Number of these that the next stage knows, because it was asked or because they were replayed."""
         self._ahead, self._uplink = ahead, uplink or Uplink()

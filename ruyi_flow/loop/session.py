@@ -152,12 +152,12 @@ class Session(ABC):
         self._looked = [0] * len(stages.exits)
         """Number of positions, from the first on, that are in the KV cache of each stage's branch."""
         self._unsent: list[list[States]] = [[] for _ in stages.exits[1:]]
-        """For each stage but the last, the states that the next stage here lacks."""
+        """States that the next stage here lacks, of each stage but the last."""
         self._unsent_start = [0] * len(self._unsent)
         self._logged = 0
         """Number of positions, from the first on, that are in the log."""
         self.next_has = 0
-        """Of a parked session: number of positions that the next node had of it."""
+        """Number of positions that the next node had of the session when it was parked."""
         self.begin(opening, covers_next=covers_next)
 
     def begin(self, opening: SessionOpen, *, covers_next: bool) -> None:

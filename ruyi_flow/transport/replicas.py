@@ -132,9 +132,8 @@ class Replicas:
         """Return the seconds for which another attempt makes sense; see `Recoveries.left_s`."""
         now = time.monotonic()
         if isinstance(error, DeadlineExceeded) or error.node not in (None, self.name):
-            return (
-                0.0  # the answer's time is over; or a deeper node is lost, and the next one has tried for long enough
-            )
+            # The answer's time is over; or a deeper node is lost, and the next one has tried for long enough.
+            return 0.0
         if not began and (isinstance(error, CapacityError) or not self.was_heard):
             # Nothing is lost yet: a node that is full or was never there is told at once, if there is no other replica.
             return float(any(self._is_usable(replica, now) for replica in self._replicas.values()))
