@@ -165,7 +165,7 @@ _CAUSES: dict[type[NodeError], str] = {
 
 
 def loss_cause(error: NodeError) -> str:
-    """Return in one word why a node was lost: reset, silent, damaged, left, full or late."""
+    """Return in one word why a node was lost: reset, silent, dropped, damaged, left, full or late."""
     return error.cause or next((cause for kind, cause in _CAUSES.items() if isinstance(error, kind)), "reset")
 
 

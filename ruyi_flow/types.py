@@ -250,7 +250,7 @@ class Recovery:
     """A session that lost the next node, and was taken up again."""
 
     cause: str
-    """Why it was lost: reset, silent, damaged, left, full or late."""
+    """Why it was lost: reset, silent, dropped, damaged, left, full or late."""
     seconds: float
     """Seconds from the loss until the answer to the question that was asked again."""
     positions: int

@@ -65,9 +65,9 @@ class Metric:
         return (*NODE_LABELS, *self.labels) if is_common else self.labels
 
 
-CAUSES = ("reset", "silent", "damaged", "left", "full", "late")
-"""Why a session loses a node: its connection fails, it gives no sign of life, it sends garbage, it shuts down, it is
-full, or its answer is late."""
+CAUSES = ("reset", "silent", "dropped", "damaged", "left", "full", "late")
+"""Why a session loses a node: its connection fails, it gives no sign of life, a message did not reach it, it sends
+garbage, it shuts down, it is full, or its answer is late."""
 
 NODE_LABELS = ("node", "tier")
 """The labels of every metric of a node. Where a metric has its own, they tell who decided a token."""
@@ -273,10 +273,11 @@ LOSSES = _metric(
     "ruyi_node_losses_total",
     Kind.COUNTER,
     Where.NODE,
-    "Times that a session lost a deeper node, by the node and the cause: reset, silent, damaged, left, full or late.",
+    "Times that a session lost a deeper node, by the node and the cause: reset, silent, dropped, damaged, left, full "
+    "or late.",
     "Recovery; alert RuyiFlowLosses",
     ("link", "cause"),
-    "6 x deeper nodes",
+    "7 x deeper nodes",
 )
 RECOVERIES = _metric(
     "ruyi_recoveries_total",

@@ -1,10 +1,15 @@
-"""Signs of life of a node that owes answers: they tell a node that is slow from one that is dead or hangs."""
+"""Signs of life of a node that owes answers: they tell a node that is slow from one that is dead or hangs.
+
+A node may also be well and never have got a message, since damage on the way made gRPC drop it. So a caller asks after
+an answer that is late.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
@@ -13,6 +18,7 @@ import grpc
 from ruyi_flow.errors import NodeError, WireError
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.checksum import seal
 
 __all__ = ["SIGN_S", "Asker", "Lifeline"]
 
@@ -28,6 +34,15 @@ _CONNECT_S = 3.0
 _TICK_S = 0.25
 """Seconds between two looks at the time."""
 
+_LATE_S = 1.0
+"""Seconds without progress after which a caller asks after an answer."""
+
+_SLOW_BYTES_PER_S = 50_000.0
+"""A link's least rate, in bytes per second: what is still being sent on a slower link may be taken for lost."""
+
+_ASK_EVERY_S = 0.5
+"""Seconds between two questions after an answer. The second one decides: a reply may be on its way at the first."""
+
 _IDLE_S = 5.0
 """Seconds without a question after which signs are no longer asked for."""
 
@@ -37,6 +52,12 @@ class Asker(Protocol):
 
     waiting_since: float | None
     """Time of the last sign that its answer makes progress; None while it waits for none."""
+    key: bytes
+    """What the node knows it by; empty if it cannot be asked after."""
+    instance: bytes
+    """The process that serves it; empty until that has answered."""
+    owed_bytes: int
+    """Bytes of the messages whose answer it waits for."""
 
     def check(self, now: float) -> None:
         """End it if its answer is too late."""
@@ -51,8 +72,8 @@ class Asker(Protocol):
         ...
 
 
-def _ignore(sign: pb.Sign | None) -> None:
-    """Do nothing about a sign of a connection that is closed."""
+def _ignore(what: object) -> None:
+    """Do nothing about what is heard of a connection that is closed."""
 
 
 class Lifeline:
@@ -62,16 +83,31 @@ class Lifeline:
     long prompt, since it carries nothing upward. Listening costs nothing per question.
 
     Args:
-        call: opens the stream of signs.
+        alive: opens the stream of signs.
+        owed: asks after answers.
         askers: the sessions with the node.
         heard: called with each sign, and once with None when the node is lost.
+        dropped: called with a session whose message, or the reply to it, was lost.
     """
 
     def __init__(
-        self, call: Callable[[bytes], Any], askers: Set[Asker], heard: Callable[[pb.Sign | None], None]
+        self,
+        alive: Callable[[bytes], Any],
+        owed: Callable[..., Any],
+        askers: Set[Asker],
+        *,
+        heard: Callable[[pb.Sign | None], None],
+        dropped: Callable[[Asker], None],
     ) -> None:
-        self._call, self._askers = call, askers
+        self._alive, self._owed, self._askers = alive, owed, askers
         self._heard: Callable[[pb.Sign | None], None] = heard
+        self._dropped: Callable[[Asker], None] = dropped
+        self._asking: asyncio.Task[None] | None = None
+        self._asked_after = -math.inf
+        self._doubts: dict[Asker, float] = {}
+        """The sessions that the node did not work for when it was last asked, with their `waiting_since`."""
+        self.instances: set[bytes] = set()
+        """The processes that serve the sessions of this connection: one, unless a proxy spreads them."""
         self._watching: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._last = self._asked = time.monotonic()
@@ -89,9 +125,10 @@ class Lifeline:
 
     async def close(self) -> None:
         """Stop to listen and to watch, and forget the connection, which would otherwise be in a circle with this."""
-        self._heard = _ignore
-        tasks = [task for task in (self._watching, self._listening) if task is not None]
-        self._watching = self._listening = None
+        self._heard = self._dropped = _ignore
+        self._doubts.clear()
+        tasks = [task for task in (self._watching, self._listening, self._asking) if task is not None]
+        self._watching = self._listening = self._asking = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -116,6 +153,7 @@ class Lifeline:
                 elif now - self._last > (_SILENT_S if self._is_connected else _CONNECT_S):
                     self._heard(None)
                     break
+                self._ask_after_late_ones(now)
             elif self._listening is not None and now - self._asked > _IDLE_S:
                 self._listening.cancel()
                 self._listening = None
@@ -124,9 +162,40 @@ class Lifeline:
             self._listening.cancel()
             self._listening = None
 
+    def _ask_after_late_ones(self, now: float) -> None:
+        """Ask what the node does about the answers that are late, if there are any."""
+        if self._asking is not None or now - self._asked_after < _ASK_EVERY_S:
+            return
+        waiting = [asker for asker in self._askers if asker.waiting_since is not None]
+        sent_s = sum(asker.owed_bytes for asker in waiting) / _SLOW_BYTES_PER_S  # they share the link
+        late = [asker for asker in waiting if asker.key and now - (asker.waiting_since or now) > _LATE_S + sent_s]
+        if late:
+            self._asked_after = now
+            self._asking = asyncio.create_task(self._ask_after(late), name="question after late answers")
+
+    async def _ask_after(self, late: Sequence[Asker]) -> None:
+        """Ask what the node does about answers, and give up those that it did not work for twice in a row."""
+        try:
+            request = pb.OwedRequest(keys=[asker.key for asker in late])
+            with suppress(grpc.aio.AioRpcError, WireError):  # the signs of life tell that the connection is lost
+                data = await self._owed(seal(request.SerializeToString()), timeout=_SILENT_S)
+                reply, doubts = codec.parse_sealed(pb.OwedReply, data), self._doubts
+                self._doubts = {}
+                for asker, work in zip(late, reply.work, strict=False):
+                    since = asker.waiting_since
+                    serves = {asker.instance} if asker.instance else self.instances
+                    if since is None or work == pb.WORK_UNDER_WAY or serves != {reply.instance}:
+                        continue
+                    if doubts.get(asker) == since:
+                        self._dropped(asker)
+                    else:
+                        self._doubts[asker] = since
+        finally:
+            self._asking = None
+
     async def _listen(self) -> None:
         """Read signs until the stream ends. Sessions notice by themselves that a connection is lost."""
-        call = self._call(pb.AliveRequest().SerializeToString())
+        call = self._alive(pb.AliveRequest().SerializeToString())
         try:
             with suppress(grpc.aio.AioRpcError, WireError):
                 async with aclosing(aiter(call)) as signs:

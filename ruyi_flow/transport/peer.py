@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from secrets import token_bytes
 from typing import Any
 
 import grpc
@@ -23,15 +24,19 @@ from ruyi_flow.transport.lifeline import Asker, Lifeline
 from ruyi_flow.transport.status import error_of_call, is_of_connection, wrong_answer
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
-__all__ = ["METHODS", "NEVER", "Peer", "trace_metadata"]
+__all__ = ["CALL_KEY", "METHODS", "NEVER", "Peer", "trace_metadata"]
 
 METHODS = {
-    name: f"/ruyi_flow.v1.Node/{name}" for name in ("Session", "Together", "Generate", "Tokenize", "Alive", "Status")
+    name: f"/ruyi_flow.v1.Node/{name}"
+    for name in ("Session", "Together", "Generate", "Tokenize", "Alive", "Owed", "Status")
 }
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
 
 _SESSION_LOAD = 1 / 16
 """Share of a node's KV cache that a session is taken to reserve, until the node says more."""
+
+CALL_KEY = "ruyi-key-bin"
+"""Metadata of a call of `Generate`: random bytes, by which the caller may ask after its answer."""
 
 NEVER = -math.inf
 """The time of what has not happened."""
@@ -84,7 +89,13 @@ class Peer:
         self._told_load, self._sessions_then = 0.0, 0
         self.has_others: Callable[[], bool] = _never
         """Returns whether another replica can take over the sessions."""
-        self._lifeline = Lifeline(self._channel.unary_stream(METHODS["Alive"]), self.sessions, self._heard)
+        self._lifeline = Lifeline(
+            self._channel.unary_stream(METHODS["Alive"]),
+            self._channel.unary_unary(METHODS["Owed"]),
+            self.sessions,
+            heard=self._heard,
+            dropped=self._dropped,
+        )
         self._closing: asyncio.Task[None] | None = None
         self.batches = Batches(
             name, address, self._channel.stream_stream(METHODS["Together"]), max_bytes=max_message_bytes
@@ -117,6 +128,10 @@ class Peer:
     def tell_load(self, load: float) -> None:
         """Take in what the node says about its load."""
         self._told_load, self._sessions_then = load, len(self.sessions)
+
+    def tell_instance(self, instance: bytes) -> None:
+        """Take in which process serves a session of this connection."""
+        self._lifeline.instances.add(instance)
 
     def hear(self) -> None:
         """Note that the node is there."""
@@ -161,6 +176,18 @@ class Peer:
             )
         self._close_soon()
 
+    def _dropped(self, session: Asker) -> None:
+        """End a session that waits in vain, and use the connection for no new ones."""
+        self.lose()
+        session.lose(
+            NodeUnavailable(
+                f"node {self.name!r} at {self.address} owes an answer that it does not work for: a message was lost on "
+                "the way",
+                node=self.name,
+                cause="dropped",
+            )
+        )
+
     def _close_soon(self) -> asyncio.Task[None]:
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name=f"close the connection to {self.name}")
@@ -177,10 +204,11 @@ class Peer:
             RequestError: the node refuses the request.
             NodeError: the node or the connection fails.
         """
-        metadata = trace_metadata(current_span.get().traceparent)
+        key = token_bytes(8)
+        metadata = ((CALL_KEY, key), *(trace_metadata(current_span.get().traceparent) or ()))
         data = seal(codec.generate_to_pb(request).SerializeToString())
         call, number = self._generate(data, timeout=timeout_s, metadata=metadata), 0
-        answer = _Answer(call, self)
+        answer = _Answer(call, self, key, len(data))
         self.add(answer)
         failure: RuyiFlowError | None = None
         try:
@@ -188,9 +216,15 @@ class Peer:
                 async for data in replies:
                     number += 1
                     self.hear()
+                    answer.waiting_since = None
                     # The tokens of a long prompt may be megabytes: the event loop must not wait for their conversion.
                     short = len(data) <= SHORT_BYTES
-                    yield _decode(data, number) if short else await asyncio.to_thread(_decode, data, number)
+                    event, instance = _decode(data, number) if short else await asyncio.to_thread(_decode, data, number)
+                    if instance:
+                        answer.instance = instance
+                        self.tell_instance(instance)
+                    yield event
+                    answer.waiting_since = time.monotonic()
         except grpc.aio.AioRpcError as error:
             if is_of_connection(error):
                 self.lose()
@@ -302,10 +336,13 @@ class _Answer:
     Args:
         call: its call.
         peer: the connection to the entry node.
+        key: what the node knows the call by.
+        size: bytes of the request.
     """
 
-    def __init__(self, call: Any, peer: Peer) -> None:
+    def __init__(self, call: Any, peer: Peer, key: bytes, size: int) -> None:
         self._call, self._peer = call, peer
+        self.key, self.owed_bytes, self.instance = key, size, b""
         self.waiting_since: float | None = time.monotonic()
         self.error: NodeError | None = None
         """Why it was ended here."""
@@ -322,8 +359,8 @@ class _Answer:
         self._call.cancel()
 
 
-def _decode(data: bytes, number: int) -> Event:
-    """Decode the event of an answer that must have this number.
+def _decode(data: bytes, number: int) -> tuple[Event, bytes]:
+    """Decode the event of an answer that must have this number, and its sender's process, which the first one names.
 
     Raises:
         WireError: it has another one, since one was lost or came twice, or it was changed on its way.
@@ -331,7 +368,7 @@ def _decode(data: bytes, number: int) -> Event:
     message = codec.parse_sealed(pb.GenerateReply, data)
     if message.number != number:
         raise WireError(f"event {message.number} of an answer arrived in place of event {number}")
-    return codec.reply_from_pb(message)
+    return codec.reply_from_pb(message), message.instance
 
 
 def trace_metadata(traceparent: str) -> tuple[tuple[str, str]] | None:

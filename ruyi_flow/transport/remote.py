@@ -88,6 +88,10 @@ class RemoteStage:
         """Positions and bytes that `feed` has sent since the last `advance`."""
         self.waiting_since: float | None = None
         """Time of the node's last reply, while an answer is awaited."""
+        # The reply with a prompt's log-probabilities may be long, and the node does not work while it sends it.
+        self.key = b"" if opening.sampling.prompt_logprobs is not None else opening.key
+        self.instance = b""
+        self.owed_bytes = 0
         self._is_leaving = False
 
     async def advance(self, block: Block) -> Verdict:
@@ -201,6 +205,7 @@ class RemoteStage:
     async def _exchange(self, messages: Sequence[bytes], *, waits: bool = True) -> None:
         """Send messages, and wait until every message so far has its reply, unless told not to."""
         self.waiting_since = time.monotonic()
+        self.owed_bytes += sum(map(len, messages))
         try:
             if waits and await self._ask_in_batch(messages):
                 return
@@ -211,6 +216,8 @@ class RemoteStage:
                 await self._waiter
         finally:
             self.waiting_since = None
+            if waits:
+                self.owed_bytes = 0
 
     async def _write(self, messages: Sequence[bytes]) -> None:
         """Write messages to the stream."""
@@ -320,7 +327,8 @@ class RemoteStage:
                 return False
             self._owed -= 1
         if kind == "opened":
-            self._number = reply.opened.session
+            self._number, self.instance = reply.opened.session, reply.opened.instance
+            peer.tell_instance(self.instance)
             peer.tell_load(reply.opened.load)
         self._replies.append((reply, len(data)))
         return True

@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
+from secrets import token_bytes
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -23,7 +25,7 @@ from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.checksum import check, seal
 from ruyi_flow.transport.lifeline import SIGN_S
-from ruyi_flow.transport.peer import METHODS
+from ruyi_flow.transport.peer import CALL_KEY, METHODS
 from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
 from ruyi_flow.types import Event, NodeStatus, PromptTokens, Stage, Tokenized
 
@@ -95,8 +97,12 @@ class Server:
         """The open sessions, by connection and number."""
         self._by_key: dict[bytes, _Session] = {}
         """The open sessions whose callers have named them."""
+        self._beginning: set[bytes] = set()
+        """Keys of the sessions that are being opened, and of the calls of users that are being served."""
         self._draining = asyncio.Event()
         self._numbers = itertools.count(1)
+        self._instance = token_bytes(8)
+        """What tells this process from other nodes, and from itself after a restart."""
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
@@ -114,6 +120,7 @@ class Server:
             "Together": grpc.stream_stream_rpc_method_handler(self._together),
             "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
             "Alive": grpc.unary_stream_rpc_method_handler(self._alive),
+            "Owed": grpc.unary_unary_rpc_method_handler(self._owed),
             "Tokenize": grpc.unary_unary_rpc_method_handler(self._tokenize),
             "Status": grpc.unary_unary_rpc_method_handler(self._status),
         }
@@ -172,15 +179,17 @@ class Server:
             return
         service, key = self._service, (context.peer(), next(self._numbers))
         opening = _handshake(check(data), service.name)
-        if opening.key:
-            await self._end(opening.key)
         blocks = BlockCodec(opening.hidden_size, opening.encoding, service.dtype, service.device)
-        stage = await service.open_session(opening, context.time_remaining())
+        with self._serving(opening.key):
+            if opening.key:
+                await self._end(opening.key)
+            stage = await service.open_session(opening, context.time_remaining())
         session = self._sessions[key] = _Session(stage, blocks, context.write)
         if opening.key:
             self._by_key[opening.key] = session
         try:
-            opened = pb.Opened(node=service.name, session=key[1], load=service.load() or 0.0)
+            load = service.load() or 0.0
+            opened = pb.Opened(node=service.name, session=key[1], load=load, instance=self._instance)
             await session.write(seal(pb.SessionReply(opened=opened).SerializeToString()))
             while (data := await context.read()) is not grpc.aio.EOF:
                 began = time.perf_counter()
@@ -245,9 +254,37 @@ class Server:
                     await context.write(seal(sign.SerializeToString()))
                 await asyncio.sleep(SIGN_S)
 
+    async def _owed(self, data: bytes, context: Any) -> bytes:
+        """Tell a caller whose answers are late what is done about them."""
+        async with _Statuses(self._service.name, context):
+            keys = codec.parse_sealed(pb.OwedRequest, data).keys
+            reply = pb.OwedReply(work=[self._work(key) for key in keys], instance=self._instance)
+            return seal(reply.SerializeToString())
+        raise AssertionError("abort has raised")
+
+    def _work(self, key: bytes) -> Any:
+        if key in self._beginning:
+            return pb.WORK_UNDER_WAY
+        session = self._by_key.get(key)
+        if session is None:
+            return pb.WORK_UNKNOWN
+        return pb.WORK_UNDER_WAY if session.is_answering else pb.WORK_NONE
+
+    @contextmanager
+    def _serving(self, key: bytes | str | None) -> Iterator[None]:
+        """Know a session or a call by its key while the block lasts, if it has one."""
+        if not isinstance(key, bytes) or not key:
+            yield
+            return
+        self._beginning.add(key)
+        try:
+            yield
+        finally:
+            self._beginning.discard(key)
+
     async def _generate(self, data: bytes, context: Any) -> None:
         async with _Statuses(self._service.name, context):
-            with self._traced("request", context):
+            with self._traced("request", context), self._serving(_metadata(context, CALL_KEY)):
                 request = await _request(data)
                 async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                     number = 0
@@ -255,8 +292,9 @@ class Server:
                         number += 1
                         # The tokens of a long prompt may be megabytes, and the event loop must not wait for them.
                         is_long = isinstance(event, PromptTokens)
-                        data = await asyncio.to_thread(_encode, event, number) if is_long else _encode(event, number)
-                        await context.write(data)
+                        instance = self._instance if number == 1 else b""
+                        encode = partial(_encode, event, number, instance)
+                        await context.write(await asyncio.to_thread(encode) if is_long else encode())
 
     async def _tokenize(self, data: bytes, context: Any) -> bytes:
         async with _Statuses(self._service.name, context):
@@ -288,12 +326,18 @@ class Server:
 
 def _traceparent(context: Any) -> str | None:
     """Return a caller's context of a trace, which is not checked yet."""
-    return next((value for key, value in context.invocation_metadata() or () if key == TRACEPARENT), None)
+    value = _metadata(context, TRACEPARENT)
+    return value if isinstance(value, str) else None
 
 
-def _encode(event: Event, number: int) -> bytes:
+def _metadata(context: Any, name: str) -> str | bytes | None:
+    """Return what a caller has sent under a name with a call."""
+    return next((value for key, value in context.invocation_metadata() or () if key == name), None)
+
+
+def _encode(event: Event, number: int, instance: bytes) -> bytes:
     reply = codec.reply_to_pb(event)
-    reply.number = number
+    reply.number, reply.instance = number, instance
     return seal(reply.SerializeToString())
 
 
@@ -327,6 +371,11 @@ class _Session:
         """Write a message to the session's stream, which takes one at a time."""
         async with self._writing:
             await self._write(data)
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether a message has arrived that is not answered yet."""
+        return not self._ready
 
     def accept(self) -> None:
         """Begin with a message; no other is accepted until `answer` has returned.

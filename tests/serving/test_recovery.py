@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from ruyi_flow.client import AsyncClient
-from ruyi_flow.errors import NodeUnavailable, RequestError
+from ruyi_flow.errors import DeadlineExceeded, NodeUnavailable, RequestError
 from ruyi_flow.requests import GenerateRequest, SamplingParams
 from ruyi_flow.runtime import worker
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.testing import Relay, cluster, cut_topology
+from ruyi_flow.transport import server
+from ruyi_flow.transport._pb import node_pb2 as pb
+from ruyi_flow.transport.batches import Outbox
 from ruyi_flow.types import Final, Token
 from tests.conftest import until
 
@@ -115,6 +120,59 @@ async def test_a_node_whose_compute_thread_is_stuck_is_lost(tiny: Path, monkeypa
         await until(lambda: not engine.worker.is_stuck)
         assert await answer(client, 3) == expected
         await nodes.settle()
+
+
+def swallow_one(monkeypatch: pytest.MonkeyPatch, kind: type, method: str, number: int) -> None:
+    """Lose the message of one call of a method that sends one, whose number counts from 1."""
+    send, calls = getattr(kind, method), itertools.count(1)
+
+    def send_but_one(self: Any, *message: Any) -> Any:
+        if next(calls) != number:
+            return send(self, *message)
+        return asyncio.sleep(0) if asyncio.iscoroutinefunction(send) else None
+
+    monkeypatch.setattr(kind, method, send_but_one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "number", "clients", "cause"),
+    [
+        pytest.param(grpc.aio._call.StreamStreamCall, "write", 1, 1, "damaged", id="the handshake"),
+        pytest.param(grpc.aio._call.StreamStreamCall, "write", 9, 1, "dropped", id="a question"),
+        pytest.param(server._Session, "write", 9, 1, "dropped", id="a reply"),
+        pytest.param(Outbox, "put", 9, 3, "dropped", id="in a batch"),
+        pytest.param(Outbox, "put", 10, 3, "dropped", id="the reply in a batch"),
+    ],
+)
+async def test_a_message_that_is_lost_on_a_connection_that_works_on_is_noticed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: type, method: str, number: int, clients: int, cause: str
+) -> None:
+    async with cluster(cut_topology(tiny, [[2], [4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
+        expected = await answer(client, draft=0)
+        swallow_one(monkeypatch, kind, method, number)
+        options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_ids": (), "draft": 0}
+        replies = await asyncio.gather(*(client.generate(PROMPT, **options) for _ in range(clients)))
+        assert all([(token.id, token.exit) for token in reply.tokens] == expected for reply in replies)
+        recoveries = [one for reply in replies for hop in reply.stats.hops for one in hop.recoveries]
+        assert [one.cause for one in recoveries] == [cause] and recoveries[0].seconds < 5
+        await nodes.settle()
+
+
+async def test_a_session_that_the_node_has_forgotten_is_noticed_unless_another_process_answers(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = cut_topology(tiny, [[2], [4, 6]], timeout_s=4.0)
+    async with cluster(topology) as nodes, AsyncClient(nodes.topology) as client:
+        expected = await answer(client, draft=0)
+        monkeypatch.setattr(server.Server, "_work", lambda *_: pb.WORK_UNKNOWN)
+        with monkeypatch.context() as patch:
+            swallow_one(patch, server._Session, "write", 9)
+            assert await answer(client, draft=0) == expected
+        work = pb.OwedReply
+        monkeypatch.setattr(server.pb, "OwedReply", lambda **fields: work(**fields | {"instance": b"another"}))
+        swallow_one(monkeypatch, server._Session, "write", 9)
+        with pytest.raises(DeadlineExceeded, match="did not answer within 4 s"):
+            await answer(client, draft=0)
 
 
 async def test_a_node_that_computes_for_long_is_not_lost(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

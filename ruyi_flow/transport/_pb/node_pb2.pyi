@@ -47,6 +47,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_EOS: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORK_UNSPECIFIED: _ClassVar[Work]
+    WORK_UNKNOWN: _ClassVar[Work]
+    WORK_NONE: _ClassVar[Work]
+    WORK_UNDER_WAY: _ClassVar[Work]
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_F32: Encoding
 ENCODING_BF16: Encoding
@@ -73,6 +80,10 @@ FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+WORK_UNSPECIFIED: Work
+WORK_UNKNOWN: Work
+WORK_NONE: Work
+WORK_UNDER_WAY: Work
 
 class SessionRequest(_message.Message):
     __slots__ = ("open", "block", "rewind", "checksum")
@@ -133,14 +144,16 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., family: _Optional[str] = ..., first_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., max_positions: _Optional[int] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ..., node: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., key: _Optional[bytes] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("node", "session", "load")
+    __slots__ = ("node", "session", "load", "instance")
     NODE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     node: str
     session: int
     load: float
-    def __init__(self, node: _Optional[str] = ..., session: _Optional[int] = ..., load: _Optional[float] = ...) -> None: ...
+    instance: bytes
+    def __init__(self, node: _Optional[str] = ..., session: _Optional[int] = ..., load: _Optional[float] = ..., instance: _Optional[bytes] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ()
@@ -436,6 +449,24 @@ class Sign(_message.Message):
     checksum: int
     def __init__(self, draining: _Optional[bool] = ..., load: _Optional[float] = ..., checksum: _Optional[int] = ...) -> None: ...
 
+class OwedRequest(_message.Message):
+    __slots__ = ("keys", "checksum")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    checksum: int
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class OwedReply(_message.Message):
+    __slots__ = ("work", "instance", "checksum")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    work: _containers.RepeatedScalarFieldContainer[Work]
+    instance: bytes
+    checksum: int
+    def __init__(self, work: _Optional[_Iterable[_Union[Work, str]]] = ..., instance: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("text", "raw", "messages", "token_ids", "sampling", "routing", "resume", "checksum")
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -479,18 +510,20 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("token", "final", "prompt", "number", "checksum")
+    __slots__ = ("token", "final", "prompt", "number", "instance", "checksum")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     token: Token
     final: Final
     prompt: PromptTokens
     number: int
+    instance: bytes
     checksum: int
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ..., prompt: _Optional[_Union[PromptTokens, _Mapping]] = ..., number: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., final: _Optional[_Union[Final, _Mapping]] = ..., prompt: _Optional[_Union[PromptTokens, _Mapping]] = ..., number: _Optional[int] = ..., instance: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Tokenized(_message.Message):
     __slots__ = ("token_ids", "texts", "context")
