@@ -227,14 +227,17 @@ class RemoteStage:
             try:
                 write = self._call.write(seal(message))
                 await (write if self._is_reached else self._reach(write))
+                continue
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
-                assert self._reader is not None
-                await asyncio.wait([self._reader])  # the stream has ended, and the reader learns why
-                self._raise_error()
-                raise AssertionError("a reader that has ended says why") from None
+            # The stream has ended. Raised above, the session's error would keep gRPC's, with it the call, and so the
+            # connection.
+            assert self._reader is not None
+            await asyncio.wait([self._reader])
+            self._raise_error()
+            raise AssertionError("a reader that has ended says why")
 
     async def _reach(self, write: Coroutine[Any, Any, None]) -> None:
         """Write the first message. A call that is cancelled before it is connected never returns from its write."""
@@ -247,6 +250,7 @@ class RemoteStage:
                 self._is_reached = True
         finally:
             writing.cancel()
+            del writing  # the task has the error, and the error's trace has this frame: a circle would keep the call
         self._raise_error()
 
     def _raise_error(self) -> None:

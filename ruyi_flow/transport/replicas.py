@@ -24,7 +24,7 @@ _RESOLVE_S = 30.0
 """Seconds after which a name is looked up again, while sessions are opened. A replica that fails does it at once."""
 
 _MOST_TIMES = 3
-"""Times `recover_s` that one answer may wait in all for a node that is heard again and again."""
+"""Times `recover_s` that an answer under way may wait in all for a node that is heard again and again."""
 
 _AVOID_S = 1.0
 """Seconds for which a replica that has failed or was full gets no new sessions, if there is another one."""
@@ -144,7 +144,8 @@ class Replicas:
         if self._failing_since is None or self._failing_since < (self._heard_at or 0.0):
             self._failing_since = now  # not the time when it was last heard: nobody may have asked it since
         # A node that shuts down is heard as long as it lives, and refuses: the sum is bounded, too.
-        return max(0.0, min(self._failing_since + self._recover_s - now, _MOST_TIMES * self._recover_s - waited_s))
+        most_s = _MOST_TIMES * self._recover_s if began else self._recover_s
+        return max(0.0, min(self._failing_since + self._recover_s - now, most_s - waited_s))
 
     def lost(self, node: str, cause: str) -> None:
         """Count a loss of the node, and look up its addresses again."""

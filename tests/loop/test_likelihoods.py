@@ -141,7 +141,10 @@ async def test_log_probabilities_travel_over_nodes_with_their_texts(spoken: Path
 
 
 async def test_the_prompts_log_probabilities_are_missing_where_the_last_exit_is(spoken: Path) -> None:
-    async with cluster(cut_topology(spoken, [[2, 4], [6]])) as nodes, AsyncClient(nodes.topology) as client:
+    async with (
+        cluster(cut_topology(spoken, [[2, 4], [6]], recover_s=0.5)) as nodes,
+        AsyncClient(nodes.topology) as client,
+    ):
         nodes.engines["n1"].front_door.draining = True  # it takes no new sessions
         options: dict[str, object] = {"fallback": True, "max_new_tokens": 3, "eos_token_ids": ()}
         assert len((await client.generate("hi", **options)).tokens) == 3  # type: ignore[arg-type]

@@ -145,6 +145,7 @@ async def test_a_node_that_ends_by_itself_is_a_problem_and_runs_again_afterwards
 ) -> None:
     async def crash(self: Fault, *_: object) -> None:
         os.kill(nodes.nodes[1].pid, signal.SIGKILL)
+        await nodes.nodes[1].ended()
 
     monkeypatch.setattr(Fault, "happen", crash)
     turn = Turn((5, 6, 7), {"exit": 1, "max_new_tokens": 20, "eos_token_ids": ()})

@@ -19,7 +19,7 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
 from ruyi_flow.serving import supervisor
 from ruyi_flow.serving.supervisor import Supervisor
-from ruyi_flow.testing import free_ports
+from ruyi_flow.testing import free_ports, tiny_family
 from ruyi_flow.transport.addresses import check_listen
 from ruyi_flow.types import NodeStatus
 from tests.conftest import until
@@ -135,10 +135,11 @@ async def test_a_replica_that_hangs_is_started_again_and_the_others_run_on(
 
 @pytest.mark.timeout(120)
 async def test_a_node_that_pauses_or_drains_is_not_taken_to_hang_and_one_that_has_drained_is_started_again(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_HANG_CHECKS", 4)
-    made = Running(tmp_path, tiny, limits={"grace_s": 30})
+    family = tiny_family(tmp_path / "family", max_position_embeddings=16384)  # its answer is longer than the test
+    made = Running(tmp_path, family, limits={"grace_s": 30})
     try:
         await made.supervisor.start()
         process = (await made.processes())["whole/1"]
@@ -148,7 +149,7 @@ async def test_a_node_that_pauses_or_drains_is_not_taken_to_hang_and_one_that_ha
         os.kill(process, signal.SIGCONT)
         only = made.topology.entry.model_copy(update={"address": made.addresses[0]})  # nowhere to move its sessions to
         async with AsyncClient(made.topology.model_copy(update={"nodes": (only,)})) as client:
-            stream = client.stream([5, 6, 7], mode="exact", draft=0, max_new_tokens=400, eos_token_ids=())
+            stream = client.stream([5, 6, 7], mode="exact", draft=0, max_new_tokens=16_000, eos_token_ids=())
             await anext(stream)
             os.kill(process, signal.SIGTERM)
             await until(lambda: made.said("whole/1", "draining: 1 sessions are running"))
