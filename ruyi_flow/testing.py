@@ -290,6 +290,8 @@ class Relay:
         """Bytes relayed to the target and back."""
         self.frozen = False
         """While true, nothing is relayed and no connection is closed, as if the target hung."""
+        self.refuses = False
+        """While true, new connections are closed at once, as if the target were not running."""
         self._sinks: dict[asyncio.StreamWriter, bool] = {}
         """Where data is written, and whether that is towards the target."""
         self._dropped: set[asyncio.StreamWriter] = set()
@@ -380,6 +382,8 @@ class Relay:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            if self.refuses:
+                raise ConnectionRefusedError
             up_reader, up_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.transport.abort()

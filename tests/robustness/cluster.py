@@ -174,7 +174,7 @@ class Cluster:
 
 @asynccontextmanager
 async def running_cluster(
-    folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1
+    folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1, grace_s: float = 0.05
 ) -> AsyncIterator[Cluster]:
     """Run the nodes while the block lasts.
 
@@ -182,6 +182,7 @@ async def running_cluster(
         folder: where the family, the topology file and the logs are written.
         make_relay: makes the relay of each link.
         replicas: number of replicas of each node.
+        grace_s: seconds for which a node that is told to end serves the sessions that it has.
     """
     family = make_family(folder / "family")
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(replicas * len(CUTS))]
@@ -191,7 +192,7 @@ async def running_cluster(
             await stack.enter_async_context(relay.run(address))
             for relay, address in zip(relays, addresses, strict=True)
         ]
-        limits = {"max_positions": 8192, "grace_s": 0.05}
+        limits = {"max_positions": 8192, "grace_s": grace_s}
         topology = cut_topology(family, CUTS, limits=limits, timeout_s=20.0).model_dump(
             mode="json", by_alias=True, exclude_none=True
         )

@@ -44,6 +44,22 @@ async def test_a_connection_that_was_given_up_is_closed(tiny: Path, frozen: int,
         await nodes.settle()
 
 
+async def test_connections_on_which_writes_fail_are_closed(tiny: Path, nothing_is_collected: None) -> None:
+    relay = Relay(delay_s=0.001)
+    async with cluster(cut_topology(tiny, [[2], [4, 6]]), {"n1": relay}) as nodes:
+        async with AsyncClient(nodes.topology) as client:
+            await client.generate([5, 6, 7], **OPTIONS)
+            asking = [asyncio.create_task(client.generate([5, 6, n], **OPTIONS)) for n in range(4)]
+            relay.refuses = True
+            relay.cut()
+            await asyncio.sleep(0.5)
+            relay.refuses = False
+            replies = await asyncio.gather(*asking)
+            assert any(hop.recoveries for reply in replies for hop in reply.stats.hops)
+            await until(lambda: relay.connections == 1)
+        await nodes.settle()
+
+
 async def test_an_error_that_is_kept_keeps_no_connection(tiny: Path, nothing_is_collected: None) -> None:
     relay = Relay(delay_s=0.001)
     async with cluster(cut_topology(tiny, [[2], [4, 6]]), {"n0": relay}) as nodes:

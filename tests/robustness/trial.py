@@ -190,18 +190,21 @@ async def _end(*groups: list[asyncio.Task[None]]) -> None:
 
 
 @asynccontextmanager
-async def ready_cluster(folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1) -> AsyncIterator[Cluster]:
+async def ready_cluster(
+    folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1, grace_s: float = 0.05
+) -> AsyncIterator[Cluster]:
     """Run nodes that have answered once and are at rest.
 
     Args:
         folder: where the family, the topology file and the logs are written.
         make_relay: makes the relay of each link.
         replicas: number of replicas of each node.
+        grace_s: seconds for which a node that is told to end serves the sessions that it has.
 
     Raises:
         RuyiFlowError: they do not serve.
     """
-    async with running_cluster(folder, make_relay, replicas=replicas) as cluster:
+    async with running_cluster(folder, make_relay, replicas=replicas, grace_s=grace_s) as cluster:
         await asyncio.gather(*(node.status() for node in cluster.nodes))
         async with AsyncClient(cluster.topology) as client:
             await client.generate([5, 6, 7], mode="exact", max_new_tokens=4)
