@@ -36,7 +36,8 @@ async def test_a_rolling_restart_changes_no_answer(tmp_path: Path, node: int) ->
             answers: list[Answer] = []
             async with AsyncClient(cluster.topology, max_retries=0) as client:
                 while not over.is_set():
-                    await hold(client, conversations[user], held := [])
+                    held: list[Answer] = []
+                    await hold(client, conversations[user], held)
                     answers += held
             return answers
 

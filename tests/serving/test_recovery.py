@@ -168,8 +168,8 @@ async def test_a_session_that_the_node_has_forgotten_is_noticed_unless_another_p
         with monkeypatch.context() as patch:
             swallow_one(patch, server._Session, "write", 9)
             assert await answer(client, draft=0) == expected
-        work = pb.OwedReply
-        monkeypatch.setattr(server.pb, "OwedReply", lambda **fields: work(**fields | {"instance": b"another"}))
+        reply = pb.OwedReply
+        monkeypatch.setattr(pb, "OwedReply", lambda **fields: reply(**fields | {"instance": b"another"}))
         swallow_one(monkeypatch, server._Session, "write", 9)
         with pytest.raises(DeadlineExceeded, match="did not answer within 4 s"):
             await answer(client, draft=0)
