@@ -233,7 +233,8 @@ def node(
         stop = on_signals()
         if supervised:
             on_end_of_input(stop)
-        async with watched_by_systemd() as tell_systemd, serve(engine, tracer=tracer) as server:
+        watched = watched_by_systemd(lambda: engine.worker.is_stuck)
+        async with watched as tell_systemd, serve(engine, tracer=tracer) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()

@@ -15,10 +15,13 @@ _BEATS = 3
 
 
 @asynccontextmanager
-async def watched_by_systemd() -> AsyncIterator[Callable[[str], None]]:
+async def watched_by_systemd(is_stuck: Callable[[], bool] = lambda: False) -> AsyncIterator[Callable[[str], None]]:
     """Send signs of life to systemd while the block lasts and the event loop runs, if the unit has a WatchdogSec.
 
     It yields a function that sends other messages, such as READY=1. Without systemd, nothing is sent.
+
+    Args:
+        is_stuck: returns whether the process hangs in another thread, so that no sign of life may be sent.
     """
     name = os.environ.get("NOTIFY_SOCKET", "")
     if not name:
@@ -32,7 +35,7 @@ async def watched_by_systemd() -> AsyncIterator[Callable[[str], None]]:
             with suppress(OSError):  # systemd is busy, or gone; the next sign of life is soon due
                 sender.sendto(message.encode(), address)
 
-        beating = asyncio.create_task(_beat(tell))
+        beating = asyncio.create_task(_beat(tell, is_stuck))
         try:
             yield tell
         finally:
@@ -40,9 +43,10 @@ async def watched_by_systemd() -> AsyncIterator[Callable[[str], None]]:
             await asyncio.wait({beating})
 
 
-async def _beat(tell: Callable[[str], None]) -> None:
+async def _beat(tell: Callable[[str], None], is_stuck: Callable[[], bool]) -> None:
     """Send signs of life for ever, as often as the unit asks for them."""
     limit_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
     while limit_s:
-        tell("WATCHDOG=1")
+        if not is_stuck():
+            tell("WATCHDOG=1")
         await asyncio.sleep(limit_s / _BEATS)

@@ -225,22 +225,24 @@ class Supervisor:
         return process
 
     async def _end_if_it_hangs(self, replica: Replica, process: asyncio.subprocess.Process) -> None:
-        """Ask a process for its health again and again, and kill it if it has served and does not answer any more.
+        """Ask a process for a sign of life again and again, and kill it if it has served and gives none any more.
 
-        Checks are counted rather than seconds: this process may have been stopped itself, and the node not at all.
+        Its event loop or its compute thread hangs then. Checks are counted rather than seconds: this process may have
+        been stopped itself, and the node not at all.
         """
         peer, serves, missed = _peer(replica), False, 0
         try:
             while missed < _HANG_CHECKS:
                 began = time.monotonic()
                 try:
-                    serves, missed = await peer.is_serving(timeout_s=_CHECK_S), 0
+                    sign = await peer.next_sign(timeout_s=_CHECK_S)
+                    serves, missed = not sign.draining, 0
                 except NodeError:
                     missed += serves  # before it serves it loads, and after that it drains: it ends by itself
                 await asyncio.sleep(max(0.0, began + _CHECK_S - time.monotonic()))
         finally:
             await peer.close()
-        self._log(replica.name, f"has not answered for {_HANG_CHECKS * _CHECK_S:g} s: it hangs; ending it")
+        self._log(replica.name, f"has given no sign of life for {_HANG_CHECKS * _CHECK_S:g} s: it hangs; ending it")
         process.kill()
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:

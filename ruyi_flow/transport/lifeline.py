@@ -150,6 +150,8 @@ class Lifeline:
                 self._asked = now
                 if self._listening is None:
                     self.watch()
+                elif self._listening.done() and now - self._last < _SILENT_S:  # the stream alone was lost
+                    self._listening = asyncio.create_task(self._listen(), name="signs of life")
                 elif now - self._last > (_SILENT_S if self._is_connected else _CONNECT_S):
                     self._heard(None)
                     break

@@ -89,8 +89,9 @@ class Peer:
         self._told_load, self._sessions_then = 0.0, 0
         self.has_others: Callable[[], bool] = _never
         """Returns whether another replica can take over the sessions."""
+        self._alive = self._channel.unary_stream(METHODS["Alive"])
         self._lifeline = Lifeline(
-            self._channel.unary_stream(METHODS["Alive"]),
+            self._alive,
             self._channel.unary_unary(METHODS["Owed"]),
             self.sessions,
             heard=self._heard,
@@ -282,6 +283,25 @@ class Peer:
             ) from None
         except WireError as error:
             raise wrong_answer(error, self.name) from None
+
+    async def next_sign(self, *, timeout_s: float) -> pb.Sign:
+        """Wait for a sign of life.
+
+        Args:
+            timeout_s: seconds to wait; a node gives one at once, and then each `SIGN_S`, unless it is stuck.
+
+        Raises:
+            NodeError: no node answers, or it is stuck.
+        """
+        call = self._alive(pb.AliveRequest().SerializeToString(), timeout=timeout_s)
+        try:
+            return codec.parse_sealed(pb.Sign, await call.read())
+        except grpc.aio.AioRpcError as error:
+            raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
+        except WireError as error:
+            raise wrong_answer(error, self.name) from None
+        finally:
+            call.cancel()
 
     async def is_serving(self, *, timeout_s: float) -> bool:
         """Ask the standard health service whether the node takes sessions; it does not while it drains.

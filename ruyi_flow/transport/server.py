@@ -100,6 +100,7 @@ class Server:
         self._beginning: set[bytes] = set()
         """Keys of the sessions that are being opened, and of the calls of users that are being served."""
         self._draining = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
         self._instance = token_bytes(8)
         """What tells this process from other nodes, and from itself after a restart."""
@@ -138,10 +139,13 @@ class Server:
         """Start to listen, and report SERVING."""
         await self._server.start()
         await self._report(health_pb2.HealthCheckResponse.SERVING)
+        self._watching = asyncio.create_task(self._watch(), name=f"health of {self._service.name}")
 
     async def refuse(self) -> None:
         """Report NOT_SERVING, so that others choose another node, and ask callers to move their sessions there."""
         self._draining.set()
+        if self._watching is not None:
+            self._watching.cancel()
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         leaving = seal(pb.SessionReply(leaving=pb.Leaving()).SerializeToString())
         await asyncio.gather(
@@ -151,6 +155,17 @@ class Server:
     async def stop(self) -> None:
         """Close the port, and cancel the calls that still run a moment later."""
         await self._server.stop(0.2)
+
+    async def _watch(self) -> None:
+        """Report NOT_SERVING as long as the compute thread is stuck."""
+        was_stuck = False
+        while True:
+            await asyncio.sleep(SIGN_S)
+            is_stuck = self._service.load() is None
+            if is_stuck != was_stuck:
+                was_stuck = is_stuck
+                answer = health_pb2.HealthCheckResponse
+                await self._report(answer.NOT_SERVING if is_stuck else answer.SERVING)
 
     async def _report(self, status: Any) -> None:
         for name in ("", SERVICE):

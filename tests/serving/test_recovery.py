@@ -22,6 +22,7 @@ from ruyi_flow.testing import Relay, cluster, cut_topology
 from ruyi_flow.transport import server
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import Outbox
+from ruyi_flow.transport.peer import Peer
 from ruyi_flow.types import Final, Token
 from tests.conftest import until
 
@@ -99,6 +100,12 @@ def stay_off_the_loop(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.worker, "_brief_s", math.inf)
 
 
+async def until_health(peer: Peer, *, serves: bool) -> None:
+    """Wait until the health service says whether a node takes sessions."""
+    while await peer.is_serving(timeout_s=5) != serves:  # noqa: ASYNC110 (the node is asked, which tells nothing)
+        await asyncio.sleep(0.05)
+
+
 async def test_a_node_whose_compute_thread_is_stuck_is_lost(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_STUCK_S", 0.5)
     topology = cut_topology(tiny, [[2], [4, 6]], recover_s=0.5)
@@ -115,9 +122,18 @@ async def test_a_node_whose_compute_thread_is_stuck_is_lost(tiny: Path, monkeypa
         monkeypatch.setattr(engine.shard, "run", hang)
         with pytest.raises(NodeUnavailable, match="'n1' .* no sign of life"):
             await answer(client, 3)
-        assert engine.worker.is_stuck
-        go_on.set()
+        peer = Peer("n1", nodes.topology.nodes[1].addresses[0], max_message_bytes=2**20)
+        try:
+            assert engine.worker.is_stuck
+            await until_health(peer, serves=False)
+            with pytest.raises(DeadlineExceeded, match="did not answer within 0.6 s"):
+                await peer.next_sign(timeout_s=0.6)
+        finally:
+            go_on.set()
         await until(lambda: not engine.worker.is_stuck)
+        await until_health(peer, serves=True)
+        assert not (await peer.next_sign(timeout_s=5)).draining
+        await peer.close()
         assert await answer(client, 3) == expected
         await nodes.settle()
 
