@@ -9,8 +9,8 @@ READY := .venv/ready
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
 
-test: $(READY)            ## all tests, in a process a core and four at the most; a file's tests share their families
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+test: $(READY)            ## all tests, in a process a core and one more, four at the most; a file's tests share their families
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)           ## format, lint, types, import order
 	$(BIN)/ruff format --check .

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import secrets
-import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import aclosing
@@ -22,14 +20,10 @@ from ruyi_flow.config.examples import DEFAULT_TOPOLOGY, default_topology
 from ruyi_flow.config.policy_file import with_policy_file
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import (
-    CapacityError,
     DeadlineExceeded,
     NodeError,
-    NodeUnavailable,
-    RequestCancelled,
     RequestError,
     WireError,
-    loss_cause,
     shown,
 )
 from ruyi_flow.extras import needed_by
@@ -42,13 +36,12 @@ from ruyi_flow.requests import (
     parse_request,
     takes_options,
 )
+from ruyi_flow.resumption import MAX_RETRIES, RECOVER_S, PartialAnswer
 from ruyi_flow.stream import AsyncStream, Stream
 from ruyi_flow.types import (
     Event,
     Final,
     NodeStatus,
-    PromptTokens,
-    Recovery,
     Token,
     Tokenized,
     check_number,
@@ -65,29 +58,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Reply", "Stream", "make_request"]
 
-MAX_RETRIES = 8
-"""Default number of times that a request is sent again to a full node."""
-
 _connected_in: int | None = None
 """The process in which a client of this program first connected: gRPC crashes in a process forked from it."""
 
-_LOST = (NodeUnavailable, WireError, RequestCancelled, CapacityError)
-"""Errors after which an answer is taken up again, if the entry node had been heard before."""
-
-_MOST_DAMAGED = 2
-"""Times that an answer may end with garbage; after more, it is not the connection that damages it."""
-
 _SAME = 16
 """Tokens or characters at the beginning of a prompt that tell one conversation from another."""
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-"""Seconds between attempts to take up an answer."""
-
-RECOVER_S = 10.0
-"""Default number of seconds for which an answer is taken up again after its entry node was last heard."""
-
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 8.0
-"""Seconds before the first retry, at most, and before any retry: each wait is up to twice as long as the one before."""
 
 
 class AsyncClient:
@@ -182,35 +157,25 @@ class AsyncClient:
         if request.sampling.temperature and request.sampling.seed is None:  # so that the answer can be taken up again
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
         loop = asyncio.get_running_loop()
-        began = loop.time()
-        deadline = began + timeout_s
-        answer = _Answer()
-        retries = 0
-        pause_s = 0.0
+        deadline = loop.time() + timeout_s
+        answer = PartialAnswer(self._entry, self._max_retries)
         while True:
             try:
                 asked = replace(request, resumed=answer.resumed)
                 async with aclosing(self._ask(asked, timeout_s, deadline)) as events:
-                    answer.offset_s = loop.time() - began if answer.recovering else 0.0
+                    answer.begin_attempt()
                     async for event in events:
-                        shown = answer.take(event)
-                        if shown is not None:
-                            yield shown
+                        seen = answer.take(event)
+                        if seen is not None:
+                            yield seen
                         if isinstance(event, Final):
                             return
                 raise WireError("the stream ended before the answer was complete", node=self.topology.entry.name)
             except NodeError as error:
                 error.tokens = tuple(answer.tokens)
-                if isinstance(error, CapacityError) and not answer.tokens and not answer.recovering:
-                    pause_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**retries) * random.uniform(0.5, 1)
-                    if retries >= self._max_retries or loop.time() + pause_s > deadline:
-                        raise
-                    retries += 1
-                else:
-                    left_s = min(self._left_s(error, answer), deadline - loop.time())
-                    if left_s <= 0:
-                        raise
-                    pause_s = min(answer.lose(error), left_s)
+                pause_s = answer.pause_s(error, deadline - loop.time())
+                if pause_s is None:
+                    raise
             await self._sleep(pause_s)
             self._check_usable()
 
@@ -280,15 +245,6 @@ class AsyncClient:
             return _within(self._answering.generate(request, left), timeout_s, deadline)
         assert self._entry is not None
         return self._entry.pick(_conversation(request)).generate(request, timeout_s=left)
-
-    def _left_s(self, error: NodeError, answer: _Answer) -> float:
-        """Return the seconds for which it makes sense to take up an answer again; 0 if the error is final."""
-        entry = self._entry
-        if entry is None or not isinstance(error, _LOST) or not entry.was_heard:
-            return 0.0
-        if isinstance(error, WireError) and answer.damaged > _MOST_DAMAGED:
-            return 0.0
-        return entry.left_s(error, began=answer.recovering or bool(answer.tokens), waited_s=answer.waited_s)
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, unless the client is closed before."""
@@ -501,69 +457,6 @@ def _conversation(request: GenerateRequest) -> bytes:
         users = next((i for i, turn in enumerate(prompt) if isinstance(turn, tuple) and turn[0] == "user"), 0)
         return repr(prompt[: users + 1]).encode()
     return repr(prompt[:_SAME]).encode()
-
-
-class _Answer:
-    """What has arrived of an answer, whose entry node may be lost."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Token] = []
-        """The tokens that have arrived."""
-        self.recovering = False
-        """Whether the entry node was lost, and the answer begins again or goes on."""
-        self.damaged = 0
-        """Number of times that it ended with garbage."""
-        self.offset_s = 0.0
-        """Seconds from the first request to the one under way."""
-        self._has_prompt = False
-        self._lost: tuple[str, float] | None = None
-        """Why the entry node was lost, and when, until another event arrives."""
-        self._pause_s = 0.0
-        self._recoveries: list[Recovery] = []
-
-    @property
-    def resumed(self) -> tuple[tuple[int, int], ...]:
-        """The tokens with which the answer goes on, and their exits."""
-        return tuple((token.id, token.exit) for token in self.tokens)
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds since the entry node was lost."""
-        return 0.0 if self._lost is None else time.monotonic() - self._lost[1]
-
-    def take(self, event: Event) -> Event | None:
-        """Take in an event; return it as the user sees it, or None if the user has it."""
-        if self._lost is not None:
-            cause, since = self._lost
-            self._recoveries.append(Recovery(cause, time.monotonic() - since, len(self.tokens)))
-            self._lost, self._pause_s = None, 0.0
-        if isinstance(event, PromptTokens):
-            is_new, self._has_prompt = not self._has_prompt, True
-            return event if is_new else None
-        if isinstance(event, Token):
-            if self.offset_s:
-                event = replace(event, after_s=event.after_s + self.offset_s)
-            self.tokens.append(event)
-            return event
-        if not self._recoveries:
-            return event
-        stats = event.stats
-        first_s = self.tokens[0].after_s if self.tokens else stats.first_token_s
-        stats = replace(
-            stats,
-            first_token_s=first_s,
-            total_s=stats.total_s + self.offset_s,
-            recoveries=tuple(self._recoveries),
-        )
-        return replace(event, stats=stats)
-
-    def lose(self, error: NodeError) -> float:
-        """Note a loss, and return the seconds to wait before the answer is taken up again."""
-        self.recovering = True
-        self.damaged += isinstance(error, WireError)
-        self._lost = self._lost or (loss_cause(error), time.monotonic())
-        pause_s, self._pause_s = self._pause_s, min(_LONGEST_PAUSE_S, 2 * self._pause_s or _FIRST_PAUSE_S)
-        return pause_s
 
 
 async def _within(

@@ -526,7 +526,7 @@ class NodeStatus:
     next_node: str
     """Name of the next node; empty on the deepest one."""
     next_state: str
-    """State of the connection to it: idle, connecting, ready, transient_failure."""
+    """State of the connection to it: idle, connecting, ready, transient_failure, or shutdown if it was lost."""
     process_id: int
     """Process id of the daemon."""
     version: str = ""

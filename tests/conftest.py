@@ -14,6 +14,7 @@ from typing import Any
 import blockbuster
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -52,6 +53,29 @@ MAY_BLOCK = [
     ("psutil/_common.py", {"cat"}),  # reads /proc, which is memory
 ]
 """Functions on an event loop that may wait for a file."""
+
+
+LONGEST = (
+    "robustness/test_every_message.py",
+    "robustness/test_random_faults.py",
+    "robustness/test_trials.py",
+    "cli/test_interrupts.py",
+    "serving/test_node.py",
+    "bench/test_bench.py",
+)
+"""The files that take longest. They begin first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files before the others."""
+    order = {Path(__file__).parent / file: i for i, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be absent
+def pytest_xdist_auto_num_workers() -> int:
+    """Return a process a core and one more: many tests wait, for other processes or for time to pass."""
+    return (psutil.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -208,11 +208,11 @@ def test_a_block_that_cannot_be_entered_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 async def test_a_closed_client_has_closed_its_connection(spoken: Path, last: bool) -> None:
-    relay = Relay()
+    relay, options = Relay(), SHORT if last else LONG
     async with cluster(cut_topology(spoken, [[2, 4, 6]]), {"n0": relay}) as running:
         gc.disable()  # it would close a connection that its objects keep open in a circle
         try:
-            async with AsyncClient(running.topology) as client, client.stream("hi", **LONG) as stream:
+            async with AsyncClient(running.topology) as client, client.stream("hi", **options) as stream:
                 async for _ in stream:
                     if not last:
                         break

@@ -128,7 +128,9 @@ async def cut_when_five_came(client: AsyncClient, relay: Relay, options: dict[st
 
 
 def test_an_answer_that_timed_out_is_not_lost(spoken: Path) -> None:
-    topology = Topology.parse({"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6]}]})
+    topology = Topology.parse(
+        {"family": str(spoken), "nodes": [{"name": "whole", "exits": [2, 4, 6], "dtype": "float32"}]}
+    )
     with Client(topology) as client:
         stream = client.stream("hi", max_new_tokens=450, eos_token_ids=(), timeout_s=2)
         with pytest.raises(DeadlineExceeded, match=r"not complete within 2 s \(timeout_s\); 3 tokens") as caught:

@@ -78,7 +78,12 @@ _STATUS_ROWS = (
 _STATUS_COLUMNS = 4
 """Most nodes and replicas side by side in a table of their states; further ones are in a table below it."""
 
-_LINK_STATES = {"idle": "not connected yet", "ready": "connected", "transient_failure": "unreachable"}
+_LINK_STATES = {
+    "idle": "not connected yet",
+    "ready": "connected",
+    "transient_failure": "unreachable",
+    "shutdown": "lost",
+}
 """Words for gRPC's states of a connection."""
 
 

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -208,9 +209,10 @@ def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: 
             (Path(scratch) / "local.yaml").write_text(
                 yaml.safe_dump({"group": _LOCAL_GROUP, "task": members}), encoding="utf-8"
             )
-            manager = TaskManager(include_path=scratch)
+            manager = TaskManager(include_path=scratch, include_defaults=False)
+            manager.task_index.update(_task_index())
             for name in names:
-                if name not in manager.all_tasks:
+                if name not in manager.task_index:
                     known = [*AGREEMENT, *LOCAL, *_ALIASES]
                     raise ConfigError(
                         f"no task {name!r}{did_you_mean(name, known) or f'; there are for instance {sorted(known)}'}"
@@ -220,6 +222,15 @@ def _load_tasks(names: Sequence[str], data: Path | None, out: Path, *, fewshot: 
             raise ConfigError(f"the data of {', '.join(names)} cannot be read: {error}") from error
     groups = {name: group for name, group in loaded.get("groups", {}).items() if name != _LOCAL_GROUP}
     return {"tasks": {**tasks, **loaded["tasks"]}, "groups": groups}
+
+
+@cache
+def _task_index() -> dict[str, Any]:
+    """Return the harness's own tasks. It reads thousands of files to list them, so that is done once a process."""
+    from lm_eval.tasks import TaskManager
+
+    index: dict[str, Any] = TaskManager().task_index
+    return index
 
 
 def _run_harness(model: ExitLM, loaded: dict[str, Any], names: Sequence[str], limit: int | None) -> dict[str, Metrics]:

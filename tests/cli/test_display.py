@@ -94,6 +94,7 @@ def test_the_table_of_states_fits_into_a_terminal_of_80_columns() -> None:
     lines = shown(status_table({"device": serving, "edge": serving, "cloud": NodeError("it is down")}), 80)
     assert "…" not in lines and lines.count("cloud: not connected") == 2 and lines.count("down") == 1
     assert lines.count("16/16 + 3 waiting") == 2 and lines.count("16000/16384") == 2 and lines.count("device (") == 0
+    assert "cloud: lost" in shown(status_table({"device": replace(serving, next_state="shutdown")}), 80)
 
 
 def test_the_states_of_many_replicas_are_several_tables_with_their_addresses() -> None:

@@ -166,10 +166,11 @@ async def test_logprobs_of_the_prompt_need_one_exit_that_reads_all(http: httpx.A
 
 async def test_the_openai_client_reads_it(server: Listening) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
-        whole = await client.completions.create(model="spoken@exit-4", prompt="abc", temperature=0, logprobs=2)
+        options: Any = {"model": "spoken@exit-4", "prompt": "abc", "temperature": 0, "max_tokens": 16}
+        whole = await client.completions.create(**options, logprobs=2)
         assert whole.choices[0].logprobs and whole.usage and whole.usage.completion_tokens
-        options: Any = {"model": "spoken@exit-4", "prompt": "abc", "temperature": 0, "stream": True}
-        text = "".join([chunk.choices[0].text async for chunk in await client.completions.create(**options)])
+        chunks = await client.completions.create(**options, stream=True)
+        text = "".join([chunk.choices[0].text async for chunk in chunks])
         assert text == whole.choices[0].text
 
 

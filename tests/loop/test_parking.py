@@ -23,8 +23,8 @@ from ruyi_flow.routing.policy import Policy, Routing
 from ruyi_flow.runtime.stage import ShardSession
 from ruyi_flow.sim.clock import VirtualTime
 from ruyi_flow.types import Mode
-from tests.loop.test_chain import CUTS, EXITS, World, routings, turns
-from tests.loop.test_rewind import TURNS, Turn
+from tests.loop.test_chain import CUTS, EXITS, World, turns
+from tests.loop.test_rewind import REWINDABLE, TURNS, Turn, go_on
 
 
 @dataclass
@@ -421,7 +421,7 @@ def come_back(session: ShardSession, parking: Parking[ShardSession], key: bytes)
 @pytest.mark.timeout(300)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    routing=routings.filter(lambda routing: routing.mode is not Mode.CASCADE),  # whose decisions depend on the past
+    routing=REWINDABLE,
     cut=st.integers(0, len(CUTS) - 1),
     ahead=st.sampled_from([0, 9, 100]),
     turns_=TURNS,
@@ -433,22 +433,14 @@ async def test_a_session_that_was_parked_and_moved_goes_on_as_a_fresh_one(
     size = sum(len(given_ids) + count for _, given_ids, count in turns_)
     chain, sessions = world.open(cut, policy, SamplingParams(), len(turns_[0][1]), size, ahead)
     parking: Parking[ShardSession] = Parking(60, 100)
-    ids: list[int] = []
+
+    def all_come_back() -> None:
+        for i, session in enumerate(sessions):
+            if max(session.positions):
+                come_back(session, parking, b"%d" % i)
+
     async with world.closing(cut, chain, sessions):
-        for keep, given_ids, count in turns_:
-            if ids:
-                for i, session in enumerate(sessions):
-                    if max(session.positions):
-                        come_back(session, parking, b"%d" % i)
-                keep = min(keep, len(ids) - 1)  # the last decided token has not run
-                await chain.rewind(keep)
-            ids = ids[:keep] + given_ids
-            found = []
-            async for settled in decode(chain, given_ids, count):
-                found += [(d.token, d.exit) for d in settled.decisions]
-                await turns()
-            assert found == world.oracle.decide(policy, ids, count)
-            ids += [token for token, _ in found]
+        await go_on(chain, world.oracle, policy, turns_, between=all_come_back)
 
 
 @pytest.mark.parametrize("cut", range(len(CUTS)))

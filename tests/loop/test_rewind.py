@@ -1,5 +1,6 @@
 """A session that is rewound goes on as a fresh one would: through the loop, and over nodes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,27 @@ TURNS = st.lists(
 )
 
 
+REWINDABLE = routings.filter(lambda routing: routing.mode is not Mode.CASCADE)
+"""Routings whose decisions do not depend on what was decided before a rewind."""
+
+
 @pytest.fixture(scope="module")
 def world(five: Path) -> World:
     return World(five)
 
 
-async def go_on(chain: Chain, oracle: Oracle, policy: Policy, turns_: list[Turn]) -> None:
-    """Rewind, give tokens and decode, over and over; each time the oracle says what must follow."""
+async def go_on(
+    chain: Chain, oracle: Oracle, policy: Policy, turns_: list[Turn], between: Callable[[], None] = lambda: None
+) -> None:
+    """Rewind, give tokens and decode, over and over; each time the oracle says what must follow.
+
+    Args:
+        between: what happens to the sessions before each turn but the first.
+    """
     ids: list[int] = []
     for keep, given_ids, count in turns_:
         if ids:
+            between()
             keep = min(keep, len(ids) - 1)  # the last decided token has not run
             await chain.rewind(keep)
         ids = ids[:keep] + given_ids
@@ -48,7 +60,7 @@ async def go_on(chain: Chain, oracle: Oracle, policy: Policy, turns_: list[Turn]
 @pytest.mark.timeout(300)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    routing=routings.filter(lambda routing: routing.mode is not Mode.CASCADE),  # whose decisions depend on the past
+    routing=REWINDABLE,
     cut=st.integers(0, len(CUTS) - 1),
     ahead=st.sampled_from([0, 9, 100]),
     whims=st.lists(st.booleans(), min_size=1, max_size=5),

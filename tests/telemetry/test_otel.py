@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from ruyi_flow.client import AsyncClient, Client
 from ruyi_flow.errors import ConfigError, NodeError, RequestError
 from ruyi_flow.reply import Reply
-from ruyi_flow.requests import GenerateRequest
+from ruyi_flow.requests import GenerateRequest, SamplingParams
 from ruyi_flow.telemetry import otel
 from ruyi_flow.telemetry.chrome_trace import ChromeTracer, SharedTrace
 from ruyi_flow.telemetry.otel import OtelTracer, endpoint
@@ -231,7 +231,9 @@ async def test_a_context_that_is_malformed_is_as_good_as_none(tiny: Path, sent: 
     async with cluster(cut_topology(tiny, [(2, 4, 6)]), tracers={**recorded.tracers}) as running:
         async with grpc.aio.insecure_channel(str(running.topology.entry.address)) as channel:
             call = channel.unary_stream(METHODS["Generate"])
-            request = codec.generate_to_pb(GenerateRequest(prompt=tuple(PROMPT))).SerializeToString()
+            request = codec.generate_to_pb(
+                GenerateRequest(tuple(PROMPT), sampling=SamplingParams(max_new_tokens=2))
+            ).SerializeToString()
             async for _ in call(request, metadata=[("traceparent", text) for text in sent]):
                 pass
     (root,) = recorded.named("request")
