@@ -28,8 +28,9 @@ install-trial: $(READY)   ## build the wheels, and try them in empty environment
 client-trial: $(READY)    ## LiteLLM in an environment of its own, and curl, against real daemons and their HTTP server
 	$(BIN)/python -m tests.http.clients
 
-robustness: $(READY)      ## faults of real nodes and links: FAULTS=1000 SEED=1 REPLICAS=2
-	$(BIN)/python -m tests.robustness --faults $(or $(FAULTS),100) --seed $(or $(SEED),1) --replicas $(or $(REPLICAS),1)
+robustness: $(READY)      ## faults of real nodes and links: FAULTS=1000 SEED=1 REPLICAS=2 JOBS=2
+	$(BIN)/python -m tests.robustness --faults $(or $(FAULTS),100) --seed $(or $(SEED),1) --replicas $(or $(REPLICAS),1) \
+		--jobs $(or $(JOBS),1)
 
 bench: $(READY)           ## measure; ends in one JSON line
 	$(BIN)/python -m tests.bench

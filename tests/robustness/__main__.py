@@ -1,6 +1,6 @@
 """Run trials: real nodes answer while processes and links fail.
 
-    make robustness FAULTS=1000 SEED=1
+    make robustness FAULTS=1000 SEED=1 JOBS=2
     python -m tests.robustness --faults 1000 --seed 1
     python -m tests.robustness --seed 1 --only 17       one trial alone, as a failure names it
 
@@ -10,15 +10,19 @@ The exit status is 1 if an answer was lost or changed, or if something was left 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ruyi_flow.cli.display import counting_bar, err, out, print_json
 from ruyi_flow.errors import RuyiFlowError
 from tests.robustness.report import failure_text, rows_of, to_json, to_table, write_page
-from tests.robustness.trial import Outcome, Trial, ready_cluster, run_trial
+from tests.robustness.trial import Outcome, Trial, end_on_sigterm, run_trials
+
+_PART = 25
+"""Trials that run on the same nodes."""
 
 PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
 
@@ -32,20 +36,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="Seed of the traffic and of the faults. Default: 1.")
     parser.add_argument("--only", type=int, action="append", metavar="N", help="Run only the trial of this number.")
     parser.add_argument("--replicas", type=int, choices=(1, 2), default=1, help="Replicas of each node. Default: 1.")
+    parser.add_argument(
+        "--jobs", type=_count, default=1, help="Trials at the same time, each on nodes of its own. Default: 1."
+    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of the table.")
     parser.add_argument("--table", action="store_true", help="Write the table into docs/robustness.md.")
     given = parser.parse_args()
     numbers = given.only or list(range(given.faults))
     outcomes: list[Outcome] = []
     try:
-        asyncio.run(
-            _run(
-                [Trial.draw(given.seed, number, given.replicas) for number in numbers],
-                outcomes,
-                given.replicas,
-                quiet=given.json,
-            )
-        )
+        trials = [Trial.draw(given.seed, number, given.replicas) for number in numbers]
+        for outcome in _run_all(trials, given.jobs, quiet=given.json):
+            outcomes.append(outcome)
+            if not outcome.identical and not given.json:
+                err.print(failure_text(outcome), markup=False, highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         err.print("interrupted")
         return 130
@@ -68,16 +72,25 @@ def _count(text: str) -> int:
     return count
 
 
-async def _run(trials: list[Trial], outcomes: list[Outcome], replicas: int, *, quiet: bool) -> None:
-    """Run trials; what came of each is added to `outcomes`, and failures are printed as they occur."""
-    with TemporaryDirectory(prefix="ruyi-flow-robustness-") as folder, counting_bar(quiet=quiet) as report:
-        report("starting the nodes", 0, 0)
-        async with ready_cluster(Path(folder), replicas=replicas) as cluster:
-            for done, trial in enumerate(trials):
+def _run_all(trials: Sequence[Trial], jobs: int, *, quiet: bool) -> Iterator[Outcome]:
+    """Run trials in several processes, and yield what came of each."""
+    parts = [trials[i : i + _PART] for i in range(0, len(trials), _PART)]
+    with (
+        counting_bar(quiet=quiet) as report,
+        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_on_sigterm) as pool,
+    ):
+        done = 0
+        report("faults", done, len(trials))
+        try:
+            for outcomes in pool.map(run_trials, parts):
+                done += len(outcomes)
                 report("faults", done, len(trials))
-                outcomes.append(outcome := await run_trial(cluster, trial))
-                if not outcome.identical and not quiet:
-                    err.print(failure_text(outcome), markup=False, highlight=False, soft_wrap=True)
+                yield from outcomes
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 if __name__ == "__main__":

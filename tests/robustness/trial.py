@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import RuyiFlowError
@@ -20,7 +22,7 @@ from tests.robustness.faults import HARMLESS, Fault, Kind, draw_faults
 from tests.robustness.traffic import Answer, Conversation, draw_conversations, expected_answers, hold
 from tests.robustness.validate import longest_wait, problems_at_rest, problems_of, running_tasks, tasks_left
 
-__all__ = ["Outcome", "Trial", "ready_cluster", "run_trial"]
+__all__ = ["Outcome", "Trial", "end_on_sigterm", "ready_cluster", "run_trial", "run_trials"]
 
 _ANSWER_S = 30.0
 """Seconds that an answer may take, its recoveries included."""
@@ -109,6 +111,23 @@ class _Arrivals:
         for number, event in self._waiting:
             if self._count >= number:
                 event.set()
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM end this process as Ctrl-C does, which is left to the process that has started it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_trials(trials: Sequence[Trial]) -> list[Outcome]:
+    """Run trials one after the other on the same nodes."""
+
+    async def run() -> list[Outcome]:
+        with TemporaryDirectory(prefix="ruyi-flow-robustness-") as folder:
+            async with ready_cluster(Path(folder), replicas=trials[0].replicas) as cluster:
+                return [await run_trial(cluster, trial) for trial in trials]
+
+    return asyncio.run(run())
 
 
 async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
