@@ -155,9 +155,10 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
     async def talk(i: int) -> None:
         async with AsyncClient(cluster.topology, max_retries=0) as client:
             # A client that has never reached its entry node is told so at once: it has nothing to lose.
-            await client.generate([5], exit=1, max_new_tokens=1)
+            await client.generate([5], exit=trial.family.exits[0], max_new_tokens=1)
             await begin.wait()
-            await hold(client, trial.conversations[i], answers[i], arrivals.count, timeout_s=_ANSWER_S * trial.family.slowness)
+            timeout_s = _ANSWER_S * trial.family.slowness
+            await hold(client, trial.conversations[i], answers[i], arrivals.count, timeout_s=timeout_s)
 
     talks = [asyncio.create_task(talk(i)) for i in range(len(trial.conversations))]
 
