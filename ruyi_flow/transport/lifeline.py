@@ -11,22 +11,11 @@ from typing import Any, Protocol
 import grpc
 
 from ruyi_flow.errors import NodeError, WireError
+from ruyi_flow.loop.replicas import CONNECT_S, SILENT_S, TICK_S
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 
-__all__ = ["SIGN_S", "Asker", "Lifeline"]
-
-SIGN_S = 0.5
-"""Seconds between a node's signs of life."""
-
-_SILENT_S = 1.5
-"""Seconds without a sign after which a node that owes an answer is lost: three signs are missing."""
-
-_CONNECT_S = 3.0
-"""The same for a node that has not been heard yet: connecting takes several round trips."""
-
-_TICK_S = 0.25
-"""Seconds between two looks at the time."""
+__all__ = ["Asker", "Lifeline"]
 
 _IDLE_S = 5.0
 """Seconds without a question after which signs are no longer asked for."""
@@ -99,9 +88,9 @@ class Lifeline:
     async def _watch(self) -> None:
         then = time.monotonic()
         while self._askers:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            if now - then > 2 * _TICK_S:  # this process stood still, and has not read what has arrived
+            if now - then > 2 * TICK_S:  # this process stood still, and has not read what has arrived
                 self._last = now
             then = now
             waiting = False
@@ -113,7 +102,7 @@ class Lifeline:
                 self._asked = now
                 if self._listening is None:
                     self.watch()
-                elif now - self._last > (_SILENT_S if self._is_connected else _CONNECT_S):
+                elif now - self._last > (SILENT_S if self._is_connected else CONNECT_S):
                     self._heard(None)
                     break
             elif self._listening is not None and now - self._asked > _IDLE_S:
