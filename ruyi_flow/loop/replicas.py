@@ -1,4 +1,4 @@
-"""The rules of replicas: which one takes a new session, when a silent one is lost, and how long a lost one is waited for.
+"""The rules of replicas: which one takes a new session, when a silent one is lost, how long a lost one is waited for.
 Pure: the caller says what time it is."""
 
 from __future__ import annotations
