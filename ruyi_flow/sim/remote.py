@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import simpy
 
-from ruyi_flow.errors import CapacityError, DeadlineExceeded
+from ruyi_flow.errors import CapacityError, DeadlineExceeded, RuyiFlowError
 from ruyi_flow.loop.chain import Chain
 from ruyi_flow.requests import SessionOpen
 from ruyi_flow.sim.clock import SharedCapacity, VirtualTime, until
@@ -120,6 +120,7 @@ class VirtualRemote:
         before = call.parts[-1] if call.parts else None
         call.parts = [process for process in call.parts if process.is_alive]
         call.parts.append(self._time.process(self._send_fed(block, before)))
+        await self._time.pause()  # it is written before what comes next
 
     async def arrived(self) -> None:
         """See `Stage.arrived`."""
@@ -175,7 +176,11 @@ class VirtualRemote:
         if opens:
             asked, life = self._time.now(), self._call.life
             assert life is not None
-            self._chain = await self._open(life, self._opening)
+            try:
+                self._chain = await self._open(life, self._opening)
+            except RuyiFlowError:  # a refusal is an answer
+                await self._down.carry(profile.down_bytes, flow=wire.flow)
+                raise
             self._call.replica.tell_load()
             began += self._time.now() - asked  # waiting for admission does not count as network time
         assert self._chain is not None

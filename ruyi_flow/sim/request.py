@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from ruyi_flow.errors import CapacityError, NodeError, NodeUnavailable, loss_cause
@@ -132,33 +131,37 @@ class Users:
             if not one.new_tokens:
                 one.reused_tokens = reused
             rest = prompt[reused:]
-            async with aclosing(decode(chain, rest, request.params.max_new_tokens, tuple(resumed))) as rounds:
-                async for round_ in rounds:
-                    decisions, hops, drafted, accepted, _ = round_
-                    client.heard_at = now = now_s()
-                    if request.lost is not None:
-                        request.recover(now)
-                        client.recovered(client.name, one.recoveries[-1])
-                    after = now - began
-                    if one.new_tokens:
-                        one.longest_gap_s = max(one.longest_gap_s, after - one.total_s)
-                    one.total_s = after
-                    one.first_token_s = one.first_token_s or after
-                    one.drafted += drafted
-                    one.accepted += accepted
-                    one.escalations += len(hops) > 1
-                    for hop in hops:
-                        one.add(hop)
-                        if hop.queue_s:
-                            # When exactly it waited is not known; the last moments are the best guess.
-                            lately = min(after, hop.queue_s)
-                            timeline.series(f"queue {hop.node}").add((now - lately, hop.queue_s, lately))
-                    for token, exit, *_ in decisions:
-                        exits[exit] += 1
-                        one.agreed += last[one.new_tokens % len(last)][0] == token
-                        one.new_tokens += 1
-                    if self._keeps_tokens:
-                        resumed += [(token, exit) for token, exit, *_ in decisions]
-                    tokens.add((now, len(decisions), 0.0))
-        finally:
+            rounds = decode(chain, rest, request.params.max_new_tokens, tuple(resumed))
+            async for round_ in rounds:
+                decisions, hops, drafted, accepted, _ = round_
+                client.heard_at = now = now_s()
+                if request.lost is not None:
+                    request.recover(now)
+                    client.recovered(client.name, one.recoveries[-1])
+                after = now - began
+                if one.new_tokens:
+                    one.longest_gap_s = max(one.longest_gap_s, after - one.total_s)
+                one.total_s = after
+                one.first_token_s = one.first_token_s or after
+                one.drafted += drafted
+                one.accepted += accepted
+                one.escalations += len(hops) > 1
+                for hop in hops:
+                    one.add(hop)
+                    if hop.queue_s:
+                        # When exactly it waited is not known; the last moments are the best guess.
+                        lately = min(after, hop.queue_s)
+                        timeline.series(f"queue {hop.node}").add((now - lately, hop.queue_s, lately))
+                for token, exit, *_ in decisions:
+                    exits[exit] += 1
+                    one.agreed += last[one.new_tokens % len(last)][0] == token
+                    one.new_tokens += 1
+                if self._keeps_tokens:
+                    resumed += [(token, exit) for token, exit, *_ in decisions]
+                tokens.add((now, len(decisions), 0.0))
+        except GeneratorExit:  # the simulation has ended, and nobody runs this any more
+            raise
+        except BaseException:
             await chain.close()
+            raise
+        await chain.close()
