@@ -51,6 +51,10 @@ Progress = Callable[[int, int], None]
 """Called now and then with how much is done, and of how much in all."""
 
 
+class _Over(Exception):
+    """Nothing is left to simulate."""
+
+
 class Simulation:
     """A simulation of one scenario, which can be run once.
 
@@ -91,6 +95,7 @@ class Simulation:
         self._time = VirtualTime()
         self._live: dict[int, Script] = {}
         self._cluster = Cluster(scenario, self.profiles, time=self._time, scripts=self._live, recorder=self._recorder)
+        self._arriving: simpy.Process | None = None
         self._users = Users(scenario, self.profiles[0], self._policy, self._time, self._cluster, self._recorder)
         self._begun = self._asked = self._under_way = 0
         self._began_s = self._counts_from_s = 0.0
@@ -109,7 +114,8 @@ class Simulation:
         """
         load = self.scenario.workload
         step, recorder = self._time.env.step, self._recorder
-        arriving = self._time.process(self._arrive())
+        arriving = self._arriving = self._time.process(self._arrive())
+        arriving.callbacks.append(self._check_over)
         most = load.requests + load.before if load.requests else math.inf
         total = self._expected or max(1, math.ceil(load.duration_s or 0))
         usual = gc.get_threshold()
@@ -121,7 +127,7 @@ class Simulation:
                         step()
                         if recorder.done >= most:
                             break
-                except simpy.core.EmptySchedule:
+                except (simpy.core.EmptySchedule, _Over):
                     break
                 recorder.timeline.fold()
                 done = recorder.done if self._expected else max(0, int(self._time.now() - self._began_s))
@@ -163,8 +169,14 @@ class Simulation:
         self._under_way += 1
         self._time.process(conversation).callbacks.append(self._ended)
 
-    def _ended(self, _: simpy.Event) -> None:
+    def _ended(self, event: simpy.Event) -> None:
         self._under_way -= 1
+        self._check_over(event)
+
+    def _check_over(self, _: simpy.Event) -> None:
+        """Stop when all conversations have ended: outages may go on without end."""
+        if not self._under_way and self._arriving is not None and self._arriving.triggered:
+            raise _Over
 
     async def _count_after(self, seconds: float) -> None:
         await self._time.sleep(seconds)

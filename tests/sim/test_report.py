@@ -218,7 +218,10 @@ def test_a_report_stays_small(tmp_path: Path) -> None:
     spans = [{"at_s": 1 + i / 20, "for_s": 0.001} for i in range(6000)]
     nodes = [{"name": f"n{p}", "exits": [p]} for p in exits]
     nodes[3] |= {"down": spans}
-    links = [{"from": a["name"], "to": b["name"], "up_mbit": 5} for a, b in zip(nodes, nodes[1:], strict=False)]
+    links = [
+        {"from": a["name"], "to": b["name"], "up_mbit": 5, "recover_s": 0}
+        for a, b in zip(nodes, nodes[1:], strict=False)
+    ]
     result, page = run(
         tmp_path,
         profile="many.msgpack",
