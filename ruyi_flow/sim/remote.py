@@ -15,7 +15,7 @@ from ruyi_flow.sim.instance import Life
 from ruyi_flow.sim.link import Pipe
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.replicas import Call, VirtualReplicas
-from ruyi_flow.types import Block, Hop, Verdict
+from ruyi_flow.types import MESSAGE_ROWS, Block, Hop, Verdict
 
 __all__ = ["VirtualRemote", "Wire"]
 
@@ -82,6 +82,10 @@ class VirtualRemote:
         self._waiting_since = self._time.now()
         if self._alarm is None:
             self._set_alarm(self._wire.timeout_s)
+        if len(block.token_ids) > MESSAGE_ROWS:
+            *before, block = block.parts(MESSAGE_ROWS)
+            for part in before:
+                await self.feed(part)
         if call.life is None and not call.is_lost:
             call.connect()
         try:
@@ -114,6 +118,10 @@ class VirtualRemote:
 
     async def feed(self, block: Block) -> None:
         """See `Stage.feed`."""
+        if len(block.token_ids) > MESSAGE_ROWS:
+            for part in block.parts(MESSAGE_ROWS):
+                await self.feed(part)
+            return
         call = self._call
         if call.life is None and not call.is_lost:
             call.connect()

@@ -273,3 +273,17 @@ def test_nothing_is_parked_that_nobody_can_take_back(simulate: Simulate) -> None
     found = simulate(one_answer()).metrics
     assert found["nodes"]["n1"]["parked"] == 0
     assert simulate(one_answer(mtbf_s=1e9)).metrics["nodes"]["n1"]["parked"] == 1
+
+
+def test_a_long_replay_is_computed_while_its_rest_is_on_the_link(simulate: Simulate) -> None:
+    used = in_use(simulate)
+    asked = one_answer(replicas=2, tokens=300, down=[{"at_s": 12, "for_s": 5, "replicas": [used]}])
+    asked["load"]["prompts"] = {"tokens": 1400}
+    asked["links"][0]["up_mbit"] = 1
+    found = simulate(asked, BY_ROWS).metrics
+    rows = found["recoveries"]["positions"] - 1
+    assert whole(found, 300) and rows > 2 * 512
+    link_s, computing_s = rows * (64 + profile().position_bytes) / 125_000, 2 * ROW_S * rows
+    last_s = link_s * (rows % 512) / rows
+    took = found["recoveries"]["seconds"]["worst"]
+    assert computing_s + 512 / rows * link_s < took < computing_s + link_s - last_s, "neither waits for the whole other"
