@@ -134,6 +134,7 @@ class Simulation:
                 progress(min(done, total), total)
         finally:
             gc.set_threshold(*usual)
+            self._arriving = None
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         recorder.close()
