@@ -5,6 +5,7 @@ Nothing here imports torch or grpc; tensors occur only in type hints.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import index
@@ -27,6 +28,7 @@ __all__ = [
     "LinkMeasurement",
     "Logprobs",
     "MAX_COUNT",
+    "MESSAGE_ROWS",
     "MIN_UPLOAD_POSITIONS",
     "Mode",
     "NodeStatus",
@@ -216,6 +218,35 @@ class Block(NamedTuple):
     """Positions whose next token is wanted, ascending. Empty: the block only fills KV caches."""
     decided: tuple[tuple[int, int], ...] = ()
     """Only in a replay: positions that had been asked about, ascending, and the exit that decided each next token."""
+
+    def parts(self, rows: int) -> Iterator[Block]:
+        """Yield the block in parts of at most `rows` positions, where possible; the last part has all wanted ones."""
+        count = len(self.token_ids)
+        first_wanted = (self.wants[0] if self.wants else self.start + count - 1) - self.start
+        start = 0
+        while count - start > rows and start < first_wanted:
+            stop = min(start + rows, first_wanted)
+            yield self._replace(
+                start=self.start + start,
+                states=self.states[start:stop],
+                token_ids=self.token_ids[start:stop],
+                wants=(),
+                decided=tuple(one for one in self.decided if start <= one[0] - self.start < stop),
+            )
+            start = stop
+        if not start:
+            yield self
+            return
+        yield self._replace(
+            start=self.start + start,
+            states=self.states[start:],
+            token_ids=self.token_ids[start:],
+            decided=tuple(one for one in self.decided if one[0] >= self.start + start),
+        )
+
+
+MESSAGE_ROWS = 512
+"""Largest number of positions in a message, so that a node can start on a long prompt before all of it has arrived."""
 
 
 class Likelihood(NamedTuple):

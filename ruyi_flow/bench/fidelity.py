@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal as signals
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -15,9 +16,11 @@ import numpy as np
 import psutil
 
 from ruyi_flow.bench.measurement import Report, no_report
-from ruyi_flow.bench.nodes import running_nodes
+from ruyi_flow.bench.nodes import generate_exactly, running_nodes
+from ruyi_flow.bench.recovery import MOST_DEATHS, strike
 from ruyi_flow.calibration.trace import read_trace
 from ruyi_flow.errors import ConfigError
+from ruyi_flow.loop.replicas import SIGN_S
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.run import Simulation
 from ruyi_flow.sim.scenario import Scenario
@@ -25,7 +28,20 @@ from ruyi_flow.testing import Relay
 from ruyi_flow.transport.link import measure_link
 from ruyi_flow.types import Stats
 
-__all__ = ["METRICS", "SETTINGS", "Comparison", "Setting", "compare", "example_prompts", "markdown", "summary"]
+__all__ = [
+    "FAILURES",
+    "METRICS",
+    "SETTINGS",
+    "Comparison",
+    "Failure",
+    "FailureComparison",
+    "Setting",
+    "compare",
+    "compare_failures",
+    "example_prompts",
+    "markdown",
+    "summary",
+]
 
 METRICS = ("first_token_ms", "token_ms", "bytes_per_token")
 """Compared metrics: median time to first token, median time per token after it, and bytes sent up per token."""
@@ -80,6 +96,37 @@ class Comparison:
     def errors(self) -> dict[str, float]:
         """Error of each simulated metric, as a fraction of the measured one."""
         return {name: abs(self.simulated[name] / self.measured[name] - 1) for name in METRICS}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A way to lose a process of the deepest node, which has two replicas, in the middle of an answer."""
+
+    kind: str
+    """Name of the outage in a scenario: crash (SIGKILL) or hang (SIGSTOP)."""
+    context: int = 256
+    """Tokens of the prompt and the answer when the process is lost."""
+
+
+FAILURES = (Failure("crash"), Failure("hang"))
+"""A process that is killed, and one that hangs."""
+
+_BEFORE, _AFTER = 40, 60
+"""Tokens of an answer before a process is lost, and after it; some more come before it is struck."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureComparison:
+    """The longest pause in each answer, measured and simulated, in milliseconds."""
+
+    failure: Failure
+    measured: list[float]
+    simulated: list[float]
+
+    @property
+    def error(self) -> float:
+        """Error of the simulated median, as a fraction of the measured one, with its sign."""
+        return statistics.median(self.simulated) / statistics.median(self.measured) - 1
 
 
 def example_prompts(count: int = 48) -> list[str]:
@@ -138,6 +185,79 @@ async def compare(
         )
     report("settings", len(settings), len(settings))
     return found
+
+
+async def compare_failures(
+    family: str,
+    profile: Profile,
+    ids: Sequence[int],
+    *,
+    failures: Sequence[Failure] = FAILURES,
+    strikes: int = 2 * MOST_DEATHS,
+    cores: float = 2.0,
+    report: Report = no_report,
+) -> list[FailureComparison]:
+    """Lose real processes in the middle of answers, and simulate it with the profile.
+
+    Args:
+        family: folder of the family, or its name in the store.
+        profile: profile of this machine, measured beforehand; nothing is fitted to the runs compared here.
+        ids: token ids, which are repeated until they are a prompt.
+        failures: failures to compare.
+        strikes: number of processes that are lost for each failure, evenly over the time between two signs of life.
+        cores: cores of this machine that the nodes share.
+        report: called with the progress.
+    """
+    cuts = [part.tolist() for part in np.array_split(profile.exits, _NODES)]
+    options: dict[str, Any] = {"dtype": profile.dtype, "weights": profile.weights or None, "threads": profile.threads}
+    found = []
+    for failure in failures:
+        prompt = [*itertools.islice(itertools.cycle(ids), failure.context - _BEFORE)]
+        signal = {"crash": signals.SIGKILL, "hang": signals.SIGSTOP}[failure.kind]
+        delays_s = [SIGN_S * i / strikes for i in range(strikes)]
+        measured: list[float] = []
+        for start in range(0, strikes, MOST_DEATHS):
+            limits = {"max_positions": 8192, "grace_s": 1}
+            async with running_nodes(cuts, family=family, **options, limits=limits, replicas=2) as client:
+                await generate_exactly(client, prompt, _BEFORE)  # warms up connections and caches
+                for delay_s in delays_s[start : start + MOST_DEATHS]:
+                    report(failure.kind, len(measured), strikes)
+                    struck = await strike(client, prompt, signal, before=_BEFORE, after=_AFTER, delay_s=delay_s)
+                    measured.append(1e3 * struck.pause_s)
+        simulated = [1e3 * _simulated_pause_s(failure, profile, cuts, delay_s, cores) for delay_s in delays_s]
+        found.append(FailureComparison(failure, measured, simulated))
+    return found
+
+
+def _simulated_pause_s(
+    failure: Failure, profile: Profile, cuts: Sequence[Sequence[int]], delay_s: float, cores: float
+) -> float:
+    """Simulate one answer whose process is lost, and return its longest pause in seconds."""
+    names = [f"n{i}" for i in range(_NODES)]
+
+    def simulate(tokens: int, down: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "family": profile.family,
+            "nodes": [{"name": n, "exits": [*e], "profile": "measured"} for n, e in zip(names, cuts, strict=True)],
+            "links": [{"from": a, "to": b, "encoding": "bf16"} for a, b in itertools.pairwise(names)],
+            "hosts": {"here": {"cores": cores, "nodes": names}},
+            "policy": {"mode": "exact", "draft": 0},
+            "behaviour": {"agreement": dict.fromkeys(profile.exits[:-1], 0.5)},  # which mode exact does not ask
+            "load": {
+                "arrivals": {"kind": "even", "rate": 1},
+                "prompts": {"tokens": failure.context - _BEFORE},
+                "answers": {"tokens": tokens},
+                "requests": 1,
+            },
+        }
+        data["nodes"][-1] |= {"replicas": 2, "down": [*down]}
+        scenario = Scenario.from_data(data, base=Path(), where="fidelity")
+        return Simulation(scenario, where="fidelity", profiles=[profile] * _NODES).run().metrics
+
+    at_s = 1 + simulate(_BEFORE, [])["total_s"]["mean"] + delay_s  # the request comes at second 1
+    down = {"at_s": at_s, "for_s": 60, "kind": failure.kind}
+    hit = (simulate(_BEFORE + _AFTER, [{**down, "replicas": [replica]}]) for replica in (1, 2))
+    return float(next(one["gap_s"]["worst"] for one in hit if one["recoveries"]["count"]))
 
 
 class _Experiment:
@@ -268,7 +388,7 @@ def summary(found: Sequence[Comparison]) -> dict[str, dict[str, float]]:
     return {name: {"median": statistics.median(values), "largest": max(values)} for name, values in errors.items()}
 
 
-def markdown(found: Sequence[Comparison], machine: Mapping[str, Any]) -> str:
+def markdown(found: Sequence[Comparison], failures: Sequence[FailureComparison], machine: Mapping[str, Any]) -> str:
     """Return the text of docs/results/fidelity.md."""
     lines = [
         *_INTRODUCTION,
@@ -288,5 +408,20 @@ def markdown(found: Sequence[Comparison], machine: Mapping[str, Any]) -> str:
     lines += ["", "| error of the simulation | median | largest |", "|---|---|---|"]
     for title, row in zip(("TTFT", "TPOT", "bytes per token"), summary(found).values(), strict=True):
         lines.append(f"| {title} | {row['median']:.1%} | {row['largest']:.1%} |")
+    lines += [
+        "",
+        "Then one of two processes of the deepest node is lost in the middle of an answer, on loopback without relays,",
+        "and the answer goes on on the other one. The pause is the longest time between two tokens, in milliseconds.",
+        "",
+        "| lost by | times | tokens of context | pause, median | simulated | pause, longest | simulated |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for lost in failures:
+        cells = [{"crash": "SIGKILL", "hang": "SIGSTOP"}[lost.failure.kind], str(len(lost.measured))]
+        cells += [str(lost.failure.context)]
+        cells += [f"{statistics.median(lost.measured):,.0f}"]
+        cells += [f"{statistics.median(lost.simulated):,.0f} ({lost.error:+.0%})"]
+        cells += [f"{max(lost.measured):,.0f}", f"{max(lost.simulated):,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     here = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}"
     return "\n".join([*lines, "", f"Machine: {here}.", ""])

@@ -93,6 +93,7 @@ async def running_nodes(
     limits: Mapping[str, Any] | None = None,
     relay_to: Mapping[int, Relay] | None = None,
     cores: Sequence[int] | None = None,
+    replicas: int = 1,
 ) -> AsyncIterator[AsyncClient]:
     """Start node processes n0, n1, … on loopback and yield a client of them; leaving the block ends them.
 
@@ -107,15 +108,19 @@ async def running_nodes(
         limits: `limits` of each node, as in a topology file.
         relay_to: relays in front of nodes, by the node's number.
         cores: numbers of the cores that the nodes may use. Default: all.
+        replicas: number of processes of the deepest node.
 
     Raises:
         ConfigError: the topology of these nodes is not valid.
         NodeError: a node does not start.
     """
     async with AsyncExitStack() as stack:
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(cuts))]
+        dialled = [f"127.0.0.1:{port}" for port in free_ports(len(cuts) - 1 + replicas)]
+        addresses: list[str | list[str]] = [*dialled]
+        if replicas > 1:
+            addresses = [*dialled[: len(cuts) - 1], dialled[len(cuts) - 1 :]]
         names = [f"n{i}" for i in range(len(cuts))]
-        relays = {i: await stack.enter_async_context(relay.run(addresses[i])) for i, relay in (relay_to or {}).items()}
+        relays = {i: await stack.enter_async_context(relay.run(dialled[i])) for i, relay in (relay_to or {}).items()}
         formats = [weights] * len(cuts) if weights is None or isinstance(weights, str) else weights
         common = {
             "dtype": dtype,

@@ -246,11 +246,12 @@ def fidelity(
     output: OutOption = _OUT,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the simulator's error: three node processes over emulated links against their simulation."""
+    """Measure the simulator's error: three node processes over emulated links against their simulation, and the pauses
+    in answers when a process of two replicas is killed or hangs."""
     with _prepared(family, output, as_json) as report:
         import torch
 
-        from ruyi_flow.bench.fidelity import compare, example_prompts, markdown, summary
+        from ruyi_flow.bench.fidelity import compare, compare_failures, example_prompts, markdown, summary
         from ruyi_flow.bench.nodes import tokenize_prompts
         from ruyi_flow.bench.profile.family import profile_family
         from ruyi_flow.evaluation.scorers import Question
@@ -281,15 +282,17 @@ def fidelity(
         found = asyncio.run(
             compare(family, costs, trace, prompts, policy=policy, requests=requests, cores=cores, report=report)
         )
+        failures = asyncio.run(compare_failures(family, costs, sum(prompts, []), cores=cores, report=report))
     machine = describe_machine(threads)
-    text = markdown(found, machine)
+    text = markdown(found, failures, machine)
     if table is not None:
         with atomic_file(table) as new:
             new.write_text(text, encoding="utf-8")
     if not as_json:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     rows = [{**asdict(one.setting), "measured": one.measured, "simulated": one.simulated} for one in found]
-    print_json({"bench": "fidelity", "errors": summary(found), "settings": rows, "machine": machine})
+    lost = [{**asdict(one), "error": one.error} for one in failures]
+    print_json({"bench": "fidelity", "errors": summary(found), "settings": rows, "failures": lost, "machine": machine})
 
 
 @contextmanager

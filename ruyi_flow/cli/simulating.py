@@ -383,7 +383,7 @@ def _show_plan(found: Plan, names: list[str], out_file: Path) -> None:
 
 def show(metrics: dict[str, Any]) -> None:
     """Print tables of a simulation's metrics."""
-    from ruyi_flow.sim.report import dollars
+    from ruyi_flow.sim.report import counts_text, dollars
 
     usd = metrics["usd_per_million_tokens"]
     labels = {"time to first token": "first_token_s", "time per output token": "token_s", "total": "total_s"}
@@ -392,7 +392,7 @@ def show(metrics: dict[str, Any]) -> None:
     nodes = [
         (
             name,
-            f"{node['count']:,}",
+            f"{node['count'] * node['replicas']:,}",
             f"{node['utilisation']:.1%}",
             f"{node['highest_utilisation']:.1%}",
             f"{node['queue']:.2f}",
@@ -418,9 +418,22 @@ def show(metrics: dict[str, Any]) -> None:
         f"decided at exit {decided}; {metrics['agreement']:.1%} agree with the last exit; per token "
         f"{metrics['bytes_up_per_token']:,.0f} bytes up and {metrics['joules_per_token']:.3g} J; "
         f"{f'${usd:.3g} per million tokens' if usd else 'the scenario has no prices'}"
-        + (f"; {metrics['failed']:,} failed: {metrics['errors']}" if metrics["failed"] else ""),
+        + (f"; {metrics['failed']:,} failed: {counts_text(metrics['errors'])}" if metrics["failed"] else ""),
         highlight=False,
     )
+    if metrics["reused_tokens"]:
+        share = metrics["reused_tokens"] / metrics["prompt_tokens"]
+        out.print(f"{share:.1%} of the prompts' tokens were reused from parked sessions", highlight=False)
+    if metrics["losses"]:
+        recoveries, gap = metrics["recoveries"], metrics["gap_s"]
+        took = ", ".join(f"{name} {recoveries['seconds'][name]:.3g}" for name in ("p50", "p95", "worst"))
+        pauses = ", ".join(f"{name} {gap[name]:.3g}" for name in ("p50", "p99", "worst"))
+        outages = sum(node["outages"] for node in metrics["nodes"].values())
+        out.print(
+            f"{outages:,} outages; {recoveries['count']:,} recoveries ({counts_text(recoveries['causes'])}) in "
+            f"{recoveries['requests']:,} answers, in seconds {took}; longest pause in an answer: {pauses}",
+            highlight=False,
+        )
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

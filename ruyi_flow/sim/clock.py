@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import simpy
+from simpy.events import Interruption
 
 from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.loop.clock import Event, Pending
 
-__all__ = ["SharedCapacity", "VirtualTime", "until"]
+__all__ = ["SharedCapacity", "VirtualTime", "interrupt", "until"]
 
 T = TypeVar("T")
 
@@ -92,6 +93,32 @@ def _ignore_simulated_failure(event: simpy.Event) -> None:
         event.defused = True
     else:
         raise event.value
+
+
+class _Interruption(Interruption):  # type: ignore[misc]  # SimPy has no types
+    """An interrupt that is dropped if nobody wants it any more when its turn comes."""
+
+    def __init__(self, process: simpy.Process, cause: object, is_wanted: Callable[[], bool]) -> None:
+        super().__init__(process, cause)
+        self._is_wanted = is_wanted
+
+    def _interrupt(self, event: simpy.Event) -> None:
+        if self._is_wanted():
+            super()._interrupt(event)
+
+
+def interrupt(process: simpy.Process, cause: object, is_wanted: Callable[[], bool]) -> None:
+    """Interrupt a process at this moment.
+
+    Several interrupts of one moment may concern calls within each other. The first one ends the inner calls, and their
+    interrupts must not hit what the process does then.
+
+    Args:
+        process: the process, which is not the one that runs now.
+        cause: who interrupts it.
+        is_wanted: asked when the interrupt's turn comes; returns whether the process still waits for the cause.
+    """
+    _Interruption(process, cause, is_wanted)
 
 
 class VirtualTime:

@@ -4,8 +4,8 @@ R requests are drawn from the load, with what the branches predict along their N
 shallowest exit whose confidence reaches its threshold. An answer is decoded in rounds. A token that the first branch is
 confident of is a round of its own. Otherwise `draft` tokens are drafted after it, and the deeper stages are asked, down
 to the deepest one that any settled token needs; a round settles 1 token, and as many more as the first branch had right
-in a row before it. The stages i = 0 … m-1 are those of the exits; node k exists count_k times. With sums over a node's
-stages,
+in a row before it. The stages i = 0 … m-1 are those of the exits; node k exists count_k times, replicas
+included. With sums over a node's stages,
 
     asked_i   = steps of stage i over all rounds; reach_i = asked_i / N
     rows_i    = positions in such a step: rejected drafts, and once every position up to the last one asked
@@ -45,7 +45,8 @@ Each request stands at a random quantile of that distribution; waits beyond limi
 describes a steady load; a short simulation also has a start with fewer sessions, and an end that is paid for.
 
 Not modelled: drafts whose length a policy file varies, drafting while an answer is awaited, long prompts that are sent
-in parts, states that are sent ahead of a question, rounds that are not brief, shared cores, bursts and outages.
+in parts, states that are sent ahead of a question, rounds that are not brief, shared cores, bursts, outages, and parked
+sessions: the prompts of later turns are computed whole.
 """
 
 from __future__ import annotations
@@ -326,8 +327,8 @@ class Estimate:
             positions = float(rounds.rows[i] * rounds.asked[i])
             up = (profile.up_bytes * float(rounds.asked[i]) + each * positions + float(opening.sum())) / tokens
             down = (profile.down_bytes + profile.decision_bytes) * float(rounds.asked[i]) / tokens
-            sharing = before.count / nodes[k].count if link.shared else 1.0
-            load = rate / before.count * sharing * mean_tokens * _seconds(up, link.up_mbit)
+            sharing = before.machines / nodes[k].count if link.shared else 1.0
+            load = rate / before.machines * sharing * mean_tokens * _seconds(up, link.up_mbit)
             if load >= 1:
                 return _overloaded()
             deeper[i] += self._hop(k - 1, float(rounds.rows[i]), load)
@@ -345,7 +346,7 @@ class Estimate:
         alone, failed = first + others, 0.0
         for k, node in enumerate(nodes):
             i = self._node.index(k)
-            there = rate / node.count * np.where(opened[i], alone, 0.0)  # Little's law
+            there = rate / node.machines * np.where(opened[i], alone, 0.0)  # Little's law
             sessions, most = float(there.mean()), node.limits.max_sessions
             positions = float((there * (samples.prompts + samples.answers)).mean())
             if sessions >= most or positions >= node.limits.max_positions:
@@ -383,7 +384,7 @@ class Estimate:
         joules = dollars = 0.0
         for k, node in enumerate(nodes):
             mine = [i for i in stages if self._node[i] == k]
-            prompts, here = prompt_s[mine].sum(0), rate / node.count
+            prompts, here = prompt_s[mine].sum(0), rate / node.machines
             by_prompts = here * float(prompts.mean())
             reach = rounds.asked[mine] / tokens
             batch, most = 1.0, float(node.limits.max_sessions)
@@ -401,7 +402,7 @@ class Estimate:
             wait[mine] = (by_prompts * chunk + (busy - by_prompts) * step[mine]) / 2
             others = here * float((prompts**2).mean()) / 2 / (1 - by_prompts)
             queue[mine[0]] = np.where(opened[mine[0]], others + self._profiles[k].step_s, 0.0)
-            seconds, alive = a_token + float(prompts.mean()) / mean_tokens, node.count / (rate * mean_tokens)
+            seconds, alive = a_token + float(prompts.mean()) / mean_tokens, node.machines / (rate * mean_tokens)
             idle_w, busy_w, price = power_and_price(node)
             joules += seconds * busy_w + max(0.0, alive - seconds) * idle_w
             dollars += alive / 3600 * price

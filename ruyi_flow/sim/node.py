@@ -71,8 +71,11 @@ class VirtualStages:
 
     def open(self, opening: SessionOpen, lease: Lease, *, covers_next: bool = False) -> VirtualSession:
         """Start a session; see `Stages.open`. The sampling seed selects its script."""
-        script = self._scripts[opening.sampling.seed or 0]
-        return VirtualSession(self, lease, opening, script=script, covers_next=covers_next)
+        return VirtualSession(self, lease, opening, covers_next=covers_next)
+
+    def script(self, opening: SessionOpen) -> Script:
+        """Return the script of an answer."""
+        return self._scripts[opening.sampling.seed or 0]
 
     def cost(self, parts: Sequence[tuple[Pass, int]]) -> float:
         """Return the seconds of a step that runs the next rows of several passes."""
@@ -124,11 +127,14 @@ class VirtualStages:
 class VirtualSession(Session):
     """A session whose branches predict what its script says."""
 
-    def __init__(
-        self, stages: VirtualStages, lease: Lease, opening: SessionOpen, *, script: Script, covers_next: bool
-    ) -> None:
-        self._script, self._looks = script, [script.looks[p] for p in stages.exits]
-        super().__init__(stages, lease, opening, vocab_size=script.vocab_size, covers_next=covers_next)
+    def __init__(self, stages: VirtualStages, lease: Lease, opening: SessionOpen, *, covers_next: bool) -> None:
+        self._stages = stages
+        super().__init__(stages, lease, opening, vocab_size=stages.script(opening).vocab_size, covers_next=covers_next)
+
+    def begin(self, opening: SessionOpen, *, covers_next: bool) -> None:
+        self._script = script = self._stages.script(opening)
+        self._looks = [script.looks[p] for p in self._stages.exits]
+        super().begin(opening, covers_next=covers_next)
 
     def embed(self, token_ids: Sequence[int]) -> Rows:
         return _ONE if len(token_ids) == 1 else Rows(len(token_ids))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ruyi_flow.extras import is_installed
 from ruyi_flow.sim.results import Result
+from ruyi_flow.sim.scenario import Span
 
 __all__ = ["bytes_text", "plots", "time_text"]
 
@@ -102,7 +103,7 @@ def _log_time(axis: Any, span: float) -> None:
 def _over_time(result: Result, colours: Mapping[str, str]) -> str:
     """Plot the activity of nodes, queues and links, and the throughput, over the run."""
     timeline, scenario = result.recorder.timeline, result.scenario
-    counts = {node.name: node.count for node in scenario.nodes}
+    counts = {node.name: node.machines for node in scenario.nodes}
     links = {f"{link.source}-{link.target}": link.target for link in scenario.links}
     rows: list[tuple[str, list[tuple[str, str, str, float]]]] = [
         ("busy, %\nof a tier", [(f"busy {n}", colour, "-", 100 / counts[n]) for n, colour in colours.items()]),
@@ -154,7 +155,7 @@ def _over_time(result: Result, colours: Mapping[str, str]) -> str:
 def _outages(result: Result, colours: Mapping[str, str]) -> list[tuple[Any, str]]:
     """Return the first hundred planned outages of the run, each with the colour of its node."""
     scenario, end = result.scenario, result.metrics["simulated_s"]
-    spans = [(span, colours[node.name]) for node in scenario.nodes for span in node.down]
+    spans: list[tuple[Span, str]] = [(span, colours[node.name]) for node in scenario.nodes for span in node.down]
     spans += [(span, colours[link.target]) for link in scenario.links for span in link.down]
     return [one for one in spans if one[0].at_s < end][:100]
 

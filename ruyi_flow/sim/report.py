@@ -10,7 +10,7 @@ from typing import Any
 from ruyi_flow.sim.plots import bytes_text, plots, time_text
 from ruyi_flow.sim.results import Result
 
-__all__ = ["bottleneck", "dollars", "write_report"]
+__all__ = ["bottleneck", "counts_text", "dollars", "write_report"]
 
 _BOTTLENECK = 0.8
 """Share of the time from which a busy node or link is called the bottleneck."""
@@ -28,7 +28,7 @@ def write_report(folder: Path, result: Result) -> None:
     failures = ", ".join(f"{count:,} {name}" for name, count in metrics["errors"].items())
     parts = [
         f"<h1>{escape(result.name)}</h1>",
-        f"<p>{escape(scenario.family)} over {escape(' → '.join(f'{n.count:,} {n.name}' for n in scenario.nodes))}, "
+        f"<p>{escape(scenario.family)} over {escape(' → '.join(f'{n.machines:,} {n.name}' for n in scenario.nodes))}, "
         f"{scenario.policy.routing().mode} mode, {scenario.workload.arrivals.kind} arrivals; "
         f"{time_text(metrics['simulated_s'])} of virtual time, seed {metrics['seed']}</p>",
         f"<p class=finding>{escape(bottleneck(metrics))}</p>",
@@ -96,6 +96,11 @@ def _cards(metrics: Mapping[str, Any]) -> str:
             f"{metrics['escalations_per_token']:.2f} escalations per token",
         ),
         (
+            "prompt tokens reused",
+            f"{metrics['reused_tokens'] / max(1, metrics['prompt_tokens']):.0%}",
+            f"of {metrics['prompt_tokens']:,}, from parked sessions",
+        ),
+        (
             "bytes up per token",
             bytes_text(metrics["bytes_up_per_token"]),
             f"down {bytes_text(metrics['bytes_down_per_token'])}",
@@ -126,18 +131,24 @@ def _tables(result: Result) -> list[str]:
                 )
             ],
         ),
+        _recoveries(metrics),
         _table(
             "Nodes",
-            ("node", "count", "used", "exits", "busy", "busiest", "tasks waiting", "energy", "cost", "profile"),
+            ("node", "count", "replicas", "used", "exits", "busy", "busiest", "tasks waiting")
+            + ("outages", "parked", "of KV cache", "energy", "cost", "profile"),
             [
                 (
                     node.name,
                     f"{found['count']:,}",
+                    f"{found['replicas']:,}",
                     f"{found['used']:,}",
                     " ".join(map(str, node.exits)),
                     f"{found['utilisation']:.1%}",
                     f"{found['highest_utilisation']:.1%}",
                     f"{found['queue']:.2f}",
+                    f"{found['outages']:,}",
+                    f"{found['parked']:,}",
+                    f"{found['parked_share']:.0%}",
                     f"{found['energy_j']:,.0f} J",
                     dollars(found["cost_usd"]),
                     found["profile"],
@@ -166,6 +177,31 @@ def _tables(result: Result) -> list[str]:
         ),
     ]
     return tables if metrics["failed"] < metrics["requests"] else tables[1:]
+
+
+def _recoveries(metrics: Mapping[str, Any]) -> str:
+    """Return a table of the times that answers lost a node; nothing if none did."""
+    found, seconds = metrics["recoveries"], metrics["recoveries"]["seconds"]
+    if not metrics["losses"]:
+        return ""
+    rows = [
+        ("answers that lost a node and went on", f"{found['requests']:,}"),
+        ("recoveries", f"{found['count']:,}: {counts_text(found['causes'])}"),
+        ("losses, attempts included", f"{sum(metrics['losses'].values()):,}: {counts_text(metrics['losses'])}"),
+        ("positions sent again", f"{found['positions']:,}"),
+        ("time of a recovery", _spread_text(seconds)),
+        ("longest pause in an answer", _spread_text(metrics["gap_s"])),
+    ]
+    return _table("Recoveries", ("", ""), rows)
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Return counts by name as a text: 12 reset, 3 silent."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
+
+
+def _spread_text(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {time_text(seconds[name])}" for name in ("p50", "p95", "worst"))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from ddsketch import DDSketch
 
 from ruyi_flow.sim.scenario import Scenario
 from ruyi_flow.telemetry.chrome_trace import ChromeTrace
-from ruyi_flow.types import Hop
+from ruyi_flow.types import Hop, Recovery
 
 __all__ = ["AddSlice", "Distribution", "Recorder", "RequestOutcome", "Result", "TimedAmount", "Timeline"]
 
@@ -56,6 +56,12 @@ class RequestOutcome:
     drafted: int = 0
     accepted: int = 0
     escalations: int = 0
+    reused_tokens: int = 0
+    """Tokens of the prompt whose caches were parked on the entry node."""
+    longest_gap_s: float = 0.0
+    """Longest time between two tokens."""
+    recoveries: list[Recovery] = field(default_factory=list)
+    """The times that the entry node was lost and the answer taken up again."""
     error: str = ""
     """Name of the error that it failed with; empty if it was answered."""
     exits: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -71,6 +77,11 @@ class RequestOutcome:
             self.hops[hop.node].add(hop)
         else:
             self.hops[hop.node] = hop
+
+    @property
+    def all_recoveries(self) -> list[Recovery]:
+        """The times that any node was lost and the answer went on."""
+        return self.recoveries + [one for hop in self.hops.values() for one in hop.recoveries]
 
     @property
     def parts(self) -> dict[str, dict[str, float]]:
@@ -227,6 +238,11 @@ class Recorder:
     ) -> None:
         self.exits, self.nodes, self.skip = tuple(exits), tuple(nodes), skip
         self.first, self.token, self.whole = Distribution(), Distribution(), Distribution()
+        self.gap, self.recovery = Distribution(), Distribution()
+        self.longest_gap_s = self.longest_recovery_s = 0.0
+        self.recovered: dict[str, int] = {}
+        """Number of recoveries by cause."""
+        self.replayed = self.prompt_tokens = self.reused_tokens = self.recovered_requests = 0
         self.timeline = Timeline()
         self.chosen: list[RequestOutcome] = []
         self._most_chosen, self._stride = chosen, 1
@@ -248,18 +264,22 @@ class Recorder:
             self._rows.writerow(
                 ["number", "device", "at_s", "prompt_tokens", "new_tokens", "first_token_s", "token_s", "total_s"]
                 + ["agreement", "drafted", "accepted", "escalations", "bytes_up", "bytes_down", "error"]
+                + ["reused_tokens", "recoveries", "recovery_s", "longest_gap_s"]
                 + [f"exit_{p}" for p in self.exits]
                 + [f"{node}_{part}_s" for node in self.nodes for part in PARTS]
             )
 
     def add(self, one: RequestOutcome) -> None:
         """Add a request that has ended."""
+        recoveries = one.all_recoveries
         if self._rows is not None:
             self._rows.writerow(
                 [one.number, one.device, f"{one.at_s:.6f}", one.prompt_tokens, one.new_tokens]
                 + [f"{t:.6f}" for t in (one.first_token_s, one.token_s, one.total_s)]
                 + [f"{one.agreed / max(1, one.new_tokens):.4f}", one.drafted, one.accepted, one.escalations]
                 + [one.bytes_up, one.bytes_down, one.error]
+                + [one.reused_tokens, len(recoveries), f"{sum(r.seconds for r in recoveries):.6f}"]
+                + [f"{one.longest_gap_s:.6f}"]
                 + [one.exits.get(p, 0) for p in self.exits]
                 + [f"{one.parts[part].get(node, 0.0):.6f}" for node in self.nodes for part in PARTS]
             )
@@ -291,6 +311,16 @@ class Recorder:
             self.whole.add(one.total_s)
             if one.new_tokens > 1:
                 self.token.add(one.token_s)
+                self.gap.add(one.longest_gap_s)
+                self.longest_gap_s = max(self.longest_gap_s, one.longest_gap_s)
+        self.recovered_requests += bool(recoveries)
+        for recovery in recoveries:
+            self.recovery.add(recovery.seconds)
+            self.longest_recovery_s = max(self.longest_recovery_s, recovery.seconds)
+            self.replayed += recovery.positions
+            self.recovered[recovery.cause] = self.recovered.get(recovery.cause, 0) + 1
+        self.prompt_tokens += one.prompt_tokens
+        self.reused_tokens += one.reused_tokens
         self.tokens += one.new_tokens
         self.agreed += one.agreed
         self.drafted, self.accepted = self.drafted + one.drafted, self.accepted + one.accepted
@@ -324,6 +354,16 @@ class Recorder:
             "first_token_s": self.first.summary(),
             "token_s": self.token.summary(),
             "total_s": self.whole.summary(),
+            "gap_s": {**self.gap.summary(), "worst": self.longest_gap_s},
+            "recoveries": {
+                "count": self.recovery.count,
+                "requests": self.recovered_requests,
+                "causes": dict(sorted(self.recovered.items())),
+                "positions": self.replayed,
+                "seconds": {**self.recovery.summary(), "worst": self.longest_recovery_s},
+            },
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "spent_s": {node: {k: s / answered for k, s in parts.items()} for node, parts in self.spent.items()},
             "decided": {str(p): count / tokens for p, count in self.decided.items()},
             "agreement": self.agreed / tokens,

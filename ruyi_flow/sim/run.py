@@ -7,15 +7,14 @@ import json
 import math
 import random
 import tempfile
+from array import array
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import simpy
 
-from ruyi_flow.errors import ConfigError, NodeUnavailable, RuyiFlowError
-from ruyi_flow.loop.chain import decode
+from ruyi_flow.errors import ConfigError, RuyiFlowError
 from ruyi_flow.loop.pages import PagePool
 from ruyi_flow.requests import SamplingParams
 from ruyi_flow.routing.policy import Policy
@@ -26,6 +25,7 @@ from ruyi_flow.sim.costs import check_stages, power_and_price, profiles_of
 from ruyi_flow.sim.load import Conversation, TokenCounts, conversations, draw_turns
 from ruyi_flow.sim.profile import Profile
 from ruyi_flow.sim.report import write_report
+from ruyi_flow.sim.request import Request, Users
 from ruyi_flow.sim.results import Recorder, RequestOutcome, Result
 from ruyi_flow.sim.scenario import Scenario
 
@@ -33,6 +33,10 @@ __all__ = ["Progress", "Result", "Simulation", "metrics_text", "simulate"]
 
 _TURN = 1_000_003
 """Distance between the script numbers of consecutive turns of a conversation."""
+
+_FIRST_ID = 2**30
+"""The lowest token id in questions. All tokens of a conversation's questions are alike and those of two differ, so that
+only the turns of one conversation have a prefix in common. Predicted tokens have lower ids."""
 
 _RETRY_S = 1.0
 """Seconds after which a user without thinking time asks again, when a request was refused at once."""
@@ -45,6 +49,10 @@ _COLLECTED = 20_000
 
 Progress = Callable[[int, int], None]
 """Called now and then with how much is done, and of how much in all."""
+
+
+class _Over(Exception):
+    """Nothing is left to simulate."""
 
 
 class Simulation:
@@ -87,6 +95,8 @@ class Simulation:
         self._time = VirtualTime()
         self._live: dict[int, Script] = {}
         self._cluster = Cluster(scenario, self.profiles, time=self._time, scripts=self._live, recorder=self._recorder)
+        self._arriving: simpy.Process | None = None
+        self._users = Users(scenario, self.profiles[0], self._policy, self._time, self._cluster, self._recorder)
         self._begun = self._asked = self._under_way = 0
         self._began_s = self._counts_from_s = 0.0
         known = [len(self._conversations)] if isinstance(self._conversations, list) else []
@@ -104,7 +114,8 @@ class Simulation:
         """
         load = self.scenario.workload
         step, recorder = self._time.env.step, self._recorder
-        arriving = self._time.process(self._arrive())
+        arriving = self._arriving = self._time.process(self._arrive())
+        arriving.callbacks.append(self._check_over)
         most = load.requests + load.before if load.requests else math.inf
         total = self._expected or max(1, math.ceil(load.duration_s or 0))
         usual = gc.get_threshold()
@@ -116,13 +127,14 @@ class Simulation:
                         step()
                         if recorder.done >= most:
                             break
-                except simpy.core.EmptySchedule:
+                except (simpy.core.EmptySchedule, _Over):
                     break
                 recorder.timeline.fold()
                 done = recorder.done if self._expected else max(0, int(self._time.now() - self._began_s))
                 progress(min(done, total), total)
         finally:
             gc.set_threshold(*usual)
+            self._arriving = None
         if arriving.triggered and isinstance(arriving.value, BaseException):
             raise arriving.value
         recorder.close()
@@ -158,8 +170,14 @@ class Simulation:
         self._under_way += 1
         self._time.process(conversation).callbacks.append(self._ended)
 
-    def _ended(self, _: simpy.Event) -> None:
+    def _ended(self, event: simpy.Event) -> None:
         self._under_way -= 1
+        self._check_over(event)
+
+    def _check_over(self, _: simpy.Event) -> None:
+        """Stop when all conversations have ended: outages may go on without end."""
+        if not self._under_way and self._arriving is not None and self._arriving.triggered:
+            raise _Over
 
     async def _count_after(self, seconds: float) -> None:
         await self._time.sleep(seconds)
@@ -193,7 +211,7 @@ class Simulation:
 
         Each conversation has its own random source, so that scenarios that differ in policy or nodes get the same load.
         """
-        load, history = self.scenario.workload, 0
+        load, history = self.scenario.workload, array("I")
         begun, self._begun = self._begun, self._begun + 1
         source = random.Random(f"{self.scenario.seed}/{begun}")
         for turn in range(one.turns or draw_turns(load, source)):
@@ -208,57 +226,39 @@ class Simulation:
             recorded = self.scripts.lengths(script)
             question = one.prompt_tokens or self._prompts.draw(recorded[0], source)
             answer = one.answer_tokens or self._answers.draw(recorded[1], source)
-            await self._ask(number, script, device=one.device, prompt=history + question, answer=answer)
-            history += question + answer
+            prompt = history + array("I", (_FIRST_ID + begun % _FIRST_ID,)) * question
+            answered = await self._ask(
+                number,
+                script,
+                device=one.device,
+                conversation=b"%d" % begun,
+                prompt=prompt,
+                answer=answer,
+            )
+            # An answer that was broken off stays in the conversation with the length that it should have had.
+            history = prompt + array("I", answered) + array("I", (0,)) * (answer - len(answered))
 
-    async def _ask(self, number: int, which: int, *, device: int, prompt: int, answer: int) -> None:
-        """Play a request, from its arrival at the device to its last token, with the script number `which`."""
-        entry, began = self.profiles[0], self._time.now()
-        outages = self._cluster.instance(0, device).outages
-        may_fail = bool(outages)
-        one = RequestOutcome(number, device, began, prompt)
+    async def _ask(
+        self, number: int, which: int, *, device: int, conversation: bytes, prompt: array[int], answer: int
+    ) -> Sequence[int]:
+        """Play a request, from its arrival at the device to its last token, with the script number `which`.
+
+        Returns:
+            The answer's tokens, if the next turn needs them.
+        """
+        one = RequestOutcome(number, device, self._time.now(), len(prompt))
         script = self._live[number] = self.scripts.script(which, answer)
         params = SamplingParams(seed=number, max_new_tokens=answer, eos_token_ids=())
-        last, exits, tokens = script.last, one.exits, self._recorder.timeline.series("tokens")
+        request = Request(one, script, params, prompt, conversation)
         try:
-            if may_fail and outages.hit(began, began):
-                raise NodeUnavailable("the entry node is down")
-            before = entry.request_s + self.scenario.client_ms / 1000
-            if before:
-                await self._time.sleep(before)
-            chain = await self._cluster.open(device, self._policy, params, prompt)
-            try:
-                async with aclosing(decode(chain, [0] * prompt, answer)) as rounds:
-                    async for round_ in rounds:
-                        decisions, hops, drafted, accepted, _ = round_
-                        now = self._time.now()
-                        if may_fail and outages.hit(began, now):
-                            raise NodeUnavailable("the entry node went down and lost its sessions")
-                        one.total_s = after = now - began
-                        one.first_token_s = one.first_token_s or after
-                        one.drafted += drafted
-                        one.accepted += accepted
-                        one.escalations += len(hops) > 1
-                        for hop in hops:
-                            one.add(hop)
-                            if hop.queue_s:
-                                # When exactly it waited is not known; the last moments are the best guess.
-                                lately = min(after, hop.queue_s)
-                                queue = self._recorder.timeline.series(f"queue {hop.node}")
-                                queue.add((now - lately, hop.queue_s, lately))
-                        for token, exit, *_ in decisions:
-                            exits[exit] += 1
-                            one.agreed += last[one.new_tokens % len(last)][0] == token
-                            one.new_tokens += 1
-                        tokens.add((now, len(decisions), 0.0))
-            finally:
-                await chain.close()
+            await self._users.ask(request)
         except RuyiFlowError as error:
             one.error = type(error).__name__
-            one.total_s = self._time.now() - began
+            one.total_s = self._time.now() - one.at_s
         one.admission_s = self._cluster.admission_s.pop(number, {})
         del self._live[number]
         self._recorder.add(one)
+        return request.token_ids
 
     # ---- checks and results ----
 
@@ -289,13 +289,20 @@ class Simulation:
             there = self._cluster.instances[tier].values()
             busy, waited = sum(i.worker.busy_s for i in there), sum(i.worker.waited_s for i in there)
             idle_w, busy_w, price = power_and_price(node)
-            joules = busy * busy_w + max(0.0, node.count * span - busy) * idle_w
-            dollars = node.count * span / 3600 * price
+            machines = node.machines
+            joules = busy * busy_w + max(0.0, machines * span - busy) * idle_w
+            dollars = machines * span / 3600 * price
+            capacities = [i.life.capacity for i in there if i.life.ended is None]
+            pages = sum(capacity.pool.num_pages for capacity in capacities)
             nodes[node.name] = {
                 "count": node.count,
+                "replicas": node.replicas,
+                "outages": sum(i.outages for i in there),
+                "parked": sum(len(capacity.parked) for capacity in capacities),
+                "parked_share": sum(capacity.pool.parked for capacity in capacities) / max(1, pages),
                 "used": len(there),
                 "busy_s": busy,
-                "utilisation": busy / (node.count * span),
+                "utilisation": busy / (machines * span),
                 "highest_utilisation": max((i.worker.busy_s / span for i in there), default=0.0),
                 "queue": waited / span,
                 "busy_j": busy * busy_w,
@@ -306,9 +313,9 @@ class Simulation:
             energy, cost = energy + joules, cost + dollars
             link = self.scenario.link_after(tier)
             if link is not None:
-                pipes = [*{id(i.up): (i.up, i.down) for i in there if i.up and i.down}.values()]
+                pipes = [*{id(i.pipe): (i.pipe.up, i.pipe.down) for i in there if i.pipe is not None}.values()]
                 up, down = sum(u.carried for u, _ in pipes), sum(d.carried for _, d in pipes)
-                there_are = self.scenario.nodes[tier + 1].count if link.shared else node.count
+                there_are = self.scenario.nodes[tier + 1].count if link.shared else machines
                 most = [8e-6 / (mbit * span) if mbit else 0.0 for mbit in (link.up_mbit, link.down_mbit)]
                 full = [(u.carried * most[0], d.carried * most[1]) for u, d in pipes]
                 radio, carried = link.joules_per_mb * (up + down) / 1e6, link.price_per_gb * (up + down) / 1e9
@@ -326,6 +333,7 @@ class Simulation:
         tokens = max(1, found["tokens"])
         found |= {"energy_j": energy, "joules_per_token": energy / tokens}
         found |= {"cost_usd": cost, "usd_per_million_tokens": 1e6 * cost / tokens}
+        found["losses"] = dict(sorted(self._cluster.losses.items()))
         simulated = {"simulated_s": end, "seed": self.scenario.seed}
         return {**found, "nodes": nodes, "links": links, **simulated}
 

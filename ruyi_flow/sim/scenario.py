@@ -36,7 +36,7 @@ Share = Annotated[Float, Field(ge=0, le=1)]
 
 
 class Span(Model):
-    """A planned outage."""
+    """A planned outage of a link."""
 
     at_s: Weight
     """Second at which it begins."""
@@ -44,11 +44,26 @@ class Span(Model):
     """Length in seconds."""
 
 
+class NodeSpan(Span):
+    """A planned outage of a node. Outages that overlap count as one, of the first one's kind."""
+
+    kind: Literal["crash", "hang", "drain"] = "crash"
+    """What happens: `crash` ends the process, which callers notice at once. `hang` makes it answer nothing, which they
+    notice when signs of life are missing. `drain` lets sessions move to another replica first, for at most
+    `limits.grace_s`. Afterwards a new process serves; what the old one had parked is lost."""
+    replicas: tuple[Annotated[Int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    """Numbers, from 1, of the replicas that it concerns. Default: all."""
+
+
 class SimNode(Node):
-    """A node, or `count` identical nodes."""
+    """A node, or `count` identical nodes, each with `replicas` replicas."""
 
     count: Int = Field(default=1, ge=1, le=10_000_000)
     """Number of identical nodes. They are spread evenly over the nodes of the next tier."""
+    replicas: Int = Field(default=1, ge=1, le=1024)
+    """Number of replicas of each of the `count` nodes. Each replica is a machine with the node's limits, costs, power
+    and price, and fails by itself. The nodes of the tier before choose one for each session, as the running system
+    does; of the entry node's replicas, the client of the device does."""
     profile: Path | None = None
     """File with the costs of its stages (`ruyi-flow profile`). Default: the scenario's profile."""
     hardware: str | None = None
@@ -61,12 +76,17 @@ class SimNode(Node):
     """Power of one node in watts while a step runs. Default: the hardware's, or 0."""
     price_per_hour: Weight | None = None
     """Price of one node in dollars per hour. Default: the hardware's, or 0."""
-    down: tuple[Span, ...] = ()
-    """Planned outages of all these nodes, which lose their sessions. Default: none."""
+    down: tuple[NodeSpan, ...] = ()
+    """Planned outages of all these nodes. Default: none."""
     mtbf_s: Annotated[Float, Field(ge=1, allow_inf_nan=False)] | None = None
-    """Mean seconds until a node fails by itself. Default: it never does."""
+    """Mean seconds until a node, or one of its replicas, fails by itself: it crashes. Default: it never does."""
     mttr_s: Positive = 60.0
     """Seconds until a node that failed by itself is up again."""
+
+    @property
+    def machines(self) -> int:
+        """Number of machines: all replicas of all these nodes."""
+        return self.count * self.replicas
 
 
 class SimLink(Link):
@@ -210,8 +230,20 @@ class Scenario(Topology):
     """Machines whose cores several nodes share, by name. Default: each node has a core of its own."""
     client_ms: Weight = 0.0
     """Extra milliseconds of a request on the entry node before its first step, in addition to the profile's."""
+    client_recover_s: Weight = 10.0
+    """Seconds for which a client takes up an answer again after its entry node was lost; as `recover_s` of the SDK."""
     seed: Int = Field(default=0, ge=0)
     """Seed of all random draws."""
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether any node or link has outages."""
+        return any(node.down or node.mtbf_s is not None for node in self.nodes) or any(link.down for link in self.links)
+
+    @property
+    def parks(self) -> bool:
+        """Whether a session may be taken back after its end: by the next turn, or by a caller that only lost a link."""
+        return self.workload.turns.mean > 1 or self.may_fail
 
     @classmethod
     def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> Scenario:
@@ -282,6 +314,12 @@ class Scenario(Topology):
                     f"{where}: nodes.{i}.profile: the costs of {node.name!r} are missing; give the file of a measured "
                     "profile (ruyi-flow profile FAMILY --out this.msgpack), or a hardware"
                 )
+            for k, span in enumerate(node.down):
+                if max(span.replicas or (1,)) > node.replicas:
+                    raise ConfigError(
+                        f"{where}: nodes.{i}.down.{k}.replicas: there is no replica {max(span.replicas or ())} of "
+                        f"{node.name!r}, which has {node.replicas} (replicas); correct one of them"
+                    )
             if i and node.count > self.nodes[i - 1].count:
                 raise ConfigError(
                     f"{where}: nodes.{i}.count: {node.count} of {node.name!r} are more than the "

@@ -16,23 +16,12 @@ from typing import Any, Protocol
 import grpc
 
 from ruyi_flow.errors import NodeError, WireError
+from ruyi_flow.loop.replicas import CONNECT_S, SILENT_S, TICK_S
 from ruyi_flow.transport import codec
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.checksum import seal
 
-__all__ = ["SIGN_S", "Asker", "Lifeline"]
-
-SIGN_S = 0.5
-"""Seconds between a node's signs of life."""
-
-_SILENT_S = 1.5
-"""Seconds without a sign after which a node that owes an answer is lost: three signs are missing."""
-
-_CONNECT_S = 3.0
-"""The same for a node that has not been heard yet: connecting takes several round trips."""
-
-_TICK_S = 0.25
-"""Seconds between two looks at the time."""
+__all__ = ["Asker", "Lifeline"]
 
 _LATE_S = 1.0
 """Seconds without progress after which a caller asks after an answer."""
@@ -136,9 +125,9 @@ class Lifeline:
     async def _watch(self) -> None:
         then = time.monotonic()
         while self._askers:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            if now - then > 2 * _TICK_S:  # this process stood still, and has not read what has arrived
+            if now - then > 2 * TICK_S:  # this process stood still, and has not read what has arrived
                 self._last = now
             then = now
             waiting = False
@@ -150,9 +139,9 @@ class Lifeline:
                 self._asked = now
                 if self._listening is None:
                     self.watch()
-                elif self._listening.done() and now - self._last < _SILENT_S:  # the stream alone was lost
+                elif self._listening.done() and now - self._last < SILENT_S:  # the stream alone was lost
                     self._listening = asyncio.create_task(self._listen(), name="signs of life")
-                elif now - self._last > (_SILENT_S if self._is_connected else _CONNECT_S):
+                elif now - self._last > (SILENT_S if self._is_connected else CONNECT_S):
                     self._heard(None)
                     break
                 self._ask_after_late_ones(now)
@@ -180,7 +169,7 @@ class Lifeline:
         try:
             request = pb.OwedRequest(keys=[asker.key for asker in late])
             with suppress(grpc.aio.AioRpcError, WireError):  # the signs of life tell that the connection is lost
-                data = await self._owed(seal(request.SerializeToString()), timeout=_SILENT_S)
+                data = await self._owed(seal(request.SerializeToString()), timeout=SILENT_S)
                 reply, doubts = codec.parse_sealed(pb.OwedReply, data), self._doubts
                 self._doubts = {}
                 for asker, work in zip(late, reply.work, strict=False):

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ruyi_flow.config.security import Keys
 from ruyi_flow.errors import NodeError, NodeUnavailable, RuyiFlowError, WireError
+from ruyi_flow.loop.replicas import estimated_load
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.telemetry.spans import TRACEPARENT, current_span
 from ruyi_flow.transport import codec
@@ -33,9 +34,6 @@ METHODS = {
     for name in ("Session", "Together", "Generate", "Tokenize", "Alive", "Owed", "Status")
 }
 """Full names of the calls in protos/ruyi_flow/v1/node.proto."""
-
-_SESSION_LOAD = 1 / 16
-"""Share of a node's KV cache that a session is taken to reserve, until the node says more."""
 
 CALL_KEY = "ruyi-key-bin"
 """Metadata of a call of `Generate`: random bytes, by which the caller may ask after its answer."""
@@ -130,7 +128,7 @@ class Peer:
     @property
     def load(self) -> float:
         """Estimated share of the node's KV cache that is reserved: what it last said, and what was opened since."""
-        return self._told_load + (len(self.sessions) - self._sessions_then) * _SESSION_LOAD
+        return estimated_load(self._told_load, len(self.sessions) - self._sessions_then)
 
     def tell_load(self, load: float) -> None:
         """Take in what the node says about its load."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -27,12 +27,9 @@ from ruyi_flow.transport.blocks import BlockCodec, rows_in
 from ruyi_flow.transport.checksum import SEAL_BYTES, seal
 from ruyi_flow.transport.peer import Peer, trace_metadata
 from ruyi_flow.transport.status import error_of, error_of_call, is_of_connection, wrong_answer
-from ruyi_flow.types import Block, Hop, Verdict
+from ruyi_flow.types import MESSAGE_ROWS, Block, Hop, Verdict
 
 __all__ = ["RemoteStage"]
-
-_ROWS = 512
-"""Largest number of positions in a message, so that a node can start on a long prompt before all of it has arrived."""
 
 
 class RemoteStage:
@@ -65,7 +62,7 @@ class RemoteStage:
         self._peer, self._opening, self._traceparent = peer, opening, traceparent
         self._timeout_s, self._session_timeout_s = timeout_s, session_timeout_s
         self._blocks = BlockCodec(opening.hidden_size, opening.encoding)
-        self._rows = min(_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
+        self._rows = min(MESSAGE_ROWS, rows_in(peer.max_message_bytes, opening.hidden_size, opening.encoding))
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
         self._number = 0
@@ -190,7 +187,7 @@ class RemoteStage:
     def _messages(self, block: Block) -> list[bytes]:
         """Encode a block; the session's first one starts with the handshake."""
         messages = []
-        for part in self._split(block):
+        for part in block.parts(self._rows):
             messages.append(self._blocks.to_bytes(part))
             self._stops.append(part.start + len(part.token_ids))
         if self._reader is None:
@@ -367,30 +364,6 @@ class RemoteStage:
                 node=peer.name,
             )
         )
-
-    def _split(self, block: Block) -> Iterator[Block]:
-        """Split a long block into several; the last one contains all wanted positions."""
-        n = len(block.token_ids)
-        first_wanted = (block.wants[0] if block.wants else block.start + n - 1) - block.start
-        start = 0
-        while n - start > self._rows and start < first_wanted:
-            stop = min(start + self._rows, first_wanted)
-            yield block._replace(
-                start=block.start + start,
-                states=block.states[start:stop],
-                token_ids=block.token_ids[start:stop],
-                wants=(),
-                decided=tuple(one for one in block.decided if start <= one[0] - block.start < stop),
-            )
-            start = stop
-        if start:
-            block = block._replace(
-                start=block.start + start,
-                states=block.states[start:],
-                token_ids=block.token_ids[start:],
-                decided=tuple(one for one in block.decided if one[0] >= block.start + start),
-            )
-        yield block
 
 
 def _bytes_of(messages: Sequence[bytes]) -> int:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from ipaddress import ip_address
-from zlib import crc32
 
 import grpc
 
 from ruyi_flow.config.security import Keys
-from ruyi_flow.errors import CapacityError, DeadlineExceeded, NodeError
+from ruyi_flow.errors import NodeError
+from ruyi_flow.loop.replicas import RecoveryTime, choose_replica, is_usable
 from ruyi_flow.telemetry.counters import LinkCounters
 from ruyi_flow.transport.addresses import resolve, split_address
 from ruyi_flow.transport.peer import NEVER, Peer
@@ -23,15 +23,6 @@ __all__ = ["Replicas"]
 
 _RESOLVE_S = 30.0
 """Seconds after which a name is looked up again, while sessions are opened. A replica that fails does it at once."""
-
-_MOST_TIMES = 3
-"""Times `recover_s` that an answer under way may wait in all for a node that is heard again and again."""
-
-_AVOID_S = 1.0
-"""Seconds for which a replica that has failed or was full gets no new sessions, if there is another one."""
-
-_LOCALITY = 0.25
-"""Share of the KV cache by which a conversation's replica may be more loaded than another one and still get it."""
 
 _WATCH_PAUSE_S = 1.0
 """Seconds between attempts to watch a replica that cannot be reached."""
@@ -53,13 +44,27 @@ class _Replica:
         """What its health service says, where it is watched."""
         self.watching: asyncio.Task[None] | None = None
 
+    @property
+    def load(self) -> float:
+        """See `Candidate.load`."""
+        return 0.0 if self.peer is None else self.peer.load
+
+    @property
+    def avoided_at(self) -> float:
+        """See `Candidate.avoided_at`."""
+        return NEVER if self.peer is None else self.peer.avoided_at
+
+    @property
+    def refuses(self) -> bool:
+        """See `Candidate.refuses`."""
+        peer = self.peer
+        return self.is_serving is False or (peer is not None and peer.is_draining and not peer.is_lost)
+
 
 class Replicas:
     """The replicas of one node: `loop.next_stage.Recoveries` over connections.
 
-    A session stays on the replica where it was opened. A new one goes to the less loaded of two among those that serve
-    (Mitzenmacher, The power of two choices in randomized load balancing, 2001). The two are drawn at random, or by a
-    hash of the conversation (Thaler and Ravishankar, Using name-based mappings to increase hit rates, 1998).
+    A session stays on the replica where it was opened. `loop.replicas.choose_replica` chooses the one of a new session.
 
     Args:
         name: the node's name.
@@ -83,14 +88,13 @@ class Replicas:
         keys: Keys | None = None,
     ) -> None:
         self.name, self.addresses, self.timeout_s = name, tuple(addresses), timeout_s
-        self._max_message_bytes, self._recover_s, self._counters = max_message_bytes, recover_s, counters
+        self._max_message_bytes, self._counters = max_message_bytes, counters
+        self._recovery_time = RecoveryTime(name, recover_s)
         self._keys = keys
         self._replicas = {address: _Replica(address) for address in self.addresses}
         if counters is not None:
             counters.expect(name)
         self._random = random.Random()  # nodes must not choose alike
-        self._failing_since: float | None = None
-        """Time of the first loss since it was last heard or a session was taken up again."""
         self._heard_at: float | None = None
         self._resolved_at = -_RESOLVE_S
         self._resolving: asyncio.Task[None] | None = None
@@ -101,8 +105,7 @@ class Replicas:
     @property
     def was_heard(self) -> bool:
         """Whether a replica has ever answered."""
-        peers = [replica.peer for replica in self._replicas.values()]
-        return self._heard_at is not None or any(peer is not None and peer.heard_at is not None for peer in peers)
+        return self._last_heard() is not None
 
     @property
     def state(self) -> str:
@@ -114,8 +117,7 @@ class Replicas:
         """Return the connection to the replica that a new session goes to.
 
         Args:
-            key: what the turns of a conversation have in common. They go to the same replica, which may have parked the
-                last turn, unless it is much more loaded than the second choice. Default: two are drawn at random.
+            key: what the turns of a conversation have in common, or nothing; see `choose_replica`.
         """
         now = time.monotonic()
         self._resolve_if_due(now)
@@ -124,32 +126,20 @@ class Replicas:
             for replica in replicas:
                 if replica.watching is None:
                     replica.watching = asyncio.create_task(self._watch(replica), name=f"health of {self.name}")
-        usable = [replica for replica in replicas if self._is_usable(replica, now)]
-        if not usable:  # the one that failed longest ago is most likely back
-            usable = sorted(replicas, key=lambda replica: 0.0 if replica.peer is None else replica.peer.avoided_at)[:1]
-        if key:
-            two = sorted(usable, key=lambda replica: crc32(key + replica.address.encode()))[:2]
-            return self._peer(min(two, key=lambda replica: _load(replica) + _LOCALITY * (replica is not two[0])))
-        return self._peer(min(self._random.sample(usable, min(2, len(usable))), key=_load))
+        return self._peer(choose_replica(replicas, key, now, self._random))
 
     def left_s(self, error: NodeError, *, began: bool, waited_s: float) -> float:
         """Return the seconds for which another attempt makes sense; see `Recoveries.left_s`."""
         now = time.monotonic()
-        if isinstance(error, DeadlineExceeded) or error.node not in (None, self.name):
-            # The answer's time is over; or a deeper node is lost, and the next one has tried for long enough.
-            return 0.0
-        if not began and (isinstance(error, CapacityError) or not self.was_heard):
-            # Nothing is lost yet: a node that is full or was never there is told at once, if there is no other replica.
-            return float(any(self._is_usable(replica, now) for replica in self._replicas.values()))
-        if isinstance(error, CapacityError):
-            return self._recover_s - waited_s
-        heard = [replica.peer.heard_at for replica in self._replicas.values() if replica.peer and replica.peer.heard_at]
-        self._heard_at = max([*heard, self._heard_at or 0.0]) or None
-        if self._failing_since is None or self._failing_since < (self._heard_at or 0.0):
-            self._failing_since = now  # not the time when it was last heard: nobody may have asked it since
-        # A node that shuts down is heard as long as it lives, and refuses: the sum is bounded, too.
-        most_s = _MOST_TIMES * self._recover_s if began else self._recover_s
-        return max(0.0, min(self._failing_since + self._recover_s - now, most_s - waited_s))
+        self._heard_at = self._last_heard()
+        return self._recovery_time.left_s(
+            error,
+            began=began,
+            waited_s=waited_s,
+            now=now,
+            heard_at=self._heard_at,
+            has_usable=any(is_usable(replica, now) for replica in self._replicas.values()),
+        )
 
     def lost(self, node: str, cause: str) -> None:
         """Count a loss of the node, and look up its addresses again."""
@@ -159,7 +149,7 @@ class Replicas:
 
     def recovered(self, node: str, recovery: Recovery) -> None:
         """Count a session that was taken up again."""
-        self._failing_since = None
+        self._recovery_time.recovered()
         if self._counters is not None:
             self._counters.recovered(self.name, recovery)
 
@@ -174,11 +164,10 @@ class Replicas:
         peers = [replica.peer for replica in self._replicas.values() if replica.peer is not None]
         await asyncio.gather(*(peer.close() for peer in (*peers, *self._old)))
 
-    def _is_usable(self, replica: _Replica, now: float) -> bool:
-        peer = replica.peer
-        if replica.is_serving is False:
-            return False
-        return peer is None or (now - peer.avoided_at > _AVOID_S and (peer.is_lost or not peer.is_draining))
+    def _last_heard(self) -> float | None:
+        """Return when a replica was last heard, or None."""
+        peers = [replica.peer for replica in self._replicas.values() if replica.peer is not None]
+        return max([self._heard_at or 0.0, *(peer.heard_at or 0.0 for peer in peers)]) or None
 
     def _peer(self, replica: _Replica) -> Peer:
         """Return the connection to a replica; a new one if the last one is lost."""
@@ -199,7 +188,7 @@ class Replicas:
 
     def _has_others(self, replica: _Replica) -> bool:
         now = time.monotonic()
-        return any(other is not replica and self._is_usable(other, now) for other in self._replicas.values())
+        return any(other is not replica and is_usable(other, now) for other in self._replicas.values())
 
     def _resolve_if_due(self, now: float) -> None:
         names = [address for address in self.addresses if not _is_number(address)]
@@ -254,10 +243,6 @@ class Replicas:
             replica.is_serving = False
             peer.lose()
             await asyncio.sleep(_WATCH_PAUSE_S)
-
-
-def _load(replica: _Replica) -> float:
-    return 0.0 if replica.peer is None else replica.peer.load
 
 
 def _is_number(address: str) -> bool:

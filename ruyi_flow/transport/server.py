@@ -29,6 +29,7 @@ from ruyi_flow.errors import (
     Unauthenticated,
     WireError,
 )
+from ruyi_flow.loop.replicas import SIGN_S
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.telemetry.spans import NO_TRACER, NODE, TRACEPARENT, Tracer, current_span
 from ruyi_flow.transport import codec
@@ -36,7 +37,6 @@ from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.checksum import check, seal
-from ruyi_flow.transport.lifeline import SIGN_S
 from ruyi_flow.transport.peer import CALL_KEY, METHODS
 from ruyi_flow.transport.security import listen, names_of_caller
 from ruyi_flow.transport.status import NODE_KEY, short_text, status_of

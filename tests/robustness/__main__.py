@@ -19,6 +19,7 @@ from pathlib import Path
 from ruyi_flow.cli.display import counting_bar, err, out, print_json
 from ruyi_flow.errors import RuyiFlowError
 from tests.robustness.report import failure_text, rows_of, to_json, to_table, write_page
+from tests.robustness.traffic import DEMO, TINY
 from tests.robustness.trial import Outcome, Trial, end_on_sigterm, run_trials
 
 _PART = 25
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="Seed of the traffic and of the faults. Default: 1.")
     parser.add_argument("--only", type=int, action="append", metavar="N", help="Run only the trial of this number.")
     parser.add_argument("--replicas", type=int, choices=(1, 2), default=1, help="Replicas of each node. Default: 1.")
+    parser.add_argument("--demo", action="store_true", help="Use the demo family. Default: a tiny one.")
     parser.add_argument(
         "--jobs", type=_count, default=1, help="Trials at the same time, each on nodes of its own. Default: 1."
     )
@@ -45,7 +47,8 @@ def main() -> int:
     numbers = given.only or list(range(given.faults))
     outcomes: list[Outcome] = []
     try:
-        trials = [Trial.draw(given.seed, number, given.replicas) for number in numbers]
+        family = DEMO if given.demo else TINY
+        trials = [Trial.draw(given.seed, number, given.replicas, family) for number in numbers]
         for outcome in _run_all(trials, given.jobs, quiet=given.json):
             outcomes.append(outcome)
             if not outcome.identical and not given.json:

@@ -26,7 +26,7 @@ from ruyi_flow.errors import NodeError
 from ruyi_flow.testing import Relay, cut_topology
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.types import NodeStatus
-from tests.robustness.traffic import CUTS, make_family, whole_family
+from tests.robustness.traffic import TINY, Family
 
 __all__ = ["LINK_DELAY_S", "Cluster", "Node", "running_cluster"]
 
@@ -174,18 +174,24 @@ class Cluster:
 
 @asynccontextmanager
 async def running_cluster(
-    folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1, grace_s: float = 0.05
+    folder: Path,
+    make_relay: type[Relay] = Relay,
+    *,
+    family: Family = TINY,
+    replicas: int = 1,
+    grace_s: float = 0.05,
 ) -> AsyncIterator[Cluster]:
     """Run the nodes while the block lasts.
 
     Args:
         folder: where the family, the topology file and the logs are written.
         make_relay: makes the relay of each link.
+        family: the family that they serve.
         replicas: number of replicas of each node.
         grace_s: seconds for which a node that is told to end serves the sessions that it has.
     """
-    family = make_family(folder / "family")
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(replicas * len(CUTS))]
+    cuts, where = family.cuts, family.make(folder / "family")
+    addresses = [f"127.0.0.1:{port}" for port in _free_ports(replicas * len(cuts))]
     async with AsyncExitStack() as stack:
         relays = [make_relay(delay_s=LINK_DELAY_S) for _ in addresses]
         reached = [
@@ -193,22 +199,22 @@ async def running_cluster(
             for relay, address in zip(relays, addresses, strict=True)
         ]
         limits = {"max_positions": 8192, "grace_s": grace_s}
-        topology = cut_topology(family, CUTS, limits=limits, timeout_s=20.0).model_dump(
+        topology = cut_topology(where, cuts, limits=limits, timeout_s=20.0 * family.slowness).model_dump(
             mode="json", by_alias=True, exclude_none=True
         )
         for i, node in enumerate(topology["nodes"]):
-            node["address"] = addresses[i :: len(CUTS)]
+            node["address"] = addresses[i :: len(cuts)]
         for i, link in enumerate(topology["links"], 1):
-            link["address"] = reached[i :: len(CUTS)]
+            link["address"] = reached[i :: len(cuts)]
             link["upload"] = "ahead" if i == 1 else "on-demand"
         file = folder / "topology.yaml"
         file.write_text(yaml.safe_dump(topology))
-        topology["nodes"][0]["address"] = reached[:: len(CUTS)]
+        topology["nodes"][0]["address"] = reached[:: len(cuts)]
         nodes = [
-            Node(f"n{i % len(CUTS)}", 1 + i // len(CUTS), address, file, folder / f"{i}.log")
+            Node(f"n{i % len(cuts)}", 1 + i // len(cuts), address, file, folder / f"{i}.log")
             for i, address in enumerate(addresses)
         ]
-        whole = await stack.enter_async_context(AsyncClient(whole_family(family)))
+        whole = await stack.enter_async_context(AsyncClient(family.whole(where)))
         cluster = Cluster(nodes, relays, Topology.parse(topology), whole)
         try:
             for node in nodes:

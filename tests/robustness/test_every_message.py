@@ -17,7 +17,7 @@ from ruyi_flow.errors import NodeError
 from ruyi_flow.testing import Cluster, cluster, cut_topology
 from ruyi_flow.types import Upload
 from tests.robustness.messages import MessageRelay
-from tests.robustness.traffic import CUTS, EXITS, make_family
+from tests.robustness.traffic import TINY
 from tests.robustness.trial import ready_cluster
 from tests.robustness.validate import problems_at_rest, running_tasks, tasks_left
 
@@ -71,10 +71,10 @@ async def ask(client: AsyncClient, prompt: list[int], options: dict[str, Any]) -
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    topology = cut_topology(make_family(tmp_path / "family"), CUTS)
+    topology = cut_topology(TINY.make(tmp_path / "family"), TINY.cuts)
     first, second = topology.links
     topology = topology.model_copy(update={"links": (first.model_copy(update={"upload": Upload.AHEAD}), second)})
-    relays = [MessageRelay() for _ in CUTS]
+    relays = [MessageRelay() for _ in TINY.cuts]
     async with cluster(topology, {f"n{i}": relay for i, relay in enumerate(relays)}) as nodes:
         async with AsyncClient(nodes.topology, max_retries=0) as client:
             yield World(nodes, relays, client)
@@ -91,7 +91,7 @@ async def test_a_node_may_be_lost_at_each_message(world: World, mode: str, node:
     for prompt in (PROMPT, LONG_PROMPT):
         relay.count = 0
         expected = await world.ask(prompt, options)
-        assert {exit for _, exit in expected} == ({7} if mode.startswith(("exact", "fixed")) else set(EXITS))
+        assert {exit for _, exit in expected} == ({7} if mode.startswith(("exact", "fixed")) else set(TINY.exits))
         for number in range(relay.count):
             relay.lose(number)
             try:

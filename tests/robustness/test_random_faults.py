@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.robustness.report import failure_text
-from tests.robustness.traffic import EXITS
+from tests.robustness.traffic import TINY
 from tests.robustness.trial import Trial, ready_cluster, run_trial
 
 FAULTS = int(os.environ.get("RUYI_FLOW_FAULTS", "100"))
@@ -35,4 +35,4 @@ async def test_no_fault_changes_or_loses_an_answer_or_leaves_anything_behind(
                 failures.append(failure_text(outcome))
     assert not failures, "\n".join(failures)
     assert met > share * FAULTS / 5, "too few faults met an answer"
-    assert set(exits) == set(EXITS)
+    assert set(exits) == set(TINY.exits)

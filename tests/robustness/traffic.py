@@ -18,25 +18,54 @@ from ruyi_flow.types import Stats, Token
 from tests.families import MIN_VOCAB, add_tokenizer
 
 __all__ = [
-    "CUTS",
-    "EXITS",
+    "DEMO",
+    "TINY",
     "Answer",
     "Conversation",
+    "Family",
     "Turn",
     "draw_conversations",
     "expected_answers",
     "hold",
-    "make_family",
-    "whole_family",
 ]
 
-CUTS = ((1, 3), (4, 6), (7,))
-"""The exits of each node."""
 
-EXITS = tuple(exit for cut in CUTS for exit in cut)
-"""All exits."""
+@dataclass(frozen=True)
+class Family:
+    """A family with five exits over three nodes."""
 
-_SHALLOW = EXITS[:-1]
+    name: str
+    """Its name, or that of the store's."""
+    cuts: tuple[tuple[int, ...], ...]
+    """The exits of each node."""
+    slowness: float = 1.0
+    """Factor on the time that an answer may take."""
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """All exits."""
+        return tuple(exit for cut in self.cuts for exit in cut)
+
+    def make(self, folder: Path) -> str:
+        """Write it to a folder, unless it is in the store; return what a topology calls it."""
+        if self != TINY:
+            return self.name
+        sizes: dict[str, Any] = {"early_exit_branch_layers": [2, 1, 3, 1, 1], "early_exit_probe_size": 5}
+        sizes |= {"vocab_size": MIN_VOCAB, "eos_token_id": 258}
+        return str(add_tokenizer(tiny_family(folder, base="qwen2", exits=self.exits, seed=3, **sizes)))
+
+    def whole(self, where: str) -> Topology:
+        """Return a topology of one node, which runs in this process and which nothing happens to."""
+        whole = {"name": "whole", "exits": list(self.exits), "dtype": "float32", "threads": 1}
+        return Topology.parse({"family": where, "nodes": [whole]})
+
+
+TINY = Family("tiny", ((1, 3), (4, 6), (7,)))
+"""A tiny one with random weights, branches of several depths, and a tokenizer."""
+
+DEMO = Family("smollm2", ((5, 11), (17, 23), (29,)), slowness=8.0)
+"""The demo family, which must be in the store."""
+
 _LENGTHS = ((1, 12), (13, 60), (130, 260))
 """Ranges of prompt lengths; the last one goes to the next node in several parts."""
 
@@ -91,38 +120,34 @@ class Answer:
         return [(token.id, token.exit) for token in self.tokens]
 
 
-def make_family(folder: Path) -> Path:
-    """Write the family of the trials: tiny, with five exits, branches of several depths, and a tokenizer."""
-    sizes: dict[str, Any] = {"early_exit_branch_layers": [2, 1, 3, 1, 1], "early_exit_probe_size": 5}
-    sizes |= {"vocab_size": MIN_VOCAB, "eos_token_id": 258}
-    return add_tokenizer(tiny_family(folder, base="qwen2", exits=EXITS, seed=3, **sizes))
-
-
-def draw_conversations(rng: random.Random) -> tuple[Conversation, ...]:
+def draw_conversations(rng: random.Random, family: Family) -> tuple[Conversation, ...]:
     """Draw the conversations of a trial, which are held at the same time."""
     count = rng.choice((1, 1, 2, 3))
-    return tuple(_draw_conversation(rng, is_deep=i == 0) for i in range(count))
+    return tuple(_draw_conversation(rng, family, is_deep=i == 0) for i in range(count))
 
 
-def _draw_conversation(rng: random.Random, *, is_deep: bool) -> Conversation:
+def _draw_conversation(rng: random.Random, family: Family, *, is_deep: bool) -> Conversation:
     """Draw a conversation; a deep one needs the deepest node for most of its tokens, so that every fault meets it."""
     turns = []
     for i in range(rng.choice((1, 1, 1, 3))):
         low, high = rng.choice(_LENGTHS) if i == 0 else (1, 20)
         says = tuple(rng.randrange(3, 258) for _ in range(rng.randint(low, high)))
-        options = _draw_routing(rng, is_deep=is_deep) | _draw_sampling(rng) | {"max_new_tokens": rng.randint(8, 48)}
+        options = (
+            _draw_routing(rng, family, is_deep=is_deep) | _draw_sampling(rng) | {"max_new_tokens": rng.randint(8, 48)}
+        )
         turns.append(Turn(says, options))
     return Conversation(tuple(turns))
 
 
-def _draw_routing(rng: random.Random, *, is_deep: bool) -> dict[str, Any]:
+def _draw_routing(rng: random.Random, family: Family, *, is_deep: bool) -> dict[str, Any]:
+    *shallow, last = family.exits
     mode = rng.choice(("exact", "exact", "token", "token", "cascade", "cascade", "cascade", "fixed"))
     options: dict[str, Any] = {"mode": mode, "draft": rng.choice((0, 1, 4))}
     if mode == "fixed":
-        options["exit"] = 7 if is_deep else rng.choice((1, 4, 6))
+        options["exit"] = last if is_deep else rng.choice((shallow[0], *shallow[2:]))
     elif mode in ("token", "cascade"):
         low, high = (0.3, 1.0) if is_deep else (0.1, rng.choice((0.4, 0.7, 1.0)))
-        options["thresholds"] = {exit: rng.uniform(low, high) for exit in _SHALLOW}
+        options["thresholds"] = {exit: rng.uniform(low, high) for exit in shallow}
     if mode == "cascade":  # an exit is given up when its mean confidence is below its threshold
         options |= {"window": rng.choice((1, 2, 3, 8)), "back": rng.choice((None, 0.1, 0.3, 0.5))}
     return options
@@ -175,12 +200,6 @@ async def hold(
         finally:
             answer.ended = time.monotonic()
         said += [token.id for token in answer.tokens]
-
-
-def whole_family(family: Path) -> Topology:
-    """Return a topology of one node, which runs in this process and which nothing happens to."""
-    whole = {"name": "whole", "exits": list(EXITS), "dtype": "float32", "threads": 1}
-    return Topology.parse({"family": str(family), "nodes": [whole]})
 
 
 async def expected_answers(whole: AsyncClient, conversations: Sequence[Conversation]) -> list[list[Answer]]:

@@ -19,7 +19,16 @@ from ruyi_flow.errors import RuyiFlowError
 from ruyi_flow.testing import Relay
 from tests.robustness.cluster import Cluster, running_cluster
 from tests.robustness.faults import HARMLESS, Fault, Kind, draw_faults
-from tests.robustness.traffic import Answer, Conversation, draw_conversations, expected_answers, hold
+from tests.robustness.traffic import (
+    DEMO,
+    TINY,
+    Answer,
+    Conversation,
+    Family,
+    draw_conversations,
+    expected_answers,
+    hold,
+)
 from tests.robustness.validate import longest_wait, problems_at_rest, problems_of, running_tasks, tasks_left
 
 __all__ = ["Outcome", "Trial", "end_on_sigterm", "ready_cluster", "run_trial", "run_trials"]
@@ -41,20 +50,22 @@ class Trial:
     kind: Kind
     faults: tuple[Fault, ...]
     replicas: int = 1
+    family: Family = TINY
 
     @classmethod
-    def draw(cls, seed: int, number: int, replicas: int = 1) -> Trial:
+    def draw(cls, seed: int, number: int, replicas: int = 1, family: Family = TINY) -> Trial:
         """Draw a trial; it does not depend on the trials before."""
         rng = random.Random(f"{seed}/{number}")
-        conversations = draw_conversations(rng)
+        conversations = draw_conversations(rng, family)
         kind, faults = draw_faults(rng)
-        return cls(seed, number, conversations, kind, faults, replicas)
+        return cls(seed, number, conversations, kind, faults, replicas, family)
 
     @property
     def command(self) -> str:
         """The command that runs this trial alone."""
-        replicas = "" if self.replicas == 1 else f" --replicas {self.replicas}"
-        return f"python -m tests.robustness --seed {self.seed} --only {self.number}{replicas}"
+        options = "" if self.replicas == 1 else f" --replicas {self.replicas}"
+        options += " --demo" if self.family == DEMO else ""
+        return f"python -m tests.robustness --seed {self.seed} --only {self.number}{options}"
 
 
 @dataclass
@@ -124,7 +135,8 @@ def run_trials(trials: Sequence[Trial]) -> list[Outcome]:
 
     async def run() -> list[Outcome]:
         with TemporaryDirectory(prefix="ruyi-flow-robustness-") as folder:
-            async with ready_cluster(Path(folder), replicas=trials[0].replicas) as cluster:
+            family, replicas = trials[0].family, trials[0].replicas
+            async with ready_cluster(Path(folder), family=family, replicas=replicas) as cluster:
                 return [await run_trial(cluster, trial) for trial in trials]
 
     return asyncio.run(run())
@@ -143,9 +155,10 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
     async def talk(i: int) -> None:
         async with AsyncClient(cluster.topology, max_retries=0) as client:
             # A client that has never reached its entry node is told so at once: it has nothing to lose.
-            await client.generate([5], exit=1, max_new_tokens=1)
+            await client.generate([5], exit=trial.family.exits[0], max_new_tokens=1)
             await begin.wait()
-            await hold(client, trial.conversations[i], answers[i], arrivals.count, timeout_s=_ANSWER_S)
+            timeout_s = _ANSWER_S * trial.family.slowness
+            await hold(client, trial.conversations[i], answers[i], arrivals.count, timeout_s=timeout_s)
 
     talks = [asyncio.create_task(talk(i)) for i in range(len(trial.conversations))]
 
@@ -165,14 +178,14 @@ async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
 
     strikes = [asyncio.create_task(strike(fault)) for fault in trial.faults]
     try:
-        async with asyncio.timeout(_LIMIT_S):
+        async with asyncio.timeout(_LIMIT_S * trial.family.slowness):
             done = await asyncio.gather(*talks, return_exceptions=True)
             arrivals.end()
             await asyncio.gather(*strikes)
         outcome.problems += [f"a client raised {error!r}" for error in done if isinstance(error, Exception)]
         del done
     except TimeoutError:
-        outcome.problems.append(f"the trial was not over after {_LIMIT_S:g} s")
+        outcome.problems.append(f"the trial was not over after {_LIMIT_S * trial.family.slowness:g} s")
     finally:
         await _end(talks, strikes)
         outcome.problems += [f"{node.name} ended with {node.exit_code}" for node in cluster.nodes if node.crashed]
@@ -210,20 +223,26 @@ async def _end(*groups: list[asyncio.Task[None]]) -> None:
 
 @asynccontextmanager
 async def ready_cluster(
-    folder: Path, make_relay: type[Relay] = Relay, *, replicas: int = 1, grace_s: float = 0.05
+    folder: Path,
+    make_relay: type[Relay] = Relay,
+    *,
+    family: Family = TINY,
+    replicas: int = 1,
+    grace_s: float = 0.05,
 ) -> AsyncIterator[Cluster]:
     """Run nodes that have answered once and are at rest.
 
     Args:
         folder: where the family, the topology file and the logs are written.
         make_relay: makes the relay of each link.
+        family: the family that they serve.
         replicas: number of replicas of each node.
         grace_s: seconds for which a node that is told to end serves the sessions that it has.
 
     Raises:
         RuyiFlowError: they do not serve.
     """
-    async with running_cluster(folder, make_relay, replicas=replicas, grace_s=grace_s) as cluster:
+    async with running_cluster(folder, make_relay, family=family, replicas=replicas, grace_s=grace_s) as cluster:
         await asyncio.gather(*(node.status() for node in cluster.nodes))
         async with AsyncClient(cluster.topology) as client:
             await client.generate([5, 6, 7], mode="exact", max_new_tokens=4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.testing import Cluster, Relay, cluster, cut_topology
+from tests.conftest import until
 
 CUTS = [[2], [4], [6]]
 LONG = [random.Random(1).randrange(3, 61) for _ in range(60)]
@@ -121,6 +124,29 @@ async def test_parked_sessions_are_in_nobodys_way(tiny: Path) -> None:
                 await nodes.settle()
             status = (await client.status())["n0"]
             assert getattr(status, "used_positions", None) == 0 and getattr(status, "sessions", None) == 0
+
+
+async def test_a_session_that_is_cancelled_while_its_caches_move_keeps_its_pages_until_they_have(tiny: Path) -> None:
+    async with cluster(topology(tiny, [[2, 4, 6]])) as nodes, AsyncClient(nodes.topology) as client:
+        engine = nodes.engines["n0"]
+        capacity, go_on = engine.shard.capacity, threading.Event()
+        await ask(client, LONG)
+        await nodes.settle()
+        behind = capacity.lease(64)  # the parked session cannot grow where it is
+        engine.worker.submit(go_on.wait)  # before the copy
+        try:
+            asking = asyncio.create_task(ask(client, LONG, count=200))
+            await until(lambda: len(capacity.leases) == 2)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await asyncio.sleep(0.2)
+            assert len(capacity.leases) == 2
+        finally:
+            go_on.set()
+        await until(lambda: len(capacity.leases) == 1)
+        behind.give_back()
+        assert (await ask(client, LONG, count=200))[1] == 0, "it was not parked again"
+        await nodes.settle()
 
 
 async def test_a_session_whose_connection_was_lost_is_taken_up_where_it_was(tiny: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from ruyi_flow.sim.clock import VirtualTime
+from ruyi_flow.sim.instance import Outage, merged
 from ruyi_flow.sim.link import Direction, Outages
 
 
@@ -55,10 +56,10 @@ def test_outages_may_overlap() -> None:
         *(False, True, True, True, True),
         *(False, False, True, False),
     ]
-    assert down.hit(0.0, 15.0) and down.hit(13.0, 20.0) and not down.hit(13.0, 19.0) and not down.hit(21.0, 30.0)
 
 
-def test_outages_without_end_go_on() -> None:
-    down = Outages((10.0 * i, 10.0 * i + 1) for i in itertools.count())
-    assert down.ends(50_000.5) == 50_001.0 and down.ends(50_002.0) == 50_002.0
-    assert down.hit(49_995.0, 50_005.0) and not down.hit(50_001.0, 50_005.0)
+def test_a_nodes_outages_that_touch_are_one_of_the_first_ones_kind() -> None:
+    spans = [Outage(1, 4, "hang"), Outage(2, 3), Outage(4, 6, "drain"), Outage(8, 9)]
+    assert [*merged(spans)] == [Outage(1, 6, "hang"), Outage(8, 9)]
+    endless = merged(Outage(10.0 * i, 10.0 * i + 1) for i in itertools.count())
+    assert next(itertools.islice(endless, 5000, None)) == Outage(50_000, 50_001)

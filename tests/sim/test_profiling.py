@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from ruyi_flow.bench.fidelity import Setting, compare, markdown, summary
+from ruyi_flow.bench.fidelity import (
+    METRICS,
+    Comparison,
+    Failure,
+    Setting,
+    compare,
+    compare_failures,
+    markdown,
+    summary,
+)
 from ruyi_flow.bench.measurement import describe_machine
 from ruyi_flow.bench.profile.cores import estimate_cores, per_step
 from ruyi_flow.bench.profile.family import profile_family
@@ -123,9 +132,21 @@ async def test_real_nodes_and_simulated_ones_are_compared(family: Path, measured
     [one] = found
     assert set(one.measured) == set(one.simulated) == set(summary(found))
     assert one.measured["bytes_per_token"] > 0 and one.simulated["token_ms"] > 0
-    assert "| cascade | 4 ms | 100 | 2 |" in markdown(found, describe_machine(1))
+    assert "| cascade | 4 ms | 100 | 2 |" in markdown(found, [], describe_machine(1))
     with pytest.raises(ConfigError, match="not a trace of these prompts"):
         await compare(str(family), measured, tmp_path / "t", [*prompts, [3]], policy=policy, settings=[setting])
+
+
+async def test_lost_processes_and_simulated_ones_are_compared(family: Path, measured: Profile) -> None:
+    ids = [3 + i % 57 for i in range(20)]
+    [one] = await compare_failures(
+        str(family), measured, ids, failures=[Failure("crash", context=72)], strikes=1, cores=2
+    )
+    assert len(one.measured) == len(one.simulated) == 1 and one.measured[0] > 0
+    usual = max(measured.stage(p).trunk_s[0] for p in measured.exits)
+    assert one.simulated[0] > 1e3 * usual, "the pause has the replay in it"
+    other = Comparison(Setting("exact", 5.0, 10.0, 1), dict.fromkeys(METRICS, 1.0), dict.fromkeys(METRICS, 1.0))
+    assert "| SIGKILL | 1 | 72 |" in markdown([other], [one], describe_machine(1))
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,8 @@ def test_a_report_shows_the_run_and_needs_nothing_else(town: tuple[Path, Result,
     assert "seed 0" in page.words and page.words.count("town") >= 2 and "25" in page.words
     assert bottleneck(metrics) in page.words and result.scenario.text() in page.words
     rows = {row[0]: row for row in page.rows if row}
-    assert rows["edge"][4] == f"{metrics['nodes']['edge']['utilisation']:.1%}"
-    assert rows["phone"][7] == f"{metrics['nodes']['phone']['energy_j']:,.0f} J" != "0 J"
+    assert rows["edge"][5] == f"{metrics['nodes']['edge']['utilisation']:.1%}"
+    assert rows["phone"][11] == f"{metrics['nodes']['phone']['energy_j']:,.0f} J" != "0 J"
     assert rows["phone-edge"][5] == f"{metrics['links']['phone-edge']['utilisation']:.1%}" != "0.0%"
     assert rows["edge-cloud"][5] == "no limit"
     latency, over_time, decided, requests = page.plots
@@ -189,7 +189,7 @@ def test_failures_alone_are_reported_and_not_plotted(tmp_path: Path) -> None:
     links = [{"from": "phone", "to": "edge", "timeout_s": 5}]
     result, page = run(tmp_path, nodes=nodes, links=links, policy={"mode": "fixed", "exit": 8})
     assert result.metrics["failed"] == 25 and result.metrics["tokens"] == 0
-    assert page.plots == [] and page.headings == ["Nodes", "Links"] and page.open == []
+    assert page.plots == [] and page.headings == ["Recoveries", "Nodes", "Links"] and page.open == []
     assert "25 of 25 requests failed: 25 NodeUnavailable" in page.words
     assert "No request was answered" in page.words
 
@@ -218,7 +218,10 @@ def test_a_report_stays_small(tmp_path: Path) -> None:
     spans = [{"at_s": 1 + i / 20, "for_s": 0.001} for i in range(6000)]
     nodes = [{"name": f"n{p}", "exits": [p]} for p in exits]
     nodes[3] |= {"down": spans}
-    links = [{"from": a["name"], "to": b["name"], "up_mbit": 5} for a, b in zip(nodes, nodes[1:], strict=False)]
+    links = [
+        {"from": a["name"], "to": b["name"], "up_mbit": 5, "recover_s": 0}
+        for a, b in zip(nodes, nodes[1:], strict=False)
+    ]
     result, page = run(
         tmp_path,
         profile="many.msgpack",

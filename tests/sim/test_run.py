@@ -282,6 +282,7 @@ def test_a_step_after_a_pause_takes_longer(simulate: Simulate) -> None:
 def test_a_node_that_is_down_fails_requests_or_leaves_them_to_shallower_ones(simulate: Simulate) -> None:
     asked = data(policy={"mode": "exact", "draft": 0})
     asked["nodes"][2]["down"] = [{"at_s": 5, "for_s": 5}]
+    asked["links"][1]["recover_s"] = 0
     failing = simulate(asked).metrics
     assert 0 < failing["failed"] == failing["errors"]["NodeUnavailable"] < 40
     asked["policy"]["fallback"] = True
@@ -353,6 +354,7 @@ def test_a_full_node_fails_prompts_that_come_in_parts(simulate: Simulate) -> Non
 def test_an_entry_that_is_down_refuses_and_loses_its_sessions(simulate: Simulate) -> None:
     asked = data(load={"arrivals": {"kind": "even", "rate": 2}, "requests": 40, "answers": {"tokens": 12}})
     asked["nodes"][0]["down"] = [{"at_s": 5.3, "for_s": 5}]
+    asked["client_recover_s"] = 0
     found = simulate(asked).metrics
     # Ten come while it is down; the one of second 5 is lost after some tokens.
     assert found["failed"] == found["errors"]["NodeUnavailable"] == 11
@@ -365,6 +367,7 @@ def test_users_of_an_entry_that_is_down_ask_again_later(simulate: Simulate) -> N
     load = {"arrivals": {"kind": "closed", "users": 2}, "turns": {"think_s": 0}, "duration_s": 30}
     asked = data(load=load)
     asked["nodes"][0]["down"] = [{"at_s": 10, "for_s": 10}]
+    asked["client_recover_s"] = 0
     found = simulate(asked).metrics
     assert 20 <= found["failed"] <= 22 and found["requests"] > found["failed"] and found["simulated_s"] > 29
 
@@ -386,6 +389,7 @@ def test_nodes_that_break_by_themselves_go_on_doing_so(simulate: Simulate) -> No
     load = {"arrivals": {"kind": "even", "rate": 0.01}, "requests": 400, "answers": {"tokens": 1}}
     asked = data(load=load, policy={"mode": "exact", "draft": 0})
     asked["nodes"][1] |= {"mtbf_s": 2, "mttr_s": 2}  # 10,000 outages
+    asked["links"][0]["recover_s"] = 0
     found = simulate(asked, folder=None)
     failed = found.metrics["failed"]
     assert 150 < failed < 260
@@ -396,6 +400,7 @@ def test_nodes_that_break_by_themselves_are_down_for_their_share(simulate: Simul
     asked = data(policy={"mode": "exact", "draft": 0})
     asked["load"]["requests"] = 400
     asked["nodes"][1] |= {"mtbf_s": 9, "mttr_s": 1}
+    asked["links"][0]["recover_s"] = 0
     found = simulate(asked).metrics
     assert 0.03 < found["failed"] / 400 < 0.3
 
