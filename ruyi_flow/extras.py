@@ -18,7 +18,6 @@ _NODE = ("node", "train", "eval", "bench")
 
 EXTRAS = {
     "accelerate": ("train",),
-    "cryptography": ("keys",),
     "fastapi": ("http",),
     "gguf": _NODE,
     "huggingface_hub": _NODE,

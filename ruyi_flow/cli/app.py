@@ -46,7 +46,6 @@ MODULES = {
     "serve": "serving",
     "status": "nodes",
     "doctor": "doctor",
-    "keys": "keys",
     "shard": "nodes",
     "node": "nodes",
     "generate": "asking",
