@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ruyi_flow import client as client_module
+from ruyi_flow import resumption
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.errors import CapacityError, RequestError
 from ruyi_flow.loop.capacity import Lease
@@ -80,8 +80,8 @@ async def test_retries_are_bounded(spoken: Path, max_retries: int, tries: int) -
 async def test_a_retry_that_would_begin_after_the_deadline_is_not_tried(
     spoken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 1000.0)
-    monkeypatch.setattr(client_module, "_LONGEST_WAIT_S", 1000.0)
+    monkeypatch.setattr(resumption, "_FIRST_WAIT_S", 1000.0)
+    monkeypatch.setattr(resumption, "_LONGEST_WAIT_S", 1000.0)
     async with two_nodes(spoken, "n0") as nodes, AsyncClient(nodes.topology) as client:
         place = take_the_place(nodes, "n0")
         with pytest.raises(CapacityError, match="node 'n0' is full"):
@@ -92,8 +92,8 @@ async def test_a_retry_that_would_begin_after_the_deadline_is_not_tried(
 async def test_a_client_that_is_closed_or_cancelled_waits_no_longer(
     spoken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 1000.0)
-    monkeypatch.setattr(client_module, "_LONGEST_WAIT_S", 1000.0)
+    monkeypatch.setattr(resumption, "_FIRST_WAIT_S", 1000.0)
+    monkeypatch.setattr(resumption, "_LONGEST_WAIT_S", 1000.0)
     async with two_nodes(spoken, "n0") as nodes:
         client = AsyncClient(nodes.topology, timeout_s=1e6)
         place = take_the_place(nodes, "n0")

@@ -147,6 +147,9 @@ def test_rm_asks_in_a_terminal(home: Path, tiny: Path, typed: bytes | None, code
         while b"[y/N]" not in shown:
             shown += os.read(terminal, 1000)
         if typed is None:
+            time.sleep(
+                0.5
+            )  # Python does not see a signal that comes between the prompt and the call that waits for a line
             removing.send_signal(signal.SIGINT)
         else:
             os.write(terminal, typed)
