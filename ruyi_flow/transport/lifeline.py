@@ -32,6 +32,9 @@ _SLOW_BYTES_PER_S = 50_000.0
 _ASK_EVERY_S = 0.5
 """Seconds between two questions after an answer. The second one decides: a reply may be on its way at the first."""
 
+_MOST_ASKED = 1024
+"""Largest number of answers that are asked after at once."""
+
 _IDLE_S = 5.0
 """Seconds without a question after which signs are no longer asked for."""
 
@@ -161,6 +164,7 @@ class Lifeline:
         sent_s = sum(asker.owed_bytes for asker in waiting) / _SLOW_BYTES_PER_S  # they share the link
         late = [asker for asker in waiting if asker.key and now - (asker.waiting_since or now) > _LATE_S + sent_s]
         if late:
+            late = late[:_MOST_ASKED]
             self._asked_after = now
             self._asking = asyncio.create_task(self._ask_after(late), name="question after late answers")
 

@@ -293,7 +293,9 @@ class Peer:
         """
         call = self._alive(pb.AliveRequest().SerializeToString(), timeout=timeout_s)
         try:
-            return codec.parse_sealed(pb.Sign, await call.read())
+            if (data := await call.read()) is grpc.aio.EOF:
+                raise NodeUnavailable(f"node {self.name!r} ended the signs of life", node=self.name)
+            return codec.parse_sealed(pb.Sign, data)
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None
         except WireError as error:

@@ -42,6 +42,9 @@ _PARTING_S = 5.0
 _OPEN_BYTES = 256 * 1024
 """Largest handshake: it has a policy and some token ids, and its options are checked on the event loop."""
 
+_MOST_OWED = 4096
+"""Largest number of answers that a caller may ask after at once, since the event loop looks them up without a pause."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -273,6 +276,8 @@ class Server:
         """Tell a caller whose answers are late what is done about them."""
         async with _Statuses(self._service.name, context):
             keys = codec.parse_sealed(pb.OwedRequest, data).keys
+            if len(keys) > _MOST_OWED:
+                raise WireError(f"a question after {len(keys)} answers; at most {_MOST_OWED} are allowed")
             reply = pb.OwedReply(work=[self._work(key) for key in keys], instance=self._instance)
             return seal(reply.SerializeToString())
         raise AssertionError("abort has raised")
