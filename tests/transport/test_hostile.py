@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import pytest
 import torch
 
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.errors import NodeError
 from ruyi_flow.runtime.stage import Shard
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.node import Node
 from ruyi_flow.testing import Cluster, cluster, cut_topology
 from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.checksum import seal
+from ruyi_flow.transport.lifeline import Lifeline
 from ruyi_flow.transport.peer import METHODS
 from ruyi_flow.transport.server import Server
 from ruyi_flow.types import Reason
@@ -349,3 +353,44 @@ async def test_a_call_that_is_lost_or_cancelled_before_it_began_is_no_trace(
     assert [record.exc_info[1].args for record in caplog.records if record.exc_info and record.exc_info[1]] == [
         ("a bug",)
     ]
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A session that has waited for an answer for ten seconds, as `Lifeline` knows it."""
+
+    key: bytes
+    instance: bytes = b""
+    owed_bytes: int = 0
+    waiting_since: float | None = field(default_factory=lambda: time.monotonic() - 10)
+
+    def check(self, now: float) -> None:
+        """Wait on."""
+
+    def leave(self) -> None:
+        """Stay."""
+
+    def lose(self, error: NodeError) -> None:
+        """Wait on."""
+
+
+async def test_a_question_after_late_answers_has_a_bound_on_both_ends(tiny: Path) -> None:
+    async with (
+        cluster(cut_topology(tiny, [[2, 4, 6]])) as nodes,
+        grpc.aio.insecure_channel(nodes.topology.entry.addresses[0], LOCAL) as channel,
+    ):
+        owed, asked = channel.unary_unary(METHODS["Owed"]), asyncio.Queue[int]()
+        question = pb.OwedRequest(keys=[b"%d" % i for i in range(5000)])
+        with pytest.raises(grpc.aio.AioRpcError, match="a question after 5000 answers; at most 4096 are allowed"):
+            await owed(seal(question.SerializeToString()))
+
+        async def ask(data: bytes, timeout: float) -> Any:
+            asked.put_nowait(len(pb.OwedRequest.FromString(data).keys))
+            return await owed(data, timeout=timeout)
+
+        waiting = {Waiting(b"%d" % i) for i in range(2000)}
+        ignored: dict[str, Any] = {"heard": lambda sign: None, "dropped": lambda session: None}
+        lifeline = Lifeline(channel.unary_stream(METHODS["Alive"]), ask, waiting, **ignored)
+        lifeline.watch()
+        assert await asked.get() == 1024
+        await lifeline.close()
