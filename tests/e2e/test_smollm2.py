@@ -83,7 +83,7 @@ async def test_the_packages_policy_is_the_demo_familys(smollm2: Path) -> None:
     assert policy.family == Checkpoint(smollm2).fingerprint and policy.score is Score.PROBE
     cuts = [[5, 11], [17, 23], [29]]
     async with cluster(cut_topology(smollm2, cuts)) as nodes, AsyncClient(nodes.topology) as client:
-        asked: dict[str, Any] = {"max_new_tokens": 32, "policy": POLICY}
+        asked: dict[str, Any] = {"max_new_tokens": 20, "policy": POLICY}
         exact = await client.generate(PROMPTS[0], mode="exact", draft=8, **asked)
         assert exact.token_ids == (await client.generate(PROMPTS[0], mode="exact", draft=0, **asked)).token_ids
         reply = await client.generate(PROMPTS[0], **asked)

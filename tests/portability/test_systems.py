@@ -120,7 +120,7 @@ def running(system: str, log: Path, *arguments: object) -> Iterator[Running]:
         started.process.communicate()
 
 
-@pytest.mark.parametrize("system", ["apple", "windows"])
+@pytest.mark.parametrize("system", ["apple", pytest.param("windows", marks=pytest.mark.slow)])
 def test_up_serves_the_same_tokens_and_ends_with_ctrl_c(system: str, place: Path, tmp_path: Path) -> None:
     command(system, "shard", "-t", write_topology(place, [[2], [4, 6]]), "--out", place / "Stücke")
     topology = write_topology(place, [[2], [4, 6]])
@@ -137,9 +137,9 @@ def test_up_serves_the_same_tokens_and_ends_with_ctrl_c(system: str, place: Path
     ("system", "weights", "end"),
     [
         ("bare", "int4", "input"),
-        ("old", "int8", "SIGTERM"),
+        pytest.param("old", "int8", "SIGTERM", marks=pytest.mark.slow),
         ("windows", "int8", "SIGINT"),
-        ("windows", None, "SIGTERM"),
+        pytest.param("windows", None, "SIGTERM", marks=pytest.mark.slow),
     ],
 )
 def test_a_node_serves_the_same_tokens_and_drains(

@@ -45,6 +45,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Options of the answers; with those in token and cascade, every exit decides some tokens."""
 
+MOST_MODES = [pytest.param(mode, marks=pytest.mark.slow if f"{mode}, drafting" in MODES else ()) for mode in MODES]
+"""The modes; those that draft nothing are slow tests where the same mode with drafts is tested."""
+
 PROMPT = [7, 100, 23, 61, 250, 9, 33]
 LONG_PROMPT = [3 + (i * 37) % 250 for i in range(150)]
 TOKENS = 14
@@ -83,7 +86,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("node", range(3))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MOST_MODES)
 async def test_a_node_may_be_lost_at_each_message(world: World, mode: str, node: int) -> None:
     relay, options = world.relays[node], MODES[mode]
     await world.ask(PROMPT, options)
@@ -103,7 +106,7 @@ async def test_a_node_may_be_lost_at_each_message(world: World, mode: str, node:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MOST_MODES)
 async def test_a_node_may_be_lost_while_another_one_or_itself_is_recovered(world: World, mode: str) -> None:
     options, rng = MODES[mode], random.Random(1)
     expected = await world.ask(LONG_PROMPT, options)

@@ -692,6 +692,7 @@ async def test_status_tells_how_many_sessions_wait_for_room(tiny: Path) -> None:
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")  # torch's own import
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_node_whose_layers_are_compiled_decides_the_same(tiny: Path, oracle: Oracle) -> None:
     node = {"name": "whole", "exits": [2, 4, 6], "dtype": "float32", "threads": 1, "compile": True}
