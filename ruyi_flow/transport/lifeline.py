@@ -32,6 +32,13 @@ _SLOW_BYTES_PER_S = 50_000.0
 _ASK_EVERY_S = 0.5
 """Seconds between two questions after an answer. The second one decides: a reply may be on its way at the first."""
 
+_UNHEARD_S = 5.0
+"""Seconds without an answer to any question after which the node is taken not to hear this end, though signs arrive: a
+damaged length makes HTTP/2 wait for the rest of a message that never ends."""
+
+_SLOWEST_BYTES_PER_S = 10_000
+"""A question may wait behind what is sent at this rate."""
+
 _MOST_ASKED = 1024
 """Largest number of answers that are asked after at once."""
 
@@ -98,6 +105,8 @@ class Lifeline:
         self._asked_after = -math.inf
         self._doubts: dict[Asker, float] = {}
         """The sessions that the node did not work for when it was last asked, with their `waiting_since`."""
+        self._unheard_since: float | None = None
+        """When the first of the questions was asked that have found no answer."""
         self.instances: set[bytes] = set()
         """The processes that serve the sessions of this connection: one, unless a proxy spreads them."""
         self._watching: asyncio.Task[None] | None = None
@@ -169,13 +178,17 @@ class Lifeline:
             self._asking = asyncio.create_task(self._ask_after(late), name="question after late answers")
 
     async def _ask_after(self, late: Sequence[Asker]) -> None:
-        """Ask what the node does about answers, and give up those that it did not work for twice in a row."""
+        """Ask what the node does about answers, and give up those that it did not work for twice in a row.
+
+        If no question is answered for long, those are given up that have made no progress since the first one.
+        """
+        asked_at, is_answered = time.monotonic(), False
         try:
             request = pb.OwedRequest(keys=[asker.key for asker in late])
             with suppress(grpc.aio.AioRpcError, WireError):  # the signs of life tell that the connection is lost
                 data = await self._owed(seal(request.SerializeToString()), timeout=SILENT_S)
                 reply, doubts = codec.parse_sealed(pb.OwedReply, data), self._doubts
-                self._doubts = {}
+                self._doubts, self._unheard_since, is_answered = {}, None, True
                 for asker, work in zip(late, reply.work, strict=False):
                     since = asker.waiting_since
                     serves = {asker.instance} if asker.instance else self.instances
@@ -185,8 +198,21 @@ class Lifeline:
                         self._dropped(asker)
                     else:
                         self._doubts[asker] = since
+            if not is_answered:
+                self._doubt_hearing(late, asked_at)
         finally:
             self._asking = None
+
+    def _doubt_hearing(self, late: Sequence[Asker], asked_at: float) -> None:
+        """Note that a question found no answer, and give up sessions if none has for long."""
+        since = self._unheard_since
+        unmoved = [a for a in late if a.waiting_since is not None and a.waiting_since < (since or asked_at)]
+        if since is None or not unmoved:
+            self._unheard_since = asked_at
+            return
+        if time.monotonic() - since > _UNHEARD_S + sum(a.owed_bytes for a in unmoved) / _SLOWEST_BYTES_PER_S:
+            for asker in unmoved:
+                self._dropped(asker)
 
     async def _listen(self) -> None:
         """Read signs until the stream ends. Sessions notice by themselves that a connection is lost."""

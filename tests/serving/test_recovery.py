@@ -174,6 +174,41 @@ async def test_a_message_that_is_lost_on_a_connection_that_works_on_is_noticed(
         await nodes.settle()
 
 
+class DeafRelay(Relay):
+    """A relay whose connections of a moment carry nothing to the node any more, but still from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last, self._deaf = 0, -1
+
+    def deafen(self) -> None:
+        """Drop what goes up from now on, on the connections that there are."""
+        self._deaf = self._last
+
+    def relayed(self, connection: int, data: bytes, *, up: bool) -> bytes:
+        self._last = max(self._last, connection)
+        return b"" if up and connection <= self._deaf else data
+
+
+@pytest.mark.parametrize("where", ["n0", "n1"])
+async def test_a_node_that_does_not_hear_is_noticed_though_it_gives_signs_of_life(tiny: Path, where: str) -> None:
+    relay = DeafRelay()
+    async with cluster(cut_topology(tiny, [[2], [4, 6]]), {where: relay}) as nodes:
+        async with AsyncClient(nodes.topology) as client:
+            expected = await answer(client, draft=0)
+            stream = client.stream(PROMPT, max_new_tokens=40, eos_token_ids=(), draft=0)
+            if where == "n1":
+                for _ in range(10):
+                    await anext(stream)
+            relay.deafen()
+            tokens = [*stream.tokens, *[token async for token in stream]]
+            assert [(token.id, token.exit) for token in tokens] == expected
+            stats = stream.reply.stats
+            [recovery] = stats.recoveries if where == "n0" else stats.hops[1].recoveries
+            assert recovery.cause == "dropped"
+        await nodes.settle()
+
+
 async def test_a_session_that_the_node_has_forgotten_is_noticed_unless_another_process_answers(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
