@@ -55,7 +55,8 @@ async def examine(
     where = "" if path is None else shortest(path, "topology")
     announce("looking up the nodes' addresses")
     nodes = () if topology is None else topology.nodes
-    places = [place for found in await asyncio.gather(*(find(node) for node in nodes)) for place in found]
+    keys = None if topology is None else topology.user_keys
+    places = [place for found in await asyncio.gather(*(find(node, keys) for node in nodes)) for place in found]
     announce("loading torch, and looking at shards and families")
     report = await ask_torch(() if topology is None else _folders(topology, places))
     for check in _torch_checks(report):
