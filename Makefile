@@ -4,13 +4,19 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test check docs install-trial client-trial robustness bench bench-sim gpu mutants protos picture clean
+.PHONY: demo test test-all check docs install-trial client-trial robustness bench bench-sim gpu mutants protos picture clean
 
 demo: $(READY)            ## three daemons on this machine answer a prompt together
 	$(BIN)/ruyi-flow demo
 
-test: $(READY)            ## all tests, in a process a core and one more, four at the most; a file's tests share their families
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# In a process a core and one more, four at the most; a file's tests share their families.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test: $(READY)            ## all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)        ## all tests
+	$(PYTEST)
 
 check: $(READY)           ## format, lint, types, import order
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -36,6 +37,7 @@ from ruyi_flow.types import Mode
 from tests.families import MIN_VOCAB, add_tokenizer
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes: several tests run at a time
 
 # Hypothesis would fail an example that takes long, and a machine can be busy.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

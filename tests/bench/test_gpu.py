@@ -29,6 +29,7 @@ def last_line(*arguments: str) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(line), table
 
 
+@pytest.mark.slow
 def test_the_steps_run_on_a_cpu_with_tiny_families() -> None:
     status, found, table = last_line(*STEPS)
     assert set(found) == {"bench", "settings", "results", "machine"} and found["bench"] == "gpu"

@@ -82,7 +82,7 @@ def test_compute_is_what_has_to_run() -> None:
     assert began == pytest.approx(whole + 10 * layer + 10 * 50)
 
 
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("scored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cascade_saves_compute_and_keeps_its_bound_on_new_prompts(scored: bool) -> None:
     lost, saved = [], []
     bound = 0.15 if scored else 0.05

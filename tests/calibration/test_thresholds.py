@@ -67,7 +67,7 @@ def test_a_curve_gives_the_same_one_by_one_and_at_once() -> None:
     assert Curve(1.0, (0.3,), (0.6,))(0.1) == Curve(1.0, (0.3,), (0.6,))(0.9) == 0.6
 
 
-@pytest.mark.parametrize("bound", [0.05, 0.1])
+@pytest.mark.parametrize("bound", [0.05, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_the_bound_holds_on_new_prompts_and_is_used(world: Trace, bound: float) -> None:
     kept, used = 0, []
     for seed in range(12):

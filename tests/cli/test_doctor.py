@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,6 +55,7 @@ def nodes(topology: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
         for name, process in running.items():
             while f"{name} serves exits" not in (text := (topology.parent / f"{name}.log").read_text()):
                 assert process.poll() is None, text
+                time.sleep(0.05)
         yield running
 
 

@@ -169,7 +169,7 @@ _COMMAND = [sys.executable, "-m", "ruyi_flow.cli"]
 
 
 CASES = [
-    pytest.param(name, at, id=f"{name}-{at.event}-{at.text}")
+    pytest.param(name, at, id=f"{name}-{at.event}-{at.text}", marks=() if at == moments[-1] else pytest.mark.slow)
     for name, (_, moments) in COMMANDS.items()
     for at in moments
 ]

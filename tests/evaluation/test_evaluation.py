@@ -61,6 +61,7 @@ def test_every_exit_scores_as_the_harness_scores_transformers(family: Family, da
     assert ours.columns[0].samples == 9
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_smollm2_scores_as_the_harness_scores_it(smollm2: Path, data: Path, tmp_path: Path) -> None:
     family = load_family(smollm2, dtype="float32")

@@ -20,7 +20,7 @@ from ruyi_flow.cli.display import counting_bar, err, out, print_json
 from ruyi_flow.errors import RuyiFlowError
 from tests.robustness.report import failure_text, rows_of, to_json, to_table, write_page
 from tests.robustness.traffic import DEMO, TINY
-from tests.robustness.trial import Outcome, Trial, end_on_sigterm, run_trials
+from tests.robustness.trial import Outcome, Trial, ignore_ctrl_c, run_trials
 
 _PART = 25
 """Trials that run on the same nodes."""
@@ -80,7 +80,7 @@ def _run_all(trials: Sequence[Trial], jobs: int, *, quiet: bool) -> Iterator[Out
     parts = [trials[i : i + _PART] for i in range(0, len(trials), _PART)]
     with (
         counting_bar(quiet=quiet) as report,
-        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_on_sigterm) as pool,
+        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=ignore_ctrl_c) as pool,
     ):
         done = 0
         report("faults", done, len(trials))

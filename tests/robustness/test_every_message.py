@@ -136,7 +136,7 @@ async def test_a_process_may_be_killed_at_any_message(tmp_path: Path) -> None:
                 assert isinstance(relay, MessageRelay)
                 expected: list[tuple[int, int]] | None = None
                 relay.count, number = 0, 0
-                for _ in range(3):
+                for _ in range(2):
 
                     def kill(node: Any = node, pid: int = node.pid) -> None:
                         node.send(signal.SIGKILL)

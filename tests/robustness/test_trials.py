@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,7 @@ def test_ctrl_c_ends_all_processes() -> None:
 
         while len(descendants()) < 5:  # the fork server, its tracker and three nodes
             assert running.poll() is None
+            time.sleep(0.05)
         found = descendants()
         running.send_signal(signal.SIGINT)
         _, stderr = running.communicate()

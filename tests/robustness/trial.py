@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import signal
 import time
@@ -31,7 +32,7 @@ from tests.robustness.traffic import (
 )
 from tests.robustness.validate import longest_wait, problems_at_rest, problems_of, running_tasks, tasks_left
 
-__all__ = ["Outcome", "Trial", "end_on_sigterm", "ready_cluster", "run_trial", "run_trials"]
+__all__ = ["Outcome", "Trial", "ignore_ctrl_c", "ready_cluster", "run_trial", "run_trials"]
 
 _ANSWER_S = 30.0
 """Seconds that an answer may take, its recoveries included."""
@@ -124,22 +125,28 @@ class _Arrivals:
                 event.set()
 
 
-def end_on_sigterm() -> None:
-    """Make SIGTERM end this process as Ctrl-C does, which is left to the process that has started it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def ignore_ctrl_c() -> None:
+    """Leave Ctrl-C to the process that has started this one, and that ends it by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_trials(trials: Sequence[Trial]) -> list[Outcome]:
-    """Run trials one after the other on the same nodes."""
+    """Run trials one after the other on the same nodes; SIGTERM ends them and the process."""
 
     async def run() -> list[Outcome]:
+        # Python's own handler would raise within whatever runs, also where gRPC forgets exceptions.
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with TemporaryDirectory(prefix="ruyi-flow-robustness-") as folder:
             family, replicas = trials[0].family, trials[0].replicas
             async with ready_cluster(Path(folder), family=family, replicas=replicas) as cluster:
                 return [await run_trial(cluster, trial) for trial in trials]
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        os._exit(128 + signal.SIGTERM)  # the pool may have given this process its next trials already
 
 
 async def run_trial(cluster: Cluster, trial: Trial) -> Outcome:
@@ -250,7 +257,9 @@ async def ready_cluster(
             raise RuyiFlowError("; ".join(problems))
         gc.collect()
         gc.freeze()  # so that the collections after each trial are short
-        cluster.fds = {node.name: node.num_fds() for node in cluster.nodes}
+        # A replica that has served no answer yet has not reached those after it, nor have those before it reached it.
+        to_come = 3 * (replicas - 1)
+        cluster.fds = {node.name: node.num_fds() + to_come for node in cluster.nodes}
         try:
             yield cluster
         finally:

@@ -57,7 +57,7 @@ def queue(tmp_path: Path, rate: float, prompts: list[int], seed: int) -> dict[st
 
 def test_one_server_with_exponential_service_is_m_m_1(tmp_path: Path, simulate: Simulate) -> None:
     source = random.Random(1)
-    prompts = [max(1, min(4000, round(source.expovariate(1 / 400)))) for _ in range(40_000)]
+    prompts = [max(1, min(4000, round(source.expovariate(1 / 400)))) for _ in range(20_000)]
     mean = ROW_S * sum(prompts) / len(prompts)
     load = 0.4
     found = simulate(queue(tmp_path, load / mean, prompts, 2), ONE).metrics
@@ -68,7 +68,7 @@ def test_one_server_with_exponential_service_is_m_m_1(tmp_path: Path, simulate: 
 
 def test_one_server_with_equal_service_is_m_d_1(tmp_path: Path, simulate: Simulate) -> None:
     load, each = 0.5, 400 * ROW_S
-    found = simulate(queue(tmp_path, load / each, [400] * 30_000, 3), ONE).metrics
+    found = simulate(queue(tmp_path, load / each, [400] * 15_000, 3), ONE).metrics
     assert found["total_s"]["mean"] == pytest.approx(each * (1 + load / (2 * (1 - load))), rel=0.02)
 
 

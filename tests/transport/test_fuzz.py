@@ -9,6 +9,6 @@ from tests.transport.fuzz import fuzz
 
 @pytest.mark.timeout(300)
 async def test_thousands_of_mutated_messages_harm_nobody(tiny: Path) -> None:
-    report = await fuzz(tiny, seed=20, messages=5000)
+    report = await fuzz(tiny, seed=20, messages=2000)
     assert not report.faults, "\n".join(report.faults)
-    assert report.honest > 50 and report.outcomes["verdict"] > 100
+    assert report.honest > 20 and report.outcomes["verdict"] > 40

@@ -25,8 +25,8 @@ __all__ = ["CONTENDERS", "concurrent_step_times", "estimate_cores", "per_step"]
 
 CONTENDERS = 3
 """Processes that compete for the machine's cores in the measurement."""
-_MEASURED_S = 12.0
-"""Seconds during which the processes' steps are timed."""
+_ROUND_S = 1.75
+"""Seconds of each round, during which the processes' steps are timed."""
 
 
 def concurrent_step_times(
@@ -36,11 +36,13 @@ def concurrent_step_times(
     weights: Weights | None,
     threads: int,
     processes: int,
+    rounds: int,
     report: Report = no_report,
 ) -> tuple[float, float]:
     """Run steps with random pauses in several processes at once; return the mean seconds of a step and of a pause."""
+    measured_s = rounds * _ROUND_S
     what = f"seconds of steps in {processes} process{'es' if processes > 1 else ''}"
-    options = {"dtype": dtype, "weights": weights, "threads": threads}
+    options = {"dtype": dtype, "weights": weights, "threads": threads, "measured_s": measured_s}
     with child_processes(processes, _run_steps, family, options) as connections:
         try:
             report(f"starting {processes} process{'es' if processes > 1 else ''}", 0, 0)
@@ -50,8 +52,8 @@ def concurrent_step_times(
                 connection.send(seed)
             began = time.monotonic()
             while not connections[0].poll(1.0):
-                report(what, int(time.monotonic() - began), int(_MEASURED_S))
-            report(what, int(_MEASURED_S), int(_MEASURED_S))
+                report(what, int(time.monotonic() - began), int(measured_s))
+            report(what, int(measured_s), int(measured_s))
             return per_step([connection.recv() for connection in connections])
         except (EOFError, ConnectionError):
             raise ConfigError("a measuring process ended early (out of memory?); its own message is above") from None
@@ -80,7 +82,7 @@ def _run_steps(connection: Connection, family: str, options: Mapping[str, Any]) 
         step_s = sum(time_stages([session], 1, "trunk"))
         connection.send(None)
         random_pause = random.Random(connection.recv()).expovariate
-        end, stepped_s, paused_s, count = time.perf_counter() + _MEASURED_S, 0.0, 0.0, 0
+        end, stepped_s, paused_s, count = time.perf_counter() + options["measured_s"], 0.0, 0.0, 0
         while time.perf_counter() < end:
             session.rewind(NEAR_CONTEXT)
             stepped_s += sum(time_stages([session], 1, "trunk"))

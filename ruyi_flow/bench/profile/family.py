@@ -88,8 +88,8 @@ def profile_family(
     )
     del shard, model
     options: dict[str, Any] = {"dtype": dtype, "weights": weights, "threads": threads}
-    alone = concurrent_step_times(family, **options, processes=1, report=report)
-    concurrent_s, _ = concurrent_step_times(family, **options, processes=CONTENDERS, report=report)
+    alone = concurrent_step_times(family, **options, processes=1, rounds=rounds, report=report)
+    concurrent_s, _ = concurrent_step_times(family, **options, processes=CONTENDERS, rounds=rounds, report=report)
     found.machine["cores_for_nodes"] = round(estimate_cores(alone, concurrent_s), 3)
     if len(config.exits) > 1:
         node_options = {"family": family, **options}
