@@ -120,3 +120,17 @@ def test_the_ca_needs_its_own_key(file: Path, run: Command) -> None:
     (folder / "ca.key").write_bytes((folder / "nodes" / "n0.key").read_bytes())
     with pytest.raises(ConfigError, match="is not the key of"):
         Authority(security)
+
+
+def test_doctor_says_whether_the_keys_are_right(file: Path, run: Command) -> None:
+    folder = keyed(file, run)
+
+    def told() -> list[tuple[str, str]]:
+        checks = json.loads(run("doctor", str(file), "--json")[1])
+        return [(check["mark"], check["text"]) for check in checks if check["name"] == "keys"]
+
+    [(mark, text)] = told()
+    assert mark == "ok" and "node n1, user operator, are right until 20" in text
+    (folder / "nodes" / "n1.pem").write_bytes((folder / "nodes" / "n0.pem").read_bytes())
+    [(mark, text)] = told()
+    assert mark == "failed" and text.startswith("node n1: it names n0.nodes.lab.ruyi-flow")

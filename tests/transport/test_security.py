@@ -11,18 +11,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 
 from ruyi_flow.client import AsyncClient
 from ruyi_flow.config.security import Keys, Security, node_identity
+from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError, NodeUnavailable
+from ruyi_flow.family.checkpoint import Checkpoint, cut
 from ruyi_flow.keys.authority import Authority, keys_of_user
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.node import serve
-from ruyi_flow.testing import Cluster, cluster, cut_topology, with_keys
+from ruyi_flow.telemetry import exposition  # noqa: F401 (its import reads files, which no event loop may wait for)
+from ruyi_flow.testing import Cluster, cluster, cut_topology, free_ports, with_keys
 from ruyi_flow.transport.peer import METHODS, Peer
 from ruyi_flow.transport.security import Files
 from ruyi_flow.transport.server import HEALTH_CALLS, NEEDS
+from tests.config.test_policy_file import write
+from tests.conftest import write_topology
 
 CUTS = [[2], [4], [6]]
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
@@ -95,6 +101,7 @@ async def test_every_call_is_answered_to_those_who_may_make_it_and_to_nobody_els
         assert security is not None
         right = {name: security.of_node(name, None) for name in BEFORE} | {"operator": security.of_user()}
         wrong = await asyncio.to_thread(made, Authority(security), security)
+        await asyncio.sleep(1.1)  # certificates end at whole seconds
         credentials: dict[str, Keys | None] = {"none": None, **wrong, **right}
         for node in nodes.topology.nodes:
             for name, keys in credentials.items():
@@ -247,3 +254,49 @@ async def test_a_node_without_keys_listens_on_loopback_only(tiny: Path, key: str
     if key == "listen":
         async with serve(engine, insecure=True) as server:
             assert server.address.startswith("0.0.0.0:")
+
+
+async def test_metrics_are_told_over_tls_to_callers_with_a_certificate(tiny: Path, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    topology = cut_topology(tiny, [[2, 4, 6]])
+    node = topology.entry.model_copy(update={"metrics": f"127.0.0.1:{port}"})
+    async with cluster(topology.model_copy(update={"nodes": (node,)}), keys=tmp_path / "keys") as nodes:
+        keys = nodes.topology.user_keys
+        assert keys is not None
+        context = ssl.create_default_context(cafile=keys.ca)
+        async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=context) as http:
+            with pytest.raises((httpx.TransportError, ssl.SSLError)):
+                await http.get("/metrics")
+        context.load_cert_chain(keys.certificate, keys.key)
+        async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=context) as http:
+            assert "ruyi_num_requests_running" in (await http.get("/metrics")).text
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            with pytest.raises(httpx.TransportError):
+                await http.get("/metrics")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes of files")
+def test_a_shard_and_a_policy_that_everyone_may_write_are_refused_with_keys(tiny: Path, tmp_path: Path) -> None:
+    shard, policy = tmp_path / "shard", tmp_path / "policy.yaml"
+    topology = cut_topology(tiny, [[2, 4, 6]])
+    cut(Checkpoint(tiny), (2, 4, 6), shard)
+    node = topology.entry.model_copy(update={"shard": shard})
+    keyless = topology.model_copy(update={"nodes": (node,)})
+    keyed = with_keys(keyless, tmp_path / "keys")
+    shard.chmod(0o777)
+    Engine.load(keyless, node.name)
+    with pytest.raises(ConfigError, match="every user of this machine may change .*; chmod o-w"):
+        Engine.load(keyed, node.name)
+    shard.chmod(0o755)
+    Engine.load(keyed, node.name)
+    write(policy, family=Checkpoint(tiny).fingerprint)
+    policy.chmod(0o666)
+    node = topology.entry.model_copy(update={"address": "127.0.0.1:7199"})
+    policies = topology.policy.model_copy(update={"file": policy})
+    topology = topology.model_copy(update={"policy": policies, "nodes": (node,)})
+    file = write_topology(topology, tmp_path / "topology.yaml")
+    Topology.load(file)
+    with file.open("a") as out:
+        out.write(f"security:\n  deployment: test\n  ca: {tmp_path / 'keys' / 'ca.pem'}\n")
+    with pytest.raises(ConfigError, match="every user of this machine may change this policy"):
+        Topology.load(file)
