@@ -8,6 +8,8 @@
     ├── RequestError           no node could serve the request
     │   └── ContextLengthError the prompt does not fit the family's context
     └── NodeError              a node, or the connection to it, fails
+        ├── Unauthenticated    the caller has not proven who it is
+        ├── PermissionDenied   the caller may not make this call
         ├── HandshakeError     two nodes do not fit together (family, stages, version)
         ├── CapacityError      a limit of the node is reached: sessions, positions
         ├── CacheMiss          the caches of an earlier turn are gone; the caller sends their states again
@@ -43,10 +45,12 @@ __all__ = [
     "NodeError",
     "NodeFault",
     "NodeUnavailable",
+    "PermissionDenied",
     "RequestCancelled",
     "RequestError",
     "RuyiFlowError",
     "TrainingError",
+    "Unauthenticated",
     "WireError",
     "did_you_mean",
     "loss_cause",
@@ -112,6 +116,14 @@ class NodeError(RuyiFlowError):
     def __str__(self) -> str:
         count = len(self.tokens)
         return f"{self.message}; {count} token{'s' * (count > 1)} had arrived before" if count else self.message
+
+
+class Unauthenticated(NodeError):
+    """The caller has not proven who it is."""
+
+
+class PermissionDenied(NodeError):
+    """The caller is known, and may not make this call."""
 
 
 class HandshakeError(NodeError):

@@ -18,6 +18,7 @@ _NODE = ("node", "train", "eval", "bench")
 
 EXTRAS = {
     "accelerate": ("train",),
+    "cryptography": ("keys",),
     "fastapi": ("http",),
     "gguf": _NODE,
     "huggingface_hub": _NODE,

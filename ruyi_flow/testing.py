@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ruyi_flow.config.security import OPERATOR, Security
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.family.checkpoint import save_weights
@@ -29,7 +30,7 @@ from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.node import serve
 from ruyi_flow.telemetry.spans import NO_TRACER, Tracer
 
-__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "open_session", "tiny_family"]
+__all__ = ["Cluster", "Relay", "cluster", "cut_topology", "free_ports", "open_session", "tiny_family", "with_keys"]
 
 
 def tiny_family(
@@ -240,12 +241,32 @@ class Cluster:
         self.check_idle()
 
 
+def with_keys(topology: Topology, folder: Path, *, days: int = 1) -> Topology:
+    """Make a CA, a certificate of each node and one of the user `operator`, and return the topology with them.
+
+    Args:
+        topology: the topology.
+        folder: folder for the files; a CA that is there is used.
+        days: days for which the certificates are valid.
+    """
+    from ruyi_flow.keys.authority import Authority, hosts_of
+
+    security = Security(deployment="test", ca=folder / "ca.pem")
+    topology = topology.model_copy(update={"security": security})
+    authority = Authority(security) if security.ca.exists() else Authority.create(security, days=days)
+    for node in topology.nodes:
+        authority.issue_node(topology, node.name, days=days)
+    authority.issue_user(OPERATOR, hosts_of(topology, topology.entry.name), days=days)
+    return topology
+
+
 @asynccontextmanager
 async def cluster(
     topology: Topology,
     relays: dict[str, Relay] | None = None,
     tracers: Mapping[str, Tracer] | None = None,
     replicas: Mapping[str, int] | None = None,
+    keys: str | Path | None = None,
 ) -> AsyncIterator[Cluster]:
     """Run all nodes of a topology in this process while the block lasts, each with its gRPC server and compute thread.
 
@@ -254,7 +275,10 @@ async def cluster(
         relays: relays in front of nodes, by the node's name. Replicas are named n1/1, n1/2 and so on.
         tracers: tracers of nodes, by the node's name; the caller closes them.
         replicas: number of replicas of nodes that have several, by the node's name.
+        keys: folder for new keys; every connection is TLS then. Default: none.
     """
+    if keys is not None:
+        topology = await asyncio.to_thread(with_keys, topology, Path(keys))
     engines: dict[str, Engine] = {}
     async with AsyncExitStack() as stack:
         for i in reversed(range(len(topology.nodes))):  # the deepest first: each needs the next one's address

@@ -578,6 +578,8 @@ class NodeStatus:
     """Bytes that are reserved for the KV cache."""
     log_bytes: int = 0
     """Bytes that are reserved for the log of boundary states, from which the next node can be restored."""
+    insecure: bool = False
+    """Whether it was started with `--insecure`: without keys, on an address that other machines may reach."""
 
 
 class Stage(Protocol):

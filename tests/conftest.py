@@ -52,6 +52,7 @@ LOOPS = [f"ruyi_flow.{name}" for name in ("client", "http", "loop", "runtime", "
 
 MAY_BLOCK = [
     ("logging/__init__.py", {"emit", "flush"}),  # a log line goes to standard error
+    ("transport/security.py", {"_stat", "_read", "_context"}),  # small files, when a connection is made
     ("psutil/_common.py", {"cat"}),  # reads /proc, which is memory
 ]
 """Functions on an event loop that may wait for a file."""

@@ -19,7 +19,7 @@ import typer
 from pydantic import BaseModel
 
 from ruyi_flow.cli.commands import app
-from ruyi_flow.config import topology
+from ruyi_flow.config import security, topology
 from ruyi_flow.routing.policy import Routing
 from ruyi_flow.sim import scenario
 from ruyi_flow.sim.hardware import HARDWARE
@@ -157,7 +157,9 @@ def _topology() -> str:
         ("The top level", topology.Topology, ""),
         ("A node", topology.Node, ""),
         ("A node's limits", topology.Limits, "limits."),
+        ("A node's certificate", security.NodeSecurity, "security."),
         ("A link", topology.Link, ""),
+        ("The keys of a deployment", security.Security, "security."),
     )
     options = {field.name for field in dataclasses.fields(Routing)}
     rows = [*_rows(topology.DefaultPolicy, "", skip=options), *_rows(Routing, "", skip={"start", "scale", "family"})]

@@ -46,6 +46,7 @@ MODULES = {
     "serve": "serving",
     "status": "nodes",
     "doctor": "doctor",
+    "keys": "keys",
     "shard": "nodes",
     "node": "nodes",
     "generate": "asking",

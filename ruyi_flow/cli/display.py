@@ -342,7 +342,7 @@ def status_table(answers: Mapping[str, NodeStatus | NodeError], addresses: Mappi
         state = _LINK_STATES.get(status.next_state, status.next_state)
         cells = (
             address,
-            status.state,
+            f"{status.state}, insecure" if status.insecure else status.state,
             comma_list(status.exits),
             f"{status.first_layer}-{status.last_layer - 1}",
             f"{status.parameters / 1e6:,.1f}",

@@ -64,6 +64,16 @@ if TYPE_CHECKING:
 __all__ = ["ENDING", "LogLevel", "node", "shard", "start_nodes", "status", "up"]
 
 
+InsecureOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Listen also on addresses that other machines reach, without keys: everyone there can use the node and "
+        "read what it sends. A topology with the section security needs no such option.",
+    ),
+]
+INSECURE = "--insecure: everyone who reaches this node can use it, and what it sends and receives is not encrypted"
+
 ENDING = "ending the nodes"
 """What is said when Ctrl-C ends nodes that this process runs."""
 
@@ -194,6 +204,7 @@ def node(
             "the topology.",
         ),
     ] = None,
+    insecure: InsecureOption = False,
     log_level: Annotated[LogLevel, typer.Option(help="Least severe messages to log.")] = LogLevel.INFO,
     log_json: LogJsonOption = False,
     no_request_log: NoRequestLogOption = False,
@@ -214,7 +225,10 @@ def node(
     if not loaded.node(name).addresses:
         raise ConfigError(f"{topology}: node {name!r} has no address to listen on; add address: 127.0.0.1:7101")
     require("torch")
-    here = asyncio.run(_this_replica(loaded.node(name), replica, listen))  # before torch and the weights are loaded
+    keyless = loaded.security is None
+    here = asyncio.run(  # before torch and the weights are loaded
+        _this_replica(loaded.node(name), replica, listen, may_open=not keyless or insecure)
+    )
     log_to_stderr(log_level, as_json=log_json, requests=not no_request_log, brief=supervised, node=here.name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tracing = Tracing(trace, otlp, trace_share)
@@ -226,20 +240,23 @@ def node(
     stay_on_cores(here.node, str(topology))
     tracer = tracing.tracer(here.name)
     logger = logging.getLogger("ruyi_flow.serving.node")
+    if keyless and insecure:
+        logger.warning(INSECURE)
     with tidy_heap():
         engine = Engine.load(loaded, name, where=str(topology))
+    engine.is_insecure = keyless and insecure
 
     async def run() -> None:
         stop = on_signals()
         if supervised:
             on_end_of_input(stop)
         watched = watched_by_systemd(lambda: engine.worker.is_stuck)
-        async with watched as tell_systemd, serve(engine, tracer=tracer) as server:
+        async with watched as tell_systemd, serve(engine, tracer=tracer, insecure=insecure) as server:
             gc.collect()
             gc.freeze()  # a full collection over all that is loaded by now would stop the event loop for 0.1 s
             status = engine.status()
             logger.info(
-                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; %.0f MB resident",
+                "%s serves exits %s (trunk layers %d-%d, %.1f M parameters, %s) on %s after %.1f s; %.0f MB resident%s",
                 here.name,
                 list(status.exits),
                 status.first_layer,
@@ -249,6 +266,7 @@ def node(
                 server.address,
                 time.monotonic() - began,
                 status.resident_bytes / 1e6,
+                "; insecure" if engine.is_insecure else "",
             )
             tell_systemd("READY=1")
             await stop.wait()
@@ -262,15 +280,15 @@ def node(
         tracer.close()
 
 
-async def _this_replica(node: Node, number: int | None, listen: str | None) -> Replica:
+async def _this_replica(node: Node, number: int | None, listen: str | None, *, may_open: bool) -> Replica:
     """Return the replica of a node that this process is to be, and check that it can listen, before anything is loaded.
 
     Raises:
-        ConfigError: the options do not fit the topology.
+        ConfigError: the options do not fit the topology, or it would listen beyond loopback and may not.
         NodeError: it cannot listen.
     """
     from ruyi_flow.serving.placement import choose
-    from ruyi_flow.transport.addresses import check_listen
+    from ruyi_flow.transport.addresses import check_keyless, check_listen
 
     if listen is not None:
         try:
@@ -284,6 +302,8 @@ async def _this_replica(node: Node, number: int | None, listen: str | None) -> R
     if here.metrics is not None:
         require("prometheus_client")
         await check_listen(here.metrics, here.name, key="metrics")
+    if not may_open:
+        await check_keyless(here.name, listen or here.listen, here.metrics)
     return here
 
 
@@ -297,6 +317,7 @@ def up(
     ] = False,
     port: PortOption = 8000,
     policy: PolicyOption = None,
+    insecure: InsecureOption = False,
     log_json: LogJsonOption = False,
     no_request_log: NoRequestLogOption = False,
     trace: TraceOption = None,
@@ -321,6 +342,7 @@ def up(
     loaded, named = networked(topology), shortest(topology, "topology")
     is_default = topology == default_topology()
     options = tracing.begin()
+    options += ["--insecure"] * insecure
     options += ["--log-json"] * log_json + ["--no-request-log"] * no_request_log
 
     def log_as_is(name: str, line: str) -> None:

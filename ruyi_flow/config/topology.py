@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from ruyi_flow.config.addresses import Dialled, Listened, as_tuple, check_addresses, check_ports
 from ruyi_flow.config.examples import Kind, examples, find
 from ruyi_flow.config.policy_file import PolicyFile
-from ruyi_flow.config.yaml_files import explain, read_yaml
+from ruyi_flow.config.security import Keys, NodeSecurity, Security, check_unwritable
+from ruyi_flow.config.yaml_files import Model, explain, read_yaml
 from ruyi_flow.errors import ConfigError, RequestError, did_you_mean, shown
 from ruyi_flow.requests import check_option_names, option_names
 from ruyi_flow.routing.policy import Policy, Routing
@@ -60,12 +61,6 @@ def _one(value: object) -> object:
 
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-
-
-class Model(BaseModel):
-    """A part of a file: it is frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Limits(Model):
@@ -128,6 +123,8 @@ class Node(Model):
     """CPU cores that the daemon is pinned to (not on macOS), for instance the big cores of a phone. Default: all."""
     shard: Path | None = None
     """Folder of the node's shard, made by `ruyi-flow shard`. Default: the node reads its tensors from the family."""
+    security: NodeSecurity | None = None
+    """Files of the node's certificate, where they are not those of `ruyi-flow keys init`."""
     limits: Limits = Limits()
     """The node's limits."""
 
@@ -209,6 +206,8 @@ class Topology(Model):
     """One link from each node to the next one."""
     policy: DefaultPolicy = DefaultPolicy()
     """The routing of requests that set none."""
+    security: Security | None = None
+    """Keys of the deployment. Default: none; nodes then listen on loopback only."""
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
@@ -233,9 +232,15 @@ class Topology(Model):
         nodes = []
         for i, node in enumerate(topology.nodes):
             shard = node.shard and resolve_path(node.shard, base, f"{path}: nodes.{i}.shard")
-            nodes.append(node.model_copy(update={"shard": shard}))
+            own = _resolve_files(node.security, base, f"{path}: nodes.{i}.security")
+            nodes.append(node.model_copy(update={"shard": shard, "security": own}))
         family = resolve_folder(topology.family, base, str(path))
-        return topology.model_copy(update={"family": family, "nodes": tuple(nodes)})
+        security = _resolve_files(topology.security, base, f"{path}: security")
+        update = {"family": family, "nodes": tuple(nodes), "security": security}
+        topology = topology.model_copy(update=update)
+        if security is not None and topology.policy.file is not None:
+            check_unwritable(topology.policy.file, "this policy")
+        return topology
 
     @classmethod
     def parse(cls, data: object, *, where: str = "topology") -> Topology:
@@ -281,6 +286,15 @@ class Topology(Model):
                 return node
         names = [node.name for node in self.nodes]
         raise ConfigError(f"no node {name!r} in this topology; it has {names}{did_you_mean(name, names)}")
+
+    def keys_of(self, name: str) -> Keys | None:
+        """Return the files by which a node proves who it is; None without the section `security`."""
+        return None if self.security is None else self.security.of_node(name, self.node(name).security)
+
+    @property
+    def user_keys(self) -> Keys | None:
+        """The files by which clients prove who they are; None without the section `security`."""
+        return None if self.security is None else self.security.of_user()
 
     def label_of(self, name: str) -> str:
         """Return a node's tier or name. A name that this file does not have stays: the running nodes may differ."""
@@ -390,6 +404,8 @@ class Topology(Model):
                     f"nodes.{i}.limits.bytes_up_per_minute",
                     "the deepest node sends nothing; remove the key",
                 )
+            if node.security is not None and self.security is None:
+                fail(f"nodes.{i}.security", "requires the section security of the whole file; see ruyi-flow keys init")
         for i, node in enumerate(self.nodes):
             if node.weights is Weights.BF16 and node.dtype != "bfloat16":
                 fail(f"nodes.{i}.weights", f"bf16 requires dtype: bfloat16, not {node.dtype}; remove weights")
@@ -451,6 +467,22 @@ def resolve_path(path: str | Path, base: Path, where: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # ~user without such a user, a name that is too long, a NUL
         raise ConfigError(f"{where}: {str(path)[:80]!r} cannot be a path: {error}") from None
     return whole
+
+
+_Files = TypeVar("_Files", Security, NodeSecurity)
+
+
+def _resolve_files(section: _Files | None, base: Path, where: str) -> _Files | None:
+    """Return a section `security` with whole paths.
+
+    Raises:
+        ConfigError: one cannot be a path.
+    """
+    if section is None:
+        return None
+    paths = {name: value for name, value in section if isinstance(value, Path)}
+    update = {name: resolve_path(path, base, f"{where}.{name}") for name, path in paths.items()}
+    return section.model_copy(update=update)
 
 
 def resolve_file(named: str, kind: Kind, base: Path, where: str) -> Path:

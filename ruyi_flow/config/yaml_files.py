@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ruyi_flow.errors import ConfigError, did_you_mean, shown
 
-__all__ = ["explain", "parse_value", "read_yaml"]
+__all__ = ["Model", "explain", "parse_value", "read_yaml"]
 
 _MOST_CHARACTERS = 2**20
 """Largest YAML file."""
@@ -22,6 +22,12 @@ _MOST_VALUES = 20_000
 
 _MOST_LINES = 20
 """Most mistakes that one error message tells."""
+
+
+class Model(BaseModel):
+    """A part of a file: it is frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read_yaml(path: Path, what: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -55,7 +56,8 @@ async def examine(
     where = "" if path is None else shortest(path, "topology")
     announce("looking up the nodes' addresses")
     nodes = () if topology is None else topology.nodes
-    places = [place for found in await asyncio.gather(*(find(node) for node in nodes)) for place in found]
+    keys = None if topology is None else topology.user_keys
+    places = [place for found in await asyncio.gather(*(find(node, keys) for node in nodes)) for place in found]
     announce("loading torch, and looking at shards and families")
     report = await ask_torch(() if topology is None else _folders(topology, places))
     for check in _torch_checks(report):
@@ -83,6 +85,8 @@ async def examine_topology(
     announce("asking the nodes")
     visits = await asyncio.gather(*(visit(place, where) for place in places))
     for check in _topology_checks(topology, where, report, visits):
+        yield check
+    for check in await asyncio.to_thread(_key_checks, topology):
         yield check
     for check in _node_checks(topology, where, report, visits):
         yield check
@@ -231,6 +235,29 @@ def _memory(here: Sequence[Node], report: TorchReport, visits: Sequence[Visit]) 
         return [Check(Group.TOPOLOGY, "memory", Mark.OK, text)]
     fix = "run some of the nodes on another machine, or set weights: int8 or int4 (docs/guides/weights.md)"
     return [Check(Group.TOPOLOGY, "memory", Mark.WARNING, text, fix)]
+
+
+def _key_checks(topology: Topology) -> list[Check]:
+    """Return what is wrong with the keys that are on this machine; one line if nothing is."""
+    if topology.security is None:
+        return []
+    if find_spec("cryptography") is None:
+        text = "The keys cannot be checked without the package cryptography."
+        return [Check(Group.TOPOLOGY, "keys", Mark.WARNING, text, 'install it: pip install "ruyi-flow[keys]"')]
+    from ruyi_flow.keys import check as keys
+
+    found = [one for one in keys.check(topology) if one.state != keys.State.ELSEWHERE]
+    checks = []
+    for one in found:
+        if one.state != keys.State.OK:
+            mark = Mark.FAILED if one.state == keys.State.WRONG else Mark.WARNING
+            what, _, fix = one.text.partition("; ")
+            checks.append(Check(Group.TOPOLOGY, "keys", mark, ended(f"{one.owner}: {what}"), fix))
+    if checks:
+        return checks
+    first = min(one.ends for one in found if one.ends is not None)
+    text = f"The keys on this machine, of {', '.join(one.owner for one in found)}, are right until {first:%Y-%m-%d}."
+    return [Check(Group.TOPOLOGY, "keys", Mark.OK, text)]
 
 
 def _node_checks(topology: Topology, where: str, report: TorchReport, visits: Sequence[Visit]) -> list[Check]:

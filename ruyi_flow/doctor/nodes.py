@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from ruyi_flow.config.replicas import replica_name
+from ruyi_flow.config.security import Keys
 from ruyi_flow.config.topology import Node, Topology
 from ruyi_flow.doctor.checks import Check, Group, Mark, ended, on_thread
 from ruyi_flow.errors import DeadlineExceeded, NodeError
@@ -64,6 +65,8 @@ class Place:
     """Its socket addresses, as `socket.getaddrinfo` gives them."""
     is_here: bool = False
     """Whether they are addresses of this machine."""
+    keys: Keys | None = None
+    """The keys of whoever examines it."""
     error: str = ""
     """Why the name could not be resolved; empty if it could."""
 
@@ -92,11 +95,18 @@ class Visit:
     """Whether it simply does not run: it belongs on this machine, and its port is free."""
 
 
-async def find(node: Node) -> list[Place]:
-    """Look up a node's addresses, one place for each replica. It never takes longer than a few seconds."""
+async def find(node: Node, keys: Keys | None = None) -> list[Place]:
+    """Look up a node's addresses, one place for each replica. It never takes longer than a few seconds.
+
+    Args:
+        node: the node.
+        keys: the keys of whoever examines it. Default: none, for a topology without keys.
+    """
     looked_up = await asyncio.gather(*(_find(node, address) for address in node.addresses))
     places = [place for several in looked_up for place in several]
-    return [replace(p, name=replica_name(node.name, number, len(places))) for number, p in enumerate(places, 1)]
+    return [
+        replace(p, name=replica_name(node.name, number, len(places)), keys=keys) for number, p in enumerate(places, 1)
+    ]
 
 
 async def _find(node: Node, address: str) -> list[Place]:
@@ -155,7 +165,7 @@ async def visit(place: Place, where: str) -> Visit:
             f"Node {name!r} at {address} cannot be reached: {refused.strerror or refused}.",
             f"check the network between the machines, and the node's address in {where}",
         )
-    peer = Peer(name, address, max_message_bytes=place.node.limits.max_message_bytes)
+    peer = Peer(name, address, max_message_bytes=place.node.limits.max_message_bytes, keys=place.keys)
     try:
         serves = await peer.is_serving(timeout_s=_LIMIT_S)
         status = await peer.status(timeout_s=_LIMIT_S)
@@ -228,7 +238,13 @@ async def link_from_here(place: Place) -> Check:
     try:
         async with asyncio.timeout(_LINK_S + 1):
             found = await measure_link(
-                place.address, rounds=10, payload=min(_PAYLOAD, most), repeats=2, limit_s=_LINK_S
+                place.address,
+                rounds=10,
+                payload=min(_PAYLOAD, most),
+                repeats=2,
+                limit_s=_LINK_S,
+                node=place.name,
+                keys=place.keys,
             )
     except (NodeError, TimeoutError) as error:
         fix = f"check the network from here to the machine of node {place.name!r}: firewall, tunnel, MTU"
@@ -246,7 +262,7 @@ async def link_to_next(place: Place, target: Node, addresses: Sequence[str]) -> 
     """
     source = place.name
     name = f"{source} → {target.name}"
-    peer = Peer(source, place.address, max_message_bytes=place.node.limits.max_message_bytes)
+    peer = Peer(source, place.address, max_message_bytes=place.node.limits.max_message_bytes, keys=place.keys)
     try:
         status = await peer.status(timeout_s=_LINK_S, measure_link=True)
     except NodeError as error:

@@ -19,8 +19,10 @@ from ruyi_flow.errors import (
     NodeError,
     NodeFault,
     NodeUnavailable,
+    PermissionDenied,
     RequestCancelled,
     RequestError,
+    Unauthenticated,
     WireError,
 )
 
@@ -36,6 +38,8 @@ STATUS_OF: dict[type[Exception], int] = {
     NodeUnavailable: 503,
     RequestCancelled: 503,
     DeadlineExceeded: 504,
+    Unauthenticated: 502,
+    PermissionDenied: 502,
     HandshakeError: 502,
     WireError: 502,
     NodeFault: 502,

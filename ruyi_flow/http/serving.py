@@ -6,6 +6,7 @@ import asyncio
 import errno
 import ipaddress
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -27,6 +28,7 @@ from ruyi_flow.http.models import Models
 from ruyi_flow.http.usage import Usage
 from ruyi_flow.telemetry.spans import NO_TRACER, Tracer
 from ruyi_flow.transport.addresses import resolve
+from ruyi_flow.transport.security import server_context
 
 __all__ = ["Listening", "serve"]
 
@@ -44,12 +46,13 @@ class Listening:
         site: its parts.
         host: the host that it listens on, as it was given.
         port: the port that it listens on.
+        is_encrypted: whether it speaks HTTPS.
     """
 
-    def __init__(self, site: Site, host: str, port: int) -> None:
+    def __init__(self, site: Site, host: str, port: int, *, is_encrypted: bool = False) -> None:
         self.site = site
         name = f"[{host}]" if ":" in host else host
-        self.url = f"http://{name}:{port}"
+        self.url = f"http{'s' * is_encrypted}://{name}:{port}"
         """The URL that the API's paths follow."""
         self.port = port
 
@@ -77,7 +80,8 @@ async def serve(
 ) -> AsyncIterator[Listening]:
     """Serve OpenAI's API for a topology while the block lasts. Leaving the block drains the server.
 
-    While it drains, new requests are answered with status 503, and running ones have their grace time. Then they fail.
+    A topology with the section security is served over HTTPS, with the certificate that it names. While it drains, new
+    requests are answered with status 503, and running ones have their grace time. Then they fail.
 
     Args:
         topology: the topology.
@@ -95,6 +99,8 @@ async def serve(
         RuyiFlowError: the one node of a topology without addresses cannot be loaded.
     """
     models = await asyncio.to_thread(Models, topology, policies)
+    keys = topology.user_keys
+    context = None if keys is None else await asyncio.to_thread(server_context, keys, asks_caller=False)
     sockets = listen(await _addresses(host, port, insecure))
     try:
         entry = EntryNodes(topology, timeout_s=timeout_s)
@@ -105,13 +111,13 @@ async def serve(
         raise
     site = Site(entry, models, usage=Usage(tracer), default_max_tokens=default_max_tokens)
     app = application(site)
-    server = _Server(_config(app))
+    server = _Server(_config(app, context))
     serving = asyncio.create_task(server.serve(sockets))
     try:
         while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
             await asyncio.sleep(0.005)
         entry.learn()
-        yield Listening(site, host, sockets[0].getsockname()[1])
+        yield Listening(site, host, sockets[0].getsockname()[1], is_encrypted=keys is not None)
     finally:
         app.drain()
         deadline = asyncio.get_running_loop().time() + grace_s
@@ -181,9 +187,10 @@ def listen(found: Sequence[Any]) -> list[socket.socket]:
     raise ConfigError(f"the server cannot listen on {where}: {problem.strerror}; correct --host")
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
+def _config(app: ASGIApp, context: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        ssl_context_factory=None if context is None else lambda *_: context,
         http=_Protocol,
         ws="none",
         lifespan="off",
@@ -228,7 +235,8 @@ class _Protocol(H11Protocol):
         body = encode(told.body)
         head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (told.status, reason, len(body)) + body)
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot
+            self.transport.write_eof()
         self._is_refused = True
         self.loop.call_later(_LINGER_S, self.transport.close)
 

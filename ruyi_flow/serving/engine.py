@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from ruyi_flow import __version__
+from ruyi_flow.config.security import check_unwritable
 from ruyi_flow.config.topology import Link, Node, Topology
 from ruyi_flow.errors import CheckpointError, ConfigError, HandshakeError, NodeError
 from ruyi_flow.family import store
@@ -68,6 +69,8 @@ class Engine:
         self.node = topology.node(name)
         self._next = topology.next_of(name)
         self._meter: LinkMeter | None = None
+        self.is_insecure = False
+        """Whether the node was started with `--insecure`, which its status tells."""
         self._started = time.monotonic()
         self._parameters = shard.model.num_parameters()
         self._weights = checkpoint.weights or self.node.weights
@@ -106,6 +109,9 @@ class Engine:
         if node.shard is None:
             checkpoint = Checkpoint(store.locate(topology.family), topology.exits)
         else:
+            if topology.security is not None:
+                for path in (node.shard, *node.shard.glob("*")):
+                    check_unwritable(path, "this shard")
             try:
                 checkpoint = Checkpoint(node.shard)
             except CheckpointError as error:
@@ -246,6 +252,7 @@ class Engine:
             parked=self.front_door.parked,
             cache_bytes=self.shard.memory.nbytes,
             log_bytes=self.shard.log.nbytes,
+            insecure=self.is_insecure,
         )
 
     async def status_with_link(self) -> NodeStatus:
@@ -259,7 +266,12 @@ class Engine:
             most = [limits.max_message_bytes - FRAME_BYTES] + (
                 [] if per_minute is None else [max(1, per_minute // _METER_SHARE)]
             )
-            self._meter = LinkMeter(self._replicas.addresses[0], max_bytes=min(most))
+            self._meter = LinkMeter(
+                self._replicas.addresses[0],
+                max_bytes=min(most),
+                node=self._next[0].name,
+                keys=self.topology.keys_of(self.name),
+            )
         try:
             return replace(self.status(), link=await self._meter.measure())
         except NodeError as error:
@@ -282,6 +294,7 @@ class Engine:
             recover_s=link.recover_s,
             timeout_s=link.timeout_s,
             counters=self.counters.link,
+            keys=self.topology.keys_of(self.name),
         )
 
     def _connect(self, opening: SessionOpen, timeout_s: float | None) -> Callable[[Policy, int], Stage]:

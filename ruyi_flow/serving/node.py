@@ -11,6 +11,7 @@ import psutil
 
 from ruyi_flow.config import topology
 from ruyi_flow.config.addresses import as_tuple
+from ruyi_flow.config.security import node_identity
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.extras import needed_by
 from ruyi_flow.requests import GenerateRequest, SessionOpen
@@ -20,11 +21,12 @@ from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.heap import tidy_heap
 from ruyi_flow.telemetry.request_log import RequestEntry
 from ruyi_flow.telemetry.spans import NO_TRACER, Tracer, current_span
-from ruyi_flow.transport.addresses import check_listen
-from ruyi_flow.transport.server import Server
+from ruyi_flow.transport.addresses import check_keyless, check_listen
+from ruyi_flow.transport.security import server_context
+from ruyi_flow.transport.server import Access, Server
 from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
 
-__all__ = ["Node", "serve", "stay_on_cores"]
+__all__ = ["Node", "access_to", "serve", "stay_on_cores"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,9 @@ def stay_on_cores(node: topology.Node, where: str) -> None:
 
 
 @asynccontextmanager
-async def serve(engine: Engine, *, address: str | None = None, tracer: Tracer = NO_TRACER) -> AsyncIterator[Server]:
+async def serve(
+    engine: Engine, *, address: str | None = None, tracer: Tracer = NO_TRACER, insecure: bool = False
+) -> AsyncIterator[Server]:
     """Serve an engine; leaving the block drains and stops the server.
 
     While it drains, the node takes no new sessions and gives running ones its grace time; then it cancels the rest.
@@ -129,22 +133,43 @@ async def serve(engine: Engine, *, address: str | None = None, tracer: Tracer = 
         engine: the loaded node.
         address: host:port to listen on. Default: the topology's. Of several, it is the first one.
         tracer: records requests and sessions.
+        insecure: whether a node without keys may listen on an address that other machines reach.
 
     Raises:
         NodeError: the node cannot listen there.
+        ConfigError: the node has no keys and would listen beyond loopback, or its keys cannot be used.
     """
     node = engine.node
     address = address or as_tuple(node.listen or node.address)[0]
     await check_listen(address, node.name)
+    if engine.topology.security is None and not insecure:
+        metrics = as_tuple(node.metrics)[:1]
+        await check_keyless(node.name, address, *metrics)
     service = await asyncio.to_thread(Node, engine)  # it reads the tokenizer's files
+    access = await asyncio.to_thread(access_to, engine.topology, node.name)
     async with _metrics(engine):
-        server = Server(service, address, max_message_bytes=node.limits.max_message_bytes, tracer=tracer)
+        server = Server(service, address, max_message_bytes=node.limits.max_message_bytes, tracer=tracer, access=access)
         engine.worker.lend()
         await server.start()
         try:
             yield server
         finally:
             await _stop(engine, server)
+
+
+def access_to(topology: topology.Topology, name: str) -> Access | None:
+    """Return who may call a node; None for a topology without keys.
+
+    Args:
+        topology: the topology.
+        name: the node's name in it.
+    """
+    keys = topology.keys_of(name)
+    if keys is None:
+        return None
+    identities = [node_identity(node.name, keys.deployment) for node in topology.nodes]
+    place = [node.name for node in topology.nodes].index(name)
+    return Access(keys, identities[place], frozenset(identities[:place]), is_entry=place == 0)
 
 
 @asynccontextmanager
@@ -158,7 +183,9 @@ async def _metrics(engine: Engine) -> AsyncIterator[None]:
         from ruyi_flow.telemetry.exposition import make_registry, node_metrics, serve_page
 
     registry = make_registry(node_metrics(engine.counters, engine.status))
-    serving = serve_page(as_tuple(node.metrics)[0], registry, f"node {node.name!r}: metrics")
+    keys = engine.topology.keys_of(node.name)
+    context = None if keys is None else await asyncio.to_thread(server_context, keys, asks_caller=True)
+    serving = serve_page(as_tuple(node.metrics)[0], registry, f"node {node.name!r}: metrics", context)
     await asyncio.to_thread(serving.__enter__)  # starting and ending its thread takes a moment
     try:
         yield

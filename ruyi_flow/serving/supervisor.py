@@ -102,7 +102,7 @@ class Supervisor:
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
         for replica in self.replicas:
-            peer = _peer(replica)
+            peer = self._peer(replica)
             try:
                 while not self._failed.done():
                     with suppress(NodeError):
@@ -230,7 +230,7 @@ class Supervisor:
         Its event loop or its compute thread hangs then. Checks are counted rather than seconds: this process may have
         been stopped itself, and the node not at all.
         """
-        peer, serves, missed = _peer(replica), False, 0
+        peer, serves, missed = self._peer(replica), False, 0
         try:
             while missed < _HANG_CHECKS:
                 began = time.monotonic()
@@ -244,6 +244,11 @@ class Supervisor:
             await peer.close()
         self._log(replica.name, f"has given no sign of life for {_HANG_CHECKS * _CHECK_S:g} s: it hangs; ending it")
         process.kill()
+
+    def _peer(self, replica: Replica) -> Peer:
+        """Return a connection to a replica of this machine, with the keys of the replica itself."""
+        keys, limit = self._topology.keys_of(replica.node.name), replica.node.limits.max_message_bytes
+        return Peer(replica.name, replica.local_address, max_message_bytes=limit, keys=keys)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -269,11 +274,6 @@ async def supervise(
         yield supervisor
     finally:
         await asyncio.shield(asyncio.ensure_future(supervisor.stop()))
-
-
-def _peer(replica: Replica) -> Peer:
-    """Return a connection to a replica of this machine."""
-    return Peer(replica.name, replica.local_address, max_message_bytes=replica.node.limits.max_message_bytes)
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -146,13 +147,16 @@ def page(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
 
 
 @contextmanager
-def serve_page(address: str, registry: CollectorRegistry, where: str) -> Iterator[int]:
+def serve_page(
+    address: str, registry: CollectorRegistry, where: str, context: ssl.SSLContext | None = None
+) -> Iterator[int]:
     """Serve GET /metrics and GET /health on threads of their own while the block lasts; yield the port.
 
     Args:
         address: host:port to listen on.
         registry: the metrics.
         where: what gave the address, for an error message.
+        context: TLS of the page. Default: it is plain HTTP.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -177,6 +181,8 @@ def serve_page(address: str, registry: CollectorRegistry, where: str) -> Iterato
         server = make_server(host.strip("[]"), int(port), answer, kind, _Quiet)
     except OSError as error:
         raise ConfigError(f"{where}: cannot listen on {address}: {error.strerror}; correct it") from None
+    if context is not None:  # each reader's own thread makes the handshake, when it first reads
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:

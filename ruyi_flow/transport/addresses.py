@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import socket
 from collections.abc import Sequence
 from typing import Any
 
-from ruyi_flow.errors import NodeError
+from ruyi_flow.errors import ConfigError, NodeError
 
-__all__ = ["check_listen", "listen_problem", "resolve", "split_address"]
+__all__ = ["check_listen", "check_keyless", "listen_problem", "resolve", "split_address"]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -61,6 +62,39 @@ async def check_listen(address: str, node: str, *, key: str = "address", in_use:
             "give the node a port from 1024 on",
             node=node,
         )
+
+
+async def check_keyless(node: str, address: str, metrics: str | None = None) -> None:
+    """Check that a node without keys is reached from this machine only, and its metrics too.
+
+    Args:
+        node: the node's name, for the error message.
+        address: host:port where the node listens.
+        metrics: host:port of its metrics. Default: none.
+
+    Raises:
+        ConfigError: other machines reach it.
+    """
+    await _check_loopback(address, f"node {node!r}")
+    if metrics is not None:
+        await _check_loopback(metrics, f"the metrics page of node {node!r}")
+
+
+async def _check_loopback(address: str, what: str) -> None:
+    try:
+        found = await resolve(*split_address(address))
+    except OSError:
+        return  # whoever listens there reports it
+    outside = next((host for host in _hosts(found) if not ipaddress.ip_address(host).is_loopback), None)
+    if outside is not None:
+        raise ConfigError(
+            f"{what} would listen on {address}, which other machines can reach, and the topology has no keys: make "
+            "them with ruyi-flow keys init, or add --insecure in a network in which you trust everyone"
+        )
+
+
+def _hosts(found: Sequence[Any]) -> list[str]:
+    return [str(one[4][0]).partition("%")[0] for one in found]
 
 
 async def resolve(host: str, port: int) -> Sequence[Any]:

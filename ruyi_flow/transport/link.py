@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ruyi_flow.config.security import Keys
 from ruyi_flow.errors import NodeError, NodeUnavailable
+from ruyi_flow.transport.security import open_channel
 from ruyi_flow.types import LinkMeasurement
 
 __all__ = ["FRAME_BYTES", "LinkMeter", "measure_link"]
@@ -31,7 +34,14 @@ _KEPT_S = 10.0
 
 
 async def measure_link(
-    address: str, *, rounds: int = 20, payload: int = 1_000_000, repeats: int = 3, limit_s: float = 180.0
+    address: str,
+    *,
+    rounds: int = 20,
+    payload: int = 1_000_000,
+    repeats: int = 3,
+    limit_s: float = 180.0,
+    node: str = "",
+    keys: Keys | None = None,
 ) -> LinkMeasurement:
     """Measure the link to host:port with gRPC health checks.
 
@@ -41,6 +51,8 @@ async def measure_link(
         payload: largest payload in bytes of the large checks, for the bandwidth toward the node.
         repeats: largest number of large checks.
         limit_s: seconds that the measurement may take. On a slow link fewer and smaller checks are sent.
+        node: the node's name, which its certificate must have if there are keys.
+        keys: the caller's keys. Default: the connection is not encrypted.
 
     Raises:
         NodeUnavailable: no node answers at the address, or not in time.
@@ -51,7 +63,7 @@ async def measure_link(
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, so that no session's messages wait
     ]
-    async with grpc.aio.insecure_channel(address, options) as channel:
+    async with open_channel(address, options, node=node, keys=keys) as channel:
         health = health_pb2_grpc.HealthStub(channel)
 
         def left_s() -> float:
@@ -97,10 +109,13 @@ class LinkMeter:
     Args:
         address: host:port of the next node.
         max_bytes: largest payload in bytes of a message.
+        node: the next node's name.
+        keys: this node's keys. Default: the connection is not encrypted.
     """
 
-    def __init__(self, address: str, *, max_bytes: int) -> None:
-        self._address, self._payload = address, min(_METER_BYTES, max_bytes)
+    def __init__(self, address: str, *, max_bytes: int, node: str = "", keys: Keys | None = None) -> None:
+        self._payload = min(_METER_BYTES, max_bytes)
+        self._measure = partial(measure_link, address, limit_s=_METER_S, node=node, keys=keys)
         self._running: asyncio.Task[LinkMeasurement] | None = None
         self._ended = 0.0
 
@@ -112,12 +127,10 @@ class LinkMeter:
         """
         if (kept := self._kept()) is not None:
             # The link may have broken since: one byte tells.
-            await measure_link(self._address, rounds=1, payload=1, repeats=1, limit_s=_METER_S)
+            await self._measure(rounds=1, payload=1, repeats=1)
             return kept
         if self._running is None or self._running.done():
-            self._running = asyncio.create_task(
-                measure_link(self._address, rounds=10, payload=self._payload, repeats=2, limit_s=_METER_S)
-            )
+            self._running = asyncio.create_task(self._measure(rounds=10, payload=self._payload, repeats=2))
             self._running.add_done_callback(self._note_end)
         running = self._running
         try:

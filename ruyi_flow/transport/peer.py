@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ruyi_flow.config.security import Keys
 from ruyi_flow.errors import NodeError, NodeUnavailable, RuyiFlowError, WireError
 from ruyi_flow.loop.replicas import estimated_load
 from ruyi_flow.requests import GenerateRequest
@@ -22,6 +23,7 @@ from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import SHORT_BYTES, Batches
 from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.lifeline import Asker, Lifeline
+from ruyi_flow.transport.security import open_channel
 from ruyi_flow.transport.status import error_of_call, is_of_connection, wrong_answer
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
@@ -68,11 +70,15 @@ class Peer:
         name: the node's name, for messages.
         address: host:port.
         max_message_bytes: the largest message that the node accepts.
+        keys: the caller's keys. Default: the connection is not encrypted.
+
+    Raises:
+        ConfigError: a file of the keys cannot be used.
     """
 
-    def __init__(self, name: str, address: str, *, max_message_bytes: int) -> None:
+    def __init__(self, name: str, address: str, *, max_message_bytes: int, keys: Keys | None = None) -> None:
         self.name, self.address, self.max_message_bytes = name, address, max_message_bytes
-        self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+        self._channel = open_channel(address, _CHANNEL_OPTIONS, node=name, keys=keys)
         self.session_call = self._channel.stream_stream(METHODS["Session"])
         self.sessions: set[Asker] = set()
         """The sessions and the answers to users that are open over this connection."""

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 import grpc
 
+from ruyi_flow.config.security import Keys
 from ruyi_flow.errors import NodeError
 from ruyi_flow.loop.replicas import RecoveryTime, choose_replica, is_usable
 from ruyi_flow.telemetry.counters import LinkCounters
@@ -72,6 +73,7 @@ class Replicas:
         recover_s: seconds for which a lost session is taken up again, since the node was last heard.
         timeout_s: seconds that an answer may take.
         counters: where losses and recoveries are counted. Default: nowhere.
+        keys: the caller's keys. Default: the connections are not encrypted.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class Replicas:
         recover_s: float,
         timeout_s: float,
         counters: LinkCounters | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self.name, self.addresses, self.timeout_s = name, tuple(addresses), timeout_s
         self._max_message_bytes, self._counters = max_message_bytes, counters
         self._recovery_time = RecoveryTime(name, recover_s)
+        self._keys = keys
         self._replicas = {address: _Replica(address) for address in self.addresses}
         if counters is not None:
             counters.expect(name)
@@ -173,7 +177,7 @@ class Replicas:
                 self._heard_at = max(self._heard_at or 0.0, replica.peer.heard_at or 0.0) or None
                 avoided_at = replica.peer.avoided_at
                 self._give_up(replica.peer)
-            peer = Peer(self.name, replica.address, max_message_bytes=self._max_message_bytes)
+            peer = Peer(self.name, replica.address, max_message_bytes=self._max_message_bytes, keys=self._keys)
             peer.avoided_at, peer.has_others = avoided_at, lambda: self._has_others(replica)
             replica.peer = peer
         return replica.peer

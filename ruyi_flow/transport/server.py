@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from secrets import token_bytes
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +18,17 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from ruyi_flow.errors import CacheMiss, HandshakeError, NodeError, NodeFault, RuyiFlowError, WireError
+from ruyi_flow.config.security import Keys
+from ruyi_flow.errors import (
+    CacheMiss,
+    HandshakeError,
+    NodeError,
+    NodeFault,
+    PermissionDenied,
+    RuyiFlowError,
+    Unauthenticated,
+    WireError,
+)
 from ruyi_flow.loop.replicas import SIGN_S
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.telemetry.spans import NO_TRACER, NODE, TRACEPARENT, Tracer, current_span
@@ -26,13 +38,14 @@ from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.checksum import check, seal
 from ruyi_flow.transport.peer import CALL_KEY, METHODS
+from ruyi_flow.transport.security import listen, names_of_caller
 from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
 from ruyi_flow.types import Event, NodeStatus, PromptTokens, Stage, Tokenized
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SERVICE", "Server", "Service"]
+__all__ = ["HEALTH_CALLS", "NEEDS", "SERVICE", "Access", "Role", "Server", "Service"]
 
 SERVICE = "ruyi_flow.v1.Node"
 
@@ -46,6 +59,77 @@ _MOST_OWED = 4096
 """Largest number of answers that a caller may ask after at once, since the event loop looks them up without a pause."""
 
 logger = logging.getLogger(__name__)
+
+
+HEALTH_CALLS = ("Check", "List", "Watch")
+"""The calls of the standard health service."""
+
+
+class Role(StrEnum):
+    """What a caller is to a node."""
+
+    BEFORE = "a node that the topology places before this one"
+    SELF = "this node itself or its supervisor"
+    USER = "a user of the deployment"
+
+
+NEEDS: dict[str, tuple[frozenset[Role], frozenset[Role]]] = {
+    "Session": (frozenset({Role.BEFORE}), frozenset()),
+    "Together": (frozenset({Role.BEFORE}), frozenset()),
+    "Generate": (frozenset(), frozenset({Role.USER})),
+    "Tokenize": (frozenset(), frozenset({Role.USER})),
+    "Alive": (frozenset({Role.BEFORE, Role.SELF}), frozenset({Role.USER, Role.SELF})),
+    "Owed": (frozenset({Role.BEFORE}), frozenset({Role.USER})),
+    "Status": (frozenset(Role), frozenset({Role.USER, Role.SELF})),
+    **{call: (frozenset(Role), frozenset({Role.USER, Role.SELF})) for call in HEALTH_CALLS},
+}
+"""Who may make each call, and each of the health service: at a deeper node, and at the entry node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may call a node.
+
+    The names are those of certificates; see `config.security.node_identity`.
+    """
+
+    keys: Keys
+    """The node's keys."""
+    own: str
+    """The node's own name, which its replicas have too."""
+    before: frozenset[str]
+    """Names of the nodes before it."""
+    is_entry: bool
+    """Whether it is the entry node."""
+
+    def check(self, call: str, context: Any, node: str) -> None:
+        """Check that a caller may make a call.
+
+        Args:
+            call: the call, a key of `NEEDS`.
+            context: gRPC's context of it.
+            node: the node's name, for messages.
+
+        Raises:
+            Unauthenticated: the caller's certificate names nobody of this deployment.
+            PermissionDenied: the caller is known, and this call is not for it.
+        """
+        names = names_of_caller(context)
+        roles = {Role.BEFORE} if names & self.before else set()
+        roles |= {Role.SELF} if self.own in names else set()
+        users = f".users.{self.keys.deployment}.ruyi-flow"
+        roles |= {Role.USER} if any(name.endswith(users) for name in names) else set()
+        if roles & NEEDS[call][self.is_entry]:
+            return
+        shown = ", ".join(sorted(name for name in names if name.endswith(".ruyi-flow"))) or "nobody"
+        if not any(name.endswith(f".{self.keys.deployment}.ruyi-flow") for name in names):
+            raise Unauthenticated(
+                f"node {node!r} belongs to deployment {self.keys.deployment!r}; the certificate of this TLS 1.3 "
+                f"connection names {shown}; ruyi-flow keys check tells which files are in use",
+                node=node,
+            )
+        allowed = " or ".join(sorted(NEEDS[call][self.is_entry])) or "nobody"
+        raise PermissionDenied(f"node {node!r} answers {call} to {allowed}; the caller is {shown}", node=node)
 
 
 class Service(Protocol):
@@ -91,11 +175,24 @@ class Server:
         address: host:port to listen on; port 0 picks a free port.
         max_message_bytes: the largest message that is accepted.
         tracer: records requests and sessions.
+        access: who may call it, and its keys. Default: everyone, and connections are not encrypted.
+
+    Raises:
+        NodeError: it cannot listen on the address.
+        ConfigError: a file of its keys cannot be used.
     """
 
-    def __init__(self, service: Service, address: str, *, max_message_bytes: int, tracer: Tracer = NO_TRACER) -> None:
+    def __init__(
+        self,
+        service: Service,
+        address: str,
+        *,
+        max_message_bytes: int,
+        tracer: Tracer = NO_TRACER,
+        access: Access | None = None,
+    ) -> None:
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_call)
-        self._service, self._tracer = service, tracer
+        self._service, self._tracer, self._access = service, tracer, access
         self._sessions: dict[tuple[str, int], _Session] = {}
         """The open sessions, by connection and number."""
         self._by_key: dict[bytes, _Session] = {}
@@ -120,23 +217,38 @@ class Server:
             ]
         )
         handlers = {
-            "Session": grpc.stream_stream_rpc_method_handler(self._session),
-            "Together": grpc.stream_stream_rpc_method_handler(self._together),
-            "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
-            "Alive": grpc.unary_stream_rpc_method_handler(self._alive),
-            "Owed": grpc.unary_unary_rpc_method_handler(self._owed),
-            "Tokenize": grpc.unary_unary_rpc_method_handler(self._tokenize),
-            "Status": grpc.unary_unary_rpc_method_handler(self._status),
+            "Session": grpc.stream_stream_rpc_method_handler(self._guarded("Session", self._session)),
+            "Together": grpc.stream_stream_rpc_method_handler(self._guarded("Together", self._together)),
+            "Generate": grpc.unary_stream_rpc_method_handler(self._guarded("Generate", self._generate)),
+            "Alive": grpc.unary_stream_rpc_method_handler(self._guarded("Alive", self._alive)),
+            "Owed": grpc.unary_unary_rpc_method_handler(self._guarded("Owed", self._owed)),
+            "Tokenize": grpc.unary_unary_rpc_method_handler(self._guarded("Tokenize", self._tokenize)),
+            "Status": grpc.unary_unary_rpc_method_handler(self._guarded("Status", self._status)),
         }
         assert handlers.keys() == METHODS.keys()
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         self._health = HealthServicer()
+        for call in HEALTH_CALLS:
+            setattr(self._health, call, self._guarded(call, getattr(self._health, call)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         host = address.rpartition(":")[0]
         try:
-            self.address = f"{host}:{self._server.add_insecure_port(address)}"
+            self.address = f"{host}:{listen(self._server, address, None if access is None else access.keys)}"
         except RuntimeError as error:
             raise NodeError(f"node {service.name!r} cannot listen on {address}: {error}", node=service.name) from None
+
+    def _guarded(self, call: str, answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+        """Return a handler that answers a call only to who may make it."""
+        access = self._access
+        if access is None:
+            return answer
+
+        async def check_and_answer(request: Any, context: Any) -> Any:
+            async with _Statuses(self._service.name, context):
+                access.check(call, context, self._service.name)
+            return await answer(request, context)
+
+        return check_and_answer
 
     async def start(self) -> None:
         """Start to listen, and report SERVING."""

@@ -13,9 +13,11 @@ from ruyi_flow.errors import (
     NodeError,
     NodeFault,
     NodeUnavailable,
+    PermissionDenied,
     RequestCancelled,
     RequestError,
     RuyiFlowError,
+    Unauthenticated,
     WireError,
     shown,
 )
@@ -34,6 +36,8 @@ __all__ = [
 STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     ContextLengthError: grpc.StatusCode.OUT_OF_RANGE,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     HandshakeError: grpc.StatusCode.FAILED_PRECONDITION,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CacheMiss: grpc.StatusCode.ABORTED,
@@ -53,6 +57,14 @@ _WRITE_FAILED = "Internal error from Core"
 
 _NO_NAME = ("errors resolving", "DNS resolution failed")
 """Parts of gRPC's details for a host whose name no name server knows."""
+
+_UNTRUSTED = {
+    "Hostname Verification": "its certificate is not one of this node in this deployment",
+    "certificate has expired": "its certificate has expired",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS; its topology lacks the section security",
+    "handshake failed": "its certificate is not of this deployment's CA, or has expired",
+}
+"""Parts of gRPC's details for a connection whose other end has not proven who it is, and what they mean."""
 
 _CAUSES = {
     "Connection refused": "connection refused",
@@ -148,6 +160,9 @@ def error_of_call(
             return NodeUnavailable(
                 f"{peer} cannot be reached: the name in its address cannot be resolved; correct its address", node=node
             )
+        doubt = next((words for part, words in _UNTRUSTED.items() if part in details), None)
+        if doubt is not None:
+            return NodeUnavailable(f"{peer} cannot be trusted: {doubt}; ruyi-flow keys check tells more", node=node)
         cause = next((words for part, words in _CAUSES.items() if part in details), shown(details))
         return NodeUnavailable(
             f"{peer} cannot be reached: {cause}; is it running? (ruyi-flow up, or ruyi-flow node {node})", node=node

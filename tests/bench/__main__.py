@@ -40,7 +40,7 @@ from ruyi_flow.testing import free_ports
 from ruyi_flow.types import NodeStatus
 from tests.bench.disconnects import bench_disconnects
 from tests.bench.event_loop import bench_event_loop
-from tests.bench.messages import bench_messages
+from tests.bench.messages import bench_messages, bench_tls
 from tests.bench.recovery import bench_recovery
 from tests.bench.routing import bench_bound, bench_cascade, bench_drafts, bench_policy
 from tests.bench.simulator import bench_simulator, bench_simulator_long
@@ -153,6 +153,7 @@ BENCHES: dict[str, Callable[[int], Any]] = {
     "bytes": bench_bytes,
     "wan": bench_wan,
     "messages": bench_messages,
+    "tls": bench_tls,
     "event-loop": bench_event_loop,
     "telemetry": bench_telemetry,
     "disconnects": bench_disconnects,

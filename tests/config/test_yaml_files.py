@@ -88,7 +88,7 @@ def test_a_wrong_value_of_an_option_is_one_line(text: str) -> None:
 def test_an_unknown_key_is_told_without_the_list_or_mapping_behind_it(tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text("family: x\nnodez: [{name: a, exits: [5]}]\nlinkz: {a: 1}\n")
-    keys = "unknown key; the keys here are family, exits, nodes, links, policy"
+    keys = "unknown key; the keys here are family, exits, nodes, links, policy, security"
     with pytest.raises(ConfigError) as caught:
         Topology.load(file)
     assert f"{file}: nodez: {keys}; did you mean 'nodes'?\n" in str(caught.value)

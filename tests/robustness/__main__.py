@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, action="append", metavar="N", help="Run only the trial of this number.")
     parser.add_argument("--replicas", type=int, choices=(1, 2), default=1, help="Replicas of each node. Default: 1.")
     parser.add_argument("--demo", action="store_true", help="Use the demo family. Default: a tiny one.")
+    parser.add_argument("--keys", action="store_true", help="Encrypt every connection. Default: none.")
     parser.add_argument(
         "--jobs", type=_count, default=1, help="Trials at the same time, each on nodes of its own. Default: 1."
     )
@@ -48,7 +49,7 @@ def main() -> int:
     outcomes: list[Outcome] = []
     try:
         family = DEMO if given.demo else TINY
-        trials = [Trial.draw(given.seed, number, given.replicas, family) for number in numbers]
+        trials = [Trial.draw(given.seed, number, given.replicas, family, keys=given.keys) for number in numbers]
         for outcome in _run_all(trials, given.jobs, quiet=given.json):
             outcomes.append(outcome)
             if not outcome.identical and not given.json:

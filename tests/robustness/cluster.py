@@ -21,9 +21,10 @@ import psutil
 import yaml
 
 from ruyi_flow.client import AsyncClient
+from ruyi_flow.config.security import Keys
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import NodeError
-from ruyi_flow.testing import Relay, cut_topology
+from ruyi_flow.testing import Relay, cut_topology, with_keys
 from ruyi_flow.transport.peer import Peer
 from ruyi_flow.types import NodeStatus
 from tests.robustness.traffic import TINY, Family
@@ -54,10 +55,11 @@ class Node:
         address: where it listens.
         file: the topology file.
         log: the file that its log is added to.
+        keys: the keys of whoever asks it for its state. Default: connections are not encrypted.
     """
 
-    def __init__(self, name: str, replica: int, address: str, file: Path, log: Path) -> None:
-        self.name, self.address, self.log = f"{name}/{replica}", address, log
+    def __init__(self, name: str, replica: int, address: str, file: Path, log: Path, keys: Keys | None = None) -> None:
+        self.name, self.address, self.log, self._keys = f"{name}/{replica}", address, log, keys
         self._command = ["node", name, "--replica", str(replica), "--topology", str(file)]
         self._process: Any = None
         self._stdin: Connection | None = None
@@ -118,7 +120,7 @@ class Node:
         """
         deadline = time.monotonic() + START_S
         while True:
-            peer = Peer(self.name, self.address, max_message_bytes=2**20)
+            peer = Peer(self.name, self.address, max_message_bytes=2**20, keys=self._keys)
             try:
                 return await peer.status(timeout_s=5.0)
             except NodeError as error:
@@ -179,6 +181,7 @@ async def running_cluster(
     *,
     family: Family = TINY,
     replicas: int = 1,
+    keys: bool = False,
     grace_s: float = 0.05,
 ) -> AsyncIterator[Cluster]:
     """Run the nodes while the block lasts.
@@ -188,6 +191,7 @@ async def running_cluster(
         make_relay: makes the relay of each link.
         family: the family that they serve.
         replicas: number of replicas of each node.
+        keys: whether every connection is TLS, between parties that prove who they are.
         grace_s: seconds for which a node that is told to end serves the sessions that it has.
     """
     cuts, where = family.cuts, family.make(folder / "family")
@@ -207,15 +211,20 @@ async def running_cluster(
         for i, link in enumerate(topology["links"], 1):
             link["address"] = reached[i :: len(cuts)]
             link["upload"] = "ahead" if i == 1 else "on-demand"
+        if keys:
+            keyed = await asyncio.to_thread(with_keys, Topology.parse(topology), folder / "keys")
+            assert keyed.security is not None
+            topology["security"] = keyed.security.model_dump(mode="json", exclude_none=True)
         file = folder / "topology.yaml"
         file.write_text(yaml.safe_dump(topology))
         topology["nodes"][0]["address"] = reached[:: len(cuts)]
+        dialled = Topology.parse(topology)
         nodes = [
-            Node(f"n{i % len(cuts)}", 1 + i // len(cuts), address, file, folder / f"{i}.log")
+            Node(f"n{i % len(cuts)}", 1 + i // len(cuts), address, file, folder / f"{i}.log", dialled.user_keys)
             for i, address in enumerate(addresses)
         ]
         whole = await stack.enter_async_context(AsyncClient(family.whole(where)))
-        cluster = Cluster(nodes, relays, Topology.parse(topology), whole)
+        cluster = Cluster(nodes, relays, dialled, whole)
         try:
             for node in nodes:
                 node.start()

@@ -52,20 +52,22 @@ class Trial:
     faults: tuple[Fault, ...]
     replicas: int = 1
     family: Family = TINY
+    keys: bool = False
 
     @classmethod
-    def draw(cls, seed: int, number: int, replicas: int = 1, family: Family = TINY) -> Trial:
+    def draw(cls, seed: int, number: int, replicas: int = 1, family: Family = TINY, *, keys: bool = False) -> Trial:
         """Draw a trial; it does not depend on the trials before."""
         rng = random.Random(f"{seed}/{number}")
         conversations = draw_conversations(rng, family)
         kind, faults = draw_faults(rng)
-        return cls(seed, number, conversations, kind, faults, replicas, family)
+        return cls(seed, number, conversations, kind, faults, replicas, family, keys)
 
     @property
     def command(self) -> str:
         """The command that runs this trial alone."""
         options = "" if self.replicas == 1 else f" --replicas {self.replicas}"
         options += " --demo" if self.family == DEMO else ""
+        options += " --keys" if self.keys else ""
         return f"python -m tests.robustness --seed {self.seed} --only {self.number}{options}"
 
 
@@ -139,8 +141,8 @@ def run_trials(trials: Sequence[Trial]) -> list[Outcome]:
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with TemporaryDirectory(prefix="ruyi-flow-robustness-") as folder:
-            family, replicas = trials[0].family, trials[0].replicas
-            async with ready_cluster(Path(folder), family=family, replicas=replicas) as cluster:
+            family, replicas, keys = trials[0].family, trials[0].replicas, trials[0].keys
+            async with ready_cluster(Path(folder), family=family, replicas=replicas, keys=keys) as cluster:
                 return [await run_trial(cluster, trial) for trial in trials]
 
     try:
@@ -235,6 +237,7 @@ async def ready_cluster(
     *,
     family: Family = TINY,
     replicas: int = 1,
+    keys: bool = False,
     grace_s: float = 0.05,
 ) -> AsyncIterator[Cluster]:
     """Run nodes that have answered once and are at rest.
@@ -244,12 +247,15 @@ async def ready_cluster(
         make_relay: makes the relay of each link.
         family: the family that they serve.
         replicas: number of replicas of each node.
+        keys: whether every connection is TLS, between parties that prove who they are.
         grace_s: seconds for which a node that is told to end serves the sessions that it has.
 
     Raises:
         RuyiFlowError: they do not serve.
     """
-    async with running_cluster(folder, make_relay, family=family, replicas=replicas, grace_s=grace_s) as cluster:
+    async with running_cluster(
+        folder, make_relay, family=family, replicas=replicas, keys=keys, grace_s=grace_s
+    ) as cluster:
         await asyncio.gather(*(node.status() for node in cluster.nodes))
         async with AsyncClient(cluster.topology) as client:
             await client.generate([5, 6, 7], mode="exact", max_new_tokens=4)

@@ -68,6 +68,23 @@ async def test_a_connection_that_is_reset_in_the_middle_changes_no_token(tiny: P
 
 
 @pytest.mark.parametrize("where", ["n0", "n1", "n2"])
+async def test_a_connection_that_is_reset_over_tls_changes_no_token(tiny: Path, tmp_path: Path, where: str) -> None:
+    relays = {name: Relay() for name in ("n0", "n1", "n2")}
+    async with (
+        cluster(cut_topology(tiny, CUTS), relays, keys=tmp_path) as nodes,
+        AsyncClient(nodes.topology) as client,
+    ):
+        expected = await answer(client)
+        tokens: list[Token] = []
+        async for token in client.stream(PROMPT, max_new_tokens=40, eos_token_ids=()):
+            tokens.append(token)
+            if len(tokens) in (5, 20):
+                relays[where].cut()
+        assert [(token.id, token.exit) for token in tokens] == expected
+        await nodes.settle()
+
+
+@pytest.mark.parametrize("where", ["n0", "n1", "n2"])
 async def test_a_connection_that_goes_dead_is_given_up_and_another_one_is_opened(tiny: Path, where: str) -> None:
     relays = {name: Relay() for name in ("n0", "n1", "n2")}
     async with cluster(cut_topology(tiny, CUTS), relays) as nodes, AsyncClient(nodes.topology) as client:

@@ -144,7 +144,8 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
     for line in (errors.__doc__ or "").splitlines():
         if (
             found := re.match(
-                r"([ │├└─]*)(\w+Error|NodeUnavailable|MissingExtra|\w+Exceeded|\w+Cancelled|NodeFault|CacheMiss)\b",
+                r"([ │├└─]*)(\w+Error|NodeUnavailable|Unauthenticated|\w+Denied|MissingExtra|\w+Exceeded|\w+Cancelled"
+                r"|NodeFault|CacheMiss)\b",
                 line,
             )
         ) is None:

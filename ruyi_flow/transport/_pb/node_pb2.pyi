@@ -638,7 +638,7 @@ class StatusRequest(_message.Message):
     def __init__(self, measure_link: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting", "version", "next_address", "next_encoding", "link", "link_error", "context", "parked", "cache_bytes", "log_bytes")
+    __slots__ = ("node", "tier", "state", "family", "exits", "first_layer", "last_layer", "parameters", "tensor_bytes", "resident_bytes", "dtype", "device", "sessions", "max_sessions", "used_positions", "max_positions", "uptime_s", "next_node", "next_state", "process_id", "waiting", "version", "next_address", "next_encoding", "link", "link_error", "context", "parked", "cache_bytes", "log_bytes", "insecure")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -669,6 +669,7 @@ class StatusReply(_message.Message):
     PARKED_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INSECURE_FIELD_NUMBER: _ClassVar[int]
     node: str
     tier: str
     state: str
@@ -699,7 +700,8 @@ class StatusReply(_message.Message):
     parked: int
     cache_bytes: int
     log_bytes: int
-    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ..., version: _Optional[str] = ..., next_address: _Optional[str] = ..., next_encoding: _Optional[_Union[Encoding, str]] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., link_error: _Optional[str] = ..., context: _Optional[int] = ..., parked: _Optional[int] = ..., cache_bytes: _Optional[int] = ..., log_bytes: _Optional[int] = ...) -> None: ...
+    insecure: bool
+    def __init__(self, node: _Optional[str] = ..., tier: _Optional[str] = ..., state: _Optional[str] = ..., family: _Optional[str] = ..., exits: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., parameters: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., used_positions: _Optional[int] = ..., max_positions: _Optional[int] = ..., uptime_s: _Optional[float] = ..., next_node: _Optional[str] = ..., next_state: _Optional[str] = ..., process_id: _Optional[int] = ..., waiting: _Optional[int] = ..., version: _Optional[str] = ..., next_address: _Optional[str] = ..., next_encoding: _Optional[_Union[Encoding, str]] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., link_error: _Optional[str] = ..., context: _Optional[int] = ..., parked: _Optional[int] = ..., cache_bytes: _Optional[int] = ..., log_bytes: _Optional[int] = ..., insecure: _Optional[bool] = ...) -> None: ...
 
 class Link(_message.Message):
     __slots__ = ("round_trip_ms", "jitter_ms", "up_mbit")
