@@ -1,4 +1,5 @@
 # Each target makes .venv first when it is missing, so on a fresh machine any of them is the only command needed.
+# pip compiles nothing: Python does, at the first import, what is imported.
 # Only `gpu` runs without .venv where torch in PYTHON can use the GPU: such a machine may have no internet.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -62,7 +63,7 @@ picture: $(READY)         ## draw docs/images/demo.svg from a run of the demo
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || (echo "Python 3.11 to 3.14 is needed; set PYTHON=…" && exit 1)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 clean:                    ## remove .venv and caches
