@@ -202,7 +202,7 @@ class AsyncClient:
         async def ask(node: Node, address: str) -> NodeStatus | NodeError:
             listed = self._peers.get(address)  # no address that a name stands for: those change
             limit = node.limits.max_message_bytes
-            peer = listed or Peer(node.name, address, max_message_bytes=limit, keys=self.topology.keys_to(node.name))
+            peer = listed or Peer(node.name, address, max_message_bytes=limit, keys=self.topology.user_keys)
             try:
                 return await peer.status(timeout_s=timeout_s)
             except NodeError as error:
@@ -301,11 +301,10 @@ class AsyncClient:
             max_message_bytes=entry.limits.max_message_bytes,
             recover_s=self._recover_s,
             timeout_s=self._timeout_s,
-            keys=self.topology.keys_to(entry.name),
+            keys=self.topology.user_keys,
         )
         for node in self.topology.nodes:
-            keys = self.topology.keys_to(node.name)
-            given: Any = {"max_message_bytes": node.limits.max_message_bytes, "keys": keys}
+            given: Any = {"max_message_bytes": node.limits.max_message_bytes, "keys": self.topology.user_keys}
             self._peers |= {a: Peer(node.name, a, **given) for a in node.addresses}
 
     async def _close(self) -> None:

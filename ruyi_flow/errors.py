@@ -45,7 +45,6 @@ __all__ = [
     "NodeError",
     "NodeFault",
     "NodeUnavailable",
-    "OverLimit",
     "PermissionDenied",
     "RequestCancelled",
     "RequestError",
@@ -133,20 +132,6 @@ class HandshakeError(NodeError):
 
 class CapacityError(NodeError):
     """A limit of the node is reached: sessions, positions or message size."""
-
-
-class OverLimit(CapacityError):
-    """The caller has used up its own share: requests or tokens a minute, or answers at the same time.
-
-    Args:
-        message: what is used up.
-        retry_after_s: seconds until it makes sense to ask again.
-        node: name of the node.
-    """
-
-    def __init__(self, message: str, retry_after_s: float, *, node: str | None = None) -> None:
-        super().__init__(message, node=node)
-        self.retry_after_s = retry_after_s
 
 
 class CacheMiss(NodeError):

@@ -257,8 +257,6 @@ class SessionOpen:
     """Sampling options, with `seed` and `eos_token_ids` set."""
     policy: Policy
     """The thresholds of every exit."""
-    user: str | None = None
-    """On the entry node, whom the answer is for: nobody else's answer goes on from it. It is not sent."""
 
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))

@@ -10,15 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ruyi_flow.errors import (
-    CapacityError,
-    NodeError,
-    NodeUnavailable,
-    OverLimit,
-    RequestCancelled,
-    WireError,
-    loss_cause,
-)
+from ruyi_flow.errors import CapacityError, NodeError, NodeUnavailable, RequestCancelled, WireError, loss_cause
 from ruyi_flow.types import Event, PromptTokens, Recovery, Token
 
 if TYPE_CHECKING:
@@ -116,8 +108,6 @@ class PartialAnswer:
         Returns:
             The seconds to wait before the next attempt; None if the error is final.
         """
-        if isinstance(error, OverLimit):  # another replica would refuse it, too
-            return None
         if isinstance(error, CapacityError) and not self.tokens and not self._is_recovering:
             wait_s: float = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._retries) * random.uniform(0.5, 1)
             if self._retries >= self._max_retries or wait_s > left_s:

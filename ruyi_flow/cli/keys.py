@@ -17,7 +17,6 @@ from ruyi_flow.cli.options import JsonOption, TopologyArgument, TopologyOption, 
 from ruyi_flow.config.examples import DEFAULT_TOPOLOGY
 from ruyi_flow.config.security import OPERATOR, Keys, Security
 from ruyi_flow.config.topology import Topology
-from ruyi_flow.config.users import Duty
 from ruyi_flow.config.yaml_files import explain
 from ruyi_flow.errors import ConfigError
 from ruyi_flow.extras import require
@@ -25,7 +24,7 @@ from ruyi_flow.extras import require
 if TYPE_CHECKING:
     from ruyi_flow.keys.authority import Authority
 
-__all__ = ["check", "init", "node", "renew", "token", "user"]
+__all__ = ["check", "init", "node", "renew", "user"]
 
 keys = typer.Typer(no_args_is_help=True)
 app.add_typer(
@@ -118,38 +117,6 @@ def user(
     """
     loaded = _with_security(topology)
     _print({f"user {name}": _authority(loaded).issue_user(name, host or (), days=days)}, as_json=as_json)
-
-
-@keys.command()
-def token(
-    name: Annotated[str, typer.Argument(help="Name of a person or a program.")],
-    topology: TopologyOption = DEFAULT_TOPOLOGY,
-    may: Annotated[
-        list[Duty] | None, typer.Option(show_default="generate, status", help="What the user may do; several times.")
-    ] = None,
-    days: DaysOption = 365,
-    as_json: JsonOption = False,
-) -> None:
-    """Make a token for a user, with which clients ask the entry node and the HTTP server.
-
-    The token is printed once; the tokens file, security.tokens of the topology,
-    gets its SHA-256 only. A user who has a token gets a new one, and the old one
-    ends. Limits are written into the file by hand; docs/guides/security.md has
-    them.
-
-    ruyi-flow keys token ann --topology topology.yaml
-    """
-    loaded = _with_security(topology)
-    assert loaded.security is not None
-    if loaded.security.tokens is None:
-        raise ConfigError(f"{topology}: add tokens: keys/tokens.yaml to the section security")
-    from ruyi_flow.keys.tokens import issue_token
-
-    made = issue_token(loaded.security.tokens, name, may=may, days=days)
-    if as_json:
-        print_json({"user": name, "token": made, "file": str(loaded.security.tokens)})
-    else:
-        out.print(made, markup=False, highlight=False, soft_wrap=True)
 
 
 @keys.command()

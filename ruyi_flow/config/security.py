@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -59,12 +59,6 @@ class Keys:
     """The party's own certificate (PEM)."""
     key: Path
     """Private key of that certificate (PEM)."""
-    has_certificate: bool = True
-    """Whether the party shows its certificate, or has none and proves only by a token who it is."""
-    token: Path | None = None
-    """File of the token that the party sends with each call. Default: it sends none."""
-    is_own: bool = False
-    """Whether it calls the node whose keys these are, which it proves by a token that is made from the private key."""
 
 
 class NodeSecurity(Model):
@@ -95,14 +89,6 @@ class Security(Model):
     key: Path | None = None
     """File of its private key (PEM). Default: users/operator.key beside the file `ca`."""
 
-    tokens: Path | None = None
-    """The tokens file of the entry node and of `ruyi-flow serve`: who may ask, and how much. With this key, users call
-    the entry node with tokens, and their certificates count at deeper nodes only. Default: users call with
-    certificates."""
-    token: Path | None = None
-    """File of the token of a user of this file, unless the environment variable RUYI_FLOW_TOKEN has it. Default:
-    users/operator.token beside the file `ca`."""
-
     @property
     def folder(self) -> Path:
         """The folder of the keys."""
@@ -124,19 +110,11 @@ class Security(Model):
         )
 
     def of_user(self) -> Keys:
-        """Return the files of clients, for calls of nodes that ask for certificates."""
+        """Return the files of clients."""
         stem = self.folder / "users" / OPERATOR
-        certificate = self.certificate or stem.with_suffix(".pem")
-        is_needed = self.tokens is None or certificate.exists()
-        key = self.key or stem.with_suffix(".key")
-        return Keys(self.deployment, self.ca, certificate, key, has_certificate=is_needed)
-
-    def of_user_at_entry(self) -> Keys:
-        """Return the files of clients, for calls of the entry node."""
-        if self.tokens is None:
-            return self.of_user()
-        token = self.token or self.folder / "users" / f"{OPERATOR}.token"
-        return replace(self.of_user(), has_certificate=False, token=token)
+        return Keys(
+            self.deployment, self.ca, self.certificate or stem.with_suffix(".pem"), self.key or stem.with_suffix(".key")
+        )
 
 
 def check_private(file: Path, info: os.stat_result) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -296,19 +295,6 @@ class Topology(Model):
     def user_keys(self) -> Keys | None:
         """The files by which clients prove who they are; None without the section `security`."""
         return None if self.security is None else self.security.of_user()
-
-    def keys_to(self, name: str) -> Keys | None:
-        """Return the files by which clients call a node; None without the section `security`."""
-        if self.security is None:
-            return None
-        return self.security.of_user_at_entry() if name == self.entry.name else self.security.of_user()
-
-    def own_keys(self, name: str) -> Keys | None:
-        """Return the files by which a node's supervisor calls it; None without the section `security`."""
-        keys = self.keys_of(name)
-        if keys is None or self.security is None or self.security.tokens is None or name != self.entry.name:
-            return keys
-        return replace(keys, has_certificate=False, is_own=True)
 
     def label_of(self, name: str) -> str:
         """Return a node's tier or name. A name that this file does not have stays: the running nodes may differ."""

@@ -26,7 +26,6 @@ from ruyi_flow.http.responses import responses
 from ruyi_flow.http.tokenizing import tokenize
 from ruyi_flow.http.usage import Record
 from ruyi_flow.telemetry.spans import TRACEPARENT
-from ruyi_flow.transport.security import forwarded_token
 
 __all__ = ["MAX_BODY_BYTES", "Gate", "application"]
 
@@ -180,7 +179,6 @@ class Gate:
         try:
             try:
                 record.caller = self._site.access.admit(scope)
-                forwarded_token.set(record.caller.token)
                 self._check_open(scope)
                 body = await _read(scope, receive)
             except HttpError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,6 @@ from ruyi_flow.errors import (
     NodeError,
     NodeFault,
     NodeUnavailable,
-    OverLimit,
     PermissionDenied,
     RequestCancelled,
     RequestError,
@@ -36,7 +34,6 @@ STATUS_OF: dict[type[Exception], int] = {
     RequestError: 400,
     ContextLengthError: 400,
     CapacityError: 503,
-    OverLimit: 429,
     CacheMiss: 503,
     NodeUnavailable: 503,
     RequestCancelled: 503,
@@ -56,7 +53,6 @@ A full node is 503 (overloaded) and not 429: 429 would say that this caller has 
 _CODES: dict[type[Exception], str] = {
     ContextLengthError: "context_length_exceeded",
     CapacityError: "overloaded",
-    OverLimit: "rate_limit_exceeded",
     NodeUnavailable: "node_unavailable",
     RequestCancelled: "node_unavailable",
     DeadlineExceeded: "timeout",
@@ -64,12 +60,6 @@ _CODES: dict[type[Exception], str] = {
 
 _RETRY_AFTER = {"retry-after": "1", "retry-after-ms": "1000"}
 """Headers of an error that is soon over."""
-
-
-def retry_after(seconds: float) -> dict[str, str]:
-    """Return the headers that tell when to ask again."""
-    return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
-
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -119,9 +109,6 @@ def http_error(error: Exception) -> HttpError:
     for kind in type(error).__mro__:
         if kind in STATUS_OF:
             status = STATUS_OF[kind]
-            if isinstance(error, OverLimit):
-                headers = retry_after(error.retry_after_s)
-                return HttpError(status, str(error), type="rate_limit_error", code=_CODES[OverLimit], headers=headers)
             headers = _RETRY_AFTER if status == 503 else {"x-should-retry": "false"} if status == 504 else None
             return HttpError(status, str(error), code=_CODES.get(kind), headers=headers)
     logger.error("a request failed by a bug of the server", exc_info=error)

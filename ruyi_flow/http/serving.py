@@ -20,7 +20,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import ConfigError
-from ruyi_flow.http.access import Access
 from ruyi_flow.http.app import application
 from ruyi_flow.http.asking import Site
 from ruyi_flow.http.entry import EntryNodes
@@ -102,8 +101,7 @@ async def serve(
     models = await asyncio.to_thread(Models, topology, policies)
     keys = topology.user_keys
     context = None if keys is None else await asyncio.to_thread(server_context, keys, asks_caller=False)
-    access = await asyncio.to_thread(Access, None if topology.security is None else topology.security.tokens)
-    sockets = listen(await _addresses(host, port, may_open=insecure or access.has_users))
+    sockets = listen(await _addresses(host, port, insecure))
     try:
         entry = EntryNodes(topology, timeout_s=timeout_s)
         await entry.start()
@@ -111,11 +109,10 @@ async def serve(
         for one in sockets:
             one.close()
         raise
-    site = Site(entry, models, usage=Usage(tracer), default_max_tokens=default_max_tokens, access=access)
+    site = Site(entry, models, usage=Usage(tracer), default_max_tokens=default_max_tokens)
     app = application(site)
     server = _Server(_config(app, context))
     serving = asyncio.create_task(server.serve(sockets))
-    watching = asyncio.create_task(access.watch(), name="look at the tokens file")
     try:
         while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
             await asyncio.sleep(0.005)
@@ -128,11 +125,10 @@ async def serve(
             await asyncio.sleep(0.02)
         await entry.close()  # what still runs fails now, and tells its client
         server.should_exit = True
-        watching.cancel()
         await serving
 
 
-async def _addresses(host: str, port: int, *, may_open: bool) -> Sequence[Any]:
+async def _addresses(host: str, port: int, insecure: bool) -> Sequence[Any]:
     """Return the socket addresses to listen on.
 
     Raises:
@@ -143,12 +139,11 @@ async def _addresses(host: str, port: int, *, may_open: bool) -> Sequence[Any]:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--host {host}: the name cannot be resolved ({error}); use 127.0.0.1 or localhost") from None
     outside = [address[0] for *_, address in found if not ipaddress.ip_address(address[0].split("%")[0]).is_loopback]
-    if outside and not may_open:
+    if outside and not insecure:
         which = host if host == outside[0] else f"{host} ({outside[0]})"
         raise ConfigError(
-            f"--host {which}: can be reached from other machines, and the topology has no tokens file (security.tokens), by "
-            "which the server tells its callers apart; make one with ruyi-flow keys token, use 127.0.0.1, or --insecure in "
-            "a network that you trust"
+            f"--host {which}: can be reached from other machines, and the server cannot yet tell its callers apart; "
+            "use 127.0.0.1, or --insecure in a network that you trust"
         )
     return found
 

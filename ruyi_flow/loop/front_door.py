@@ -205,7 +205,7 @@ class FrontDoor:
             next_stage=next_stage,
             costs=self._costs,
             clock=self._clock,
-            park=partial(self._park, opening.key, bool(prompt), user=opening.user),
+            park=partial(self._park, opening.key, bool(prompt)),
             span=span,
             counters=self._counters,
         )
@@ -222,7 +222,7 @@ class FrontDoor:
             # The end of a prompt from which the first exit is chosen runs again, in one piece.
             spare = READ_TOKENS if opening.policy.routing.start is not None else 0
             known = prompt[: len(prompt) - spare]
-            return self._parking.take(known, opening.user, opening.max_positions)
+            return self._parking.take(known, None, opening.max_positions)
         if not opening.position:
             return None
         taken = self._parking.take_key(opening.key, opening.position, opening.max_positions)
@@ -262,13 +262,13 @@ class FrontDoor:
         session.begin(opening, covers_next=covers_next)
         return opening, session
 
-    def _park(self, key: bytes, is_entry: bool, session: Session, user: str | None = None) -> None:
+    def _park(self, key: bytes, is_entry: bool, session: Session) -> None:
         """Keep a session that has ended; called where no step of it can run any more."""
         session.settle()
         if not key or self.draining:
             session.close()
             return
-        self._parking.park(key, session.token_ids if is_entry else (), session, user)
+        self._parking.park(key, session.token_ids if is_entry else (), session)
 
     def _check_open(self) -> None:
         if self.draining:

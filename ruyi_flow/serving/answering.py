@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ruyi_flow.errors import NodeUnavailable, RequestError
 from ruyi_flow.family.tokenizer import PromptEncoder
@@ -35,9 +33,6 @@ from ruyi_flow.types import (
     Reason,
     Tokenized,
 )
-
-if TYPE_CHECKING:
-    from ruyi_flow.config.users import Caller
 
 __all__ = ["Answering"]
 
@@ -95,15 +90,12 @@ class Answering:
 
         return await asyncio.to_thread(work)
 
-    async def generate(
-        self, request: GenerateRequest, timeout_s: float | None, caller: Caller | None = None
-    ) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """Answer a request: yield the prompt's tokens if they are asked for, tokens as they are decided, one `Final`.
 
         Args:
             request: the request.
             timeout_s: seconds until the sessions on deeper nodes end, or None.
-            caller: whom the request is from, with limits. Default: unknown, and without limits.
 
         Raises:
             RequestError: a parameter or the prompt cannot be served.
@@ -111,15 +103,12 @@ class Answering:
         """
         began = time.perf_counter()
         with Totals(self._counters, self._place_of) as totals:
-            policy = self._policy(request, caller)
+            policy = self._policy(request)
             span = current_span.get()
             with span.child("tokenize"):
                 prompt = await asyncio.to_thread(self._prompts.encode, request.prompt, raw=request.raw)
             totals.prompt_tokens = len(prompt)
-            room = self._prompts.context - len(prompt)
-            if caller is not None:
-                room = min(room, _room_of(caller, len(prompt)))
-            params = self._sampling(request.sampling, room)
+            params = self._sampling(request.sampling, self._prompts.context - len(prompt))
             if span:
                 span.set(**about_request(request, params, self._model))
             text = AnswerText(self._prompts.tokenizer, params.stop, self._texts)
@@ -131,7 +120,6 @@ class Answering:
                 prompt_length=len(prompt),
                 sampling=replace(params, prompt_logprobs=None) if resumed else params,
                 policy=policy,
-                user=None if caller is None else caller.name,
             )
             left = None if timeout_s is None else max(0.001, timeout_s - (time.perf_counter() - began))
             chain = await self._open(opening, left, prompt)
@@ -211,8 +199,8 @@ class Answering:
                 raise RequestError("the answer is resumed with tokens after the one that ends it")
         return resumed
 
-    def _policy(self, request: GenerateRequest, caller: Caller | None) -> Policy:
-        """Resolve a request's routing over the topology's, as deep as its caller may ask."""
+    def _policy(self, request: GenerateRequest) -> Policy:
+        """Resolve a request's routing over the topology's."""
         routing = self._routing.updated(request.routing)
         routing.check_family(self._fingerprint)
         routing = replace(routing, draft=min(routing.draft, self._max_draft))
@@ -221,31 +209,10 @@ class Answering:
                 "prompt_logprobs requires mode 'exact' or 'fixed', in which the last exit reads the whole prompt; the "
                 f"mode is '{routing.mode}'"
             )
-        policy = Policy.resolve(routing, sorted(self._node_of))
-        deepest = None if caller is None else caller.limits.deepest
-        if deepest is None or deepest >= policy.deepest:
-            return policy
-        allowed = [p for p in self._node_of if p <= deepest]
-        if not allowed:
-            raise RequestError(f"the deepest exit of {caller.name} is {deepest}, and the family has none so early")
-        return policy.limited_to(max(allowed))
+        return Policy.resolve(routing, sorted(self._node_of))
 
     def _sampling(self, given: SamplingParams, room: int) -> SamplingParams:
         """Fill in the seed and the end tokens, and cut the answer's length to the positions that are left."""
         if given.stop and self._prompts.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this family has none")
         return given.completed(eos_token_ids=self._eos_token_ids, room=room)
-
-
-def _room_of(caller: Caller, prompt_tokens: int) -> int:
-    """Return the longest answer that a caller may have to a prompt.
-
-    Raises:
-        RequestError: the prompt is longer than this caller's may be.
-    """
-    limits = caller.limits
-    if limits.max_prompt_tokens is not None and prompt_tokens > limits.max_prompt_tokens:
-        raise RequestError(
-            f"the prompt has {prompt_tokens} tokens; those of {caller.name} may have {limits.max_prompt_tokens}"
-        )
-    return sys.maxsize if limits.max_new_tokens is None else limits.max_new_tokens

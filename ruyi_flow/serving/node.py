@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager
 
 import psutil
 
 from ruyi_flow.config import topology
 from ruyi_flow.config.addresses import as_tuple
 from ruyi_flow.config.security import node_identity
-from ruyi_flow.config.users import Caller
 from ruyi_flow.errors import ConfigError, RequestError
 from ruyi_flow.extras import needed_by
 from ruyi_flow.requests import GenerateRequest, SessionOpen
 from ruyi_flow.serving.answering import Answering
 from ruyi_flow.serving.attributes import model_name
-from ruyi_flow.serving.budgets import Budgets, Spent
 from ruyi_flow.serving.engine import Engine
 from ruyi_flow.serving.heap import tidy_heap
 from ruyi_flow.telemetry.request_log import RequestEntry
 from ruyi_flow.telemetry.spans import NO_TRACER, Tracer, current_span
 from ruyi_flow.transport.addresses import check_keyless, check_listen
-from ruyi_flow.transport.security import Tokens, server_context
+from ruyi_flow.transport.security import server_context
 from ruyi_flow.transport.server import Access, Server
 from ruyi_flow.types import Event, NodeStatus, Stage, Tokenized
 
@@ -49,30 +46,24 @@ class Node:
         self.dtype, self.device = engine.shard.memory.dtype, engine.shard.memory.device
         with tidy_heap():  # parsing a tokenizer's file leaves holes in the heap
             self._answering = engine.answering() if engine.shard.is_entry else None
-        self._budgets = Budgets(time.monotonic)
 
     async def open_session(self, opening: SessionOpen, timeout_s: float | None) -> Stage:
         """Open a session for the previous node; see `Service.open_session`."""
         return await self.engine.open_session(opening, timeout_s)
 
-    async def generate(
-        self, request: GenerateRequest, timeout_s: float | None, caller: Caller | None = None
-    ) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
         """Answer a user's request; see `Answering.generate`.
 
         Raises:
             RequestError: this is not the entry node.
-            OverLimit: the caller has used up a limit.
         """
         answering, trace = self._entry, current_span.get().trace_id
-        entry = RequestEntry(self._model, user="" if caller is None else caller.name, id=trace, trace=trace)
+        entry = RequestEntry(self._model, id=trace, trace=trace)
         try:
-            with nullcontext(Spent()) if caller is None else self._budgets.answer(caller) as spent:
-                async with aclosing(answering.generate(request, timeout_s, caller)) as events:
-                    async for event in events:
-                        entry.saw(event)
-                        spent.tokens = entry.prompt_tokens + entry.new_tokens
-                        yield event
+            async with aclosing(answering.generate(request, timeout_s)) as events:
+                async for event in events:
+                    entry.saw(event)
+                    yield event
         except Exception as error:
             entry.failed(error)
             raise
@@ -178,9 +169,7 @@ def access_to(topology: topology.Topology, name: str) -> Access | None:
         return None
     identities = [node_identity(node.name, keys.deployment) for node in topology.nodes]
     place = [node.name for node in topology.nodes].index(name)
-    file = None if topology.security is None or place else topology.security.tokens
-    tokens = None if file is None else Tokens(keys, file)
-    return Access(keys, identities[place], frozenset(identities[:place]), is_entry=place == 0, tokens=tokens)
+    return Access(keys, identities[place], frozenset(identities[:place]), is_entry=place == 0)
 
 
 @asynccontextmanager

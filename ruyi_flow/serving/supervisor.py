@@ -247,7 +247,7 @@ class Supervisor:
 
     def _peer(self, replica: Replica) -> Peer:
         """Return a connection to a replica of this machine, with the keys of the replica itself."""
-        keys, limit = self._topology.own_keys(replica.node.name), replica.node.limits.max_message_bytes
+        keys, limit = self._topology.keys_of(replica.node.name), replica.node.limits.max_message_bytes
         return Peer(replica.name, replica.local_address, max_message_bytes=limit, keys=keys)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:

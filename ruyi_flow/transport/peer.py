@@ -23,7 +23,7 @@ from ruyi_flow.transport._pb import node_pb2 as pb
 from ruyi_flow.transport.batches import SHORT_BYTES, Batches
 from ruyi_flow.transport.checksum import seal
 from ruyi_flow.transport.lifeline import Asker, Lifeline
-from ruyi_flow.transport.security import FORWARD_KEY, forwarded_token, open_channel
+from ruyi_flow.transport.security import open_channel
 from ruyi_flow.transport.status import error_of_call, is_of_connection, wrong_answer
 from ruyi_flow.types import Event, NodeStatus, Tokenized
 
@@ -57,12 +57,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the web; nodes are dialled at the addresses of the topology
 ]
-
-
-def _forwarded() -> tuple[tuple[str, str], ...]:
-    """Return the metadata of a call that is made for a user."""
-    token = forwarded_token.get()
-    return () if token is None else ((FORWARD_KEY, token),)
 
 
 def _never() -> bool:
@@ -216,7 +210,7 @@ class Peer:
             NodeError: the node or the connection fails.
         """
         key = token_bytes(8)
-        metadata = ((CALL_KEY, key), *(trace_metadata(current_span.get().traceparent) or ()), *_forwarded())
+        metadata = ((CALL_KEY, key), *(trace_metadata(current_span.get().traceparent) or ()))
         data = seal(codec.generate_to_pb(request).SerializeToString())
         call, number = self._generate(data, timeout=timeout_s, metadata=metadata), 0
         answer = _Answer(call, self, key, len(data))
@@ -266,8 +260,7 @@ class Peer:
             NodeError: the node or the connection fails.
         """
         try:
-            data = seal(codec.generate_to_pb(request).SerializeToString())
-            data = await self._tokenize(data, timeout=timeout_s, metadata=_forwarded())
+            data = await self._tokenize(seal(codec.generate_to_pb(request).SerializeToString()), timeout=timeout_s)
             return codec.tokenized_from_pb(codec.parse(pb.Tokenized, data))
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self.name, self.address, timeout_s=timeout_s, needs_deeper=False) from None

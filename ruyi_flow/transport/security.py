@@ -6,13 +6,10 @@ count from the next connection on, and connections that are open stay.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import ssl
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +17,12 @@ import grpc
 
 from ruyi_flow.config.replicas import node_of
 from ruyi_flow.config.security import Keys, check_private, node_identity
-from ruyi_flow.config.users import UsersFile
 from ruyi_flow.errors import ConfigError
 
-__all__ = [
-    "FORWARD_KEY",
-    "TLS_VERSION",
-    "TOKEN_VARIABLE",
-    "Files",
-    "Tokens",
-    "forwarded_token",
-    "is_encrypted",
-    "listen",
-    "names_of_caller",
-    "open_channel",
-    "own_token",
-    "server_context",
-    "token_of",
-]
+__all__ = ["TLS_VERSION", "Files", "listen", "names_of_caller", "open_channel", "server_context"]
 
 TLS_VERSION = "TLSv1.3"
 """The version that every connection must have, as gRPC names it."""
-
-TOKEN_VARIABLE = "RUYI_FLOW_TOKEN"
-"""Environment variable with a client's token."""
-
-FORWARD_KEY = "ruyi-flow-user-token"
-"""Metadata with the token of the user for whom the HTTP server calls."""
-
-forwarded_token: ContextVar[str | None] = ContextVar("forwarded_token", default=None)
-"""The token of the user for whom the current task calls; None if it calls for itself."""
 
 _Stamp = tuple[tuple[int, int, int], ...]
 """Time of the last change in ns, size in bytes and inode of each file."""
@@ -68,21 +41,19 @@ class Files:
         self._keys = keys
         self._stamp: _Stamp | None = None
         self._told = ""
-        self._found: tuple[bytes, bytes | None, bytes | None] | None = None
+        self._found: tuple[bytes, bytes, bytes] | None = None
 
-    def read(self) -> tuple[bytes, bytes | None, bytes | None]:
-        """Return the CA's certificate, the own certificate and its private key, each as PEM, the latter if there are.
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Return the CA's certificate, the own certificate and its private key, each as PEM.
 
         Raises:
             ConfigError: a file is missing or unreadable, or others may read the key.
         """
         stamp = _stamp(self._paths)
         if self._found is None or stamp != self._stamp:
-            if self._keys.has_certificate:
-                check_private(self._keys.key, _stat(self._keys.key))
-                _context(self._keys, asks_caller=True)  # refuses what is no certificate, and a key of another one
-            ca, certificate, key, *_ = *(_read(path) for path in self._paths), None, None
-            assert ca is not None
+            check_private(self._keys.key, _stat(self._keys.key))
+            _context(self._keys, asks_caller=True)  # refuses what is no certificate, and a key of another one
+            ca, certificate, key = (_read(path) for path in self._paths)
             self._stamp, self._found = stamp, (ca, certificate, key)
         return self._found
 
@@ -104,9 +75,8 @@ class Files:
         return True
 
     @property
-    def _paths(self) -> tuple[Path, ...]:
-        keys = self._keys
-        return (keys.ca, keys.certificate, keys.key) if keys.has_certificate else (keys.ca,)
+    def _paths(self) -> tuple[Path, Path, Path]:
+        return self._keys.ca, self._keys.certificate, self._keys.key
 
 
 def open_channel(address: str, options: Sequence[tuple[str, Any]], *, node: str, keys: Keys | None) -> grpc.aio.Channel:
@@ -125,21 +95,17 @@ def open_channel(address: str, options: Sequence[tuple[str, Any]], *, node: str,
         return grpc.aio.insecure_channel(address, options)
     ca, certificate, key = Files(keys).read()
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-    token = own_token(keys) if keys.is_own else token_of(keys)
-    if token is not None:
-        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
     target = ("grpc.ssl_target_name_override", node_identity(node_of(node), keys.deployment))
     return grpc.aio.secure_channel(address, credentials, [*options, target])
 
 
-def listen(server: grpc.aio.Server, address: str, keys: Keys | None, *, asks_caller: bool = True) -> int:
-    """Let a gRPC server listen on an address, and return the port.
+def listen(server: grpc.aio.Server, address: str, keys: Keys | None) -> int:
+    """Let a gRPC server listen on an address, and return the port. With keys, callers need certificates of the same CA.
 
     Args:
         server: the server.
         address: host:port.
-        keys: the server's files. None: its connections are not encrypted.
-        asks_caller: whether callers need certificates of the same CA.
+        keys: the server's files. Default: its connections are not encrypted.
 
     Raises:
         ConfigError: a file of the keys cannot be used.
@@ -157,69 +123,16 @@ def listen(server: grpc.aio.Server, address: str, keys: Keys | None, *, asks_cal
         """Return the new configuration, or None if nothing has changed; gRPC asks at every new connection."""
         return configuration() if files.changed() else None
 
-    credentials = grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=asks_caller)
+    credentials = grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=True)
     return int(server.add_secure_port(address, credentials))
 
 
 def names_of_caller(context: Any) -> frozenset[str]:
     """Return the names in the certificate of the caller of a gRPC method; none if it has shown none over TLS 1.3."""
-    if not is_encrypted(context):
+    about = context.auth_context()
+    if about.get("ssl_tls_version") != [TLS_VERSION.encode()]:
         return frozenset()
-    names = context.auth_context().get("x509_subject_alternative_name", ())
-    return frozenset(name.decode(errors="replace") for name in names)
-
-
-def is_encrypted(context: Any) -> bool:
-    """Return whether a gRPC method was called over TLS 1.3."""
-    return bool(context.auth_context().get("ssl_tls_version") == [TLS_VERSION.encode()])
-
-
-def token_of(keys: Keys) -> str | None:
-    """Return the token that a client sends: of the environment variable RUYI_FLOW_TOKEN, or of its file.
-
-    Raises:
-        ConfigError: there is none, or others may read the file.
-    """
-    if keys.token is None:
-        return None
-    if given := os.environ.get(TOKEN_VARIABLE):
-        return given.strip()
-    try:
-        check_private(keys.token, keys.token.stat())
-        return keys.token.read_text().strip()
-    except OSError as error:
-        raise ConfigError(
-            f"{keys.token}: {error.strerror}; put your token there, or into the environment variable {TOKEN_VARIABLE}; "
-            "whoever operates the deployment makes one with ruyi-flow keys token NAME"
-        ) from None
-
-
-class Tokens:
-    """The tokens that count at an entry node: those of users, and that of the node itself.
-
-    Args:
-        keys: the node's files.
-        file: the tokens file.
-
-    Raises:
-        ConfigError: a file cannot be used.
-    """
-
-    def __init__(self, keys: Keys, file: Path) -> None:
-        self._keys, self.users = keys, UsersFile(file)
-        self.own = own_token(keys)
-        """The token of whoever has the node's private key."""
-
-    def look(self) -> None:
-        """Read the files again that have changed. It waits for the disk."""
-        self.users.look()
-        with suppress(ConfigError):  # as between two replacements
-            self.own = own_token(self._keys)
-
-
-def own_token(keys: Keys) -> str:
-    """Return the token by which whoever has a node's private key proves it to this node."""
-    return hmac.digest(_read(keys.key), b"ruyi-flow: the node itself", "sha256").hex()
+    return frozenset(name.decode(errors="replace") for name in about.get("x509_subject_alternative_name", ()))
 
 
 def server_context(keys: Keys, *, asks_caller: bool) -> ssl.SSLContext:

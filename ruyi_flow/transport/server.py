@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -21,13 +19,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from ruyi_flow.config.security import Keys
-from ruyi_flow.config.users import LOOK_S, Caller, Duty
 from ruyi_flow.errors import (
     CacheMiss,
     HandshakeError,
     NodeError,
     NodeFault,
-    OverLimit,
     PermissionDenied,
     RuyiFlowError,
     Unauthenticated,
@@ -42,15 +38,8 @@ from ruyi_flow.transport.batches import SHORT_BYTES, Outbox, items_of
 from ruyi_flow.transport.blocks import BlockCodec
 from ruyi_flow.transport.checksum import check, seal
 from ruyi_flow.transport.peer import CALL_KEY, METHODS
-from ruyi_flow.transport.security import (
-    FORWARD_KEY,
-    TOKEN_VARIABLE,
-    Tokens,
-    is_encrypted,
-    listen,
-    names_of_caller,
-)
-from ruyi_flow.transport.status import NODE_KEY, RETRY_KEY, short_text, status_of
+from ruyi_flow.transport.security import listen, names_of_caller
+from ruyi_flow.transport.status import NODE_KEY, short_text, status_of
 from ruyi_flow.types import Event, NodeStatus, PromptTokens, Stage, Tokenized
 
 if TYPE_CHECKING:
@@ -112,11 +101,9 @@ class Access:
     """Names of the nodes before it."""
     is_entry: bool
     """Whether it is the entry node."""
-    tokens: Tokens | None = None
-    """On the entry node, the tokens that count instead of certificates. None: certificates count."""
 
-    def check(self, call: str, context: Any, node: str) -> Caller | None:
-        """Check that a caller may make a call, and return the user that it is; None for a node.
+    def check(self, call: str, context: Any, node: str) -> None:
+        """Check that a caller may make a call.
 
         Args:
             call: the call, a key of `NEEDS`.
@@ -124,18 +111,16 @@ class Access:
             node: the node's name, for messages.
 
         Raises:
-            Unauthenticated: the caller's certificate names nobody of this deployment, or its token is no user's.
+            Unauthenticated: the caller's certificate names nobody of this deployment.
             PermissionDenied: the caller is known, and this call is not for it.
         """
-        if self.tokens is not None:
-            return self._check_token(self.tokens, call, context, node)
         names = names_of_caller(context)
         roles = {Role.BEFORE} if names & self.before else set()
         roles |= {Role.SELF} if self.own in names else set()
         users = f".users.{self.keys.deployment}.ruyi-flow"
         roles |= {Role.USER} if any(name.endswith(users) for name in names) else set()
         if roles & NEEDS[call][self.is_entry]:
-            return next((Caller(name.removesuffix(users)) for name in names if name.endswith(users)), None)
+            return
         shown = ", ".join(sorted(name for name in names if name.endswith(".ruyi-flow"))) or "nobody"
         if not any(name.endswith(f".{self.keys.deployment}.ruyi-flow") for name in names):
             raise Unauthenticated(
@@ -145,43 +130,6 @@ class Access:
             )
         allowed = " or ".join(sorted(NEEDS[call][self.is_entry])) or "nobody"
         raise PermissionDenied(f"node {node!r} answers {call} to {allowed}; the caller is {shown}", node=node)
-
-    def _check_token(self, tokens: Tokens, call: str, context: Any, node: str) -> Caller | None:
-        if not is_encrypted(context):
-            raise Unauthenticated(f"node {node!r} speaks TLS 1.3 only", node=node)
-        given = _metadata(context, FORWARD_KEY) or _metadata(context, "authorization") or ""
-        token = given.removeprefix("Bearer ") if isinstance(given, str) else ""
-        if not token:
-            raise Unauthenticated(
-                f"node {node!r} asks for a token: set the topology's key security.token, or the environment variable "
-                f"{TOKEN_VARIABLE}",
-                node=node,
-            )
-        roles = NEEDS[call][self.is_entry]
-        if hmac.compare_digest(token.encode(), tokens.own.encode()):
-            who, is_allowed, caller = "the node itself", Role.SELF in roles, None
-        else:
-            try:
-                user = tokens.users.find(token)
-            except Unauthenticated as error:
-                raise Unauthenticated(f"node {node!r}: {error}", node=node) from None
-            duties = _DUTIES.get(call, frozenset(Duty))
-            who, caller = f"the user {user.name}", Caller(user.name, user.limits)
-            is_allowed = Role.USER in roles and not duties.isdisjoint(user.may)
-        if not is_allowed:
-            raise PermissionDenied(f"node {node!r} does not answer {call} to {who}", node=node)
-        return caller
-
-
-_DUTIES = {
-    "Generate": frozenset({Duty.GENERATE}),
-    "Tokenize": frozenset({Duty.GENERATE}),
-    **dict.fromkeys(("Status", *HEALTH_CALLS), frozenset({Duty.STATUS})),
-}
-"""What a user must be allowed to do for a call; any of it for those that are not here."""
-
-_caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
-"""The user who has made the current call; None if it is not known."""
 
 
 class Service(Protocol):
@@ -202,10 +150,8 @@ class Service(Protocol):
         """
         ...
 
-    def generate(
-        self, request: GenerateRequest, timeout_s: float | None, caller: Caller | None
-    ) -> AsyncGenerator[Event, None]:
-        """Answer a user's request; the caller is known where the topology has keys."""
+    def generate(self, request: GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Event, None]:
+        """Answer a user's request."""
         ...
 
     async def tokenize(self, request: GenerateRequest) -> Tokenized:
@@ -286,9 +232,8 @@ class Server:
             setattr(self._health, call, self._guarded(call, getattr(self._health, call)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         host = address.rpartition(":")[0]
-        keys, asks_caller = (None, True) if access is None else (access.keys, access.tokens is None)
         try:
-            self.address = f"{host}:{listen(self._server, address, keys, asks_caller=asks_caller)}"
+            self.address = f"{host}:{listen(self._server, address, None if access is None else access.keys)}"
         except RuntimeError as error:
             raise NodeError(f"node {service.name!r} cannot listen on {address}: {error}", node=service.name) from None
 
@@ -300,7 +245,7 @@ class Server:
 
         async def check_and_answer(request: Any, context: Any) -> Any:
             async with _Statuses(self._service.name, context):
-                _caller.set(access.check(call, context, self._service.name))
+                access.check(call, context, self._service.name)
             return await answer(request, context)
 
         return check_and_answer
@@ -327,14 +272,10 @@ class Server:
         await self._server.stop(0.2)
 
     async def _watch(self) -> None:
-        """Report NOT_SERVING as long as the compute thread is stuck, and look at the files of tokens."""
-        was_stuck, looked_at = False, time.monotonic()
-        tokens = None if self._access is None else self._access.tokens
+        """Report NOT_SERVING as long as the compute thread is stuck."""
+        was_stuck = False
         while True:
             await asyncio.sleep(SIGN_S)
-            if tokens is not None and time.monotonic() - looked_at >= LOOK_S:
-                looked_at = time.monotonic()
-                await asyncio.to_thread(tokens.look)
             is_stuck = self._service.load() is None
             if is_stuck != was_stuck:
                 was_stuck = is_stuck
@@ -477,7 +418,7 @@ class Server:
         async with _Statuses(self._service.name, context):
             with self._traced("request", context), self._serving(_metadata(context, CALL_KEY)):
                 request = await _request(data)
-                async with aclosing(self._service.generate(request, context.time_remaining(), _caller.get())) as events:
+                async with aclosing(self._service.generate(request, context.time_remaining())) as events:
                     number = 0
                     async for event in events:
                         number += 1
@@ -632,10 +573,7 @@ class _Statuses:
             if isinstance(error, grpc.aio.BaseError):
                 raise error
             known = _known(error, self._node)
-            trailing = ((NODE_KEY, _about(known, self._node)),)
-            if isinstance(known, OverLimit):
-                trailing += ((RETRY_KEY, f"{known.retry_after_s:.3f}"),)
-            await self._context.abort(status_of(known), short_text(known), trailing)
+            await self._context.abort(status_of(known), short_text(known), ((NODE_KEY, _about(known, self._node)),))
         except grpc.aio.AbortError:
             raise
         except grpc.aio.BaseError:  # the connection is lost; gRPC would log a trace, but not of a cancellation

@@ -13,7 +13,6 @@ from ruyi_flow.errors import (
     NodeError,
     NodeFault,
     NodeUnavailable,
-    OverLimit,
     PermissionDenied,
     RequestCancelled,
     RequestError,
@@ -52,9 +51,6 @@ STATUS_OF: dict[type[RuyiFlowError], grpc.StatusCode] = {
 
 NODE_KEY = "ruyi-flow-node"
 """Trailing metadata that names the node an error is about. If it is absent, gRPC itself made the status."""
-
-RETRY_KEY = "ruyi-flow-retry-after-s"
-"""Trailing metadata with the seconds after which a caller that has used up its share may ask again."""
 
 _WRITE_FAILED = "Internal error from Core"
 """Details of the INTERNAL status that grpc.aio gives to a write on a connection that was just lost."""
@@ -139,11 +135,8 @@ def error_of_call(
         needs_deeper: whether the node may have waited for a deeper one.
     """
     code, details = error.code(), error.details() or ""
-    trailing = dict(error.trailing_metadata() or ())
-    about = trailing.get(NODE_KEY)
+    about = dict(error.trailing_metadata() or ()).get(NODE_KEY)
     if about is not None:  # the node, or a deeper one, sent the error itself
-        if RETRY_KEY in trailing and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return OverLimit(details, _wait_s(trailing[RETRY_KEY]), node=str(about))
         return error_of(code.value[0], details, str(about))
     # What gRPC itself reports otherwise is a connection that is lost or damaged, or a proxy in between.
     kind = _ERROR_OF.get(code.value[0], NodeUnavailable)
@@ -182,15 +175,6 @@ def is_of_connection(error: grpc.aio.AioRpcError) -> bool:
     if NODE_KEY in dict(error.trailing_metadata() or ()):
         return False
     return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-
-
-def _wait_s(text: str | bytes) -> float:
-    """Return the seconds that a node names, at most an hour."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        return 1.0
-    return min(3600.0, max(0.0, seconds)) if seconds == seconds else 1.0
 
 
 def _seconds(timeout_s: float) -> str:
