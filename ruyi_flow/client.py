@@ -22,6 +22,7 @@ from ruyi_flow.config.topology import Topology
 from ruyi_flow.errors import (
     DeadlineExceeded,
     NodeError,
+    RequestCancelled,
     RequestError,
     WireError,
     shown,
@@ -175,6 +176,8 @@ class AsyncClient:
                 error.tokens = tuple(answer.tokens)
                 pause_s = answer.pause_s(error, deadline - loop.time())
                 if pause_s is None:
+                    if isinstance(error, RequestCancelled):
+                        self._check_usable()  # closing the client has cancelled it
                     raise
             await self._sleep(pause_s)
             self._check_usable()

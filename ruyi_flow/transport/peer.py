@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ruyi_flow.config.security import Keys
-from ruyi_flow.errors import NodeError, NodeUnavailable, RuyiFlowError, WireError
+from ruyi_flow.errors import NodeError, NodeUnavailable, RequestCancelled, RuyiFlowError, WireError
 from ruyi_flow.loop.replicas import estimated_load
 from ruyi_flow.requests import GenerateRequest
 from ruyi_flow.telemetry.spans import TRACEPARENT, current_span
@@ -236,9 +236,12 @@ class Peer:
             failure = error_of_call(error, self.name, self.address, timeout_s=timeout_s)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if answer.error is None or (task is not None and task.cancelling()):
+            if task is None or task.cancelling():
                 raise
-            failure = answer.error
+            # Without an error, the connection was closed while the call began: gRPC raises no error of its own then.
+            failure = answer.error or RequestCancelled(
+                f"the call to node {self.name!r} at {self.address} was cancelled", node=self.name
+            )
         except WireError as error:
             failure = wrong_answer(error, self.name)
         finally:
