@@ -69,8 +69,23 @@ LONGEST = (
 """The files that take longest. They begin first, so that no process is left with one of them at the end."""
 
 
+SLOW = (
+    "bench/test_bench.py",
+    "e2e/test_several_devices.py",
+    "evaluation/test_evaluation.py",
+    "portability/test_systems.py",
+    "sim/test_profiling.py",
+    "test_end_of_programs.py",
+)
+"""Files whose tests are all slow."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files before the others."""
+    """Put the tests of the longest files before the others, and mark those of slow files."""
+    slow = {Path(__file__).parent / file for file in SLOW}
+    for item in items:
+        if item.path in slow:
+            item.add_marker(pytest.mark.slow)
     order = {Path(__file__).parent / file: i for i, file in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
 

@@ -1,4 +1,4 @@
-"""A hundred random faults, as `make robustness` draws them."""
+"""Random faults, as `make robustness` draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.robustness.report import failure_text
 from tests.robustness.traffic import TINY
 from tests.robustness.trial import Trial, ready_cluster, run_trial
 
-FAULTS = int(os.environ.get("RUYI_FLOW_FAULTS", "100"))
+FAULTS = int(os.environ.get("RUYI_FLOW_FAULTS", "60"))
 """Number of trials, of which a quarter have replicas of each node, and keys."""
 
 
