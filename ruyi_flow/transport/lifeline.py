@@ -205,12 +205,12 @@ class Lifeline:
 
     def _doubt_hearing(self, late: Sequence[Asker], asked_at: float) -> None:
         """Note that a question found no answer, and give up sessions if none has for long."""
-        since = self._unheard_since
-        unmoved = [a for a in late if a.waiting_since is not None and a.waiting_since < (since or asked_at)]
-        if since is None or not unmoved:
+        since = asked_at if self._unheard_since is None else self._unheard_since
+        unmoved = [asker for asker in late if asker.waiting_since is not None and asker.waiting_since < since]
+        if self._unheard_since is None or not unmoved:
             self._unheard_since = asked_at
             return
-        if time.monotonic() - since > _UNHEARD_S + sum(a.owed_bytes for a in unmoved) / _SLOWEST_BYTES_PER_S:
+        if time.monotonic() - since > _UNHEARD_S + sum(asker.owed_bytes for asker in unmoved) / _SLOWEST_BYTES_PER_S:
             for asker in unmoved:
                 self._dropped(asker)
 
